@@ -1,0 +1,33 @@
+// Package ca gets certificates for the node's identities and keeps them fresh.
+//
+// What flows through it: an identity.ID comes in (Manager.Certificate when a connection needs it, Prefetch when a pod
+// is known); the Manager makes a fresh key and a request of ztunnel's shape (NewRequest), a Signer answers with a chain
+// and roots, and an immutable *identity.Certificate goes out, renewed at half of its life for as long as the identity
+// is not forgotten. Local is the Signer of machines without istiod: a directory made by `ztun ca init` (InitDir,
+// LoadDir) or the built-in fake CA (NewFake). Who calls it: cmd/ztun builds Signer and Manager, proxy asks for
+// certificates, the admin port dumps them (Dump, CertState marshals to config_dump's form).
+// What it never does: touch a connection. A renewed certificate is a new value that new handshakes take; live tunnels
+// keep the one they were made with, also beyond its end. It writes files in InitDir only, and never logs a key.
+//
+// # Rules (spec/dataplane.md 8.3), pure in rotate.go and queue.go
+//
+//   - One fetch per identity at a time, shared by all callers; at most 8 at once; order RealTime, Warmup, Background,
+//     then due time. A failure is remembered and given to callers at once while retries go on in the background
+//     (1 s doubling to 150 s, each +-20 %). While the old certificate is valid it is served.
+//   - Improvements on ztunnel (section 14 and our own): renewal is jittered (up to 10 % early, never late); a fetch has
+//     a time limit; queue and table are bounded and count what they turn away; forgetting an identity cancels its
+//     fetch; a retry for an identity without a usable certificate goes before renewals of healthy ones; prefetches run
+//     as concurrently as anything else; backoff keeps its jitter for good.
+//
+// # Decisions
+//
+//   - 2026-11-23: half-life is measured as in the spec, (notBefore+notAfter)/2, but never earlier than a third of what
+//     is left and never less than a second away: with notBefore backdated by two minutes, a one-minute certificate
+//     would otherwise be past its half-life when issued and be renewed in a hot loop.
+//   - 2026-11-23: no injected clock. Tests run in testing/synctest bubbles. Due times of renewals are wall times (so a
+//     corrected clock is obeyed within a minute), those of retries monotonic (so a corrected clock cannot stall them).
+//   - 2026-11-23: a local CA for one trust domain (InitDir records it in the root) refuses to sign for another: the
+//     mistake is found at the first fetch and not as failing handshakes. The fake CA signs for any.
+//   - 2026-11-23: LoadDir also takes Istio's plug-in layout (ca-cert.pem, cert-chain.pem beside ca-key.pem and
+//     root-cert.pem) and several roots in root-cert.pem, so that a root can be rotated.
+package ca

@@ -1,0 +1,186 @@
+package admin
+
+import (
+	"fmt"
+	"html"
+	"log/slog"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+)
+
+// AdminOptions configure the admin server (15000).
+type AdminOptions struct {
+	Port    uint16 // 15000 in production; 0 picks a free one
+	IPv6    bool   // IPV6_ENABLED: bind ::1 as well, where lo has it
+	Logging Logging
+	// Dump returns the sections of /config_dump by key. It is called once per dump, so that all sections
+	// can close over one snapshot.
+	Dump func() map[string]Section
+	// Quit asks for the end of the process; it must not wait for it. reason is "/quitquitquit".
+	Quit func(reason string)
+	// Debug are additional exact paths, which must begin with /debug/.
+	Debug  map[string]http.Handler
+	Logger *slog.Logger
+}
+
+// NewAdmin binds the admin server to 127.0.0.1 and ::1. There is no authentication: loopback is the
+// boundary, as in ztunnel.
+func NewAdmin(o AdminOptions) (*Server, error) {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	for p := range o.Debug {
+		if !strings.HasPrefix(p, "/debug/") {
+			return nil, fmt.Errorf("additional admin path %q is not below /debug/", p)
+		}
+	}
+	ls, err := listenLoopback("admin", o.Port, o.IPv6, o.Logger)
+	if err != nil {
+		return nil, err
+	}
+	prof := &profiler{}
+	dump := newDumper(o.Dump, o.Logger)
+	routes := map[string]http.Handler{}
+	for p, h := range prof.routes() {
+		routes[p] = h
+	}
+	maps.Copy(routes, o.Debug)
+	routes["/"] = dashboard(slices.Sorted(maps.Keys(o.Debug)))
+	routes["/config_dump"] = dump
+	routes["/quitquitquit"] = quitHandler(o.Quit)
+	if o.Logging != nil {
+		routes["/logging"] = loggingHandler(o.Logging)
+	}
+	s := newServer("admin", ls, exact(routes), o.Logger)
+	prof.drain = s.drain
+	return s, nil
+}
+
+// exact routes by the whole path, byte for byte; the query plays no part. Everything else is 404 with an
+// empty body, as ztunnel's. (http.ServeMux would clean paths and redirect.)
+func exact(routes map[string]http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := routes[r.URL.Path]
+		if h == nil {
+			w.WriteHeader(http.StatusNotFound)
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
+func quitHandler(quit func(string)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodPost {
+			w.WriteHeader(http.StatusMethodNotAllowed)
+			return
+		}
+		if quit != nil {
+			quit("/quitquitquit")
+		}
+		plain(w, http.StatusOK, "shutdown now\n")
+	}
+}
+
+// dashboard is the page at /: ztunnel's links in ztunnel's order, then our own.
+func dashboard(extra []string) http.HandlerFunc {
+	type row struct{ link, text string }
+	rows := []row{
+		{"debug/pprof/profile", "build a CPU profile in pprof's format (query: seconds, frequency)"},
+		{"debug/pprof/heap", "collect heap profiling data in pprof's format"},
+		{"debug/pprof/heap/profiling", "show whether heap profiling is active (query: activate)"},
+		{"quitquitquit", "shut the process down (POST)"},
+		{"config_dump", "dump the current configuration and state"},
+		{"logging", "show or change logging levels (POST)"},
+		{"debug/pprof/", "all profiles of the Go runtime"},
+	}
+	for _, p := range extra {
+		rows = append(rows, row{strings.TrimPrefix(p, "/"), "addition of ztun"})
+	}
+	var b strings.Builder
+	b.WriteString(`<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Ztunnel Admin</title>
+<style>
+body { font-family: sans-serif; margin: 2em; }
+table { border-collapse: collapse; }
+th { text-align: left; border-bottom: 2px solid #666; }
+th, td { padding: 0.4em 1.5em 0.4em 0.4em; }
+.gray { background-color: #eee; }
+.vert-space { height: 1.5em; }
+</style>
+</head>
+<body>
+<h1>Ztunnel Admin</h1>
+<p>This process is ztun.</p>
+<table>
+<thead><tr><th>Command</th><th>Description</th></tr></thead>
+<tbody>
+`)
+	for i, r := range rows {
+		class := "vert-space"
+		if i%2 == 1 {
+			class = "gray"
+		}
+		fmt.Fprintf(&b, "<tr class=\"%s\"><td><a href=\"%s\">%[2]s</a></td><td>%s</td></tr>\n", class, html.EscapeString(r.link), html.EscapeString(r.text))
+	}
+	b.WriteString("</tbody>\n</table>\n</body>\n</html>\n")
+	page := []byte(b.String())
+	return func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/html; charset=utf-8")
+		w.Write(page)
+	}
+}
+
+// ReadinessOptions configure the readiness server (15021).
+type ReadinessOptions struct {
+	Port   uint16
+	IPv6   bool // bind [::] rather than 0.0.0.0
+	Ready  *Ready
+	Logger *slog.Logger
+}
+
+// NewReadiness binds the readiness server to the wildcard address.
+func NewReadiness(o ReadinessOptions) (*Server, error) {
+	ls, err := listenWildcard("readiness", o.Port, o.IPv6)
+	if err != nil {
+		return nil, err
+	}
+	return newServer("readiness", ls, exact(map[string]http.Handler{"/healthz/ready": readyHandler(o.Ready)}), o.Logger), nil
+}
+
+// readyHandler follows spec controlplane 7.3. With ?verbose each pending task is listed with how long it
+// has been pending and the last error that was reported for it.
+func readyHandler(ready *Ready) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodGet {
+			w.WriteHeader(http.StatusMethodNotAllowed)
+			return
+		}
+		pending := ready.Pending()
+		if len(pending) == 0 {
+			plain(w, http.StatusOK, "ready\n")
+			return
+		}
+		names := make([]string, len(pending))
+		for i, p := range pending {
+			names[i] = p.Name
+		}
+		body := "not ready, pending: " + strings.Join(names, ", ") + "\n"
+		if r.URL.Query().Has("verbose") {
+			now := ready.now()
+			for _, p := range pending {
+				body += fmt.Sprintf("%s: pending for %s", p.Name, now.Sub(p.Since).Round(1e6))
+				if p.LastError != nil {
+					body += fmt.Sprintf(", failed %d times, last error: %s", p.Failures, strings.ToValidUTF8(strings.ReplaceAll(clip(p.LastError.Error(), 2048), "\n", " "), "?"))
+				}
+				body += "\n"
+			}
+		}
+		plain(w, http.StatusInternalServerError, body)
+	}
+}

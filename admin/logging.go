@@ -1,0 +1,51 @@
+package admin
+
+import (
+	"net/http"
+)
+
+// Logging is what /logging needs of the log; *zlog.Log has it.
+type Logging interface {
+	Filter() string                                         // the filter in force
+	Change(levels string, reset bool) (now string, _ error) // see zlog.Control.Change
+}
+
+const loggingUsage = `
+usage: POST /logging                                    (shows the current levels)
+usage: POST /logging?level=LEVEL                        (changes the level of everything)
+usage: POST /logging?level=TARGET=LEVEL,TARGET=LEVEL    (changes the level of some targets)
+usage: POST /logging?reset[&level=...]                  (back to RUST_LOG, then as above)
+
+hint: LEVEL is one of error, warn, info, debug, trace, off
+hint: TARGET is the third column of a log line, for example access
+`
+
+// loggingHandler follows spec controlplane 6.4.
+func loggingHandler(l Logging) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodPost {
+			plain(w, http.StatusMethodNotAllowed, "Invalid HTTP method\n"+loggingUsage)
+			return
+		}
+		q := r.URL.Query()
+		level := q.Get("level")
+		if level == "" && !q.Has("reset") {
+			plain(w, http.StatusOK, "current log level is "+l.Filter()+"\n")
+			return
+		}
+		now, err := l.Change(level, q.Has("reset"))
+		if err != nil {
+			plain(w, http.StatusBadRequest, "Invalid level provided: "+clip(level, 1024)+"\n"+err.Error()+"\n"+loggingUsage)
+			return
+		}
+		plain(w, http.StatusOK, "current log level is "+now+"\n")
+	}
+}
+
+// clip bounds text that comes back to its sender.
+func clip(s string, n int) string {
+	if len(s) > n {
+		return s[:n] + "..."
+	}
+	return s
+}

@@ -1,0 +1,276 @@
+package admin
+
+import (
+	"bufio"
+	"cmp"
+	"compress/gzip"
+	"compress/zlib"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+)
+
+// StatsOptions configure the metrics server (15020).
+type StatsOptions struct {
+	Port uint16
+	IPv6 bool // bind [::] rather than 0.0.0.0
+	// Registry holds the ordinary collectors. Its metrics come out with labels in alphabetical order:
+	// that is what Registry.Gather makes of any order.
+	Registry prometheus.Gatherer
+	// Ordered are collectors that do not go through a registry and whose labels come out in the order
+	// in which their metrics' Write puts them (ztunnel's). They answer for their own consistency: no
+	// duplicates, one type per family. Their Describe is not called.
+	Ordered []prometheus.Collector
+	Logger  *slog.Logger
+}
+
+// NewStats binds the metrics server to the wildcard address. It answers /metrics and /stats/prometheus.
+func NewStats(o StatsOptions) (*Server, error) {
+	ls, err := listenWildcard("stats", o.Port, o.IPv6)
+	if err != nil {
+		return nil, err
+	}
+	h := &exposition{o: o}
+	if h.o.Logger == nil {
+		h.o.Logger = slog.New(slog.DiscardHandler)
+	}
+	return newServer("stats", ls, exact(map[string]http.Handler{"/metrics": h, "/stats/prometheus": h}), o.Logger), nil
+}
+
+// exposition writes what spec controlplane 7.1 says: OpenMetrics text always, whatever the content type.
+type exposition struct{ o StatsOptions }
+
+const (
+	contentPlain       = "text/plain; charset=utf-8"
+	contentOpenMetrics = "application/openmetrics-text;charset=utf-8;version=1.0.0"
+)
+
+func (x *exposition) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	fs, err := x.gather()
+	if err != nil {
+		x.o.Logger.Warn("some metrics could not be collected", "error", err)
+		if len(fs) == 0 {
+			plain(w, http.StatusInternalServerError, err.Error()+"\n")
+			return
+		}
+	}
+	h := w.Header()
+	h.Set("Content-Type", contentType(r.Header.Values("Accept")))
+	h.Set("Vary", "Accept-Encoding")
+	var out io.Writer = w
+	var end io.Closer = io.NopCloser(nil)
+	switch encoding := contentEncoding(r.Header.Values("Accept-Encoding")); encoding {
+	case "gzip":
+		z, _ := gzip.NewWriterLevel(w, gzip.BestSpeed) // the level is valid
+		h.Set("Content-Encoding", encoding)
+		out, end = z, z
+	case "deflate":
+		z, _ := zlib.NewWriterLevel(w, zlib.BestSpeed)
+		h.Set("Content-Encoding", encoding)
+		out, end = z, z
+	}
+	buf := bufio.NewWriterSize(out, 32<<10)
+	for _, f := range fs {
+		if _, err := expfmt.MetricFamilyToOpenMetrics(buf, f); err != nil {
+			panic(http.ErrAbortHandler) // the reader is gone
+		}
+	}
+	expfmt.FinalizeOpenMetrics(buf)
+	if buf.Flush() != nil || end.Close() != nil {
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// contentType is OpenMetrics' own if any element of Accept names it, in any case and with any parameters.
+// (ztunnel does not trim the elements and so misses all but the first after ", "; that is not copied.)
+func contentType(accept []string) string {
+	for _, line := range accept {
+		for e := range strings.SplitSeq(line, ",") {
+			e, _, _ = strings.Cut(e, ";")
+			if strings.EqualFold(strings.TrimSpace(e), "application/openmetrics-text") {
+				return contentOpenMetrics
+			}
+		}
+	}
+	return contentPlain
+}
+
+// contentEncoding picks what of gzip and deflate the client likes best; "" is none.
+func contentEncoding(accept []string) string {
+	best, bestQ := "", 0.0
+	identity := 0.0
+	for _, line := range accept {
+		for e := range strings.SplitSeq(line, ",") {
+			name, params, _ := strings.Cut(e, ";")
+			name = strings.ToLower(strings.TrimSpace(name))
+			q := 1.0
+			for p := range strings.SplitSeq(params, ";") {
+				if v, ok := strings.CutPrefix(strings.TrimSpace(strings.ToLower(p)), "q="); ok {
+					var err error
+					if q, err = strconv.ParseFloat(v, 64); err != nil {
+						q = 0
+					}
+				}
+			}
+			if name == "*" {
+				name = "gzip"
+			}
+			switch name {
+			case "gzip", "deflate":
+				if q > bestQ || q == bestQ && q > 0 && name == "gzip" {
+					best, bestQ = name, q
+				}
+			case "identity":
+				identity = q
+			}
+		}
+	}
+	if identity > bestQ {
+		return ""
+	}
+	return best
+}
+
+// gather collects everything, in ztunnel's order of families: process, runtime, istio, workload_manager,
+// and then what is our own. Families without samples are left out.
+func (x *exposition) gather() ([]*dto.MetricFamily, error) {
+	var fs []*dto.MetricFamily
+	var err error
+	if x.o.Registry != nil {
+		fs, err = x.o.Registry.Gather() // sorted by name; partial results beside an error
+	}
+	fs = append(fs, collectOrdered(x.o.Ordered)...)
+	fs = slices.DeleteFunc(fs, func(f *dto.MetricFamily) bool { return len(f.Metric) == 0 })
+	for _, f := range fs {
+		finish(f)
+	}
+	slices.SortStableFunc(fs, func(a, b *dto.MetricFamily) int { return cmp.Compare(rank(a.GetName()), rank(b.GetName())) })
+	return fs, err
+}
+
+func rank(name string) int {
+	for i, p := range [...]string{"process_", "go_", "istio_build", "istio_", "workload_manager_"} {
+		if strings.HasPrefix(name, p) {
+			return i
+		}
+	}
+	return 9
+}
+
+// units of the families that ztunnel gives a # UNIT line. (client_golang takes a unit in Opts as well.)
+var units = map[string]string{
+	"istio_xds_message_bytes_total":               "bytes",
+	"istio_dns_upstream_request_duration_seconds": "seconds",
+}
+
+// finish gives the HELP text its dot and the family its unit.
+func finish(f *dto.MetricFamily) {
+	if h := f.GetHelp(); h != "" && !strings.HasSuffix(h, ".") {
+		h += "."
+		f.Help = &h
+	}
+	if u, ok := units[f.GetName()]; ok {
+		f.Unit = &u
+	}
+}
+
+// collectOrdered makes families of what the collectors send, in order of first appearance.
+func collectOrdered(cs []prometheus.Collector) []*dto.MetricFamily {
+	if len(cs) == 0 {
+		return nil
+	}
+	ch := make(chan prometheus.Metric, 256)
+	go func() { // ends when the range below has emptied ch
+		defer close(ch)
+		for _, c := range cs {
+			c.Collect(ch)
+		}
+	}()
+	var fs []*dto.MetricFamily
+	byDesc := map[*prometheus.Desc]*dto.MetricFamily{}
+	byName := map[string]*dto.MetricFamily{}
+	for m := range ch {
+		d := m.Desc()
+		f := byDesc[d]
+		if f == nil {
+			name, help, unit, err := describe(d)
+			if err != nil {
+				continue // an invalid Desc, which a registry would refuse
+			}
+			if f = byName[name]; f == nil {
+				f = &dto.MetricFamily{Name: &name, Help: &help}
+				if unit != "" {
+					f.Unit = &unit
+				}
+				fs = append(fs, f)
+				byName[name] = f
+			}
+			byDesc[d] = f
+		}
+		p := &dto.Metric{}
+		if m.Write(p) != nil {
+			continue
+		}
+		t, ok := typeOf(p)
+		if !ok || f.Type != nil && *f.Type != t {
+			continue // one stray sample must not spoil the whole exposition
+		}
+		f.Type = &t
+		p.Label = validLabels(p.Label)
+		f.Metric = append(f.Metric, p)
+	}
+	return fs
+}
+
+func typeOf(m *dto.Metric) (dto.MetricType, bool) {
+	switch {
+	case m.Counter != nil:
+		return dto.MetricType_COUNTER, true
+	case m.Gauge != nil:
+		return dto.MetricType_GAUGE, true
+	case m.Histogram != nil:
+		return dto.MetricType_HISTOGRAM, true
+	case m.Summary != nil:
+		return dto.MetricType_SUMMARY, true
+	case m.Untyped != nil:
+		return dto.MetricType_UNTYPED, true
+	}
+	return 0, false
+}
+
+// validLabels replaces values that are not UTF-8: scrapers refuse the whole text for one of them. The
+// slice may be shared with the collector, so it is copied before a change.
+func validLabels(ls []*dto.LabelPair) []*dto.LabelPair {
+	copied := false
+	for i, l := range ls {
+		if utf8.ValidString(l.GetValue()) {
+			continue
+		}
+		if !copied {
+			ls, copied = slices.Clone(ls), true
+		}
+		v := strings.ToValidUTF8(l.GetValue(), "\uFFFD")
+		ls[i] = &dto.LabelPair{Name: l.Name, Value: &v}
+	}
+	return ls
+}
+
+// describe reads a Desc back: client_golang has no accessors, only String. A test holds it to the format.
+func describe(d *prometheus.Desc) (name, help, unit string, err error) {
+	if d.Err() != nil {
+		return "", "", "", d.Err()
+	}
+	if _, err = fmt.Sscanf(d.String(), "Desc{fqName: %q, help: %q, unit: %q,", &name, &help, &unit); err != nil {
+		return "", "", "", fmt.Errorf("unexpected format of a metric's description: %s", d)
+	}
+	return name, help, unit, nil
+}

@@ -1,0 +1,229 @@
+package xds
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+)
+
+// MaxFile is the largest file that is read, in bytes.
+const MaxFile = 256 << 20
+
+// File is a source of state: a local file that is watched (LOCAL_XDS_PATH), or
+// a text that is given once (LOCAL_XDS).
+type File struct {
+	Path   string // watched; or
+	Inline string // read if Path is ""
+	Logger *slog.Logger
+
+	// Settle is how long the file has to be left alone after a change before it is
+	// read; 0: 200 ms. A file that keeps changing is read after five times that.
+	Settle time.Duration
+	// Poll is how often the file is looked at in case a change was not reported
+	// (network file systems, a link into another directory); 0: 5 s.
+	Poll time.Duration
+}
+
+// Load reads and parses once. The error names the file, and for bad content
+// wraps a *FileError.
+func (f *File) Load() (*Local, error) {
+	data, err := f.read()
+	if err != nil {
+		return nil, err
+	}
+	return f.parse(data)
+}
+
+func (f *File) parse(data []byte) (*Local, error) {
+	l, err := ParseLocal(data)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", f.name(), err)
+	}
+	return l, nil
+}
+
+func (f *File) name() string {
+	if f.Path == "" {
+		return "LOCAL_XDS"
+	}
+	return f.Path
+}
+
+func (f *File) read() ([]byte, error) {
+	if f.Path == "" {
+		return []byte(f.Inline), nil
+	}
+	r, err := os.Open(f.Path)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	data, err := io.ReadAll(io.LimitReader(r, MaxFile+1))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", f.Path, err)
+	}
+	if len(data) > MaxFile {
+		return nil, fmt.Errorf("%s: larger than %d bytes", f.Path, MaxFile)
+	}
+	return data, nil
+}
+
+// Run loads the file and calls apply with what it says, and again whenever its
+// content has changed. Instead, if it cannot be read or is wrong, broken is
+// called with the reason, once per reason and content; what was applied last
+// goes on to be valid. Both are called from Run's goroutine, never at once. Run
+// returns nil when ctx ends and has no other end.
+func (f *File) Run(ctx context.Context, apply func(*Local), broken func(error)) error {
+	w := watcher{File: f, apply: apply, broken: broken}
+	// Watch first and read then, so that no change falls in between.
+	var events <-chan fsnotify.Event
+	var errs <-chan error
+	if f.Path != "" {
+		fs, err := fsnotify.NewWatcher()
+		if err == nil {
+			defer fs.Close()
+			err = fs.Add(filepath.Dir(f.Path))
+			events, errs = fs.Events, fs.Errors
+		}
+		if err != nil {
+			f.log().Warn("cannot watch for changes of the local file, looking at intervals only", "path", f.Path, "error", err.Error())
+		}
+	}
+	w.reload()
+	if f.Path == "" {
+		<-ctx.Done()
+		return nil
+	}
+	poll := time.NewTicker(or(f.Poll, 5*time.Second))
+	defer poll.Stop()
+	settle := or(f.Settle, 200*time.Millisecond)
+	var timer <-chan time.Time // runs while a change settles
+	var since time.Time        // the first change not read yet
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case e, ok := <-events:
+			if !ok {
+				events = nil
+				break
+			}
+			if !f.concerns(e) {
+				break
+			}
+			if timer == nil {
+				since = time.Now()
+			}
+			if timer == nil || time.Since(since) < 5*settle {
+				timer = time.After(settle)
+			}
+		case err, ok := <-errs:
+			if !ok {
+				errs = nil
+				break
+			}
+			// Events may have been lost: look now.
+			f.log().Warn("watching the local file", "path", f.Path, "error", err.Error())
+			timer, since = time.After(settle), time.Now()
+		case <-timer:
+			timer = nil
+			w.reload()
+		case <-poll.C:
+			if timer == nil && w.touched() {
+				w.reload()
+			}
+		}
+	}
+}
+
+func or(d, def time.Duration) time.Duration {
+	if d <= 0 {
+		return def
+	}
+	return d
+}
+
+func (f *File) log() *slog.Logger {
+	if f.Logger == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return f.Logger
+}
+
+// concerns reports whether an event in the file's directory can have changed
+// the file: its own name, or the link by which Kubernetes swaps whole volumes.
+func (f *File) concerns(e fsnotify.Event) bool {
+	if e.Op == fsnotify.Chmod {
+		return false
+	}
+	name := filepath.Base(e.Name)
+	return name == filepath.Base(f.Path) || name == "..data"
+}
+
+// watcher is what Run remembers.
+type watcher struct {
+	*File
+	apply  func(*Local)
+	broken func(error)
+
+	stat    os.FileInfo // of the last look; nil: it could not be seen
+	sum     [sha256.Size]byte
+	read    bool   // sum is of a file that was read
+	problem string // last reason given to broken for something other than content
+}
+
+// touched reports whether the file looks different from the last time.
+func (w *watcher) touched() bool {
+	s, err := os.Stat(w.Path)
+	if err != nil || w.stat == nil {
+		return (err == nil) != (w.stat != nil)
+	}
+	return !os.SameFile(s, w.stat) || s.Size() != w.stat.Size() || !s.ModTime().Equal(w.stat.ModTime())
+}
+
+// reload reads the file and hands it on if its content is new.
+func (w *watcher) reload() {
+	w.stat = nil
+	if w.Path != "" {
+		// Before reading: what changes while we read is seen as a change later.
+		if s, err := os.Stat(w.Path); err == nil {
+			w.stat = s
+		}
+	}
+	data, err := w.File.read()
+	if err != nil {
+		if w.problem != err.Error() {
+			w.problem = err.Error()
+			w.broken(err)
+		}
+		w.read = false // what comes back counts as new
+		return
+	}
+	w.problem = ""
+	sum := sha256.Sum256(data)
+	if w.read && sum == w.sum {
+		return
+	}
+	w.sum, w.read = sum, true
+	l, err := w.parse(data)
+	if err != nil {
+		w.broken(err)
+		return
+	}
+	w.apply(l)
+}
+
+// IsContent reports whether an error of Load or broken is about what the file
+// says rather than about reading it.
+func IsContent(err error) bool {
+	var fe *FileError
+	return errors.As(err, &fe)
+}

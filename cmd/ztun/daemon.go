@@ -1,0 +1,346 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"runtime"
+	"runtime/pprof"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	mrand "math/rand/v2"
+
+	"ztun/admin"
+	"ztun/admin/ca"
+	"ztun/admin/xds"
+	"ztun/admin/zlog"
+	"ztun/netstack"
+	"ztun/proxy"
+	"ztun/proxy/hbone"
+	"ztun/proxy/state"
+	"ztun/tun"
+	"ztun/tun/netns"
+	"ztun/tun/steer"
+)
+
+// daemon is the composition root: everything that runs is made here, in start order.
+type daemon struct {
+	c       *Config
+	log     *zlog.Log
+	logger  *slog.Logger
+	ready   *admin.Ready
+	loop    *admin.Loop
+	know    *knowledge
+	certs   *ca.Manager
+	metrics *proxy.Metrics
+	pods    *podManager
+	node    *netns.NS
+	dev     tun.Device
+	uplink  *netstack.Uplink
+	quit    chan string // the reason to end; capacity 1
+
+	servers []*admin.Server
+	control *admin.PodSocket
+	mesh    *net.TCPListener
+
+	work sync.WaitGroup // everything that ends with the context of run
+}
+
+// notSentLowat keeps what waits unsent in the kernel short on tunnels, so that a small request is not
+// queued behind megabytes of bulk (design section 7, lesson 12). Bytes.
+const notSentLowat = 128 << 10
+
+// runProxy runs the daemon until a signal or /quitquitquit ends it.
+func runProxy(ctx context.Context, c *Config) error {
+	filter, err := zlog.ParseFilter(c.RustLog)
+	if err != nil {
+		return &configError{"RUST_LOG", c.RustLog, err}
+	}
+	log := zlog.New(zlog.Options{Writer: os.Stdout, JSON: c.LogFormat == "json", Control: zlog.NewControl(filter)})
+	defer log.Close(context.Background())
+	d := &daemon{c: c, log: log, logger: log.Logger("ztun"), quit: make(chan string, 1)}
+
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	defer signal.Stop(signals)
+
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	if err := d.start(ctx); err != nil {
+		d.logger.Error("cannot start", "error", err)
+		d.end(0)
+		stop()
+		d.work.Wait()
+		return err
+	}
+	var reason string
+	select {
+	case s := <-signals:
+		reason = "signal " + strings.ToUpper(s.String())
+		if s == syscall.SIGTERM {
+			reason = "signal SIGTERM"
+		}
+	case reason = <-d.quit:
+	}
+	d.logger.Info("received "+reason+", starting shutdown", "deadline", c.TerminationDeadline)
+	// The operator's impatience wins: a second signal ends the process at once.
+	over := make(chan struct{})
+	defer close(over)
+	go func() {
+		select {
+		case <-signals:
+			os.Exit(0)
+		case <-over:
+		}
+	}()
+	d.end(c.TerminationDeadline)
+	stop()
+	d.work.Wait()
+	d.logger.Info("shutdown complete")
+	return nil
+}
+
+// start makes everything, in the order in which a failure is cheapest.
+func (d *daemon) start(ctx context.Context) error {
+	c := d.c
+	version, revision := buildVersion()
+	d.logger.Info("ztun", "version", version, "revision", revision, "go", runtime.Version())
+	for _, line := range c.effective() {
+		d.logger.Debug("configuration", "setting", line)
+	}
+	// One processor more than the workers have, so that admin work never takes one of theirs.
+	runtime.GOMAXPROCS(c.WorkerThreads + 1)
+	raiseFileLimit(d.logger)
+	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
+		return fmt.Errorf("ZTUN_STATE_DIR: %w", err)
+	}
+
+	d.ready = admin.NewReady(time.Now)
+	stateReady := d.ready.Register("state manager")
+	proxyReady := d.ready.Register("proxy")
+	podsReady := d.ready.Register("workload proxy manager")
+	if err := d.bindReadiness(); err != nil {
+		return err
+	}
+
+	signer, err := d.signer()
+	if err != nil {
+		return err
+	}
+	d.certs = ca.NewManager(ca.ManagerOptions{Signer: signer, TTL: c.SecretTTL, Logger: d.log.Logger("ca")})
+	d.metrics = proxy.NewMetrics()
+	d.know = newKnowledge()
+	d.loop = admin.NewLoop(admin.LoopOptions{Published: d.know.published, Handle: d.handle, Logger: d.log.Logger("admin")})
+	d.know.view = d.loop.View
+	d.pods = newPodManager(c, d.log.Logger("pods"))
+	d.admin(ctx, "admin loop", func(ctx context.Context) error { return d.loop.Run(ctx) })
+	d.admin(ctx, "certificates", func(ctx context.Context) error { return d.certs.Run(ctx) })
+	d.admin(ctx, "re-check", func(ctx context.Context) error { d.know.recheckLoop(ctx, d.pods); return nil })
+	if err := d.bindAdmin(); err != nil {
+		return err
+	}
+
+	// The first load is synchronous: a wrong file at start is an error, later it keeps the last good state.
+	file := &xds.File{Path: c.LocalXDSPath, Inline: c.LocalXDS, Logger: d.log.Logger("xds")}
+	first, err := file.Load()
+	if err != nil {
+		return err
+	}
+	if err := d.loop.Do(ctx, func() { d.loop.Publish(d.build(first)) }); err != nil {
+		return err
+	}
+	stateReady.Done()
+	d.admin(ctx, "workload file", func(ctx context.Context) error {
+		return file.Run(ctx, func(l *xds.Local) {
+			d.loop.Post(ctx, admin.StateBuilt{Source: "file", View: d.build(l)})
+		}, func(err error) { d.loop.Post(ctx, admin.SourceBroken{Source: "file", Err: err}) })
+	})
+
+	if err := d.openNode(ctx); err != nil {
+		return err
+	}
+	proxyReady.Done()
+	d.pods.new = d.newPod
+	d.pods.adopt(ctx)
+	d.control, err = admin.NewPodSocket(admin.PodSocketOptions{Path: c.Socket, Pods: d.pods, Logger: d.log.Logger("pods")})
+	if err != nil {
+		return err
+	}
+	d.serve("control socket", d.control.Serve)
+	d.admin(ctx, "pod watch", func(ctx context.Context) error { d.pods.watch(ctx); return nil })
+	podsReady.Done()
+	d.logger.Info("ready", "node", c.NodeName, "workers", c.WorkerThreads, "offload", d.dev.Offload().VNetHdr)
+	return nil
+}
+
+// handle is what the events of the loop mean here.
+func (d *daemon) handle(e admin.Event) {
+	switch e := e.(type) {
+	case admin.SourceBroken:
+		d.log.Logger("xds").Error("the workload file cannot be used, the last good state stays", "source", e.Source, "error", e.Err)
+	case admin.StateBuilt:
+		w, s, p := e.View.Counts()
+		d.log.Logger("xds").Info("new state", "source", e.Source, "workloads", w, "services", s, "policies", p)
+	}
+}
+
+// build makes a View of the whole file; it runs on the source's goroutine.
+func (d *daemon) build(l *xds.Local) *state.View {
+	b := state.NewBuilder(d.c.NodeName)
+	for _, s := range l.Services {
+		b.InsertService(s)
+	}
+	for _, w := range l.Workloads {
+		b.InsertWorkload(w)
+	}
+	for _, p := range l.Policies {
+		b.InsertPolicy(p)
+	}
+	return b.Build()
+}
+
+func (d *daemon) signer() (ca.Signer, error) {
+	if d.c.FakeCA {
+		d.logger.Warn("FAKE_CA=true: certificates are signed with a key that everybody knows; for tests only")
+		return ca.NewFake(), nil
+	}
+	return ca.LoadDir(d.c.LocalCADir)
+}
+
+// openNode makes the node's side: its TUN, its rules, the listener of the mesh's port.
+func (d *daemon) openNode(ctx context.Context) (err error) {
+	c := d.c
+	if d.node, err = netns.Current(); err != nil {
+		return err
+	}
+	if d.dev, err = tun.Open(tun.Options{Name: c.NodeTUN, MTU: c.MTU, Plain: c.TUNPlain}); err != nil {
+		return err
+	}
+	if why := d.dev.Offload().Why; why != "" {
+		d.logger.Warn("the TUN device runs without offload, which costs most of its speed", "reason", why)
+	}
+	d.uplink = netstack.NewUplink(d.dev, d.log.Logger("netstack"))
+	plan := steer.NodePlan(steer.NodeConfig{TUN: c.NodeTUN, MTU: c.MTU, IPv6: c.IPv6})
+	if err := steer.Apply(ctx, plan, steer.Namespaces{Node: d.node}); err != nil {
+		return err
+	}
+	d.serve("node TUN", func() error { return d.uplink.Run(context.Background()) })
+	d.mesh, err = netns.ListenTransparent(ctx, nil, steer.PortHBONE, c.IPv6, d.socketOptions())
+	if err != nil {
+		return fmt.Errorf("port %d (HBONE): %w", steer.PortHBONE, err)
+	}
+	d.serve("port 15008", func() error { return d.pods.serveMesh(d.mesh) })
+	return nil
+}
+
+func (d *daemon) socketOptions() netns.SocketOptions {
+	c := d.c
+	o := netns.SocketOptions{NotSentLowat: notSentLowat, Mark: c.PacketMark, KeepAlive: net.KeepAliveConfig{
+		Enable: c.KeepaliveEnabled, Idle: c.KeepaliveTime, Interval: c.KeepaliveInterval, Count: int(c.KeepaliveRetries),
+	}}
+	if c.UserTimeout {
+		o.UserTimeout = c.KeepaliveTime + time.Duration(c.KeepaliveRetries)*c.KeepaliveInterval
+	}
+	return o
+}
+
+func (d *daemon) newPod(ctx context.Context, spec admin.PodSpec) (*pod, error) {
+	parts := &podParts{c: d.c, log: d.log.Logger("pods"), uplink: d.uplink, sock: d.socketOptions(), node: d.node, proxy: d.newProxy}
+	return newPod(ctx, parts, spec, d.pods.steerConfig(spec))
+}
+
+func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network) *proxy.Proxy {
+	c := d.c
+	return proxy.New(proxy.Options{
+		Info:    state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount},
+		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: net.DefaultResolver, Metrics: d.metrics,
+		Access: d.log.Logger("access"), Log: d.log.Logger("proxy"), Random: mrand.Uint64N,
+		Config: proxy.Config{
+			NetworkName: c.Network, ResponseBaggage: c.ResponseBaggage,
+			HBONE:          hbone.Config{StreamWindow: c.StreamWindow, ConnWindow: c.ConnWindow, FrameSize: c.FrameSize, Logger: d.log.Logger("hbone")},
+			PoolMaxStreams: int(c.PoolMaxStreams), PoolUnused: c.PoolUnused,
+		},
+	})
+}
+
+// end shuts down in ztunnel's order (spec dataplane 12): listeners close, connections may finish until
+// the deadline, the rest is cut.
+func (d *daemon) end(deadline time.Duration) {
+	ctx, cancel := context.WithTimeout(context.Background(), deadline)
+	defer cancel()
+	if d.control != nil {
+		d.control.Shutdown(ctx)
+	}
+	if d.mesh != nil {
+		d.mesh.Close()
+	}
+	var wg sync.WaitGroup
+	for _, s := range d.servers {
+		wg.Go(func() { s.Shutdown(ctx) })
+	}
+	if d.pods != nil {
+		d.pods.shutdown(ctx)
+	}
+	wg.Wait()
+	for _, s := range d.servers {
+		s.Close()
+	}
+	if d.uplink != nil {
+		d.uplink.Close()
+	} else if d.dev != nil {
+		d.dev.Close()
+	}
+}
+
+// admin starts a goroutine of the admin runtime; serve one that ends when what it serves is closed. An
+// unexpected end of either ends the process.
+func (d *daemon) admin(ctx context.Context, name string, f func(context.Context) error) {
+	d.work.Add(1)
+	go func() {
+		defer d.work.Done()
+		pprof.Do(ctx, pprof.Labels("role", "admin", "task", name), func(ctx context.Context) {
+			if err := f(ctx); err != nil && ctx.Err() == nil {
+				d.fail(name, err)
+			}
+		})
+	}()
+}
+
+func (d *daemon) serve(name string, f func() error) {
+	d.admin(context.Background(), name, func(context.Context) error { return f() })
+}
+
+func (d *daemon) fail(name string, err error) {
+	if errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrClosed) {
+		return
+	}
+	d.logger.Error("failed", "task", name, "error", err)
+	d.askToQuit("failure of " + name)
+}
+
+// askToQuit is how /quitquitquit and failures end the process; the first reason counts.
+func (d *daemon) askToQuit(reason string) {
+	select {
+	case d.quit <- reason:
+	default:
+	}
+}
+
+// raiseFileLimit lifts the soft limit of open files to the hard one: every connection takes two.
+func raiseFileLimit(log *slog.Logger) {
+	var l syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &l); err != nil {
+		return
+	}
+	l.Cur = l.Max
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &l); err != nil {
+		log.Warn("the limit of open files could not be raised", "error", err)
+	}
+}

@@ -1,0 +1,82 @@
+// Command ztun is Istio's node proxy over a TUN device and a userspace TCP/IP stack. See README.md.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+)
+
+// Exit codes: 1 is a failure at work, 2 a configuration that cannot be used.
+const (
+	exitFailure = 1
+	exitConfig  = 2
+)
+
+func main() {
+	root := &cobra.Command{
+		Use:           "ztun",
+		Short:         "Istio ambient node proxy over TUN and a userspace TCP/IP stack",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.AddCommand(proxyCommand(), podCommand(), caCommand(), versionCommand())
+	if err := root.ExecuteContext(context.Background()); err != nil {
+		fmt.Fprintln(os.Stderr, "ztun:", err)
+		var c *configError
+		if errors.As(err, &c) {
+			os.Exit(exitConfig)
+		}
+		os.Exit(exitFailure)
+	}
+}
+
+func proxyCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "proxy",
+		Short: "run the daemon of one node",
+		Long: "Runs the daemon of one node in the network namespace it is started in.\n" +
+			"It is configured by environment variables (name, default, meaning):\n\n" + helpTable(),
+		Args: cobra.ArbitraryArgs, // ztunnel's chart starts it as `proxy ztunnel`
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := loadConfig(os.LookupEnv)
+			if err != nil {
+				return err
+			}
+			return runProxy(cmd.Context(), c)
+		},
+	}
+}
+
+func versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "print the version and end", Args: cobra.NoArgs,
+		Run: func(cmd *cobra.Command, _ []string) {
+			version, revision := buildVersion()
+			fmt.Printf("ztun %s (revision %s, %s)\n", version, revision, runtime.Version())
+		},
+	}
+}
+
+// buildVersion reads what the linker recorded.
+func buildVersion() (version, revision string) {
+	version, revision = "unknown", "unknown"
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return
+	}
+	if info.Main.Version != "" {
+		version = info.Main.Version
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			revision = s.Value
+		}
+	}
+	return
+}

@@ -1,0 +1,70 @@
+package main
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"syscall"
+
+	"ztun/netstack"
+	"ztun/proxy"
+	"ztun/tun/netns"
+)
+
+// podNetwork is one pod's ways out: netstack towards the application and for plaintext, the kernel's
+// TCP with the pod's own address for the mesh.
+type podNetwork struct {
+	stack *netstack.Stack
+	addrs []netip.Addr
+	sock  netns.SocketOptions
+}
+
+func (n *podNetwork) DialApp(ctx context.Context, src, dst netip.AddrPort) (proxy.Conn, error) {
+	c, err := n.stack.DialApp(ctx, src, dst)
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func (n *podNetwork) DialPlain(ctx context.Context, dst netip.AddrPort) (proxy.Conn, error) {
+	c, err := n.stack.DialPlain(ctx, dst)
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func (n *podNetwork) DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn, error) {
+	for _, a := range n.addrs {
+		if a.Is4() == dst.Addr().Is4() {
+			return netns.DialTransparent(ctx, nil, a, dst, n.sock)
+		}
+	}
+	// The pod has no address of the destination's family: what its own kernel would say.
+	return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: syscall.ENETUNREACH}
+}
+
+// podFlow is a netstack flow as the proxy wants it.
+type podFlow struct{ *netstack.Flow }
+
+func (f podFlow) Accept() (proxy.Conn, error) {
+	c, err := f.Flow.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func (f podFlow) Refuse(r proxy.Refusal) {
+	switch r {
+	case proxy.RefuseHostUnreachable:
+		f.Flow.Refuse(netstack.HostUnreachable)
+	case proxy.RefuseNetUnreachable:
+		f.Flow.Refuse(netstack.NetUnreachable)
+	case proxy.RefuseSilent:
+		f.Flow.Refuse(netstack.Silent)
+	default:
+		f.Flow.Refuse(netstack.Reset)
+	}
+}

@@ -1,0 +1,161 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+
+	"ztun/admin"
+	"ztun/netstack"
+	"ztun/proxy"
+	"ztun/tun"
+	"ztun/tun/netns"
+	"ztun/tun/steer"
+)
+
+// podTUN is the name of the TUN device in a pod's namespace.
+const podTUN = "ztun0"
+
+// pod is what one attached pod consists of.
+type pod struct {
+	spec  admin.PodSpec
+	ns    *netns.NS // the pod's
+	node  *netns.NS // the daemon's
+	dev   tun.Device
+	stack *netstack.Stack
+	proxy *proxy.Proxy
+	steer steer.PodConfig
+	plan  steer.Plan
+	log   *slog.Logger
+
+	stopRun context.CancelFunc
+	running sync.WaitGroup
+	once    sync.Once
+}
+
+// podParts is what the composition root lends to every pod.
+type podParts struct {
+	c      *Config
+	log    *slog.Logger
+	uplink *netstack.Uplink
+	proxy  func(spec admin.PodSpec, n proxy.Network) *proxy.Proxy
+	sock   netns.SocketOptions
+	node   *netns.NS
+}
+
+// newPod attaches a pod. What it has made is unmade when a later step fails.
+func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.PodConfig) (_ *pod, err error) {
+	p := &pod{spec: spec, steer: sc, plan: steer.PodPlan(sc), log: parts.log, node: parts.node}
+	var undo []func()
+	defer func() {
+		if err != nil {
+			for i := len(undo) - 1; i >= 0; i-- {
+				undo[i]()
+			}
+		}
+	}()
+	if p.ns, err = netns.Open(spec.NetNS); err != nil {
+		return nil, fmt.Errorf("%w: %w", admin.ErrPodInvalid, err)
+	}
+	undo = append(undo, func() { p.ns.Close() })
+	if p.ns.Same(parts.node) {
+		return nil, fmt.Errorf("%w: %s is the daemon's own network namespace, not a pod's", admin.ErrPodInvalid, spec.NetNS)
+	}
+	// Kept by path: a pid or a name may mean something else after a restart.
+	p.spec.NetNS = p.ns.Path()
+	if p.dev, err = tun.Open(tun.Options{
+		Name: podTUN, NetNS: p.ns, MTU: spec.MTU, Persistent: true, Plain: parts.c.TUNPlain,
+	}); err != nil {
+		return nil, err
+	}
+	undo = append(undo, func() { tun.Destroy(p.dev) })
+	if p.stack, err = netstack.New(netstack.Config{
+		Addrs: spec.IPs, MTU: spec.MTU, App: p.dev, Uplink: parts.uplink, Logger: parts.log,
+		MaxInFlight: parts.c.MaxInFlight, MaxInFlightPerDst: parts.c.MaxInFlightPerDestination,
+		KeepaliveIdle: parts.c.KeepaliveTime, KeepaliveInterval: parts.c.KeepaliveInterval, KeepaliveCount: int(parts.c.KeepaliveRetries),
+		OnFlow: p.serve,
+	}); err != nil {
+		if errors.Is(err, netstack.ErrAddressTaken) {
+			return nil, fmt.Errorf("%w: %w", admin.ErrPodConflict, err)
+		}
+		return nil, err
+	}
+	undo = append(undo, func() { p.stack.Close() })
+	p.proxy = parts.proxy(spec, &podNetwork{stack: p.stack, addrs: spec.IPs, sock: parts.sock})
+	undo = append(undo, p.proxy.Close)
+
+	run, stop := context.WithCancel(context.Background())
+	p.stopRun = stop
+	p.running.Go(func() {
+		if err := p.stack.Run(run); err != nil && run.Err() == nil {
+			p.log.Error("the pod's device failed", "pod", refOf(spec).String(), "error", err)
+		}
+	})
+	undo = append(undo, func() { stop(); p.running.Wait() })
+	// The pod's own routes come last in the plan: nothing leaves it before all else stands.
+	if err = steer.Apply(ctx, p.plan, steer.Namespaces{Node: parts.node, Pod: p.ns}); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// serve is where a flow leaves netstack.
+func (p *pod) serve(f *netstack.Flow) {
+	if f.Inbound() {
+		p.proxy.ServePassthrough(podFlow{f})
+		return
+	}
+	p.proxy.ServeOutbound(podFlow{f})
+}
+
+// gone says why the pod's namespace is no longer the one that was attached; nil if it is.
+func (p *pod) gone() error {
+	ns, err := netns.Open(p.spec.NetNS)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	if !ns.Same(p.ns) {
+		return fmt.Errorf("%s is another network namespace now", p.spec.NetNS)
+	}
+	return nil
+}
+
+// stop drains until ctx ends and ends the pod's goroutines; device and routes stay.
+func (p *pod) stop(ctx context.Context) {
+	p.once.Do(func() {
+		p.proxy.Shutdown(ctx)
+		p.stack.Close()
+		p.stopRun()
+		p.running.Wait()
+	})
+}
+
+// remove stops the pod and takes every trace of it away.
+func (p *pod) remove(ctx context.Context) error {
+	p.stop(ctx)
+	err := errors.Join(
+		steer.Undo(p.plan, steer.Namespaces{Node: p.node, Pod: p.ns}),
+		tun.Remove(p.ns, podTUN),
+	)
+	p.ns.Close()
+	return err
+}
+
+func (p *pod) status() admin.PodStatus {
+	o := p.dev.Offload()
+	s := admin.PodStatus{
+		PodSpec: p.spec, State: "Up", Device: p.dev.Name(),
+		Offload: admin.PodOffload{VNetHdr: o.VNetHdr, CSum: o.CSum, TSO4: o.TSO4, TSO6: o.TSO6, USO: o.USO, Why: o.Why},
+	}
+	for _, c := range p.proxy.Connections() {
+		if c.Inbound {
+			s.Connections.Inbound++
+		} else {
+			s.Connections.Outbound++
+		}
+	}
+	return s
+}

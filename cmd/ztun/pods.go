@@ -1,0 +1,368 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"ztun/admin"
+	"ztun/tun/netns"
+	"ztun/tun/steer"
+)
+
+// podManager attaches pods, remembers them over restarts, and lets go of those that vanish.
+type podManager struct {
+	c   *Config
+	log *slog.Logger
+	new func(ctx context.Context, spec admin.PodSpec) (*pod, error) // builds and starts one
+
+	// op serialises changes: attaching is a sequence of steps on shared tables (routes, addresses).
+	op sync.Mutex
+
+	mu      sync.Mutex
+	pods    map[admin.PodRef]*pod
+	pending map[admin.PodRef]pendingPod // known from an earlier life, not attached yet
+	closed  bool
+
+	byAddr atomic.Pointer[map[netip.Addr]*pod]
+
+	started, stopped atomic.Uint64
+	unknown          atomic.Uint64 // mesh connections for an address that no pod has
+}
+
+type pendingPod struct {
+	spec admin.PodSpec
+	err  error
+}
+
+const (
+	vanishCheck  = 2 * time.Second
+	pendingRetry = 5 * time.Second // as ztunnel retries a proxy that could not start (spec controlplane 8.4)
+)
+
+func newPodManager(c *Config, log *slog.Logger) *podManager {
+	m := &podManager{c: c, log: log, pods: map[admin.PodRef]*pod{}, pending: map[admin.PodRef]pendingPod{}}
+	m.byAddr.Store(&map[netip.Addr]*pod{})
+	return m
+}
+
+func refOf(s admin.PodSpec) admin.PodRef { return admin.PodRef{Namespace: s.Namespace, Name: s.Name} }
+
+// Add implements admin.PodManager.
+func (m *podManager) Add(ctx context.Context, spec admin.PodSpec) error {
+	m.op.Lock()
+	defer m.op.Unlock()
+	// A name is resolved now, so that a later change of directory or of meaning cannot redirect it.
+	if err := m.attach(ctx, spec); err != nil {
+		return err
+	}
+	return m.save()
+}
+
+func (m *podManager) attach(ctx context.Context, spec admin.PodSpec) error {
+	ref := refOf(spec)
+	m.mu.Lock()
+	old, closed := m.pods[ref], m.closed
+	var attached []steer.PodConfig
+	for _, p := range m.pods {
+		attached = append(attached, p.steer)
+	}
+	m.mu.Unlock()
+	if closed {
+		return fmt.Errorf("%w: the daemon is shutting down", admin.ErrPodUnavailable)
+	}
+	if old != nil {
+		return fmt.Errorf("%w: pod %s is attached already (namespace %s); `ztun pod del` it first", admin.ErrPodConflict, ref, old.spec.NetNS)
+	}
+	if spec.MTU == 0 {
+		spec.MTU = m.c.MTU
+	}
+	if !m.c.IPv6 && slices.ContainsFunc(spec.IPs, netip.Addr.Is6) {
+		return fmt.Errorf("%w: it has an IPv6 address, but the daemon runs with IPV6_ENABLED=false", admin.ErrPodInvalid)
+	}
+	if err := steer.CheckPod(attached, m.steerConfig(spec)); err != nil {
+		return fmt.Errorf("%w: %w", admin.ErrPodConflict, err)
+	}
+	p, err := m.new(ctx, spec)
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	m.pods[ref] = p
+	delete(m.pending, ref)
+	m.index()
+	m.mu.Unlock()
+	m.started.Add(1)
+	m.log.Info("pod attached", "pod", ref.String(), "netns", p.ns.Path(), "addresses", fmt.Sprint(spec.IPs), "offload", p.dev.Offload().VNetHdr)
+	return nil
+}
+
+func (m *podManager) steerConfig(spec admin.PodSpec) steer.PodConfig {
+	return steer.PodConfig{Name: refOf(spec).String(), Addrs: spec.IPs, TUN: podTUN, NodeTUN: m.c.NodeTUN, MTU: spec.MTU}
+}
+
+// index rebuilds the table by which accepted mesh connections find their pod. mu is held.
+func (m *podManager) index() {
+	t := make(map[netip.Addr]*pod, len(m.pods))
+	for _, p := range m.pods {
+		for _, a := range p.spec.IPs {
+			t[a] = p
+		}
+	}
+	m.byAddr.Store(&t)
+}
+
+// Delete implements admin.PodManager: connections may finish until the termination deadline.
+func (m *podManager) Delete(ctx context.Context, namespace, name string) error {
+	m.op.Lock()
+	defer m.op.Unlock()
+	ref := admin.PodRef{Namespace: namespace, Name: name}
+	m.mu.Lock()
+	_, waiting := m.pending[ref]
+	delete(m.pending, ref)
+	m.mu.Unlock()
+	if waiting {
+		return m.save()
+	}
+	ctx, cancel := context.WithTimeout(ctx, m.c.TerminationDeadline)
+	defer cancel()
+	if err := m.detach(ctx, ref, nil); err != nil {
+		return err
+	}
+	return m.save()
+}
+
+// detach drains a pod until ctx ends and removes every trace of it. op is held.
+func (m *podManager) detach(ctx context.Context, ref admin.PodRef, only *pod) error {
+	m.mu.Lock()
+	p := m.pods[ref]
+	if p == nil || only != nil && p != only {
+		m.mu.Unlock()
+		return fmt.Errorf("%w: no pod %s is attached", admin.ErrPodNotFound, ref)
+	}
+	m.mu.Unlock()
+	err := p.remove(ctx)
+	m.mu.Lock()
+	delete(m.pods, ref)
+	m.index()
+	m.mu.Unlock()
+	m.stopped.Add(1)
+	if err != nil {
+		return fmt.Errorf("pod %s is detached, but traces of it may be left: %w", ref, err)
+	}
+	m.log.Info("pod detached", "pod", ref.String())
+	return nil
+}
+
+// List implements admin.PodManager.
+func (m *podManager) List() []admin.PodStatus {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := make([]admin.PodStatus, 0, len(m.pods)+len(m.pending))
+	for _, p := range m.pods {
+		out = append(out, p.status())
+	}
+	for _, p := range m.pending {
+		out = append(out, admin.PodStatus{PodSpec: p.spec, State: "Pending", Error: p.err.Error()})
+	}
+	slices.SortFunc(out, func(a, b admin.PodStatus) int {
+		return strings.Compare(refOf(a.PodSpec).String(), refOf(b.PodSpec).String())
+	})
+	return out
+}
+
+// all is a snapshot of the attached pods.
+func (m *podManager) all() []*pod {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := make([]*pod, 0, len(m.pods))
+	for _, p := range m.pods {
+		out = append(out, p)
+	}
+	return out
+}
+
+func (m *podManager) counts() (active, pending int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.pods), len(m.pending)
+}
+
+func (m *podManager) stateFile() string { return filepath.Join(m.c.StateDir, "pods.json") }
+
+// save writes the list of pods for the next life of the daemon.
+func (m *podManager) save() error {
+	m.mu.Lock()
+	specs := make([]admin.PodSpec, 0, len(m.pods)+len(m.pending))
+	for _, p := range m.pods {
+		specs = append(specs, p.spec)
+	}
+	for _, p := range m.pending {
+		specs = append(specs, p.spec)
+	}
+	m.mu.Unlock()
+	slices.SortFunc(specs, func(a, b admin.PodSpec) int { return strings.Compare(refOf(a).String(), refOf(b).String()) })
+	b, err := json.MarshalIndent(specs, "", "  ")
+	if err != nil {
+		return err
+	}
+	tmp := m.stateFile() + ".new"
+	if err := os.WriteFile(tmp, append(b, '\n'), 0o600); err != nil {
+		return fmt.Errorf("the list of pods could not be saved, a restart would forget the change: %w", err)
+	}
+	return os.Rename(tmp, m.stateFile())
+}
+
+// adopt attaches the pods of an earlier life again. A pod whose namespace is gone is dropped; one that
+// cannot be attached for another reason stays pending and is tried again.
+func (m *podManager) adopt(ctx context.Context) {
+	b, err := os.ReadFile(m.stateFile())
+	if errors.Is(err, os.ErrNotExist) {
+		return
+	}
+	var specs []admin.PodSpec
+	if err == nil {
+		err = json.Unmarshal(b, &specs)
+	}
+	if err != nil {
+		m.log.Error("the list of pods cannot be read; add the pods again", "file", m.stateFile(), "error", err)
+		return
+	}
+	m.op.Lock()
+	defer m.op.Unlock()
+	for _, spec := range specs {
+		m.retry(ctx, spec)
+	}
+	if err := m.save(); err != nil {
+		m.log.Error("saving the list of pods", "error", err)
+	}
+}
+
+// retry attaches spec, or keeps it pending, or drops it when its namespace is gone. op is held.
+func (m *podManager) retry(ctx context.Context, spec admin.PodSpec) {
+	ref := refOf(spec)
+	err := m.attach(ctx, spec)
+	if err == nil {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if ns, nserr := netns.Open(spec.NetNS); nserr != nil {
+		delete(m.pending, ref)
+		m.log.Warn("pod of an earlier run is gone", "pod", ref.String(), "error", err)
+		return
+	} else {
+		ns.Close()
+	}
+	m.pending[ref] = pendingPod{spec, err}
+	m.log.Error("pod cannot be attached, will be tried again", "pod", ref.String(), "error", err)
+}
+
+// watch lets go of pods whose namespace vanishes, and retries pending ones, until ctx ends.
+func (m *podManager) watch(ctx context.Context) {
+	check := time.NewTicker(vanishCheck)
+	defer check.Stop()
+	again := time.NewTicker(pendingRetry)
+	defer again.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-check.C:
+			m.dropVanished()
+		case <-again.C:
+			m.retryPending(ctx)
+		}
+	}
+}
+
+func (m *podManager) dropVanished() {
+	for _, p := range m.all() {
+		why := p.gone()
+		if why == nil {
+			continue
+		}
+		m.op.Lock()
+		m.log.Warn("pod has vanished, detaching it", "pod", refOf(p.spec).String(), "error", why)
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel() // nobody is left who could finish a connection
+		if err := m.detach(ctx, refOf(p.spec), p); err != nil {
+			m.log.Error("detaching a vanished pod", "error", err)
+		}
+		if err := m.save(); err != nil {
+			m.log.Error("saving the list of pods", "error", err)
+		}
+		m.op.Unlock()
+	}
+}
+
+func (m *podManager) retryPending(ctx context.Context) {
+	m.mu.Lock()
+	var specs []admin.PodSpec
+	for _, p := range m.pending {
+		specs = append(specs, p.spec)
+	}
+	m.mu.Unlock()
+	if len(specs) == 0 {
+		return
+	}
+	m.op.Lock()
+	defer m.op.Unlock()
+	for _, s := range specs {
+		m.retry(ctx, s)
+	}
+}
+
+// shutdown drains all pods at the same time until ctx ends. Devices and routes stay: they hold the
+// pods' traffic back until the next life of the daemon takes them over.
+func (m *podManager) shutdown(ctx context.Context) {
+	m.mu.Lock()
+	m.closed = true
+	m.mu.Unlock()
+	m.op.Lock()
+	defer m.op.Unlock()
+	var wg sync.WaitGroup
+	for _, p := range m.all() {
+		wg.Go(func() { p.stop(ctx) })
+	}
+	wg.Wait()
+}
+
+// serveMesh accepts HBONE connections for all pods until the listener is closed.
+func (m *podManager) serveMesh(ln *net.TCPListener) error {
+	delay := time.Duration(0)
+	for {
+		conn, err := ln.AcceptTCP()
+		if errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			// Out of file descriptors, mostly: accepting again at once would only burn the processor.
+			delay = min(max(2*delay, 5*time.Millisecond), time.Second)
+			m.log.Warn("accept on port 15008 failed", "error", err, "retry_in", delay)
+			time.Sleep(delay)
+			continue
+		}
+		delay = 0
+		local := conn.LocalAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
+		p := (*m.byAddr.Load())[local]
+		if p == nil {
+			m.unknown.Add(1)
+			conn.SetLinger(0)
+			conn.Close()
+			continue
+		}
+		go p.proxy.ServeMesh(conn)
+	}
+}

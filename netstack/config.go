@@ -1,0 +1,145 @@
+package netstack
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"ztun/tun"
+)
+
+// Config says what a Stack is made of. The zero value of every field from
+// MaxInFlight on means its default.
+type Config struct {
+	// Addrs are the pod's own addresses, at most one per family is used as a
+	// source by DialPlain (the first of its family). A flow is inbound iff its
+	// destination is one of them. At least one is needed.
+	Addrs []netip.Addr
+	// MTU in bytes of both links; zero means the App device's.
+	MTU int
+	// App is the TUN in the pod. The Stack owns it from a successful New on and
+	// closes it in Close.
+	App tun.Device
+	// Uplink is the node's TUN, shared by all pods and not owned; nil means
+	// that this stack has no way to the network of its own (DialPlain then
+	// fails with ENETUNREACH).
+	Uplink *Uplink
+	// UplinkIsApp makes the App device the way to the network as well: the
+	// steered mode, where both directions share one TUN. Uplink must be nil.
+	UplinkIsApp bool
+	// OnFlow is called in a goroutine of its own for every SYN that opens a new
+	// flow. It must call Accept or Refuse before it returns; a flow left
+	// undecided is refused with a reset.
+	OnFlow func(*Flow)
+	// Logger for what counters cannot say; nil discards.
+	Logger *slog.Logger
+
+	// MaxInFlight bounds flows that await a verdict (default 1024).
+	MaxInFlight int
+	// MaxInFlightPerDst bounds them per destination address and port (default 256).
+	MaxInFlightPerDst int
+
+	// Keepalive of every connection (ztunnel's defaults: 180 s, 180 s, 9).
+	KeepaliveIdle     time.Duration
+	KeepaliveInterval time.Duration
+	KeepaliveCount    int
+
+	// ReceiveBuffer and SendBuffer are the bytes a connection starts with, the
+	// Max ones what moderation may raise them to. Half of a receive buffer is
+	// advertised as window.
+	ReceiveBuffer, MaxReceiveBuffer int
+	SendBuffer, MaxSendBuffer       int
+
+	// Ports is the range from which source ports are drawn; zero means
+	// 16384-65535. Steered pods use 61000-65535, away from the application's.
+	PortMin, PortMax uint16
+
+	// CloseTimeout bounds how long Close waits for OnFlow goroutines (default 5 s).
+	CloseTimeout time.Duration
+}
+
+// Defaults, each with its reason.
+const (
+	defaultMaxInFlight       = 1024
+	defaultMaxInFlightPerDst = 256
+
+	// ztunnel's socket defaults (KEEPALIVE_TIME, KEEPALIVE_INTERVAL, KEEPALIVE_RETRIES).
+	defaultKeepaliveIdle     = 180 * time.Second
+	defaultKeepaliveInterval = 180 * time.Second
+	defaultKeepaliveCount    = 9
+
+	// The other end is a kernel a few microseconds away: what is buffered here
+	// adds delay and leaves the cache, and does not add speed beyond a few
+	// super-packets of 64 KiB. See doc.go for the measurements.
+	defaultReceiveBuffer    = 256 << 10
+	defaultMaxReceiveBuffer = 1 << 20
+	defaultSendBuffer       = 256 << 10
+	defaultMaxSendBuffer    = 1 << 20
+
+	defaultPortMin, defaultPortMax = 16384, 65535
+
+	defaultCloseTimeout = 5 * time.Second
+	minMTU              = 1280 // RFC 8200 section 5: an IPv6 link's smallest
+	maxMTU              = 65535
+)
+
+func (c *Config) fill() error {
+	if c.App == nil {
+		return errors.New("netstack: no App device")
+	}
+	if c.OnFlow == nil {
+		return errors.New("netstack: no OnFlow")
+	}
+	if c.Uplink != nil && c.UplinkIsApp {
+		return errors.New("netstack: both Uplink and UplinkIsApp given")
+	}
+	if len(c.Addrs) == 0 {
+		return errors.New("netstack: no pod address")
+	}
+	for i, a := range c.Addrs {
+		if a = a.Unmap(); !a.IsValid() || a.IsUnspecified() || a.IsMulticast() || a.IsLoopback() || a.Zone() != "" {
+			return fmt.Errorf("netstack: %v cannot be a pod's address", a)
+		}
+		c.Addrs[i] = a
+	}
+	if c.MTU == 0 {
+		c.MTU = c.App.MTU()
+	}
+	if c.MTU < minMTU || c.MTU > maxMTU {
+		return fmt.Errorf("netstack: MTU %d is outside %d-%d", c.MTU, minMTU, maxMTU)
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	orInt(&c.MaxInFlight, defaultMaxInFlight)
+	orInt(&c.MaxInFlightPerDst, defaultMaxInFlightPerDst)
+	orInt(&c.KeepaliveCount, defaultKeepaliveCount)
+	orInt(&c.ReceiveBuffer, defaultReceiveBuffer)
+	orInt(&c.MaxReceiveBuffer, max(defaultMaxReceiveBuffer, c.ReceiveBuffer))
+	orInt(&c.SendBuffer, defaultSendBuffer)
+	orInt(&c.MaxSendBuffer, max(defaultMaxSendBuffer, c.SendBuffer))
+	orDuration(&c.KeepaliveIdle, defaultKeepaliveIdle)
+	orDuration(&c.KeepaliveInterval, defaultKeepaliveInterval)
+	orDuration(&c.CloseTimeout, defaultCloseTimeout)
+	if c.PortMin == 0 && c.PortMax == 0 {
+		c.PortMin, c.PortMax = defaultPortMin, defaultPortMax
+	}
+	if c.PortMin == 0 || c.PortMax < c.PortMin {
+		return fmt.Errorf("netstack: bad port range %d-%d", c.PortMin, c.PortMax)
+	}
+	return nil
+}
+
+func orInt(v *int, def int) {
+	if *v <= 0 {
+		*v = def
+	}
+}
+
+func orDuration(v *time.Duration, def time.Duration) {
+	if *v <= 0 {
+		*v = def
+	}
+}

@@ -1,0 +1,467 @@
+package netstack
+
+import (
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// MaxWrite is the most bytes that leave in one super-packet. A Write of up to
+// MaxWrite bytes makes one packet on a device with segmentation offload; longer
+// ones are cut into equal parts.
+const MaxWrite = 65024 // below gsoMaxSize less what gVisor sets aside for headers (161)
+
+// moderateEvery is how many bytes are read between two looks at the size of the
+// receive buffer.
+const moderateEvery = 32 << 10
+
+// Conn is an established TCP connection of a Stack: a net.Conn that can be
+// half-closed, reset, and waited for without a buffer in hand. It has no
+// goroutine and no buffer of its own. All methods may be called concurrently;
+// reads are serialised among themselves, and so are writes.
+type Conn struct {
+	ep            *tcp.Endpoint
+	s             *Stack
+	port          *port
+	wq            waiter.Queue
+	entry         waiter.Entry
+	local, remote netip.AddrPort
+
+	rd, wr half
+	in     sliceWriter // of Read, guarded by rd.mu
+	out    payload     // of Write, guarded by wr.mu
+	unseen int         // bytes read since ModerateRecvBuf, guarded by rd.mu
+
+	// failed is the errno that ended the connection, zero if none: gVisor
+	// reports it once and then says end of file, which a relay must not take
+	// for a clean end.
+	failed atomic.Uint32
+	closed atomic.Bool
+
+	mu     sync.Mutex
+	pinned bool // WriteTo is handing out memory of the receive queue
+	// purge is set if Close came while pinned: who pins frees the endpoint.
+	purge bool
+
+	prev, next *Conn // in connList
+}
+
+var (
+	_ net.Conn             = (*Conn)(nil)
+	_ io.WriterTo          = (*Conn)(nil)
+	_ waiter.EventListener = (*Conn)(nil)
+)
+
+func newConn(s *Stack, local, remote netip.AddrPort) *Conn {
+	return &Conn{s: s, local: local, remote: remote}
+}
+
+// start takes over an established endpoint whose wait queue is c.wq.
+func (c *Conn) start(ep *tcp.Endpoint) error {
+	c.ep = ep
+	so := ep.SocketOptions()
+	idle, interval := tcpip.KeepaliveIdleOption(c.s.cfg.KeepaliveIdle), tcpip.KeepaliveIntervalOption(c.s.cfg.KeepaliveInterval)
+	ep.SetSockOpt(&idle)
+	ep.SetSockOpt(&interval)
+	ep.SetSockOptInt(tcpip.KeepaliveCountOption, c.s.cfg.KeepaliveCount)
+	so.SetKeepAlive(true)
+	// One entry for the life of the connection: registering per wait would take
+	// the queue's lock twice each time.
+	c.entry.Init(c, waiter.ReadableEvents|waiter.WritableEvents|waiter.EventHUp|waiter.EventErr|waiter.EventRdHUp)
+	c.wq.EventRegister(&c.entry)
+	if !c.s.conns.add(c) {
+		c.closed.Store(true)
+		ep.Abort()
+		ep.Close()
+		return c.opError("accept", net.ErrClosed)
+	}
+	return nil
+}
+
+// NotifyEvent implements waiter.EventListener. It is called with gVisor's locks
+// held and only wakes.
+func (c *Conn) NotifyEvent(m waiter.EventMask) {
+	if m&^waiter.WritableEvents != 0 {
+		c.rd.wake()
+	}
+	if m&^waiter.ReadableEvents != 0 {
+		c.wr.wake()
+	}
+}
+
+// readable waits until there is something to read: data, end of file or an
+// error of the connection. rd.mu is held.
+func (c *Conn) readable() error {
+	armed := false
+	for {
+		switch {
+		case c.closed.Load():
+			return net.ErrClosed
+		case c.rd.expired():
+			return os.ErrDeadlineExceeded
+		case c.ep.Readiness(waiter.ReadableEvents) != 0:
+			return nil
+		}
+		if !armed {
+			c.rd.arm()
+			defer c.rd.disarm()
+			armed = true
+			continue
+		}
+		c.rd.sleep()
+	}
+}
+
+// WaitRead returns nil as soon as Read would not block: there is data, or end
+// of file, or an error for Read to return. Its own errors are those of a closed
+// connection and of the read deadline.
+func (c *Conn) WaitRead() error {
+	c.rd.mu.Lock()
+	defer c.rd.mu.Unlock()
+	if err := c.readable(); err != nil {
+		return c.opError("read", err)
+	}
+	return nil
+}
+
+// Read implements net.Conn. io.EOF means that the peer has sent FIN; a reset is
+// ECONNRESET, however often one asks.
+func (c *Conn) Read(b []byte) (int, error) {
+	c.rd.mu.Lock()
+	defer c.rd.mu.Unlock()
+	for {
+		if err := c.readable(); err != nil {
+			return 0, c.opError("read", err)
+		}
+		if len(b) == 0 {
+			return 0, nil
+		}
+		c.in.b, c.in.n = b, 0
+		_, terr := c.ep.Read(&c.in, tcpip.ReadOptions{})
+		c.in.b = nil
+		if n := c.in.n; n > 0 {
+			c.consumed(n)
+			return n, nil
+		}
+		if err := c.readError(terr); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// consumed lets the receive window follow the reader's speed.
+func (c *Conn) consumed(n int) {
+	if c.unseen += n; c.unseen >= moderateEvery {
+		c.ep.ModerateRecvBuf(c.unseen)
+		c.unseen = 0
+	}
+}
+
+// readError translates the outcome of a read that brought nothing; nil means
+// that it would block.
+func (c *Conn) readError(terr tcpip.Error) error {
+	switch terr.(type) {
+	case nil, *tcpip.ErrWouldBlock, *tcpip.ErrBadBuffer:
+		return nil
+	}
+	if c.closed.Load() {
+		return c.opError("read", net.ErrClosed)
+	}
+	if _, ok := terr.(*tcpip.ErrClosedForReceive); ok {
+		if e := syscall.Errno(c.failed.Load()); e != 0 {
+			return c.opError("read", os.NewSyscallError("read", e))
+		}
+		if c.ep.EndpointState() != tcp.StateError {
+			return io.EOF
+		}
+		terr = &tcpip.ErrConnectionReset{}
+	}
+	return c.fail("read", terr)
+}
+
+// fail remembers what ended the connection.
+func (c *Conn) fail(op string, terr tcpip.Error) error {
+	e := errnoOf(terr)
+	if e != syscall.EPIPE {
+		c.failed.CompareAndSwap(0, uint32(e))
+	}
+	return c.opError(op, os.NewSyscallError(op, e))
+}
+
+// Write implements net.Conn. It returns when everything is in the send queue,
+// which holds Config.SendBuffer bytes or more.
+func (c *Conn) Write(b []byte) (int, error) {
+	c.wr.mu.Lock()
+	defer c.wr.mu.Unlock()
+	if len(b) == 0 {
+		return 0, nil
+	}
+	parts := (len(b) + MaxWrite - 1) / MaxWrite
+	part := (len(b) + parts - 1) / parts
+	done, armed := 0, false
+	for done < len(b) {
+		switch {
+		case c.closed.Load():
+			return done, c.opError("write", net.ErrClosed)
+		case c.wr.expired():
+			return done, c.opError("write", os.ErrDeadlineExceeded)
+		}
+		tx := &c.port.pump.tx
+		if tx.full.Load() {
+			if !armed {
+				c.wr.arm()
+				defer c.wr.disarm()
+				armed = true
+			}
+			if tx.waitRoom(&c.wr) {
+				c.wr.sleep()
+				continue
+			}
+		}
+		end := min(done+part, len(b))
+		c.out.b = b[done:end]
+		tx.enter()
+		n, terr := c.ep.Write(&c.out, tcpip.WriteOptions{})
+		tx.leave(c.port.pump.dev, c.port.pump.gso)
+		c.out.b = nil
+		done += int(n)
+		switch terr.(type) {
+		case nil:
+		case *tcpip.ErrWouldBlock:
+			if !armed {
+				c.wr.arm()
+				defer c.wr.disarm()
+				armed = true
+				continue
+			}
+			c.wr.sleep()
+		default:
+			return done, c.writeError(terr)
+		}
+	}
+	return done, nil
+}
+
+func (c *Conn) writeError(terr tcpip.Error) error {
+	if c.closed.Load() {
+		return c.opError("write", net.ErrClosed)
+	}
+	if _, ok := terr.(*tcpip.ErrClosedForSend); ok {
+		if e := syscall.Errno(c.failed.Load()); e != 0 {
+			return c.opError("write", os.NewSyscallError("write", e))
+		}
+	}
+	return c.fail("write", terr)
+}
+
+// CloseWrite sends FIN after what is queued; reading goes on.
+func (c *Conn) CloseWrite() error {
+	if c.closed.Load() {
+		return c.opError("close", net.ErrClosed)
+	}
+	if terr := c.ep.Shutdown(tcpip.ShutdownWrite); terr != nil {
+		return c.opError("close", os.NewSyscallError("shutdown", errnoOf(terr)))
+	}
+	return nil
+}
+
+// Close ends the connection as a kernel socket does: with FIN after what is
+// queued, but with RST if there is data that nobody has read.
+func (c *Conn) Close() error { return c.close(false) }
+
+// Reset aborts the connection: the peer gets a RST, what is queued is dropped.
+func (c *Conn) Reset() error { return c.close(true) }
+
+func (c *Conn) close(reset bool) error {
+	if c.closed.Swap(true) {
+		return c.opError("close", net.ErrClosed)
+	}
+	c.s.conns.remove(c)
+	c.mu.Lock()
+	pinned := c.pinned
+	c.purge = pinned
+	for _, h := range []*half{&c.rd, &c.wr} {
+		if h.timer != nil {
+			h.timer.Stop()
+		}
+	}
+	c.mu.Unlock()
+	switch {
+	case pinned:
+		// Data lies unread, so this sends a RST and takes the endpoint out of
+		// the stack, but leaves the receive queue alone, which is being read.
+		c.ep.Shutdown(tcpip.ShutdownRead | tcpip.ShutdownWrite)
+	case reset:
+		c.ep.Abort()
+		c.ep.Close()
+	default:
+		c.ep.Close()
+	}
+	c.rd.wake()
+	c.wr.wake()
+	return nil
+}
+
+// pin keeps the receive queue's memory alive until unpin.
+func (c *Conn) pin() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed.Load() {
+		return false
+	}
+	c.pinned = true
+	return true
+}
+
+func (c *Conn) unpin() {
+	c.mu.Lock()
+	c.pinned = false
+	purge := c.purge
+	c.mu.Unlock()
+	if purge {
+		c.ep.Close()
+	}
+}
+
+// LocalAddr implements net.Conn: for an accepted flow what the client asked
+// for, for DialApp the client's address.
+func (c *Conn) LocalAddr() net.Addr { return net.TCPAddrFromAddrPort(c.local) }
+
+// RemoteAddr implements net.Conn.
+func (c *Conn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.remote) }
+
+// LocalAddrPort is LocalAddr without an allocation.
+func (c *Conn) LocalAddrPort() netip.AddrPort { return c.local }
+
+// RemoteAddrPort is RemoteAddr without an allocation.
+func (c *Conn) RemoteAddrPort() netip.AddrPort { return c.remote }
+
+// SetDeadline implements net.Conn.
+func (c *Conn) SetDeadline(t time.Time) error { return c.setDeadline(t, &c.rd, &c.wr) }
+
+// SetReadDeadline implements net.Conn.
+func (c *Conn) SetReadDeadline(t time.Time) error { return c.setDeadline(t, &c.rd) }
+
+// SetWriteDeadline implements net.Conn.
+func (c *Conn) SetWriteDeadline(t time.Time) error { return c.setDeadline(t, &c.wr) }
+
+func (c *Conn) setDeadline(t time.Time, hs ...*half) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed.Load() {
+		return c.opError("set", net.ErrClosed)
+	}
+	for _, h := range hs {
+		h.setDeadline(t)
+	}
+	return nil
+}
+
+func (c *Conn) opError(op string, err error) error {
+	return &net.OpError{Op: op, Net: "tcp", Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: err}
+}
+
+var errShort = errors.New("buffer full")
+
+// sliceWriter takes what fits.
+type sliceWriter struct {
+	b []byte
+	n int
+}
+
+func (w *sliceWriter) Write(p []byte) (int, error) {
+	n := copy(w.b[w.n:], p)
+	w.n += n
+	if n < len(p) {
+		return n, errShort
+	}
+	return n, nil
+}
+
+// payload is a tcpip.Payloader over a slice.
+type payload struct{ b []byte }
+
+func (p *payload) Len() int { return len(p.b) }
+
+func (p *payload) Read(b []byte) (int, error) {
+	if len(p.b) == 0 {
+		return 0, io.EOF
+	}
+	n := copy(b, p.b)
+	p.b = p.b[n:]
+	return n, nil
+}
+
+// connList holds a stack's connections, to be reset when it closes.
+type connList struct {
+	mu     sync.Mutex
+	first  *Conn
+	n      int
+	closed bool
+}
+
+func (l *connList) add(c *Conn) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return false
+	}
+	if c.next = l.first; c.next != nil {
+		c.next.prev = c
+	}
+	l.first = c
+	l.n++
+	return true
+}
+
+func (l *connList) remove(c *Conn) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case c.prev != nil:
+		c.prev.next = c.next
+	case l.first == c:
+		l.first = c.next
+	default:
+		return
+	}
+	if c.next != nil {
+		c.next.prev = c.prev
+	}
+	c.prev, c.next = nil, nil
+	l.n--
+}
+
+func (l *connList) len() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.n
+}
+
+// close resets all connections and refuses new ones.
+func (l *connList) close() {
+	l.mu.Lock()
+	l.closed = true
+	l.mu.Unlock()
+	for {
+		l.mu.Lock()
+		c := l.first
+		l.mu.Unlock()
+		if c == nil {
+			return
+		}
+		if c.Reset() != nil {
+			l.remove(c) // someone else is closing it
+		}
+	}
+}

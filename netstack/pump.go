@@ -1,0 +1,155 @@
+package netstack
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"ztun/tun"
+)
+
+// flushTimeout bounds how long a closing stack waits for its last packets to be
+// written.
+const flushTimeout = 200 * time.Millisecond
+
+// pump moves packets between one device and the ports on it: a reader that
+// delivers inline, and a transmit queue.
+type pump struct {
+	dev tun.Device
+	log *slog.Logger
+	gso bool
+
+	// only is the one port of an App device; nil for an uplink, whose reader
+	// asks route.
+	only  *port
+	route func(p *rxPacket) *port
+
+	tx txQueue
+
+	closeOnce sync.Once
+	stop      chan struct{} // closed to end the writer
+
+	rx rxStats
+}
+
+type rxStats struct {
+	packets, bytes                             atomic.Uint64
+	malformed, notTCP, badChecksum, unknownDst atomic.Uint64
+}
+
+func newPump(dev tun.Device, log *slog.Logger) *pump {
+	o := dev.Offload()
+	return &pump{
+		dev:  dev,
+		log:  log,
+		gso:  o.VNetHdr && o.CSum && o.TSO4 && o.TSO6,
+		tx:   txQueue{wake: make(chan struct{}, 1)},
+		stop: make(chan struct{}),
+	}
+}
+
+// run reads until the device is closed; it owns the writer goroutine.
+func (p *pump) run() error {
+	var wg sync.WaitGroup
+	wg.Go(p.writer)
+	err := p.reader()
+	if errors.Is(err, os.ErrClosed) {
+		err = nil
+	} else if err != nil {
+		err = fmt.Errorf("netstack: reading %s: %w", p.dev.Name(), err)
+	}
+	p.close()
+	wg.Wait()
+	p.tx.close()
+	return err
+}
+
+// writer writes what nobody else is writing.
+func (p *pump) writer() {
+	for {
+		select {
+		case <-p.tx.wake:
+			p.tx.drain(p.dev, p.gso, 0)
+		case <-p.stop:
+			return
+		}
+	}
+}
+
+// reader is the only reader of the device.
+func (p *pump) reader() error {
+	var (
+		bufs rxBuffers
+		vh   tun.VNetHdr
+		pk   rxPacket
+	)
+	defer bufs.release()
+	vnet := p.dev.Offload().VNetHdr
+	for {
+		iov := bufs.prepare()
+		n, err := p.dev.ReadPacket(&vh, iov)
+		if err != nil {
+			if errors.Is(err, tun.ErrShortBuffer) || errors.Is(err, tun.ErrTooManyBuffers) {
+				p.rx.malformed.Add(1)
+				continue
+			}
+			return err
+		}
+		p.rx.packets.Add(1)
+		p.rx.bytes.Add(uint64(n))
+		v := parseHead(iov[0][:min(n, headSize)], n, &pk)
+		if v == rxDeliver && pk.tcp && !(vnet && vouched(&vh)) && !checksumValid(iov, n, &pk) {
+			v = rxChecksum
+		}
+		switch v {
+		case rxMalformed:
+			p.rx.malformed.Add(1)
+			continue
+		case rxNotTCP:
+			p.rx.notTCP.Add(1)
+			continue
+		case rxChecksum:
+			p.rx.badChecksum.Add(1)
+			continue
+		}
+		to := p.only
+		if to == nil {
+			if to = p.route(&pk); to == nil {
+				p.rx.unknownDst.Add(1)
+				continue
+			}
+		}
+		to.deliver(pk.proto, bufs.packet(n, &pk))
+	}
+}
+
+// send queues a packet that did not come from gVisor and consumes the caller's
+// reference.
+func (p *pump) send(pkt *stack.PacketBuffer) {
+	one := [1]*stack.PacketBuffer{pkt}
+	p.tx.push(one[:])
+	pkt.DecRef()
+}
+
+// flush waits until the queue is empty, at most d.
+func (p *pump) flush(d time.Duration) {
+	for end := time.Now().Add(d); !p.tx.idle() && time.Now().Before(end); {
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// close closes the device, which ends the reader, and tells the writer to end.
+func (p *pump) close() {
+	p.closeOnce.Do(func() {
+		if err := p.dev.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
+			p.log.Warn("netstack: closing device", "device", p.dev.Name(), "error", err)
+		}
+		close(p.stop)
+	})
+}

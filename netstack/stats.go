@@ -1,0 +1,60 @@
+package netstack
+
+// LinkStats counts what passed a device, and what did not. Super-packets count
+// as one packet.
+type LinkStats struct {
+	RxPackets, RxBytes uint64
+	// Packets that were read and dropped: not IP or lengths that contradict each
+	// other; a protocol other than TCP and ICMP; a wrong TCP checksum; a
+	// destination that is no pod's (uplink only).
+	RxMalformed, RxNotTCP, RxBadChecksum, RxUnknownDst uint64
+	TxPackets, TxBytes                                 uint64
+	// TxDropped were refused because the transmit queue was full or closed;
+	// TxErrors failed in the device.
+	TxDropped, TxErrors uint64
+	// Offload reports whether super-packets and checksums are left to the kernel.
+	Offload bool
+}
+
+// Stats is a snapshot of a stack's counters and gauges.
+type Stats struct {
+	App LinkStats
+
+	// Flows by outcome. Duplicates are retransmitted SYNs of a pending flow.
+	Flows, Duplicates, Accepted, AcceptFailed, Refused uint64
+	// SYNs ignored because a bound was reached: of the pod, of one destination.
+	OverPod, OverDestination uint64
+	InFlight, Conns          int
+
+	// From gVisor: of all connections of this stack.
+	Retransmits, Timeouts, ResetsSent, ResetsReceived, SegmentQueueDropped uint64
+}
+
+// Stats returns the counters so far.
+func (s *Stack) Stats() Stats {
+	g := s.gs.Stats()
+	return Stats{
+		App:        s.app.stats(),
+		Flows:      s.fwd.flows.Load(),
+		Duplicates: s.fwd.duplicates.Load(), Accepted: s.fwd.accepted.Load(), AcceptFailed: s.fwd.failed.Load(), Refused: s.fwd.refused.Load(),
+		OverPod: s.fwd.overPod.Load(), OverDestination: s.fwd.overDst.Load(),
+		InFlight: s.fwd.inFlight(), Conns: s.conns.len(),
+		Retransmits: g.TCP.Retransmits.Value(), Timeouts: g.TCP.Timeouts.Value(),
+		ResetsSent: g.TCP.ResetsSent.Value(), ResetsReceived: g.TCP.ResetsReceived.Value(),
+		SegmentQueueDropped: g.DroppedPackets.Value(),
+	}
+}
+
+// Stats returns the counters of the node's device.
+func (u *Uplink) Stats() LinkStats { return u.pump.stats() }
+
+func (p *pump) stats() LinkStats {
+	return LinkStats{
+		RxPackets: p.rx.packets.Load(), RxBytes: p.rx.bytes.Load(),
+		RxMalformed: p.rx.malformed.Load(), RxNotTCP: p.rx.notTCP.Load(),
+		RxBadChecksum: p.rx.badChecksum.Load(), RxUnknownDst: p.rx.unknownDst.Load(),
+		TxPackets: p.tx.packets.Load(), TxBytes: p.tx.sent.Load(),
+		TxDropped: p.tx.dropped.Load(), TxErrors: p.tx.errors.Load(),
+		Offload: p.gso,
+	}
+}

@@ -1,0 +1,181 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"ztun/proxy/identity"
+	"ztun/proxy/state"
+)
+
+// connection is what one proxied connection reports: its labels, its access line, its byte counts.
+// It is opened once and recorded once.
+type connection struct {
+	p        *Proxy
+	outbound bool
+	start    time.Time
+	src, dst netip.AddrPort
+	hbone    string // the CONNECT authority; "" for plaintext
+	mtls     bool
+	labels   labels
+	series   *series
+	srcName  string // pod names; "" falls back to the canonical service label
+	dstName  string
+	service  string
+	srcID    identity.ID
+	dstID    identity.ID
+
+	received atomic.Uint64 // downstream to upstream, as Istio's historical orientation has it
+	sent     atomic.Uint64 // upstream to downstream
+
+	recorded sync.Once
+}
+
+type connectionInput struct {
+	outbound bool
+	src, dst netip.AddrPort
+	hbone    string
+	mtls     bool
+	derived  *derived
+	source   *state.Workload
+	dest     *state.Workload
+	service  *state.Service
+	start    time.Time
+}
+
+// open counts the connection and writes the DEBUG line "connection opened".
+func (p *Proxy) open(in connectionInput) *connection {
+	c := &connection{p: p, outbound: in.outbound, start: in.start, src: in.src, dst: in.dst, hbone: in.hbone, mtls: in.mtls}
+	li := labelInput{reporter: reporterDestination, security: securityUnknown, derived: in.derived, source: in.source, dest: in.dest, service: in.service}
+	if in.outbound {
+		li.reporter = reporterSource
+	}
+	if in.mtls {
+		li.security = securityMutualTLS
+		if in.derived != nil {
+			c.srcID = in.derived.id
+		}
+		if in.dest != nil {
+			c.dstID = in.dest.Identity()
+		}
+	}
+	c.labels = makeLabels(li)
+	if in.source != nil {
+		c.srcName = in.source.Name
+	}
+	if in.dest != nil {
+		c.dstName = in.dest.Name
+	}
+	if in.service != nil {
+		c.service = in.service.Hostname
+	}
+	c.series = p.o.Metrics.open(c.labels)
+	if p.o.Access.Enabled(context.Background(), slog.LevelDebug) {
+		p.o.Access.LogAttrs(context.Background(), slog.LevelDebug, "connection opened", c.attrs(make([]slog.Attr, 0, 16))...)
+	}
+	return c
+}
+
+// record closes the connection's books: metrics and the access line. Only the first call counts.
+func (c *connection) record(err error) {
+	c.recorded.Do(func() {
+		flag := FlagNone
+		if err != nil {
+			flag = FlagConnect // an error that carries no flag of its own (spec 10.2)
+			var e *Error
+			if errors.As(err, &e) {
+				flag = e.Flag()
+			}
+		}
+		c.p.o.Metrics.close(c.series, flag)
+		level := slog.LevelInfo
+		if err != nil {
+			level = slog.LevelError
+		}
+		if !c.p.o.Access.Enabled(context.Background(), level) {
+			return
+		}
+		// The counters are turned so that bytes_sent is what this side of the mesh sent (spec 11).
+		sent, received := c.sent.Load(), c.received.Load()
+		if c.outbound {
+			sent, received = received, sent
+		}
+		attrs := c.attrs(make([]slog.Attr, 0, 20))
+		attrs = append(attrs, slog.Uint64("bytes_sent", sent), slog.Uint64("bytes_recv", received),
+			slog.String("duration", durationText(time.Since(c.start))))
+		if err != nil {
+			attrs = append(attrs, slog.String("error", err.Error()))
+		}
+		c.p.o.Access.LogAttrs(context.Background(), level, "connection complete", attrs...)
+	})
+}
+
+func (c *connection) attrs(a []slog.Attr) []slog.Attr {
+	str := func(key, v string) {
+		if v != "" {
+			a = append(a, slog.String(key, v))
+		}
+	}
+	a = append(a, slog.Any("src.addr", c.src))
+	str("src.workload", firstNonEmpty(c.srcName, c.labels[lSourceCanonicalService]))
+	str("src.namespace", c.labels[lSourceNamespace])
+	if c.mtls && !c.srcID.IsZero() {
+		str("src.identity", c.srcID.String())
+	}
+	str("src.cluster", c.labels[lSourceCluster])
+	a = append(a, slog.Any("dst.addr", c.dst))
+	if c.hbone != "" {
+		a = append(a, slog.Any("dst.hbone_addr", display(c.hbone)))
+	}
+	str("dst.service", c.service)
+	str("dst.workload", firstNonEmpty(c.dstName, c.labels[lDestinationCanonicalService]))
+	str("dst.namespace", c.labels[lDestinationNamespace])
+	if c.mtls && !c.dstID.IsZero() {
+		str("dst.identity", c.dstID.String())
+	}
+	str("dst.cluster", c.labels[lDestinationCluster])
+	return append(a, slog.String("direction", direction(c.outbound)))
+}
+
+// deny writes the WARN line of a connection that was turned down before anything was counted
+// (spec 11, "early deny").
+func (p *Proxy) deny(outbound bool, src, dst netip.AddrPort, err error) {
+	p.o.Access.LogAttrs(context.Background(), slog.LevelWarn, "connection failed",
+		slog.Any("src.addr", src), slog.Any("dst.addr", dst),
+		slog.String("direction", direction(outbound)), slog.String("error", err.Error()))
+}
+
+// display is text that is logged without quotes, as ztunnel logs what it displays.
+type display string
+
+func (d display) String() string { return string(d) }
+
+func direction(outbound bool) string {
+	if outbound {
+		return "outbound"
+	}
+	return "inbound"
+}
+
+func durationText(d time.Duration) string {
+	var b [24]byte
+	n := strconv.AppendInt(b[:0], d.Milliseconds(), 10)
+	return string(append(n, 'm', 's'))
+}
+
+func firstNonEmpty(a, b string) string {
+	if a != "" {
+		return a
+	}
+	return b
+}
+
+// addSent and addReceived count bytes as they are written, for the metrics and the access line.
+func (c *connection) addSent(n int)     { c.sent.Add(uint64(n)); c.series.sent.Add(uint64(n)) }
+func (c *connection) addReceived(n int) { c.received.Add(uint64(n)); c.series.received.Add(uint64(n)) }

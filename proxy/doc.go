@@ -1,0 +1,20 @@
+// Package proxy is one pod's data plane: it takes flows whose SYN still awaits a verdict, and mesh
+// connections accepted on port 15008, decides where each goes, connects the far side, and only then
+// accepts the near side and copies bytes until both directions have ended.
+//
+// What flows through: Flow (from netstack, by way of the composition root), net.Conn (accepted on
+// 15008), and the immutable state.View that the admin loop publishes. Who calls it: cmd/ztun makes one
+// Proxy per attached pod. What it never does: touch packets, devices, namespaces or files, or wait for
+// the admin loop (except for a certificate or the pod's own workload record, both bounded).
+//
+// Names follow Istio: "outbound" is what the pod's application opens (ztunnel's port 15001), "inbound"
+// is HBONE on 15008, "passthrough" is inbound plaintext (ztunnel's port 15006).
+//
+// Decisions:
+//   - 2026-11-23: truthful connect. The application's SYN is answered after the upstream stands, so a
+//     refusal is a RST and not an accepted connection that is reset (ztunnel cannot do this).
+//   - 2026-11-23: a reset is carried through as a reset (CONNECT_ERROR on the tunnel, RFC 9113 8.5);
+//     ztunnel turns it into an orderly end. The access line still reports success, as ztunnel's does.
+//   - 2026-11-23: live connections are registered before their policy check, so that a policy change
+//     between check and registration cannot be missed (as in ztunnel).
+package proxy

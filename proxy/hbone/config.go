@@ -1,0 +1,124 @@
+package hbone
+
+import (
+	"log/slog"
+	"time"
+)
+
+// Config is what a connection is told; zero values mean the defaults given here, which are ztunnel's where it has them.
+type Config struct {
+	// StreamWindow is the receive window of a stream in bytes (SETTINGS_INITIAL_WINDOW_SIZE, 4 MiB).
+	StreamWindow uint32
+	// ConnWindow is the receive window of the connection in bytes (16 MiB). It bounds what a peer can make us hold unread.
+	ConnWindow uint32
+	// FrameSize is the largest frame that the peer may send, in bytes (SETTINGS_MAX_FRAME_SIZE, 1 MiB).
+	FrameSize uint32
+	// MaxStreams is how many streams a client may have open at a server (SETTINGS_MAX_CONCURRENT_STREAMS, 200).
+	// On a client it caps what the server allows (no own limit when 0).
+	MaxStreams uint32
+	// MaxHeaderList is the largest header list accepted, in bytes (16384 on clients, 65536 on servers).
+	MaxHeaderList uint32
+
+	// PingEvery is the time to the first PING and from each answer to the next PING (10 s); negative: no pings.
+	PingEvery time.Duration
+	// PingTimeout is how long a PING may stay unanswered while nothing else arrives either (20 s).
+	PingTimeout time.Duration
+	// PrefaceTimeout bounds the wait for the peer's preface and first SETTINGS (10 s).
+	PrefaceTimeout time.Duration
+	// Linger bounds how long a closed stream waits for window to send what was written before Close (30 s).
+	Linger time.Duration
+
+	// Batch is how many bytes one write to the socket carries at most, roughly (128 KiB). Bulk data that waits
+	// for its turn waits in its stream's one frame buffer, never behind more than one batch.
+	Batch int
+	// NotSentLowat is TCP_NOTSENT_LOWAT of the socket beneath, in bytes (128 KiB; negative: leave it alone): how
+	// much the kernel takes beyond what it has sent, and so what a small message may have to wait behind.
+	NotSentLowat int
+	// Resets is how many streams a client may reset before they were answered, and how many stream errors it may
+	// cause, in a burst (200; refilled with a quarter of it per second) before ENHANCE_YOUR_CALM.
+	Resets int
+	// ControlFrames is how many PING, SETTINGS, PRIORITY, unknown and empty DATA frames a peer may send in a burst
+	// (1000; refilled with a tenth of it per second) before ENHANCE_YOUR_CALM.
+	ControlFrames int
+
+	// Buffers are shared by all connections that were given the same; nil: the connection's own.
+	Buffers *Buffers
+	Logger  *slog.Logger
+}
+
+// withDefaults fills in what was left zero.
+func (cfg Config) withDefaults(client bool) Config {
+	def32 := func(p *uint32, v uint32) {
+		if *p == 0 {
+			*p = v
+		}
+	}
+	def := func(p *time.Duration, v time.Duration) {
+		if *p == 0 {
+			*p = v
+		}
+	}
+	def32(&cfg.StreamWindow, 4<<20)
+	def32(&cfg.ConnWindow, 16<<20)
+	def32(&cfg.FrameSize, 1<<20)
+	cfg.StreamWindow = min(cfg.StreamWindow, 1<<31-1)
+	cfg.ConnWindow = min(max(cfg.ConnWindow, 65535), 1<<31-1)
+	cfg.FrameSize = min(max(cfg.FrameSize, 16384), 1<<24-1)
+	if client {
+		def32(&cfg.MaxHeaderList, 16384)
+	} else {
+		def32(&cfg.MaxHeaderList, 65536)
+		def32(&cfg.MaxStreams, 200)
+	}
+	def(&cfg.PingEvery, 10*time.Second)
+	def(&cfg.PingTimeout, 20*time.Second)
+	def(&cfg.PrefaceTimeout, 10*time.Second)
+	def(&cfg.Linger, 30*time.Second)
+	if cfg.Batch <= 0 {
+		cfg.Batch = 128 << 10
+	}
+	if cfg.NotSentLowat == 0 {
+		cfg.NotSentLowat = 128 << 10
+	}
+	if cfg.Resets <= 0 {
+		cfg.Resets = 200
+	}
+	if cfg.ControlFrames <= 0 {
+		cfg.ControlFrames = 1000
+	}
+	if cfg.Buffers == nil {
+		cfg.Buffers = new(Buffers)
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	return cfg
+}
+
+// bucket is a token bucket: what a peer may do often, but not all the time.
+type bucket struct {
+	size, perSecond, left float64
+	at                    time.Time
+}
+
+func newBucket(size int, perSecond float64) bucket {
+	return bucket{size: float64(size), perSecond: perSecond, left: float64(size)}
+}
+
+// take reports whether another one is allowed.
+func (b *bucket) take() bool {
+	if b.left < 1 {
+		now := time.Now()
+		if !b.at.IsZero() {
+			b.left = min(b.size, b.left+now.Sub(b.at).Seconds()*b.perSecond)
+		}
+		b.at = now
+		if b.left < 1 {
+			return false
+		}
+	} else if b.at.IsZero() {
+		b.at = time.Now()
+	}
+	b.left--
+	return true
+}

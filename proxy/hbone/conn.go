@@ -1,0 +1,305 @@
+package hbone
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+)
+
+// maxQueuedReplies bounds what a peer can make us queue (acknowledgements, RST_STREAMs) without reading it.
+const maxQueuedReplies = 1000
+
+// conn is one HTTP/2 connection, of either side. Three parties work on it:
+//   - the reader goroutine (read.go) takes frames in and never writes to the socket;
+//   - whoever has something to send becomes the flusher for a while if there is none (write.go);
+//   - streams' users, who consume what the reader queued (recv.go) and give credit back.
+//
+// mu guards everything of the connection and the sending halves of its streams; it is never held during I/O.
+type conn struct {
+	cfg     Config
+	client  bool
+	nc      net.Conn // what is closed in the end
+	raw     net.Conn // what is written to: the socket beneath TLS
+	tr      transport
+	inline  bool // stream users may write to the socket themselves (a write can be interrupted without harm)
+	bufs    *Buffers
+	log     *slog.Logger
+	done    chan struct{}  // closed when the connection has ended
+	work    sync.WaitGroup // the reader, flushers, handlers
+	handler func(*Stream, *request)
+	onEnd   func() // the connection takes no streams any more; called with mu held (the pool listens)
+
+	pinned   atomic.Int64  // large blocks in use
+	unread   atomic.Int64  // payload bytes received and not consumed
+	uncredit atomic.Int64  // consumed bytes whose credit was not given back yet
+	arrived  atomic.Uint64 // counts reads from the socket; PING looks whether anything came at all
+
+	mu      sync.Mutex
+	err     error // why the connection ended or is ending
+	ended   bool  // done is closed
+	streams map[uint32]*Stream
+	nextID  uint32 // client: of the next stream
+	lastID  uint32 // server: highest id that the peer opened
+	running int    // server: handlers under way
+
+	// Sending (write.go).
+	ctrl      []byte // encoded control frames, in order, not flushed yet
+	spareCtrl []byte
+	framer    *http2.Framer // writes to ctrl
+	henc      *hpack.Encoder
+	hbuf      bytes.Buffer
+	replies   int // of ctrl: frames that the peer provoked
+	flushing  bool
+	flusher   *Stream // whose goroutine flushes, if it is a stream's user
+	light     streamList
+	bulk      streamList
+	starved   streamList // have data and stream window, but the connection's window is used up
+	plan      []emission
+	scratch   []byte
+	carry     []byte  // sealed bytes that an interrupted write left
+	carryBuf  *[]byte // the pooled buffer of carry
+	sendWin   int64
+	last      bool // close the socket when everything is flushed
+	said      bool // that was done
+	// drainReads: the peer is told of its violation before the socket is closed.
+	drainReads bool
+
+	// What the peer told us.
+	peerInitial   int64
+	peerMaxFrame  int
+	peerMaxStream uint32
+	gotSettings   bool
+	goneAway      bool   // the peer said GOAWAY
+	goAwayLast    uint32 // and this was the last stream that it deals with
+	leaving       bool   // we said GOAWAY, or are about to
+	leftAt        uint32 // server: streams above this are refused
+	drainPing     bool   // the PING of a graceful GOAWAY is under way
+	drainTimer    *time.Timer
+
+	// Receiving.
+	recvWin int64 // what the peer may still send on the connection
+
+	ping      pinger
+	resets    bucket
+	nuisances bucket
+
+	rd reader
+}
+
+func newConn(nc net.Conn, cfg Config, client bool) *conn {
+	cfg = cfg.withDefaults(client)
+	c := &conn{
+		cfg: cfg, client: client, nc: nc, raw: nc, bufs: cfg.Buffers, log: cfg.Logger,
+		done:    make(chan struct{}),
+		streams: make(map[uint32]*Stream), nextID: 1,
+		sendWin: 65535, peerInitial: 65535, peerMaxFrame: 16384, peerMaxStream: 1<<32 - 1,
+		recvWin: int64(cfg.ConnWindow), leftAt: 1<<32 - 1,
+		resets:    newBucket(cfg.Resets, float64(cfg.Resets)/4),
+		nuisances: newBucket(cfg.ControlFrames, float64(cfg.ControlFrames)/10),
+	}
+	if t, ok := nc.(*Conn); ok && t.rec != nil {
+		t.rec.adopt(c.bufs)
+		c.tr, c.raw, c.inline = t.rec, t.raw, true
+	} else {
+		c.tr = plain{newWire(nc, c.bufs)}
+		_, c.inline = nc.(*net.TCPConn)
+	}
+	setNotSentLowat(c.raw, cfg.NotSentLowat)
+	c.framer = http2.NewFramer((*ctrlWriter)(c), nil)
+	c.henc = hpack.NewEncoder(&c.hbuf)
+	c.rd.init(c)
+	return c
+}
+
+// ctrlWriter lets the Framer append to conn.ctrl.
+type ctrlWriter conn
+
+func (w *ctrlWriter) Write(p []byte) (int, error) {
+	w.ctrl = append(w.ctrl, p...)
+	return len(p), nil
+}
+
+// start sends what opens the connection and starts the reader.
+func (c *conn) start() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.client {
+		c.ctrl = append(c.ctrl, http2.ClientPreface...)
+		c.framer.WriteSettings(
+			http2.Setting{ID: http2.SettingEnablePush, Val: 0},
+			http2.Setting{ID: http2.SettingInitialWindowSize, Val: c.cfg.StreamWindow},
+			http2.Setting{ID: http2.SettingMaxFrameSize, Val: c.cfg.FrameSize},
+			http2.Setting{ID: http2.SettingMaxHeaderListSize, Val: c.cfg.MaxHeaderList})
+	} else {
+		c.framer.WriteSettings(
+			http2.Setting{ID: http2.SettingMaxConcurrentStreams, Val: c.cfg.MaxStreams},
+			http2.Setting{ID: http2.SettingInitialWindowSize, Val: c.cfg.StreamWindow},
+			http2.Setting{ID: http2.SettingMaxFrameSize, Val: c.cfg.FrameSize},
+			http2.Setting{ID: http2.SettingMaxHeaderListSize, Val: c.cfg.MaxHeaderList})
+	}
+	if inc := c.cfg.ConnWindow - 65535; inc > 0 {
+		c.framer.WriteWindowUpdate(0, inc)
+	}
+	// The peer's preface and SETTINGS have to come in time; the reader lifts the deadline when they did.
+	c.raw.SetReadDeadline(time.Now().Add(c.cfg.PrefaceTimeout))
+	c.work.Add(1)
+	go c.readLoop()
+	c.ping.start(c)
+	c.wantFlush()
+}
+
+// fail ends the connection at once: nothing more is sent.
+func (c *conn) fail(err error) {
+	c.mu.Lock()
+	c.endLocked(err)
+	c.mu.Unlock()
+}
+
+// endLocked is the end of everything: streams see err, the socket is closed.
+func (c *conn) endLocked(err error) {
+	if c.err == nil {
+		c.err = err
+	}
+	if c.ended {
+		return
+	}
+	c.ended = true
+	c.ping.stop()
+	if c.drainTimer != nil {
+		c.drainTimer.Stop()
+	}
+	c.unavailable()
+	c.abandonLocked()
+	close(c.done)
+	c.nc.Close()
+}
+
+// abandonLocked gives all streams the connection's error.
+func (c *conn) abandonLocked() {
+	for _, s := range c.streams {
+		s.detachLocked(&ConnError{c.err})
+		c.forgetLocked(s)
+	}
+}
+
+// leave ends the connection with GOAWAY: streams see err at once, and what is queued for sending still goes out.
+func (c *conn) leave(code http2.ErrCode, err error) {
+	c.mu.Lock()
+	c.leaveLocked(code, err)
+	c.mu.Unlock()
+}
+
+func (c *conn) leaveLocked(code http2.ErrCode, err error) {
+	if c.ended || c.last {
+		return
+	}
+	if c.err == nil {
+		c.err = err
+	}
+	c.last, c.leaving = true, true
+	c.drainReads = code != http2.ErrCodeNo
+	c.ping.stop()
+	c.unavailable()
+	c.abandonLocked()
+	c.framer.WriteGoAway(c.lastID, code, nil)
+	// A peer that reads nothing must not hold us up.
+	c.raw.SetWriteDeadline(time.Now().Add(time.Second))
+	c.wantFlush()
+}
+
+// isOver reports whether the connection takes no more part in anything. mu is held.
+func (c *conn) isOver() bool { return c.ended || c.last }
+
+// unavailable tells the pool that no stream can be opened here any more. mu is held.
+func (c *conn) unavailable() {
+	if c.onEnd != nil {
+		c.onEnd()
+		c.onEnd = nil
+	}
+}
+
+// spawn runs f as one of the connection's goroutines.
+func (c *conn) spawn(f func()) {
+	c.work.Add(1)
+	go func() {
+		defer c.work.Done()
+		f()
+	}()
+}
+
+// reply accounts for a frame that the peer made us send; too many unread ones end the connection. mu is held.
+func (c *conn) reply() {
+	if c.replies++; c.replies > maxQueuedReplies {
+		c.leaveLocked(http2.ErrCodeEnhanceYourCalm, &protocolError{http2.ErrCodeEnhanceYourCalm, "peer does not read the answers that it provokes"})
+	}
+}
+
+// forgetLocked takes a stream that is over out of the table.
+func (c *conn) forgetLocked(s *Stream) {
+	if s.gone {
+		return
+	}
+	s.gone = true
+	delete(c.streams, s.id)
+	if s.onGone != nil {
+		s.onGone()
+		s.onGone = nil
+	}
+	if len(c.streams) == 0 && (c.goneAway || c.leaving && !c.drainPing) && !c.isOver() {
+		c.leaveLocked(http2.ErrCodeNo, ErrClosed)
+	}
+}
+
+// finish is called by the reader when there is nothing more to read.
+func (c *conn) finish(err error) {
+	switch {
+	case errors.Is(err, io.EOF):
+		c.mu.Lock()
+		if len(c.streams) == 0 || c.last || c.goneAway {
+			err = ErrClosed // in good order
+		} else {
+			err = io.ErrUnexpectedEOF
+		}
+		c.mu.Unlock()
+	case errors.Is(err, net.ErrClosed):
+		err = ErrClosed
+	}
+	c.fail(err)
+}
+
+// reason is why the connection ended or is ending, or nil.
+func (c *conn) reason() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+// close ends the connection and waits for its goroutines.
+func (c *conn) close() error {
+	c.leave(http2.ErrCodeNo, ErrClosed)
+	<-c.done
+	c.work.Wait()
+	return nil
+}
+
+// shutdown ends the connection when its streams have ended.
+func (c *conn) shutdown(ctx context.Context) error {
+	c.drain()
+	select {
+	case <-c.done:
+		return nil
+	case <-ctx.Done():
+		c.leave(http2.ErrCodeNo, ErrClosed)
+		<-c.done
+		return ctx.Err()
+	}
+}

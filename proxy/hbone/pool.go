@@ -1,0 +1,442 @@
+package hbone
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"ztun/proxy/identity"
+)
+
+// Key says which tunnels may carry a request (spec 3.1). The authority is not part of it.
+type Key struct {
+	// Source is the identity that the tunnel's certificate is for.
+	Source identity.ID
+	// Dest is the identities that the server may have, joined with "," in order (the order counts).
+	Dest string
+	// Addr is the server's HBONE port.
+	Addr netip.AddrPort
+	// SrcIP is the address that the tunnel comes from.
+	SrcIP netip.Addr
+}
+
+// PoolOptions is what a Pool is told; zero values mean the defaults given here.
+type PoolOptions struct {
+	// Dial opens the connection beneath a tunnel: TCP, TLS (Client). Its context ends when nobody waits for it
+	// any more, or the pool closes; timeouts are its own.
+	Dial func(ctx context.Context, key Key) (net.Conn, error)
+	// MaxStreams is how many streams one tunnel carries (100), if the server allows that many.
+	MaxStreams int
+	// Unused is how long a tunnel without streams is kept after its last use (5 min; negative: for ever).
+	Unused time.Duration
+	// MaxConns bounds the tunnels in the pool (500). Beyond it the least recently used one leaves: it is closed,
+	// or if it carries streams it ends with the last of them.
+	MaxConns int
+	Config   Config
+}
+
+// Pool shares tunnels among requests. Per key at most one dial is under way; its failure is everybody's who waits
+// for it. A tunnel that is full is used again when streams end. All methods may be called at the same time.
+type Pool struct {
+	o      PoolOptions
+	ctx    context.Context
+	cancel context.CancelFunc
+	work   sync.WaitGroup
+
+	mu     sync.Mutex // after conn.mu in the lock order: no method of a connection is called with it held
+	closed bool
+	keys   map[Key]*tunnels
+	all    map[*tunnel]struct{} // open connections, also those that left the pool
+	pooled int
+	dials  uint64
+}
+
+// tunnels is what the pool knows of one key; it goes when there is nothing to know.
+type tunnels struct {
+	key  Key
+	list []*tunnel // oldest first
+	dial *dial
+}
+
+// tunnel is one connection.
+type tunnel struct {
+	pool    *Pool
+	home    *tunnels // nil: left the pool
+	cc      *ClientConn
+	active  int // streams, also those about to be opened
+	limit   int
+	lastUse time.Time
+	idle    *time.Timer
+	release func() // forgets one stream
+}
+
+// dial is one that is under way.
+type dial struct {
+	done    chan struct{}
+	err     error // after done
+	waiting int
+	cancel  context.CancelFunc
+}
+
+// PoolStats is a snapshot.
+type PoolStats struct {
+	Keys, Conns, Streams int
+	Dials                uint64 // since the start
+}
+
+// NewPool makes an empty pool. Close it.
+func NewPool(o PoolOptions) *Pool {
+	if o.MaxStreams <= 0 {
+		o.MaxStreams = 100
+	}
+	if o.Unused == 0 {
+		o.Unused = 5 * time.Minute
+	}
+	if o.MaxConns <= 0 {
+		o.MaxConns = 500
+	}
+	if o.Config.Buffers == nil {
+		o.Config.Buffers = new(Buffers)
+	}
+	p := &Pool{o: o, keys: map[Key]*tunnels{}, all: map[*tunnel]struct{}{}}
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	return p
+}
+
+// openTries bounds how often one request is sent anew because a tunnel turned out not to take it.
+const openTries = 4
+
+// Open opens a stream on a tunnel for key, dialling one if need be; see ClientConn.Open for what it returns. A
+// request that a tunnel certainly did not process (GOAWAY, REFUSED_STREAM) is tried on another. Errors of Dial
+// come as they are; ErrPoolClosed.
+func (p *Pool) Open(ctx context.Context, key Key, req *Request) (*Stream, *Response, error) {
+	for try := 1; ; try++ {
+		t, err := p.checkout(ctx, key)
+		if err != nil {
+			return nil, nil, err
+		}
+		s, resp, err := t.cc.open(ctx, req, t.release)
+		var no *notOpened
+		if errors.As(err, &no) {
+			p.decline(t, no.err)
+			err = no.err
+			if ctx.Err() == nil && try < openTries {
+				continue
+			}
+			return nil, nil, err
+		}
+		var se *StreamError
+		if errors.As(err, &se) && se.Unprocessed && ctx.Err() == nil && try < openTries {
+			continue
+		}
+		return s, resp, err
+	}
+}
+
+// checkout gives a tunnel with room for a stream, which is counted already.
+func (p *Pool) checkout(ctx context.Context, key Key) (*tunnel, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for {
+		if p.closed {
+			return nil, ErrPoolClosed
+		}
+		ts := p.keys[key]
+		if ts == nil {
+			ts = &tunnels{key: key}
+			p.keys[key] = ts
+		}
+		for _, t := range ts.list {
+			if t.active < t.limit {
+				t.use()
+				return t, nil
+			}
+		}
+		d := ts.dial
+		if d == nil {
+			d = p.startDial(ctx, ts)
+		}
+		d.waiting++
+		p.mu.Unlock()
+		var gaveUp error
+		select {
+		case <-d.done:
+		case <-ctx.Done():
+			gaveUp = ctx.Err()
+		}
+		p.mu.Lock()
+		if d.waiting--; d.waiting == 0 {
+			d.cancel() // nobody wants it any more (or it is over)
+		}
+		if gaveUp != nil {
+			return nil, gaveUp
+		}
+		if d.err != nil {
+			return nil, d.err
+		}
+	}
+}
+
+// use counts a stream in. p.mu is held.
+func (t *tunnel) use() {
+	t.active++
+	t.lastUse = time.Now()
+	if t.idle != nil {
+		t.idle.Stop()
+	}
+}
+
+// startDial starts the one dial of a key. p.mu is held.
+func (p *Pool) startDial(ctx context.Context, ts *tunnels) *dial {
+	// The first who asks may give up before the others: the dial lives as long as anybody waits.
+	dctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(p.ctx, cancel)
+	d := &dial{done: make(chan struct{}), cancel: cancel}
+	ts.dial = d
+	p.dials++
+	p.work.Add(1)
+	go func() {
+		defer p.work.Done()
+		defer stop()
+		c, err := p.o.Dial(dctx, ts.key)
+		var t *tunnel
+		if err == nil {
+			t = p.newTunnel(c)
+		}
+		p.mu.Lock()
+		ts.dial = nil
+		d.err = err
+		var evicted *tunnel
+		switch {
+		case t == nil:
+			if p.closed {
+				d.err = ErrPoolClosed
+			}
+			p.forget(ts)
+		case p.closed:
+			d.err = ErrPoolClosed
+			evicted = t
+			p.all[t] = struct{}{}
+		default:
+			t.home = ts
+			ts.list = append(ts.list, t)
+			p.all[t] = struct{}{}
+			p.pooled++
+			t.rest() // should everybody give up meanwhile
+			evicted = p.overflow(t)
+		}
+		close(d.done)
+		p.mu.Unlock()
+		if t != nil {
+			t.watch()
+		}
+		if evicted != nil {
+			evicted.cc.c.drain()
+		}
+	}()
+	return d
+}
+
+// newTunnel puts HTTP/2 on a fresh connection. Nothing is sent before watch.
+func (p *Pool) newTunnel(c net.Conn) *tunnel {
+	t := &tunnel{pool: p, cc: newClientConn(c, p.o.Config), limit: p.o.MaxStreams, lastUse: time.Now()}
+	t.release = t.streamGone
+	t.cc.c.onEnd = func() { // with conn.mu held
+		p.mu.Lock()
+		p.remove(t)
+		p.mu.Unlock()
+	}
+	t.cc.c.start()
+	return t
+}
+
+// watch waits for the tunnel's end in the background.
+func (t *tunnel) watch() {
+	p := t.pool
+	p.work.Add(1)
+	go func() {
+		defer p.work.Done()
+		<-t.cc.c.done
+		t.cc.c.work.Wait()
+		p.mu.Lock()
+		p.remove(t)
+		delete(p.all, t)
+		p.mu.Unlock()
+	}()
+}
+
+// streamGone is called when one of t's streams is over, with its conn.mu held.
+func (t *tunnel) streamGone() {
+	p := t.pool
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	t.active--
+	t.lastUse = time.Now()
+	if t.active == 0 {
+		t.rest()
+	}
+}
+
+// decline takes back a stream that t did not take, and lets t learn from it.
+func (p *Pool) decline(t *tunnel, why error) {
+	most := 0
+	if errors.Is(why, ErrSaturated) {
+		t.cc.c.mu.Lock()
+		most = t.cc.c.maxStreams()
+		t.cc.c.mu.Unlock()
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case errors.Is(why, ErrSaturated):
+		t.limit = min(p.o.MaxStreams, most) // the server's SETTINGS have come meanwhile
+	case errors.Is(why, ErrGoAway), errors.Is(why, ErrClosed):
+		p.remove(t)
+	default:
+		var ce *ConnError
+		if errors.As(why, &ce) {
+			p.remove(t)
+		}
+	}
+	t.active--
+	if t.active == 0 {
+		t.rest()
+	}
+}
+
+// rest starts the time after which an unused tunnel is closed. p.mu is held.
+func (t *tunnel) rest() {
+	p := t.pool
+	if p.o.Unused < 0 || t.home == nil || p.closed {
+		return
+	}
+	if t.idle == nil {
+		t.idle = time.AfterFunc(p.o.Unused, t.expire)
+	} else {
+		t.idle.Reset(p.o.Unused)
+	}
+}
+
+// expire is the idle timer.
+func (t *tunnel) expire() {
+	p := t.pool
+	p.mu.Lock()
+	due := t.home != nil && t.active == 0 && time.Since(t.lastUse) >= p.o.Unused
+	if due {
+		p.remove(t)
+	}
+	p.mu.Unlock()
+	if due {
+		t.cc.c.drain() // without streams that is the end, with GOAWAY NO_ERROR
+	}
+}
+
+// remove takes t out of the pool: it gets no further streams. p.mu is held.
+func (p *Pool) remove(t *tunnel) {
+	ts := t.home
+	if ts == nil {
+		return
+	}
+	t.home = nil
+	p.pooled--
+	if t.idle != nil {
+		t.idle.Stop()
+	}
+	for i, o := range ts.list {
+		if o == t {
+			ts.list = append(ts.list[:i], ts.list[i+1:]...)
+			break
+		}
+	}
+	p.forget(ts)
+}
+
+// forget drops the state of a key that has none. p.mu is held.
+func (p *Pool) forget(ts *tunnels) {
+	if len(ts.list) == 0 && ts.dial == nil && p.keys[ts.key] == ts {
+		delete(p.keys, ts.key)
+	}
+}
+
+// overflow takes the least recently used tunnel other than t out of a pool that has become too large. p.mu is held.
+func (p *Pool) overflow(t *tunnel) (out *tunnel) {
+	if p.pooled <= p.o.MaxConns {
+		return nil
+	}
+	for o := range p.all {
+		if o != t && o.home != nil && (out == nil || o.better(out)) {
+			out = o
+		}
+	}
+	if out != nil {
+		p.remove(out)
+	}
+	return out
+}
+
+// better reports whether t is the better one to give up.
+func (t *tunnel) better(o *tunnel) bool {
+	if (t.active == 0) != (o.active == 0) {
+		return t.active == 0
+	}
+	return t.lastUse.Before(o.lastUse)
+}
+
+// Stats counts.
+func (p *Pool) Stats() PoolStats {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	st := PoolStats{Keys: len(p.keys), Conns: len(p.all), Dials: p.dials}
+	for t := range p.all {
+		st.Streams += t.active
+	}
+	return st
+}
+
+// Shutdown takes no further requests, lets streams end, then closes. When ctx ends first it closes at once and
+// returns ctx's error.
+func (p *Pool) Shutdown(ctx context.Context) error {
+	for _, t := range p.stop() {
+		t.cc.c.drain()
+	}
+	over := make(chan struct{})
+	go func() {
+		p.work.Wait()
+		close(over)
+	}()
+	select {
+	case <-over:
+		return nil
+	case <-ctx.Done():
+		p.Close()
+		<-over
+		return ctx.Err()
+	}
+}
+
+// Close ends all tunnels with GOAWAY; their streams fail. It returns when nothing of the pool runs any more.
+func (p *Pool) Close() error {
+	for _, t := range p.stop() {
+		t.cc.c.leave(0, ErrClosed)
+	}
+	p.work.Wait()
+	return nil
+}
+
+// stop lets nothing new in and lists what is open.
+func (p *Pool) stop() (open []*tunnel) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed = true
+	p.cancel()
+	for t := range p.all {
+		open = append(open, t)
+		if t.idle != nil {
+			t.idle.Stop()
+		}
+	}
+	return open
+}

@@ -1,0 +1,246 @@
+package hbone
+
+import (
+	"errors"
+	"io"
+	"net"
+	"os"
+)
+
+// Receiving: the reader goroutine pushes what DATA frames carry, the stream's user takes it out.
+
+const (
+	// copyLen is the payload below which a piece is copied, so that it does not keep a large block from reuse.
+	copyLen = 2 << 10
+	// chunkLen bounds what one Write of WriteTo hands out.
+	chunkLen = 64 << 10
+	// pinSlack is how much of blocks beyond twice the unread payload a connection may keep in use, in bytes.
+	pinSlack = 1 << 20
+)
+
+// chunk is received payload: k.b[off:end].
+type chunk struct {
+	k        *block
+	off, end int
+	own      bool // k was taken for this chunk alone: later pieces may be added
+}
+
+// push adds k.b[off:end] to what s's user will read. False: nobody will, the caller gives the credit back.
+func (s *Stream) push(k *block, off, end int) bool {
+	s.rmu.Lock()
+	defer s.rmu.Unlock()
+	if s.rclosed || s.rerr != nil {
+		return false
+	}
+	n := end - off
+	s.c.unread.Add(int64(n))
+	var tail *chunk
+	if len(s.chunks) > s.head {
+		tail = &s.chunks[len(s.chunks)-1]
+	}
+	switch {
+	case tail != nil && tail.k == k && tail.end == off:
+		tail.end = end
+	case n >= copyLen && s.c.pinned.Load()*blockLarge <= 2*s.c.unread.Load()+pinSlack:
+		k.ref()
+		s.chunks = append(s.chunks, chunk{k: k, off: off, end: end})
+	default:
+		s.pushCopy(tail, k.b[off:end])
+	}
+	if s.readers > 0 {
+		s.rcond.Signal()
+	}
+	return true
+}
+
+// pushCopy adds b to the tail's own block, or to further ones. rmu is held.
+func (s *Stream) pushCopy(tail *chunk, b []byte) {
+	for len(b) > 0 {
+		if tail == nil || !tail.own || tail.end == len(tail.k.b) {
+			size := blockSmall
+			if len(b) > blockSmall || tail != nil && tail.own {
+				size = blockDense // it did not fit, or it fills up: there is more to come
+			}
+			s.chunks = append(s.chunks, chunk{k: s.c.bufs.block(size), own: true})
+			tail = &s.chunks[len(s.chunks)-1]
+		}
+		n := copy(tail.k.b[tail.end:], b)
+		tail.end += n
+		b = b[n:]
+	}
+}
+
+// endReading lets the user see err (io.EOF for an orderly end) after what was received.
+func (s *Stream) endReading(err error) {
+	var se *StreamError
+	if errors.As(err, &se) && se.orderly() {
+		err = io.EOF
+	}
+	s.rmu.Lock()
+	if s.rerr == nil {
+		s.rerr = err
+	}
+	s.rcond.Broadcast()
+	s.rmu.Unlock()
+}
+
+// stopReading throws away what was received and what will be.
+func (s *Stream) stopReading() {
+	s.rmu.Lock()
+	n := 0
+	for i := s.head; i < len(s.chunks); i++ {
+		n += s.chunks[i].end - s.chunks[i].off
+		s.chunks[i].k.release()
+		s.chunks[i] = chunk{}
+	}
+	s.chunks, s.head = nil, 0
+	s.rclosed = true
+	s.rdl.stop()
+	s.rcond.Broadcast()
+	s.rmu.Unlock()
+	s.c.unread.Add(int64(-n))
+	s.c.creditConn(n)
+}
+
+// await waits until there is something to read, or nothing any more. rmu is held, but given up meanwhile.
+func (s *Stream) await() error {
+	for {
+		switch {
+		case s.rclosed:
+			return net.ErrClosed
+		case s.rdl.expired:
+			return os.ErrDeadlineExceeded
+		case len(s.chunks) > s.head:
+			return nil
+		case s.rerr != nil:
+			return s.rerr
+		}
+		s.readers++
+		s.rcond.Wait()
+		s.readers--
+	}
+}
+
+// pop takes up to max bytes off the front, as a chunk with a reference of its own. rmu is held, there is a chunk.
+func (s *Stream) pop(max int) chunk {
+	ch := &s.chunks[s.head]
+	out := *ch
+	if out.end-out.off > max {
+		out.end = out.off + max
+		out.k.ref()
+		ch.off = out.end
+		return out
+	}
+	*ch = chunk{}
+	s.head++
+	if s.head == len(s.chunks) {
+		if cap(s.chunks) > 64 {
+			s.chunks = nil
+		}
+		s.chunks, s.head = s.chunks[:0], 0
+	} else if s.head >= 64 && s.head*2 >= len(s.chunks) {
+		s.chunks = s.chunks[:copy(s.chunks, s.chunks[s.head:])]
+		s.head = 0
+	}
+	return out
+}
+
+// Read takes what has arrived, up to len(p) bytes.
+func (s *Stream) Read(p []byte) (n int, err error) {
+	s.rmu.Lock()
+	if len(p) == 0 {
+		defer s.rmu.Unlock()
+		switch {
+		case s.rclosed:
+			return 0, net.ErrClosed
+		case s.rdl.expired:
+			return 0, os.ErrDeadlineExceeded
+		}
+		return 0, nil
+	}
+	if err := s.await(); err != nil {
+		s.rmu.Unlock()
+		return 0, err
+	}
+	for n < len(p) && len(s.chunks) > s.head {
+		ch := &s.chunks[s.head]
+		m := copy(p[n:], ch.k.b[ch.off:ch.end])
+		n += m
+		if ch.off += m; ch.off == ch.end {
+			out := s.pop(chunkLen)
+			out.k.release()
+		}
+	}
+	s.rmu.Unlock()
+	s.consumed(n)
+	return n, nil
+}
+
+// WaitRead returns when Read would not wait: there is data, an end or an error (which Read then reports).
+// Its own errors are os.ErrDeadlineExceeded and net.ErrClosed.
+func (s *Stream) WaitRead() error {
+	s.rmu.Lock()
+	defer s.rmu.Unlock()
+	err := s.await()
+	if err == os.ErrDeadlineExceeded || err == net.ErrClosed {
+		return err
+	}
+	return nil
+}
+
+// WriteTo hands what arrives to dst without a copy in between, at most 64 KiB per Write, until the peer ends its
+// direction. A failure of dst is a *SinkError. Credit is given back chunk by chunk, after dst took it.
+func (s *Stream) WriteTo(dst io.Writer) (total int64, err error) {
+	for {
+		s.rmu.Lock()
+		if err := s.await(); err != nil {
+			s.rmu.Unlock()
+			if err == io.EOF {
+				err = nil
+			}
+			return total, err
+		}
+		ch := s.pop(chunkLen)
+		s.rmu.Unlock()
+		n, err := dst.Write(ch.k.b[ch.off:ch.end])
+		size := ch.end - ch.off
+		ch.k.release()
+		s.consumed(size)
+		total += int64(n)
+		if err == nil && n < size {
+			err = io.ErrShortWrite
+		}
+		if err != nil {
+			return total, &SinkError{err}
+		}
+	}
+}
+
+// consumed gives the peer credit back, in batches of a quarter of the windows.
+func (s *Stream) consumed(n int) {
+	c := s.c
+	c.unread.Add(int64(-n))
+	if s.uncredit.Add(int64(n)) >= int64(c.cfg.StreamWindow/4) {
+		c.mu.Lock()
+		if inc := s.uncredit.Swap(0); inc > 0 && !s.gotEnd && !c.isOver() {
+			s.recvWin += inc
+			c.framer.WriteWindowUpdate(s.id, uint32(inc))
+			c.wantFlush()
+		}
+		c.mu.Unlock()
+	}
+	c.creditConn(n)
+}
+
+// creditConn gives the connection's credit for n bytes back.
+func (c *conn) creditConn(n int) {
+	if n > 0 && c.uncredit.Add(int64(n)) >= int64(c.cfg.ConnWindow/4) {
+		c.mu.Lock()
+		if inc := c.uncredit.Swap(0); inc > 0 && !c.isOver() {
+			c.recvWin += inc
+			c.framer.WriteWindowUpdate(0, uint32(inc))
+			c.wantFlush()
+		}
+		c.mu.Unlock()
+	}
+}

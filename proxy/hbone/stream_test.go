@@ -1,0 +1,33 @@
+package hbone
+
+import (
+	"net"
+	"testing"
+
+	"golang.org/x/net/nettest"
+)
+
+func transports(t *testing.T) map[string]func(t *testing.T) (net.Conn, net.Conn) {
+	return map[string]func(t *testing.T) (net.Conn, net.Conn){
+		"tcp":  func(t *testing.T) (net.Conn, net.Conn) { a, b := tcpPair(t); return a, b },
+		"pipe": func(t *testing.T) (net.Conn, net.Conn) { return net.Pipe() },
+	}
+}
+
+func TestNetConn(t *testing.T) {
+	for name, mk := range transports(t) {
+		for _, dir := range []string{"client", "server"} {
+			t.Run(name+"/"+dir, func(t *testing.T) {
+				nettest.TestConn(t, func() (net.Conn, net.Conn, func(), error) {
+					a, b := mk(t)
+					cc, _, reqs, stop := link(t, a, b, Config{})
+					x, y := pair(t, cc, reqs)
+					if dir == "server" {
+						x, y = y, x
+					}
+					return x, y, func() { x.Close(); y.Close(); stop() }, nil
+				})
+			})
+		}
+	}
+}

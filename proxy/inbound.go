@@ -1,0 +1,188 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"time"
+
+	"ztun/proxy/hbone"
+	"ztun/proxy/identity"
+	"ztun/proxy/rbac"
+	"ztun/proxy/route"
+	"ztun/proxy/state"
+)
+
+// tunnel is what is known of one accepted HBONE connection.
+type tunnel struct {
+	src, dst netip.AddrPort // TCP peer; our address and port 15008
+	peer     identity.ID
+	hasPeer  bool
+}
+
+// ServeMesh carries one TCP connection accepted on the pod's port 15008. It returns when the
+// connection and all its streams have ended.
+func (p *Proxy) ServeMesh(raw net.Conn) {
+	defer raw.Close()
+	if !p.enter() {
+		return
+	}
+	defer p.work.Done()
+	p.o.Metrics.socket(reporterDestination, 1)
+	defer p.o.Metrics.socket(reporterDestination, -1)
+
+	t := &tunnel{src: addrPort(raw.RemoteAddr()), dst: addrPort(raw.LocalAddr())}
+	conn, err := p.handshake(raw, t)
+	if err != nil {
+		p.deny(false, t.src, t.dst, err)
+		return
+	}
+	server := hbone.NewServerConn(conn, p.o.Config.HBONE, func(s *hbone.ServerStream) { p.serveStream(t, s) })
+	p.mu.Lock()
+	p.mesh[server] = struct{}{}
+	draining := p.draining
+	p.mu.Unlock()
+	if draining {
+		server.GoAway()
+	}
+	if err := server.Serve(p.ctx); err != nil {
+		p.o.Log.Debug("HBONE connection ended", "target", "inbound", "peer", t.src, "error", err)
+	}
+	p.mu.Lock()
+	delete(p.mesh, server)
+	p.mu.Unlock()
+}
+
+// handshake proves both sides' identities. It is bounded in time and in number.
+func (p *Proxy) handshake(raw net.Conn, t *tunnel) (net.Conn, error) {
+	select {
+	case p.handshakes <- struct{}{}:
+		defer func() { <-p.handshakes }()
+	default:
+		return nil, fmt.Errorf("tls handshake error: more than %d handshakes under way", cap(p.handshakes))
+	}
+	ctx, cancel := context.WithTimeout(p.ctx, handshakeTimeout)
+	defer cancel()
+	_, local, err := p.localWorkload(ctx)
+	if err != nil {
+		return nil, err
+	}
+	cert, err := p.o.Certs.Certificate(ctx, local.Identity())
+	if err != nil {
+		return nil, fmt.Errorf("signing error: %w", err)
+	}
+	conn, cs, err := hbone.Server(ctx, raw, identity.ServerTLS(cert))
+	if err != nil {
+		return nil, fmt.Errorf("tls handshake error: %w", err)
+	}
+	t.peer, t.hasPeer = identity.PeerID(cs)
+	return conn, nil
+}
+
+// serveStream answers one CONNECT (spec 4.3 and 4.4) and carries it.
+func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
+	start := time.Now()
+	refuse := func(status int, err error) {
+		p.deny(false, t.src, t.dst, err)
+		s.Refuse(status)
+	}
+	if s.Method() != http.MethodConnect {
+		refuse(http.StatusBadRequest, &route.Error{Code: route.BadMethod, Subject: s.Method()})
+		return
+	}
+	view, local, err := p.localWorkload(p.ctx)
+	if err != nil {
+		refuse(http.StatusServiceUnavailable, err)
+		return
+	}
+	in, err := route.Inbound(view, route.InboundQuestion{
+		Network: p.o.Config.NetworkName, Local: local, LocalAddr: t.dst.Addr(), Authority: s.Authority(),
+		ForwardedHost: hbone.ParseForwardedHost(s.Forwarded()), Illegal: p.illegal,
+	})
+	if err != nil {
+		status := http.StatusServiceUnavailable
+		var re *route.Error
+		if errors.As(err, &re) {
+			status = re.Status()
+		}
+		refuse(status, err)
+		return
+	}
+	if in.Tunnel == state.TunnelProxy {
+		// Delivering without the header would give the application bytes that it misreads.
+		refuse(http.StatusServiceUnavailable, errors.New("application tunnels with PROXY protocol are not supported yet"))
+		return
+	}
+
+	der := &derived{id: t.peer, hasID: t.hasPeer}
+	if p.o.Config.ResponseBaggage {
+		der.baggage = hbone.ParseBaggage(s.Baggage())
+	}
+	var source *state.Workload
+	if network, ok := s.ForwardedNetwork(); !ok || strings.EqualFold(network, p.o.Config.NetworkName) {
+		source = view.WorkloadByAddr(p.o.Config.NetworkName, t.src.Addr())
+	}
+	c := p.open(connectionInput{
+		src: t.src, dst: t.dst, hbone: s.Authority(), mtls: true, derived: der,
+		source: source, dest: local, service: in.Service, start: start,
+	})
+
+	ctx, stop := context.WithCancel(p.ctx)
+	defer stop()
+	l := &live{
+		inbound: true, src: t.src, originalDst: t.dst, actualDst: in.App, protocol: route.HBONE.String(), stop: stop,
+		policy: rbac.Conn{Src: t.src.Addr(), Dst: in.App, ID: t.peer, HasID: t.hasPeer},
+	}
+	// Registered first, checked then: a policy change in between finds the connection.
+	p.conns.add(l)
+	defer p.conns.remove(l)
+	if denied := p.authorise(local, l); denied != nil {
+		s.Refuse(reasons[denied.kind].status)
+		c.record(denied)
+		return
+	}
+	up, failed := p.dialApp(ctx, t.src, in.App)
+	if failed != nil {
+		if cut := l.reason(); cut != nil {
+			failed = cut
+		}
+		s.Refuse(reasons[failed.kind].status)
+		c.record(failed)
+		return
+	}
+	resp := &hbone.Response{Status: http.StatusOK}
+	if p.o.Config.ResponseBaggage {
+		resp.Baggage, resp.HasBaggage = baggageOf(local).Format(), true
+	}
+	down, err := s.Accept(resp)
+	if err != nil {
+		abort(up)
+		c.record(nil) // the peer gave its stream up before we could answer
+		return
+	}
+	p.carry(c, l, down, up)
+}
+
+// authorise checks the newest policies for a registered connection.
+func (p *Proxy) authorise(local *state.Workload, l *live) *Error {
+	v := rbac.Evaluate(p.o.Knowledge.View().PoliciesFor(local), l.policy)
+	if v.Allowed {
+		return nil
+	}
+	return fail(kindDenied, v.Err())
+}
+
+// dialApp connects to the application as the client: it sees the client's own address.
+func (p *Proxy) dialApp(ctx context.Context, client, app netip.AddrPort) (Conn, *Error) {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	up, err := p.o.Network.DialApp(ctx, netip.AddrPortFrom(client.Addr(), 0), app)
+	if err != nil {
+		return nil, fail(kindApp, err)
+	}
+	return up, nil
+}

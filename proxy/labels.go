@@ -1,0 +1,133 @@
+package proxy
+
+import (
+	"ztun/proxy/hbone"
+	"ztun/proxy/identity"
+	"ztun/proxy/state"
+)
+
+// The common labels of the traffic metrics, in ztunnel's order (spec 10.2).
+const (
+	lReporter = iota
+	lSourceWorkload
+	lSourceCanonicalService
+	lSourceCanonicalRevision
+	lSourceNamespace
+	lSourcePrincipal
+	lSourceApp
+	lSourceVersion
+	lSourceCluster
+	lDestinationService
+	lDestinationServiceNamespace
+	lDestinationServiceName
+	lDestinationWorkload
+	lDestinationCanonicalService
+	lDestinationCanonicalRevision
+	lDestinationNamespace
+	lDestinationPrincipal
+	lDestinationApp
+	lDestinationVersion
+	lDestinationCluster
+	lRequestProtocol
+	lResponseFlags
+	lSecurityPolicy
+	lSourceRegion
+	lSourceZone
+	lDestinationRegion
+	lDestinationZone
+	nLabels
+)
+
+var labelNames = [nLabels]string{
+	"reporter",
+	"source_workload", "source_canonical_service", "source_canonical_revision", "source_workload_namespace",
+	"source_principal", "source_app", "source_version", "source_cluster",
+	"destination_service", "destination_service_namespace", "destination_service_name",
+	"destination_workload", "destination_canonical_service", "destination_canonical_revision", "destination_workload_namespace",
+	"destination_principal", "destination_app", "destination_version", "destination_cluster",
+	"request_protocol", "response_flags", "connection_security_policy",
+	"source_region", "source_zone", "destination_region", "destination_zone",
+}
+
+// labels is one set of label values. An empty value is written as "unknown".
+type labels [nLabels]string
+
+// Reporters and security policies, as label values.
+const (
+	reporterSource      = "source"
+	reporterDestination = "destination"
+	securityMutualTLS   = "mutual_tls"
+	securityUnknown     = "unknown"
+)
+
+// derived is what the peer itself told us: its certificate, and its baggage.
+type derived struct {
+	id      identity.ID
+	hasID   bool
+	baggage hbone.Baggage
+}
+
+// labelInput is what the labels of one connection are made from.
+type labelInput struct {
+	reporter string
+	security string
+	derived  *derived // of the source; nil for plaintext outbound
+	source   *state.Workload
+	dest     *state.Workload
+	service  *state.Service
+}
+
+// makeLabels applies, later overwriting earlier: derived source, source record, destination record,
+// destination service (spec 10.3).
+func makeLabels(in labelInput) labels {
+	var l labels
+	l[lReporter] = in.reporter
+	l[lRequestProtocol] = "tcp"
+	l[lResponseFlags] = FlagNone.String()
+	l[lSecurityPolicy] = in.security
+	if d := in.derived; d != nil {
+		b := &d.baggage
+		l[lSourceWorkload] = b.Workload
+		l[lSourceCanonicalService] = b.Canonical
+		l[lSourceCanonicalRevision] = b.Revision
+		l[lSourceVersion] = b.Revision
+		l[lSourceNamespace] = b.Namespace
+		l[lSourceCluster] = b.Cluster
+		l[lSourceRegion] = b.Region
+		l[lSourceZone] = b.Zone
+		l[lSourceApp] = b.Workload
+		if d.hasID {
+			l[lSourcePrincipal] = d.id.String()
+		}
+	}
+	if w := in.source; w != nil {
+		// The record does not set source_principal: only a certificate proves it.
+		l[lSourceWorkload] = w.WorkloadName
+		l[lSourceCanonicalService] = w.CanonicalName
+		l[lSourceApp] = w.CanonicalName
+		l[lSourceCanonicalRevision] = w.CanonicalRevision
+		l[lSourceVersion] = w.CanonicalRevision
+		l[lSourceNamespace] = w.Namespace
+		l[lSourceCluster] = w.ClusterID
+		l[lSourceRegion] = w.Locality.Region
+		l[lSourceZone] = w.Locality.Zone
+	}
+	if w := in.dest; w != nil {
+		l[lDestinationWorkload] = w.WorkloadName
+		l[lDestinationCanonicalService] = w.CanonicalName
+		l[lDestinationApp] = w.CanonicalName
+		l[lDestinationCanonicalRevision] = w.CanonicalRevision
+		l[lDestinationVersion] = w.CanonicalRevision
+		l[lDestinationNamespace] = w.Namespace
+		l[lDestinationCluster] = w.ClusterID
+		l[lDestinationPrincipal] = w.Identity().String()
+		l[lDestinationRegion] = w.Locality.Region
+		l[lDestinationZone] = w.Locality.Zone
+	}
+	if s := in.service; s != nil {
+		l[lDestinationService] = s.Hostname
+		l[lDestinationServiceNamespace] = s.Namespace
+		l[lDestinationServiceName] = s.Name
+	}
+	return l
+}

@@ -1,0 +1,238 @@
+package proxy
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	"ztun/proxy/hbone"
+	"ztun/proxy/identity"
+	"ztun/proxy/rbac"
+	"ztun/proxy/route"
+	"ztun/proxy/state"
+)
+
+// Bounds in time (spec 1 and 14.10: the connect timeout is ztunnel's, the others are what it lacks).
+const (
+	connectTimeout   = 10 * time.Second
+	handshakeTimeout = 10 * time.Second
+	responseTimeout  = connectTimeout + 2*time.Second // the far side may use its whole connect timeout
+	workloadWait     = 5 * time.Second
+)
+
+// Config is what one proxy takes from the environment.
+type Config struct {
+	NetworkName      string // NETWORK
+	ResponseBaggage  bool   // ENABLE_RESPONSE_BAGGAGE
+	HBONE            hbone.Config
+	PoolMaxStreams   int           // POOL_MAX_STREAMS_PER_CONNECTION
+	PoolUnused       time.Duration // POOL_UNUSED_RELEASE_TIMEOUT
+	SOCKS5           bool          // UNSTABLE_ENABLE_SOCKS5: its port is then illegal, too
+	MaxMeshHandshake int           // TLS handshakes under way on 15008 per pod; more are closed
+}
+
+// Options is what a Proxy is made of.
+type Options struct {
+	Info      state.WorkloadInfo
+	Network   Network
+	Knowledge Knowledge
+	Certs     Certificates
+	Resolver  Resolver
+	Metrics   *Metrics
+	Access    *slog.Logger // target "access"
+	Log       *slog.Logger
+	Config    Config
+	Random    func(n uint64) uint64 // uniform in [0, n)
+}
+
+// Proxy is one pod's data plane.
+type Proxy struct {
+	o    Options
+	pool *hbone.Pool
+
+	ctx  context.Context // ends when connections are cut
+	stop context.CancelFunc
+
+	mu       sync.Mutex
+	draining bool
+	mesh     map[*hbone.ServerConn]struct{}
+	work     sync.WaitGroup
+
+	conns      conns
+	handshakes chan struct{}
+	illegal    []uint16 // ports that no connection may be steered to
+}
+
+// New makes the data plane of one pod; nothing runs until flows arrive.
+func New(o Options) *Proxy {
+	if o.Config.MaxMeshHandshake == 0 {
+		o.Config.MaxMeshHandshake = 256
+	}
+	p := &Proxy{o: o, mesh: map[*hbone.ServerConn]struct{}{}, handshakes: make(chan struct{}, o.Config.MaxMeshHandshake), illegal: route.IllegalPorts(o.Config.SOCKS5)}
+	p.ctx, p.stop = context.WithCancel(context.Background())
+	p.pool = hbone.NewPool(hbone.PoolOptions{
+		Dial: p.dialTunnel, MaxStreams: o.Config.PoolMaxStreams, Unused: o.Config.PoolUnused, Config: o.Config.HBONE,
+	})
+	return p
+}
+
+// enter counts a connection's goroutine in; false when the proxy drains and takes nothing new.
+func (p *Proxy) enter() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.draining {
+		return false
+	}
+	p.work.Add(1)
+	return true
+}
+
+// localWorkload is the record of the pod that we serve, waited for if it has not arrived yet.
+func (p *Proxy) localWorkload(ctx context.Context) (*state.View, *state.Workload, error) {
+	// The channel is taken before the View, so that a publication in between is seen.
+	changed := p.o.Knowledge.Changed()
+	view := p.o.Knowledge.View()
+	if w := view.WorkloadByInfo(p.o.Info); w != nil {
+		return view, w, nil
+	}
+	timer := time.NewTimer(workloadWait)
+	defer timer.Stop()
+	for {
+		select {
+		case <-changed:
+		case <-timer.C:
+			i := p.o.Info
+			return nil, nil, fail(kindUnknownWorkload, fmt.Errorf("%s.%s (%s)", i.ServiceAccount, i.Namespace, i.Name))
+		case <-ctx.Done():
+			return nil, nil, fail(kindDrain, nil)
+		}
+		changed = p.o.Knowledge.Changed()
+		view = p.o.Knowledge.View()
+		if w := view.WorkloadByInfo(p.o.Info); w != nil {
+			return view, w, nil
+		}
+	}
+}
+
+// dialTunnel opens one tunnel to a peer's HBONE port: certificate, TCP from the pod's address, TLS.
+func (p *Proxy) dialTunnel(ctx context.Context, key hbone.Key) (net.Conn, error) {
+	cert, err := p.o.Certs.Certificate(ctx, key.Source)
+	if err != nil {
+		return nil, fail(kindIdentity, err)
+	}
+	var want []identity.ID
+	if key.Dest != "" {
+		for _, s := range strings.Split(key.Dest, ",") {
+			if id, err := identity.Parse(s); err == nil {
+				want = append(want, id)
+			}
+		}
+	}
+	dctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	raw, err := p.o.Network.DialMesh(dctx, key.Addr)
+	if err != nil {
+		if timedOut(err) {
+			return nil, fail(kindNetworkPolicy, err)
+		}
+		return nil, fail(kindIO, err)
+	}
+	hctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
+	defer cancel()
+	conn, _, err := hbone.Client(hctx, raw, identity.ClientTLS(cert, want))
+	if err != nil {
+		raw.Close()
+		return nil, fail(kindTLS, err)
+	}
+	return conn, nil
+}
+
+// Recheck cuts the inbound connections that policy no longer allows. The admin loop's publication of
+// changed policies is followed by a call of it (spec 7.7); workloads are looked up afresh, so that a
+// policy newly attached to the workload counts as well.
+func (p *Proxy) Recheck() {
+	view := p.o.Knowledge.View()
+	local := view.WorkloadByInfo(p.o.Info)
+	if local == nil {
+		return
+	}
+	policies := view.PoliciesFor(local)
+	for _, l := range p.conns.snapshot() {
+		if l.inbound && !rbac.Evaluate(policies, l.policy).Allowed {
+			l.sever(fail(kindPolicyChange, nil))
+		}
+	}
+}
+
+// Connection is one live connection, as /config_dump lists it.
+type Connection struct {
+	Inbound                     bool
+	Src, OriginalDst, ActualDst netip.AddrPort // OriginalDst is zero where there is none
+	Protocol                    string         // HBONE, TCP or DOUBLEHBONE
+}
+
+// Connections lists what is open now.
+func (p *Proxy) Connections() []Connection {
+	list := p.conns.snapshot()
+	out := make([]Connection, len(list))
+	for i, l := range list {
+		out[i] = Connection{Inbound: l.inbound, Src: l.src, OriginalDst: l.originalDst, ActualDst: l.actualDst, Protocol: l.protocol}
+	}
+	return out
+}
+
+// Shutdown drains: nothing new is taken, mesh peers are told so (GOAWAY), and connections may finish
+// until ctx ends; what is left then is cut and recorded with ztunnel's drain text.
+func (p *Proxy) Shutdown(ctx context.Context) {
+	p.mu.Lock()
+	p.draining = true
+	mesh := make([]*hbone.ServerConn, 0, len(p.mesh))
+	for s := range p.mesh {
+		mesh = append(mesh, s)
+	}
+	p.mu.Unlock()
+	for _, s := range mesh {
+		s.GoAway()
+	}
+	select {
+	case <-p.conns.empty():
+	case <-ctx.Done():
+		p.o.Log.Warn("drain duration expired with pending connections, forcefully shutting down", "connections", len(p.conns.snapshot()))
+	}
+	p.Close()
+}
+
+// Close cuts everything and waits for it to end.
+func (p *Proxy) Close() {
+	p.mu.Lock()
+	p.draining = true
+	mesh := make([]*hbone.ServerConn, 0, len(p.mesh))
+	for s := range p.mesh {
+		mesh = append(mesh, s)
+	}
+	p.mu.Unlock()
+	p.conns.severAll(fail(kindDrain, nil))
+	p.stop()
+	for _, s := range mesh {
+		s.Close()
+	}
+	p.pool.Close()
+	p.work.Wait()
+}
+
+// canonical turns an IPv4-mapped IPv6 address into the IPv4 address that it stands for (spec 1).
+func canonical(a netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(a.Addr().Unmap().WithZone(""), a.Port())
+}
+
+func addrPort(a net.Addr) netip.AddrPort {
+	if t, ok := a.(*net.TCPAddr); ok {
+		return canonical(t.AddrPort())
+	}
+	return netip.AddrPort{}
+}

@@ -1,0 +1,294 @@
+package route
+
+import (
+	"net"
+	"net/netip"
+	"strconv"
+
+	"ztun/proxy/identity"
+	"ztun/proxy/state"
+)
+
+// HBONEPort is where workloads receive HBONE.
+const HBONEPort = 15008
+
+// Protocol is how a connection is carried to its next hop.
+type Protocol uint8
+
+// The protocols.
+const (
+	TCP Protocol = iota
+	HBONE
+	DoubleHBONE // a tunnel to a gateway of another network, and one within it
+)
+
+// String returns ztunnel's name.
+func (p Protocol) String() string {
+	switch p {
+	case TCP:
+		return "TCP"
+	case HBONE:
+		return "HBONE"
+	case DoubleHBONE:
+		return "DOUBLEHBONE"
+	}
+	return "Unknown"
+}
+
+// Question is an outbound connection.
+type Question struct {
+	Network string          // this node's network (NETWORK)
+	Source  *state.Workload // the calling workload; required
+	SrcIP   netip.Addr      // the address it calls from
+	Dst     netip.AddrPort  // what it called
+	// Rand returns a number below n, n > 0; as rand.Uint64N. It is asked only
+	// where there is something to choose.
+	Rand func(n uint64) uint64
+}
+
+// Decision is where a connection goes.
+type Decision struct {
+	Protocol Protocol
+	// Actual is the address to dial. If Hostname is set its address is not valid
+	// yet, only its port: resolve Hostname and call Resolved.
+	Actual    netip.AddrPort
+	Hostname  string
+	Authority string // of the CONNECT (of both with DoubleHBONE); "" for TCP
+
+	// SANs are the identities of which the next hop has to present one, in
+	// ztunnel's order: the service's, then the workload's own. Nil for passthrough.
+	SANs []identity.ID
+	// FinalSANs are those for the inner tunnel of DoubleHBONE. If there are none,
+	// no peer can be accepted.
+	FinalSANs []identity.ID
+
+	Workload *state.Workload // the next hop; nil for passthrough
+	Service  *state.Service  // the service that was called; nil if none
+	// Upstream is, with DoubleHBONE, the workload of the other network that was
+	// chosen; otherwise equal to Workload.
+	Upstream *state.Workload
+	// Waypoint: the next hop (with DoubleHBONE: Upstream) is a waypoint.
+	Waypoint bool
+
+	// ownAuthority: Authority is the workload's address, once known, and this port.
+	ownAuthority  bool
+	authorityPort uint16
+	prefer6       bool // family to prefer among resolved addresses
+}
+
+// Passthrough reports whether the destination is unknown to the mesh: plain
+// TCP to where the application wanted to go.
+func (d *Decision) Passthrough() bool { return d.Workload == nil }
+
+// CheckOutbound refuses connections to our own ports on loopback.
+func CheckOutbound(dst netip.AddrPort, illegal []uint16) error {
+	if dst.Addr().Unmap().IsLoopback() && contains(illegal, dst.Port()) {
+		return &Error{Code: SelfCall, Subject: dst.String()}
+	}
+	return nil
+}
+
+// IllegalPorts returns the ports that a connection may not be sent to:
+// those of the proxy itself, and SOCKS5's if it is on.
+func IllegalPorts(socks bool) []uint16 {
+	p := []uint16{15001, 15006, HBONEPort}
+	if socks {
+		p = append(p, 15080)
+	}
+	return p
+}
+
+func contains(ports []uint16, port uint16) bool {
+	for _, p := range ports {
+		if p == port {
+			return true
+		}
+	}
+	return false
+}
+
+// Decide routes an outbound connection. Errors are *Error: NoHealthyUpstream,
+// UnknownWaypoint, UnknownNetworkGateway, NoValidDestination or NoService, each
+// of which means that the connection must fail: there is no way around a
+// waypoint and no fallback to plaintext.
+//
+// Order, as ztunnel: the called service's waypoint; else one endpoint of the
+// called service or the called workload; if that is in another network, its
+// gateway; if it was called as workload, its waypoint; else itself. Whatever is
+// not known passes through.
+func Decide(v *state.View, q Question) (Decision, error) {
+	r := resolver{v: v, q: q}
+	r.q.Dst = unmap(q.Dst)
+	r.q.SrcIP = q.SrcIP.Unmap()
+	dst := r.q.Dst
+
+	_, called := v.FindAddress(q.Network, dst.Addr(), q.Source.Namespace)
+	if called != nil {
+		if ref := r.serviceWaypoint(called); ref != nil {
+			wp, err := r.gateway(ref, waypoint)
+			if err != nil {
+				return Decision{}, err
+			}
+			if wp.workload.Network != q.Source.Network {
+				return r.throughGateway(wp, called, true)
+			}
+			return r.toWaypoint(wp, called)
+		}
+	}
+
+	up, found, err := r.upstream(q.Source.Network, dst, standard)
+	if err != nil {
+		return Decision{}, err
+	}
+	if !found {
+		if called == nil {
+			// A service that shares its address with a workload: FindAddress saw the
+			// workload, upstream the service.
+			called = v.ServiceByVIP(q.Source.Network, dst.Addr(), q.Source.Namespace)
+		}
+		if called != nil && called.Mode() != state.LBPassthrough {
+			return Decision{}, &Error{Code: NoHealthyUpstream, Subject: dst.String()}
+		}
+		return Decision{Protocol: TCP, Actual: dst}, nil
+	}
+	if up.workload.Network != q.Source.Network {
+		if up.service == nil {
+			return Decision{}, &Error{Code: NoService, Subject: dst.String()}
+		}
+		return r.throughGateway(up, up.service, false)
+	}
+	if called == nil && up.workload.Waypoint != nil && !r.fromWaypoint(up.workload.Waypoint) {
+		wp, err := r.gateway(up.workload.Waypoint, waypoint)
+		if err != nil {
+			return Decision{}, err
+		}
+		return r.toWaypoint(wp, up.service)
+	}
+	return r.direct(up)
+}
+
+// upstream is a chosen workload.
+type upstream struct {
+	workload *state.Workload
+	service  *state.Service // through which it was chosen; nil if by itself
+	addr     netip.Addr     // not valid: hostname or gateway
+	port     uint16
+	prefer6  bool // family of what was asked for
+}
+
+// resolver carries a question through its sub-questions.
+type resolver struct {
+	v *state.View
+	q Question
+}
+
+// direct sends a connection straight to the chosen workload.
+func (r *resolver) direct(up upstream) (Decision, error) {
+	d := Decision{Protocol: TCP, SANs: up.sans(), Workload: up.workload, Upstream: up.workload, Service: up.service}
+	port := up.port
+	if up.workload.Protocol == state.HBONE {
+		d.Protocol, d.ownAuthority, d.authorityPort, port = HBONE, true, up.port, HBONEPort
+	}
+	return d.at(up, port)
+}
+
+// toWaypoint sends a connection to a waypoint of our network, which is told the
+// original destination.
+func (r *resolver) toWaypoint(wp upstream, called *state.Service) (Decision, error) {
+	d := Decision{
+		Protocol: HBONE, Authority: r.q.Dst.String(), SANs: wp.sans(),
+		Workload: wp.workload, Upstream: wp.workload, Service: called, Waypoint: true,
+	}
+	return d.at(wp, wp.port)
+}
+
+// throughGateway sends a connection to a workload of another network through
+// that workload's gateway. Only services can be called across networks: the
+// authority of both tunnels is the service's name.
+func (r *resolver) throughGateway(up upstream, called *state.Service, isWaypoint bool) (Decision, error) {
+	ref := up.workload.NetworkGateway
+	if ref == nil {
+		return Decision{}, &Error{Code: NoValidDestination, Subject: up.workload.UID}
+	}
+	gw, err := r.gateway(ref, standard)
+	if err != nil {
+		return Decision{}, err
+	}
+	d := Decision{
+		Protocol:  DoubleHBONE,
+		Authority: net.JoinHostPort(called.Hostname, strconv.Itoa(int(r.q.Dst.Port()))),
+		SANs:      gw.sans(), Workload: gw.workload, Upstream: up.workload, Service: called, Waypoint: isWaypoint,
+	}
+	if up.service != nil {
+		d.FinalSANs = up.service.SANs
+	}
+	return d.at(gw, gw.port)
+}
+
+// at completes a decision with the address of its next hop.
+func (d Decision) at(next upstream, port uint16) (Decision, error) {
+	d.Actual = netip.AddrPortFrom(next.addr, port)
+	d.prefer6 = next.prefer6
+	if !next.addr.IsValid() {
+		if next.workload.Hostname == "" {
+			return Decision{}, &Error{Code: NoValidDestination, Subject: next.workload.UID}
+		}
+		d.Hostname = next.workload.Hostname
+		return d, nil
+	}
+	d.setAuthority()
+	return d, nil
+}
+
+func (d *Decision) setAuthority() {
+	if d.ownAuthority {
+		d.Authority = netip.AddrPortFrom(d.Actual.Addr(), d.authorityPort).String()
+	}
+}
+
+// Resolved completes a decision that has a Hostname with the answer of DNS: a
+// random address of the family that was called, else a random other. The error
+// is EmptyResolvedAddresses if there is none; failed lookups are
+// NoResolvedAddresses, which is the caller's to say (ResolveFailed).
+func (d Decision) Resolved(addrs []netip.Addr, rand func(n uint64) uint64) (Decision, error) {
+	if d.Hostname == "" {
+		return d, nil
+	}
+	var same, other []netip.Addr
+	for _, a := range addrs {
+		switch a = a.Unmap(); {
+		case !a.IsValid():
+		case a.Is6() == d.prefer6:
+			same = append(same, a)
+		default:
+			other = append(other, a)
+		}
+	}
+	if len(same) == 0 {
+		same = other
+	}
+	if len(same) == 0 {
+		return Decision{}, &Error{Code: EmptyResolvedAddresses, Subject: d.Workload.UID}
+	}
+	d.Actual = netip.AddrPortFrom(same[rand(uint64(len(same)))], d.Actual.Port())
+	d.Hostname = ""
+	d.setAuthority()
+	return d, nil
+}
+
+// ResolveFailed returns the error of a decision whose Hostname could not be
+// looked up.
+func (d *Decision) ResolveFailed() error {
+	return &Error{Code: NoResolvedAddresses, Subject: d.Workload.UID}
+}
+
+// sans returns the identities that the upstream may present.
+func (u *upstream) sans() []identity.ID {
+	if u.service == nil || len(u.service.SANs) == 0 {
+		return []identity.ID{u.workload.Identity()}
+	}
+	ids := make([]identity.ID, 0, len(u.service.SANs)+1)
+	return append(append(ids, u.service.SANs...), u.workload.Identity())
+}
+
+func unmap(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }

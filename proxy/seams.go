@@ -1,0 +1,72 @@
+package proxy
+
+import (
+	"context"
+	"net"
+	"net/netip"
+
+	"ztun/proxy/identity"
+	"ztun/proxy/state"
+)
+
+// Flow is a TCP SYN that awaits its verdict. Exactly one of Accept and Refuse is called, once.
+type Flow interface {
+	// Src is the sender of the SYN.
+	Src() netip.AddrPort
+	// Dst is where the SYN was going.
+	Dst() netip.AddrPort
+	// Accept completes the handshake. It fails when the sender has given up meanwhile.
+	Accept() (Conn, error)
+	// Refuse answers the SYN the way r calls for.
+	Refuse(r Refusal)
+}
+
+// Refusal is how a SYN is turned down.
+type Refusal uint8
+
+const (
+	// RefuseReset answers with RST: the application sees ECONNREFUSED.
+	RefuseReset Refusal = iota
+	// RefuseHostUnreachable answers with an ICMP error: EHOSTUNREACH.
+	RefuseHostUnreachable
+	// RefuseNetUnreachable answers with an ICMP error: ENETUNREACH.
+	RefuseNetUnreachable
+	// RefuseSilent says nothing, as a network that drops packets: the application's own timeout decides,
+	// and its next SYN is a new attempt.
+	RefuseSilent
+)
+
+// Conn is a byte stream with two independent directions.
+type Conn interface {
+	net.Conn
+	// CloseWrite ends our direction and leaves the other open.
+	CloseWrite() error
+}
+
+// Network is one pod's ways out.
+type Network interface {
+	// DialApp connects to the pod's application at dst; it sees src.Addr() as its client (the port is ours).
+	DialApp(ctx context.Context, src, dst netip.AddrPort) (Conn, error)
+	// DialMesh connects to a peer's HBONE port from the pod's own address.
+	DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn, error)
+	// DialPlain connects to a destination outside the mesh from the pod's own address.
+	DialPlain(ctx context.Context, dst netip.AddrPort) (Conn, error)
+}
+
+// Knowledge is what the control side publishes.
+type Knowledge interface {
+	// View is the newest published state; never nil, immutable.
+	View() *state.View
+	// Changed is closed when a newer View than that of the last call of View may exist.
+	Changed() <-chan struct{}
+}
+
+// Certificates hands out the current certificate of an identity, fetching it when there is none.
+type Certificates interface {
+	Certificate(ctx context.Context, id identity.ID) (*identity.Certificate, error)
+}
+
+// Resolver resolves workloads that have a hostname instead of an address (spec 2.6).
+type Resolver interface {
+	LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error)
+}

@@ -1,0 +1,287 @@
+package proxy
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	mrand "math/rand/v2"
+
+	"ztun/admin/ca"
+	"ztun/admin/xds"
+	"ztun/admin/zlog"
+	"ztun/proxy/state"
+)
+
+// world is two pods, a and b of samples/workloads.yaml, each with its Proxy, joined by loopback TCP in
+// place of devices: what the mesh, the applications and the flows would be is faked, the rest is real.
+type world struct {
+	t       *testing.T
+	know    *fakeKnowledge
+	metrics [2]*Metrics
+	logs    [2]*bytes.Buffer
+	zlogs   [2]*zlog.Log
+	proxies [2]*Proxy // a, b
+	meshLn  net.Listener
+	apps    map[netip.AddrPort]func(net.Conn) // what listens in the pods and outside
+	stop    func()
+	mu      sync.Mutex
+	clients map[netip.AddrPort]netip.Addr // what the applications saw as their client, by destination
+}
+
+var (
+	addrA = netip.MustParseAddr("10.91.1.2")
+	addrB = netip.MustParseAddr("10.91.2.2")
+)
+
+type fakeKnowledge struct {
+	mu      sync.Mutex
+	view    *state.View
+	changed chan struct{}
+}
+
+func (k *fakeKnowledge) View() *state.View {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.view
+}
+
+func (k *fakeKnowledge) Changed() <-chan struct{} {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.changed
+}
+
+func (k *fakeKnowledge) publish(v *state.View) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.view = v
+	close(k.changed)
+	k.changed = make(chan struct{})
+}
+
+func loadView(t *testing.T, change func(text string) string) *state.View {
+	t.Helper()
+	data, err := os.ReadFile("testdata/workloads.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(data)
+	if change != nil {
+		text = change(text)
+	}
+	l, err := xds.ParseLocal([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := state.NewBuilder("")
+	for _, s := range l.Services {
+		b.InsertService(s)
+	}
+	for _, w := range l.Workloads {
+		b.InsertWorkload(w)
+	}
+	for _, p := range l.Policies {
+		b.InsertPolicy(p)
+	}
+	return b.Build()
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	w := &world{
+		t: t, know: &fakeKnowledge{view: loadView(t, nil), changed: make(chan struct{})},
+		apps: map[netip.AddrPort]func(net.Conn){}, clients: map[netip.AddrPort]netip.Addr{},
+	}
+	certs := ca.NewManager(ca.ManagerOptions{Signer: ca.NewFake(), TTL: time.Hour})
+	ctx, cancel := context.WithCancel(context.Background())
+	var work sync.WaitGroup
+	work.Go(func() { certs.Run(ctx) })
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.meshLn = ln
+	for i, name := range []string{"a", "b"} {
+		w.logs[i] = &bytes.Buffer{}
+		w.zlogs[i] = zlog.New(zlog.Options{Writer: w.logs[i]})
+		w.metrics[i] = NewMetrics()
+		w.proxies[i] = New(Options{
+			Info:    state.WorkloadInfo{Name: name, Namespace: "default", ServiceAccount: name},
+			Network: &fakeNetwork{w: w, self: []netip.Addr{addrA, addrB}[i]}, Knowledge: w.know, Certs: certs,
+			Resolver: net.DefaultResolver, Metrics: w.metrics[i], Access: w.zlogs[i].Logger("access"), Log: slog.New(slog.DiscardHandler),
+			Random: mrand.Uint64N, Config: Config{ResponseBaggage: true, PoolMaxStreams: 100, PoolUnused: time.Minute},
+		})
+	}
+	work.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			work.Go(func() {
+				// The dialer says first who it is, as the real socket's address would.
+				var n [1]byte
+				io.ReadFull(c, n[:])
+				src := make([]byte, n[0])
+				io.ReadFull(c, src)
+				w.proxies[1].ServeMesh(&addressed{Conn: c, local: netip.AddrPortFrom(addrB, 15008), remote: netip.MustParseAddrPort(string(src))})
+			})
+		}
+	})
+	w.stop = sync.OnceFunc(func() {
+		for _, p := range w.proxies {
+			p.Close()
+		}
+		ln.Close()
+		cancel()
+		work.Wait()
+		for _, l := range w.zlogs {
+			l.Close(context.Background())
+		}
+	})
+	t.Cleanup(w.stop)
+	return w
+}
+
+// addressed is a connection with the addresses that it would have on the wire.
+type addressed struct {
+	net.Conn
+	local, remote netip.AddrPort
+}
+
+func (a *addressed) LocalAddr() net.Addr  { return net.TCPAddrFromAddrPort(a.local) }
+func (a *addressed) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(a.remote) }
+
+type fakeNetwork struct {
+	w    *world
+	self netip.Addr
+}
+
+func (n *fakeNetwork) DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn, error) {
+	if dst != netip.AddrPortFrom(addrB, 15008) {
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", syscall.EHOSTUNREACH)}
+	}
+	c, err := net.Dial("tcp", n.w.meshLn.Addr().String())
+	if err != nil {
+		return nil, err
+	}
+	src := netip.AddrPortFrom(n.self, 3134).String()
+	c.Write(append([]byte{byte(len(src))}, src...))
+	return c, nil
+}
+
+func (n *fakeNetwork) DialApp(ctx context.Context, src, dst netip.AddrPort) (Conn, error) {
+	return n.w.dial(src.Addr(), dst)
+}
+
+func (n *fakeNetwork) DialPlain(ctx context.Context, dst netip.AddrPort) (Conn, error) {
+	return n.w.dial(n.self, dst)
+}
+
+// dial reaches the application that the test put at dst.
+func (w *world) dial(src netip.Addr, dst netip.AddrPort) (Conn, error) {
+	app := w.apps[dst]
+	if app == nil {
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
+	}
+	w.mu.Lock()
+	w.clients[dst] = src
+	w.mu.Unlock()
+	here, there := tcpPair(w.t)
+	go func() {
+		defer there.Close()
+		app(there)
+	}()
+	return here, nil
+}
+
+func tcpPair(t *testing.T) (*net.TCPConn, *net.TCPConn) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	a, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a.(*net.TCPConn), b.(*net.TCPConn)
+}
+
+// fakeFlow is a SYN: app is the application's end once it was accepted.
+type fakeFlow struct {
+	t        *testing.T
+	src, dst netip.AddrPort
+	decided  chan struct{}
+	app      *net.TCPConn
+	refusal  Refusal
+}
+
+func (f *fakeFlow) Src() netip.AddrPort { return f.src }
+func (f *fakeFlow) Dst() netip.AddrPort { return f.dst }
+func (f *fakeFlow) Accept() (Conn, error) {
+	ours, app := tcpPair(f.t)
+	f.app = app
+	close(f.decided)
+	return ours, nil
+}
+func (f *fakeFlow) Refuse(r Refusal) { f.refusal = r; close(f.decided) }
+
+var errRefused = errors.New("refused")
+
+// connect sends a SYN through serve and waits for the verdict. done ends with the connection.
+func (w *world) connect(serve func(Flow), src, dst string) (app *net.TCPConn, refusal Refusal, done <-chan struct{}, err error) {
+	f := &fakeFlow{t: w.t, src: netip.MustParseAddrPort(src), dst: netip.MustParseAddrPort(dst), decided: make(chan struct{})}
+	over := make(chan struct{})
+	go func() { defer close(over); serve(f) }()
+	select {
+	case <-f.decided:
+	case <-time.After(20 * time.Second):
+		w.t.Fatalf("no verdict on %s -> %s", src, dst)
+	}
+	if f.app == nil {
+		<-over
+		return nil, f.refusal, over, errRefused
+	}
+	return f.app, 0, over, nil
+}
+
+// answer is an application that reads a request of n bytes and answers with reply.
+func answer(n int, reply string) func(net.Conn) {
+	return func(c net.Conn) {
+		io.ReadFull(c, make([]byte, n))
+		io.WriteString(c, reply)
+		c.(*net.TCPConn).CloseWrite()
+		io.Copy(io.Discard, c)
+	}
+}
+
+// lines are the access lines of pod i so far.
+func (w *world) lines(i int) []string {
+	w.zlogs[i].Flush(context.Background())
+	var out []string
+	sc := bufio.NewScanner(bytes.NewReader(w.logs[i].Bytes()))
+	for sc.Scan() {
+		if strings.Contains(sc.Text(), "\taccess\t") {
+			out = append(out, sc.Text())
+		}
+	}
+	return out
+}

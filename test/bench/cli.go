@@ -1,0 +1,149 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// options are what the command line says.
+type options struct {
+	Suites   []string // in the order of suiteNames
+	Reps     int
+	Seconds  float64 // of one measurement
+	JSON     string  // file, "" for none
+	Profile  string  // directory, "" for none
+	Quick    bool
+	NoDaemon bool     // only the subjects that need no daemon
+	Bin      string   // directory of the built programs
+	Root     string   // of the repository
+	Rates    []int    // of the open-loop echo, per second
+	Idle     int      // idle connections
+	Env      []string // K=V for the daemons
+	V6       bool
+	Verbose  bool
+	Args     []string // as given, for the report
+}
+
+// suiteNames in the order in which they run and are shown.
+func suiteNames() []string {
+	return []string{"relay", "hbone", "mesh", "conns", "echo", "mixed", "idle"}
+}
+
+var errHelp = errors.New("help")
+
+const usage = `usage: scripts/bench [SUITE...] [options]
+
+Measures ztun beside a bare veth of the same hops, interleaved, and prints medians and ratios. Needs root.
+A missed target is shown and is no failure; the exit code is 1 only when something could not be measured.
+
+suites (default: all)
+  relay   pod -> TUN -> netstack -> kernel socket, 1 and 8 streams; slirp4netns and sing-box too where installed
+  hbone   the mux over TLS on loopback beside bare crypto/tls (benchmarks of proxy/hbone)
+  mesh    pod -> node -> node -> pod, 1 and 8 streams, both ways, CPU-s per GB of each daemon
+  conns   new connections per second, 16 and 1 at a time, the server closes first; time of connect + 1 byte + close
+  echo    1 KiB echo over kept connections at fixed rates, open loop
+  mixed   the same echo at 500/s beside 8 bulk streams between the same two pods
+  idle    resident memory idle and per idle connection
+
+options
+`
+
+// parseArgs reads the command line. Suites and options may come in any order. Errors name the argument; errHelp after printing the usage to out.
+func parseArgs(args []string, out io.Writer) (options, error) {
+	o := options{Args: slices.Clone(args)}
+	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	fs.IntVar(&o.Reps, "reps", 0, "repetitions (default 3)")
+	fs.Float64Var(&o.Seconds, "seconds", 0, "length of one measurement (default 5; 1.2 with --quick)")
+	fs.StringVar(&o.JSON, "json", "", "write everything to this `file` as JSON")
+	fs.StringVar(&o.Profile, "profile", "", "write a CPU profile of each node and case to this `directory` and print the top ten")
+	fs.BoolVar(&o.Quick, "quick", false, "short measurements, fewer of them: mesh in less than a minute")
+	fs.BoolVar(&o.NoDaemon, "no-daemon", false, "leave out what needs the daemon: bare veth, the relay tool and hbone remain")
+	fs.StringVar(&o.Bin, "bin", "", "`directory` with the built programs (scripts/bench sets it)")
+	fs.StringVar(&o.Root, "root", ".", "the repository (scripts/bench sets it)")
+	rates := fs.String("rates", "", "requests per second of the echo suite (default 500,4000)")
+	fs.IntVar(&o.Idle, "idle-connections", 5000, "connections of the idle suite")
+	fs.Func("env", "`K=V` for the daemons, such as ZTUNNEL_WORKER_THREADS=1; may be repeated", func(s string) error {
+		if k, _, ok := strings.Cut(s, "="); !ok || k == "" {
+			return errors.New("want K=V")
+		}
+		o.Env = append(o.Env, s)
+		return nil
+	})
+	fs.BoolVar(&o.V6, "v6", false, "IPv6 instead of IPv4")
+	fs.BoolVar(&o.Verbose, "v", false, "show what is being done")
+
+	rest := args
+	for len(rest) > 0 {
+		if err := fs.Parse(rest); err != nil {
+			if errors.Is(err, flag.ErrHelp) {
+				fmt.Fprint(out, usage)
+				fs.SetOutput(out)
+				fs.PrintDefaults()
+				return o, errHelp
+			}
+			return o, err
+		}
+		if rest = fs.Args(); len(rest) > 0 {
+			o.Suites = append(o.Suites, rest[0])
+			rest = rest[1:]
+		}
+	}
+	return o, o.finish(*rates)
+}
+
+// finish checks values and fills in defaults.
+func (o *options) finish(rates string) error {
+	all := suiteNames()
+	want := map[string]bool{}
+	for _, s := range o.Suites {
+		if s != "all" && !slices.Contains(all, s) {
+			return fmt.Errorf("suite %q is none of: %s, all", s, strings.Join(all, ", "))
+		}
+		want[s] = true
+	}
+	if len(want) == 0 {
+		want["all"] = true
+	}
+	o.Suites = nil
+	for _, s := range all {
+		if want["all"] || want[s] {
+			o.Suites = append(o.Suites, s)
+		}
+	}
+	switch {
+	case o.Reps < 0 || o.Reps > 100:
+		return fmt.Errorf("--reps %d: want 1 to 100", o.Reps)
+	case o.Reps == 0:
+		o.Reps = 3
+	}
+	switch {
+	case o.Seconds < 0 || o.Seconds > 300:
+		return fmt.Errorf("--seconds %v: want more than 0 and at most 300", o.Seconds)
+	case o.Seconds == 0 && o.Quick:
+		o.Seconds = 1.2
+	case o.Seconds == 0:
+		o.Seconds = 5
+	}
+	if o.Idle < 1 || o.Idle > 25000 {
+		return fmt.Errorf("--idle-connections %d: want 1 to 25000", o.Idle)
+	}
+	if rates == "" {
+		rates = "500,4000"
+	}
+	for f := range strings.SplitSeq(rates, ",") {
+		n, err := strconv.Atoi(strings.TrimSpace(f))
+		if err != nil || n < 1 || n > 100000 {
+			return fmt.Errorf("--rates %q: want numbers from 1 to 100000, separated by commas", rates)
+		}
+		o.Rates = append(o.Rates, n)
+	}
+	return nil
+}
+
+func (o *options) has(suite string) bool { return slices.Contains(o.Suites, suite) }

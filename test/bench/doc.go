@@ -1,0 +1,17 @@
+// Command bench measures ztun beside a bare veth of the same hops, in the same minutes, and prints medians and ratios.
+//
+// What flows through it: it makes a world (test/lab) of two nodes with pods and their uncaptured twins, starts the daemons, lets the
+// generators of test/load run inside the pods, reads /proc meanwhile (package proc), and hands the figures to package report. It is
+// called by scripts/bench, by developers who tune the data path (--quick, --profile) and by nobody in production. It never fails
+// because something is slow, only because something did not work; it leaves nothing behind (test/lab sees to that, however this
+// process dies) and sends packets in namespaces of its own alone.
+//
+// Files: cli.go (arguments), plan.go (cases and their order), run.go (the loop around them), host.go (the machine), world.go (nodes,
+// pods, daemons), traffic.go (one function per workload), one file per suite, profile.go.
+//
+// Decisions (2026-11-23):
+//   - Repetitions are the outer loop and the subjects of a case the inner one, in alternating order: bare veth and ztun are measured
+//     seconds apart, and a slow minute of the machine hits both. That is what makes the ratios worth something.
+//   - Foreign load (processes that are not ours) is measured during every figure and shown: these machines are shared.
+//   - Profiles are taken in an extra run after the repetitions, so that the profiler's own cost is in no figure.
+package main

@@ -1,0 +1,137 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"time"
+
+	"ztun/test/bench/report"
+	"ztun/test/lab"
+)
+
+// idleCases measure memory: of fresh daemons that have carried nothing, and with connections that are open and silent. Each repetition has a
+// world of its own, because a daemon that has worked before holds memory that has nothing to do with the question.
+func (b *bench) idleCases() []kase {
+	n := b.o.Idle
+	k := kase{
+		suite: "idle", name: fmt.Sprintf("%d connections", n), lasts: 12*time.Second + time.Duration(n)*2*time.Millisecond,
+		rows: []report.Row{
+			{Metric: "RSS fresh, n1", Unit: "MiB", Subject: ztunName, Reference: "20"},
+			{Metric: "RSS fresh, n2", Unit: "MiB", Subject: ztunName, Reference: "20"},
+			{Metric: "RSS with them, n1", Unit: "MiB"},
+			{Metric: "RSS with them, n2", Unit: "MiB"},
+			{Metric: "each, n1", Unit: "KiB", Subject: ztunName, Reference: "4", Target: &report.Target{AtMost: true, Value: 24}},
+			{Metric: "each, n2", Unit: "KiB", Subject: ztunName, Reference: "4", Target: &report.Target{AtMost: true, Value: 24}},
+			{Metric: "each after a GC, n1", Unit: "KiB"},
+			{Metric: "each after a GC, n2", Unit: "KiB"},
+			{Metric: "kernel objects, each", Unit: "KiB"},
+			{Metric: "RSS 3 s after closing, n1", Unit: "MiB"},
+			{Metric: "RSS 3 s after closing, n2", Unit: "MiB"},
+			{Metric: "open them", Unit: "s"},
+		},
+		subjects: []subject{{bareVeth, func(ctx context.Context, _ int) (outcome, error) { return b.idleMemory(ctx, false) }}},
+	}
+	if !b.o.NoDaemon {
+		k.subjects = append(k.subjects, subject{ztunName, func(ctx context.Context, _ int) (outcome, error) { return b.idleMemory(ctx, true) }})
+	}
+	return []kase{k}
+}
+
+const mib, kib = 1 << 20, 1 << 10
+
+func (b *bench) idleMemory(ctx context.Context, withZtun bool) (_ outcome, err error) {
+	w, err := b.newWorld(ctx, withZtun)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, w.Close()) }()
+	p := w.bare
+	if withZtun {
+		p = w.ztun
+	}
+	if err := b.serve(ctx, w.lab, p.server); err != nil {
+		return nil, err
+	}
+	settle(ctx, 2*time.Second)
+	o, n := outcome{}, float64(b.o.Idle)
+	rss := func() ([]float64, error) {
+		out := make([]float64, len(p.daemons))
+		for i, d := range p.daemons {
+			m, err := b.r.proc.Mem(d.Pid())
+			if err != nil {
+				return nil, errors.Join(err, p.alive())
+			}
+			out[i] = float64(m.RSS)
+		}
+		return out, ctx.Err()
+	}
+	note := func(metric string, unit float64, vs []float64, minus []float64) {
+		for i, d := range p.daemons {
+			v := vs[i]
+			if minus != nil {
+				v -= minus[i]
+			}
+			o[metric+", "+d.Node.Name] = v / unit
+		}
+	}
+	fresh, err := rss()
+	if err != nil {
+		return nil, err
+	}
+	slab, began := b.r.proc.Slab(), time.Now()
+	note("RSS fresh", mib, fresh, nil)
+	err = b.idle(ctx, w.lab, p.client, p.server, b.o.Idle, func() error {
+		o["open them"] = time.Since(began).Seconds()
+		settle(ctx, 3*time.Second)
+		full, err := rss()
+		if err != nil {
+			return err
+		}
+		o["kernel objects, each"] = float64(b.r.proc.Slab()-slab) / kib / n
+		note("RSS with them", mib, full, nil)
+		note("each", kib*n, full, fresh)
+		for _, d := range p.daemons {
+			// Go's own handler collects the garbage first when it is asked; where it is not there we leave the row out.
+			if collect(ctx, d) != nil {
+				return nil
+			}
+		}
+		settle(ctx, 2*time.Second) // the runtime gives pages back in the background
+		if full, err = rss(); err != nil {
+			return err
+		}
+		note("each after a GC", kib*n, full, fresh)
+		return nil
+	})
+	if err != nil {
+		return nil, errors.Join(err, p.alive())
+	}
+	settle(ctx, 3*time.Second)
+	after, err := rss()
+	if err != nil {
+		return nil, err
+	}
+	note("RSS 3 s after closing", mib, after, nil)
+	return o, nil
+}
+
+// collect asks a daemon for a garbage collection, by the heap profile with gc=1 of net/http/pprof.
+func collect(ctx context.Context, d *lab.Daemon) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/debug/pprof/heap?gc=1", lab.AdminPort), nil)
+	if err != nil {
+		return err
+	}
+	resp, err := d.Node.NS.HTTP(10 * time.Second).Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	_, err = io.Copy(io.Discard, resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = errors.New(resp.Status)
+	}
+	return err
+}

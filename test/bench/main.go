@@ -1,0 +1,159 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"ztun/test/bench/proc"
+	"ztun/test/bench/report"
+	"ztun/test/lab"
+)
+
+func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
+
+// bench is one run of the program.
+type bench struct {
+	o     options
+	out   io.Writer // the report
+	err   io.Writer // progress
+	start time.Time
+	r     *runner
+	w     *world // of the suites that share one: mesh, conns, echo, mixed
+	relay *relayWorld
+}
+
+// run returns the exit code: 0 for a run in which everything could be measured, however slow; 1 when something failed; 2 for a bad command line.
+func run(args []string, stdout, stderr io.Writer) int {
+	o, err := parseArgs(args, stdout)
+	if errors.Is(err, errHelp) {
+		return 0
+	}
+	if err != nil {
+		fmt.Fprintf(stderr, "bench: %v (scripts/bench --help tells more)\n", err)
+		return 2
+	}
+	if err := lab.CanRun(); err != nil {
+		fmt.Fprintf(stderr, "bench: %v\n", err)
+		return 1
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	b := &bench{o: o, out: stdout, err: stderr, start: time.Now()}
+	b.r = &runner{proc: proc.Host(), progress: b.progress, rep: &report.Report{
+		Started: b.start, Commands: []string{command(args)}, Base: map[string]string{}, Titles: map[string]string{},
+	}}
+	b.r.rep.Machine = machine(ctx, o.Root)
+	err = b.all(ctx)
+	if cerr := b.close(); cerr != nil {
+		err = errors.Join(err, fmt.Errorf("cleaning up: %w", cerr))
+	}
+	b.r.rep.Took = time.Since(b.start)
+	if err != nil {
+		b.r.rep.Errors = append(b.r.rep.Errors, err.Error())
+	}
+	if perr := b.print(); perr != nil {
+		fmt.Fprintf(stderr, "bench: %v\n", perr)
+		return 1
+	}
+	if len(b.r.rep.Errors) > 0 {
+		return 1
+	}
+	return 0
+}
+
+// all measures the suites. What the suites have in common lives until close.
+func (b *bench) all(ctx context.Context) error {
+	var ks []kase
+	shared := b.o.has("relay") && !b.o.NoDaemon || b.o.has("mesh") || b.o.has("conns") || b.o.has("echo") || b.o.has("mixed")
+	if shared {
+		b.progress("building the world: two nodes, two hosts%s", map[bool]string{false: ", two pods, two daemons"}[b.o.NoDaemon])
+		var err error
+		if b.w, err = b.newWorld(ctx, !b.o.NoDaemon); err != nil {
+			return err
+		}
+		for _, e := range b.w.servers() {
+			if err := b.serve(ctx, b.w.lab, e); err != nil {
+				return err
+			}
+		}
+	}
+	type suite struct {
+		name, title, base string
+		cases             func() ([]kase, error)
+	}
+	plain := func(f func() []kase) func() ([]kase, error) { return func() ([]kase, error) { return f(), nil } }
+	for _, s := range []suite{
+		{"relay", "pod -> TUN -> netstack -> kernel socket, MTU 1500 unless said; bare veth: one veth between client and server", bareVeth, func() ([]kase, error) { return b.relayCases(ctx) }},
+		{"hbone", "the HTTP/2 mux over TLS 1.3 on loopback, one process at both ends", bareTLS, func() ([]kase, error) { return b.hboneCases(ctx) }},
+		{"mesh", "pod -> node -> node -> pod; bare veth: host -> node -> node -> host, the same veth between the same nodes", bareVeth, plain(b.meshCases)},
+		{"conns", "new connections over a warm tunnel: connect, one byte from the server, which closes first", bareVeth, plain(b.connsCases)},
+		{"echo", "1 KiB echo over kept connections, open loop: a request's latency counts from when it was due", bareVeth, plain(b.echoCases)},
+		{"mixed", "the same echo beside 8 bulk streams between the same two pods", bareVeth, plain(b.mixedCases)},
+		{"idle", "resident memory of the daemons, fresh ones in each repetition", bareVeth, plain(b.idleCases)},
+	} {
+		if !b.o.has(s.name) {
+			continue
+		}
+		b.r.rep.Titles[s.name], b.r.rep.Base[s.name] = s.title, s.base
+		cases, err := s.cases()
+		if err != nil {
+			return fmt.Errorf("%s: %w", s.name, err)
+		}
+		ks = append(ks, cases...)
+	}
+	if len(ks) == 0 {
+		return errors.New("nothing to measure: these suites need ztun")
+	}
+	b.progress("%d cases, %d repetitions, about %v", len(ks), b.o.Reps, expected(ks, b.o.Reps).Round(time.Second))
+	if err := b.r.run(ctx, ks, b.o.Reps); err != nil {
+		return fmt.Errorf("stopped: %w", err)
+	}
+	if b.o.Profile != "" {
+		return b.profiles(ctx)
+	}
+	return nil
+}
+
+func (b *bench) close() error {
+	return errors.Join(b.relay.Close(), b.w.Close())
+}
+
+// print writes the table to standard output and everything to the JSON file.
+func (b *bench) print() error {
+	fmt.Fprintln(b.err)
+	err := b.r.rep.Text(b.out)
+	if b.o.JSON == "" {
+		return err
+	}
+	j, jerr := json.MarshalIndent(b.r.rep, "", "  ")
+	if jerr == nil {
+		jerr = os.WriteFile(b.o.JSON, append(j, '\n'), 0o644)
+	}
+	return errors.Join(err, jerr)
+}
+
+// progress goes to standard error with the time since the start.
+func (b *bench) progress(format string, args ...any) {
+	fmt.Fprintf(b.err, "%6.1fs  %s\n", time.Since(b.start).Seconds(), fmt.Sprintf(format, args...))
+}
+
+// logf is progress for details.
+func (b *bench) logf(format string, args ...any) {
+	if b.o.Verbose {
+		b.progress(format, args...)
+	}
+}
+
+// tool is the path of a built program.
+func (b *bench) tool(name string) string { return filepath.Join(b.o.Bin, name) }
+
+// seconds of one measurement.
+func (b *bench) length() time.Duration { return time.Duration(b.o.Seconds * float64(time.Second)) }

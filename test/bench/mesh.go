@@ -1,0 +1,272 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"ztun/test/bench/proc"
+	"ztun/test/bench/report"
+	"ztun/test/load"
+)
+
+// paths are the subjects of the suites that run from node to node in the shared world, the base first. They are looked up when a
+// measurement runs: the plan is made without a world.
+func (b *bench) paths(run func(ctx context.Context, p path) (outcome, error)) []subject {
+	return b.over(func() path { return b.w.bare }, func() path { return b.w.ztun }, run)
+}
+
+// over is paths for any two paths.
+func (b *bench) over(bare, ztun func() path, run func(ctx context.Context, p path) (outcome, error)) []subject {
+	s := []subject{{bareVeth, func(ctx context.Context, _ int) (outcome, error) { return run(ctx, bare()) }}}
+	if !b.o.NoDaemon {
+		s = append(s, subject{ztunName, func(ctx context.Context, _ int) (outcome, error) {
+			p := ztun()
+			if err := p.alive(); err != nil {
+				return nil, err
+			}
+			o, err := run(ctx, p)
+			if err != nil {
+				if dead := p.alive(); dead != nil {
+					err = fmt.Errorf("%w; %w", err, dead)
+				}
+			}
+			return o, err
+		}})
+	}
+	return s
+}
+
+// dirs in the words of ztload and of the table.
+func dirs() []string { return []string{"up", "down"} }
+
+// streamsText is "1 stream" or "8 streams".
+func streamsText(n int) string {
+	if n == 1 {
+		return "1 stream"
+	}
+	return fmt.Sprintf("%d streams", n)
+}
+
+// meshCases are bulk transfers over both paths. Targets and references: issue 3 and design.md section 7.
+func (b *bench) meshCases() []kase {
+	var ks []kase
+	for _, streams := range []int{1, 8} {
+		for _, dir := range dirs() {
+			ref, cpu := "0.2x", "2.4-2.8"
+			if streams == 8 {
+				ref, cpu = "0.18x", "2.9-3.3"
+			}
+			ks = append(ks, kase{
+				suite: "mesh", name: streamsText(streams) + " " + dir, lasts: b.length() + 100*time.Millisecond,
+				rows: []report.Row{
+					{Metric: "throughput", Unit: "Gb/s", Subject: ztunName, Reference: ref, Target: &report.Target{OfRatio: true, Value: 0.2}},
+					{Metric: "CPU-s/GB, both daemons", Subject: ztunName, Reference: cpu},
+					{Metric: "CPU-s/GB, n1"}, {Metric: "CPU-s/GB, n2"}, {Metric: "CPU-s/GB, machine"},
+				},
+				subjects: b.paths(b.transfer(streams, dir)),
+			})
+		}
+	}
+	return ks
+}
+
+// transfer measures streams in one direction over a path of the shared world.
+func (b *bench) transfer(streams int, dir string) func(ctx context.Context, p path) (outcome, error) {
+	return func(ctx context.Context, p path) (outcome, error) {
+		return b.meter(p, func() (float64, outcome, error) {
+			r, err := b.bulk(ctx, b.w.lab, p.client, p.server, streams, dir, b.length())
+			if err != nil {
+				return 0, nil, err
+			}
+			return float64(r.Bytes) / 1e9, outcome{"throughput": r.Gbps}, nil
+		})
+	}
+}
+
+// meter adds the CPU time per GB of the path's daemons, and of the whole machine, to what a transfer found. The machine's includes
+// the kernel's work, the generators and whatever else runs.
+func (b *bench) meter(p path, transfer func() (gigabytes float64, o outcome, err error)) (outcome, error) {
+	before, err := b.cpu(p)
+	if err != nil {
+		return nil, err
+	}
+	all, err := b.r.proc.CPUTimes()
+	if err != nil {
+		return nil, err
+	}
+	gb, o, err := transfer()
+	if err != nil {
+		return nil, err
+	}
+	allAfter, err := b.r.proc.CPUTimes()
+	if err != nil {
+		return nil, err
+	}
+	after, err := b.cpu(p)
+	if err != nil {
+		return nil, err
+	}
+	o["CPU-s/GB, machine"] = allAfter.Sub(all).Busy.Seconds() / gb
+	var both time.Duration
+	for i, d := range p.daemons {
+		spent := after[i].CPU - before[i].CPU
+		both += spent
+		o["CPU-s/GB, "+d.Node.Name] = spent.Seconds() / gb
+	}
+	if len(p.daemons) > 0 {
+		o["CPU-s/GB, both daemons"] = both.Seconds() / gb
+	}
+	return o, nil
+}
+
+func (b *bench) cpu(p path) ([]proc.Stat, error) {
+	var out []proc.Stat
+	for _, d := range p.daemons {
+		st, err := b.r.proc.Stat(d.Pid())
+		if err != nil {
+			return nil, fmt.Errorf("the daemon of %s: %w", d.Node.Name, err)
+		}
+		out = append(out, st)
+	}
+	return out, nil
+}
+
+// connsCases are new connections over a warm tunnel.
+func (b *bench) connsCases() []kase {
+	var ks []kase
+	for _, par := range []int{16, 1} {
+		rate := report.Row{Metric: "rate", Unit: "per s", Subject: ztunName, Reference: "0.34x"}
+		p50 := report.Row{Metric: "p50", Unit: "ms", Subject: ztunName}
+		switch par {
+		case 16:
+			rate.Target = &report.Target{OfRatio: true, Value: 0.35}
+		case 1:
+			rate.Reference = "0.27x"
+			p50.Target, p50.Reference = &report.Target{OfRatio: true, AtMost: true, Value: 4}, "3.7x (0.9)"
+		}
+		ks = append(ks, kase{
+			suite: "conns", name: fmt.Sprintf("%d at a time", par), lasts: b.length() + 300*time.Millisecond,
+			rows: []report.Row{rate, p50, {Metric: "p99", Unit: "ms"}, {Metric: "failed", Unit: "of 1000"}, {Metric: "CPU-ms, both daemons", Unit: "each"}},
+			subjects: b.paths(func(ctx context.Context, p path) (outcome, error) {
+				// The first connections pay for the tunnel; they are not counted.
+				if _, err := b.rate(ctx, b.w.lab, p.client, p.server, par, 200*time.Millisecond); err != nil {
+					return nil, err
+				}
+				before, err := b.cpu(p)
+				if err != nil {
+					return nil, err
+				}
+				r, err := b.rate(ctx, b.w.lab, p.client, p.server, par, b.length())
+				if err != nil {
+					return nil, err
+				}
+				after, err := b.cpu(p)
+				if err != nil {
+					return nil, err
+				}
+				o := outcome{"rate": r.PerSecond, "p50": r.Latency.P50, "p99": r.Latency.P99, "failed": 1000 * float64(r.Failed) / float64(r.N)}
+				var spent time.Duration
+				for i := range after {
+					spent += after[i].CPU - before[i].CPU
+				}
+				if len(after) > 0 {
+					o["CPU-ms, both daemons"] = spent.Seconds() * 1000 / float64(r.N)
+				}
+				return o, nil
+			}),
+		})
+	}
+	return ks
+}
+
+// echoConns is over how many connections the requests are spread.
+const echoConns = 8
+
+// echoCases are requests at fixed rates without other traffic.
+func (b *bench) echoCases() []kase {
+	var ks []kase
+	for _, perSecond := range b.o.Rates {
+		ref := [3]string{}
+		if perSecond == 4000 {
+			ref = [3]string{"1.3x (0.96)", "1.6x (12)", ""}
+		}
+		ks = append(ks, kase{
+			suite: "echo", name: fmt.Sprintf("%d per s, %d connections", perSecond, echoConns), lasts: b.length() + 300*time.Millisecond,
+			rows: latencyRows(ref, nil),
+			subjects: b.paths(func(ctx context.Context, p path) (outcome, error) {
+				r, err := b.echo(ctx, b.w.lab, p.client, p.server, echoConns, perSecond, b.length())
+				if err != nil {
+					return nil, err
+				}
+				return latencies(r), nil
+			}),
+		})
+	}
+	return ks
+}
+
+func latencyRows(ref [3]string, p50 *report.Target) []report.Row {
+	return []report.Row{
+		{Metric: "p50", Unit: "ms", Subject: ztunName, Reference: ref[0], Target: p50},
+		{Metric: "p99", Unit: "ms", Subject: ztunName, Reference: ref[1]},
+		{Metric: "p99.9", Unit: "ms", Subject: ztunName, Reference: ref[2]},
+		{Metric: "answered", Unit: "per s"},
+		{Metric: "sent late", Unit: "%"}, // by the client itself, more than 1 ms: how far the generator kept up
+	}
+}
+
+// latencies adds requests without an answer only where there are some.
+func latencies(r *load.EchoResult) outcome {
+	o := outcome{"p50": r.Latency.P50, "p99": r.Latency.P99, "p99.9": r.Latency.P999, "answered": r.Rate}
+	if r.Lost > 0 {
+		o["lost"] = float64(r.Lost)
+	}
+	if r.Sent > 0 {
+		o["sent late"] = 100 * float64(r.Late) / float64(r.Sent)
+	}
+	return o
+}
+
+// mixedCases are the same requests at 500/s beside 8 bulk streams between the same two pods.
+func (b *bench) mixedCases() []kase {
+	const perSecond, streams = 500, 8
+	var ks []kase
+	for _, dir := range dirs() {
+		rows := latencyRows([3]string{"47-53", "87-112", ""}, &report.Target{AtMost: true, Value: 10})
+		rows = append(rows, report.Row{Metric: "bulk meanwhile", Unit: "Gb/s"})
+		ks = append(ks, kase{
+			suite: "mixed", name: fmt.Sprintf("%d per s, bulk %s", perSecond, dir), lasts: b.length() + 2*time.Second, rows: rows,
+			subjects: b.paths(func(ctx context.Context, p path) (outcome, error) {
+				ctx, cancel := context.WithCancel(ctx)
+				defer cancel()
+				type result struct {
+					r   *load.BulkResult
+					err error
+				}
+				done := make(chan result, 1)
+				go func() {
+					// Longer than the echo on both sides, so that no request is measured without the bulk.
+					r, err := b.bulk(ctx, b.w.lab, p.client, p.server, streams, dir, b.length()+1500*time.Millisecond)
+					done <- result{r, err}
+				}()
+				settle(ctx, 700*time.Millisecond)
+				e, err := b.echo(ctx, b.w.lab, p.client, p.server, echoConns, perSecond, b.length())
+				if err != nil {
+					cancel()
+				}
+				bulk := <-done
+				if err != nil {
+					return nil, err
+				}
+				if bulk.err != nil {
+					return nil, fmt.Errorf("bulk: %w", bulk.err)
+				}
+				o := latencies(e)
+				o["bulk meanwhile"] = bulk.r.Gbps
+				return o, nil
+			}),
+		})
+	}
+	return ks
+}

@@ -1,0 +1,426 @@
+// Package report collects what the repetitions measured and shows it: a table for people, JSON for programs.
+//
+// test/bench declares a Row for each figure in the order in which it shall appear, adds values as repetitions end, and prints.
+// The package is pure: it measures nothing, reads no clock and writes only to the io.Writer that it is given. It judges nothing
+// either: a missed target is printed as such and is no failure, because a benchmark on a shared machine is evidence and no test.
+//
+// Decisions (2026-11-23): a missing value is a NaN in memory, null in JSON and "-" in the table, never a zero. Base and subject
+// stand on one line with the ratio of their repetitions (see package stat), since the ratio is what travels between machines.
+package report
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"ztun/test/bench/stat"
+)
+
+// Target is what an issue asks of a figure.
+type Target struct {
+	OfRatio bool    `json:"of_ratio"` // of the subject's ratio to the base; else of its value
+	AtMost  bool    `json:"at_most"`  // else at least
+	Value   float64 `json:"value"`
+}
+
+// Met tells whether s (of values or of ratios, as the target asks) reaches the target with its median.
+func (t Target) Met(s stat.Summary) bool {
+	if !s.Valid() {
+		return false
+	}
+	if t.AtMost {
+		return s.Median <= t.Value
+	}
+	return s.Median >= t.Value
+}
+
+func (t Target) String() string {
+	op, x := ">=", ""
+	if t.AtMost {
+		op = "<="
+	}
+	if t.OfRatio {
+		x = "x"
+	}
+	return op + " " + strconv.FormatFloat(t.Value, 'g', -1, 64) + x
+}
+
+// Row is one figure of one case, of all subjects.
+type Row struct {
+	Suite, Case, Metric, Unit string
+	Target                    *Target // of Subject; nil for none
+	Subject                   string  // whom the target concerns
+	Reference                 string  // what real ztunnel had, as text, from design.md; "" for unknown
+
+	values map[string][]float64 // by subject; index: repetition
+	noisy  map[string]bool
+}
+
+// Report is everything that one run of the benchmark has to say.
+type Report struct {
+	Machine  Machine
+	Started  time.Time
+	Took     time.Duration
+	Commands []string          // how to run the same again
+	Base     map[string]string // by suite: the subject that the others are compared with
+	Titles   map[string]string // by suite: what was measured
+	Notes    []string
+	Errors   []string // measurements that failed, in order
+	Profiles []Profile
+
+	subjects []string // in order of appearance
+	suites   []string
+	rows     []*Row
+	noise    []float64 // foreign load in processors, per measurement
+}
+
+// Machine says where the figures come from.
+type Machine struct {
+	CPU    string `json:"cpu"`
+	Cores  int    `json:"cores"`
+	Memory int64  `json:"memory_bytes"`
+	Kernel string `json:"kernel"`
+	Go     string `json:"go"`
+	Arch   string `json:"arch"`
+	Commit string `json:"commit,omitempty"`
+}
+
+// Profile is the head of one process's CPU profile.
+type Profile struct {
+	Title string   `json:"title"`
+	File  string   `json:"file"`
+	Top   []string `json:"top"` // lines as `go tool pprof -top` prints them
+}
+
+// Row declares a row, or finds the one declared before under the same suite, case and metric (whose unit, target and reference
+// then stay).
+func (r *Report) Row(w Row) *Row {
+	for _, o := range r.rows {
+		if o.Suite == w.Suite && o.Case == w.Case && o.Metric == w.Metric {
+			return o
+		}
+	}
+	w.values, w.noisy = map[string][]float64{}, map[string]bool{}
+	at := len(r.rows)
+	known := false
+	for i, o := range r.rows {
+		if o.Suite == w.Suite {
+			known = true
+			at = i + 1
+		}
+	}
+	if !known {
+		r.suites = append(r.suites, w.Suite)
+	}
+	// A row that appears late (a figure that only one subject has) goes to its case.
+	for i, o := range r.rows {
+		if o.Suite == w.Suite && o.Case == w.Case {
+			at = i + 1
+		}
+	}
+	r.rows = append(r.rows, nil)
+	copy(r.rows[at+1:], r.rows[at:])
+	r.rows[at] = &w
+	return &w
+}
+
+// Add notes the value of a repetition (from 0). Repetitions without one read as missing. A second value for the same repetition
+// replaces the first.
+func (r *Report) Add(w *Row, subject string, rep int, v float64) {
+	if !contains(r.subjects, subject) {
+		r.subjects = append(r.subjects, subject)
+	}
+	for len(w.values[subject]) <= rep {
+		w.values[subject] = append(w.values[subject], math.NaN())
+	}
+	w.values[subject][rep] = v
+}
+
+// Noise notes how many processors others kept busy, on average, during one measurement of the case; above noisyAbove the case's
+// figures of that subject carry a mark.
+func (r *Report) Noise(suite, kase, subject string, processors float64) {
+	r.noise = append(r.noise, processors)
+	if processors <= noisyAbove {
+		return
+	}
+	for _, w := range r.rows {
+		if w.Suite == suite && w.Case == kase {
+			w.noisy[subject] = true
+		}
+	}
+}
+
+// noisyAbove is the foreign load, in processors, from which on a figure is marked.
+const noisyAbove = 0.1
+
+// Values returns a subject's values by repetition, missing ones NaN.
+func (w *Row) Values(subject string) []float64 { return w.values[subject] }
+
+// Summary of a subject's values.
+func (w *Row) Summary(subject string) stat.Summary { return stat.Summarize(w.values[subject]) }
+
+// Ratio of subject to base, by repetition.
+func (w *Row) Ratio(subject, base string) stat.Summary {
+	return stat.Summarize(stat.Ratios(w.values[subject], w.values[base]))
+}
+
+// Text prints the whole report as tables of at most 140 or so columns.
+func (r *Report) Text(out io.Writer) error {
+	var b strings.Builder
+	m := r.Machine
+	fmt.Fprintf(&b, "machine   %s, %d cores, %.0f GiB, %s, kernel %s, %s\n", m.CPU, m.Cores, float64(m.Memory)/(1<<30), m.Arch, m.Kernel, m.Go)
+	fmt.Fprintf(&b, "run       %s, took %s%s\n", r.Started.UTC().Format("2006-01-02 15:04 UTC"), r.Took.Round(time.Second), suffix(", commit ", m.Commit))
+	for i, c := range r.Commands {
+		fmt.Fprintf(&b, "%-9s %s\n", map[bool]string{true: "commands", false: ""}[i == 0], c)
+	}
+	if s := stat.Summarize(r.noise); s.Valid() {
+		fmt.Fprintf(&b, "others    kept %s processors busy meanwhile (median %s; ~ marks figures with more than %.1f)\n", rangeText(s), Number(s.Median), noisyAbove)
+	}
+	fmt.Fprintf(&b, "figures   median (smallest-largest) of the repetitions; the ratio is the median of the repetitions' own ratios; GB = 1e9 bytes\n")
+	for _, suite := range r.suites {
+		b.WriteString("\n" + suite + suffix(": ", r.Titles[suite]) + "\n")
+		b.WriteString(grid(r.lines(suite)))
+	}
+	for _, p := range r.Profiles {
+		fmt.Fprintf(&b, "\nprofile of %s (%s)\n", p.Title, p.File)
+		for _, l := range p.Top {
+			b.WriteString("  " + l + "\n")
+		}
+	}
+	for i, n := range r.Notes {
+		fmt.Fprintf(&b, "%s%s\n", map[bool]string{true: "\nnotes\n- ", false: "- "}[i == 0], n)
+	}
+	for i, e := range r.Errors {
+		fmt.Fprintf(&b, "%s%s\n", map[bool]string{true: "\nmeasurements that FAILED\n- ", false: "- "}[i == 0], e)
+	}
+	_, err := io.WriteString(out, b.String())
+	return err
+}
+
+// lines are the cells of a suite's table, head first.
+func (r *Report) lines(suite string) [][]string {
+	base := r.Base[suite]
+	table := [][]string{{"case", "metric", base, "subject", "value", "ratio", "target", "ztunnel"}}
+	last := ""
+	for _, w := range r.rows {
+		if w.Suite != suite || len(w.values) == 0 {
+			continue // declared and never measured, as a daemon's figures in a run without one
+		}
+		kase := w.Case
+		if kase == last {
+			kase = ""
+		}
+		metric := w.Metric + suffix(" ", w.Unit)
+		shown := 0
+		for _, s := range r.subjects {
+			if _, has := w.values[s]; !has || s == base {
+				continue
+			}
+			sum, ratio := w.Summary(s), w.Ratio(s, base)
+			target := ""
+			if t := w.Target; t != nil && s == w.Subject {
+				of := sum
+				if t.OfRatio {
+					of = ratio
+				}
+				target = t.String() + map[bool]string{true: " met", false: " MISSED"}[t.Met(of)]
+				if !of.Valid() {
+					target = t.String()
+				}
+			}
+			ref := ""
+			if s == w.Subject {
+				ref = w.Reference
+			}
+			table = append(table, []string{kase, metric, w.cell(base), s, w.cell(s), cell(ratio, false), target, ref})
+			kase, metric = "", ""
+			shown++
+		}
+		if shown == 0 {
+			target := ""
+			if w.Target != nil {
+				target = w.Target.String()
+			}
+			table = append(table, []string{kase, metric, w.cell(base), "", "", "", target, w.Reference})
+		}
+		last = w.Case
+	}
+	return table
+}
+
+func (w *Row) cell(subject string) string {
+	return cell(w.Summary(subject), w.noisy[subject])
+}
+
+func cell(s stat.Summary, noisy bool) string {
+	if !s.Valid() {
+		return "-"
+	}
+	t := Number(s.Median)
+	if s.N > 1 {
+		t += " (" + rangeText(s) + ")"
+	}
+	if noisy {
+		t += " ~"
+	}
+	return t
+}
+
+func rangeText(s stat.Summary) string { return Number(s.Min) + "-" + Number(s.Max) }
+
+// Number writes v with about three significant digits and no exponent; "-" for a missing one.
+func Number(v float64) string {
+	a := math.Abs(v)
+	switch {
+	case math.IsNaN(v) || math.IsInf(v, 0):
+		return "-"
+	case v == 0:
+		return "0"
+	case a >= 99.95:
+		return strconv.FormatFloat(v, 'f', 0, 64)
+	case a >= 9.995:
+		return strconv.FormatFloat(v, 'f', 1, 64)
+	case a >= 0.9995:
+		return strconv.FormatFloat(v, 'f', 2, 64)
+	}
+	return strconv.FormatFloat(v, 'f', 3, 64)
+}
+
+// grid sets cells in columns as wide as their widest cell, indented by two; columns that hold nothing below their head are left out.
+func grid(rows [][]string) string {
+	if len(rows) < 2 {
+		return ""
+	}
+	width := make([]int, len(rows[0]))
+	for i := range width {
+		used := false
+		for _, r := range rows[1:] {
+			used = used || r[i] != ""
+		}
+		if !used {
+			width[i] = -1
+			continue
+		}
+		for _, r := range rows {
+			width[i] = max(width[i], utf8.RuneCountInString(r[i]))
+		}
+	}
+	var b strings.Builder
+	for _, r := range rows {
+		var l strings.Builder
+		for i, c := range r {
+			if width[i] >= 0 {
+				l.WriteString("  " + c + strings.Repeat(" ", width[i]-utf8.RuneCountInString(c)))
+			}
+		}
+		b.WriteString(strings.TrimRight(l.String(), " ") + "\n")
+	}
+	return b.String()
+}
+
+func suffix(sep, s string) string {
+	if s == "" {
+		return ""
+	}
+	return sep + s
+}
+
+func contains(ss []string, s string) bool {
+	for _, x := range ss {
+		if x == s {
+			return true
+		}
+	}
+	return false
+}
+
+// num is a number that JSON can carry: null for a missing one.
+type num float64
+
+func (n num) MarshalJSON() ([]byte, error) {
+	if f := float64(n); math.IsNaN(f) || math.IsInf(f, 0) {
+		return []byte("null"), nil
+	}
+	return json.Marshal(float64(n))
+}
+
+type jsonSummary struct {
+	Median num `json:"median"`
+	Min    num `json:"min"`
+	Max    num `json:"max"`
+	N      int `json:"n"`
+}
+
+func summaryJSON(s stat.Summary) jsonSummary {
+	return jsonSummary{num(s.Median), num(s.Min), num(s.Max), s.N}
+}
+
+type jsonRow struct {
+	Suite     string                 `json:"suite"`
+	Case      string                 `json:"case"`
+	Metric    string                 `json:"metric"`
+	Unit      string                 `json:"unit,omitempty"`
+	Base      string                 `json:"base"`
+	Values    map[string][]num       `json:"values"`
+	Summary   map[string]jsonSummary `json:"summary"`
+	Ratio     map[string]jsonSummary `json:"ratio,omitempty"` // subject / base
+	Noisy     []string               `json:"noisy,omitempty"`
+	Target    *Target                `json:"target,omitempty"`
+	Met       *bool                  `json:"met,omitempty"`
+	Reference string                 `json:"ztunnel,omitempty"`
+}
+
+// MarshalJSON writes the report with summaries and ratios worked out.
+func (r *Report) MarshalJSON() ([]byte, error) {
+	rows := make([]jsonRow, 0, len(r.rows))
+	for _, w := range r.rows {
+		base := r.Base[w.Suite]
+		j := jsonRow{Suite: w.Suite, Case: w.Case, Metric: w.Metric, Unit: w.Unit, Base: base, Target: w.Target, Reference: w.Reference,
+			Values: map[string][]num{}, Summary: map[string]jsonSummary{}, Ratio: map[string]jsonSummary{}}
+		for _, s := range r.subjects {
+			vs, has := w.values[s]
+			if !has {
+				continue
+			}
+			ns := make([]num, len(vs))
+			for i, v := range vs {
+				ns[i] = num(v)
+			}
+			j.Values[s], j.Summary[s] = ns, summaryJSON(w.Summary(s))
+			if ratio := w.Ratio(s, base); s != base && ratio.Valid() {
+				j.Ratio[s] = summaryJSON(ratio)
+			}
+			if w.noisy[s] {
+				j.Noisy = append(j.Noisy, s)
+			}
+		}
+		if t := w.Target; t != nil {
+			of := w.Summary(w.Subject)
+			if t.OfRatio {
+				of = w.Ratio(w.Subject, base)
+			}
+			if of.Valid() {
+				met := t.Met(of)
+				j.Met = &met
+			}
+		}
+		rows = append(rows, j)
+	}
+	return json.Marshal(struct {
+		Machine     Machine           `json:"machine"`
+		Started     time.Time         `json:"started"`
+		TookSeconds float64           `json:"took_seconds"`
+		Commands    []string          `json:"commands"`
+		Titles      map[string]string `json:"titles"`
+		Others      jsonSummary       `json:"others_processors"`
+		Rows        []jsonRow         `json:"rows"`
+		Profiles    []Profile         `json:"profiles,omitempty"`
+		Notes       []string          `json:"notes,omitempty"`
+		Errors      []string          `json:"errors,omitempty"`
+	}{r.Machine, r.Started, r.Took.Seconds(), r.Commands, r.Titles, summaryJSON(stat.Summarize(r.noise)), rows, r.Profiles, r.Notes, r.Errors})
+}

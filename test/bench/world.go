@@ -1,0 +1,149 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"ztun/test/lab"
+)
+
+// end is where a program runs and the address at which the others reach it.
+type end struct {
+	ns *lab.NS
+	ip netip.Addr
+}
+
+// path is a pair of ends and what lies between them.
+type path struct {
+	name           string // the subject's name in the table
+	client, server end
+	daemons        []*lab.Daemon // on the path, n1 first; none on the bare one
+}
+
+// The subjects of the suites that run in a world.
+const (
+	bareVeth = "bare veth"
+	ztunName = "ztun"
+)
+
+// world is the laboratory with the two paths of the same hops: h1 - n1 - n2 - h2 and a - n1 - n2 - b. The passthrough paths end at h3,
+// an uncaptured host on n1: h1 - n1 - h3 and a - n1 - h3.
+type world struct {
+	lab      *lab.World
+	bare     path
+	ztun     path
+	barePass path
+	ztunPass path
+}
+
+// newWorld makes nodes and hosts, and with ztun the pods and daemons. Close takes all of it down.
+func (b *bench) newWorld(ctx context.Context, withZtun bool) (_ *world, err error) {
+	bin := ""
+	if withZtun {
+		bin = b.tool("ztun")
+	}
+	w := &world{}
+	if w.lab, err = lab.New(lab.Options{Prefix: "ztb", Bin: bin, Logf: b.logf}); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, w.lab.Close())
+		}
+	}()
+	h1, err := w.lab.AddHost(w.lab.N1, "h1")
+	if err != nil {
+		return nil, err
+	}
+	h2, err := w.lab.AddHost(w.lab.N2, "h2")
+	if err != nil {
+		return nil, err
+	}
+	h3, err := w.lab.AddHost(w.lab.N1, "h3")
+	if err != nil {
+		return nil, err
+	}
+	w.bare = path{name: bareVeth, client: b.end(h1.NS, h1.IPs), server: b.end(h2.NS, h2.IPs)}
+	w.barePass = path{name: bareVeth, client: w.bare.client, server: b.end(h3.NS, h3.IPs)}
+	if !withZtun {
+		return w, nil
+	}
+	a, err := w.lab.AddPod(w.lab.N1, lab.Pod{Name: "a"})
+	if err != nil {
+		return nil, err
+	}
+	p, err := w.lab.AddPod(w.lab.N2, lab.Pod{Name: "b"})
+	if err != nil {
+		return nil, err
+	}
+	env := map[string]string{"RUST_LOG": "warn"} // 7,000 access log lines a second would be a benchmark of the log
+	for _, kv := range b.o.Env {
+		k, v, _ := strings.Cut(kv, "=")
+		env[k] = v
+	}
+	w.ztun = path{name: ztunName, client: b.end(a.NS, a.IPs), server: b.end(p.NS, p.IPs)}
+	for _, n := range w.lab.Nodes() {
+		d, err := w.lab.StartDaemon(ctx, n, lab.DaemonOptions{Env: env})
+		if err != nil {
+			return nil, err
+		}
+		w.ztun.daemons = append(w.ztun.daemons, d)
+	}
+	for _, pod := range []*lab.Pod{a, p} {
+		if err := w.lab.Attach(ctx, pod); err != nil {
+			return nil, fmt.Errorf("attach pod %s: %w", pod.Name, err)
+		}
+	}
+	w.ztunPass = path{name: ztunName, client: w.ztun.client, server: w.barePass.server, daemons: w.ztun.daemons[:1]}
+	return w, nil
+}
+
+// servers are the ends at which something must answer.
+func (w *world) servers() []end {
+	s := []end{w.bare.server, w.barePass.server}
+	if w.ztun.server.ns != nil {
+		s = append(s, w.ztun.server)
+	}
+	return s
+}
+
+// Close takes the world down; none is no error.
+func (w *world) Close() error {
+	if w == nil || w.lab == nil {
+		return nil
+	}
+	return w.lab.Close()
+}
+
+// end picks the address of the family that the run is about.
+func (b *bench) end(ns *lab.NS, ips []netip.Addr) end {
+	for _, ip := range ips {
+		if ip.Is4() != b.o.V6 {
+			return end{ns, ip}
+		}
+	}
+	return end{ns, ips[0]}
+}
+
+// alive tells whether the path's daemons still run; the error holds the end of the log of the one that does not.
+func (p path) alive() error {
+	for _, d := range p.daemons {
+		if !d.Running() {
+			log := d.Log()
+			return fmt.Errorf("the daemon of %s has ended (%v); its log ends with:\n%s", d.Node.Name, d.Err(), log[max(0, len(log)-2000):])
+		}
+	}
+	return nil
+}
+
+// settle gives queues and timers of a measurement that ended a moment to drain, so that the next one is not billed for it.
+func settle(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}

@@ -1,0 +1,263 @@
+package load
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// start runs a Server and a ByteServer on loopback until the test ends.
+func start(t *testing.T) (many, one Target) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 2)
+	listen := func(f func(context.Context, net.Listener) error) Target {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() { done <- f(ctx, l) }()
+		return Target{Addr: l.Addr().String()}
+	}
+	many, one = listen((&Server{Log: t.Logf}).Serve), listen(ByteServer)
+	t.Cleanup(func() {
+		cancel()
+		for range 2 {
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	return many, one
+}
+
+func testContext(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func TestPattern(t *testing.T) {
+	whole := make([]byte, 10_000)
+	(&Pattern{Seed: 7}).Read(whole)
+	if n := bytes.Count(whole, []byte(Marker)); n != 157 {
+		t.Errorf("%d markers", n)
+	}
+	p, q := Pattern{Seed: 7}, Pattern{Seed: 7}
+	for n := 1; len(whole) > 0; n = n*3%97 + 1 {
+		n = min(n, len(whole))
+		b := make([]byte, n)
+		p.Read(b)
+		if !bytes.Equal(b, whole[:n]) {
+			t.Fatal("reads in parts differ")
+		}
+		if err := q.Check(b); err != nil {
+			t.Fatal(err)
+		}
+		whole = whole[n:]
+	}
+	bad := make([]byte, 200)
+	(&Pattern{Seed: 7}).Read(bad)
+	bad[150] ^= 1
+	if err := (&Pattern{Seed: 7}).Check(bad); err == nil || !strings.Contains(err.Error(), "byte 150") {
+		t.Errorf("a flipped bit: %v", err)
+	}
+	if err := (&Pattern{Seed: 7}).Check(bad[64:128]); err == nil {
+		t.Error("a moved block was not noticed")
+	}
+}
+
+func TestHistogram(t *testing.T) {
+	var h Histogram
+	for i := 1; i <= 10_000; i++ {
+		h.Add(time.Duration(i) * 10 * time.Microsecond)
+	}
+	h.Add(-time.Second)
+	for _, c := range []struct{ q, want float64 }{{0.5, 50}, {0.9, 90}, {0.99, 99}, {1, 100}} {
+		if got := float64(h.Quantile(c.q).Microseconds()) / 1000; got < c.want*0.999 || got > c.want*1.035 {
+			t.Errorf("quantile %v: %v ms, want about %v", c.q, got, c.want)
+		}
+	}
+	for us := uint64(0); us < 1<<30; us += us/7 + 1 {
+		if i := bucket(us); us > bucketTop(i) || i > 0 && us <= bucketTop(i-1) {
+			t.Fatalf("%d us is in bucket %d (%d, %d]", us, i, bucketTop(i-1), bucketTop(i))
+		}
+	}
+}
+
+func TestTransfer(t *testing.T) {
+	many, _ := start(t)
+	r := Transfer(testContext(t), many, 5<<20+13, 3<<20+7, 3)
+	if !r.OK || r.Sent != 5<<20+13 || r.Got != 3<<20+7 || r.SentSHA == "" || r.Server.Peer == "" {
+		t.Fatalf("%+v", r)
+	}
+	if r := Transfer(testContext(t), many, 0, 0, 3); !r.OK {
+		t.Fatalf("empty: %+v", r)
+	}
+}
+
+// A relay that flips one bit, or swallows one byte, must be found by each check that claims to look at bytes.
+func TestFaultsAreFound(t *testing.T) {
+	many, _ := start(t)
+	for name, spoil := range map[string]func(b []byte, off int64) []byte{
+		"flip": func(b []byte, off int64) []byte {
+			if off <= 70_000 && off+int64(len(b)) > 70_000 {
+				b[70_000-off] ^= 4
+			}
+			return b
+		},
+		"lose": func(b []byte, off int64) []byte {
+			if off <= 70_000 && off+int64(len(b)) > 70_000 {
+				return append(b[:70_000-off:70_000-off], b[70_000-off+1:]...)
+			}
+			return b
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bad := relay(t, many.Addr, spoil)
+			ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+			defer cancel()
+			if r := Transfer(ctx, bad, 200_000, 0, 1); r.OK {
+				t.Errorf("transfer: %+v", r)
+			}
+			if r := HalfClose(ctx, bad, 4, 4, 300_000); r.Failed == 0 && r.Bytes > 300_000 {
+				t.Errorf("half-close: %+v", r)
+			}
+		})
+	}
+}
+
+// relay copies both ways, passing what goes to the server through spoil.
+func relay(t *testing.T, to string, spoil func([]byte, int64) []byte) Target {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			s, err := net.Dial("tcp", to)
+			if err != nil {
+				c.Close()
+				return
+			}
+			go func() { io.Copy(c, s); c.Close() }()
+			go func() {
+				buf := make([]byte, 4096)
+				var off int64
+				for {
+					n, err := c.Read(buf)
+					s.Write(spoil(buf[:n], off))
+					off += int64(n)
+					if err != nil {
+						s.(*net.TCPConn).CloseWrite()
+						return
+					}
+				}
+			}()
+		}
+	}()
+	return Target{Addr: l.Addr().String()}
+}
+
+func TestHalfClose(t *testing.T) {
+	many, _ := start(t)
+	if r := HalfClose(testContext(t), many, 200, 1000, 100_000); r.OK != 200 || r.Failed != 0 || r.Bytes == 0 {
+		t.Fatalf("%+v", r)
+	}
+}
+
+func TestRandom(t *testing.T) {
+	many, _ := start(t)
+	r := Random(testContext(t), many, 300, 5)
+	if !r.OK || r.Clean+r.Cut != 300 || len(r.Closers) != int(numClosers) || r.Clean < 60 || r.Cut < 60 {
+		t.Fatalf("%+v", r)
+	}
+}
+
+func TestRatesAndLatencies(t *testing.T) {
+	many, one := start(t)
+	ctx := testContext(t)
+	if r := ConnectRate(ctx, one, 4, 200*time.Millisecond); r.Failed != 0 || r.OK < 10 || r.Latency.N != uint64(r.OK) || r.Latency.P50 <= 0 {
+		t.Errorf("rate: %+v", r)
+	}
+	if r := OpenLoop(ctx, many, 3, 300, 1024, 500*time.Millisecond); len(r.Errors) != 0 || r.Lost != 0 || r.Sent != 150 || r.Latency.N != 150 {
+		t.Errorf("echo: %+v", r)
+	}
+	for _, dir := range []string{"up", "down", "both"} {
+		if r := Bulk(ctx, many, 2, dir, 200*time.Millisecond); r.Failed != 0 || r.Bytes < 1<<20 || r.Up+r.Down != r.Bytes {
+			t.Errorf("bulk %s: %+v", dir, r)
+		}
+	}
+	ic, err := Idle(ctx, many, 100)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ic.Close()
+	if err := ic.Check(); err != nil || ic.Len() != 100 {
+		t.Errorf("idle: %d, %v", ic.Len(), err)
+	}
+	if w, err := WhoAmI(ctx, many); err != nil || !strings.HasPrefix(w.Peer, "127.0.0.1:") {
+		t.Errorf("whoami: %+v, %v", w, err)
+	}
+}
+
+func TestDialOnce(t *testing.T) {
+	many, _ := start(t)
+	if r := DialOnce(testContext(t), many); !r.OK || r.Local == "" {
+		t.Errorf("%+v", r)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	if r := DialOnce(testContext(t), Target{Addr: l.Addr().String()}); r.OK || r.Errno != 111 {
+		t.Errorf("closed port: %+v", r)
+	}
+}
+
+// A server that stalls must show in the latency of the requests that were due meanwhile: that is what open loop means.
+func TestOpenLoopCountsFromDue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dial := func(context.Context, string, string) (net.Conn, error) {
+			a, b := net.Pipe()
+			go func() {
+				defer b.Close()
+				buf := make([]byte, 100)
+				b.Read(buf) // the request line
+				b.Read(buf[:1])
+				b.Write(buf[:1])
+				for i := 0; ; i++ {
+					if _, err := io.ReadFull(b, buf[:10]); err != nil {
+						return
+					}
+					if i == 10 {
+						time.Sleep(500 * time.Millisecond)
+					}
+					b.Write(buf[:10])
+				}
+			}()
+			return halfPipe{a}, nil
+		}
+		r := OpenLoop(t.Context(), Target{Dial: dial}, 1, 100, 10, time.Second)
+		// Requests 10 to 59 were due during the stall: half of all, of 500, 490, ... ms.
+		if r.Lost != 0 || r.Latency.N != 100 || r.Latency.Max < 490 || r.Latency.P90 < 380 || r.Latency.P50 > 50 {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
+type halfPipe struct{ net.Conn }
+
+func (h halfPipe) CloseWrite() error   { return h.Close() }
+func (h halfPipe) SetLinger(int) error { return nil }

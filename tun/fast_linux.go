@@ -1,0 +1,189 @@
+package tun
+
+import (
+	"os"
+	"sync/atomic"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxIOVec is the kernel's UIO_MAXIOV.
+const maxIOVec = 1024
+
+// fast is the device with virtio headers and super-packets.
+type fast struct {
+	*handle
+	off    Offload
+	file   *os.File
+	rc     syscall.RawConn
+	closed atomic.Bool
+
+	rd, wr vector
+
+	badHeaders, short atomic.Uint64
+}
+
+// vector is one direction's system call: everything that it needs, made once. Its memory is not shared between the directions, so reader and
+// writer need no lock.
+type vector struct {
+	call  func(fd uintptr) bool // rd.read or wr.write, bound once: a method value made per call would allocate
+	iov   []unix.Iovec          // header, then the caller's buffers; for reads, then spill
+	hdr   [VNetHdrLen]byte
+	spill [1]byte // what does not fit the caller's buffers begins here
+	n     int     // the system call's results
+	errno syscall.Errno
+}
+
+func newFast(h *handle, off Offload) (*fast, error) {
+	// The file must be attached and nonblocking before it meets the poller: an unattached one reports an error event and is never
+	// polled again.
+	d := &fast{handle: h, off: off, file: os.NewFile(uintptr(h.fd), clonePath)}
+	h.fd = -1 // the file owns it now
+	rc, err := d.file.SyscallConn()
+	if err != nil {
+		d.file.Close()
+		return nil, err
+	}
+	d.rc = rc
+	d.rd.call, d.wr.call = d.rd.read, d.wr.write
+	d.rd.iov, d.wr.iov = make([]unix.Iovec, 0, 16), make([]unix.Iovec, 0, 32)
+	return d, nil
+}
+
+// Offload implements Device.
+func (d *fast) Offload() Offload { return d.off }
+
+// Stats implements StatsReader.
+func (d *fast) Stats() Stats {
+	return Stats{BadHeaders: d.badHeaders.Load(), ShortBuffers: d.short.Load()}
+}
+
+// ReadPacket implements Device.
+func (d *fast) ReadPacket(h *VNetHdr, bufs [][]byte) (int, error) {
+	v := &d.rd
+	room, ok := v.load(bufs)
+	if !ok {
+		return 0, ErrTooManyBuffers
+	}
+	v.add(v.spill[:])
+	defer v.unload()
+	for {
+		if d.rc.Read(v.call) != nil {
+			return 0, os.ErrClosed
+		}
+		if v.errno != 0 {
+			return 0, d.errno(v.errno)
+		}
+		n := v.n - VNetHdrLen
+		if n > room {
+			d.short.Add(1)
+			return 0, ErrShortBuffer
+		}
+		// Neither happens with a sane kernel; a packet that we cannot describe is better lost than passed on.
+		if n <= 0 || h.Decode(v.hdr[:]) != nil || h.Fix(n, bufs) != nil || h.Validate(n) != nil {
+			d.badHeaders.Add(1)
+			continue
+		}
+		return n, nil
+	}
+}
+
+// WritePacket implements Device.
+func (d *fast) WritePacket(h *VNetHdr, bufs [][]byte) error {
+	v := &d.wr
+	h.Encode(v.hdr[:])
+	if _, ok := v.load(bufs); !ok {
+		return ErrTooManyBuffers
+	}
+	defer v.unload()
+	if d.rc.Write(v.call) != nil {
+		return os.ErrClosed
+	}
+	if v.errno != 0 {
+		return d.errno(v.errno)
+	}
+	return nil
+}
+
+// SetMTU implements Device.
+func (d *fast) SetMTU(mtu int) error {
+	if d.closed.Load() {
+		return os.ErrClosed
+	}
+	return d.handle.SetMTU(mtu)
+}
+
+// Close implements Device.
+func (d *fast) Close() error {
+	if d.closed.Swap(true) {
+		return nil
+	}
+	d.handle.close()
+	// It returns when no call is under way any more, so that afterwards the interface is gone.
+	return d.file.Close()
+}
+
+func (d *fast) destroy() error {
+	if d.closed.Load() {
+		return os.ErrClosed
+	}
+	var err error
+	d.rc.Control(func(fd uintptr) { err = unix.IoctlSetInt(int(fd), unix.TUNSETPERSIST, 0) })
+	if cerr := d.Close(); err == nil {
+		err = cerr
+	}
+	return err
+}
+
+// errno turns a system call's errno into what Device promises. An Errno becomes an error without allocating, since all are below 256.
+func (d *fast) errno(e syscall.Errno) error {
+	if e == unix.EBADFD {
+		return ErrDeviceDeleted
+	}
+	return e
+}
+
+// load points the vector at the header and bufs, and returns the bytes that bufs hold together.
+func (v *vector) load(bufs [][]byte) (room int, ok bool) {
+	if len(bufs) > maxIOVec-2 {
+		return 0, false
+	}
+	v.iov = v.iov[:0]
+	v.add(v.hdr[:])
+	for _, b := range bufs {
+		if len(b) > 0 {
+			v.add(b)
+			room += len(b)
+		}
+	}
+	return room, true
+}
+
+func (v *vector) add(b []byte) {
+	e := unix.Iovec{Base: unsafe.SliceData(b)}
+	e.SetLen(len(b))
+	v.iov = append(v.iov, e)
+}
+
+// unload forgets the caller's buffers, which would otherwise stay reachable until the next packet.
+func (v *vector) unload() { clear(v.iov) }
+
+// read and write are what the poller calls: false means "not ready, wait".
+func (v *vector) read(fd uintptr) bool  { return v.do(unix.SYS_READV, fd) }
+func (v *vector) write(fd uintptr) bool { return v.do(unix.SYS_WRITEV, fd) }
+
+func (v *vector) do(trap, fd uintptr) bool {
+	for {
+		n, _, errno := unix.Syscall(trap, fd, uintptr(unsafe.Pointer(unsafe.SliceData(v.iov))), uintptr(len(v.iov)))
+		switch errno {
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			return false
+		}
+		v.n, v.errno = int(n), errno
+		return true
+	}
+}

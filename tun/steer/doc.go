@@ -1,0 +1,28 @@
+// Package steer brings a pod's traffic to ztun's TUN devices, by routes, rules and sysctls alone: no packet filter, ever.
+//
+// What flows through it: the composition root describes a node or a pod (NodeConfig, PodConfig); NodePlan and PodPlan turn that into a Plan, which is
+// data: a list of steps that prints as the equivalent `ip` and `sysctl` commands and is compared with golden files. Apply carries a plan out in the
+// namespaces given, Undo takes it back, Sweep removes what a killed daemon left of pods that are no more.
+//
+// Who calls it: the composition root, once per daemon for the node and once per pod, always with the plan's TUN devices open.
+//
+// What it never does: it creates or deletes no device and no namespace, looks at no packet, and removes or changes no route, rule or address that
+// is not its own. Its own are known by their routing protocol number (Protocol), which is also how a later daemon recognizes an earlier one's.
+//
+// Applying is idempotent: a step that is already true is left alone, so a plan can be applied over what a killed daemon left, and over itself. If
+// a step fails, the steps that this call has made true are taken back, in reverse, and the error names the thing and its likely cause.
+//
+// Traps that shaped it (design.md section 2):
+//   - fail closed: each pod has an `unreachable` route of high metric in the node's main table below the one to the node's TUN. Without it, when the
+//     TUN is gone, packets for the pod would follow the node's default route and bounce between it and its gateway.
+//   - the table of captured HBONE traffic has one `local` route per attached pod; everything else on port 15008 finds nothing there and
+//     falls through to main.
+//   - link-local addresses, router solicitations and duplicate address detection are turned off on our devices: nobody is there to answer.
+//
+// Decisions:
+//   - 2026-11-23: Undo leaves ip_forward, IPv6 forwarding and `lo up` as they are: we cannot know who else has come to rely on them since, and a
+//     restarted daemon does not know what was there before. Per-device sysctls go with their device.
+//   - 2026-11-23: a route or rule in our place that is not ours is an error, never replaced.
+//   - 2026-11-23: in a pod's namespace a default route by another device is refused: it would be a way around the mesh (isolated mode means lo and
+//     the TUN only).
+package steer

@@ -1,0 +1,93 @@
+// Package nslab makes real network namespaces for tests that need them, and removes them when the test ends, however it ends.
+//
+// Who calls it: tests below tun. What it never does: skip a test silently. Without root a test fails and says so, unless ZTUN_TEST_NOROOT=1 asks to skip.
+package nslab
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"ztun/tun/netns"
+)
+
+// NeedRoot fails the test loudly unless it runs as root; with ZTUN_TEST_NOROOT=1 it skips it instead.
+func NeedRoot(tb testing.TB) {
+	tb.Helper()
+	if os.Geteuid() == 0 {
+		return
+	}
+	if os.Getenv("ZTUN_TEST_NOROOT") == "1" {
+		tb.Skip("SKIPPED: needs root, and ZTUN_TEST_NOROOT=1 is set")
+	}
+	tb.Fatal("\n*** this test makes network namespaces and TUN devices and NEEDS ROOT; run it as root, or set ZTUN_TEST_NOROOT=1 to skip it ***")
+}
+
+// NS is a namespace of the lab.
+type NS struct {
+	*netns.NS
+	Name string
+}
+
+// New makes a namespace known to `ip netns`, under a name of its own, that exists until the test ends. Its lo is up.
+func New(tb testing.TB) *NS {
+	tb.Helper()
+	NeedRoot(tb)
+	var b [4]byte
+	rand.Read(b[:])
+	name := fmt.Sprintf("zt-%d-%s", os.Getpid(), hex.EncodeToString(b[:]))
+	IP(tb, "netns", "add", name)
+	tb.Cleanup(func() {
+		if out, err := exec.Command("ip", "netns", "del", name).CombinedOutput(); err != nil && !strings.Contains(string(out), "No such file") {
+			tb.Errorf("ip netns del %s: %v: %s", name, err, out)
+		}
+	})
+	ns, err := netns.OpenName(name)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { ns.Close() })
+	n := &NS{NS: ns, Name: name}
+	n.IP(tb, "link", "set", "lo", "up")
+	return n
+}
+
+// IP runs ip(8) inside the namespace and returns what it prints.
+func (n *NS) IP(tb testing.TB, args ...string) string {
+	tb.Helper()
+	return IP(tb, append([]string{"-n", n.Name}, args...)...)
+}
+
+// State is what ip(8) shows of the namespace's rules, routes, links and addresses, to be compared before and after.
+func (n *NS) State(tb testing.TB) string {
+	tb.Helper()
+	var b strings.Builder
+	for _, args := range [][]string{
+		{"rule"}, {"-6", "rule"}, {"route", "show", "table", "all"}, {"-6", "route", "show", "table", "all"}, {"link"}, {"addr"},
+	} {
+		fmt.Fprintf(&b, "# ip %s\n%s", strings.Join(args, " "), n.IP(tb, args...))
+	}
+	return b.String()
+}
+
+// Join connects two namespaces by a veth pair; the ends are named dev and up, without addresses.
+func Join(tb testing.TB, a, b *NS, dev string) {
+	tb.Helper()
+	IP(tb, "link", "add", dev, "netns", a.Name, "type", "veth", "peer", "name", dev, "netns", b.Name)
+	a.IP(tb, "link", "set", dev, "up")
+	b.IP(tb, "link", "set", dev, "up")
+}
+
+// IP runs ip(8) and returns what it prints.
+func IP(tb testing.TB, args ...string) string {
+	tb.Helper()
+	out, err := exec.Command("ip", args...).CombinedOutput()
+	if err != nil {
+		tb.Fatalf("ip %s: %v: %s", strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
