@@ -203,12 +203,15 @@ func TestWaitRead(t *testing.T) {
 
 // blockingWriter holds WriteTo inside Write, where it lends the receive queue.
 type blockingWriter struct {
-	entered chan []byte
+	entered chan []byte // the first Write's argument
 	leave   chan struct{}
 }
 
 func (w *blockingWriter) Write(b []byte) (int, error) {
-	w.entered <- b
+	select {
+	case w.entered <- b:
+	case <-w.leave: // a second piece, when the test has ended
+	}
 	<-w.leave
 	return len(b), nil
 }

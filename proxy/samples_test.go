@@ -98,7 +98,11 @@ func TestDriveSamples(t *testing.T) {
 	refused(in, "10.91.2.1:27694", "10.91.2.2:7777", RefuseReset)
 	refused(out, a, "10.91.2.2:15008", RefuseReset)
 
-	if got := w.clients[pod]; got != netip.MustParseAddr("10.91.2.1") {
+	w.settle()
+	w.mu.Lock()
+	got := w.clients[pod]
+	w.mu.Unlock()
+	if got != netip.MustParseAddr("10.91.2.1") {
 		t.Errorf("the application saw %v as its last client", got)
 	}
 	w.stop()
@@ -142,6 +146,26 @@ func compareMetrics(t *testing.T, m *Metrics, file string) {
 			want[l[:i]] = l[i+1:]
 		}
 	}
+	got := gather(t, m)
+	mesh := `destination_workload="b-deploy"`
+	for k, v := range want {
+		g, ok := got[k]
+		if !ok {
+			t.Errorf("%s: missing %s", file, k)
+		} else if g != v && !strings.Contains(k, mesh) {
+			t.Errorf("%s: %s is %s, want %s", file, k, g, v)
+		}
+	}
+	for k := range got {
+		if _, ok := want[k]; !ok {
+			t.Errorf("%s: not in the sample: %s", file, k)
+		}
+	}
+}
+
+// gather renders every counter as the exposition does, labels in their own order.
+func gather(t *testing.T, m *Metrics) map[string]string {
+	t.Helper()
 	got := map[string]string{}
 	ch := make(chan prometheus.Metric, 1000)
 	m.Collect(ch)
@@ -161,18 +185,5 @@ func compareMetrics(t *testing.T, m *Metrics, file string) {
 		}
 		got[name+"{"+strings.Join(ls, ",")+"}"] = fmt.Sprint(d.Counter.GetValue())
 	}
-	mesh := `destination_workload="b-deploy"`
-	for k, v := range want {
-		g, ok := got[k]
-		if !ok {
-			t.Errorf("%s: missing %s", file, k)
-		} else if g != v && !strings.Contains(k, mesh) {
-			t.Errorf("%s: %s is %s, want %s", file, k, g, v)
-		}
-	}
-	for k := range got {
-		if _, ok := want[k]; !ok {
-			t.Errorf("%s: not in the sample: %s", file, k)
-		}
-	}
+	return got
 }

@@ -273,6 +273,18 @@ func answer(n int, reply string) func(net.Conn) {
 	}
 }
 
+// settle waits until both proxies have no connection left: the far one ends a moment after the near one.
+func (w *world) settle() {
+	w.t.Helper()
+	for _, p := range w.proxies {
+		select {
+		case <-p.conns.empty():
+		case <-time.After(20 * time.Second):
+			w.t.Fatal("connections are left")
+		}
+	}
+}
+
 // lines are the access lines of pod i so far.
 func (w *world) lines(i int) []string {
 	w.zlogs[i].Flush(context.Background())

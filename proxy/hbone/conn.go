@@ -72,6 +72,7 @@ type conn struct {
 	said      bool // that was done
 	// drainReads: the peer is told of its violation before the socket is closed.
 	drainReads bool
+	readerGone bool
 
 	// What the peer told us.
 	peerInitial   int64
@@ -261,6 +262,17 @@ func (c *conn) forgetLocked(s *Stream) {
 
 // finish is called by the reader when there is nothing more to read.
 func (c *conn) finish(err error) {
+	if r, ok := c.tr.(*records); ok && r.fatal.Load() != 0 {
+		c.mu.Lock()
+		c.readerGone = true
+		if c.last { // it waits for us
+			c.endLocked(err)
+		} else {
+			c.leaveLocked(http2.ErrCodeProtocol, err) // and tell the peer what was wrong (farewell)
+		}
+		c.mu.Unlock()
+		return
+	}
 	switch {
 	case errors.Is(err, io.EOF):
 		c.mu.Lock()

@@ -9,8 +9,10 @@ import (
 
 func transports(t *testing.T) map[string]func(t *testing.T) (net.Conn, net.Conn) {
 	return map[string]func(t *testing.T) (net.Conn, net.Conn){
-		"tcp":  func(t *testing.T) (net.Conn, net.Conn) { a, b := tcpPair(t); return a, b },
-		"pipe": func(t *testing.T) (net.Conn, net.Conn) { return net.Pipe() },
+		"tcp":         func(t *testing.T) (net.Conn, net.Conn) { a, b := tcpPair(t); return a, b },
+		"tls":         func(t *testing.T) (net.Conn, net.Conn) { return tlsPair(t, false) },
+		"foreign tls": func(t *testing.T) (net.Conn, net.Conn) { return tlsPair(t, true) },
+		"pipe":        func(t *testing.T) (net.Conn, net.Conn) { return net.Pipe() },
 	}
 }
 
@@ -30,4 +32,12 @@ func TestNetConn(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestConnNetConn is about the record layer by itself.
+func TestConnNetConn(t *testing.T) {
+	nettest.TestConn(t, func() (net.Conn, net.Conn, func(), error) {
+		a, b := tlsPair(t, false)
+		return a, b, func() { a.Close(); b.Close() }, nil
+	})
 }

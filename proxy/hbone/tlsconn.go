@@ -1,44 +1,292 @@
 package hbone
 
 import (
+	"bytes"
 	"context"
+	"crypto/fips140"
 	"crypto/tls"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"io"
 	"net"
+	"sync"
+	"sync/atomic"
+	"time"
 )
 
-// Conn is a TLS connection for HBONE, from Client or Server.
+// Conn is a TLS 1.3 connection whose records hbone seals and opens itself, after crypto/tls did the handshake.
+//
+// crypto/tls writes every record of 16 KiB by a system call of its own and copies what it reads; here a batch of
+// frames is sealed from where the bytes lie into one buffer and written at once, and many records are read at once
+// and opened straight into the block that streams' users get slices of.
+//
+// ClientConn and ServerConn use it directly. For others it is a net.Conn: Read and Write may be called at the same
+// time, but not after the connection was given to hbone.
 type Conn struct {
-	*tls.Conn
-	raw net.Conn
-	rec *records
+	raw   net.Conn
+	state tls.ConnectionState
+	rec   *records
+
+	rmu   sync.Mutex
+	block *block
+	rest  []byte
+	rerr  error
+
+	wmu    sync.Mutex
+	closed bool
 }
 
-// Client does the TLS handshake as a client on raw, within ctx. On failure raw is closed.
+// Client does the TLS handshake as a client on raw, within ctx. On failure raw is closed. The result is a *Conn, or
+// a *tls.Conn where the record layer cannot be taken over (not TLS 1.3 with AES-GCM, FIPS 140 mode).
 func Client(ctx context.Context, raw net.Conn, cfg *tls.Config) (net.Conn, tls.ConnectionState, error) {
-	t := tls.Client(raw, cfg)
-	if err := t.HandshakeContext(ctx); err != nil {
-		raw.Close()
-		return nil, tls.ConnectionState{}, err
-	}
-	return t, t.ConnectionState(), nil
+	return handshake(ctx, raw, cfg, true)
 }
 
-// Server does the TLS handshake as a server on raw, within ctx. On failure raw is closed.
+// Server does the TLS handshake as a server on raw; see Client. Session tickets are off.
 func Server(ctx context.Context, raw net.Conn, cfg *tls.Config) (net.Conn, tls.ConnectionState, error) {
-	t := tls.Server(raw, cfg)
+	return handshake(ctx, raw, cfg, false)
+}
+
+func handshake(ctx context.Context, raw net.Conn, cfg *tls.Config, client bool) (net.Conn, tls.ConnectionState, error) {
+	keys := &keyLog{next: cfg.KeyLogWriter}
+	cfg = cfg.Clone()
+	cfg.KeyLogWriter = keys
+	// A ticket would be the first record under the application keys: the count would not start at zero.
+	cfg.SessionTicketsDisabled = true
+	if choose := cfg.GetConfigForClient; choose != nil {
+		cfg.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
+			chosen, err := choose(h)
+			if chosen != nil {
+				chosen = chosen.Clone()
+				keys.next = chosen.KeyLogWriter
+				chosen.KeyLogWriter, chosen.SessionTicketsDisabled = keys, true
+			}
+			return chosen, err
+		}
+	}
+	lock := &lockstep{Conn: raw}
+	var t *tls.Conn
+	if client {
+		t = tls.Client(lock, cfg)
+	} else {
+		t = tls.Server(lock, cfg)
+	}
 	if err := t.HandshakeContext(ctx); err != nil {
 		raw.Close()
 		return nil, tls.ConnectionState{}, err
 	}
-	return t, t.ConnectionState(), nil
+	state := t.ConnectionState()
+	rec := takeOver(raw, state, keys, lock, client)
+	keys.client, keys.server = nil, nil
+	if rec == nil {
+		lock.free.Store(true)
+		return t, state, nil
+	}
+	return &Conn{raw: raw, state: state, rec: rec}, state, nil
 }
 
-type records struct{ *wire }
+// takeOver makes the record layer for a finished handshake, or nil if that is not ours to carry on.
+func takeOver(raw net.Conn, state tls.ConnectionState, keys *keyLog, lock *lockstep, client bool) *records {
+	if state.Version != tls.VersionTLS13 || fips140.Enabled() || keys.broken || keys.client == nil || keys.server == nil || !lock.aligned() {
+		return nil
+	}
+	in, err1 := newHalf(state.CipherSuite, keys.server)
+	out, err2 := newHalf(state.CipherSuite, keys.client)
+	if err1 != nil || err2 != nil {
+		return nil
+	}
+	if !client {
+		in, out = out, in
+	}
+	return &records{in: in, out: out, wire: newWire(raw, new(Buffers))}
+}
 
-func (r *records) adopt(b *Buffers)                       {}
-func (r *records) wait() error                            { return nil }
-func (r *records) fill(b []byte) (int, error)             { return 0, nil }
-func (r *records) pending() bool                          { return false }
-func (r *records) seal(out, plain []byte) ([]byte, error) { return out, nil }
-func (r *records) farewell(out []byte) []byte             { return out }
-func (r *records) urgent() bool                           { return false }
+// lockstep sits beneath crypto/tls during the handshake and never lets it read beyond the record that it is at:
+// when the handshake is over, nothing of what follows is in its hands.
+type lockstep struct {
+	net.Conn
+	free atomic.Bool // crypto/tls keeps the connection: pass everything on
+
+	head  [5]byte
+	nhead int // bytes of the header that came from the connection
+	given int // of these, given on
+	left  int // bytes of the record's body to come
+}
+
+func (l *lockstep) Read(p []byte) (int, error) {
+	if l.free.Load() && l.given == l.nhead && l.left == 0 {
+		return l.Conn.Read(p)
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if l.left > 0 {
+		n, err := l.Conn.Read(p[:min(len(p), l.left)])
+		if l.left -= n; l.left == 0 {
+			l.nhead, l.given = 0, 0
+		}
+		return n, err
+	}
+	if l.given == l.nhead {
+		n, err := l.Conn.Read(l.head[l.nhead:])
+		l.nhead += n
+		if n == 0 {
+			return 0, err
+		}
+	}
+	n := copy(p, l.head[l.given:l.nhead])
+	l.given += n
+	if l.given == len(l.head) {
+		if l.left = int(binary.BigEndian.Uint16(l.head[3:])); l.left == 0 {
+			l.nhead, l.given = 0, 0
+		}
+	}
+	return n, nil
+}
+
+// aligned reports whether reading stopped between two records.
+func (l *lockstep) aligned() bool { return l.nhead == 0 && l.left == 0 }
+
+// keyLog catches the application traffic secrets (RFC 8446, 7.1) in the NSS key log format.
+type keyLog struct {
+	next           io.Writer // the configuration's own
+	client, server []byte
+	broken         bool
+}
+
+func (k *keyLog) Write(line []byte) (int, error) {
+	parts := bytes.Fields(line)
+	if len(parts) == 3 {
+		var into *[]byte
+		switch string(parts[0]) {
+		case "CLIENT_TRAFFIC_SECRET_0":
+			into = &k.client
+		case "SERVER_TRAFFIC_SECRET_0":
+			into = &k.server
+		}
+		if into != nil {
+			secret, err := hex.DecodeString(string(parts[2]))
+			if err != nil || *into != nil {
+				k.broken = true
+			}
+			*into = secret
+		}
+	} else {
+		k.broken = true
+	}
+	if k.next != nil {
+		return k.next.Write(line)
+	}
+	return len(line), nil
+}
+
+// ConnectionState is the handshake's.
+func (c *Conn) ConnectionState() tls.ConnectionState { return c.state }
+
+// NetConn is the connection beneath.
+func (c *Conn) NetConn() net.Conn { return c.raw }
+
+func (c *Conn) Read(p []byte) (int, error) {
+	c.rmu.Lock()
+	defer c.rmu.Unlock()
+	if len(p) == 0 {
+		return 0, nil
+	}
+	for len(c.rest) == 0 {
+		if c.block != nil {
+			c.block.release()
+			c.block = nil
+		}
+		if c.rerr != nil {
+			return 0, c.rerr
+		}
+		if err := c.rec.wait(); err != nil {
+			if !isTimeout(err) {
+				c.rerr = err
+			}
+			return 0, err
+		}
+		c.block = c.rec.bufs.block(blockLarge)
+		n, err := c.rec.fill(c.block.b)
+		c.rest, c.rerr = c.block.b[:n], err
+		if c.rec.urgent() {
+			c.Write(nil)
+		}
+	}
+	n := copy(p, c.rest)
+	c.rest = c.rest[n:]
+	return n, nil
+}
+
+func (c *Conn) Write(p []byte) (n int, err error) {
+	c.wmu.Lock()
+	defer c.wmu.Unlock()
+	if c.closed {
+		return 0, net.ErrClosed
+	}
+	const batch = 8 * recordLen
+	buf := c.rec.bufs.out(batch + batch/64)
+	defer c.rec.bufs.putOut(buf)
+	var plain [recordLen + spareLen]byte
+	for first := true; first || len(p) > 0; first = false {
+		out := (*buf)[:0]
+		taken := 0
+		for taken < batch && (len(p) > 0 || c.rec.urgent()) {
+			m := copy(plain[:recordLen], p)
+			if out, err = c.rec.seal(out, plain[:m]); err != nil {
+				return n, err
+			}
+			p = p[m:]
+			taken += m
+		}
+		*buf = out
+		if len(out) == 0 {
+			continue
+		}
+		if _, err := c.raw.Write(out); err != nil {
+			c.closed = true // the peer has a part of a record: nothing can follow
+			return n, err
+		}
+		n += taken
+	}
+	return n, nil
+}
+
+// CloseWrite sends close_notify.
+func (c *Conn) CloseWrite() error {
+	c.wmu.Lock()
+	defer c.wmu.Unlock()
+	if c.closed {
+		return net.ErrClosed
+	}
+	c.closed = true
+	_, err := c.raw.Write(c.rec.farewell(nil))
+	return err
+}
+
+// Close says close_notify if that takes no time, and closes the connection beneath.
+func (c *Conn) Close() error {
+	c.raw.SetWriteDeadline(time.Now().Add(time.Second))
+	if !c.closing() {
+		c.CloseWrite()
+	}
+	return c.raw.Close()
+}
+
+// closing reports whether a write that may be stuck holds the lock, or close_notify was sent: then Close is abrupt.
+func (c *Conn) closing() bool {
+	if !c.wmu.TryLock() {
+		return true
+	}
+	defer c.wmu.Unlock()
+	return c.closed || c.rec.adopted
+}
+
+func (c *Conn) LocalAddr() net.Addr                { return c.raw.LocalAddr() }
+func (c *Conn) RemoteAddr() net.Addr               { return c.raw.RemoteAddr() }
+func (c *Conn) SetDeadline(t time.Time) error      { return c.raw.SetDeadline(t) }
+func (c *Conn) SetReadDeadline(t time.Time) error  { return c.raw.SetReadDeadline(t) }
+func (c *Conn) SetWriteDeadline(t time.Time) error { return c.raw.SetWriteDeadline(t) }
+
+var errSuite = errors.New("hbone: cipher suite without a record layer of ours")

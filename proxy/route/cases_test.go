@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -252,7 +253,7 @@ func goes(d route.Decision) string {
 
 func addrText(a netip.AddrPort) string {
 	if !a.Addr().IsValid() {
-		return "invalid:" + a.String()[len("invalid AddrPort"):]
+		return "invalid:" + strconv.Itoa(int(a.Port()))
 	}
 	return a.String()
 }

@@ -15,7 +15,8 @@ import (
 )
 
 // Apply makes every step of the plan true, in order. Before it changes anything it looks for what stands in the way: a foreign route, rule or address in
-// our place, a missing device. If a step fails, or ctx ends, what this call has changed is taken back. A plan that is already true is left alone.
+// our place, a missing device. If a step fails, or ctx ends, what this call has changed is taken back (but for sysctls of single devices). A plan that
+// is already true is left alone.
 //
 // Errors name the step, the namespace and the likely cause, and keep the errno: unix.EADDRINUSE for an address, route or rule that somebody
 // else has, unix.EPERM without CAP_NET_ADMIN, unix.ENODEV for a missing device.

@@ -42,12 +42,19 @@ func (p *place) doSysctl(s Sysctl) (back func() error, err error) {
 		return nil, fmt.Errorf("cannot set it: %w (the device is gone, or the kernel is without IPv6)", err)
 	case err != nil:
 		return nil, fmt.Errorf("cannot set it: %w", err)
-	case old == s.Value:
+	case old == s.Value, s.ofDevice():
+		// A device's settings are left: the device is ours and goes away, and to give it back its link-local address would make one.
 		return nil, nil
 	}
 	return func() error {
 		return p.ns.Do(func() error { return os.WriteFile(path, []byte(old), 0) })
 	}, nil
+}
+
+// ofDevice says that the setting belongs to one device, not to the namespace.
+func (s Sysctl) ofDevice() bool {
+	_, dev, ok := strings.Cut(s.Path, "/conf/")
+	return ok && !strings.HasPrefix(dev, "all/") && !strings.HasPrefix(dev, "default/")
 }
 
 // Links.
