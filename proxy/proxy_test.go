@@ -44,11 +44,11 @@ func eventually(t *testing.T, what string, ok func() bool) {
 // TestHalfClose sends, ends its side, and expects an answer computed from all that was sent.
 func TestHalfClose(t *testing.T) {
 	w := newWorld(t)
-	w.apps[appB] = func(c net.Conn) {
+	w.listen(appB, func(c net.Conn) {
 		h := sha256.New()
 		io.Copy(h, c)
 		c.Write(h.Sum(nil))
-	}
+	})
 	data := make([]byte, 3<<20)
 	rand.Read(data)
 	var wg sync.WaitGroup
@@ -81,11 +81,11 @@ func TestReset(t *testing.T) {
 	w := newWorld(t)
 	t.Run("application resets", func(t *testing.T) {
 		got := make(chan error, 1)
-		w.apps[appB] = func(c net.Conn) {
+		w.listen(appB, func(c net.Conn) {
 			io.ReadFull(c, make([]byte, 4))
 			_, err := c.Read(make([]byte, 1))
 			got <- err
-		}
+		})
 		app, _, done, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.2:9000")
 		if err != nil {
 			t.Fatal(err)
@@ -100,11 +100,11 @@ func TestReset(t *testing.T) {
 		}
 	})
 	t.Run("far application resets", func(t *testing.T) {
-		w.apps[appB] = func(c net.Conn) {
+		w.listen(appB, func(c net.Conn) {
 			io.ReadFull(c, make([]byte, 4))
 			c.(*net.TCPConn).SetLinger(0)
 			c.Close()
-		}
+		})
 		app, _, done, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.2:9000")
 		if err != nil {
 			t.Fatal(err)
@@ -132,7 +132,8 @@ func TestReset(t *testing.T) {
 func TestRecheck(t *testing.T) {
 	w := newWorld(t)
 	other := netip.MustParseAddrPort("10.91.2.2:9001")
-	w.apps[appB], w.apps[other] = echo, echo
+	w.listen(appB, echo)
+	w.listen(other, echo)
 	open := func(dst string) (*net.TCPConn, <-chan struct{}) {
 		app, _, done, err := w.connect(w.proxies[0].ServeOutbound, srcA, dst)
 		if err != nil {
@@ -191,7 +192,7 @@ func roundTrip(t *testing.T, c net.Conn) {
 // is left at the deadline with ztunnel's text.
 func TestShutdown(t *testing.T) {
 	w := newWorld(t)
-	w.apps[appB] = echo
+	w.listen(appB, echo)
 	first, _, firstDone, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.2:9000")
 	if err != nil {
 		t.Fatal(err)
@@ -240,7 +241,7 @@ func TestShutdown(t *testing.T) {
 // is refused, and nothing hangs.
 func TestGoAway(t *testing.T) {
 	w := newWorld(t)
-	w.apps[appB] = echo
+	w.listen(appB, echo)
 	app, _, done, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.2:9000")
 	if err != nil {
 		t.Fatal(err)
@@ -261,7 +262,7 @@ func TestGoAway(t *testing.T) {
 // TestUnknownWorkload waits for the record of the pod and proceeds when it arrives.
 func TestUnknownWorkload(t *testing.T) {
 	w := newWorld(t)
-	w.apps[appB] = echo
+	w.listen(appB, echo)
 	full := w.know.View()
 	w.know.publish(loadView(t, func(s string) string { return strings.Replace(s, "  serviceAccount: a\n", "  serviceAccount: z\n", 1) }))
 	go func() {

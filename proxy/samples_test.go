@@ -56,11 +56,10 @@ func TestDriveSamples(t *testing.T) {
 	w := newWorld(t)
 	reply := strings.Repeat("x", 1837)
 	pod, plain := netip.MustParseAddrPort("10.91.2.2:9000"), netip.MustParseAddrPort("10.91.0.2:9000")
-	w.apps[pod], w.apps[plain] = answer(78, reply), answer(78, reply)
 
 	get := func(serve func(Flow), src, dst string, n int, ap netip.AddrPort) {
 		t.Helper()
-		w.apps[ap] = answer(n, reply)
+		w.listen(ap, answer(n, reply))
 		app, _, done, err := w.connect(serve, src, dst)
 		if err != nil {
 			t.Fatalf("%s: %v", dst, err)

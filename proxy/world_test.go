@@ -192,19 +192,26 @@ func (n *fakeNetwork) DialPlain(ctx context.Context, dst netip.AddrPort) (Conn, 
 
 // dial reaches the application that the test put at dst.
 func (w *world) dial(src netip.Addr, dst netip.AddrPort) (Conn, error) {
+	w.mu.Lock()
 	app := w.apps[dst]
+	w.clients[dst] = src
+	w.mu.Unlock()
 	if app == nil {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
 	}
-	w.mu.Lock()
-	w.clients[dst] = src
-	w.mu.Unlock()
 	here, there := tcpPair(w.t)
 	go func() {
 		defer there.Close()
 		app(there)
 	}()
 	return here, nil
+}
+
+// listen puts an application at ap, or replaces it.
+func (w *world) listen(ap netip.AddrPort, app func(net.Conn)) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.apps[ap] = app
 }
 
 func tcpPair(t *testing.T) (*net.TCPConn, *net.TCPConn) {

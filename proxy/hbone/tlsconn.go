@@ -35,6 +35,7 @@ type Conn struct {
 
 	wmu    sync.Mutex
 	closed bool
+	carry  []byte // sealed, but not written when a deadline came: goes before anything else
 }
 
 // Client does the TLS handshake as a client on raw, within ctx. On failure raw is closed. The result is a *Conn, or
@@ -219,17 +220,21 @@ func (c *Conn) Read(p []byte) (int, error) {
 	return n, nil
 }
 
+// Write seals and writes p. What was sealed when a deadline comes counts as written: it goes out with the next call.
 func (c *Conn) Write(p []byte) (n int, err error) {
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
 	if c.closed {
 		return 0, net.ErrClosed
 	}
+	if err := c.flush(c.carry); err != nil {
+		return 0, err
+	}
 	const batch = 8 * recordLen
 	buf := c.rec.bufs.out(batch + batch/64)
 	defer c.rec.bufs.putOut(buf)
 	var plain [recordLen + spareLen]byte
-	for first := true; first || len(p) > 0; first = false {
+	for len(p) > 0 || c.rec.urgent() {
 		out := (*buf)[:0]
 		taken := 0
 		for taken < batch && (len(p) > 0 || c.rec.urgent()) {
@@ -241,16 +246,25 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 			taken += m
 		}
 		*buf = out
-		if len(out) == 0 {
-			continue
-		}
-		if _, err := c.raw.Write(out); err != nil {
-			c.closed = true // the peer has a part of a record: nothing can follow
+		n += taken
+		if err := c.flush(out); err != nil {
 			return n, err
 		}
-		n += taken
 	}
 	return n, nil
+}
+
+// flush writes sealed bytes, and keeps those that do not go out now. wmu is held.
+func (c *Conn) flush(b []byte) error {
+	if len(b) == 0 {
+		return nil
+	}
+	n, err := c.raw.Write(b)
+	c.carry = bytes.Clone(b[n:])
+	if err != nil && !isTimeout(err) {
+		c.closed = true
+	}
+	return err
 }
 
 // CloseWrite sends close_notify.
@@ -261,8 +275,7 @@ func (c *Conn) CloseWrite() error {
 		return net.ErrClosed
 	}
 	c.closed = true
-	_, err := c.raw.Write(c.rec.farewell(nil))
-	return err
+	return c.flush(c.rec.farewell(c.carry))
 }
 
 // Close says close_notify if that takes no time, and closes the connection beneath.

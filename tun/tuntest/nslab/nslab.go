@@ -51,6 +51,10 @@ func New(tb testing.TB) *NS {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { ns.Close() })
+	// No duplicate address detection on devices to come: it takes seconds, and changes what State shows meanwhile.
+	if err := ns.Do(func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0) }); err != nil {
+		tb.Fatal(err)
+	}
 	n := &NS{NS: ns, Name: name}
 	n.IP(tb, "link", "set", "lo", "up")
 	return n
