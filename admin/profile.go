@@ -70,9 +70,10 @@ func (p *profiler) profile(w http.ResponseWriter, r *http.Request, d time.Durati
 		plain(w, http.StatusInternalServerError, err.Error()+"\n")
 		return
 	}
+	w.Header()["Content-Type"] = nil
+	rc.Flush() // the header tells the client that the profile has begun
 	copied := make(chan error, 1)
 	go func() {
-		w.Header()["Content-Type"] = nil
 		z, err := gzip.NewReader(pr)
 		if err == nil {
 			_, err = io.Copy(w, z)

@@ -50,27 +50,23 @@ func TestProfileEnds(t *testing.T) {
 	}
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve() }()
+	resp, err := client.Get(urlOf(srv, "/debug/pprof/profile?seconds=300")) // returns when it has begun
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if second, body := do(t, "GET", urlOf(srv, "/debug/pprof/profile?seconds=1")); second.StatusCode != 500 || !strings.Contains(body, "already") {
+		t.Errorf("a second profile: %s %q", second.Status, body)
+	}
 	type result struct {
 		body []byte
 		err  error
 	}
 	got := make(chan result, 1)
 	go func() {
-		resp, err := client.Get(urlOf(srv, "/debug/pprof/profile?seconds=300"))
-		if err != nil {
-			got <- result{nil, err}
-			return
-		}
-		defer resp.Body.Close()
 		b, err := io.ReadAll(resp.Body)
 		got <- result{b, err}
 	}()
-	for {
-		resp, body := do(t, "GET", urlOf(srv, "/debug/pprof/profile?seconds=1"))
-		if resp.StatusCode == 500 && strings.Contains(body, "already") {
-			break
-		}
-	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if err := srv.Shutdown(ctx); err != nil {

@@ -28,7 +28,7 @@ type tunnel struct {
 // connection and all its streams have ended.
 func (p *Proxy) ServeMesh(raw net.Conn) {
 	defer raw.Close()
-	if !p.enter() {
+	if !p.enter(inbound) {
 		return
 	}
 	defer p.work.Done()
@@ -63,6 +63,7 @@ func (p *Proxy) handshake(raw net.Conn, t *tunnel) (net.Conn, error) {
 	case p.handshakes <- struct{}{}:
 		defer func() { <-p.handshakes }()
 	default:
+		p.overload.Add(1)
 		return nil, fmt.Errorf("tls handshake error: more than %d handshakes under way", cap(p.handshakes))
 	}
 	ctx, cancel := context.WithTimeout(p.ctx, handshakeTimeout)

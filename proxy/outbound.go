@@ -16,7 +16,7 @@ import (
 // returns when the connection has ended.
 func (p *Proxy) ServeOutbound(f Flow) {
 	start := time.Now()
-	if !p.enter() {
+	if !p.enter(outbound) {
 		f.Refuse(RefuseReset)
 		return
 	}

@@ -12,7 +12,7 @@ import (
 // (ztunnel's port 15006). It returns when the connection has ended.
 func (p *Proxy) ServePassthrough(f Flow) {
 	start := time.Now()
-	if !p.enter() {
+	if !p.enter(passthrough) {
 		f.Refuse(RefuseReset)
 		return
 	}

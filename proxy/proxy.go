@@ -6,8 +6,10 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"runtime/pprof"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"ztun/proxy/hbone"
@@ -64,6 +66,8 @@ type Proxy struct {
 	work     sync.WaitGroup
 
 	conns      conns
+	overload   atomic.Uint64      // mesh connections turned away by the bound on handshakes
+	labels     [3]context.Context // pprof labels by direction
 	handshakes chan struct{}
 	illegal    []uint16 // ports that no connection may be steered to
 }
@@ -75,14 +79,27 @@ func New(o Options) *Proxy {
 	}
 	p := &Proxy{o: o, mesh: map[*hbone.ServerConn]struct{}{}, handshakes: make(chan struct{}, o.Config.MaxMeshHandshake), illegal: route.IllegalPorts(o.Config.SOCKS5)}
 	p.ctx, p.stop = context.WithCancel(context.Background())
+	pod := o.Info.Namespace + "/" + o.Info.Name
+	for dir, name := range [...]string{outbound: "outbound", inbound: "inbound", passthrough: "passthrough"} {
+		p.labels[dir] = pprof.WithLabels(context.Background(), pprof.Labels("role", "worker", "pod", pod, "dir", name))
+	}
 	p.pool = hbone.NewPool(hbone.PoolOptions{
 		Dial: p.dialTunnel, MaxStreams: o.Config.PoolMaxStreams, Unused: o.Config.PoolUnused, Config: o.Config.HBONE,
 	})
 	return p
 }
 
-// enter counts a connection's goroutine in; false when the proxy drains and takes nothing new.
-func (p *Proxy) enter() bool {
+// The directions of a connection, as profiles and traces name them.
+const (
+	outbound = iota
+	inbound
+	passthrough
+)
+
+// enter counts a connection's goroutine in; false when the proxy drains and takes nothing new. The
+// goroutine, and those it starts, show the pod and the direction in profiles from here on.
+func (p *Proxy) enter(dir int) bool {
+	pprof.SetGoroutineLabels(p.labels[dir])
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.draining {
@@ -168,6 +185,15 @@ func (p *Proxy) Recheck() {
 		}
 	}
 }
+
+// Stats are figures of one pod's data plane.
+type Stats struct {
+	Pool       hbone.PoolStats
+	Overloaded uint64 // mesh connections turned away because too many handshakes were under way
+}
+
+// Stats returns the figures of this moment.
+func (p *Proxy) Stats() Stats { return Stats{Pool: p.pool.Stats(), Overloaded: p.overload.Load()} }
 
 // Connection is one live connection, as /config_dump lists it.
 type Connection struct {

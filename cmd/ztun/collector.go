@@ -25,6 +25,9 @@ func (c *dataplaneCollector) Collect(ch chan<- prometheus.Metric) {
 		name := refOf(p.spec).String()
 		emit(ch, "ztun_device_", s.App, "pod", name)
 		emit(ch, "ztun_stack_", s, "pod", name)
+		ps := p.proxy.Stats()
+		emit(ch, "ztun_proxy_", ps, "pod", name)
+		emit(ch, "ztun_pool_", ps.Pool, "pod", name)
 	}
 	ch <- prometheus.MustNewConstMetric(
 		prometheus.NewDesc("ztun_mesh_unknown_destination_total", "Connections to port 15008 of an address that no attached pod has.", nil, nil),
@@ -32,7 +35,7 @@ func (c *dataplaneCollector) Collect(ch chan<- prometheus.Metric) {
 }
 
 // gauges are the fields that go up and down; all others count.
-var gauges = map[string]bool{"InFlight": true, "Conns": true, "Offload": true}
+var gauges = map[string]bool{"InFlight": true, "Conns": true, "Offload": true, "Keys": true, "Streams": true}
 
 // emit exports the numeric fields of a struct of counters under their own names. Reflection costs
 // little here (a scrape), and a counter that netstack gains is exported without a second list.

@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"sort"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -397,13 +396,6 @@ func helpTable() string {
 	}
 	w.Flush()
 	return b.String()
-}
-
-// effective lists the configuration as sorted name=value texts for the debug log.
-func (c *Config) effective() []string {
-	out := strings.Split(strings.Trim(fmt.Sprintf("%+v", *c), "{}"), " ")
-	sort.Strings(out)
-	return out
 }
 
 // wildcard is the address that a server of this daemon binds to serve the network.

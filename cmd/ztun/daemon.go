@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -44,7 +45,8 @@ type daemon struct {
 	node    *netns.NS
 	dev     tun.Device
 	uplink  *netstack.Uplink
-	quit    chan string // the reason to end; capacity 1
+	buffers hbone.Buffers // shared by the tunnels of all pods
+	quit    chan string   // the reason to end; capacity 1
 
 	servers []*admin.Server
 	control *admin.PodSocket
@@ -112,8 +114,8 @@ func (d *daemon) start(ctx context.Context) error {
 	c := d.c
 	version, revision := buildVersion()
 	d.logger.Info("ztun", "version", version, "revision", revision, "go", runtime.Version())
-	for _, line := range c.effective() {
-		d.logger.Debug("configuration", "setting", line)
+	if effective, err := json.Marshal(c.dump()); err == nil {
+		d.logger.Debug("effective configuration", "config", string(effective))
 	}
 	// One processor more than the workers have, so that admin work never takes one of theirs.
 	runtime.GOMAXPROCS(c.WorkerThreads + 1)
@@ -142,7 +144,7 @@ func (d *daemon) start(ctx context.Context) error {
 	d.pods = newPodManager(c, d.log.Logger("pods"))
 	d.admin(ctx, "admin loop", func(ctx context.Context) error { return d.loop.Run(ctx) })
 	d.admin(ctx, "certificates", func(ctx context.Context) error { return d.certs.Run(ctx) })
-	d.admin(ctx, "re-check", func(ctx context.Context) error { d.know.recheckLoop(ctx, d.pods); return nil })
+	d.admin(ctx, "re-check", func(ctx context.Context) error { d.know.follow(ctx, d.newState); return nil })
 	if err := d.bindAdmin(); err != nil {
 		return err
 	}
@@ -167,7 +169,7 @@ func (d *daemon) start(ctx context.Context) error {
 		return err
 	}
 	proxyReady.Done()
-	d.pods.new = d.newPod
+	d.pods.new, d.pods.changed, d.pods.left = d.newPod, d.know.poke, d.podLeft
 	d.pods.adopt(ctx)
 	d.control, err = admin.NewPodSocket(admin.PodSocketOptions{Path: c.Socket, Pods: d.pods, Logger: d.log.Logger("pods")})
 	if err != nil {
@@ -178,6 +180,18 @@ func (d *daemon) start(ctx context.Context) error {
 	podsReady.Done()
 	d.logger.Info("ready", "node", c.NodeName, "workers", c.WorkerThreads, "offload", d.dev.Offload().VNetHdr)
 	return nil
+}
+
+// newState is what a new View asks for beside being used: connections that it forbids are cut, and the
+// certificates of pods whose record has arrived are fetched before somebody waits for them.
+func (d *daemon) newState() {
+	view := d.loop.View()
+	for _, p := range d.pods.all() {
+		p.proxy.Recheck()
+		if w := view.WorkloadByInfo(p.info()); w != nil {
+			d.certs.Prefetch(w.Identity())
+		}
+	}
 }
 
 // handle is what the events of the loop mean here.
@@ -256,6 +270,21 @@ func (d *daemon) newPod(ctx context.Context, spec admin.PodSpec) (*pod, error) {
 	return newPod(ctx, parts, spec, d.pods.steerConfig(spec))
 }
 
+// podLeft drops the certificate of an identity that no pod of this node has any more.
+func (d *daemon) podLeft(gone *pod, rest []*pod) {
+	view := d.loop.View()
+	w := view.WorkloadByInfo(gone.info())
+	if w == nil {
+		return
+	}
+	for _, p := range rest {
+		if o := view.WorkloadByInfo(p.info()); o != nil && o.Identity() == w.Identity() {
+			return
+		}
+	}
+	d.certs.Forget(w.Identity())
+}
+
 func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network) *proxy.Proxy {
 	c := d.c
 	return proxy.New(proxy.Options{
@@ -264,7 +293,7 @@ func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network) *proxy.Proxy {
 		Access: d.log.Logger("access"), Log: d.log.Logger("proxy"), Random: mrand.Uint64N,
 		Config: proxy.Config{
 			NetworkName: c.Network, ResponseBaggage: c.ResponseBaggage,
-			HBONE:          hbone.Config{StreamWindow: c.StreamWindow, ConnWindow: c.ConnWindow, FrameSize: c.FrameSize, Logger: d.log.Logger("hbone")},
+			HBONE:          hbone.Config{StreamWindow: c.StreamWindow, ConnWindow: c.ConnWindow, FrameSize: c.FrameSize, Buffers: &d.buffers, Logger: d.log.Logger("hbone")},
 			PoolMaxStreams: int(c.PoolMaxStreams), PoolUnused: c.PoolUnused,
 		},
 	})

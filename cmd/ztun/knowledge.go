@@ -14,11 +14,11 @@ type knowledge struct {
 
 	mu      sync.Mutex
 	changed chan struct{}
-	recheck chan struct{} // capacity 1: policies or workloads changed since the last re-check
+	news    chan struct{} // capacity 1: there is something that follow has not seen yet
 }
 
 func newKnowledge() *knowledge {
-	return &knowledge{changed: make(chan struct{}), recheck: make(chan struct{}, 1)}
+	return &knowledge{changed: make(chan struct{}), news: make(chan struct{}, 1)}
 }
 
 func (k *knowledge) View() *state.View { return k.view() }
@@ -35,22 +35,26 @@ func (k *knowledge) published(_, _ *state.View) {
 	close(k.changed)
 	k.changed = make(chan struct{})
 	k.mu.Unlock()
-	select {
-	case k.recheck <- struct{}{}:
-	default:
-	}
+	k.poke()
 }
 
-// recheckLoop cuts live connections that a published change forbids, until ctx ends.
-func (k *knowledge) recheckLoop(ctx context.Context, pods *podManager) {
+// follow calls f after every published change, until ctx ends. Changes that come while f runs are taken
+// together.
+func (k *knowledge) follow(ctx context.Context, f func()) {
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-k.recheck:
-			for _, p := range pods.all() {
-				p.proxy.Recheck()
-			}
+		case <-k.news:
+			f()
 		}
+	}
+}
+
+// poke makes follow run as after a change: a pod has been attached.
+func (k *knowledge) poke() {
+	select {
+	case k.news <- struct{}{}:
+	default:
 	}
 }

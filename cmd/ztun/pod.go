@@ -10,6 +10,7 @@ import (
 	"ztun/admin"
 	"ztun/netstack"
 	"ztun/proxy"
+	"ztun/proxy/state"
 	"ztun/tun"
 	"ztun/tun/netns"
 	"ztun/tun/steer"
@@ -108,6 +109,10 @@ func (p *pod) serve(f *netstack.Flow) {
 		return
 	}
 	p.proxy.ServeOutbound(podFlow{f})
+}
+
+func (p *pod) info() state.WorkloadInfo {
+	return state.WorkloadInfo{Name: p.spec.Name, Namespace: p.spec.Namespace, ServiceAccount: p.spec.ServiceAccount}
 }
 
 // gone says why the pod's namespace is no longer the one that was attached; nil if it is.

@@ -26,6 +26,9 @@ type podManager struct {
 	c   *Config
 	log *slog.Logger
 	new func(ctx context.Context, spec admin.PodSpec) (*pod, error) // builds and starts one
+	// changed is told after a pod was attached; left, after one was detached, with what is left.
+	changed func()
+	left    func(gone *pod, rest []*pod)
 
 	// op serialises changes: attaching is a sequence of steps on shared tables (routes, addresses).
 	op sync.Mutex
@@ -104,6 +107,7 @@ func (m *podManager) attach(ctx context.Context, spec admin.PodSpec) error {
 	m.index()
 	m.mu.Unlock()
 	m.started.Add(1)
+	m.changed()
 	m.log.Info("pod attached", "pod", ref.String(), "netns", p.ns.Path(), "addresses", fmt.Sprint(spec.IPs), "offload", p.dev.Offload().VNetHdr)
 	return nil
 }
@@ -158,6 +162,7 @@ func (m *podManager) detach(ctx context.Context, ref admin.PodRef, only *pod) er
 	m.index()
 	m.mu.Unlock()
 	m.stopped.Add(1)
+	m.left(p, m.all())
 	if err != nil {
 		return fmt.Errorf("pod %s is detached, but traces of it may be left: %w", ref, err)
 	}

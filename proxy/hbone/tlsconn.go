@@ -227,6 +227,12 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 	if c.closed {
 		return 0, net.ErrClosed
 	}
+	if _, ok := c.raw.(*net.TCPConn); ok && len(p) > 0 {
+		// A deadline that has passed is to be seen before anything is sealed, which cannot be undone.
+		if _, err := c.raw.Write(c.carry[:0]); err != nil {
+			return 0, err
+		}
+	}
 	if err := c.flush(c.carry); err != nil {
 		return 0, err
 	}

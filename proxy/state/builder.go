@@ -264,6 +264,7 @@ func (b *Builder) rebuild(k ServiceKey) {
 	s := *given
 	s.Endpoints = b.endpoints(k, given)
 	s.SANs = parseSANs(given.SubjectAltNames)
+	s.seq = b.given[k].seq
 	s.uniform = uniform(&s)
 	b.staged.del(k)
 	b.index(old, &s)
@@ -324,23 +325,20 @@ func parseSANs(names []string) []identity.ID {
 	return ids
 }
 
-// index puts s where old was; services keep their place among those that share
-// an address or a name with them.
+// index replaces old, which may be nil, by s.
 func (b *Builder) index(old, s *Service) {
 	if old != nil && !sameNames(old, s) {
 		b.unindex(old)
 		old = nil
 	}
 	b.services.set(s.Key(), s)
-	place(&b.byHost, s.Hostname, old, s)
-	for i, a := range s.VIPs {
-		if !slices.Contains(s.VIPs[:i], a) {
-			place(&b.byVIP, a, old, s)
-		}
+	place(&b.byHost, s.Hostname, s)
+	for _, a := range s.VIPs {
+		place(&b.byVIP, a, s)
 	}
 	for i := range s.CIDRVIPs {
 		if k, first := cidrKey(s, i); first {
-			place(&b.byCIDR, k, old, s)
+			place(&b.byCIDR, k, s)
 			if old == nil {
 				*b.bits(k.Prefix) += 1
 			}
@@ -387,17 +385,18 @@ func sameNames(a, b *Service) bool {
 	return a.Key() == b.Key() && slices.Equal(a.VIPs, b.VIPs) && slices.Equal(a.CIDRVIPs, b.CIDRVIPs)
 }
 
-// place replaces old by s in a list, or appends s. Lists in tables are shared
-// with Views and so never written to.
-func place[K comparable](e *editor[K, []*Service], k K, old, s *Service) {
+// place puts s into a list of services, in the order of their numbers and in
+// the place of its earlier version. Lists in tables are shared with Views and so
+// never written to.
+func place[K comparable](e *editor[K, []*Service], k K, s *Service) {
 	l, _ := e.get(k)
-	if i := slices.Index(l, old); old != nil && i >= 0 {
-		l = slices.Clone(l)
-		l[i] = s
-	} else {
-		l = append(slices.Clip(slices.Clone(l)), s)
+	at, replace := slices.BinarySearchFunc(l, s.seq, func(s *Service, seq uint64) int { return cmp.Compare(s.seq, seq) })
+	out := make([]*Service, 0, len(l)+1)
+	out = append(append(out, l[:at]...), s)
+	if replace {
+		at++
 	}
-	e.set(k, l)
+	e.set(k, append(out, l[at:]...))
 }
 
 func remove[K comparable](e *editor[K, []*Service], k K, s *Service) {

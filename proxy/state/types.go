@@ -433,6 +433,8 @@ type Service struct {
 	// SANs are the SubjectAltNames that are SPIFFE ids. Filled in by the Builder.
 	SANs []identity.ID
 
+	// seq orders services that share an address or a name; see Builder.
+	seq uint64
 	// uniform: every endpoint is equal (has an address, capacity 1) and nothing of
 	// the service calls for a comparison, so that one may be drawn by index.
 	uniform bool

@@ -104,8 +104,12 @@ func (b *bench) all(ctx context.Context) error {
 		}
 		b.r.rep.Titles[s.name], b.r.rep.Base[s.name] = s.title, s.base
 		cases, err := s.cases()
+		if ctx.Err() != nil {
+			return fmt.Errorf("stopped: %w", context.Cause(ctx))
+		}
 		if err != nil {
-			return fmt.Errorf("%s: %w", s.name, err)
+			b.r.rep.Errors = append(b.r.rep.Errors, fmt.Sprintf("%s: %v", s.name, err)) // the other suites go on
+			continue
 		}
 		ks = append(ks, cases...)
 	}

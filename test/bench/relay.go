@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -134,16 +133,14 @@ func (b *bench) startZtrelay(ctx context.Context, r *relayWorld) (relayClient, e
 	}
 	lines := newLines()
 	var errOut lockedBuffer
-	in, hold := io.Pipe()
 	p, err := r.lab.Start(r.server.ns, lab.Cmd{
 		Args: []string{b.tool("ztrelay"), "-netns", ns.Path(), "-name", "ztun0", "-addr", "10.92.1.2,fd92:1::2",
 			"-pprof", fmt.Sprintf("127.0.0.1:%d", lab.AdminPort)},
-		Stdin: in, Stdout: lines, Stderr: &errOut,
+		Stdout: lines, Stderr: &errOut,
 	})
 	if err != nil {
 		return relayClient{}, err
 	}
-	go func() { <-p.Done(); hold.Close() }() // the relay keeps going as long as its input is open
 	select {
 	case <-lines.c:
 	case <-p.Done():
@@ -153,7 +150,7 @@ func (b *bench) startZtrelay(ctx context.Context, r *relayWorld) (relayClient, e
 	}
 	if err := r.lab.IP(ctx, ns,
 		"link set lo up", "addr add 10.92.1.2/32 dev ztun0", "addr add fd92:1::2/128 dev ztun0 nodad", "link set ztun0 up",
-		"route add default dev ztun0", "-6 route add default dev ztun0"); err != nil {
+		"route add default dev ztun0", "route add ::/0 dev ztun0"); err != nil {
 		return relayClient{}, err
 	}
 	c := relayClient{relayName, end{ns: ns}, p}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -110,11 +111,16 @@ func (b *bench) echo(ctx context.Context, w *lab.World, from, to end, conns, per
 
 // idle holds n silent connections open while held runs, then proves that they are still alive and closes them.
 func (b *bench) idle(ctx context.Context, w *lab.World, from, to end, n int, held func() error) error {
-	in, hold := io.Pipe()
+	// A real pipe: for any other reader os/exec would start a copy that Wait waits for, and Kill with it.
+	in, hold, err := os.Pipe()
+	if err != nil {
+		return err
+	}
 	defer hold.Close()
 	lines := newLines()
 	var errOut lockedBuffer
 	p, err := w.Start(from.ns, lab.Cmd{Args: []string{b.tool("ztload"), "idle", "-to", at(to.ip, echoPort), "-n", fmt.Sprint(n)}, Stdin: in, Stdout: lines, Stderr: &errOut})
+	in.Close() // the child has its own
 	if err != nil {
 		return err
 	}

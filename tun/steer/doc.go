@@ -19,6 +19,10 @@
 //     falls through to main.
 //   - link-local addresses, router solicitations and duplicate address detection are turned off on our devices: nobody is there to answer.
 //
+// Limits: with IPv6, forwarding must be turned on for the whole namespace, and a namespace that takes its own default route from router advertisements then
+// loses it unless its accept_ra is 2: a node that does so is to be set up for it by its owner. TCP port 15008 outside the mesh cannot be reached
+// through the node's TUN, since the rules take that port's traffic for the mesh.
+//
 // Decisions:
 //   - 2026-11-23: Undo leaves ip_forward, IPv6 forwarding and `lo up` as they are: we cannot know who else has come to rely on them since, and a
 //     restarted daemon does not know what was there before. Per-device sysctls go with their device.

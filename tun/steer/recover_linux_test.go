@@ -352,3 +352,22 @@ func TestVanishedPod(t *testing.T) {
 	}
 	same(t, "node", before, n.State(t))
 }
+
+// TestIPv6Off: a pod with an IPv6 address on a node that was planned without says what is wrong.
+func TestIPv6Off(t *testing.T) {
+	n := newNode(t)
+	n.plan = steer.NodePlan(steer.NodeConfig{TUN: "ztun-node"})
+	n.open(t)
+	p := newPod(t, n, "10.1.0.2", "fd01::2")
+	var err error
+	if p.tun, err = tun.Open(tun.Options{Name: "ztun0", NetNS: p.NS.NS}); err != nil {
+		t.Fatal(err)
+	}
+	defer p.tun.Close()
+	before := n.State(t)
+	err = steer.Apply(t.Context(), p.plan, p.namespaces())
+	if err == nil || !strings.Contains(err.Error(), "is IPv6 turned off on device ztun-node?") {
+		t.Error(err)
+	}
+	same(t, "node", before, n.State(t))
+}

@@ -201,8 +201,11 @@ func (p *place) doRoute(r Route) (back func() error, err error) {
 		}
 	}
 	if err := p.h.RouteAdd(want); err != nil {
-		if errors.Is(err, unix.ENETDOWN) {
+		switch {
+		case errors.Is(err, unix.ENETDOWN):
 			return nil, fmt.Errorf("%w (device %s is down)", err, r.Dev)
+		case r.Dst.Addr().Is6() && (errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EINVAL)):
+			return nil, fmt.Errorf("%w (is IPv6 turned off on device %s?)", err, r.Dev)
 		}
 		return nil, err
 	}

@@ -3,7 +3,7 @@
 //
 //	ztrelay -netns /var/run/netns/pod -name ztun0 -mtu 1500 -addr 10.92.1.2,fd92:1::2 [-pprof 127.0.0.1:15000]
 //
-// It prints {"ready":true} when the device exists and ends with its standard input or with SIGTERM. Addresses and routes are the caller's
+// It prints {"ready":true} when the device exists and ends with SIGTERM or SIGINT. Addresses and routes are the caller's
 // business. It is started by test/bench, whose relay suite shows with it what tun and netstack cost without policy, HTTP/2 and TLS; it is
 // no part of the product and never will be.
 //
@@ -73,12 +73,6 @@ func run(ctx context.Context, args []string) (err error) {
 	if err != nil {
 		return errors.Join(err, dev.Close())
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	go func() {
-		defer cancel()
-		_, _ = io.Copy(io.Discard, os.Stdin) // ends when the benchmark does
-	}()
 	if *prof != "" {
 		l, err := net.Listen("tcp", *prof)
 		if err != nil {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -39,7 +40,7 @@ func New(tb testing.TB) *NS {
 	NeedRoot(tb)
 	var b [4]byte
 	rand.Read(b[:])
-	name := fmt.Sprintf("zt-%d-%s", os.Getpid(), hex.EncodeToString(b[:]))
+	name := fmt.Sprintf("zttun-%d-%s", os.Getpid(), hex.EncodeToString(b[:]))
 	IP(tb, "netns", "add", name)
 	tb.Cleanup(func() {
 		if out, err := exec.Command("ip", "netns", "del", name).CombinedOutput(); err != nil && !strings.Contains(string(out), "No such file") {
@@ -75,7 +76,8 @@ func (n *NS) State(tb testing.TB) string {
 	} {
 		fmt.Fprintf(&b, "# ip %s\n%s", strings.Join(args, " "), n.IP(tb, args...))
 	}
-	return b.String()
+	// How a veth's peer is called (link-netns NAME, link-netnsid N) depends on who has asked for it before.
+	return regexp.MustCompile(` link-netns(id)? \S+`).ReplaceAllString(b.String(), "")
 }
 
 // Join connects two namespaces by a veth pair; the ends are named dev and up, without addresses.
@@ -89,9 +91,12 @@ func Join(tb testing.TB, a, b *NS, dev string) {
 // IP runs ip(8) and returns what it prints.
 func IP(tb testing.TB, args ...string) string {
 	tb.Helper()
-	out, err := exec.Command("ip", args...).CombinedOutput()
+	cmd := exec.Command("ip", args...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output() // ip(8) has remarks on its error output about peers of veths, now and then
 	if err != nil {
-		tb.Fatalf("ip %s: %v: %s", strings.Join(args, " "), err, out)
+		tb.Fatalf("ip %s: %v: %s", strings.Join(args, " "), err, stderr.String())
 	}
 	return string(out)
 }

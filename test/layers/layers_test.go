@@ -1,0 +1,119 @@
+// Package layers holds the test of who may import whom (design section 4).
+package layers
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// allowed is the whole drawing: package, and the packages of ours that it imports. A new arrow is a
+// decision: draw it here, and say why in the package's doc.go.
+const allowed = `
+cmd/ztun          -> admin admin/ca admin/xds admin/zlog netstack proxy proxy/hbone proxy/state tun tun/netns tun/steer
+admin             -> proxy/state
+admin/ca          -> proxy/identity
+admin/xds         -> proxy/rbac proxy/state
+admin/zlog        ->
+netstack          -> tun
+proxy             -> proxy/hbone proxy/identity proxy/rbac proxy/route proxy/state
+proxy/hbone       -> proxy/identity
+proxy/identity    ->
+proxy/rbac        -> proxy/identity
+proxy/route       -> proxy/identity proxy/state
+proxy/state       -> proxy/identity proxy/rbac
+tun               -> tun/netns
+tun/netns         ->
+tun/steer         -> tun/netns
+tun/tuntest       -> tun
+tun/tuntest/nslab -> tun/netns
+`
+
+// doors are heavy dependencies and the only trees that may open them.
+var doors = map[string][]string{
+	"gvisor.dev/gvisor":              {"netstack"},
+	"github.com/vishvananda/netlink": {"tun"},
+	"golang.zx2c4.com/wireguard":     {"tun"},
+	"google.golang.org/grpc":         {"admin"},
+	"github.com/spf13/cobra":         {"cmd"},
+	"github.com/fsnotify/fsnotify":   {"admin/xds"},
+}
+
+type pkg struct {
+	ImportPath string
+	Imports    []string
+}
+
+func TestImports(t *testing.T) {
+	want := map[string][]string{}
+	for _, line := range strings.Split(strings.TrimSpace(allowed), "\n") {
+		from, to, ok := strings.Cut(line, "->")
+		if !ok {
+			t.Fatalf("no arrow in %q", line)
+		}
+		want[strings.TrimSpace(from)] = strings.Fields(to)
+	}
+	got := map[string][]string{}
+	for _, p := range list(t) {
+		name := strings.TrimPrefix(p.ImportPath, "ztun/")
+		if strings.HasPrefix(name, "test/") || strings.HasPrefix(name, "scripts/") || strings.Contains(name, "/internal/") {
+			continue
+		}
+		arrows := []string{}
+		for _, i := range p.Imports {
+			if ours, ok := strings.CutPrefix(i, "ztun/"); ok && !strings.Contains(ours, "/internal/") {
+				arrows = append(arrows, ours)
+			}
+			for door, trees := range doors {
+				if (i == door || strings.HasPrefix(i, door+"/")) && !slices.ContainsFunc(trees, func(tree string) bool {
+					return name == tree || strings.HasPrefix(name, tree+"/")
+				}) {
+					t.Errorf("%s imports %s, whose only door is %s", name, i, strings.Join(trees, ", "))
+				}
+			}
+		}
+		slices.Sort(arrows)
+		got[name] = arrows
+	}
+	for name, arrows := range got {
+		if w, ok := want[name]; !ok {
+			t.Errorf("package %s -> %s is not in the drawing", name, strings.Join(arrows, " "))
+		} else if !slices.Equal(w, arrows) {
+			t.Errorf("%s -> %s, drawn is -> %s", name, strings.Join(arrows, " "), strings.Join(w, " "))
+		}
+	}
+	for name := range want {
+		if _, ok := got[name]; !ok {
+			t.Errorf("package %s is drawn but does not exist", name)
+		}
+	}
+}
+
+func list(t *testing.T) []pkg {
+	t.Helper()
+	cmd := exec.Command("go", "list", "-json=ImportPath,Imports", "./...")
+	cmd.Dir = "../.."
+	out, err := cmd.Output()
+	if err != nil {
+		var ee *exec.ExitError
+		if errors.As(err, &ee) {
+			t.Fatalf("go list: %v\n%s", err, ee.Stderr)
+		}
+		t.Fatal(err)
+	}
+	var all []pkg
+	d := json.NewDecoder(strings.NewReader(string(out)))
+	for {
+		var p pkg
+		if err := d.Decode(&p); err == io.EOF {
+			return all
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, p)
+	}
+}
