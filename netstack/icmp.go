@@ -87,3 +87,24 @@ func icmp6Error(original []byte, r Refusal) []byte {
 	}))
 	return b
 }
+
+// knownICMP6 rewrites, in place, the codes of an incoming ICMPv6 destination
+// unreachable that gVisor does not know to "no route to destination". Without
+// it a dial would wait for its deadline although the network has answered: Linux
+// routers say "address unreachable" when neighbour discovery fails, firewalls
+// say "prohibited". The price is ENETUNREACH where the kernel has EHOSTUNREACH
+// or EACCES. b is the packet's first bytes.
+func knownICMP6(b []byte) {
+	const at = header.IPv6MinimumSize
+	if len(b) < at+header.ICMPv6MinimumSize || b[0]>>4 != 6 || header.IPv6(b).NextHeader() != uint8(header.ICMPv6ProtocolNumber) {
+		return
+	}
+	h := header.ICMPv6(b[at:])
+	if h.Type() != header.ICMPv6DstUnreachable || h.Code() == header.ICMPv6NetworkUnreachable || h.Code() == header.ICMPv6PortUnreachable {
+		return
+	}
+	// RFC 1624: the checksum's complement shrinks by what the code loses.
+	sum := checksum.Combine(^h.Checksum(), ^uint16(h.Code()))
+	h.SetCode(header.ICMPv6NetworkUnreachable)
+	h.SetChecksum(^sum)
+}

@@ -118,6 +118,9 @@ func (p *pump) reader() error {
 			p.rx.badChecksum.Add(1)
 			continue
 		}
+		if !pk.tcp {
+			knownICMP6(iov[0][:min(n, headSize)])
+		}
 		to := p.only
 		if to == nil {
 			if to = p.route(&pk); to == nil {

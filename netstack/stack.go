@@ -160,7 +160,13 @@ func (s *Stack) setOptions() error {
 // addNIC attaches a port that takes packets to every address (promiscuous) and
 // may send from every address (spoofing), with default routes in both families.
 func (s *Stack) addNIC(id tcpip.NICID, p *port) error {
-	if err := s.gs.CreateNICWithOptions(id, p, stack.NICOptions{Name: p.pump.dev.Name()}); err != nil {
+	// Not the devices' names: they come from two namespaces and may be equal,
+	// which gVisor does not accept.
+	name := "app"
+	if id == nicUplink {
+		name = "uplink"
+	}
+	if err := s.gs.CreateNICWithOptions(id, p, stack.NICOptions{Name: name}); err != nil {
 		return fmt.Errorf("netstack: link %d: %s", id, err)
 	}
 	if err := s.gs.SetPromiscuousMode(id, true); err != nil {

@@ -171,6 +171,12 @@ func (d *daemon) start(ctx context.Context) error {
 	proxyReady.Done()
 	d.pods.new, d.pods.changed, d.pods.left = d.newPod, d.know.poke, d.podLeft
 	d.pods.adopt(ctx)
+	// What a killed daemon left in the node's namespace for pods that are gone.
+	if swept, err := steer.Sweep(d.node, d.pods.addresses()); err != nil {
+		d.logger.Warn("routes of an earlier run may be left", "error", err)
+	} else if len(swept) > 0 {
+		d.logger.Info("removed routes of an earlier run", "addresses", fmt.Sprint(swept))
+	}
 	d.control, err = admin.NewPodSocket(admin.PodSocketOptions{Path: c.Socket, Pods: d.pods, Logger: d.log.Logger("pods")})
 	if err != nil {
 		return err

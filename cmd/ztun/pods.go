@@ -254,6 +254,15 @@ func (m *podManager) adopt(ctx context.Context) {
 	}
 }
 
+// addresses are those of all pods, attached or pending.
+func (m *podManager) addresses() []netip.Addr {
+	var all []netip.Addr
+	for _, p := range m.List() {
+		all = append(all, p.IPs...)
+	}
+	return all
+}
+
 // retry attaches spec, or keeps it pending, or drops it when its namespace is gone. op is held.
 func (m *podManager) retry(ctx context.Context, spec admin.PodSpec) {
 	ref := refOf(spec)

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // options are what the command line says.
@@ -25,6 +26,7 @@ type options struct {
 	Idle     int      // idle connections
 	Env      []string // K=V for the daemons
 	V6       bool
+	Wait     time.Duration // before each measurement, for a quiet machine
 	Verbose  bool
 	Args     []string // as given, for the report
 }
@@ -75,6 +77,7 @@ func parseArgs(args []string, out io.Writer) (options, error) {
 		o.Env = append(o.Env, s)
 		return nil
 	})
+	fs.DurationVar(&o.Wait, "wait", 0, "wait up to this long before each measurement until others leave the machine alone")
 	fs.BoolVar(&o.V6, "v6", false, "IPv6 instead of IPv4")
 	fs.BoolVar(&o.Verbose, "v", false, "show what is being done")
 
@@ -129,6 +132,9 @@ func (o *options) finish(rates string) error {
 		o.Seconds = 1.2
 	case o.Seconds == 0:
 		o.Seconds = 5
+	}
+	if o.Wait < 0 || o.Wait > time.Hour {
+		return fmt.Errorf("--wait %v: want at most 1h", o.Wait)
 	}
 	if o.Idle < 1 || o.Idle > 25000 {
 		return fmt.Errorf("--idle-connections %d: want 1 to 25000", o.Idle)

@@ -47,7 +47,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	b := &bench{o: o, out: stdout, err: stderr, start: time.Now()}
-	b.r = &runner{proc: proc.Host(), progress: b.progress, rep: &report.Report{
+	b.r = &runner{proc: proc.Host(), progress: b.progress, patience: o.Wait, rep: &report.Report{
 		Started: b.start, Commands: []string{command(args)}, Base: map[string]string{}, Titles: map[string]string{},
 	}}
 	b.r.rep.Machine = machine(ctx, o.Root)
@@ -121,7 +121,7 @@ func (b *bench) all(ctx context.Context) error {
 		return fmt.Errorf("stopped: %w", err)
 	}
 	if b.o.Profile != "" {
-		return b.profiles(ctx)
+		return b.profiles(ctx, ks)
 	}
 	return nil
 }

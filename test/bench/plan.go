@@ -23,6 +23,8 @@ type kase struct {
 	rows        []report.Row  // declared with Metric, Unit, Target, Subject, Reference; suite and case are filled in
 	subjects    []subject     // the base first
 	lasts       time.Duration // of one measurement, about: bounds it and tells the user what to expect
+	// profile names the subject that --profile looks into and the processes to ask; nil for none.
+	profile func() (subject string, ts []target)
 }
 
 // turn says which subject is measured i-th in a repetition: the order is turned round every time, so that neither subject always
@@ -41,7 +43,7 @@ func (k kase) limit() time.Duration { return 4*k.lasts + 40*time.Second }
 func expected(ks []kase, reps int) time.Duration {
 	var d time.Duration
 	for _, k := range ks {
-		d += time.Duration(reps*len(k.subjects)) * (k.lasts + 300*time.Millisecond)
+		d += time.Duration(reps*len(k.subjects)) * (k.lasts + 100*time.Millisecond)
 	}
 	return d
 }

@@ -125,4 +125,38 @@ func fileName(s string) string {
 	}, s)
 }
 
-func (b *bench) profiles(ctx context.Context) error { return nil }
+// shortestProfile is how long a profile lasts at least: at 100 samples a second less says little.
+const shortestProfile = 4 // seconds
+
+// profiles runs the profiled subject of each case once more, with the profiler on. Its figures are shown on the way and go into no table.
+func (b *bench) profiles(ctx context.Context, ks []kase) error {
+	defer func(s float64) { b.o.Seconds = s }(b.o.Seconds)
+	b.o.Seconds = max(b.o.Seconds, shortestProfile)
+	for _, k := range ks {
+		if k.profile == nil {
+			continue
+		}
+		name, ts := k.profile()
+		for _, s := range k.subjects {
+			if s.name != name {
+				continue
+			}
+			label := k.suite + " " + k.name
+			var o outcome
+			ps, err := profiled(ctx, b.o.Profile, label, ts, b.length(), func() (err error) {
+				o, err = s.run(ctx, b.o.Reps)
+				return err
+			})
+			b.r.rep.Profiles = append(b.r.rep.Profiles, ps...)
+			if ctx.Err() != nil {
+				return fmt.Errorf("stopped: %w", context.Cause(ctx))
+			}
+			if err != nil {
+				b.r.rep.Errors = append(b.r.rep.Errors, fmt.Sprintf("profile of %s: %v", label, err))
+				continue
+			}
+			b.progress("profiled %-37s%s", label, b.r.text(k, o))
+		}
+	}
+	return nil
+}

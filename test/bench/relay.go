@@ -220,9 +220,10 @@ func (b *bench) relayCases(ctx context.Context) ([]kase, error) {
 				suite: "relay", name: streamsText(streams) + " " + dir, lasts: b.length() + 100*time.Millisecond,
 				rows: []report.Row{
 					{Metric: "throughput", Unit: "Gb/s", Subject: relayName, Target: &report.Target{OfRatio: true, Value: 0.5}},
-					{Metric: "CPU-s/GB, relay"}, {Metric: "CPU-s/GB, machine"},
+					{Metric: "CPU-s/GB, relay"}, {Metric: "CPU-s/GB, all"},
 				},
 			}
+			k.profile = func() (string, []target) { return relayName, []target{{"ztrelay", b.relay.server.ns}} }
 			for _, c := range b.relay.clients {
 				k.subjects = append(k.subjects, subject{c.name, func(ctx context.Context, _ int) (outcome, error) {
 					return b.relayTransfer(ctx, c, streams, dir)
@@ -238,7 +239,7 @@ func (b *bench) relayCases(ctx context.Context) ([]kase, error) {
 		for _, dir := range dirs() {
 			ks = append(ks, kase{
 				suite: "relay", name: "daemon, passthrough, " + streamsText(streams) + " " + dir, lasts: b.length() + 100*time.Millisecond,
-				rows:     []report.Row{{Metric: "throughput", Unit: "Gb/s"}, {Metric: "CPU-s/GB, n1"}, {Metric: "CPU-s/GB, machine"}},
+				rows:     []report.Row{{Metric: "throughput", Unit: "Gb/s"}, {Metric: "CPU-s/GB, n1"}, {Metric: "CPU-s/GB, all"}},
 				subjects: b.over(func() path { return b.w.barePass }, func() path { return b.w.ztunPass }, b.transfer(streams, dir)),
 			})
 		}

@@ -17,7 +17,11 @@ type runner struct {
 	rep      *report.Report
 	proc     proc.FS
 	progress func(format string, args ...any)
+	patience time.Duration // how long a measurement waits for others to leave the machine alone
 }
+
+// quiet is the foreign load, in processors, that counts as alone.
+const quiet = 0.15
 
 // run measures every case reps times. A measurement that fails is noted in the report and the rest goes on; only the end of ctx stops it.
 func (r *runner) run(ctx context.Context, ks []kase, reps int) error {
@@ -45,6 +49,7 @@ func (r *runner) row(k kase, w report.Row) *report.Row {
 }
 
 func (r *runner) measure(ctx context.Context, k kase, s subject, rep, reps int) {
+	r.await(ctx)
 	ctx, cancel := context.WithTimeout(ctx, k.limit())
 	defer cancel()
 	before, started := r.foreign(), time.Now()
@@ -60,18 +65,38 @@ func (r *runner) measure(ctx context.Context, k kase, s subject, rep, reps int) 
 		r.rep.Errors = append(r.rep.Errors, fmt.Sprintf("%s, %s, %s, repetition %d: %v", k.suite, k.name, s.name, rep+1, err))
 		return
 	}
-	text := ""
 	for _, m := range metrics(k, out) {
 		r.rep.Add(r.row(k, report.Row{Metric: m}), s.name, rep, out[m])
-		if len(text) < 60 {
-			text += "  " + m + " " + report.Number(out[m])
-		}
 	}
+	text := r.text(k, out)
 	r.rep.Noise(k.suite, k.name, s.name, others)
 	if others > 0.1 {
 		text += fmt.Sprintf("  (others: %.1f processors)", others)
 	}
 	r.progress("%s%s", label, text)
+}
+
+// await waits until others use little of the machine, at most as long as the user has patience.
+func (r *runner) await(ctx context.Context) {
+	const window = 250 * time.Millisecond
+	for end := time.Now().Add(r.patience); time.Now().Before(end) && ctx.Err() == nil; {
+		before, began := r.foreign(), time.Now()
+		settle(ctx, window)
+		if (r.foreign()-before).Seconds()/time.Since(began).Seconds() < quiet {
+			return
+		}
+	}
+}
+
+// text is the first few figures of an outcome.
+func (r *runner) text(k kase, out outcome) string {
+	text := ""
+	for _, m := range metrics(k, out) {
+		if len(text) < 60 {
+			text += "  " + m + " " + report.Number(out[m])
+		}
+	}
+	return text
 }
 
 // metrics lists what a measurement found, those that the case declares first, the others by name.

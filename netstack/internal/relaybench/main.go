@@ -161,16 +161,17 @@ func drive() error {
 			for _, dir := range strings.Split(*dirs, ",") {
 				key := fmt.Sprintf("%d stream(s) %-4s", n, dir)
 				if *bare {
-					g, err := iperf(ctx, app, vethSrv, n, dir)
+					g, used, err := iperf(ctx, server.Process.Pid, app, vethSrv, n, dir)
 					if err != nil {
 						return err
 					}
-					sum[key+" bare"] = append(sum[key+" bare"], g)
+					sum[key+" bare Gb/s"] = append(sum[key+" bare Gb/s"], g)
+					sum[key+" bare all CPU-s/GB"] = append(sum[key+" bare all CPU-s/GB"], used/(g/8*float64(*seconds)))
 				}
 				if _, err := ask(fmt.Sprintf("begin %s-%d-%d", dir, n, r)); err != nil {
 					return err
 				}
-				g, err := iperf(ctx, app, target, n, dir)
+				g, used, err := iperf(ctx, server.Process.Pid, app, target, n, dir)
 				if err != nil {
 					return err
 				}
@@ -179,8 +180,10 @@ func drive() error {
 					return err
 				}
 				cpu, _ := strconv.ParseFloat(strings.Fields(st)[0], 64)
-				sum[key+" ztun"] = append(sum[key+" ztun"], g)
-				sum[key+" CPU-s/GB"] = append(sum[key+" CPU-s/GB"], cpu/(g/8*float64(*seconds)))
+				gb := g / 8 * float64(*seconds)
+				sum[key+" ztun Gb/s"] = append(sum[key+" ztun Gb/s"], g)
+				sum[key+" ztun relay CPU-s/GB"] = append(sum[key+" ztun relay CPU-s/GB"], cpu/gb)
+				sum[key+" ztun all CPU-s/GB"] = append(sum[key+" ztun all CPU-s/GB"], (used+cpu)/gb)
 				fmt.Printf("round %d  %s  %6.2f Gb/s  cpu %.2f s of %d  %s\n", r+1, key, g, cpu, *seconds, strings.Join(strings.Fields(st)[1:], " "))
 			}
 		}
@@ -193,12 +196,13 @@ func drive() error {
 	for _, k := range keys {
 		v := sum[k]
 		sort.Float64s(v)
-		fmt.Printf("%-32s median %6.2f   (%.2f - %.2f)\n", k, v[len(v)/2], v[0], v[len(v)-1])
+		fmt.Printf("%-44s median %6.2f   (%.2f - %.2f)\n", k, v[len(v)/2], v[0], v[len(v)-1])
 	}
 	return nil
 }
 
-func iperf(ctx context.Context, ns, to string, n int, dir string) (float64, error) {
+// iperf returns Gb/s and the CPU seconds that client and server have used.
+func iperf(ctx context.Context, server int, ns, to string, n int, dir string) (gbps, used float64, err error) {
 	args := []string{"netns", "exec", ns, "iperf3", "-c", to, "-J", "-t", strconv.Itoa(*seconds), "-P", strconv.Itoa(n)}
 	if dir == "down" {
 		args = append(args, "-R")
@@ -213,19 +217,34 @@ func iperf(ctx context.Context, ns, to string, n int, dir string) (float64, erro
 	}
 	var last error
 	for range 5 { // the server may still be at the last test
-		b, err := exec.CommandContext(ctx, "ip", args...).Output()
+		cpu0 := procCPU(server)
+		cmd := exec.CommandContext(ctx, "ip", args...)
+		b, err := cmd.Output()
 		if jerr := json.Unmarshal(b, &res); jerr == nil && res.Error == "" && err == nil {
-			return res.End.Received.Bps / 1e9, nil
+			ps := cmd.ProcessState
+			return res.End.Received.Bps / 1e9, procCPU(server) - cpu0 + (ps.UserTime() + ps.SystemTime()).Seconds(), nil
 		}
 		last = fmt.Errorf("iperf3 %v: %v %s", args, err, res.Error)
 		res.Error = ""
 		select {
 		case <-ctx.Done():
-			return 0, ctx.Err()
+			return 0, 0, ctx.Err()
 		case <-time.After(300 * time.Millisecond):
 		}
 	}
-	return 0, last
+	return 0, 0, last
+}
+
+// procCPU is the CPU seconds of a process and its threads so far.
+func procCPU(pid int) float64 {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0
+	}
+	f := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
+	u, _ := strconv.Atoi(f[11])
+	k, _ := strconv.Atoi(f[12])
+	return float64(u+k) / 100 // USER_HZ
 }
 
 func sh(c string) error {
