@@ -28,6 +28,7 @@
 //   - 2026-11-23: prometheus.Registry sorts labels while gathering, also those of unchecked collectors
 //     (client_golang 1.25, checkMetricConsistency). Collectors whose label order matters are therefore
 //     collected directly (StatsOptions.Ordered) and not registered.
+//   - 2026-11-23: whole numbers in the exposition are written as ztunnel writes them (1, not 1.0).
 //   - 2026-11-23: a dump that fails after its first byte closes the connection instead of ending the JSON
 //     early; before that it is a 500 with the error.
 //   - 2026-11-23: at the bound of connections the one idle longest makes room, so that forgotten

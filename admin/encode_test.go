@@ -167,7 +167,7 @@ func FuzzEncoder(f *testing.F) {
 		var v any
 		d := json.NewDecoder(strings.NewReader(in))
 		d.UseNumber()
-		if d.Decode(&v) != nil {
+		if !json.Valid([]byte(in)) || d.Decode(&v) != nil {
 			return
 		}
 		var want bytes.Buffer
@@ -191,4 +191,28 @@ func FuzzEncoder(f *testing.F) {
 			t.Fatalf("got\n%s\nwant\n%s", got.String(), want.String())
 		}
 	})
+}
+
+// BenchmarkValue is one workload of a dump, with its fields in order and out of order.
+func BenchmarkValue(b *testing.B) {
+	sorted := struct {
+		A, B, C string
+		D       []string
+		E       map[string]int
+	}{strings.Repeat("a", 100), strings.Repeat("b", 100), strings.Repeat("c", 100), []string{"10.0.0.1"}, map[string]int{"80": 9000}}
+	unsorted := struct {
+		E       map[string]int
+		D       []string
+		C, B, A string
+	}{sorted.E, sorted.D, sorted.C, sorted.B, sorted.A}
+	for name, v := range map[string]any{"sorted": sorted, "unsorted": unsorted} {
+		b.Run(name, func(b *testing.B) {
+			e := NewEncoder(io.Discard)
+			e.BeginArray()
+			b.ReportAllocs()
+			for b.Loop() {
+				e.Value(v)
+			}
+		})
+	}
 }

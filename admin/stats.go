@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"compress/gzip"
 	"compress/zlib"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -78,7 +79,7 @@ func (x *exposition) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.Set("Content-Encoding", encoding)
 		out, end = z, z
 	}
-	buf := bufio.NewWriterSize(out, 32<<10)
+	buf := bufio.NewWriterSize(&plainNumbers{w: out}, 32<<10)
 	for _, f := range fs {
 		if _, err := expfmt.MetricFamilyToOpenMetrics(buf, f); err != nil {
 			panic(http.ErrAbortHandler) // the reader is gone
@@ -148,7 +149,8 @@ func (x *exposition) gather() ([]*dto.MetricFamily, error) {
 	if x.o.Registry != nil {
 		fs, err = x.o.Registry.Gather() // sorted by name; partial results beside an error
 	}
-	fs = append(fs, collectOrdered(x.o.Ordered)...)
+	more, err2 := collectOrdered(x.o.Ordered)
+	fs, err = append(fs, more...), errors.Join(err, err2)
 	fs = slices.DeleteFunc(fs, func(f *dto.MetricFamily) bool { return len(f.Metric) == 0 })
 	for _, f := range fs {
 		finish(f)
@@ -174,7 +176,10 @@ var units = map[string]string{
 
 // finish gives the HELP text its dot and the family its unit.
 func finish(f *dto.MetricFamily) {
-	if h := f.GetHelp(); h != "" && !strings.HasSuffix(h, ".") {
+	switch h := f.GetHelp(); {
+	case h == "":
+		f.Help = nil
+	case !strings.HasSuffix(h, "."):
 		h += "."
 		f.Help = &h
 	}
@@ -183,19 +188,21 @@ func finish(f *dto.MetricFamily) {
 	}
 }
 
-// collectOrdered makes families of what the collectors send, in order of first appearance.
-func collectOrdered(cs []prometheus.Collector) []*dto.MetricFamily {
+// collectOrdered makes families of what the collectors send, in order of first appearance. A collector
+// that panics costs the rest of its own metrics and is reported in the error.
+func collectOrdered(cs []prometheus.Collector) (fs []*dto.MetricFamily, err error) {
 	if len(cs) == 0 {
-		return nil
+		return nil, nil
 	}
 	ch := make(chan prometheus.Metric, 256)
-	go func() { // ends when the range below has emptied ch
+	go func() { // ends before the range below does
 		defer close(ch)
 		for _, c := range cs {
-			c.Collect(ch)
+			if p := contain("a collector", func() { c.Collect(ch) }); p != nil {
+				err = errors.Join(err, p) // read after ch is closed
+			}
 		}
 	}()
-	var fs []*dto.MetricFamily
 	byDesc := map[*prometheus.Desc]*dto.MetricFamily{}
 	byName := map[string]*dto.MetricFamily{}
 	for m := range ch {
@@ -228,7 +235,7 @@ func collectOrdered(cs []prometheus.Collector) []*dto.MetricFamily {
 		p.Label = validLabels(p.Label)
 		f.Metric = append(f.Metric, p)
 	}
-	return fs
+	return fs, err
 }
 
 func typeOf(m *dto.Metric) (dto.MetricType, bool) {

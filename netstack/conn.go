@@ -102,24 +102,27 @@ func (c *Conn) NotifyEvent(m waiter.EventMask) {
 // readable waits until there is something to read: data, end of file or an
 // error of the connection. rd.mu is held.
 func (c *Conn) readable() error {
-	armed := false
+	if ok, err := c.readState(); ok || err != nil {
+		return err
+	}
+	c.rd.arm()
+	defer c.rd.disarm()
 	for {
-		switch {
-		case c.closed.Load():
-			return net.ErrClosed
-		case c.rd.expired():
-			return os.ErrDeadlineExceeded
-		case c.ep.Readiness(waiter.ReadableEvents) != 0:
-			return nil
-		}
-		if !armed {
-			c.rd.arm()
-			defer c.rd.disarm()
-			armed = true
-			continue
+		if ok, err := c.readState(); ok || err != nil {
+			return err
 		}
 		c.rd.sleep()
 	}
+}
+
+func (c *Conn) readState() (ready bool, err error) {
+	switch {
+	case c.closed.Load():
+		return false, net.ErrClosed
+	case c.rd.expired():
+		return false, os.ErrDeadlineExceeded
+	}
+	return c.ep.Readiness(waiter.ReadableEvents) != 0, nil
 }
 
 // WaitRead returns nil as soon as Read would not block: there is data, or end
@@ -147,10 +150,9 @@ func (c *Conn) Read(b []byte) (int, error) {
 			return 0, nil
 		}
 		c.in.b, c.in.n = b, 0
-		_, terr := c.ep.Read(&c.in, tcpip.ReadOptions{})
+		terr := c.take(&c.in)
 		c.in.b = nil
 		if n := c.in.n; n > 0 {
-			c.consumed(n)
 			return n, nil
 		}
 		if err := c.readError(terr); err != nil {
@@ -159,12 +161,19 @@ func (c *Conn) Read(b []byte) (int, error) {
 	}
 }
 
-// consumed lets the receive window follow the reader's speed.
-func (c *Conn) consumed(n int) {
-	if c.unseen += n; c.unseen >= moderateEvery {
+// take moves bytes out of the receive queue into w, and lets the receive window
+// follow the reader's speed. The window updates that this causes are written by
+// the caller, so that nobody has to be woken for them.
+func (c *Conn) take(w io.Writer) tcpip.Error {
+	p := c.port.pump
+	p.tx.enter()
+	r, terr := c.ep.Read(w, tcpip.ReadOptions{})
+	if c.unseen += r.Count; c.unseen >= moderateEvery {
 		c.ep.ModerateRecvBuf(c.unseen)
 		c.unseen = 0
 	}
+	p.tx.leave(p.dev, p.gso)
+	return terr
 }
 
 // readError translates the outcome of a read that brought nothing; nil means
@@ -209,47 +218,55 @@ func (c *Conn) Write(b []byte) (int, error) {
 	parts := (len(b) + MaxWrite - 1) / MaxWrite
 	part := (len(b) + parts - 1) / parts
 	done, armed := 0, false
+	var err error
 	for done < len(b) {
+		if c.closed.Load() {
+			err = c.opError("write", net.ErrClosed)
+			break
+		}
+		if c.wr.expired() {
+			err = c.opError("write", os.ErrDeadlineExceeded)
+			break
+		}
+		n, wait, terr := c.writeSome(b[done:min(done+part, len(b))], armed)
+		done += n
+		if terr != nil {
+			err = c.writeError(terr)
+			break
+		}
 		switch {
-		case c.closed.Load():
-			return done, c.opError("write", net.ErrClosed)
-		case c.wr.expired():
-			return done, c.opError("write", os.ErrDeadlineExceeded)
-		}
-		tx := &c.port.pump.tx
-		if tx.full.Load() {
-			if !armed {
-				c.wr.arm()
-				defer c.wr.disarm()
-				armed = true
-			}
-			if tx.waitRoom(&c.wr) {
-				c.wr.sleep()
-				continue
-			}
-		}
-		end := min(done+part, len(b))
-		c.out.b = b[done:end]
-		tx.enter()
-		n, terr := c.ep.Write(&c.out, tcpip.WriteOptions{})
-		tx.leave(c.port.pump.dev, c.port.pump.gso)
-		c.out.b = nil
-		done += int(n)
-		switch terr.(type) {
-		case nil:
-		case *tcpip.ErrWouldBlock:
-			if !armed {
-				c.wr.arm()
-				defer c.wr.disarm()
-				armed = true
-				continue
-			}
+		case !wait:
+		case armed:
 			c.wr.sleep()
 		default:
-			return done, c.writeError(terr)
+			// Look once more after arming, lest the wake-up was before it.
+			c.wr.arm()
+			armed = true
 		}
 	}
-	return done, nil
+	if armed {
+		c.wr.disarm()
+	}
+	return done, err
+}
+
+// writeSome writes what fits, and says whether to wait for room.
+func (c *Conn) writeSome(b []byte, armed bool) (n int, wait bool, terr tcpip.Error) {
+	p := c.port.pump
+	if p.tx.full.Load() {
+		if !armed || p.tx.waitRoom(&c.wr) {
+			return 0, true, nil
+		}
+	}
+	c.out.b = b
+	p.tx.enter()
+	m, terr := c.ep.Write(&c.out, tcpip.WriteOptions{})
+	p.tx.leave(p.dev, p.gso)
+	c.out.b = nil
+	if _, ok := terr.(*tcpip.ErrWouldBlock); ok {
+		return int(m), true, nil
+	}
+	return int(m), false, terr
 }
 
 func (c *Conn) writeError(terr tcpip.Error) error {

@@ -90,6 +90,11 @@ func (d *memDevice) WritePacket(h *tun.VNetHdr, bufs [][]byte) error {
 	select {
 	case <-d.closed:
 		return os.ErrClosed
+	default:
+	}
+	select {
+	case <-d.closed:
+		return os.ErrClosed
 	case <-d.peer.closed:
 		return nil
 	case d.peer.in <- memPacket{*h, b}:

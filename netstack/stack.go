@@ -76,6 +76,7 @@ func New(cfg Config) (*Stack, error) {
 		// A packet from the pod to the pod's own address must leave by a link,
 		// not loop inside: with spoofing every address would count as local.
 		HandleLocal: false,
+		Clock:       newClock(),
 	})
 	if err := s.setOptions(); err != nil {
 		s.gs.Destroy()
@@ -130,8 +131,9 @@ func (s *Stack) setOptions() error {
 		// The peer of most connections is the pod's kernel, which takes a new
 		// SYN for the same ports at once; a long TIME_WAIT here would answer it
 		// with an ACK and cost the application a second. If the last ACK was
-		// lost the retransmitted FIN meets a reset, which is harmless then.
-		timeWait = tcpip.TCPTimeWaitTimeoutOption(200 * time.Millisecond)
+		// lost the retransmitted FIN meets a reset, which is harmless then: its
+		// sender has closed already.
+		timeWait = tcpip.TCPTimeWaitTimeoutOption(10 * time.Millisecond)
 		// FIN_WAIT_2 of a connection that we closed altogether.
 		linger = tcpip.TCPLingerTimeoutOption(10 * time.Second)
 		// 1+2+4+8 s: dials have their own deadline, and a client that went away

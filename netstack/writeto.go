@@ -79,8 +79,7 @@ func (c *Conn) lend(w io.Writer) (n int64, done bool, err error) {
 	n, err = l.writeTo(w)
 	if n > 0 {
 		l.skip.n = int(n)
-		c.ep.Read(&l.skip, tcpip.ReadOptions{})
-		c.consumed(int(n))
+		c.take(&l.skip)
 	}
 	return n, false, err
 }

@@ -4,8 +4,8 @@ import (
 	"bytes"
 	"errors"
 	"io"
-	"net/netip"
 	"regexp"
+	"sort"
 	"strconv"
 	"strings"
 
@@ -105,13 +105,51 @@ func parseYAML(data []byte) (*yaml.Node, error) {
 			return nil, &FileError{[]Problem{{Line: second.Line, Text: "a second document starts here; only one is read"}}}
 		}
 	}
-	p := Problem{Text: err.Error()}
-	if m := yamlLine.FindStringSubmatch(p.Text); m != nil {
-		p.Line, _ = strconv.Atoi(m[1])
-		p.Text = strings.TrimPrefix(p.Text, m[0])
+	text, line := syntaxText(err)
+	if len(data) <= maxSearch {
+		line = syntaxLine(data, text)
 	}
-	p.Text = "not YAML: " + strings.TrimPrefix(p.Text, "yaml: ")
-	return nil, &FileError{[]Problem{p}}
+	return nil, &FileError{[]Problem{{Line: line, Text: "not YAML: " + text}}}
+}
+
+// maxSearch is the size up to which the line of a syntax error is searched for;
+// the search parses the file up to some twenty times.
+const maxSearch = 4 << 20
+
+// syntaxText splits an error of the YAML library.
+func syntaxText(err error) (text string, line int) {
+	text = err.Error()
+	if m := yamlLine.FindStringSubmatch(text); m != nil {
+		line, _ = strconv.Atoi(m[1])
+		text = strings.TrimPrefix(text, m[0])
+	}
+	return strings.TrimPrefix(text, "yaml: "), line
+}
+
+// syntaxLine finds the line of a syntax error. The library names the line on
+// which the surrounding block begins, which may be hundreds of lines above; the
+// error lies where the file, cut off after a line, begins to fail in the same
+// way.
+func syntaxLine(data []byte, text string) int {
+	ends := []int{}
+	for i, c := range data {
+		if c == '\n' || i == len(data)-1 {
+			ends = append(ends, i+1)
+		}
+	}
+	return 1 + sort.Search(len(ends)-1, func(i int) bool {
+		var n yaml.Node
+		dec := yaml.NewDecoder(bytes.NewReader(data[:ends[i]]))
+		err := dec.Decode(&n)
+		if err == nil {
+			err = dec.Decode(&n) // the error may be after the document
+		}
+		if err == nil || errors.Is(err, io.EOF) {
+			return false
+		}
+		t, _ := syntaxText(err)
+		return t == text
+	})
 }
 
 // unique reports entries of a list with the same key.
@@ -254,8 +292,8 @@ func readGateway(v *value) *state.GatewayAddress {
 				x.fail("want network/ip or namespace/hostname, found %s", x.describe())
 				break
 			}
-			if a, err := netip.ParseAddr(k.Hostname); err == nil && a.Zone() == "" {
-				g.Addr = state.NetworkAddress{Network: v.r.intern(k.Namespace), Addr: a.Unmap()}
+			if a, ok := parseIP(k.Hostname); ok {
+				g.Addr = state.NetworkAddress{Network: v.r.intern(k.Namespace), Addr: a}
 			} else {
 				g.Host = k
 			}

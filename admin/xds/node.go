@@ -210,16 +210,22 @@ func (v *value) str() string {
 	if v.null() {
 		return ""
 	}
+	s, _ := v.text()
+	return s
+}
+
+// text reads a string that has to be there. It reports a problem if not.
+func (v *value) text() (string, bool) {
 	tag := v.n.ShortTag()
-	if v.n.Kind != yaml.ScalarNode || (tag != "!!str" && tag != "!!timestamp") {
-		hint := ""
-		if tag == "!!int" || tag == "!!float" || tag == "!!bool" {
-			hint = " (put it in quotes)"
-		}
-		v.fail("want a string, found %s%s", v.describe(), hint)
-		return ""
+	if v.n.Kind == yaml.ScalarNode && (tag == "!!str" || tag == "!!timestamp") {
+		return v.r.intern(v.n.Value), true
 	}
-	return v.r.intern(v.n.Value)
+	hint := ""
+	if tag == "!!int" || tag == "!!float" || tag == "!!bool" {
+		hint = " (put it in quotes)"
+	}
+	v.fail("want a string, found %s%s", v.describe(), hint)
+	return "", false
 }
 
 func (r *reader) intern(s string) string {
@@ -267,25 +273,35 @@ func (v *value) port() uint16 { return uint16(v.uint(65535)) }
 
 // addr reads an IP address.
 func (v *value) addr() netip.Addr {
-	s := v.str()
-	a, err := netip.ParseAddr(s)
-	if err != nil || a.Zone() != "" {
-		if s != "" || v.null() {
-			v.fail("want an IP address, found %s", v.describe())
-		}
+	s, ok := v.text()
+	if !ok {
 		return netip.Addr{}
 	}
-	return a.Unmap()
+	a, ok := parseIP(s)
+	if !ok {
+		v.fail("want an IP address, found %s", v.describe())
+	}
+	return a
+}
+
+// parseIP parses an address without zone, in canonical form.
+func parseIP(s string) (netip.Addr, bool) {
+	a, err := netip.ParseAddr(s)
+	if err != nil || a.Zone() != "" {
+		return netip.Addr{}, false
+	}
+	return a.Unmap(), true
 }
 
 // prefix reads an address range in CIDR form. Host bits may be set.
 func (v *value) prefix() netip.Prefix {
-	s := v.str()
+	s, ok := v.text()
+	if !ok {
+		return netip.Prefix{}
+	}
 	p, err := netip.ParsePrefix(s)
 	if err != nil {
-		if s != "" || v.null() {
-			v.fail("want an address range like 10.0.0.0/8, found %s", v.describe())
-		}
+		v.fail("want an address range like 10.0.0.0/8, found %s", v.describe())
 		return netip.Prefix{}
 	}
 	if p.Addr().Is4In6() && p.Bits() >= 96 {
@@ -296,29 +312,31 @@ func (v *value) prefix() netip.Prefix {
 
 // networkAddr reads "network/ip".
 func (v *value) networkAddr() (network string, ip netip.Addr) {
-	s := v.str()
-	network, rest, ok := strings.Cut(s, "/")
-	ip, err := netip.ParseAddr(rest)
-	if !ok || err != nil || ip.Zone() != "" {
+	s, ok := v.text()
+	if !ok {
+		return "", netip.Addr{}
+	}
+	network, rest, _ := strings.Cut(s, "/")
+	ip, ok = parseIP(rest)
+	if !ok {
 		v.fail("want network/ip (/10.0.0.1 in the default network), found %s", v.describe())
 		return "", netip.Addr{}
 	}
-	return v.r.intern(network), ip.Unmap()
+	return v.r.intern(network), ip
 }
 
 // enum reads one of several names.
-func enum[T fmt.Stringer](v *value, options ...T) T {
-	if s := v.str(); s != "" || v.null() {
-		names := make([]string, len(options))
-		for i, o := range options {
-			if names[i] = o.String(); names[i] == s {
-				return o
-			}
-		}
-		v.fail("want one of %s, found %s", strings.Join(names, ", "), v.describe())
-	} else if v.n.Kind == yaml.ScalarNode && v.n.ShortTag() == "!!str" {
-		v.fail("want a name, found an empty string")
+func enum[T fmt.Stringer](v *value, options ...T) (zero T) {
+	s, ok := v.text()
+	if !ok {
+		return zero
 	}
-	var zero T
+	names := make([]string, len(options))
+	for i, o := range options {
+		if names[i] = o.String(); names[i] == s {
+			return o
+		}
+	}
+	v.fail("want one of %s, found %s", strings.Join(names, ", "), v.describe())
 	return zero
 }

@@ -72,6 +72,8 @@ func runProxy(ctx context.Context, c *Config) error {
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	defer signal.Stop(signals)
+	// A reader of our log that goes away must not take the daemon with it.
+	signal.Ignore(syscall.SIGPIPE)
 
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()

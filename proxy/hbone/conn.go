@@ -79,6 +79,7 @@ type conn struct {
 	peerMaxFrame  int
 	peerMaxStream uint32
 	gotSettings   bool
+	acked         bool   // the peer knows our SETTINGS
 	goneAway      bool   // the peer said GOAWAY
 	goAwayLast    uint32 // and this was the last stream that it deals with
 	leaving       bool   // we said GOAWAY, or are about to
@@ -274,7 +275,7 @@ func (c *conn) finish(err error) {
 		return
 	}
 	switch {
-	case errors.Is(err, io.EOF):
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		c.mu.Lock()
 		if len(c.streams) == 0 || c.last || c.goneAway {
 			err = ErrClosed // in good order

@@ -100,7 +100,7 @@ func (r *reader) run() error {
 			off := r.used
 			r.used += n
 			if r.state == afterError {
-				r.used = 0
+				r.used = off
 			} else if perr := r.parse(off, r.used); perr != nil {
 				r.violated(perr)
 			}
@@ -126,6 +126,7 @@ func (r *reader) violated(err error) {
 		code = pe.code
 	}
 	r.state = afterError
+	r.release() // streams may hold parts of this block; the next one is ours alone
 	r.c.log.Debug("HTTP/2 violation by peer", "peer", r.c.nc.RemoteAddr(), "error", err)
 	r.c.leave(code, err)
 }
@@ -475,6 +476,7 @@ func (c *conn) takeSettings(f *http2.SettingsFrame) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if f.IsAck() {
+		c.acked = true
 		return nil
 	}
 	first := !c.gotSettings

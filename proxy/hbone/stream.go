@@ -66,6 +66,9 @@ type Stream struct {
 
 func newStream(c *conn, id uint32) *Stream {
 	s := &Stream{c: c, id: id, sendWin: c.peerInitial, recvWin: int64(c.cfg.StreamWindow)}
+	if !c.acked {
+		s.recvWin = max(s.recvWin, 65535) // the peer may not know better yet
+	}
 	s.wcond.L = &c.mu
 	s.rcond.L = &s.rmu
 	return s

@@ -161,7 +161,7 @@ func (c *conn) flush(self *Stream) {
 		c.mu.Lock()
 		c.settle()
 		switch {
-		case err == nil:
+		case err == nil, c.ended:
 		case isTimeout(err) && !c.last:
 			// A deadline of one of our users, or his Close, called us off: somebody else finishes the write.
 			c.raw.SetWriteDeadline(time.Time{})

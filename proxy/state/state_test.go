@@ -1,10 +1,13 @@
 package state
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"runtime"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"ztun/proxy/identity"
@@ -311,4 +314,39 @@ func BenchmarkUpdate(b *testing.B) {
 		builder.Build()
 		i++
 	}
+}
+
+// Readers go on while the Builder changes everything that they read. For -race.
+func TestReadersWhileBuilding(t *testing.T) {
+	b := world(500)
+	var current atomic.Pointer[View]
+	current.Store(b.Build())
+	ctx, stop := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	for range 2 {
+		wg.Go(func() {
+			for i := 0; ctx.Err() == nil; i++ {
+				v := current.Load()
+				if w := v.WorkloadByAddr("", addr(10, i%500)); w == nil {
+					t.Error("a workload is gone")
+					return
+				}
+				s := v.ServiceByVIP("", addr(11, i%50), "default")
+				if s == nil || len(s.Endpoints) != 10 {
+					t.Errorf("a service has lost endpoints: %+v", s)
+					return
+				}
+				if i%100 == 0 && len(v.Workloads()) != 500 {
+					t.Error("not 500 workloads")
+					return
+				}
+			}
+		})
+	}
+	for i := range 2000 {
+		b.InsertWorkload(pod(i%500, 500))
+		current.Store(b.Build())
+	}
+	stop()
+	wg.Wait()
 }

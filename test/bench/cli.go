@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -13,22 +14,24 @@ import (
 
 // options are what the command line says.
 type options struct {
-	Suites   []string // in the order of suiteNames
-	Reps     int
-	Seconds  float64 // of one measurement
-	JSON     string  // file, "" for none
-	Profile  string  // directory, "" for none
-	Quick    bool
-	NoDaemon bool     // only the subjects that need no daemon
-	Bin      string   // directory of the built programs
-	Root     string   // of the repository
-	Rates    []int    // of the open-loop echo, per second
-	Idle     int      // idle connections
-	Env      []string // K=V for the daemons
-	V6       bool
-	Wait     time.Duration // before each measurement, for a quiet machine
-	Verbose  bool
-	Args     []string // as given, for the report
+	Suites    []string // in the order of suiteNames
+	Reps      int
+	Seconds   float64 // of one measurement
+	JSON      string  // file, "" for none
+	Profile   string  // directory, "" for none
+	Quick     bool
+	NoDaemon  bool     // only the subjects that need no daemon
+	Bin       string   // directory of the built programs
+	Root      string   // of the repository
+	Rates     []int    // of the open-loop echo, per second
+	Idle      int      // idle connections
+	Env       []string // K=V for the daemons
+	Versus    string   // another ztun binary to measure beside, "" for none
+	VersusEnv []string // K=V for the daemons of the other ztun, after Env
+	V6        bool
+	Wait      time.Duration // before each measurement, for a quiet machine
+	Verbose   bool
+	Args      []string // as given, for the report
 }
 
 // suiteNames in the order in which they run and are shown.
@@ -64,19 +67,24 @@ func parseArgs(args []string, out io.Writer) (options, error) {
 	fs.Float64Var(&o.Seconds, "seconds", 0, "length of one measurement (default 5; 1.2 with --quick)")
 	fs.StringVar(&o.JSON, "json", "", "write everything to this `file` as JSON")
 	fs.StringVar(&o.Profile, "profile", "", "write a CPU profile of each node and case to this `directory` and print the top ten")
-	fs.BoolVar(&o.Quick, "quick", false, "short measurements, fewer of them: mesh in less than a minute")
+	fs.BoolVar(&o.Quick, "quick", false, "short measurements: mesh takes less than a minute")
 	fs.BoolVar(&o.NoDaemon, "no-daemon", false, "leave out what needs the daemon: bare veth, the relay tool and hbone remain")
 	fs.StringVar(&o.Bin, "bin", "", "`directory` with the built programs (scripts/bench sets it)")
 	fs.StringVar(&o.Root, "root", ".", "the repository (scripts/bench sets it)")
 	rates := fs.String("rates", "", "requests per second of the echo suite (default 500,4000)")
 	fs.IntVar(&o.Idle, "idle-connections", 5000, "connections of the idle suite")
-	fs.Func("env", "`K=V` for the daemons, such as ZTUNNEL_WORKER_THREADS=1; may be repeated", func(s string) error {
-		if k, _, ok := strings.Cut(s, "="); !ok || k == "" {
-			return errors.New("want K=V")
+	keyValue := func(to *[]string) func(string) error {
+		return func(s string) error {
+			if k, _, ok := strings.Cut(s, "="); !ok || k == "" {
+				return errors.New("want K=V")
+			}
+			*to = append(*to, s)
+			return nil
 		}
-		o.Env = append(o.Env, s)
-		return nil
-	})
+	}
+	fs.Func("env", "`K=V` for the daemons, such as ZTUNNEL_WORKER_THREADS=1; may be repeated", keyValue(&o.Env))
+	fs.StringVar(&o.Versus, "versus", "", "measure this other ztun `program` too, interleaved with the one of this tree")
+	fs.Func("versus-env", "measure another ztun too, with this `K=V`; may be repeated", keyValue(&o.VersusEnv))
 	fs.DurationVar(&o.Wait, "wait", 0, "wait up to this long before each measurement until others leave the machine alone")
 	fs.BoolVar(&o.V6, "v6", false, "IPv6 instead of IPv4")
 	fs.BoolVar(&o.Verbose, "v", false, "show what is being done")
@@ -135,6 +143,16 @@ func (o *options) finish(rates string) error {
 	}
 	if o.Wait < 0 || o.Wait > time.Hour {
 		return fmt.Errorf("--wait %v: want at most 1h", o.Wait)
+	}
+	if o.NoDaemon && (o.Versus != "" || len(o.VersusEnv) > 0) {
+		return errors.New("--no-daemon leaves nothing for --versus and --versus-env to compare")
+	}
+	if o.Versus != "" {
+		abs, err := filepath.Abs(o.Versus)
+		if err != nil {
+			return err
+		}
+		o.Versus = abs // the daemons run in a directory of their own
 	}
 	if o.Idle < 1 || o.Idle > 25000 {
 		return fmt.Errorf("--idle-connections %d: want 1 to 25000", o.Idle)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -17,9 +18,9 @@ func TestParseArgs(t *testing.T) {
 		{"all", options{Suites: suiteNames(), Reps: 3, Seconds: 5, Rates: []int{500, 4000}, Idle: 5000, Root: "."}},
 		{"mesh --quick", options{Suites: []string{"mesh"}, Reps: 3, Seconds: 1.2, Quick: true, Rates: []int{500, 4000}, Idle: 5000, Root: "."}},
 		// Options and suites in any order; suites are put in theirs.
-		{"--reps 5 mesh --seconds 2.5 relay --json x.json -profile d --env A=b=c --env B= --rates 100,200 --v6",
+		{"--reps 5 mesh --seconds 2.5 relay --json x.json -profile d --env A=b=c --env B= --rates 100,200 --v6 --wait 3s --versus /x --versus-env C=d",
 			options{Suites: []string{"relay", "mesh"}, Reps: 5, Seconds: 2.5, JSON: "x.json", Profile: "d", Env: []string{"A=b=c", "B="},
-				Rates: []int{100, 200}, Idle: 5000, Root: ".", V6: true}},
+				Rates: []int{100, 200}, Idle: 5000, Root: ".", V6: true, Wait: 3 * time.Second, Versus: "/x", VersusEnv: []string{"C=d"}}},
 	} {
 		got, err := parseArgs(strings.Fields(c.args), nil)
 		if err != nil {
@@ -46,6 +47,9 @@ func TestParseArgsErrors(t *testing.T) {
 		"--idle-connections 1e6": "idle-connections",
 		"--idle-connections 0":   "--idle-connections",
 		"--nonsense":             "nonsense",
+		"--wait 2h":              "--wait",
+		"--wait x":               "wait",
+		"--no-daemon --versus x": "--versus",
 	} {
 		if _, err := parseArgs(strings.Fields(args), nil); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%q: error %v, want one that says %q", args, err, says)

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net/http"
 	"time"
 
 	"ztun/test/bench/report"
@@ -27,29 +25,33 @@ func (b *bench) idleCases() []kase {
 			{Metric: "each, n2", Unit: "KiB", Subject: ztunName, Reference: "4", Target: &report.Target{AtMost: true, Value: 24}},
 			{Metric: "each after a GC, n1", Unit: "KiB"},
 			{Metric: "each after a GC, n2", Unit: "KiB"},
+			{Metric: "goroutines each, n1"}, {Metric: "goroutines each, n2"},
 			{Metric: "kernel objects, each", Unit: "KiB"},
 			{Metric: "RSS 3 s after closing, n1", Unit: "MiB"},
 			{Metric: "RSS 3 s after closing, n2", Unit: "MiB"},
 			{Metric: "open them", Unit: "s"},
 		},
-		subjects: []subject{{bareVeth, func(ctx context.Context, _ int) (outcome, error) { return b.idleMemory(ctx, false) }}},
+		subjects: []subject{{bareVeth, func(ctx context.Context, _ int) (outcome, error) { return b.idleMemory(ctx, variant{}, false) }}},
 	}
-	if !b.o.NoDaemon {
-		k.subjects = append(k.subjects, subject{ztunName, func(ctx context.Context, _ int) (outcome, error) { return b.idleMemory(ctx, true) }})
+	for _, v := range b.variants() {
+		k.subjects = append(k.subjects, subject{v.name, func(ctx context.Context, rep int) (outcome, error) {
+			return b.idleMemory(ctx, v, b.o.Profile != "" && v.name == ztunName && rep == b.o.Reps-1)
+		}})
 	}
 	return []kase{k}
 }
 
 const mib, kib = 1 << 20, 1 << 10
 
-func (b *bench) idleMemory(ctx context.Context, withZtun bool) (_ outcome, err error) {
-	w, err := b.newWorld(ctx, withZtun)
+// idleMemory is one repetition. With heap it also takes heap profiles, after all else is known.
+func (b *bench) idleMemory(ctx context.Context, v variant, heap bool) (_ outcome, err error) {
+	w, err := b.newWorld(ctx, v)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, w.Close()) }()
 	p := w.bare
-	if withZtun {
+	if v.name != "" {
 		p = w.ztun
 	}
 	if err := b.serve(ctx, w.lab, p.server); err != nil {
@@ -81,6 +83,7 @@ func (b *bench) idleMemory(ctx context.Context, withZtun bool) (_ outcome, err e
 	if err != nil {
 		return nil, err
 	}
+	goroutines := countGoroutines(ctx, p.daemons)
 	slab, began := b.r.proc.Slab(), time.Now()
 	note("RSS fresh", mib, fresh, nil)
 	err = b.idle(ctx, w.lab, p.client, p.server, b.o.Idle, func() error {
@@ -93,9 +96,14 @@ func (b *bench) idleMemory(ctx context.Context, withZtun bool) (_ outcome, err e
 		o["kernel objects, each"] = float64(b.r.proc.Slab()-slab) / kib / n
 		note("RSS with them", mib, full, nil)
 		note("each", kib*n, full, fresh)
+		for i, g := range countGoroutines(ctx, p.daemons) {
+			if g > 0 && goroutines[i] > 0 {
+				o["goroutines each, "+p.daemons[i].Node.Name] = float64(g-goroutines[i]) / n
+			}
+		}
 		for _, d := range p.daemons {
 			// Go's own handler collects the garbage first when it is asked; where it is not there we leave the row out.
-			if collect(ctx, d) != nil {
+			if _, err := get(ctx, target{d.Node.Name, d.Node.NS}, "/debug/pprof/heap?gc=1", 0); err != nil {
 				return nil
 			}
 		}
@@ -104,7 +112,12 @@ func (b *bench) idleMemory(ctx context.Context, withZtun bool) (_ outcome, err e
 			return err
 		}
 		note("each after a GC", kib*n, full, fresh)
-		return nil
+		if !heap {
+			return nil
+		}
+		ps, err := heapProfiles(ctx, b.o.Profile, "idle "+fmt.Sprint(b.o.Idle)+" connections", targets(p.daemons))
+		b.r.rep.Profiles = append(b.r.rep.Profiles, ps...)
+		return err
 	})
 	if err != nil {
 		return nil, errors.Join(err, p.alive())
@@ -118,20 +131,18 @@ func (b *bench) idleMemory(ctx context.Context, withZtun bool) (_ outcome, err e
 	return o, nil
 }
 
-// collect asks a daemon for a garbage collection, by the heap profile with gc=1 of net/http/pprof.
-func collect(ctx context.Context, d *lab.Daemon) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/debug/pprof/heap?gc=1", lab.AdminPort), nil)
-	if err != nil {
-		return err
+// countGoroutines asks each daemon; 0 where it does not say.
+func countGoroutines(ctx context.Context, ds []*lab.Daemon) []int {
+	out := make([]int, len(ds))
+	for i, t := range targets(ds) {
+		body, err := get(ctx, t, "/debug/pprof/goroutine?debug=1", 0)
+		if err != nil {
+			continue
+		}
+		// The first line of the text form: "goroutine profile: total 42".
+		if n, _ := fmt.Sscanf(string(body[:min(len(body), 100)]), "goroutine profile: total %d", &out[i]); n != 1 {
+			out[i] = 0
+		}
 	}
-	resp, err := d.Node.NS.HTTP(10 * time.Second).Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	_, err = io.Copy(io.Discard, resp.Body)
-	if err == nil && resp.StatusCode != http.StatusOK {
-		err = errors.New(resp.Status)
-	}
-	return err
+	return out
 }

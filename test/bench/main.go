@@ -21,13 +21,14 @@ func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
 
 // bench is one run of the program.
 type bench struct {
-	o     options
-	out   io.Writer // the report
-	err   io.Writer // progress
-	start time.Time
-	r     *runner
-	w     *world // of the suites that share one: mesh, conns, echo, mixed
-	relay *relayWorld
+	o      options
+	out    io.Writer // the report
+	err    io.Writer // progress
+	start  time.Time
+	r      *runner
+	worlds []*world // one for each variant of ztun, of the suites that share them: mesh, conns, echo, mixed and a part of relay
+	relay  *relayWorld
+	hbone  *hboneWorld
 }
 
 // run returns the exit code: 0 for a run in which everything could be measured, however slow; 1 when something failed; 2 for a bad command line.
@@ -74,15 +75,8 @@ func (b *bench) all(ctx context.Context) error {
 	var ks []kase
 	shared := b.o.has("relay") && !b.o.NoDaemon || b.o.has("mesh") || b.o.has("conns") || b.o.has("echo") || b.o.has("mixed")
 	if shared {
-		b.progress("building the world: two nodes, two hosts%s", map[bool]string{false: ", two pods, two daemons"}[b.o.NoDaemon])
-		var err error
-		if b.w, err = b.newWorld(ctx, !b.o.NoDaemon); err != nil {
+		if err := b.sharedWorlds(ctx); err != nil {
 			return err
-		}
-		for _, e := range b.w.servers() {
-			if err := b.serve(ctx, b.w.lab, e); err != nil {
-				return err
-			}
 		}
 	}
 	type suite struct {
@@ -127,7 +121,11 @@ func (b *bench) all(ctx context.Context) error {
 }
 
 func (b *bench) close() error {
-	return errors.Join(b.relay.Close(), b.w.Close())
+	errs := []error{b.relay.Close(), b.hbone.Close()}
+	for _, w := range b.worlds {
+		errs = append(errs, w.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // print writes the table to standard output and everything to the JSON file.

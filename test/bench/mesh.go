@@ -10,18 +10,18 @@ import (
 	"ztun/test/load"
 )
 
-// paths are the subjects of the suites that run from node to node in the shared world, the base first. They are looked up when a
+// paths are the subjects of the suites that run from node to node in the shared worlds, the base first. The paths are looked up when a
 // measurement runs: the plan is made without a world.
 func (b *bench) paths(run func(ctx context.Context, p path) (outcome, error)) []subject {
-	return b.over(func() path { return b.w.bare }, func() path { return b.w.ztun }, run)
+	return b.over(func(w *world) path { return w.bare }, func(w *world) path { return w.ztun }, run)
 }
 
-// over is paths for any two paths.
-func (b *bench) over(bare, ztun func() path, run func(ctx context.Context, p path) (outcome, error)) []subject {
-	s := []subject{{bareVeth, func(ctx context.Context, _ int) (outcome, error) { return run(ctx, bare()) }}}
-	if !b.o.NoDaemon {
-		s = append(s, subject{ztunName, func(ctx context.Context, _ int) (outcome, error) {
-			p := ztun()
+// over is paths for any two paths of a world.
+func (b *bench) over(bare, ztun func(*world) path, run func(ctx context.Context, p path) (outcome, error)) []subject {
+	s := []subject{{bareVeth, func(ctx context.Context, _ int) (outcome, error) { return run(ctx, bare(b.worlds[0])) }}}
+	for i, v := range b.variants() {
+		s = append(s, subject{v.name, func(ctx context.Context, _ int) (outcome, error) {
+			p := ztun(b.worlds[i])
 			if err := p.alive(); err != nil {
 				return nil, err
 			}
@@ -72,13 +72,13 @@ func (b *bench) meshCases() []kase {
 }
 
 // ofDaemons lets --profile look into the daemons.
-func (b *bench) ofDaemons() (string, []target) { return ztunName, targets(b.w.ztun.daemons) }
+func (b *bench) ofDaemons() (string, []target) { return ztunName, targets(b.worlds[0].ztun.daemons) }
 
 // transfer measures streams in one direction over a path of the shared world.
 func (b *bench) transfer(streams int, dir string) func(ctx context.Context, p path) (outcome, error) {
 	return func(ctx context.Context, p path) (outcome, error) {
 		return b.meter(p, func() (float64, outcome, error) {
-			r, err := b.bulk(ctx, b.w.lab, p.client, p.server, streams, dir, b.length())
+			r, err := b.bulk(ctx, p.lab, p.client, p.server, streams, dir, b.length())
 			if err != nil {
 				return 0, nil, err
 			}
@@ -154,14 +154,14 @@ func (b *bench) connsCases() []kase {
 			rows: []report.Row{rate, p50, {Metric: "p99", Unit: "ms"}, {Metric: "failed", Unit: "of 1000"}, {Metric: "CPU-ms, both daemons", Unit: "each"}},
 			subjects: b.paths(func(ctx context.Context, p path) (outcome, error) {
 				// The first connections pay for the tunnel; they are not counted.
-				if _, err := b.rate(ctx, b.w.lab, p.client, p.server, par, 200*time.Millisecond); err != nil {
+				if _, err := b.rate(ctx, p.lab, p.client, p.server, par, 200*time.Millisecond); err != nil {
 					return nil, err
 				}
 				before, err := b.cpu(p)
 				if err != nil {
 					return nil, err
 				}
-				r, err := b.rate(ctx, b.w.lab, p.client, p.server, par, b.length())
+				r, err := b.rate(ctx, p.lab, p.client, p.server, par, b.length())
 				if err != nil {
 					return nil, err
 				}
@@ -199,7 +199,7 @@ func (b *bench) echoCases() []kase {
 			suite: "echo", name: fmt.Sprintf("%d per s, %d connections", perSecond, echoConns), lasts: b.length() + 300*time.Millisecond,
 			rows: latencyRows(ref, nil),
 			subjects: b.paths(func(ctx context.Context, p path) (outcome, error) {
-				r, err := b.echo(ctx, b.w.lab, p.client, p.server, echoConns, perSecond, b.length())
+				r, err := b.echo(ctx, p.lab, p.client, p.server, echoConns, perSecond, b.length())
 				if err != nil {
 					return nil, err
 				}
@@ -251,11 +251,11 @@ func (b *bench) mixedCases() []kase {
 				done := make(chan result, 1)
 				go func() {
 					// Longer than the echo on both sides, so that no request is measured without the bulk.
-					r, err := b.bulk(ctx, b.w.lab, p.client, p.server, streams, dir, b.length()+1500*time.Millisecond)
+					r, err := b.bulk(ctx, p.lab, p.client, p.server, streams, dir, b.length()+1500*time.Millisecond)
 					done <- result{r, err}
 				}()
 				settle(ctx, 700*time.Millisecond)
-				e, err := b.echo(ctx, b.w.lab, p.client, p.server, echoConns, perSecond, b.length())
+				e, err := b.echo(ctx, p.lab, p.client, p.server, echoConns, perSecond, b.length())
 				if err != nil {
 					cancel()
 				}

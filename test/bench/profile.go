@@ -69,24 +69,56 @@ func profiled(ctx context.Context, dir, label string, ts []target, length time.D
 }
 
 func fetchProfile(ctx context.Context, t target, seconds int, file string) error {
-	url := fmt.Sprintf("http://127.0.0.1:%d/debug/pprof/profile?seconds=%d", lab.AdminPort, seconds)
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	body, err := get(ctx, t, fmt.Sprintf("/debug/pprof/profile?seconds=%d", seconds), time.Duration(seconds)*time.Second)
 	if err != nil {
 		return err
 	}
-	resp, err := t.ns.HTTP(time.Duration(seconds)*time.Second + 20*time.Second).Do(req)
+	return os.WriteFile(file, body, 0o644)
+}
+
+// heapProfiles writes what each target's heap holds now to dir as LABEL-NAME.heap.pprof.
+func heapProfiles(ctx context.Context, dir, label string, ts []target) ([]report.Profile, error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	var ps []report.Profile
+	for _, t := range ts {
+		body, err := get(ctx, t, "/debug/pprof/heap", 0)
+		if err != nil {
+			return ps, err
+		}
+		file := filepath.Join(dir, fileName(label)+"-"+t.name+".heap.pprof")
+		if err := os.WriteFile(file, body, 0o644); err != nil {
+			return ps, err
+		}
+		lines, err := top(ctx, file)
+		if err != nil {
+			return ps, err
+		}
+		ps = append(ps, report.Profile{Title: label + ", heap of " + t.name, File: file, Top: lines})
+	}
+	return ps, nil
+}
+
+// get asks a target's admin port; the answer may take as long as lasts and a little more.
+func get(ctx context.Context, t target, path string, lasts time.Duration) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", lab.AdminPort, path), nil)
 	if err != nil {
-		return fmt.Errorf("profile of %s: %w", t.name, err)
+		return nil, err
+	}
+	resp, err := t.ns.HTTP(lasts + 20*time.Second).Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("%s of %s: %w", path, t.name, err)
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, 64<<20))
 	if err != nil {
-		return fmt.Errorf("profile of %s: %w", t.name, err)
+		return nil, fmt.Errorf("%s of %s: %w", path, t.name, err)
 	}
 	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("profile of %s: %s: %.200s", t.name, resp.Status, body)
+		return nil, fmt.Errorf("%s of %s: %s: %.200s", path, t.name, resp.Status, body)
 	}
-	return os.WriteFile(file, body, 0o644)
+	return body, nil
 }
 
 // top is the head of `go tool pprof -top`.

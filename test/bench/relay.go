@@ -240,7 +240,7 @@ func (b *bench) relayCases(ctx context.Context) ([]kase, error) {
 			ks = append(ks, kase{
 				suite: "relay", name: "daemon, passthrough, " + streamsText(streams) + " " + dir, lasts: b.length() + 100*time.Millisecond,
 				rows:     []report.Row{{Metric: "throughput", Unit: "Gb/s"}, {Metric: "CPU-s/GB, n1"}, {Metric: "CPU-s/GB, all"}},
-				subjects: b.over(func() path { return b.w.barePass }, func() path { return b.w.ztunPass }, b.transfer(streams, dir)),
+				subjects: b.over(func(w *world) path { return w.barePass }, func(w *world) path { return w.ztunPass }, b.transfer(streams, dir)),
 			})
 		}
 	}

@@ -50,6 +50,7 @@ func (r *runner) row(k kase, w report.Row) *report.Row {
 
 func (r *runner) measure(ctx context.Context, k kase, s subject, rep, reps int) {
 	r.await(ctx)
+	whole := ctx
 	ctx, cancel := context.WithTimeout(ctx, k.limit())
 	defer cancel()
 	before, started := r.foreign(), time.Now()
@@ -57,6 +58,9 @@ func (r *runner) measure(ctx context.Context, k kase, s subject, rep, reps int) 
 	took := time.Since(started)
 	others := max(0, (r.foreign()-before).Seconds()/took.Seconds())
 	label := fmt.Sprintf("%d/%d %-6s %-28s %-12s", rep+1, reps, k.suite, k.name, s.name)
+	if whole.Err() != nil {
+		return // the user has had enough: neither a figure nor a failure
+	}
 	if err != nil {
 		if ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
 			err = fmt.Errorf("%w (%w)", err, ctx.Err())

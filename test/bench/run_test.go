@@ -90,7 +90,7 @@ func TestExpectedIsFiniteAndQuickIsQuick(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &bench{o: o, w: &world{}}
+	b := &bench{o: o}
 	if d := expected(b.meshCases(), o.Reps); d > 45*time.Second {
 		t.Errorf("mesh --quick measures for %v: more than leaves room for the rest of a minute", d)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -20,6 +21,7 @@ type end struct {
 // path is a pair of ends and what lies between them.
 type path struct {
 	name           string // the subject's name in the table
+	lab            *lab.World
 	client, server end
 	daemons        []*lab.Daemon // on the path, n1 first; none on the bare one
 }
@@ -28,6 +30,8 @@ type path struct {
 const (
 	bareVeth = "bare veth"
 	ztunName = "ztun"
+	// otherName is the ztun of --versus and --versus-env.
+	otherName = "other ztun"
 )
 
 // world is the laboratory with the two paths of the same hops: h1 - n1 - n2 - h2 and a - n1 - n2 - b. The passthrough paths end at h3,
@@ -40,14 +44,55 @@ type world struct {
 	ztunPass path
 }
 
-// newWorld makes nodes and hosts, and with ztun the pods and daemons. Close takes all of it down.
-func (b *bench) newWorld(ctx context.Context, withZtun bool) (_ *world, err error) {
-	bin := ""
-	if withZtun {
-		bin = b.tool("ztun")
+// variant is a ztun to measure: normally the one that was just built, with --versus and --versus-env another one beside it.
+type variant struct {
+	name string   // the subject's name; "" for no ztun at all
+	bin  string   // the program
+	env  []string // K=V for its daemons
+}
+
+// variants of this run, the main one first; none with --no-daemon.
+func (b *bench) variants() []variant {
+	if b.o.NoDaemon {
+		return nil
 	}
+	vs := []variant{{ztunName, b.tool("ztun"), b.o.Env}}
+	if b.o.Versus != "" || len(b.o.VersusEnv) > 0 {
+		v := variant{otherName, b.tool("ztun"), append(slices.Clone(b.o.Env), b.o.VersusEnv...)}
+		if b.o.Versus != "" {
+			v.bin = b.o.Versus
+		}
+		vs = append(vs, v)
+	}
+	return vs
+}
+
+// sharedWorlds makes the worlds of the suites that do not bring their own: one for each variant, or one without any.
+func (b *bench) sharedWorlds(ctx context.Context) error {
+	vs := b.variants()
+	if len(vs) == 0 {
+		vs = []variant{{}}
+	}
+	for _, v := range vs {
+		b.progress("building a world: two nodes, three hosts%s", map[bool]string{true: ", two pods, two daemons"}[v.name != ""])
+		w, err := b.newWorld(ctx, v)
+		if err != nil {
+			return err
+		}
+		b.worlds = append(b.worlds, w)
+		for _, e := range w.servers() {
+			if err := b.serve(ctx, w.lab, e); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// newWorld makes nodes and hosts, and for a ztun the pods and daemons. Close takes all of it down.
+func (b *bench) newWorld(ctx context.Context, v variant) (_ *world, err error) {
 	w := &world{}
-	if w.lab, err = lab.New(lab.Options{Prefix: "ztb", Bin: bin, Logf: b.logf}); err != nil {
+	if w.lab, err = lab.New(lab.Options{Prefix: "ztb", Bin: v.bin, Logf: b.logf}); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -67,9 +112,9 @@ func (b *bench) newWorld(ctx context.Context, withZtun bool) (_ *world, err erro
 	if err != nil {
 		return nil, err
 	}
-	w.bare = path{name: bareVeth, client: b.end(h1.NS, h1.IPs), server: b.end(h2.NS, h2.IPs)}
-	w.barePass = path{name: bareVeth, client: w.bare.client, server: b.end(h3.NS, h3.IPs)}
-	if !withZtun {
+	w.bare = path{name: bareVeth, lab: w.lab, client: b.end(h1.NS, h1.IPs), server: b.end(h2.NS, h2.IPs)}
+	w.barePass = path{name: bareVeth, lab: w.lab, client: w.bare.client, server: b.end(h3.NS, h3.IPs)}
+	if v.name == "" {
 		return w, nil
 	}
 	a, err := w.lab.AddPod(w.lab.N1, lab.Pod{Name: "a"})
@@ -81,11 +126,11 @@ func (b *bench) newWorld(ctx context.Context, withZtun bool) (_ *world, err erro
 		return nil, err
 	}
 	env := map[string]string{"RUST_LOG": "warn"} // 7,000 access log lines a second would be a benchmark of the log
-	for _, kv := range b.o.Env {
-		k, v, _ := strings.Cut(kv, "=")
-		env[k] = v
+	for _, kv := range v.env {
+		key, value, _ := strings.Cut(kv, "=")
+		env[key] = value
 	}
-	w.ztun = path{name: ztunName, client: b.end(a.NS, a.IPs), server: b.end(p.NS, p.IPs)}
+	w.ztun = path{name: v.name, lab: w.lab, client: b.end(a.NS, a.IPs), server: b.end(p.NS, p.IPs)}
 	for _, n := range w.lab.Nodes() {
 		d, err := w.lab.StartDaemon(ctx, n, lab.DaemonOptions{Env: env})
 		if err != nil {
@@ -98,7 +143,7 @@ func (b *bench) newWorld(ctx context.Context, withZtun bool) (_ *world, err erro
 			return nil, fmt.Errorf("attach pod %s: %w", pod.Name, err)
 		}
 	}
-	w.ztunPass = path{name: ztunName, client: w.ztun.client, server: w.barePass.server, daemons: w.ztun.daemons[:1]}
+	w.ztunPass = path{name: v.name, lab: w.lab, client: w.ztun.client, server: w.barePass.server, daemons: w.ztun.daemons[:1]}
 	return w, nil
 }
 

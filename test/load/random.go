@@ -138,6 +138,10 @@ func (s *Server) randServer(c conn, br *bufio.Reader, r request) error {
 	up, down, closer := plan(seed, i)
 	x := Session{I: i}
 	c.SetDeadline(time.Now().Add(3 * time.Minute))
+	// The client waits for this byte: a session that it resets at once is known here all the same.
+	if _, err := c.Write([]byte{'+'}); err != nil {
+		return err
+	}
 	e := end{c: c, r: br, send: down, want: up, out: Pattern{Seed: uint64(i)*2 + 1}, in: Pattern{Seed: uint64(i) * 2}, s: &x}
 	e.play(closer, false)
 	s.record(r.args["run"], x)
@@ -184,6 +188,11 @@ func Random(ctx context.Context, t Target, n int, seed int64) *RandomResult {
 				return
 			}
 			defer bound(ctx, c)()
+			if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+				s.Err = "first byte: " + err.Error()
+				c.Close()
+				return
+			}
 			e := end{c: c, r: c, send: up, want: down, out: Pattern{Seed: uint64(i) * 2}, in: Pattern{Seed: uint64(i)*2 + 1}, s: s}
 			e.play(closer, true)
 		})

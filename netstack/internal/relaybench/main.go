@@ -44,23 +44,24 @@ const (
 )
 
 var (
-	seconds = flag.Int("t", 3, "seconds per run")
-	rounds  = flag.Int("rounds", 1, "rounds")
-	streams = flag.String("streams", "1,8", "numbers of parallel streams")
-	mtu     = flag.Int("mtu", 1500, "MTU of TUN and veth")
-	procs   = flag.Int("procs", 0, "GOMAXPROCS of the relay (0: all)")
-	bufSize = flag.Int("buf", netstack.MaxWrite, "buffer from kernel socket to stack")
-	rcvBuf  = flag.Int("rcv", 0, "receive buffer of the stack")
-	maxRcv  = flag.Int("maxrcv", 0, "largest receive buffer")
-	sndBuf  = flag.Int("snd", 0, "send buffer of the stack")
-	maxSnd  = flag.Int("maxsnd", 0, "largest send buffer")
-	plain   = flag.Bool("plain", false, "no offload")
-	bare    = flag.Bool("bare", true, "measure the bare veth too")
-	dirs    = flag.String("dirs", "up,down", "directions: up (the application sends), down")
-	profile = flag.String("cpuprofile", "", "write the relay's CPU profile of each run to this prefix")
-	idle    = flag.Int("idle", 0, "measure memory of this many idle connections instead")
-	worker  = flag.Bool("worker", false, "internal: be the relay")
-	appNS   = flag.String("ns", "", "internal: the application's namespace")
+	seconds  = flag.Int("t", 3, "seconds per run")
+	rounds   = flag.Int("rounds", 1, "rounds")
+	streams  = flag.String("streams", "1,8", "numbers of parallel streams")
+	mtu      = flag.Int("mtu", 1500, "MTU of TUN and veth")
+	procs    = flag.Int("procs", 0, "GOMAXPROCS of the relay (0: all)")
+	bufSize  = flag.Int("buf", netstack.MaxWrite, "buffer from kernel socket to stack")
+	rcvBuf   = flag.Int("rcv", 0, "receive buffer of the stack")
+	maxRcv   = flag.Int("maxrcv", 0, "largest receive buffer")
+	sndBuf   = flag.Int("snd", 0, "send buffer of the stack")
+	maxSnd   = flag.Int("maxsnd", 0, "largest send buffer")
+	plain    = flag.Bool("plain", false, "no offload")
+	bare     = flag.Bool("bare", true, "measure the bare veth too")
+	dirs     = flag.String("dirs", "up,down", "directions: up (the application sends), down")
+	profile  = flag.String("cpuprofile", "", "write the relay's CPU profile of each run to this prefix")
+	idle     = flag.Int("idle", 0, "measure memory of this many idle connections instead")
+	counters = flag.Bool("nstat", false, "print the TCP counters of the application's kernel")
+	worker   = flag.Bool("worker", false, "internal: be the relay")
+	appNS    = flag.String("ns", "", "internal: the application's namespace")
 )
 
 func main() {
@@ -185,6 +186,15 @@ func drive() error {
 				sum[key+" ztun relay CPU-s/GB"] = append(sum[key+" ztun relay CPU-s/GB"], cpu/gb)
 				sum[key+" ztun all CPU-s/GB"] = append(sum[key+" ztun all CPU-s/GB"], (used+cpu)/gb)
 				fmt.Printf("round %d  %s  %6.2f Gb/s  cpu %.2f s of %d  %s\n", r+1, key, g, cpu, *seconds, strings.Join(strings.Fields(st)[1:], " "))
+			}
+		}
+	}
+	if *counters {
+		// What the application's kernel saw: drops and duplicates explain retransmissions.
+		out, _ := exec.Command("ip", "netns", "exec", app, "nstat", "-z", "-s", "TcpExt*", "TcpRetransSegs", "TcpInSegs").Output()
+		for _, l := range strings.Split(string(out), "\n") {
+			if f := strings.Fields(l); len(f) > 1 && f[1] != "0" {
+				fmt.Println(l)
 			}
 		}
 	}

@@ -133,8 +133,8 @@ func (r *Rig) world() *state.View {
 		})
 	}
 	b.InsertPolicy(&rbac.Policy{
-		Name: "denied-port", Namespace: "default", Scope: rbac.Namespace, Action: rbac.Deny,
-		Rules: [][][]rbac.Match{{{{DestinationPorts: []uint16{DeniedPort}}}}},
+		Key: "default/denied-port", Name: "denied-port", Namespace: "default", Scope: rbac.ScopeNamespace, Action: rbac.Deny,
+		Rules: []rbac.Rule{{{{DestinationPorts: []uint16{DeniedPort}}}}},
 	})
 	return b.Build()
 }

@@ -1,0 +1,156 @@
+package route_test
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"ztun/proxy/route"
+	"ztun/proxy/state"
+)
+
+func TestCheckOutbound(t *testing.T) {
+	illegal := route.IllegalPorts(false)
+	for addr, want := range map[string]bool{
+		"127.0.0.1:15001": false, "127.9.9.9:15006": false, "[::1]:15008": false, "[::ffff:127.0.0.1]:15001": false,
+		"127.0.0.1:15080": true, "127.0.0.1:15020": true, "127.0.0.1:80": true, "10.0.0.1:15001": true,
+	} {
+		err := route.CheckOutbound(netip.MustParseAddrPort(addr), illegal)
+		if (err == nil) != want {
+			t.Errorf("%s: %v", addr, err)
+		}
+	}
+	err := route.CheckOutbound(netip.MustParseAddrPort("127.0.0.1:15080"), route.IllegalPorts(true))
+	if !errors.Is(err, &route.Error{Code: route.SelfCall}) || err.Error() != "attempted recursive call to ourselves" {
+		t.Errorf("SOCKS: %v", err)
+	}
+}
+
+// Appendix B.
+func TestErrorTexts(t *testing.T) {
+	info := state.WorkloadInfo{Name: "a", Namespace: "default", ServiceAccount: "sa"}
+	for _, tt := range []struct {
+		err    route.Error
+		text   string
+		status int
+	}{
+		{route.Error{Code: route.SelfCall}, "attempted recursive call to ourselves", 503},
+		{route.Error{Code: route.UnknownLocal, Subject: info.String()}, "failed to fetch information about local workload: sa.default (a)", 503},
+		{route.Error{Code: route.NoHealthyUpstream, Subject: "1.2.3.4:80"}, "no healthy upstream: 1.2.3.4:80", 503},
+		{route.Error{Code: route.UnknownWaypoint, Subject: "x"}, "unknown waypoint: x", 503},
+		{route.Error{Code: route.UnknownNetworkGateway, Subject: "x"}, "unknown network gateway: x", 503},
+		{route.Error{Code: route.NoValidDestination, Subject: "x"}, "no valid routing destination for workload: x", 503},
+		{route.Error{Code: route.NoService, Subject: "x"}, "no service for target address: x", 503},
+		{route.Error{Code: route.NoResolvedAddresses, Subject: "x"}, "no ip addresses were resolved for workload: x", 503},
+		{route.Error{Code: route.EmptyResolvedAddresses, Subject: "x"}, "ip addresses were resolved for workload x, but valid dns response had no A/AAAA records", 503},
+		{route.Error{Code: route.BadMethod, Subject: "GET"}, "expected method CONNECT, got GET", 400},
+		{route.Error{Code: route.BadAuthority, Subject: "x"}, "no valid authority pseudo header: x", 400},
+		{route.Error{Code: route.IPMismatch, Subject: "a", Other: "b"}, "ip mismatch: a != b", 400},
+		{route.Error{Code: route.NoHostname, Subject: "x"}, "no service or workload for hostname: x", 503},
+		{route.Error{Code: route.NoPort, Subject: "x:1"}, "requested service x:1 found, but cannot resolve port", 503},
+		{route.Error{Code: route.NoIPForService, Subject: "x"}, "requested service x found, but has no IP addresses", 503},
+	} {
+		if got := tt.err.Error(); got != tt.text || tt.err.Status() != tt.status {
+			t.Errorf("%d %q, want %d %q", tt.err.Status(), got, tt.status, tt.text)
+		}
+	}
+}
+
+func TestParseAuthority(t *testing.T) {
+	for in, want := range map[string]string{
+		"10.0.0.1:80": "10.0.0.1:80", "[::1]:80": "[::1]:80", "[fd00:0:0::1]:080": "[fd00::1]:80", "[::ffff:10.0.0.1]:1": "10.0.0.1:1",
+		"a.b:1": "a.b:1", "A-b_c.d.:65535": "A-b_c.d.:65535", "10.0.0.1:0": "10.0.0.1:0", "localhost:0": "localhost:0",
+		"10.0.0.1:00000080": "10.0.0.1:80", "1.2.3:80": "1.2.3:80", "10.0.0.256:80": "10.0.0.256:80",
+	} {
+		a, err := route.ParseAuthority(in)
+		if err != nil || a.String() != want {
+			t.Errorf("%q: %v %v, want %s", in, a, err, want)
+		}
+	}
+	for _, in := range []string{
+		"", ":", ":80", "a", "a:", "10.0.0.1", "10.0.0.1:", "10.0.0.1:65536", "10.0.0.1:99999", "10.0.0.1:-1", "10.0.0.1:+1", "10.0.0.1:0x1",
+		"10.0.0.1:8 ", " 10.0.0.1:80", "::1:80", "[::1]", "[::1]80", "[]:80", "[::1:80", "::1]:80", "[10.0.0.1]:80", "[fe80::1%eth0]:80", "fe80::1%1:80",
+		"user@a:80", "a/b:80", "a b:80", "a:b:80", "http://a:80", "ä:80", "a\x00:80", "a:800000000", strings.Repeat("a", 255) + ":80",
+	} {
+		a, err := route.ParseAuthority(in)
+		if !errors.Is(err, &route.Error{Code: route.BadAuthority}) {
+			t.Errorf("%q: %v %v", in, a, err)
+		}
+	}
+	// What a peer sends does not get into logs raw or without bound.
+	_, err := route.ParseAuthority("\n\x1b[31m" + strings.Repeat("x", 10_000))
+	if s := err.Error(); len(s) > 500 || strings.ContainsAny(s, "\n\x1b") {
+		t.Errorf("%q", s)
+	}
+}
+
+func FuzzParseAuthority(f *testing.F) {
+	for _, s := range []string{"10.0.0.1:80", "[::1]:80", "a.b:1", "", "[::ffff:10.0.0.1]:1", "a:b:1", "[fe80::1%eth0]:80"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		a, err := route.ParseAuthority(s)
+		if err != nil {
+			if a != (route.Authority{}) || !errors.Is(err, &route.Error{Code: route.BadAuthority}) {
+				t.Fatalf("%q: %+v %v", s, a, err)
+			}
+			return
+		}
+		if a.Addr.IsValid() == (a.Host != "") {
+			t.Fatalf("%q: %+v", s, a)
+		}
+		if b, err := route.ParseAuthority(a.String()); err != nil || b != a {
+			t.Fatalf("%q: %+v, again %+v %v", s, a, b, err)
+		}
+	})
+}
+
+// bigMesh has a service of n equal endpoints and one of n endpoints with preferences.
+func bigMesh(n int) (*state.View, *state.Workload) {
+	b := state.NewBuilder("")
+	src := &state.Workload{UID: "c//Pod/a/src", Namespace: "a", Addresses: []netip.Addr{netip.MustParseAddr("10.9.0.1")}, Protocol: state.HBONE}
+	b.InsertWorkload(src)
+	b.InsertService(&state.Service{Namespace: "a", Hostname: "plain", VIPs: []state.NetworkAddress{{Addr: netip.MustParseAddr("10.8.0.1")}},
+		Ports: state.PortMap{{Service: 80, Target: 8080}}})
+	b.InsertService(&state.Service{Namespace: "a", Hostname: "ranked", VIPs: []state.NetworkAddress{{Addr: netip.MustParseAddr("10.8.0.2")}},
+		Ports: state.PortMap{{Service: 80, Target: 8080}}, LoadBalancer: &state.LoadBalancer{Mode: state.LBFailover, Preferences: []state.Scope{state.ScopeNetwork, state.ScopeRegion, state.ScopeZone}}})
+	for i := range n {
+		b.InsertWorkload(&state.Workload{UID: fmt.Sprint("c//Pod/a/", i), Namespace: "a", Capacity: 1, Protocol: state.HBONE,
+			Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)})},
+			Services: []state.WorkloadService{{Service: state.ServiceKey{Namespace: "a", Hostname: "plain"}},
+				{Service: state.ServiceKey{Namespace: "a", Hostname: "ranked"}}}})
+	}
+	return b.Build(), src
+}
+
+func BenchmarkDecide(b *testing.B) {
+	for _, n := range []int{10, 1000} {
+		v, src := bigMesh(n)
+		for name, dst := range map[string]string{"pod": "10.1.0.1:80", "service": "10.8.0.1:80", "ranked": "10.8.0.2:80", "unknown": "1.2.3.4:80"} {
+			q := route.Question{Source: src, SrcIP: src.Addresses[0], Dst: netip.MustParseAddrPort(dst), Rand: rand.Uint64N}
+			b.Run(fmt.Sprintf("%s/%d", name, n), func(b *testing.B) {
+				b.ReportAllocs()
+				for b.Loop() {
+					if _, err := route.Decide(v, q); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
+	}
+}
+
+// Only what the decision itself consists of is allocated: identities and an
+// authority.
+func TestDecideAllocatesLittle(t *testing.T) {
+	v, src := bigMesh(100)
+	for dst, most := range map[string]float64{"10.1.0.1:80": 2, "10.8.0.1:80": 2, "10.8.0.2:80": 2, "1.2.3.4:80": 0} {
+		q := route.Question{Source: src, SrcIP: src.Addresses[0], Dst: netip.MustParseAddrPort(dst), Rand: rand.Uint64N}
+		if n := testing.AllocsPerRun(100, func() { _, _ = route.Decide(v, q) }); n > most {
+			t.Errorf("%s: %v allocations, want at most %v", dst, n, most)
+		}
+	}
+}

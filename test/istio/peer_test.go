@@ -1,0 +1,169 @@
+package istio
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"sync"
+	"testing"
+
+	"golang.org/x/net/http2"
+	istio "istio.io/istio/pkg/hbone"
+	istiolog "istio.io/istio/pkg/log"
+
+	"ztun/proxy/identity"
+	"ztun/test/interop/rig"
+)
+
+// bulk is what large transfers carry, in bytes.
+const bulk = 64 * rig.MiB
+
+func TestMain(m *testing.M) {
+	istiolog.FindScope("hbone").SetOutputLevel(istiolog.NoneLevel) // two lines per stream
+	os.Exit(m.Run())
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// server is an HTTP/2 server over mTLS at the peer pod's HBONE port.
+type server struct {
+	http *http.Server
+	done chan struct{}
+	mu   sync.Mutex
+	raw  map[net.Conn]struct{}
+	all  int
+}
+
+// serve starts srv with the certificate of a service account.
+func serve(t testing.TB, r *rig.Rig, srv *http.Server, account string) *server {
+	t.Helper()
+	ln, err := net.Listen("tcp4", netip.AddrPortFrom(r.Peer, rig.Port).String())
+	must(t, err)
+	s := &server{http: srv, done: make(chan struct{}), raw: map[net.Conn]struct{}{}}
+	// Not ServeTLS: of Istio's protocols it would offer only HTTP/1.1.
+	go func() {
+		defer close(s.done)
+		srv.Serve(tls.NewListener(&watched{ln, s}, r.ForeignServerTLS(r.Identity(account))))
+	}()
+	t.Cleanup(s.kill)
+	return s
+}
+
+// kill ends the server as a crash does: sockets are reset, nothing is said.
+func (s *server) kill() {
+	s.mu.Lock()
+	for c := range s.raw {
+		c.(*net.TCPConn).SetLinger(0)
+		c.Close()
+	}
+	s.raw = map[net.Conn]struct{}{}
+	s.mu.Unlock()
+	s.http.Close()
+	<-s.done
+}
+
+// accepted is how many connections came.
+func (s *server) accepted() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.all
+}
+
+// watched remembers the sockets beneath TLS.
+type watched struct {
+	net.Listener
+	s *server
+}
+
+func (w *watched) Accept() (net.Conn, error) {
+	c, err := w.Listener.Accept()
+	if err == nil {
+		w.s.mu.Lock()
+		w.s.raw[c] = struct{}{}
+		w.s.all++
+		w.s.mu.Unlock()
+	}
+	return c, err
+}
+
+// dialer is Istio's client with a certificate.
+func dialer(r *rig.Rig, c *identity.Certificate) istio.Dialer {
+	return istio.NewDialer(istio.Config{ProxyAddress: r.Mesh(), TLS: r.ForeignClientTLS(c)})
+}
+
+// transport is the library beneath Istio's client; the sockets can be got at.
+type transport struct {
+	*http2.Transport
+	addr string
+	mu   sync.Mutex
+	raw  []*net.TCPConn
+}
+
+func newTransport(t testing.TB, r *rig.Rig) *transport {
+	tr := &transport{addr: r.Mesh()}
+	tr.Transport = &http2.Transport{
+		TLSClientConfig: r.ForeignClientTLS(r.Identity("client")),
+		DialTLSContext: func(ctx context.Context, network, addr string, cfg *tls.Config) (net.Conn, error) {
+			raw, err := new(net.Dialer).DialContext(ctx, network, addr)
+			if err != nil {
+				return nil, err
+			}
+			tr.mu.Lock()
+			tr.raw = append(tr.raw, raw.(*net.TCPConn))
+			tr.mu.Unlock()
+			c := tls.Client(raw, cfg)
+			return c, c.HandshakeContext(ctx)
+		},
+	}
+	t.Cleanup(tr.CloseIdleConnections)
+	return tr
+}
+
+// vanish resets all sockets.
+func (tr *transport) vanish() {
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	for _, c := range tr.raw {
+		c.SetLinger(0)
+		c.Close()
+	}
+}
+
+// connect sends a CONNECT the way Istio's client does.
+func (tr *transport) connect(ctx context.Context, authority string) (*tunnel, *http.Response, error) {
+	pr, pw := io.Pipe()
+	req, err := http.NewRequestWithContext(ctx, http.MethodConnect, "https://"+tr.addr, pr)
+	if err != nil {
+		return nil, nil, err
+	}
+	req.Host = authority
+	resp, err := tr.RoundTrip(req)
+	if err != nil {
+		return nil, nil, err
+	}
+	if resp.StatusCode != http.StatusOK {
+		resp.Body.Close()
+		return nil, resp, errors.New(resp.Status)
+	}
+	return &tunnel{resp.Body, pw}, resp, nil
+}
+
+// tunnel is a request's body and its response's.
+type tunnel struct {
+	io.ReadCloser
+	w *io.PipeWriter
+}
+
+func (t *tunnel) Write(p []byte) (int, error) { return t.w.Write(p) }
+func (t *tunnel) CloseWrite() error           { return t.w.Close() }
+func (t *tunnel) Close() error                { return errors.Join(t.ReadCloser.Close(), t.w.Close()) }
