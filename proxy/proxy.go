@@ -180,7 +180,12 @@ func (p *Proxy) Recheck() {
 	}
 	policies := view.PoliciesFor(local)
 	for _, l := range p.conns.snapshot() {
-		if l.inbound && !rbac.Evaluate(policies, l.policy).Allowed {
+		if !l.inbound {
+			continue
+		}
+		// A policy that is listed but not loaded (yet) refuses new connections; it is no reason to cut
+		// one that was allowed, since workloads and policies do not arrive together.
+		if v := rbac.Evaluate(policies, l.policy); !v.Allowed && !v.Missing {
 			l.sever(fail(kindPolicyChange, nil))
 		}
 	}

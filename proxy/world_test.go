@@ -85,17 +85,7 @@ func loadView(t *testing.T, change func(text string) string) *state.View {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := state.NewBuilder("")
-	for _, s := range l.Services {
-		b.InsertService(s)
-	}
-	for _, w := range l.Workloads {
-		b.InsertWorkload(w)
-	}
-	for _, p := range l.Policies {
-		b.InsertPolicy(p)
-	}
-	return b.Build()
+	return l.View("")
 }
 
 func newWorld(t *testing.T) *world {

@@ -157,13 +157,13 @@ func (d *daemon) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := d.loop.Do(ctx, func() { d.loop.Publish(d.build(first)) }); err != nil {
+	if err := d.loop.Do(ctx, func() { d.loop.Publish(first.View(c.NodeName)) }); err != nil {
 		return err
 	}
 	stateReady.Done()
 	d.admin(ctx, "workload file", func(ctx context.Context) error {
 		return file.Run(ctx, func(l *xds.Local) {
-			d.loop.Post(ctx, admin.StateBuilt{Source: "file", View: d.build(l)})
+			d.loop.Post(ctx, admin.StateBuilt{Source: "file", View: l.View(c.NodeName)})
 		}, func(err error) { d.loop.Post(ctx, admin.SourceBroken{Source: "file", Err: err}) })
 	})
 
@@ -211,21 +211,6 @@ func (d *daemon) handle(e admin.Event) {
 		w, s, p := e.View.Counts()
 		d.log.Logger("xds").Info("new state", "source", e.Source, "workloads", w, "services", s, "policies", p)
 	}
-}
-
-// build makes a View of the whole file; it runs on the source's goroutine.
-func (d *daemon) build(l *xds.Local) *state.View {
-	b := state.NewBuilder(d.c.NodeName)
-	for _, s := range l.Services {
-		b.InsertService(s)
-	}
-	for _, w := range l.Workloads {
-		b.InsertWorkload(w)
-	}
-	for _, p := range l.Policies {
-		b.InsertPolicy(p)
-	}
-	return b.Build()
 }
 
 func (d *daemon) signer() (ca.Signer, error) {
