@@ -31,8 +31,7 @@ const moderateEvery = 32 << 10
 // reads are serialised among themselves, and so are writes.
 type Conn struct {
 	ep            *tcp.Endpoint
-	s             *Stack
-	port          *port
+	h             *hop
 	wq            waiter.Queue
 	entry         waiter.Entry
 	local, remote netip.AddrPort
@@ -62,24 +61,24 @@ var (
 	_ waiter.EventListener = (*Conn)(nil)
 )
 
-func newConn(s *Stack, local, remote netip.AddrPort) *Conn {
-	return &Conn{s: s, local: local, remote: remote}
+func newConn(h *hop, local, remote netip.AddrPort) *Conn {
+	return &Conn{h: h, local: local, remote: remote}
 }
 
 // start takes over an established endpoint whose wait queue is c.wq.
 func (c *Conn) start(ep *tcp.Endpoint) error {
 	c.ep = ep
 	so := ep.SocketOptions()
-	idle, interval := tcpip.KeepaliveIdleOption(c.s.cfg.KeepaliveIdle), tcpip.KeepaliveIntervalOption(c.s.cfg.KeepaliveInterval)
+	idle, interval := tcpip.KeepaliveIdleOption(c.h.s.cfg.KeepaliveIdle), tcpip.KeepaliveIntervalOption(c.h.s.cfg.KeepaliveInterval)
 	ep.SetSockOpt(&idle)
 	ep.SetSockOpt(&interval)
-	ep.SetSockOptInt(tcpip.KeepaliveCountOption, c.s.cfg.KeepaliveCount)
+	ep.SetSockOptInt(tcpip.KeepaliveCountOption, c.h.s.cfg.KeepaliveCount)
 	so.SetKeepAlive(true)
 	// One entry for the life of the connection: registering per wait would take
 	// the queue's lock twice each time.
 	c.entry.Init(c, waiter.ReadableEvents|waiter.WritableEvents|waiter.EventHUp|waiter.EventErr|waiter.EventRdHUp)
 	c.wq.EventRegister(&c.entry)
-	if !c.s.conns.add(c) {
+	if !c.h.s.conns.add(c) {
 		c.closed.Store(true)
 		ep.Abort()
 		ep.Close()
@@ -165,7 +164,7 @@ func (c *Conn) Read(b []byte) (int, error) {
 // follow the reader's speed. The window updates that this causes are written by
 // the caller, so that nobody has to be woken for them.
 func (c *Conn) take(w io.Writer) tcpip.Error {
-	p := c.port.pump
+	p := c.h.port.pump
 	p.tx.enter()
 	r, terr := c.ep.Read(w, tcpip.ReadOptions{})
 	if c.unseen += r.Count; c.unseen >= moderateEvery {
@@ -252,7 +251,7 @@ func (c *Conn) Write(b []byte) (int, error) {
 
 // writeSome writes what fits, and says whether to wait for room.
 func (c *Conn) writeSome(b []byte, armed bool) (n int, wait bool, terr tcpip.Error) {
-	p := c.port.pump
+	p := c.h.port.pump
 	if p.tx.full.Load() {
 		if !armed || p.tx.waitRoom(&c.wr) {
 			return 0, true, nil
@@ -303,7 +302,7 @@ func (c *Conn) close(reset bool) error {
 	if c.closed.Swap(true) {
 		return c.opError("close", net.ErrClosed)
 	}
-	c.s.conns.remove(c)
+	c.h.s.conns.remove(c)
 	c.mu.Lock()
 	pinned := c.pinned
 	c.purge = pinned

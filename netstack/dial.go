@@ -17,7 +17,7 @@ import (
 // EHOSTUNREACH, ENETUNREACH, ETIMEDOUT (no answer for 15 s), EADDRINUSE; or
 // ctx's error.
 func (s *Stack) DialApp(ctx context.Context, src, dst netip.AddrPort) (*Conn, error) {
-	return s.dial(ctx, s.appP, nicApp, src, dst)
+	return s.dial(ctx, s.app, src, dst)
 }
 
 // DialPlain connects to dst in the network, by the Uplink, from the pod's own
@@ -29,13 +29,13 @@ func (s *Stack) DialPlain(ctx context.Context, dst netip.AddrPort) (*Conn, error
 	if !ok {
 		return nil, dialError(netip.AddrPort{}, dst, os.NewSyscallError("connect", syscall.EAFNOSUPPORT))
 	}
-	if s.upP == nil {
+	if s.up == nil {
 		return nil, dialError(netip.AddrPort{}, dst, os.NewSyscallError("connect", syscall.ENETUNREACH))
 	}
-	return s.dial(ctx, s.upP, s.upNIC, netip.AddrPortFrom(src, 0), dst)
+	return s.dial(ctx, s.up, netip.AddrPortFrom(src, 0), dst)
 }
 
-func (s *Stack) dial(ctx context.Context, p *port, nic tcpip.NICID, src, dst netip.AddrPort) (*Conn, error) {
+func (s *Stack) dial(ctx context.Context, h *hop, src, dst netip.AddrPort) (*Conn, error) {
 	src = netip.AddrPortFrom(src.Addr().Unmap(), src.Port())
 	dst = netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
 	if err := ctx.Err(); err != nil {
@@ -47,15 +47,16 @@ func (s *Stack) dial(ctx context.Context, p *port, nic tcpip.NICID, src, dst net
 	srcA, proto := fromAddr(src.Addr())
 	dstA, _ := fromAddr(dst.Addr())
 
-	c := newConn(s, src, dst)
-	c.port = p
-	e, terr := s.gs.NewEndpoint(tcp.ProtocolNumber, proto, &c.wq)
+	gs, err := h.stack()
+	if err != nil {
+		return nil, dialError(src, dst, err)
+	}
+	c := newConn(h, src, dst)
+	e, terr := gs.NewEndpoint(tcp.ProtocolNumber, proto, &c.wq)
 	if terr != nil {
 		return nil, dialError(src, dst, toError(terr, "socket"))
 	}
 	ep := e.(*tcp.Endpoint)
-	// The NIC is named: with two of them that both spoof, the first route would
-	// win otherwise, and a pod's plaintext would go back into the pod.
 	if terr := ep.Bind(tcpip.FullAddress{NIC: nic, Addr: srcA, Port: src.Port()}); terr != nil {
 		ep.Close()
 		return nil, dialError(src, dst, toError(terr, "bind"))

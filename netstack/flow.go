@@ -5,7 +5,6 @@ import (
 	"net/netip"
 	"sync/atomic"
 
-	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
@@ -54,7 +53,7 @@ type Flow struct {
 	req      *tcp.ForwarderRequest
 	src, dst netip.AddrPort
 	syn      []byte
-	nic      tcpip.NICID
+	key      flowKey
 	inbound  bool
 	decided  atomic.Bool
 }
@@ -78,16 +77,12 @@ func (fl *Flow) Accept() (*Conn, error) {
 	if !fl.decide() {
 		return nil, ErrDecided
 	}
-	s, id := fl.f.s, fl.req.ID()
-	c := newConn(s, fl.dst, fl.src)
-	c.port = s.appP
-	if fl.nic != nicApp {
-		c.port = s.upP
-	}
+	fl.syn = nil // a relay keeps its Flow, as long as the connection lasts
+	c := newConn(fl.key.h, fl.dst, fl.src)
 	ep, terr := fl.req.CreateEndpoint(&c.wq)
 	// Not before CreateEndpoint: until then a second SYN would be a second flow.
 	fl.req.Complete(false)
-	fl.f.forget(id, fl.dst)
+	fl.f.forget(fl)
 	if terr != nil {
 		fl.f.failed.Add(1)
 		return nil, c.opError("accept", toError(terr, "accept"))
@@ -107,18 +102,13 @@ func (fl *Flow) Refuse(r Refusal) {
 }
 
 func (fl *Flow) refuse(r Refusal) {
-	id := fl.req.ID()
 	fl.req.Complete(r == Reset)
-	fl.f.forget(id, fl.dst)
+	fl.f.forget(fl)
 	fl.f.refused.Add(1)
 	if r == Reset || r == Silent {
 		return
 	}
-	p := fl.f.s.appP
-	if fl.nic != nicApp {
-		p = fl.f.s.upP
-	}
 	if b := icmpError(fl.syn, r); b != nil {
-		p.pump.send(rawPacket(b))
+		fl.key.h.port.pump.send(rawPacket(b))
 	}
 }

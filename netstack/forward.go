@@ -15,11 +15,10 @@ import (
 
 // forwarder turns SYNs that no endpoint claims into Flows, within bounds.
 type forwarder struct {
-	s   *Stack
-	fwd *tcp.Forwarder
+	s *Stack
 
 	mu      sync.Mutex
-	pending map[stack.TransportEndpointID]*Flow
+	pending map[flowKey]*Flow
 	perDst  map[netip.AddrPort]int
 	stopped bool
 	active  int           // OnFlow goroutines
@@ -29,33 +28,36 @@ type forwarder struct {
 	accepted, failed, refused           atomic.Uint64
 }
 
+// flowKey tells flows apart; the two hops may see the same addresses.
+type flowKey struct {
+	h  *hop
+	id stack.TransportEndpointID
+}
+
 func newForwarder(s *Stack) *forwarder {
-	f := &forwarder{
+	return &forwarder{
 		s:       s,
-		pending: make(map[stack.TransportEndpointID]*Flow),
+		pending: make(map[flowKey]*Flow),
 		perDst:  make(map[netip.AddrPort]int),
 		none:    make(chan struct{}),
 	}
-	// gVisor's own bound is out of the way: ours counts, and knows destinations.
-	f.fwd = tcp.NewForwarder(s.gs, s.cfg.ReceiveBuffer, 1<<30, f.serve)
-	return f
 }
 
 // handle is called inline by the reader for every TCP packet that belongs to no
 // connection. False makes gVisor answer with a reset.
-func (f *forwarder) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+func (f *forwarder) handle(h *hop, id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	th := header.TCP(pkt.TransportHeader().Slice())
 	if fl := th.Flags(); !fl.Contains(header.TCPFlagSyn) || fl&(header.TCPFlagAck|header.TCPFlagRst|header.TCPFlagFin) != 0 {
 		return false
 	}
-	dst := addrPort(id.LocalAddress, id.LocalPort)
+	key, dst := flowKey{h, id}, addrPort(id.LocalAddress, id.LocalPort)
 
 	f.mu.Lock()
 	switch {
 	case f.stopped:
 		f.mu.Unlock()
 		return false
-	case f.pending[id] != nil:
+	case f.pending[key] != nil:
 		f.mu.Unlock()
 		f.duplicates.Add(1)
 		return true
@@ -73,46 +75,48 @@ func (f *forwarder) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffer
 		src:     addrPort(id.RemoteAddress, id.RemotePort),
 		dst:     dst,
 		inbound: f.s.isOwn(dst.Addr()),
-		nic:     pkt.NICID,
+		key:     key,
 		// What an ICMP error quotes; the packet itself is not kept.
 		syn: slices.Concat(pkt.NetworkHeader().Slice(), th),
 	}
-	f.pending[id] = fl
+	f.pending[key] = fl
 	f.perDst[dst]++
 	f.active++
 	f.mu.Unlock()
 
-	if !f.fwd.HandlePacket(id, pkt) {
+	if !h.fwd.HandlePacket(id, pkt) {
 		// A TCP header that gVisor does not accept.
-		f.forget(id, dst)
+		f.forget(fl)
 		f.done()
 	}
 	return true
 }
 
-// serve runs in a goroutine of its own for every flow.
-func (f *forwarder) serve(r *tcp.ForwarderRequest) {
-	defer f.done()
-	f.mu.Lock()
-	fl := f.pending[r.ID()]
-	f.mu.Unlock()
-	fl.req = r
-	f.flows.Add(1)
-	defer func() {
-		if fl.decide() {
-			f.s.log.Error("netstack: flow left undecided", "src", fl.src, "dst", fl.dst)
-			fl.refuse(Reset)
-		}
-	}()
-	f.s.cfg.OnFlow(fl)
+// serve returns what gVisor runs in a goroutine of its own for every flow of h.
+func (f *forwarder) serve(h *hop) func(*tcp.ForwarderRequest) {
+	return func(r *tcp.ForwarderRequest) {
+		defer f.done()
+		f.mu.Lock()
+		fl := f.pending[flowKey{h, r.ID()}]
+		f.mu.Unlock()
+		fl.req = r
+		f.flows.Add(1)
+		defer func() {
+			if fl.decide() {
+				f.s.log.Error("netstack: flow left undecided", "src", fl.src, "dst", fl.dst)
+				fl.refuse(Reset)
+			}
+		}()
+		f.s.cfg.OnFlow(fl)
+	}
 }
 
 // forget frees the flow's place within the bounds.
-func (f *forwarder) forget(id stack.TransportEndpointID, dst netip.AddrPort) {
+func (f *forwarder) forget(fl *Flow) {
 	f.mu.Lock()
-	delete(f.pending, id)
-	if f.perDst[dst]--; f.perDst[dst] <= 0 {
-		delete(f.perDst, dst)
+	delete(f.pending, fl.key)
+	if f.perDst[fl.dst]--; f.perDst[fl.dst] <= 0 {
+		delete(f.perDst, fl.dst)
 	}
 	f.mu.Unlock()
 }

@@ -19,6 +19,8 @@ type port struct {
 	pump *pump
 	mtu  atomic.Uint32
 	disp atomic.Pointer[stack.NetworkDispatcher]
+	// first makes the stack when the first packet comes.
+	first func()
 }
 
 var (
@@ -35,7 +37,12 @@ func newPort(p *pump, mtu int) *port {
 // deliver hands an incoming packet to the stack and consumes the caller's
 // reference. Everything up to the segment queue of the endpoint happens inline.
 func (l *port) deliver(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) {
-	if d := l.disp.Load(); d != nil {
+	d := l.disp.Load()
+	if d == nil {
+		l.first()
+		d = l.disp.Load()
+	}
+	if d != nil { // nil on a stack that is closing
 		(*d).DeliverNetworkPacket(proto, pkt)
 	}
 	pkt.DecRef()

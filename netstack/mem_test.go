@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/buffer"
+
 	"ztun/tun"
 )
 
@@ -219,3 +221,5 @@ func readAll(t testing.TB, r io.Reader) []byte {
 	}
 	return b
 }
+
+func rawBuffer(b []byte) buffer.Buffer { return buffer.MakeWithData(b) }

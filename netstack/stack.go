@@ -3,25 +3,10 @@ package netstack
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net/netip"
 	"sync"
 	"sync/atomic"
-	"time"
-
-	"gvisor.dev/gvisor/pkg/tcpip"
-	"gvisor.dev/gvisor/pkg/tcpip/header"
-	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
-	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
-	"gvisor.dev/gvisor/pkg/tcpip/stack"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
-)
-
-// The two links of a pod's stack.
-const (
-	nicApp    tcpip.NICID = 1
-	nicUplink tcpip.NICID = 2
 )
 
 // Stack is one pod's TCP/IP stack: the far end of everything that the pod's
@@ -30,14 +15,11 @@ const (
 type Stack struct {
 	cfg   Config
 	log   *slog.Logger
-	gs    *stack.Stack
-	app   *pump // owned: the App device's reader and writer
-	appP  *port
-	upP   *port // nil without a way to the network; appP itself if UplinkIsApp
-	upNIC tcpip.NICID
+	pump  *pump // owned: the App device's reader and writer
+	app   *hop
+	up    *hop // nil without a way to the network; app itself if UplinkIsApp
 	own   map[netip.Addr]struct{}
-
-	fwd   *forwarder
+	flows *forwarder
 	conns connList
 	lent  sync.Pool // of *lent
 
@@ -65,121 +47,24 @@ func New(cfg Config) (*Stack, error) {
 	for _, a := range cfg.Addrs {
 		s.own[a] = struct{}{}
 	}
-	s.gs = stack.New(stack.Options{
-		NetworkProtocols: []stack.NetworkProtocolFactory{
-			ipv4.NewProtocol,
-			// No DAD, no router solicitation, no SLAAC: the stack owns no
-			// address and has no neighbours, it stands in for all of them.
-			ipv6.NewProtocolWithOptions(ipv6.Options{}),
-		},
-		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol},
-		// A packet from the pod to the pod's own address must leave by a link,
-		// not loop inside: with spoofing every address would count as local.
-		HandleLocal: false,
-		Clock:       newClock(),
-	})
-	if err := s.setOptions(); err != nil {
-		s.gs.Destroy()
-		return nil, err
-	}
-	// The handler comes before the NICs: a packet that arrives in between would
-	// be answered with a reset (tun2socks learned this the hard way).
-	s.fwd = newForwarder(s)
-	s.gs.SetTransportProtocolHandler(tcp.ProtocolNumber, s.fwd.handle)
-
-	s.app = newPump(cfg.App, s.log)
-	s.appP = newPort(s.app, cfg.MTU)
-	s.app.only = s.appP
-	if err := s.addNIC(nicApp, s.appP); err != nil {
-		s.gs.Destroy()
+	s.flows = newForwarder(s)
+	s.pump = newPump(cfg.App, s.log)
+	s.app = newHop(s, "app", s.pump, false)
+	s.pump.only = s.app.port
+	if _, err := s.app.stack(); err != nil {
 		return nil, err
 	}
 	switch {
 	case cfg.UplinkIsApp:
-		s.upP, s.upNIC = s.appP, nicApp
+		s.up = s.app
 	case cfg.Uplink != nil:
-		s.upP, s.upNIC = newPort(cfg.Uplink.pump, cfg.MTU), nicUplink
-		if err := s.addNIC(nicUplink, s.upP); err != nil {
-			s.gs.Destroy()
-			return nil, err
-		}
-		if err := cfg.Uplink.attach(cfg.Addrs, s.upP); err != nil {
-			s.gs.Destroy()
+		s.up = newHop(s, "uplink", cfg.Uplink.pump, true)
+		if err := cfg.Uplink.attach(cfg.Addrs, s.up.port); err != nil {
+			s.app.destroy()
 			return nil, err
 		}
 	}
 	return s, nil
-}
-
-// setOptions sets what differs from gVisor's defaults or must not change with
-// them; every line carries its reason.
-func (s *Stack) setOptions() error {
-	var (
-		// Selective acknowledgement: with 64 KiB segments a retransmission of
-		// what already arrived is dear.
-		sack = tcpip.TCPSACKEnabled(true)
-		// RACK: usable since gVisor takes the RTT at arrival (9adc33f23).
-		rack = tcpip.TCPRACKLossDetection
-		// Reno or cubic made no difference on a lossless local link; reno is
-		// the cheaper one.
-		cc = tcpip.CongestionControlOption("reno")
-		// A fast reader gets a larger window, an idle connection keeps the small one.
-		mrb = tcpip.TCPModerateReceiveBufferOption(true)
-		// Nagle off: the relay already writes in the pieces it was given, and
-		// holding the last one back costs a round trip of the application.
-		delay = tcpip.TCPDelayEnabled(false)
-		// The peer of most connections is the pod's kernel, which takes a new
-		// SYN for the same ports at once; a long TIME_WAIT here would answer it
-		// with an ACK and cost the application a second. If the last ACK was
-		// lost the retransmitted FIN meets a reset, which is harmless then: its
-		// sender has closed already.
-		timeWait = tcpip.TCPTimeWaitTimeoutOption(10 * time.Millisecond)
-		// FIN_WAIT_2 of a connection that we closed altogether.
-		linger = tcpip.TCPLingerTimeoutOption(10 * time.Second)
-		// 1+2+4+8 s: dials have their own deadline, and a client that went away
-		// during the handshake must not hold a flow for two minutes.
-		syn = tcpip.TCPSynRetriesOption(4)
-		rcv = tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: s.cfg.ReceiveBuffer, Max: s.cfg.MaxReceiveBuffer}
-		snd = tcpip.TCPSendBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: s.cfg.SendBuffer, Max: s.cfg.MaxSendBuffer}
-	)
-	for _, o := range []tcpip.SettableTransportProtocolOption{&sack, &rack, &cc, &mrb, &delay, &timeWait, &linger, &syn, &rcv, &snd} {
-		if err := s.gs.SetTransportProtocolOption(tcp.ProtocolNumber, o); err != nil {
-			return fmt.Errorf("netstack: option %T: %s", o, err)
-		}
-	}
-	ttl := tcpip.DefaultTTLOption(64) // Linux's
-	for _, p := range []tcpip.NetworkProtocolNumber{ipv4.ProtocolNumber, ipv6.ProtocolNumber} {
-		if err := s.gs.SetNetworkProtocolOption(p, &ttl); err != nil {
-			return fmt.Errorf("netstack: option %T: %s", ttl, err)
-		}
-	}
-	if err := s.gs.SetPortRange(s.cfg.PortMin, s.cfg.PortMax); err != nil {
-		return fmt.Errorf("netstack: port range: %s", err)
-	}
-	return nil
-}
-
-// addNIC attaches a port that takes packets to every address (promiscuous) and
-// may send from every address (spoofing), with default routes in both families.
-func (s *Stack) addNIC(id tcpip.NICID, p *port) error {
-	// Not the devices' names: they come from two namespaces and may be equal,
-	// which gVisor does not accept.
-	name := "app"
-	if id == nicUplink {
-		name = "uplink"
-	}
-	if err := s.gs.CreateNICWithOptions(id, p, stack.NICOptions{Name: name}); err != nil {
-		return fmt.Errorf("netstack: link %d: %s", id, err)
-	}
-	if err := s.gs.SetPromiscuousMode(id, true); err != nil {
-		return fmt.Errorf("netstack: link %d: %s", id, err)
-	}
-	if err := s.gs.SetSpoofing(id, true); err != nil {
-		return fmt.Errorf("netstack: link %d: %s", id, err)
-	}
-	s.gs.AddRoute(tcpip.Route{Destination: header.IPv4EmptySubnet, NIC: id})
-	s.gs.AddRoute(tcpip.Route{Destination: header.IPv6EmptySubnet, NIC: id})
-	return nil
 }
 
 // Run moves packets between the App device and the stack until Close, until ctx
@@ -195,7 +80,7 @@ func (s *Stack) Run(ctx context.Context) error {
 		defer close(closing)
 		s.shutdown()
 	})
-	err := s.app.run()
+	err := s.pump.run()
 	if !stop() {
 		<-closing
 	}
@@ -218,28 +103,28 @@ func (s *Stack) Close() error {
 func (s *Stack) shutdown() {
 	s.closeOnce.Do(func() {
 		defer close(s.closed)
-		s.fwd.stop() // no new flows from here on
+		s.flows.stop() // no new flows from here on
 		s.conns.close()
-		// Handshakes under way (Accept, Dial) end here: their endpoints are
-		// registered, and aborting them wakes whoever waits.
-		for _, e := range s.gs.RegisteredEndpoints() {
-			e.Abort()
+		s.app.abort()
+		if s.up != nil {
+			s.up.abort()
 		}
-		if !s.fwd.wait(s.cfg.CloseTimeout) {
-			s.log.Error("netstack: flows still being handled at close", "count", s.fwd.inFlight())
+		if !s.flows.wait(s.cfg.CloseTimeout) {
+			s.log.Error("netstack: flows still being handled at close", "count", s.flows.inFlight())
 		}
 		if s.cfg.Uplink != nil {
-			s.cfg.Uplink.detach(s.cfg.Addrs, s.upP)
+			s.cfg.Uplink.detach(s.cfg.Addrs, s.up.port)
+			s.up.destroy()
 		}
 		// Let the resets out before the device goes.
-		s.app.flush(flushTimeout)
-		s.gs.Destroy()
-		s.app.close()
+		s.pump.flush(flushTimeout)
+		s.app.destroy()
+		s.pump.close()
 	})
 	<-s.closed
 }
 
-// Inbound reports whether a is one of the pod's own addresses.
+// isOwn reports whether a is one of the pod's own addresses.
 func (s *Stack) isOwn(a netip.Addr) bool {
 	_, ok := s.own[a.Unmap()]
 	return ok

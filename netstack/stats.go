@@ -32,17 +32,27 @@ type Stats struct {
 
 // Stats returns the counters so far.
 func (s *Stack) Stats() Stats {
-	g := s.gs.Stats()
-	return Stats{
-		App:        s.app.stats(),
-		Flows:      s.fwd.flows.Load(),
-		Duplicates: s.fwd.duplicates.Load(), Accepted: s.fwd.accepted.Load(), AcceptFailed: s.fwd.failed.Load(), Refused: s.fwd.refused.Load(),
-		OverPod: s.fwd.overPod.Load(), OverDestination: s.fwd.overDst.Load(),
-		InFlight: s.fwd.inFlight(), Conns: s.conns.len(),
-		Retransmits: g.TCP.Retransmits.Value(), Timeouts: g.TCP.Timeouts.Value(),
-		ResetsSent: g.TCP.ResetsSent.Value(), ResetsReceived: g.TCP.ResetsReceived.Value(),
-		SegmentQueueDropped: g.DroppedPackets.Value(),
+	f := s.flows
+	st := Stats{
+		App:        s.pump.stats(),
+		Flows:      f.flows.Load(),
+		Duplicates: f.duplicates.Load(), Accepted: f.accepted.Load(), AcceptFailed: f.failed.Load(), Refused: f.refused.Load(),
+		OverPod: f.overPod.Load(), OverDestination: f.overDst.Load(),
+		InFlight: f.inFlight(), Conns: s.conns.len(),
 	}
+	hops := []*hop{s.app}
+	if s.up != nil && s.up != s.app {
+		hops = append(hops, s.up)
+	}
+	for _, h := range hops {
+		g := h.stats()
+		st.Retransmits += g.TCP.Retransmits.Value()
+		st.Timeouts += g.TCP.Timeouts.Value()
+		st.ResetsSent += g.TCP.ResetsSent.Value()
+		st.ResetsReceived += g.TCP.ResetsReceived.Value()
+		st.SegmentQueueDropped += g.DroppedPackets.Value()
+	}
+	return st
 }
 
 // Stats returns the counters of the node's device.

@@ -67,8 +67,8 @@ func (c *Conn) lend(w io.Writer) (n int64, done bool, err error) {
 		return 0, false, c.opError("read", net.ErrClosed)
 	}
 	defer c.unpin()
-	l := c.s.lent.Get().(*lent)
-	defer l.put(c.s)
+	l := c.h.s.lent.Get().(*lent)
+	defer l.put(c.h.s)
 	if _, terr := c.ep.Read(l, tcpip.ReadOptions{Peek: true}); l.n == 0 {
 		err := c.readError(terr)
 		if err == io.EOF {

@@ -12,13 +12,14 @@ import (
 	"io"
 	"math/big"
 	"net"
-	"net/http"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 )
 
 // testTLS is a pair of configurations that trust each other.
@@ -228,4 +229,37 @@ func benchLatency(b *testing.B, bulk int) {
 	b.ReportMetric(float64(moved.n.Load())/1e6/took.Seconds(), "bulk-MB/s")
 }
 
-var _ = http.MethodConnect
+// BenchmarkMuxIdle is what an idle tunnel with one stream holds on the heap, both ends together, peers' certificates
+// included; and the size of one end of a stream.
+func BenchmarkMuxIdle(b *testing.B) {
+	shared := new(Buffers)
+	heap := func() float64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return float64(m.HeapAlloc)
+	}
+	const n = 50
+	var stops []func()
+	open := func() {
+		x, y := tlsPair(b, false)
+		cc, _, reqs, stop := link(b, x, y, Config{Buffers: shared})
+		stops = append(stops, stop)
+		f, t := pair(b, cc, reqs)
+		f.Write([]byte("x"))
+		io.ReadFull(t, make([]byte, 1))
+	}
+	open() // what all share
+	h0 := heap()
+	for range n {
+		open()
+	}
+	h1 := heap()
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric((h1-h0)/n, "B/conn")
+	b.ReportMetric(float64(unsafe.Sizeof(Stream{})), "B/stream-end")
+	for _, stop := range stops {
+		stop()
+	}
+}

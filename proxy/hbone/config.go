@@ -2,6 +2,7 @@ package hbone
 
 import (
 	"log/slog"
+	"sync/atomic"
 	"time"
 )
 
@@ -41,6 +42,8 @@ type Config struct {
 	// (1000; refilled with a tenth of it per second) before ENHANCE_YOUR_CALM.
 	ControlFrames int
 
+	// Stats counts what bounds turned away, of all connections that were given the same; nil: nobody looks.
+	Stats *Stats
 	// Buffers are shared by all connections that were given the same; nil: the connection's own.
 	Buffers *Buffers
 	Logger  *slog.Logger
@@ -89,10 +92,29 @@ func (cfg Config) withDefaults(client bool) Config {
 	if cfg.Buffers == nil {
 		cfg.Buffers = new(Buffers)
 	}
+	if cfg.Stats == nil {
+		cfg.Stats = new(Stats)
+	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
 	return cfg
+}
+
+// Stats counts what bounds turned away.
+type Stats struct {
+	// StreamsRefused counts requests beyond MaxStreams (REFUSED_STREAM).
+	StreamsRefused atomic.Uint64
+	// StreamsRejected counts streams reset for a fault of the peer's: malformed requests, overdrawn windows.
+	StreamsRejected atomic.Uint64
+	// Violations counts connections ended for one, ENHANCE_YOUR_CALM included.
+	Violations atomic.Uint64
+	// PingTimeouts counts connections given up because the peer fell silent.
+	PingTimeouts atomic.Uint64
+	// Compacted counts received pieces that were copied because too many large blocks were pinned.
+	Compacted atomic.Uint64
+	// Lingered counts closed streams whose last bytes were dropped because the peer gave no window for them.
+	Lingered atomic.Uint64
 }
 
 // bucket is a token bucket: what a peer may do often, but not all the time.

@@ -9,6 +9,7 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/net/http2"
@@ -44,6 +45,7 @@ type conn struct {
 	arrived  atomic.Uint64 // counts reads from the socket; PING looks whether anything came at all
 
 	mu      sync.Mutex
+	started bool
 	err     error // why the connection ended or is ending
 	ended   bool  // done is closed
 	streams map[uint32]*Stream
@@ -73,6 +75,7 @@ type conn struct {
 	// drainReads: the peer is told of its violation before the socket is closed.
 	drainReads bool
 	readerGone bool
+	broken     error // a write to the socket failed with this
 
 	// What the peer told us.
 	peerInitial   int64
@@ -86,6 +89,7 @@ type conn struct {
 	leftAt        uint32 // server: streams above this are refused
 	drainPing     bool   // the PING of a graceful GOAWAY is under way
 	drainTimer    *time.Timer
+	drainWanted   bool // GoAway came before Serve
 
 	// Receiving.
 	recvWin int64 // what the peer may still send on the connection
@@ -134,6 +138,10 @@ func (w *ctrlWriter) Write(p []byte) (int, error) {
 func (c *conn) start() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.started || c.ended {
+		return
+	}
+	c.started = true
 	if c.client {
 		c.ctrl = append(c.ctrl, http2.ClientPreface...)
 		c.framer.WriteSettings(
@@ -156,6 +164,9 @@ func (c *conn) start() {
 	c.work.Add(1)
 	go c.readLoop()
 	c.ping.start(c)
+	if c.drainWanted {
+		c.drainLocked()
+	}
 	c.wantFlush()
 }
 
@@ -204,11 +215,22 @@ func (c *conn) leaveLocked(code http2.ErrCode, err error) {
 	if c.ended || c.last {
 		return
 	}
+	if c.broken != nil {
+		c.endLocked(c.broken)
+		return
+	}
+	if !c.started {
+		c.endLocked(err)
+		return
+	}
 	if c.err == nil {
 		c.err = err
 	}
 	c.last, c.leaving = true, true
-	c.drainReads = code != http2.ErrCodeNo
+	if code != http2.ErrCodeNo {
+		c.drainReads = true
+		c.cfg.Stats.Violations.Add(1)
+	}
 	c.ping.stop()
 	c.unavailable()
 	c.abandonLocked()
@@ -274,6 +296,11 @@ func (c *conn) finish(err error) {
 		c.mu.Unlock()
 		return
 	}
+	c.mu.Lock()
+	if c.broken != nil && (isTimeout(err) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, io.ErrUnexpectedEOF)) {
+		err = c.broken
+	}
+	c.mu.Unlock()
 	switch {
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		c.mu.Lock()

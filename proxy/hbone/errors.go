@@ -3,7 +3,6 @@ package hbone
 import (
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"syscall"
 
@@ -26,9 +25,6 @@ var (
 
 // errAnswered is a second answer to one request: the caller's mistake.
 var errAnswered = errors.New("hbone: request was answered already")
-
-// errEOF is what endReading is told at an orderly end.
-var errEOF = io.EOF
 
 // StatusError is an answer to CONNECT other than 200.
 type StatusError struct{ Status int }

@@ -200,3 +200,40 @@ func TestFallback(t *testing.T) {
 	}
 	stop()
 }
+
+// TestDoubleTunnel: TLS and HTTP/2 within a stream of another connection, as double HBONE has it.
+func TestDoubleTunnel(t *testing.T) {
+	a, b := tlsPair(t, false)
+	outer, _, reqs, stopOuter := link(t, a, b, Config{})
+	x, y := pair(t, outer, reqs)
+	ccfg, scfg := testTLS(t)
+	got := make(chan net.Conn, 1)
+	go func() {
+		c, _, err := Server(t.Context(), y, scfg)
+		if err != nil {
+			t.Error(err)
+		}
+		got <- c
+	}()
+	ic, _, err := Client(t.Context(), x, ccfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, ours := ic.(*Conn); !ours {
+		t.Errorf("%T", ic)
+	}
+	inner, _, ireqs, stopInner := link(t, ic, <-got, Config{})
+	c, s := pair(t, inner, ireqs)
+	want := payload(5 << 20)
+	go func() {
+		c.ReadFrom(bytes.NewReader(want))
+		c.CloseWrite()
+	}()
+	var back bytes.Buffer
+	if _, err := s.WriteTo(&back); err != nil || !bytes.Equal(back.Bytes(), want) {
+		t.Error(back.Len(), err)
+	}
+	stopInner()
+	eventually(t, func() bool { return outer.Streams() == 0 })
+	stopOuter()
+}

@@ -6,8 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
-	"net/netip"
-	"sync"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -15,8 +14,6 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
-
-	"ztun/proxy/identity"
 )
 
 // TestHalfClose is every order in which two sides can end their directions, by END_STREAM.
@@ -280,7 +277,7 @@ func TestPings(t *testing.T) {
 				if server {
 					io.WriteString(b, http2.ClientPreface)
 				}
-				fr.WriteSettings()
+				http2.NewFramer(b, nil).WriteSettings()
 			}()
 			over := make(chan string, 1)
 			go func() {
@@ -305,6 +302,7 @@ func TestPings(t *testing.T) {
 				}
 			}()
 			<-c.done
+			last := <-over
 			if len(pings) != 3 || pings[0] != 10*time.Second || pings[1] != 23*time.Second || pings[2] != 36*time.Second {
 				t.Error(pings)
 			}
@@ -315,7 +313,7 @@ func TestPings(t *testing.T) {
 				t.Error(err)
 			}
 			c.work.Wait()
-			if last := <-over; server && last != "GOAWAY 0 last=0 NO_ERROR" {
+			if server && last != "GOAWAY 0 last=0 NO_ERROR" {
 				t.Error(last)
 			}
 			b.Close()
@@ -347,299 +345,35 @@ func TestPingWhileDataFlows(t *testing.T) {
 	})
 }
 
-func testKey(n int) Key {
-	return Key{
-		Source: identity.ID{TrustDomain: "td", Namespace: "ns", ServiceAccount: "sa"}, Dest: "spiffe://td/ns/ns/sa/b",
-		Addr: netip.MustParseAddrPort("10.0.0.1:15008"), SrcIP: netip.AddrFrom4([4]byte{10, 1, 0, byte(n)}),
+// TestBeforeServe: GoAway and Close may come before Serve.
+func TestBeforeServe(t *testing.T) {
+	a, b := tcpPair(t)
+	sc := NewServerConn(b, Config{}, nil)
+	sc.GoAway()
+	served := make(chan error, 1)
+	go func() { served <- sc.Serve(context.Background()) }()
+	p := newRawPeer(t, a)
+	p.preface()
+	for _, want := range []string{"SETTINGS 0 MAX", "WINDOW_UPDATE", "GOAWAY 0 last=2147483647"} {
+		if text, _, _ := p.next(); !strings.HasPrefix(text, want) {
+			t.Error(text)
+		}
 	}
-}
+	a.Close()
+	<-served
 
-// farm is the servers that a pool dials.
-type farm struct {
-	t     testing.TB
-	cfg   Config
-	mu    sync.Mutex
-	conns []*ServerConn
-	wg    sync.WaitGroup
-	dials atomic.Int32
-	fail  atomic.Pointer[error]
-	delay time.Duration
-}
-
-func (f *farm) dial(ctx context.Context, key Key) (net.Conn, error) {
-	f.dials.Add(1)
-	select {
-	case <-time.After(f.delay):
-	case <-ctx.Done():
-		return nil, ctx.Err()
+	a, b = tcpPair(t)
+	defer a.Close()
+	sc = NewServerConn(b, Config{}, nil)
+	sc.Close()
+	if err := sc.Serve(context.Background()); err != nil {
+		t.Error(err)
 	}
-	if err := f.fail.Load(); err != nil {
-		return nil, *err
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	a, b = tcpPair(t)
+	defer a.Close()
+	if err := ServeConn(ctx, b, Config{}, nil); err != nil {
+		t.Error(err)
 	}
-	a, b := net.Pipe()
-	sc := NewServerConn(b, f.cfg, func(ss *ServerStream) {
-		s, err := ss.Accept(&Response{Status: 200})
-		if err == nil {
-			io.Copy(io.Discard, s)
-			s.CloseWrite()
-		}
-	})
-	f.mu.Lock()
-	f.conns = append(f.conns, sc)
-	f.mu.Unlock()
-	f.wg.Go(func() { sc.Serve(context.Background()) })
-	return a, nil
-}
-
-func poolTest(t *testing.T, o PoolOptions, fc Config, test func(t *testing.T, p *Pool, f *farm, open func(key int) *Stream)) {
-	t.Helper()
-	synctest.Test(t, func(t *testing.T) {
-		f := &farm{t: t, cfg: fc, delay: time.Millisecond}
-		o.Dial = f.dial
-		p := NewPool(o)
-		test(t, p, f, func(key int) *Stream {
-			t.Helper()
-			s, _, err := p.Open(context.Background(), testKey(key), &Request{Authority: "h:1"})
-			if err != nil {
-				t.Fatal(err)
-			}
-			return s
-		})
-		p.Close()
-		f.wg.Wait()
-		if st := p.Stats(); st.Keys != 0 || st.Conns != 0 || st.Streams != 0 {
-			t.Errorf("left in the pool: %+v", st)
-		}
-	})
-}
-
-// finish ends a stream in good order.
-func finish(s *Stream) {
-	s.CloseWrite()
-	io.Copy(io.Discard, s)
-	s.Close()
-}
-
-// TestPoolSharing is checks 59-63 of the specification and 71's improvement.
-func TestPoolSharing(t *testing.T) {
-	poolTest(t, PoolOptions{MaxStreams: 3}, Config{}, func(t *testing.T, p *Pool, f *farm, open func(int) *Stream) {
-		a, b, c := open(1), open(1), open(1)
-		if n := f.dials.Load(); n != 1 {
-			t.Error(n, "tunnels for 3 streams")
-		}
-		d := open(1)
-		if n := f.dials.Load(); n != 2 {
-			t.Error(n, "tunnels for 4 streams")
-		}
-		e := open(2)
-		if n := f.dials.Load(); n != 3 {
-			t.Error("another source address shares a tunnel")
-		}
-		for _, s := range []*Stream{a, b, c} {
-			finish(s)
-		}
-		synctest.Wait()
-		x, y, z := open(1), open(1), open(1) // the saturated tunnel is used again
-		if n := f.dials.Load(); n != 3 {
-			t.Error(n)
-		}
-		for _, s := range []*Stream{d, e, x, y, z} {
-			finish(s)
-		}
-	})
-	poolTest(t, PoolOptions{MaxStreams: 1000}, Config{MaxStreams: 1000}, func(t *testing.T, p *Pool, f *farm, open func(int) *Stream) {
-		var wg sync.WaitGroup
-		for range 1000 {
-			wg.Go(func() { finish(open(1)) })
-		}
-		wg.Wait()
-		if n := f.dials.Load(); n != 1 {
-			t.Error(n, "tunnels")
-		}
-	})
-	poolTest(t, PoolOptions{}, Config{MaxStreams: 1000}, func(t *testing.T, p *Pool, f *farm, open func(int) *Stream) {
-		var list []*Stream
-		for range 300 {
-			list = append(list, open(1))
-		}
-		if n := f.dials.Load(); n != 3 {
-			t.Error(n, "tunnels for 300 streams")
-		}
-		for _, s := range list {
-			finish(s)
-		}
-	})
-}
-
-// TestPoolPeerLimit: the server's own limit holds once it is known.
-func TestPoolPeerLimit(t *testing.T) {
-	poolTest(t, PoolOptions{MaxStreams: 100}, Config{MaxStreams: 2}, func(t *testing.T, p *Pool, f *farm, open func(int) *Stream) {
-		var list []*Stream
-		for range 6 {
-			list = append(list, open(1))
-			synctest.Wait()
-		}
-		if n := f.dials.Load(); n != 3 {
-			t.Error(n)
-		}
-		for _, s := range list {
-			finish(s)
-		}
-	})
-}
-
-// TestPoolFailure: one failed dial is everybody's, at once, and leaves nothing.
-func TestPoolFailure(t *testing.T) {
-	poolTest(t, PoolOptions{}, Config{}, func(t *testing.T, p *Pool, f *farm, open func(int) *Stream) {
-		sad := errors.New("sad")
-		f.fail.Store(&sad)
-		f.delay = time.Second
-		start := time.Now()
-		var wg sync.WaitGroup
-		for range 50 {
-			wg.Go(func() {
-				if _, _, err := p.Open(context.Background(), testKey(1), &Request{}); err != sad {
-					t.Error(err)
-				}
-			})
-		}
-		wg.Wait()
-		if n := f.dials.Load(); n != 1 || time.Since(start) != time.Second {
-			t.Error(n, time.Since(start))
-		}
-		if st := p.Stats(); st.Keys != 0 {
-			t.Errorf("%+v", st)
-		}
-		f.fail.Store(nil)
-		finish(open(1))
-	})
-}
-
-// TestPoolImpatience: who gives up does not take the dial from the others; when all have, it is called off.
-func TestPoolImpatience(t *testing.T) {
-	poolTest(t, PoolOptions{}, Config{}, func(t *testing.T, p *Pool, f *farm, open func(int) *Stream) {
-		f.delay = time.Second
-		short, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
-		defer cancel()
-		var wg sync.WaitGroup
-		wg.Go(func() {
-			if _, _, err := p.Open(short, testKey(1), &Request{}); err != context.DeadlineExceeded {
-				t.Error(err)
-			}
-		})
-		synctest.Wait()
-		wg.Go(func() { finish(open(1)) })
-		wg.Wait()
-		start := time.Now()
-		short, cancel = context.WithTimeout(context.Background(), 100*time.Millisecond)
-		defer cancel()
-		if _, _, err := p.Open(short, testKey(2), &Request{}); err != context.DeadlineExceeded {
-			t.Error(err)
-		}
-		synctest.Wait()
-		if time.Since(start) != 100*time.Millisecond || p.Stats().Keys != 1 {
-			t.Error(time.Since(start), p.Stats())
-		}
-	})
-}
-
-// TestPoolIdle: an unused tunnel is closed 5 min after its last use, one with a stream is not.
-func TestPoolIdle(t *testing.T) {
-	poolTest(t, PoolOptions{}, Config{}, func(t *testing.T, p *Pool, f *farm, open func(int) *Stream) {
-		s := open(1)
-		time.Sleep(time.Hour)
-		finish(s)
-		synctest.Wait()
-		time.Sleep(5*time.Minute - time.Second)
-		if st := p.Stats(); st.Conns != 1 {
-			t.Errorf("%+v", st)
-		}
-		finish(open(1)) // starts the time anew
-		time.Sleep(5*time.Minute - time.Second)
-		if st := p.Stats(); st.Conns != 1 || st.Dials != 1 {
-			t.Errorf("%+v", st)
-		}
-		time.Sleep(2 * time.Second)
-		synctest.Wait()
-		if st := p.Stats(); st.Conns != 0 || st.Keys != 0 {
-			t.Errorf("%+v", st)
-		}
-	})
-}
-
-// TestPoolGoAway: check 66.
-func TestPoolGoAway(t *testing.T) {
-	poolTest(t, PoolOptions{}, Config{}, func(t *testing.T, p *Pool, f *farm, open func(int) *Stream) {
-		s := open(1)
-		f.conns[0].GoAway()
-		synctest.Wait()
-		x := open(1)
-		if n := f.dials.Load(); n != 2 {
-			t.Error(n)
-		}
-		if _, err := s.Write([]byte("goes on")); err != nil {
-			t.Error(err)
-		}
-		finish(s)
-		finish(x)
-		synctest.Wait()
-		if st := p.Stats(); st.Conns != 1 {
-			t.Errorf("%+v", st)
-		}
-		// A dead one is replaced as well.
-		f.conns[1].Close()
-		finish(open(1))
-	})
-}
-
-// TestPoolBound: the least recently used tunnel leaves, without harm to its streams.
-func TestPoolBound(t *testing.T) {
-	poolTest(t, PoolOptions{MaxConns: 2}, Config{}, func(t *testing.T, p *Pool, f *farm, open func(int) *Stream) {
-		a := open(1)
-		time.Sleep(time.Second)
-		b := open(2)
-		time.Sleep(time.Second)
-		c := open(3)
-		synctest.Wait()
-		if st := p.Stats(); st.Keys != 2 || st.Conns != 3 {
-			t.Errorf("%+v", st)
-		}
-		if _, err := a.Write([]byte("x")); err != nil {
-			t.Error(err)
-		}
-		finish(a)
-		synctest.Wait()
-		if st := p.Stats(); st.Keys != 2 || st.Conns != 2 {
-			t.Errorf("%+v", st)
-		}
-		finish(b)
-		finish(c)
-	})
-}
-
-func TestPoolShutdown(t *testing.T) {
-	poolTest(t, PoolOptions{}, Config{}, func(t *testing.T, p *Pool, f *farm, open func(int) *Stream) {
-		s := open(1)
-		done := make(chan error, 1)
-		go func() { done <- p.Shutdown(context.Background()) }()
-		synctest.Wait()
-		if _, _, err := p.Open(context.Background(), testKey(1), &Request{}); err != ErrPoolClosed {
-			t.Error(err)
-		}
-		finish(s)
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
-	poolTest(t, PoolOptions{}, Config{}, func(t *testing.T, p *Pool, f *farm, open func(int) *Stream) {
-		s := open(1)
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		if err := p.Shutdown(ctx); err != context.DeadlineExceeded {
-			t.Error(err)
-		}
-		if _, err := s.Write([]byte("x")); err == nil {
-			t.Error("stream survived")
-		}
-	})
 }

@@ -17,7 +17,7 @@ type pinger struct {
 	seen  uint64 // conn.arrived when it was sent, or when the deadline was last put off
 }
 
-// drainPing is the content of the PING between the two GOAWAYs of a graceful end; the watch's own count from 1.
+// drainData is the content of the PING between the two GOAWAYs of a graceful end; the watch's own count from 1.
 var drainData = [8]byte{'z', 't', 'u', 'n', 'b', 'y', 'e', '!'}
 
 func (p *pinger) start(c *conn) {
@@ -48,6 +48,7 @@ func (p *pinger) tick() {
 		c.framer.WritePing(false, p.data)
 		c.wantFlush()
 	case arrived == p.seen:
+		c.cfg.Stats.PingTimeouts.Add(1)
 		if c.client {
 			c.log.Warn("HBONE ping timeout", "peer", c.nc.RemoteAddr())
 			c.endLocked(ErrPingTimeout)

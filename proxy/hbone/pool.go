@@ -51,7 +51,7 @@ type Pool struct {
 	keys   map[Key]*tunnels
 	all    map[*tunnel]struct{} // open connections, also those that left the pool
 	pooled int
-	dials  uint64
+	stats  PoolStats // the counters
 }
 
 // tunnels is what the pool knows of one key; it goes when there is nothing to know.
@@ -84,7 +84,8 @@ type dial struct {
 // PoolStats is a snapshot.
 type PoolStats struct {
 	Keys, Conns, Streams int
-	Dials                uint64 // since the start
+	// Since the start: Evicted counts tunnels that left because of MaxConns, Retried requests that were sent anew.
+	Dials, DialFailures, Evicted, Retried uint64
 }
 
 // NewPool makes an empty pool. Close it.
@@ -123,17 +124,24 @@ func (p *Pool) Open(ctx context.Context, key Key, req *Request) (*Stream, *Respo
 		if errors.As(err, &no) {
 			p.decline(t, no.err)
 			err = no.err
-			if ctx.Err() == nil && try < openTries {
-				continue
+			if ctx.Err() != nil || try == openTries {
+				return nil, nil, err
 			}
-			return nil, nil, err
-		}
-		var se *StreamError
-		if errors.As(err, &se) && se.Unprocessed && ctx.Err() == nil && try < openTries {
+			p.retried()
 			continue
 		}
-		return s, resp, err
+		var se *StreamError
+		if !errors.As(err, &se) || !se.Unprocessed || ctx.Err() != nil || try == openTries {
+			return s, resp, err
+		}
+		p.retried()
 	}
+}
+
+func (p *Pool) retried() {
+	p.mu.Lock()
+	p.stats.Retried++
+	p.mu.Unlock()
 }
 
 // checkout gives a tunnel with room for a stream, which is counted already.
@@ -196,7 +204,7 @@ func (p *Pool) startDial(ctx context.Context, ts *tunnels) *dial {
 	stop := context.AfterFunc(p.ctx, cancel)
 	d := &dial{done: make(chan struct{}), cancel: cancel}
 	ts.dial = d
-	p.dials++
+	p.stats.Dials++
 	p.work.Add(1)
 	go func() {
 		defer p.work.Done()
@@ -212,6 +220,7 @@ func (p *Pool) startDial(ctx context.Context, ts *tunnels) *dial {
 		var evicted *tunnel
 		switch {
 		case t == nil:
+			p.stats.DialFailures++
 			if p.closed {
 				d.err = ErrPoolClosed
 			}
@@ -373,6 +382,7 @@ func (p *Pool) overflow(t *tunnel) (out *tunnel) {
 	}
 	if out != nil {
 		p.remove(out)
+		p.stats.Evicted++
 	}
 	return out
 }
@@ -389,7 +399,8 @@ func (t *tunnel) better(o *tunnel) bool {
 func (p *Pool) Stats() PoolStats {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	st := PoolStats{Keys: len(p.keys), Conns: len(p.all), Dials: p.dials}
+	st := p.stats
+	st.Keys, st.Conns = len(p.keys), len(p.all)
 	for t := range p.all {
 		st.Streams += t.active
 	}

@@ -5,7 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"time"
+	"io"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -379,7 +379,7 @@ func (c *conn) peerEnded(s *Stream) {
 		return
 	}
 	s.gotEnd = true
-	s.endReading(errEOF)
+	s.endReading(io.EOF)
 	if s.sentEnd {
 		c.forgetLocked(s)
 	}
@@ -387,6 +387,7 @@ func (c *conn) peerEnded(s *Stream) {
 
 // rejectLocked resets a stream for a fault of the peer's. mu is held.
 func (c *conn) rejectLocked(s *Stream, code http2.ErrCode) {
+	c.cfg.Stats.StreamsRejected.Add(1)
 	s.detachLocked(&StreamError{Code: code})
 	c.framer.WriteRSTStream(s.id, code)
 	c.forgetLocked(s)
@@ -443,163 +444,6 @@ func (r *reader) control() error {
 		return r.c.takeReset(f.StreamID, f.ErrCode)
 	case *http2.GoAwayFrame:
 		return r.c.takeGoAway(f)
-	}
-	return nil
-}
-
-// malformed answers a frame that is bad for its stream only.
-func (r *reader) malformed(se http2.StreamError) error {
-	c := r.c
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.log.Debug("malformed frame", "peer", c.nc.RemoteAddr(), "stream", se.StreamID, "error", se.Cause)
-	if s := c.streams[se.StreamID]; s != nil {
-		c.rejectLocked(s, se.Code)
-	} else if r.fresh {
-		c.refuseLocked(se.StreamID, se.Code)
-	}
-	return nil
-}
-
-// refuseLocked resets a stream that was never taken. mu is held.
-func (c *conn) refuseLocked(id uint32, code http2.ErrCode) {
-	if c.isOver() {
-		return
-	}
-	c.framer.WriteRSTStream(id, code)
-	c.blame()
-	c.reply()
-	c.wantFlush()
-}
-
-func (c *conn) takeSettings(f *http2.SettingsFrame) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if f.IsAck() {
-		c.acked = true
-		return nil
-	}
-	first := !c.gotSettings
-	c.gotSettings = true
-	if err := f.ForeachSetting(c.takeSetting); err != nil {
-		return err
-	}
-	if c.isOver() {
-		return nil
-	}
-	if first {
-		c.raw.SetReadDeadline(time.Time{})
-	}
-	c.framer.WriteSettingsAck()
-	c.reply()
-	c.wantFlush()
-	return nil
-}
-
-func (c *conn) takeSetting(st http2.Setting) error {
-	if err := st.Valid(); err != nil {
-		var ce http2.ConnectionError
-		errors.As(err, &ce)
-		return violation(http2.ErrCode(ce), "SETTINGS %v", st)
-	}
-	switch st.ID {
-	case http2.SettingInitialWindowSize:
-		delta := int64(st.Val) - c.peerInitial
-		c.peerInitial = int64(st.Val)
-		for _, s := range c.streams {
-			if s.sendWin += delta; s.sendWin > 1<<31-1 {
-				return violation(http2.ErrCodeFlowControl, "SETTINGS %v overflows a window", st)
-			}
-			c.schedule(s) // windows may also have become negative (RFC 9113, 6.9.2): then emit waits
-		}
-	case http2.SettingMaxFrameSize:
-		c.peerMaxFrame = int(st.Val)
-	case http2.SettingMaxConcurrentStreams:
-		c.peerMaxStream = st.Val
-	case http2.SettingHeaderTableSize:
-		c.henc.SetMaxDynamicTableSizeLimit(min(st.Val, 4096))
-		c.henc.SetMaxDynamicTableSize(min(st.Val, 4096))
-	case http2.SettingEnablePush:
-		if c.client && st.Val != 0 {
-			return violation(http2.ErrCodeProtocol, "SETTINGS %v from a server", st)
-		}
-	}
-	return nil
-}
-
-func (c *conn) takePing(f *http2.PingFrame) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if f.IsAck() {
-		c.ping.answered(f.Data)
-		return nil
-	}
-	if !c.isOver() {
-		c.framer.WritePing(true, f.Data)
-		c.reply()
-		c.wantFlush()
-	}
-	return nil
-}
-
-func (c *conn) takeWindowUpdate(id uint32, inc int64) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if id == 0 {
-		if c.sendWin += inc; c.sendWin > 1<<31-1 {
-			return violation(http2.ErrCodeFlowControl, "connection window overflows")
-		}
-		c.revive()
-	} else if s := c.streams[id]; s != nil {
-		if s.sendWin += inc; s.sendWin > 1<<31-1 {
-			c.rejectLocked(s, http2.ErrCodeFlowControl)
-			return nil
-		}
-		c.schedule(s)
-	} else if c.isIdle(id) {
-		return violation(http2.ErrCodeProtocol, "WINDOW_UPDATE on stream %d, which is idle", id)
-	}
-	c.wantFlush()
-	return nil
-}
-
-func (c *conn) takeReset(id uint32, code http2.ErrCode) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.isIdle(id) {
-		return violation(http2.ErrCodeProtocol, "RST_STREAM on stream %d, which is idle", id)
-	}
-	s := c.streams[id]
-	if s == nil {
-		return nil
-	}
-	if !c.client && !s.answered {
-		c.blame() // rapid reset (CVE-2023-44487)
-	}
-	s.detachLocked(&StreamError{Code: code, Remote: true, Unprocessed: code == http2.ErrCodeRefusedStream})
-	c.forgetLocked(s)
-	return nil
-}
-
-func (c *conn) takeGoAway(f *http2.GoAwayFrame) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if !c.goneAway || f.LastStreamID < c.goAwayLast {
-		c.goAwayLast = f.LastStreamID
-	}
-	c.goneAway = true
-	c.log.Debug("peer is going away", "peer", c.nc.RemoteAddr(), "last", f.LastStreamID, "code", f.ErrCode.String())
-	c.unavailable()
-	if c.client {
-		for id, s := range c.streams {
-			if id > c.goAwayLast {
-				s.detachLocked(&StreamError{Code: http2.ErrCodeRefusedStream, Remote: true, Unprocessed: true})
-				c.forgetLocked(s)
-			}
-		}
-	}
-	if len(c.streams) == 0 {
-		c.leaveLocked(http2.ErrCodeNo, ErrGoAway)
 	}
 	return nil
 }

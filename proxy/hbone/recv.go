@@ -45,6 +45,9 @@ func (s *Stream) push(k *block, off, end int) bool {
 		k.ref()
 		s.chunks = append(s.chunks, chunk{k: k, off: off, end: end})
 	default:
+		if n >= copyLen {
+			s.c.cfg.Stats.Compacted.Add(1)
+		}
 		s.pushCopy(tail, k.b[off:end])
 	}
 	if s.readers > 0 {

@@ -269,6 +269,14 @@ func validAuthority(a string) bool {
 func (c *conn) drain() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if !c.started {
+		c.drainWanted = true // SETTINGS come first
+		return
+	}
+	c.drainLocked()
+}
+
+func (c *conn) drainLocked() {
 	if c.leaving || c.isOver() {
 		return
 	}

@@ -292,7 +292,10 @@ func (s *Stream) Close() error {
 		s.lingering = true
 		if s.pend != nil {
 			// The peer may never give window for the rest.
-			s.linger = time.AfterFunc(c.cfg.Linger, func() { s.Reset(http2.ErrCodeCancel) })
+			s.linger = time.AfterFunc(c.cfg.Linger, func() {
+				c.cfg.Stats.Lingered.Add(1)
+				s.Reset(http2.ErrCodeCancel)
+			})
 		}
 		c.schedule(s)
 		c.wantFlush()

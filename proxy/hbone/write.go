@@ -92,7 +92,7 @@ func (c *conn) revive() {
 
 // hasWork reports whether a flusher would find something. mu is held.
 func (c *conn) hasWork() bool {
-	return len(c.ctrl) > 0 || len(c.carry) > 0 || c.light.head != nil || c.bulk.head != nil || c.last && !c.said || c.tr.urgent()
+	return c.broken == nil && (len(c.ctrl) > 0 || len(c.carry) > 0 || c.light.head != nil || c.bulk.head != nil || c.last && !c.said || c.tr.urgent())
 }
 
 // wantFlush sees to it that what is queued goes out, without doing it here: for the reader, which must never
@@ -147,9 +147,9 @@ func (c *conn) flush(self *Stream) {
 			c.mu.Unlock()
 			return
 		}
-		if !c.assemble() && len(c.carry) == 0 {
+		if c.broken != nil || !c.assemble() && len(c.carry) == 0 {
 			c.flushing, c.flusher = false, nil
-			if c.last && !c.said {
+			if c.last && !c.said && c.broken == nil {
 				c.goodbye() // releases mu
 				return
 			}
@@ -170,8 +170,15 @@ func (c *conn) flush(self *Stream) {
 				c.mu.Unlock()
 				return
 			}
-		default:
+		case c.last:
 			c.endLocked(err)
+		default:
+			// Why the peer hung up may stand in what it sent before (an alert, a GOAWAY): the reader ends it.
+			c.broken = err
+			c.raw.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+			c.flushing, c.flusher = false, nil
+			c.mu.Unlock()
+			return
 		}
 	}
 }

@@ -22,8 +22,10 @@ type options struct {
 	Quick     bool
 	NoDaemon  bool     // only the subjects that need no daemon
 	Bin       string   // directory of the built programs
+	RemoveBin bool     // remove it at the end
 	Root      string   // of the repository
 	Rates     []int    // of the open-loop echo, per second
+	Case      string   // only cases whose name holds this
 	Idle      int      // idle connections
 	Env       []string // K=V for the daemons
 	Versus    string   // another ztun binary to measure beside, "" for none
@@ -70,7 +72,9 @@ func parseArgs(args []string, out io.Writer) (options, error) {
 	fs.BoolVar(&o.Quick, "quick", false, "short measurements: mesh takes less than a minute")
 	fs.BoolVar(&o.NoDaemon, "no-daemon", false, "leave out what needs the daemon: bare veth, the relay tool and hbone remain")
 	fs.StringVar(&o.Bin, "bin", "", "`directory` with the built programs (scripts/bench sets it)")
+	fs.BoolVar(&o.RemoveBin, "remove-bin", false, "remove that directory at the end (scripts/bench sets it)")
 	fs.StringVar(&o.Root, "root", ".", "the repository (scripts/bench sets it)")
+	fs.StringVar(&o.Case, "case", "", "only the cases whose name holds this `text`, such as '8 streams up'")
 	rates := fs.String("rates", "", "requests per second of the echo suite (default 500,4000)")
 	fs.IntVar(&o.Idle, "idle-connections", 5000, "connections of the idle suite")
 	keyValue := func(to *[]string) func(string) error {

@@ -7,11 +7,17 @@
 // process dies) and sends packets in namespaces of its own alone.
 //
 // Files: cli.go (arguments), plan.go (cases and their order), run.go (the loop around them), host.go (the machine), world.go (nodes,
-// pods, daemons), traffic.go (one function per workload), one file per suite, profile.go.
+// pods, daemons), traffic.go (one function per workload), mesh.go (also conns, echo and mixed), relay.go, hbone.go, idle.go (the suites),
+// troubles.go (drops and retransmissions during a figure), profile.go; ztrelay/ is the relay suite's program.
 //
 // Decisions (2026-11-23):
 //   - Repetitions are the outer loop and the subjects of a case the inner one, in alternating order: bare veth and ztun are measured
 //     seconds apart, and a slow minute of the machine hits both. That is what makes the ratios worth something.
 //   - Foreign load (processes that are not ours) is measured during every figure and shown: these machines are shared.
+//   - --versus and --versus-env put a second ztun (another build, other settings) into the same run: two runs cannot be compared on such a
+//     machine, two subjects of one run can.
+//   - A tunnel's figures come with what was dropped and sent again meanwhile, shown only where it was not nothing: a throughput that lost
+//     its time in timeouts looks in a CPU profile like one that was idle.
+//   - The daemons log at level warn: thousands of log lines a second would be a benchmark of the log.
 //   - Profiles are taken in an extra run after the repetitions, so that the profiler's own cost is in no figure.
 package main

@@ -52,6 +52,7 @@ func command(args []string) string {
 		switch {
 		case skip:
 			skip = false
+		case strings.HasPrefix(a, "-") && name == "remove-bin":
 		case strings.HasPrefix(a, "-") && (name == "bin" || name == "root"): // of scripts/bench itself
 			skip = !eq
 		default:

@@ -25,6 +25,7 @@ func (b *bench) idleCases() []kase {
 			{Metric: "each, n2", Unit: "KiB", Subject: ztunName, Reference: "4", Target: &report.Target{AtMost: true, Value: 24}},
 			{Metric: "each after a GC, n1", Unit: "KiB"},
 			{Metric: "each after a GC, n2", Unit: "KiB"},
+			{Metric: "CPU with them, n1", Unit: "%"}, {Metric: "CPU with them, n2", Unit: "%"},
 			{Metric: "goroutines each, n1"}, {Metric: "goroutines each, n2"},
 			{Metric: "kernel objects, each", Unit: "KiB"},
 			{Metric: "RSS 3 s after closing, n1", Unit: "MiB"},
@@ -88,7 +89,19 @@ func (b *bench) idleMemory(ctx context.Context, v variant, heap bool) (_ outcome
 	note("RSS fresh", mib, fresh, nil)
 	err = b.idle(ctx, w.lab, p.client, p.server, b.o.Idle, func() error {
 		o["open them"] = time.Since(began).Seconds()
-		settle(ctx, 3*time.Second)
+		settle(ctx, time.Second)
+		busy, since := make([]time.Duration, len(p.daemons)), time.Now()
+		for i, d := range p.daemons {
+			if st, err := b.r.proc.Stat(d.Pid()); err == nil {
+				busy[i] = st.CPU
+			}
+		}
+		settle(ctx, 2*time.Second)
+		for i, d := range p.daemons {
+			if st, err := b.r.proc.Stat(d.Pid()); err == nil {
+				o["CPU with them, "+d.Node.Name] = 100 * (st.CPU - busy[i]).Seconds() / time.Since(since).Seconds()
+			}
+		}
 		full, err := rss()
 		if err != nil {
 			return err

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -17,7 +18,14 @@ import (
 	"ztun/test/lab"
 )
 
-func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
+func main() {
+	code, o := run(os.Args[1:], os.Stdout, os.Stderr)
+	// The name is scripts/bench's: a mistaken --bin costs nobody a directory of theirs.
+	if o.RemoveBin && strings.HasPrefix(filepath.Base(o.Bin), "ztun-bench.") {
+		_ = os.RemoveAll(o.Bin)
+	}
+	os.Exit(code)
+}
 
 // bench is one run of the program.
 type bench struct {
@@ -31,19 +39,19 @@ type bench struct {
 	hbone  *hboneWorld
 }
 
-// run returns the exit code: 0 for a run in which everything could be measured, however slow; 1 when something failed; 2 for a bad command line.
-func run(args []string, stdout, stderr io.Writer) int {
+// run returns what the command line said and the exit code: 0 for a run in which everything could be measured, however slow; 1 when something failed; 2 for a bad command line.
+func run(args []string, stdout, stderr io.Writer) (code int, o options) {
 	o, err := parseArgs(args, stdout)
 	if errors.Is(err, errHelp) {
-		return 0
+		return 0, o
 	}
 	if err != nil {
 		fmt.Fprintf(stderr, "bench: %v (scripts/bench --help tells more)\n", err)
-		return 2
+		return 2, o
 	}
 	if err := lab.CanRun(); err != nil {
 		fmt.Fprintf(stderr, "bench: %v\n", err)
-		return 1
+		return 1, o
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
@@ -62,12 +70,12 @@ func run(args []string, stdout, stderr io.Writer) int {
 	}
 	if perr := b.print(); perr != nil {
 		fmt.Fprintf(stderr, "bench: %v\n", perr)
-		return 1
+		return 1, o
 	}
 	if len(b.r.rep.Errors) > 0 {
-		return 1
+		return 1, o
 	}
-	return 0
+	return 0, o
 }
 
 // all measures the suites. What the suites have in common lives until close.
@@ -105,10 +113,14 @@ func (b *bench) all(ctx context.Context) error {
 			b.r.rep.Errors = append(b.r.rep.Errors, fmt.Sprintf("%s: %v", s.name, err)) // the other suites go on
 			continue
 		}
-		ks = append(ks, cases...)
+		for _, k := range cases {
+			if strings.Contains(k.name, b.o.Case) {
+				ks = append(ks, k)
+			}
+		}
 	}
 	if len(ks) == 0 {
-		return errors.New("nothing to measure: these suites need ztun")
+		return errors.New("nothing to measure")
 	}
 	b.progress("%d cases, %d repetitions, about %v", len(ks), b.o.Reps, expected(ks, b.o.Reps).Round(time.Second))
 	if err := b.r.run(ctx, ks, b.o.Reps); err != nil {

@@ -7,6 +7,7 @@ import (
 
 	"ztun/test/bench/proc"
 	"ztun/test/bench/report"
+	"ztun/test/lab"
 	"ztun/test/load"
 )
 
@@ -77,12 +78,14 @@ func (b *bench) ofDaemons() (string, []target) { return ztunName, targets(b.worl
 // transfer measures streams in one direction over a path of the shared world.
 func (b *bench) transfer(streams int, dir string) func(ctx context.Context, p path) (outcome, error) {
 	return func(ctx context.Context, p path) (outcome, error) {
-		return b.meter(p, func() (float64, outcome, error) {
-			r, err := b.bulk(ctx, p.lab, p.client, p.server, streams, dir, b.length())
-			if err != nil {
-				return 0, nil, err
-			}
-			return float64(r.Bytes) / 1e9, outcome{"throughput": r.Gbps}, nil
+		return watched(ctx, targets(p.daemons), lab.StatsPort, []*lab.NS{p.client.ns, p.lab.N1.NS, p.lab.N2.NS, p.server.ns}, func() (outcome, error) {
+			return b.meter(p, func() (float64, outcome, error) {
+				r, err := b.bulk(ctx, p.lab, p.client, p.server, streams, dir, b.length())
+				if err != nil {
+					return 0, nil, err
+				}
+				return float64(r.Bytes) / 1e9, outcome{"throughput": r.Gbps}, nil
+			})
 		})
 	}
 }

@@ -102,21 +102,25 @@ func heapProfiles(ctx context.Context, dir, label string, ts []target) ([]report
 
 // get asks a target's admin port; the answer may take as long as lasts and a little more.
 func get(ctx context.Context, t target, path string, lasts time.Duration) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", lab.AdminPort, path), nil)
+	return getPort(ctx, t, lab.AdminPort, path, lasts)
+}
+
+func getPort(ctx context.Context, t target, port int, path string, lasts time.Duration) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", port, path), nil)
 	if err != nil {
 		return nil, err
 	}
 	resp, err := t.ns.HTTP(lasts + 20*time.Second).Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("%s of %s: %w", path, t.name, err)
+		return nil, fmt.Errorf("%s: %w", t.at(port, path), err)
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, 64<<20))
 	if err != nil {
-		return nil, fmt.Errorf("%s of %s: %w", path, t.name, err)
+		return nil, fmt.Errorf("%s: %w", t.at(port, path), err)
 	}
 	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("%s of %s: %s: %.200s", path, t.name, resp.Status, body)
+		return nil, fmt.Errorf("%s: %s: %.200s", t.at(port, path), resp.Status, body)
 	}
 	return body, nil
 }

@@ -40,7 +40,7 @@ func TestFileName(t *testing.T) {
 }
 
 func TestCommand(t *testing.T) {
-	args := []string{"--bin", "/tmp/x", "--root=/work", "mesh", "--env", "A=it's b", "-bin=/y", "--seconds", "2"}
+	args := []string{"--bin", "/tmp/x", "--root=/work", "mesh", "--env", "A=it's b", "-bin=/y", "--remove-bin", "--seconds", "2"}
 	if got, want := command(args), `scripts/bench mesh --env 'A=it'\''s b' --seconds 2`; got != want {
 		t.Errorf("%s\nwant %s", got, want)
 	}
@@ -76,5 +76,12 @@ func TestLockedBufferIsBounded(t *testing.T) {
 	}
 	if len(b.String()) != 4096 {
 		t.Error(len(b.String()))
+	}
+}
+
+func TestWatchedWithoutCounters(t *testing.T) {
+	o, err := watched(t.Context(), nil, 1, nil, func() (outcome, error) { return outcome{"throughput": 1}, nil })
+	if d := cmp.Diff(outcome{"throughput": 1}, o); err != nil || d != "" {
+		t.Error(err, d)
 	}
 }

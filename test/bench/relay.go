@@ -33,6 +33,9 @@ type relayWorld struct {
 	clients []relayClient
 }
 
+// ztrelay is the one relay that can be asked.
+func (r *relayWorld) ztrelay() []target { return []target{{"ztrelay", r.server.ns}} }
+
 type relayClient struct {
 	name   string
 	client end
@@ -135,7 +138,7 @@ func (b *bench) startZtrelay(ctx context.Context, r *relayWorld) (relayClient, e
 	var errOut lockedBuffer
 	p, err := r.lab.Start(r.server.ns, lab.Cmd{
 		Args: []string{b.tool("ztrelay"), "-netns", ns.Path(), "-name", "ztun0", "-addr", "10.92.1.2,fd92:1::2",
-			"-pprof", fmt.Sprintf("127.0.0.1:%d", lab.AdminPort)},
+			"-http", fmt.Sprintf("127.0.0.1:%d", lab.AdminPort)},
 		Stdout: lines, Stderr: &errOut,
 	})
 	if err != nil {
@@ -223,7 +226,7 @@ func (b *bench) relayCases(ctx context.Context) ([]kase, error) {
 					{Metric: "CPU-s/GB, relay"}, {Metric: "CPU-s/GB, all"},
 				},
 			}
-			k.profile = func() (string, []target) { return relayName, []target{{"ztrelay", b.relay.server.ns}} }
+			k.profile = func() (string, []target) { return relayName, b.relay.ztrelay() }
 			for _, c := range b.relay.clients {
 				k.subjects = append(k.subjects, subject{c.name, func(ctx context.Context, _ int) (outcome, error) {
 					return b.relayTransfer(ctx, c, streams, dir)
@@ -260,14 +263,21 @@ func (b *bench) relayTransfer(ctx context.Context, c relayClient, streams int, d
 		return nil, fmt.Errorf("the relay has ended: %w", err)
 	}
 	var gb float64
-	o, err := b.meter(path{}, func() (float64, outcome, error) {
-		r, err := b.bulk(ctx, b.relay.lab, c.client, b.relay.server, streams, dir, b.length())
-		if err != nil {
-			return 0, nil, err
-		}
-		gb = float64(r.Bytes) / 1e9
-		return gb, outcome{"throughput": r.Gbps}, nil
-	})
+	work := func() (outcome, error) {
+		return b.meter(path{}, func() (float64, outcome, error) {
+			r, err := b.bulk(ctx, b.relay.lab, c.client, b.relay.server, streams, dir, b.length())
+			if err != nil {
+				return 0, nil, err
+			}
+			gb = float64(r.Bytes) / 1e9
+			return gb, outcome{"throughput": r.Gbps}, nil
+		})
+	}
+	var ask []target
+	if c.name == relayName {
+		ask = b.relay.ztrelay()
+	}
+	o, err := watched(ctx, ask, lab.AdminPort, []*lab.NS{c.client.ns, b.relay.server.ns}, work)
 	if err != nil {
 		return nil, err
 	}

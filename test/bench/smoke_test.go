@@ -32,7 +32,7 @@ func TestSmoke(t *testing.T) {
 	}
 	var out, progress bytes.Buffer
 	file := filepath.Join(bin, "report.json")
-	code := run([]string{"--bin", bin, "--root", root, "relay", "mesh", "conns", "echo", "mixed", "idle", "--no-daemon", "--reps", "1", "--seconds", "0.2",
+	code, _ := run([]string{"--bin", bin, "--root", root, "relay", "mesh", "conns", "echo", "mixed", "idle", "--no-daemon", "--reps", "1", "--seconds", "0.2",
 		"--rates", "200", "--idle-connections", "20", "--json", file}, &out, &progress)
 	if code != 0 {
 		t.Fatalf("exit code %d\n%s\n%s", code, &progress, &out)
@@ -80,10 +80,10 @@ func TestSmoke(t *testing.T) {
 
 func TestBadCommandLine(t *testing.T) {
 	var out, errOut bytes.Buffer
-	if code := run([]string{"mash"}, &out, &errOut); code != 2 || !strings.Contains(errOut.String(), "mash") || out.Len() != 0 {
+	if code, _ := run([]string{"mash"}, &out, &errOut); code != 2 || !strings.Contains(errOut.String(), "mash") || out.Len() != 0 {
 		t.Error(code, &errOut, &out)
 	}
-	if code := run([]string{"--help"}, &out, &errOut); code != 0 || !strings.Contains(out.String(), "usage:") {
+	if code, _ := run([]string{"--help"}, &out, &errOut); code != 0 || !strings.Contains(out.String(), "usage:") {
 		t.Error(code, &out)
 	}
 }

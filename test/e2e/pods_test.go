@@ -34,7 +34,9 @@ func netState(m *mesh, ns *lab.NS) string {
 			if strings.Contains(l, "fe80::") && strings.Contains(l, "ztun") {
 				continue
 			}
-			all = append(all, strings.TrimSpace(l))
+			if l = strings.TrimSpace(l); l != "" {
+				all = append(all, l)
+			}
 		}
 	}
 	return strings.Join(all, "\n")

@@ -3,7 +3,6 @@ package istio
 import (
 	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -177,35 +176,62 @@ func TestServerClosesFirst(t *testing.T) {
 func TestClientCancels(t *testing.T) {
 	r := rig.New(t)
 	tr := newTransport(t, r)
-	end := make(chan error, 1)
-	app := r.App(r.Served, func(c *net.TCPConn) {
-		go io.Copy(c, rig.Bulk(1<<40, 6)) // never ends by itself
-		_, err := io.Copy(io.Discard, c)
-		end <- err
-	})
+	end := make(chan error, 2)
+	app := r.App(r.Served, endless(6, end))
 	echo := r.App(r.Served, rig.Echo)
 	other, _, err := tr.connect(t.Context(), echo.String())
 	must(t, err)
 	defer other.Close()
 
-	ctx, cancel := context.WithCancel(t.Context())
-	c, _, err := tr.connect(ctx, app.String())
-	must(t, err)
-	_, err = io.CopyN(io.Discard, c, rig.MiB)
-	must(t, err)
-	cancel()
-	if _, err := io.Copy(io.Discard, c); !errors.Is(err, context.Canceled) {
-		t.Errorf("reading a cancelled stream: %v", err)
+	for name, give := range map[string]func(*tunnel, context.CancelFunc){
+		"context": func(c *tunnel, cancel context.CancelFunc) {
+			c.CloseWrite() // the library looks at the context only when the request's body has ended
+			cancel()
+		},
+		"stream": func(c *tunnel, _ context.CancelFunc) { c.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			c, _, err := tr.connect(ctx, app.String())
+			must(t, err)
+			_, err = io.CopyN(io.Discard, c, rig.MiB)
+			must(t, err)
+			give(c, cancel)
+			if _, err := io.Copy(io.Discard, c); err == nil {
+				t.Error("a cancelled stream ended in good order")
+			}
+			// The application is let go, whatever it had in flight.
+			select {
+			case err := <-end:
+				if err == nil {
+					t.Error("application finished what never ends")
+				}
+			case <-time.After(rig.Wait):
+				t.Fatal("application was not told")
+			}
+		})
 	}
-	// The application is let go, whatever it had in flight; the other stream of the tunnel does not notice.
-	select {
-	case <-end:
-	case <-time.After(rig.Wait):
-		t.Error("application was not told")
-	}
+	// The other stream of the tunnel did not notice.
 	must(t, rig.Exchange(other, rig.MiB, 7))
 	if n := r.Accepted(); n != 1 {
 		t.Errorf("%d connections, want 1", n)
+	}
+}
+
+// endless is an application that sends for ever, and tells how that ended.
+func endless(seed uint64, end chan<- error) func(c *net.TCPConn) {
+	return func(c *net.TCPConn) {
+		read := make(chan struct{})
+		go func() {
+			defer close(read)
+			io.Copy(io.Discard, c)
+		}()
+		// The error that a socket was reset with is reported once, to a reader or a writer; the writer then has EPIPE.
+		_, err := io.Copy(c, rig.Bulk(1<<40, seed))
+		end <- err
+		c.Close()
+		<-read
 	}
 }
 
@@ -213,28 +239,36 @@ func TestClientVanishes(t *testing.T) {
 	r := rig.New(t)
 	tr := newTransport(t, r)
 	const streams = 10
-	end := make(chan error, streams)
-	app := r.App(r.Served, func(c *net.TCPConn) {
-		go io.Copy(c, rig.Bulk(1<<40, 8))
+	end, told := make(chan error, streams), make(chan error, streams)
+	sender := r.App(r.Served, endless(8, end))
+	listener := r.App(r.Served, func(c *net.TCPConn) {
+		c.Write([]byte{1})
 		_, err := io.Copy(io.Discard, c)
-		end <- err
+		told <- err
 	})
 	for range streams {
-		c, _, err := tr.connect(t.Context(), app.String())
+		c, _, err := tr.connect(t.Context(), sender.String())
 		must(t, err)
 		defer c.Close()
 		_, err = io.CopyN(io.Discard, c, rig.MiB)
 		must(t, err)
+		l, _, err := tr.connect(t.Context(), listener.String())
+		must(t, err)
+		defer l.Close()
+		_, err = io.CopyN(io.Discard, l, 1)
+		must(t, err)
 	}
 	tr.vanish()
 	for range streams {
-		select {
-		case err := <-end:
-			if err == nil {
-				t.Error("a lost tunnel looked like an orderly end to the application")
+		for _, ch := range []chan error{end, told} {
+			select {
+			case err := <-ch:
+				if err == nil {
+					t.Error("a lost tunnel looked like an orderly end to the application")
+				}
+			case <-time.After(rig.Wait):
+				t.Fatal("application was not told")
 			}
-		case <-time.After(rig.Wait):
-			t.Fatal("application was not told")
 		}
 	}
 }
@@ -332,13 +366,12 @@ func freePort(t *testing.T, r *rig.Rig) uint16 {
 func TestClientCertificates(t *testing.T) {
 	r := rig.New(t)
 	app := r.App(r.Served, rig.Echo)
-	client := identity.ID{TrustDomain: "cluster.local", Namespace: "default", ServiceAccount: "client"}
-	foreign := client
+	foreign := rig.ID("client")
 	foreign.TrustDomain = "elsewhere"
 	// A certificate that our CA did not sign, but which trusts our CA, so that only the server has a reason to refuse.
-	stranger := *r.IdentityFrom(r.Stranger("cluster.local"), client)
+	stranger := *rig.Issue(t, rig.NewCA(t, "cluster.local"), rig.ID("client"))
 	stranger.Pool = r.Identity("client").Pool
-	elsewhere := *r.IdentityFrom(r.Stranger("elsewhere"), foreign)
+	elsewhere := *rig.Issue(t, rig.NewCA(t, "elsewhere"), foreign)
 	elsewhere.Pool = stranger.Pool
 	none := *r.Identity("client")
 	none.TLS.Certificate = nil

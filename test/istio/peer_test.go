@@ -53,7 +53,7 @@ func serve(t testing.TB, r *rig.Rig, srv *http.Server, account string) *server {
 	// Not ServeTLS: of Istio's protocols it would offer only HTTP/1.1.
 	go func() {
 		defer close(s.done)
-		srv.Serve(tls.NewListener(&watched{ln, s}, r.ForeignServerTLS(r.Identity(account))))
+		srv.Serve(tls.NewListener(&watched{ln, s}, rig.ForeignServerTLS(r.Identity(account))))
 	}()
 	t.Cleanup(s.kill)
 	return s
@@ -98,7 +98,7 @@ func (w *watched) Accept() (net.Conn, error) {
 
 // dialer is Istio's client with a certificate.
 func dialer(r *rig.Rig, c *identity.Certificate) istio.Dialer {
-	return istio.NewDialer(istio.Config{ProxyAddress: r.Mesh(), TLS: r.ForeignClientTLS(c)})
+	return istio.NewDialer(istio.Config{ProxyAddress: r.Mesh(), TLS: rig.ForeignClientTLS(c)})
 }
 
 // transport is the library beneath Istio's client; the sockets can be got at.
@@ -112,7 +112,7 @@ type transport struct {
 func newTransport(t testing.TB, r *rig.Rig) *transport {
 	tr := &transport{addr: r.Mesh()}
 	tr.Transport = &http2.Transport{
-		TLSClientConfig: r.ForeignClientTLS(r.Identity("client")),
+		TLSClientConfig: rig.ForeignClientTLS(r.Identity("client")),
 		DialTLSContext: func(ctx context.Context, network, addr string, cfg *tls.Config) (net.Conn, error) {
 			raw, err := new(net.Dialer).DialContext(ctx, network, addr)
 			if err != nil {

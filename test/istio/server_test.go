@@ -146,7 +146,7 @@ func TestServerVanishes(t *testing.T) {
 	s := serve(t, r, istio.NewServer(), "peer")
 	app := r.App(r.Peer, rig.Source(1<<40, 5))
 	var conns []*net.TCPConn
-	for range 10 {
+	for range 3 { // their 4 MiB each fit into the connection's window of 16 MiB, so that unread ones do not stop others
 		c, err := r.Dial(app)
 		must(t, err)
 		defer c.Close()

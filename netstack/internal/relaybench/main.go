@@ -57,7 +57,7 @@ var (
 	plain    = flag.Bool("plain", false, "no offload")
 	bare     = flag.Bool("bare", true, "measure the bare veth too")
 	dirs     = flag.String("dirs", "up,down", "directions: up (the application sends), down")
-	profile  = flag.String("cpuprofile", "", "write the relay's CPU profile of each run to this prefix")
+	profile  = flag.String("cpuprofile", "", "write the relay's CPU profile of each run, or with -idle its heap profile, to this prefix")
 	idle     = flag.Int("idle", 0, "measure memory of this many idle connections instead")
 	counters = flag.Bool("nstat", false, "print the TCP counters of the application's kernel")
 	worker   = flag.Bool("worker", false, "internal: be the relay")
@@ -267,6 +267,9 @@ func sh(c string) error {
 
 // work is the relay; it runs in the proxy's namespace.
 func work() {
+	if *idle > 0 {
+		runtime.MemProfileRate = 512
+	}
 	if *procs > 0 {
 		runtime.GOMAXPROCS(*procs)
 	}
@@ -323,6 +326,12 @@ func work() {
 			runtime.GC()
 			var m runtime.MemStats
 			runtime.ReadMemStats(&m)
+			if *profile != "" {
+				if f, err := os.Create(*profile + "-mem.pprof"); err == nil {
+					pprof.WriteHeapProfile(f)
+					f.Close()
+				}
+			}
 			fmt.Printf("%d rss KiB, heap %d KiB, stacks %d KiB, goroutines %d, conns %d\n", rss(), m.HeapInuse>>10, m.StackInuse>>10, runtime.NumGoroutine(), s.Stats().Conns)
 		}
 	}

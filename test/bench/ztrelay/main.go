@@ -1,7 +1,7 @@
 // Command ztrelay is the shortest way through ztun's lower half: a TUN in a pod's namespace, one netstack stack on it, and for each of the
 // pod's connections a kernel socket in the namespace where ztrelay itself runs.
 //
-//	ztrelay -netns /var/run/netns/pod -name ztun0 -mtu 1500 -addr 10.92.1.2,fd92:1::2 [-pprof 127.0.0.1:15000]
+//	ztrelay -netns /var/run/netns/pod -name ztun0 -mtu 1500 -addr 10.92.1.2,fd92:1::2 [-http 127.0.0.1:15000]
 //
 // It prints {"ready":true} when the device exists and ends with SIGTERM or SIGINT. Addresses and routes are the caller's
 // business. It is started by test/bench, whose relay suite shows with it what tun and netstack cost without policy, HTTP/2 and TLS; it is
@@ -47,8 +47,7 @@ func run(ctx context.Context, args []string) (err error) {
 	name := fs.String("name", "ztun0", "name of the device")
 	mtu := fs.Int("mtu", 1500, "of the device")
 	addrs := fs.String("addr", "", "addresses of the pod, separated by commas")
-	prof := fs.String("pprof", "", "serve /debug/pprof/profile on this address")
-	plain := fs.Bool("plain", false, "without offload")
+	addr := fs.String("http", "", "serve /debug/pprof/profile and /metrics on this address")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
@@ -65,7 +64,7 @@ func run(ctx context.Context, args []string) (err error) {
 		return err
 	}
 	defer ns.Close()
-	dev, err := tun.Open(tun.Options{Name: *name, NetNS: ns, MTU: *mtu, Plain: *plain})
+	dev, err := tun.Open(tun.Options{Name: *name, NetNS: ns, MTU: *mtu})
 	if err != nil {
 		return err
 	}
@@ -73,19 +72,35 @@ func run(ctx context.Context, args []string) (err error) {
 	if err != nil {
 		return errors.Join(err, dev.Close())
 	}
-	if *prof != "" {
-		l, err := net.Listen("tcp", *prof)
+	if *addr != "" {
+		l, err := net.Listen("tcp", *addr)
 		if err != nil {
 			return errors.Join(err, s.Close(), dev.Close())
 		}
 		defer l.Close() // ends Serve
 		mux := http.NewServeMux()
 		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("/metrics", func(w http.ResponseWriter, _ *http.Request) { metrics(w, s.Stats()) })
 		go func() { _ = http.Serve(l, mux) }()
 	}
 	fmt.Println(`{"ready":true}`)
 	err = s.Run(ctx)
 	return errors.Join(err, s.Close())
+}
+
+// metrics writes the counters that tell why a figure is bad, under the daemon's names.
+func metrics(w io.Writer, st netstack.Stats) {
+	for _, m := range []struct {
+		name string
+		v    uint64
+	}{
+		{"ztun_stack_retransmits_total", st.Retransmits}, {"ztun_stack_timeouts_total", st.Timeouts},
+		{"ztun_stack_segment_queue_dropped_total", st.SegmentQueueDropped},
+		{"ztun_device_tx_dropped_total", st.App.TxDropped}, {"ztun_device_tx_errors_total", st.App.TxErrors},
+		{"ztun_device_rx_malformed_total", st.App.RxMalformed}, {"ztun_device_rx_bad_checksum_total", st.App.RxBadChecksum},
+	} {
+		fmt.Fprintf(w, "%s %d\n", m.name, m.v)
+	}
 }
 
 // relay answers the pod's SYN once the kernel's connection stands, then copies both ways.

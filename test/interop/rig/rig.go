@@ -2,17 +2,12 @@ package rig
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -45,7 +40,6 @@ type Rig struct {
 	CA   *ca.Local
 
 	t        testing.TB
-	dir      string
 	log      *lines
 	view     *state.View
 	certs    *ca.Manager
@@ -62,8 +56,8 @@ type Rig struct {
 // New starts both pods.
 func New(t testing.TB) *Rig {
 	t.Helper()
-	r := &Rig{t: t, dir: t.TempDir(), log: new(lines)}
-	r.CA = newCA(t, filepath.Join(r.dir, "ca"), "cluster.local")
+	r := &Rig{t: t, log: new(lines)}
+	r.CA = NewCA(t, "cluster.local")
 	r.listen()
 	r.view = r.world()
 	r.certs = ca.NewManager(ca.ManagerOptions{Signer: r.CA, TTL: time.Hour})
@@ -80,29 +74,6 @@ func New(t testing.TB) *Rig {
 		}
 	})
 	return r
-}
-
-// newCA makes a certificate authority as `ztun ca init` does.
-func newCA(t testing.TB, dir, trustDomain string) *ca.Local {
-	t.Helper()
-	if err := ca.InitDir(dir, trustDomain); err != nil {
-		t.Fatal(err)
-	}
-	l, err := ca.LoadDir(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return l
-}
-
-// Stranger is another CA for a trust domain: nobody here trusts what it signs.
-func (r *Rig) Stranger(trustDomain string) *ca.Local {
-	r.t.Helper()
-	dir, err := os.MkdirTemp(r.dir, "stranger")
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	return newCA(r.t, filepath.Join(dir, "ca"), trustDomain)
 }
 
 // listen picks a /24 of 127.0.0.0/8 in which the HBONE port is free.
@@ -217,61 +188,8 @@ func (r *Rig) Mesh() string { return netip.AddrPortFrom(r.Served, Port).String()
 
 // Identity issues a certificate for a service account of namespace default, signed by the rig's CA.
 func (r *Rig) Identity(account string) *identity.Certificate {
-	return r.IdentityFrom(r.CA, identity.ID{TrustDomain: "cluster.local", Namespace: "default", ServiceAccount: account})
-}
-
-// IdentityFrom issues a certificate for any identity from any CA.
-func (r *Rig) IdentityFrom(l *ca.Local, id identity.ID) *identity.Certificate {
 	r.t.Helper()
-	key, csr, err := ca.NewRequest(id)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	chain, roots, err := l.Sign(context.Background(), id, csr, time.Hour)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	c, err := identity.New(id, key, chain, roots)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	return c
-}
-
-// PEM are the files that foreign programs read a certificate from.
-type PEM struct {
-	Cert  string `json:"cert"`  // leaf and intermediates
-	Key   string `json:"key"`   // PKCS #8
-	Roots string `json:"roots"` // whom to trust
-}
-
-// WritePEM writes a certificate, its key and its roots.
-func (r *Rig) WritePEM(c *identity.Certificate) PEM {
-	r.t.Helper()
-	dir, err := os.MkdirTemp(r.dir, "pem")
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	write := func(name string, typ string, ders ...[]byte) string {
-		var out []byte
-		for _, der := range ders {
-			out = append(out, pem.EncodeToMemory(&pem.Block{Type: typ, Bytes: der})...)
-		}
-		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, out, 0o600); err != nil {
-			r.t.Fatal(err)
-		}
-		return path
-	}
-	key, err := x509.MarshalPKCS8PrivateKey(c.TLS.PrivateKey)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	var roots [][]byte
-	for _, root := range c.Roots {
-		roots = append(roots, root.Raw)
-	}
-	return PEM{Cert: write("cert.pem", "CERTIFICATE", c.TLS.Certificate...), Key: write("key.pem", "PRIVATE KEY", key), Roots: write("roots.pem", "CERTIFICATE", roots...)}
+	return Issue(r.t, r.CA, ID(account))
 }
 
 // App runs an application at ip, a port of the kernel's choice, until the test ends; h is called per connection, which is closed when h returns.
@@ -342,8 +260,7 @@ func (r *Rig) Tunnel(addr string, want string, cfg hbone.Config) (*hbone.ClientC
 	if err != nil {
 		return nil, err
 	}
-	id := identity.ID{TrustDomain: "cluster.local", Namespace: "default", ServiceAccount: want}
-	conn, _, err := hbone.Client(ctx, raw, identity.ClientTLS(r.Identity("client"), []identity.ID{id}))
+	conn, _, err := hbone.Client(ctx, raw, identity.ClientTLS(r.Identity("client"), []identity.ID{ID(want)}))
 	if err != nil {
 		return nil, err
 	}
@@ -353,24 +270,4 @@ func (r *Rig) Tunnel(addr string, want string, cfg hbone.Config) (*hbone.ClientC
 	}
 	r.t.Cleanup(func() { cc.Close() })
 	return cc, nil
-}
-
-// ForeignClientTLS is a configuration for an HTTP/2 client written with crypto/tls by others: certificate of account, our CA trusted, no host
-// name to check as the certificates of a mesh have none.
-func (r *Rig) ForeignClientTLS(c *identity.Certificate) *tls.Config {
-	return &tls.Config{
-		MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, Certificates: []tls.Certificate{c.TLS}, InsecureSkipVerify: true,
-		VerifyConnection: func(cs tls.ConnectionState) error {
-			_, err := cs.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: c.Pool, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
-			return err
-		},
-	}
-}
-
-// ForeignServerTLS is the like for a server: it asks for a client certificate of our CA.
-func (r *Rig) ForeignServerTLS(c *identity.Certificate) *tls.Config {
-	return &tls.Config{
-		MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, Certificates: []tls.Certificate{c.TLS},
-		ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: c.Pool,
-	}
 }

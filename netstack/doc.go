@@ -1,0 +1,67 @@
+// Package netstack is a pod's TCP/IP in user space: everything that the pod's
+// kernel sends into its TUN ends here, and so does the plaintext that the
+// network sends to the pod by the node's TUN. It is the only package that
+// imports gVisor.
+//
+// What flows through it, in the order in which packets meet the files:
+//
+//	rx.go       one packet, read into {headers, payload}; parsed, vouched for or verified
+//	pump.go     the reader of a device, which delivers inline
+//	uplink.go   the node's device: which pod a packet is for
+//	link.go     the device as gVisor's link endpoint
+//	hop.go      one gVisor stack and its options, each with its reason
+//	forward.go  a SYN that nobody knows -> Flow, within bounds
+//	flow.go     Accept or Refuse, once; icmp.go builds the refusals that are errors
+//	dial.go     connections that start here: to the application, to the network
+//	conn.go     an established connection; wait.go how it waits, writeto.go how it lends
+//	tx.go       the transmit queue and who writes it
+//	stats.go    what was turned away, and where
+//
+// Who calls it: the composition root makes an Uplink per node and a Stack per
+// pod and runs them; the proxy gets Flows and dials. What it never does: decide
+// where a flow goes, speak TLS or HTTP, touch namespaces or routes, answer UDP
+// or ping (such packets are dropped and counted), or let a packet pass from one
+// link to the other.
+//
+// # Locks and goroutines
+//
+// Per device: a reader (the caller of Run) and a writer. Per gVisor stack:
+// GOMAXPROCS segment processors of gVisor's. Per connection: none. Nothing is
+// ever written to a device with an endpoint's lock held: WritePackets queues.
+// A goroutine in Conn.Write, or in a read that opens the window, writes what it
+// caused itself, after gVisor has let go of its locks; only what the processors
+// cause (acknowledgements, data that an acknowledgement releases) needs the
+// writer goroutine to be woken. Data is held back before it enters gVisor while
+// the queue is above its soft bound; the hard bound drops and counts.
+//
+// # Decisions
+//
+// 2026-11-23: Two gVisor stacks per pod, one per hop, rather than one with two
+// NICs: gVisor's TCP options are per stack, and the hop to the pod's kernel
+// (no loss, 50 us) and the hop to the network want different loss recovery,
+// congestion control, TIME_WAIT and buffers. The second is made by the first
+// packet or dial that needs it. It also does away with binds that take the
+// wrong NIC.
+//
+// 2026-11-23: RACK and its tail loss probes are off on the hop to the kernel,
+// see hop.go for the figures; timers are at least 8 ms, see clock.go.
+//
+// 2026-11-23: WriteTo lends slices of the receive queue itself (gVisor's Peek)
+// and takes them out afterwards: no relay buffer, no copy, and a slow writer
+// closes the peer's window. A connection that is closed meanwhile is reset at
+// once, and its queue is freed when the writer has returned the slices.
+//
+// 2026-11-23: Packets above 16 KiB are handed to gVisor in the chunk they were
+// read into, smaller ones are copied into a view of their size: taking a pooled
+// 64 KiB chunk clears it, and a message of 1 KiB must not pin 64.
+//
+// 2026-11-23: Source ports are bound exclusively per address (not per 4-tuple):
+// for DialApp the address is the client's, for DialPlain the pod's, so 49,152
+// connections per client, or per pod, are the bound, and no two connections can
+// ever collide on a tuple.
+//
+// 2026-11-23: Event-driven relays (callbacks instead of WaitRead) were not
+// built: a callback would run in gVisor's segment processor with the endpoint
+// locked, so it could only wake somebody, which WaitRead does. A parked
+// goroutine costs 3 KiB of the 19 KiB that an idle relayed connection takes.
+package netstack

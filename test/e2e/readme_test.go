@@ -1,0 +1,57 @@
+package e2e
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"ztun/test/lab"
+)
+
+// TestReadme: the table of configuration in README.md is the table that the program prints, and every path that it names exists.
+func TestReadme(t *testing.T) {
+	root, err := lab.Root()
+	must(t, err)
+	b, err := os.ReadFile(filepath.Join(root, "README.md"))
+	must(t, err)
+	readme := string(b)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	help, err := exec.CommandContext(ctx, bins.ztun, "proxy", "--help").Output()
+	must(t, err)
+	squeeze := func(s string) string { return strings.Join(strings.Fields(s), " ") }
+	want := map[string]string{}
+	for _, l := range strings.Split(string(help), "\n") {
+		if m := regexp.MustCompile(`^  ([A-Z][A-Z0-9_]+)\s+(.*)$`).FindStringSubmatch(l); m != nil {
+			want[m[1]] = squeeze(m[2])
+		}
+	}
+	if len(want) < 20 {
+		t.Fatalf("`ztun proxy --help` prints %d variables", len(want))
+	}
+	got := map[string]string{}
+	for _, m := range regexp.MustCompile("(?m)^\\| `([A-Z][A-Z0-9_]+)` \\| (.*) \\|$").FindAllStringSubmatch(readme, -1) {
+		def, help, _ := strings.Cut(m[2], "|")
+		got[m[1]] = squeeze(strings.Trim(strings.TrimSpace(def), "`") + " " + help)
+	}
+	for name, w := range want {
+		if got[name] != w {
+			t.Errorf("README.md says of %s %q, the program %q", name, got[name], w)
+		}
+	}
+	for name := range got {
+		if _, ok := want[name]; !ok {
+			t.Errorf("README.md has %s, the program does not", name)
+		}
+	}
+	for _, m := range regexp.MustCompile("`((?:cmd|tun|netstack|proxy|admin|test|scripts|\\.ci)/?[a-z0-9/._-]*)").FindAllStringSubmatch(readme, -1) {
+		if _, err := os.Stat(filepath.Join(root, m[1])); err != nil {
+			t.Errorf("README.md names %s: %v", m[1], err)
+		}
+	}
+}
