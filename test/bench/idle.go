@@ -109,11 +109,6 @@ func (b *bench) idleMemory(ctx context.Context, v variant, heap bool) (_ outcome
 		o["kernel objects, each"] = float64(b.r.proc.Slab()-slab) / kib / n
 		note("RSS with them", mib, full, nil)
 		note("each", kib*n, full, fresh)
-		for i, g := range countGoroutines(ctx, p.daemons) {
-			if g > 0 && goroutines[i] > 0 {
-				o["goroutines each, "+p.daemons[i].Node.Name] = float64(g-goroutines[i]) / n
-			}
-		}
 		for _, d := range p.daemons {
 			// Go's own handler collects the garbage first when it is asked; where it is not there we leave the row out.
 			if _, err := get(ctx, target{d.Node.Name, d.Node.NS}, "/debug/pprof/heap?gc=1", 0); err != nil {
@@ -128,12 +123,18 @@ func (b *bench) idleMemory(ctx context.Context, v variant, heap bool) (_ outcome
 		if !heap {
 			return nil
 		}
+		// Last, because profiles of 10,000 goroutines need memory of their own.
+		for i, g := range countGoroutines(ctx, p.daemons) {
+			if g > 0 && goroutines[i] > 0 {
+				o["goroutines each, "+p.daemons[i].Node.Name] = float64(g-goroutines[i]) / n
+			}
+		}
 		ps, err := heapProfiles(ctx, b.o.Profile, "idle "+fmt.Sprint(b.o.Idle)+" connections", targets(p.daemons))
 		b.r.rep.Profiles = append(b.r.rep.Profiles, ps...)
 		return err
 	})
 	if err != nil {
-		return nil, errors.Join(err, p.alive())
+		return nil, p.explain(err)
 	}
 	settle(ctx, 3*time.Second)
 	after, err := rss()

@@ -24,15 +24,10 @@ func (b *bench) over(bare, ztun func(*world) path, run func(ctx context.Context,
 		s = append(s, subject{v.name, func(ctx context.Context, _ int) (outcome, error) {
 			p := ztun(b.worlds[i])
 			if err := p.alive(); err != nil {
-				return nil, err
+				return nil, p.explain(err)
 			}
 			o, err := run(ctx, p)
-			if err != nil {
-				if dead := p.alive(); dead != nil {
-					err = fmt.Errorf("%w; %w", err, dead)
-				}
-			}
-			return o, err
+			return o, p.explain(err)
 		}})
 	}
 	return s

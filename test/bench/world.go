@@ -178,11 +178,26 @@ func (b *bench) end(ns *lab.NS, ips []netip.Addr) end {
 func (p path) alive() error {
 	for _, d := range p.daemons {
 		if !d.Running() {
-			log := d.Log()
-			return fmt.Errorf("the daemon of %s has ended (%v); its log ends with:\n%s", d.Node.Name, d.Err(), log[max(0, len(log)-2000):])
+			return fmt.Errorf("the daemon of %s has ended: %v", d.Node.Name, d.Err())
 		}
 	}
 	return nil
+}
+
+// explain adds to an error what the daemons of the path said last (they log at warn: little, and to the point), and whether they still run.
+func (p path) explain(err error) error {
+	if err == nil {
+		return nil
+	}
+	for _, d := range p.daemons {
+		if log := strings.TrimSpace(d.Log()); log != "" {
+			err = fmt.Errorf("%w\n  log of %s: %s", err, d.Node.Name, strings.ReplaceAll(log[max(0, len(log)-800):], "\n", "\n    "))
+		}
+	}
+	if dead := p.alive(); dead != nil {
+		err = fmt.Errorf("%w\n  %w", err, dead)
+	}
+	return err
 }
 
 // settle gives queues and timers of a measurement that ended a moment to drain, so that the next one is not billed for it.

@@ -89,7 +89,7 @@ func TestNothingLeaks(t *testing.T) {
 	run := func(n, seed int) {
 		t.Helper()
 		for _, dst := range []string{lab.HostPort(m.c.V4(), 9000), lab.HostPort(m.h2.V4(), 9000)} {
-			r := ztload[load.RandomResult](m, m.a.NS, "random", "-to", dst, "-n", fmt.Sprint(n), "-seed", fmt.Sprint(seed))
+			r := ztload[load.RandomResult](m, m.a.NS, "random", "-to", dst, "-n", fmt.Sprint(n), "-seed", fmt.Sprint(seed), "-timeout", "100s")
 			t.Logf("%d to %s in %.1f s: %d clean, %d cut off, %d bytes up, %d down", n, dst, r.Seconds, r.Clean, r.Cut, r.UpGot, r.DownGot)
 			if !r.OK {
 				t.Errorf("%d faults: %s", r.NumFault, strings.Join(r.Faults, "\n"))

@@ -145,7 +145,8 @@ func TestNodeServerRefuses(t *testing.T) {
 		if !errors.As(err, &refused) || refused.Refusal != proxy.RefuseReset {
 			t.Errorf("got %v, want a refusal with RST", err)
 		}
-		if want := "http status: 503 Service Unavailable"; !strings.Contains(r.Log(), want) {
+		want := "http status: 503 Service Unavailable"
+		if !rig.Eventually(func() bool { return strings.Contains(r.Log(), want) }) { // the SYN is answered first
 			t.Errorf("log lacks %q", want)
 		}
 		cc, err := r.Tunnel(at(r.Peer, rig.Port).String(), "peer", hbone.Config{})
