@@ -10,7 +10,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"ztun/proxy/identity"
 	"ztun/proxy/state"
 )
 
@@ -23,13 +22,10 @@ type connection struct {
 	src, dst netip.AddrPort
 	hbone    string // the CONNECT authority; "" for plaintext
 	mtls     bool
-	labels   labels
+	labels   *labels // the series' own, mostly: idle connections are to be small
 	series   *series
 	srcName  string // pod names; "" falls back to the canonical service label
 	dstName  string
-	service  string
-	srcID    identity.ID
-	dstID    identity.ID
 
 	received atomic.Uint64 // downstream to upstream, as Istio's historical orientation has it
 	sent     atomic.Uint64 // upstream to downstream
@@ -58,24 +54,18 @@ func (p *Proxy) open(in connectionInput) *connection {
 	}
 	if in.mtls {
 		li.security = securityMutualTLS
-		if in.derived != nil {
-			c.srcID = in.derived.id
-		}
-		if in.dest != nil {
-			c.dstID = in.dest.Identity()
-		}
 	}
-	c.labels = makeLabels(li)
+	l := makeLabels(li)
 	if in.source != nil {
 		c.srcName = in.source.Name
 	}
 	if in.dest != nil {
 		c.dstName = in.dest.Name
 	}
-	if in.service != nil {
-		c.service = in.service.Hostname
+	c.series = p.o.Metrics.open(l)
+	if c.labels = &c.series.labels; *c.labels != l {
+		c.labels = &l // counted in the overflow series; the access line still says who it was
 	}
-	c.series = p.o.Metrics.open(c.labels)
 	if p.o.Access.Enabled(context.Background(), slog.LevelDebug) {
 		p.o.Access.LogAttrs(context.Background(), slog.LevelDebug, "connection opened", c.attrs(make([]slog.Attr, 0, 16))...)
 	}
@@ -125,19 +115,19 @@ func (c *connection) attrs(a []slog.Attr) []slog.Attr {
 	a = append(a, slog.Any("src.addr", c.src))
 	str("src.workload", firstNonEmpty(c.srcName, c.labels[lSourceCanonicalService]))
 	str("src.namespace", c.labels[lSourceNamespace])
-	if c.mtls && !c.srcID.IsZero() {
-		str("src.identity", c.srcID.String())
+	if c.mtls {
+		str("src.identity", c.labels[lSourcePrincipal])
 	}
 	str("src.cluster", c.labels[lSourceCluster])
 	a = append(a, slog.Any("dst.addr", c.dst))
 	if c.hbone != "" {
 		a = append(a, slog.Any("dst.hbone_addr", display(c.hbone)))
 	}
-	str("dst.service", c.service)
+	str("dst.service", c.labels[lDestinationService])
 	str("dst.workload", firstNonEmpty(c.dstName, c.labels[lDestinationCanonicalService]))
 	str("dst.namespace", c.labels[lDestinationNamespace])
-	if c.mtls && !c.dstID.IsZero() {
-		str("dst.identity", c.dstID.String())
+	if c.mtls {
+		str("dst.identity", c.labels[lDestinationPrincipal])
 	}
 	str("dst.cluster", c.labels[lDestinationCluster])
 	return append(a, slog.String("direction", direction(c.outbound)))

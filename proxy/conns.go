@@ -40,6 +40,7 @@ func (l *live) attach(down, up Conn) *Error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.ends = [2]Conn{down, up}
+	l.stop = nil // nothing is under way any more: let go of the context
 	return l.cut
 }
 
@@ -51,10 +52,10 @@ func (l *live) sever(why *Error) {
 		return
 	}
 	l.cut = why
-	ends := l.ends
+	ends, stop := l.ends, l.stop
 	l.mu.Unlock()
-	if l.stop != nil {
-		l.stop()
+	if stop != nil {
+		stop()
 	}
 	for _, e := range ends {
 		if e != nil {
@@ -68,6 +69,14 @@ func (l *live) reason() *Error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.cut
+}
+
+// instead is the reason of the cut if there was one, else err: what failed because of a cut is no news.
+func (l *live) instead(err *Error) *Error {
+	if cut := l.reason(); cut != nil {
+		return cut
+	}
+	return err
 }
 
 // conns is the table of one pod's live connections.

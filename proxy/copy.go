@@ -5,7 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
-	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/net/http2"
@@ -13,29 +13,79 @@ import (
 	"ztun/proxy/hbone"
 )
 
-// copyBoth moves bytes both ways until both directions have ended (spec 9): after one side's end of
-// input the other direction goes on for as long as it likes. down is the side that asked for the
-// connection, up the side that we connected to. It returns the error to report; a reset by either side
-// is carried to the other as a reset and is not an error.
-func copyBoth(c *connection, down, up Conn) error {
-	var wg sync.WaitGroup
-	var back error
-	wg.Add(1)
-	go func() {
-		defer wg.Done()
-		back = copyToDownstream(c, down, up)
-	}()
-	forth := copyToUpstream(c, down, up)
-	wg.Wait()
-	if forth != nil {
-		return forth
+// session moves one connection's bytes both ways until both directions have ended (spec 9): after one
+// side's end of input the other direction goes on for as long as it likes. A reset by either side is
+// carried to the other as a reset and is not an error.
+//
+// Each direction is a goroutine of its own whose stack holds nothing but the copying: what set the
+// connection up has returned, and an idle connection costs two small stacks.
+type session struct {
+	v        *visit
+	c        *connection
+	down, up Conn // the side that asked for the connection, and the side that we connected to
+
+	left        atomic.Int32 // directions that have not ended
+	forth, back error
+}
+
+// accept completes the handshake of a flow whose upstream stands, and starts copying.
+func (v *visit) accept(c *connection, f Flow, up Conn) {
+	down, err := f.Accept()
+	if err != nil {
+		// The application has given up meanwhile; nothing was asked of the far side but to be there.
+		abort(up)
+		c.record(nil)
+		v.leave()
+		return
 	}
-	return back
+	v.carry(c, down, up)
+}
+
+// carry starts copying and returns.
+func (v *visit) carry(c *connection, down, up Conn) {
+	s := &session{v: v, c: c, down: down, up: up}
+	if cut := v.live.attach(down, up); cut != nil {
+		cancel(down)
+		cancel(up)
+		s.end()
+		return
+	}
+	s.left.Store(2)
+	go s.copyToUpstream()
+	go s.copyToDownstream()
 }
 
 // copyToUpstream and copyToDownstream are named so that goroutine dumps read well.
-func copyToUpstream(c *connection, down, up Conn) error   { return copyOneWay(up, down, c.addReceived) }
-func copyToDownstream(c *connection, down, up Conn) error { return copyOneWay(down, up, c.addSent) }
+func (s *session) copyToUpstream() {
+	s.forth = copyOneWay(s.up, s.down, s.c.addReceived)
+	s.ended()
+}
+
+func (s *session) copyToDownstream() {
+	s.back = copyOneWay(s.down, s.up, s.c.addSent)
+	s.ended()
+}
+
+func (s *session) ended() {
+	if s.left.Add(-1) == 0 {
+		s.end()
+	}
+}
+
+// end keeps the books. The error of the way to upstream is the one that is reported if there are two.
+func (s *session) end() {
+	s.up.Close()
+	s.down.Close()
+	err := s.forth
+	if err == nil {
+		err = s.back
+	}
+	if cut := s.v.live.reason(); cut != nil {
+		err = cut
+	}
+	s.c.record(err)
+	s.v.leave()
+}
 
 // copyOneWay copies src to dst and ends dst's input when src has ended.
 func copyOneWay(dst, src Conn, count func(int)) error {

@@ -94,7 +94,7 @@ func (e *Error) Flag() Flag { return reasons[e.kind].flag }
 // Refusal is what the application is told. The cause decides where it knows better than the kind.
 func (e *Error) Refusal() Refusal {
 	switch {
-	case e.kind != kindIO && e.kind != kindNetworkPolicy && e.kind != kindApp:
+	case e.cause == nil || e.kind == kindDenied || e.kind == kindStatus:
 	case errors.Is(e.cause, syscall.EHOSTUNREACH):
 		return RefuseHostUnreachable
 	case errors.Is(e.cause, syscall.ENETUNREACH):

@@ -28,12 +28,11 @@ type tunnel struct {
 // connection and all its streams have ended.
 func (p *Proxy) ServeMesh(raw net.Conn) {
 	defer raw.Close()
-	if !p.enter(inbound) {
+	v := p.enter(inbound)
+	if v == nil {
 		return
 	}
-	defer p.work.Done()
-	p.o.Metrics.socket(reporterDestination, 1)
-	defer p.o.Metrics.socket(reporterDestination, -1)
+	defer v.leave()
 
 	t := &tunnel{src: addrPort(raw.RemoteAddr()), dst: addrPort(raw.LocalAddr())}
 	conn, err := p.handshake(raw, t)
@@ -84,41 +83,16 @@ func (p *Proxy) handshake(raw net.Conn, t *tunnel) (net.Conn, error) {
 	return conn, nil
 }
 
-// serveStream answers one CONNECT (spec 4.3 and 4.4) and carries it.
+// serveStream answers one CONNECT (spec 4.3 and 4.4). It returns when the request is refused, or
+// accepted and being copied.
 func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	start := time.Now()
-	refuse := func(status int, err error) {
+	view, local, in, err := p.receive(t, s)
+	if err != nil {
 		p.deny(false, t.src, t.dst, err)
-		s.Refuse(status)
-	}
-	if s.Method() != http.MethodConnect {
-		refuse(http.StatusBadRequest, &route.Error{Code: route.BadMethod, Subject: s.Method()})
+		s.Refuse(statusOf(err))
 		return
 	}
-	view, local, err := p.localWorkload(p.ctx)
-	if err != nil {
-		refuse(http.StatusServiceUnavailable, err)
-		return
-	}
-	in, err := route.Inbound(view, route.InboundQuestion{
-		Network: p.o.Config.NetworkName, Local: local, LocalAddr: t.dst.Addr(), Authority: s.Authority(),
-		ForwardedHost: hbone.ParseForwardedHost(s.Forwarded()), Illegal: p.illegal,
-	})
-	if err != nil {
-		status := http.StatusServiceUnavailable
-		var re *route.Error
-		if errors.As(err, &re) {
-			status = re.Status()
-		}
-		refuse(status, err)
-		return
-	}
-	if in.Tunnel == state.TunnelProxy {
-		// Delivering without the header would give the application bytes that it misreads.
-		refuse(http.StatusServiceUnavailable, errors.New("application tunnels with PROXY protocol are not supported yet"))
-		return
-	}
-
 	der := &derived{id: t.peer, hasID: t.hasPeer}
 	if p.o.Config.ResponseBaggage {
 		der.baggage = hbone.ParseBaggage(s.Baggage())
@@ -138,21 +112,14 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 		inbound: true, src: t.src, originalDst: t.dst, actualDst: in.App, protocol: route.HBONE.String(), stop: stop,
 		policy: rbac.Conn{Src: t.src.Addr(), Dst: in.App, ID: t.peer, HasID: t.hasPeer},
 	}
-	// Registered first, checked then: a policy change in between finds the connection.
-	p.conns.add(l)
-	defer p.conns.remove(l)
-	if denied := p.authorise(local, l); denied != nil {
-		s.Refuse(reasons[denied.kind].status)
-		c.record(denied)
-		return
-	}
-	up, failed := p.dialApp(ctx, t.src, in.App)
+	p.work.Add(1) // beside the tunnel's own, which is held as long as this runs
+	v := &visit{p: p}
+	v.register(l)
+	up, failed := p.admit(ctx, local, l)
 	if failed != nil {
-		if cut := l.reason(); cut != nil {
-			failed = cut
-		}
 		s.Refuse(reasons[failed.kind].status)
 		c.record(failed)
+		v.leave()
 		return
 	}
 	resp := &hbone.Response{Status: http.StatusOK}
@@ -163,27 +130,55 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	if err != nil {
 		abort(up)
 		c.record(nil) // the peer gave its stream up before we could answer
+		v.leave()
 		return
 	}
-	p.carry(c, l, down, up)
+	s.Detach()
+	v.carry(c, down, up)
 }
 
-// authorise checks the newest policies for a registered connection.
-func (p *Proxy) authorise(local *state.Workload, l *live) *Error {
-	v := rbac.Evaluate(p.o.Knowledge.View().PoliciesFor(local), l.policy)
-	if v.Allowed {
-		return nil
+// receive validates a CONNECT and finds its next hop. An error is an early denial: nothing is counted.
+func (p *Proxy) receive(t *tunnel, s *hbone.ServerStream) (*state.View, *state.Workload, route.InboundDecision, error) {
+	var none route.InboundDecision
+	if s.Method() != http.MethodConnect {
+		return nil, nil, none, &route.Error{Code: route.BadMethod, Subject: s.Method()}
 	}
-	return fail(kindDenied, v.Err())
+	view, local, err := p.localWorkload(p.ctx)
+	if err != nil {
+		return nil, nil, none, err
+	}
+	in, err := route.Inbound(view, route.InboundQuestion{
+		Network: p.o.Config.NetworkName, Local: local, LocalAddr: t.dst.Addr(), Authority: s.Authority(),
+		ForwardedHost: hbone.ParseForwardedHost(s.Forwarded()), Illegal: p.illegal,
+	})
+	if err == nil && in.Tunnel == state.TunnelProxy {
+		// Delivering without the header would give the application bytes that it misreads.
+		err = errors.New("application tunnels with PROXY protocol are not supported yet")
+	}
+	return view, local, in, err
 }
 
-// dialApp connects to the application as the client: it sees the client's own address.
-func (p *Proxy) dialApp(ctx context.Context, client, app netip.AddrPort) (Conn, *Error) {
+// statusOf is what an early denial answers the peer.
+func statusOf(err error) int {
+	var re *route.Error
+	if errors.As(err, &re) {
+		return re.Status()
+	}
+	return http.StatusServiceUnavailable
+}
+
+// admit checks the newest policies for a registered connection and dials the application. Registered
+// first, checked then: a policy change in between finds the connection.
+func (p *Proxy) admit(ctx context.Context, local *state.Workload, l *live) (Conn, *Error) {
+	if v := rbac.Evaluate(p.o.Knowledge.View().PoliciesFor(local), l.policy); !v.Allowed {
+		return nil, fail(kindDenied, v.Err())
+	}
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
-	up, err := p.o.Network.DialApp(ctx, netip.AddrPortFrom(client.Addr(), 0), app)
+	// As the client: the application sees the client's own address, with a port of ours.
+	up, err := p.o.Network.DialApp(ctx, netip.AddrPortFrom(l.src.Addr(), 0), l.actualDst)
 	if err != nil {
-		return nil, fail(kindApp, err)
+		return nil, l.instead(fail(kindApp, err))
 	}
 	return up, nil
 }

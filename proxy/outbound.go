@@ -12,49 +12,28 @@ import (
 	"ztun/proxy/state"
 )
 
-// ServeOutbound carries a connection that the pod's application opens (ztunnel's port 15001). It
-// returns when the connection has ended.
+// ServeOutbound takes a connection that the pod's application opens (ztunnel's port 15001). It returns
+// when the flow is refused, or accepted and being copied.
 func (p *Proxy) ServeOutbound(f Flow) {
 	start := time.Now()
-	if !p.enter(outbound) {
+	v := p.enter(outbound)
+	if v == nil {
 		f.Refuse(RefuseReset)
 		return
 	}
-	defer p.work.Done()
-	p.o.Metrics.socket(reporterSource, 1)
-	defer p.o.Metrics.socket(reporterSource, -1)
-
 	src, dst := canonical(f.Src()), canonical(f.Dst())
-	refuse := func(err error) {
+	d, local, err := p.decide(src, dst)
+	if err != nil {
 		p.deny(true, src, dst, err)
 		f.Refuse(RefuseReset)
-	}
-	if err := route.CheckOutbound(dst, p.illegal); err != nil {
-		refuse(err)
-		return
-	}
-	view, local, err := p.localWorkload(p.ctx)
-	if err != nil {
-		refuse(err)
-		return
-	}
-	d, err := route.Decide(view, route.Question{
-		Network: p.o.Config.NetworkName, Source: local, SrcIP: src.Addr(), Dst: dst, Rand: p.o.Random,
-	})
-	if err != nil {
-		refuse(err)
-		return
-	}
-	if d, err = p.resolve(d); err != nil {
-		refuse(err)
+		v.leave()
 		return
 	}
 
-	ctx, cancel := context.WithCancel(p.ctx)
-	defer cancel()
-	l := &live{src: src, originalDst: dst, actualDst: d.Actual, protocol: d.Protocol.String(), stop: cancel}
-	p.conns.add(l)
-	defer p.conns.remove(l)
+	ctx, stop := context.WithCancel(p.ctx)
+	defer stop()
+	l := &live{src: src, originalDst: dst, actualDst: d.Actual, protocol: d.Protocol.String(), stop: stop}
+	v.register(l)
 
 	in := connectionInput{outbound: true, src: src, dst: d.Actual, source: local, dest: d.Workload, service: d.Service, start: start}
 	if d.Protocol != route.TCP {
@@ -63,41 +42,33 @@ func (p *Proxy) ServeOutbound(f Flow) {
 		in.derived = &derived{id: local.Identity(), hasID: true}
 	}
 	c := p.open(in)
-
 	up, failed := p.connect(ctx, local, src, d)
 	if failed != nil {
-		if cut := l.reason(); cut != nil {
-			failed = cut
-		}
+		failed = l.instead(failed)
 		f.Refuse(failed.Refusal())
 		c.record(failed)
+		v.leave()
 		return
 	}
-	down, err := f.Accept()
-	if err != nil {
-		// The application has given up meanwhile; nothing was asked of the far side but to be there.
-		abort(up)
-		c.record(nil)
-		return
-	}
-	p.carry(c, l, down, up)
+	v.accept(c, f, up)
 }
 
-// carry copies until both ends are done or the connection is cut, and keeps the books.
-func (p *Proxy) carry(c *connection, l *live, down, up Conn) {
-	defer down.Close()
-	defer up.Close()
-	if cut := l.attach(down, up); cut != nil {
-		cancel(down)
-		cancel(up)
-		c.record(cut)
-		return
+// decide finds the way of an outbound connection. An error is an early denial: nothing is counted.
+func (p *Proxy) decide(src, dst netip.AddrPort) (d route.Decision, local *state.Workload, err error) {
+	if err := route.CheckOutbound(dst, p.illegal); err != nil {
+		return d, nil, err
 	}
-	err := copyBoth(c, down, up)
-	if cut := l.reason(); cut != nil {
-		err = cut
+	view, local, err := p.localWorkload(p.ctx)
+	if err != nil {
+		return d, nil, err
 	}
-	c.record(err)
+	d, err = route.Decide(view, route.Question{
+		Network: p.o.Config.NetworkName, Source: local, SrcIP: src.Addr(), Dst: dst, Rand: p.o.Random,
+	})
+	if err == nil {
+		d, err = p.resolve(d)
+	}
+	return d, local, err
 }
 
 // connect opens the upstream side: a stream of a pooled tunnel whose CONNECT was answered with 200, or

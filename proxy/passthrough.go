@@ -8,22 +8,20 @@ import (
 	"ztun/proxy/route"
 )
 
-// ServePassthrough carries a plaintext connection from the network to the pod's application
-// (ztunnel's port 15006). It returns when the connection has ended.
+// ServePassthrough takes a plaintext connection from the network to the pod's application (ztunnel's
+// port 15006). It returns when the flow is refused, or accepted and being copied.
 func (p *Proxy) ServePassthrough(f Flow) {
 	start := time.Now()
-	if !p.enter(passthrough) {
+	v := p.enter(passthrough)
+	if v == nil {
 		f.Refuse(RefuseReset)
 		return
 	}
-	defer p.work.Done()
-	p.o.Metrics.socket(reporterDestination, 1)
-	defer p.o.Metrics.socket(reporterDestination, -1)
-
 	src, dst := canonical(f.Src()), canonical(f.Dst())
 	refuse := func(err error) {
 		p.deny(false, src, dst, err)
 		f.Refuse(RefuseReset)
+		v.leave()
 	}
 	view, local, err := p.localWorkload(p.ctx)
 	if err != nil {
@@ -49,26 +47,13 @@ func (p *Proxy) ServePassthrough(f Flow) {
 		inbound: true, src: src, originalDst: dst, actualDst: dst, protocol: route.TCP.String(), stop: stop,
 		policy: rbac.Conn{Src: src.Addr(), Dst: dst},
 	}
-	p.conns.add(l)
-	defer p.conns.remove(l)
-	failed := p.authorise(local, l)
-	var up Conn
-	if failed == nil {
-		up, failed = p.dialApp(ctx, src, dst)
-	}
+	v.register(l)
+	up, failed := p.admit(ctx, local, l)
 	if failed != nil {
-		if cut := l.reason(); cut != nil {
-			failed = cut
-		}
 		f.Refuse(failed.Refusal())
 		c.record(failed)
+		v.leave()
 		return
 	}
-	down, err := f.Accept()
-	if err != nil {
-		abort(up)
-		c.record(nil)
-		return
-	}
-	p.carry(c, l, down, up)
+	v.accept(c, f, up)
 }

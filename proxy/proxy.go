@@ -96,17 +96,49 @@ const (
 	passthrough
 )
 
-// enter counts a connection's goroutine in; false when the proxy drains and takes nothing new. The
-// goroutine, and those it starts, show the pod and the direction in profiles from here on.
-func (p *Proxy) enter(dir int) bool {
+// visit is one connection's stay in the proxy: from its SYN or its CONNECT, to the end of its copying.
+type visit struct {
+	p        *Proxy
+	reporter string // whose socket it is; "" for a stream of a tunnel, which has none of its own
+	live     *live  // nil until the connection is registered
+}
+
+// enter lets a connection in; nil when the proxy drains and takes nothing new. The goroutine, and those
+// that it starts, show the pod and the direction in profiles from here on.
+func (p *Proxy) enter(dir int) *visit {
 	pprof.SetGoroutineLabels(p.labels[dir])
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.draining {
-		return false
+	draining := p.draining
+	if !draining {
+		p.work.Add(1)
 	}
-	p.work.Add(1)
-	return true
+	p.mu.Unlock()
+	if draining {
+		return nil
+	}
+	v := &visit{p: p, reporter: reporterDestination}
+	if dir == outbound {
+		v.reporter = reporterSource
+	}
+	p.o.Metrics.socket(v.reporter, 1)
+	return v
+}
+
+// register makes the connection one that can be listed, re-checked and cut.
+func (v *visit) register(l *live) {
+	v.live = l
+	v.p.conns.add(l)
+}
+
+// leave ends the visit.
+func (v *visit) leave() {
+	if v.live != nil {
+		v.p.conns.remove(v.live)
+	}
+	if v.reporter != "" {
+		v.p.o.Metrics.socket(v.reporter, -1)
+	}
+	v.p.work.Done()
 }
 
 // localWorkload is the record of the pod that we serve, waited for if it has not arrived yet.

@@ -293,6 +293,7 @@ func TestErrorTable(t *testing.T) {
 		{fail(kindIO, context.DeadlineExceeded), "io error: deadline has elapsed", "CONNECT", RefuseSilent},
 		{fail(kindNetworkPolicy, dial(syscall.ETIMEDOUT)), "connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: Connection timed out (os error 110)", "NETWORK_POLICY", RefuseSilent},
 		{fail(kindApp, dial(syscall.ECONNREFUSED)), "connection failed: Connection refused (os error 111)", "CONNECT", RefuseReset},
+		{fail(kindTLS, context.DeadlineExceeded), "io error: deadline has elapsed", "CONNECT", RefuseSilent},
 		{fail(kindPolicyChange, nil), "connection closed due to policy change", "DENY", RefuseReset},
 		{fail(kindDrain, nil), "connection closed due to connection drain", "-", RefuseReset},
 	} {

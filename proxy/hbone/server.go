@@ -14,12 +14,15 @@ type ServerConn struct{ c *conn }
 
 // NewServerConn takes c over, which is a TLS connection from Server (or any other net.Conn). h is called for every
 // request in a goroutine of its own and must answer it (Accept or Refuse); a stream that it leaves unfinished is
-// closed when it returns. Nothing happens before Serve.
+// closed when it returns, unless it was detached. Nothing happens before Serve.
 func NewServerConn(c net.Conn, cfg Config, h func(*ServerStream)) *ServerConn {
 	sc := &ServerConn{newConn(c, cfg, false)}
 	sc.c.handler = func(s *Stream, req *request) {
-		h(&ServerStream{s: s, req: req})
-		s.Close()
+		ss := &ServerStream{s: s, req: req}
+		h(ss)
+		if !ss.detached {
+			s.Close()
+		}
 	}
 	return sc
 }
@@ -84,8 +87,9 @@ type request struct {
 
 // ServerStream is a request that awaits its answer: exactly one of Accept and Refuse, once.
 type ServerStream struct {
-	s   *Stream
-	req *request
+	detached bool
+	s        *Stream
+	req      *request
 }
 
 // Method is CONNECT for what belongs here; anything else is to be refused (400).
@@ -105,6 +109,10 @@ func (ss *ServerStream) Traceparent() string { return ss.req.traceparent }
 
 // ForwardedNetwork is the first x-forwarded-network header and whether there was one.
 func (ss *ServerStream) ForwardedNetwork() (string, bool) { return ss.req.network, ss.req.hasNetwork }
+
+// Detach keeps the accepted stream open beyond the handler's return: whoever it was handed to closes it. An idle
+// stream then needs no goroutine with a handler's deep stack. Only for the handler itself to call.
+func (ss *ServerStream) Detach() { ss.detached = true }
 
 // Done is closed when the stream's connection has ended: a handler that still looks for an answer may stop.
 func (ss *ServerStream) Done() <-chan struct{} { return ss.s.c.done }

@@ -202,9 +202,9 @@ func TestCurl(t *testing.T) {
 	t.Run("TLS and HTTP/2 inside", func(t *testing.T) {
 		cfg := &tls.Config{Certificates: []tls.Certificate{r.Identity("web").TLS}}
 		inner := webAt(t, r.Served, cfg)
-		o := runCurl(t, r, pem, nil, "--insecure", "--http2", "--write-out", "%{stderr}version %{http_version}\n", fmt.Sprintf("https://%v/bulk?n=%d&seed=7", inner, bulk))
+		o := runCurl(t, r, pem, nil, "--insecure", "--http2", "--write-out", "%{stderr}version %{http_version}\n", fmt.Sprintf("https://%v/bulk?n=%d&seed=7", inner, large))
 		o.succeeded(t)
-		if o.hash != rig.BulkHash(bulk, 7) {
+		if o.hash != rig.BulkHash(large, 7) {
 			t.Errorf("%d bytes arrived, SHA-256 %s", o.length, o.hash)
 		}
 		if !strings.Contains(o.verbose, "version 2\n") {

@@ -124,7 +124,7 @@ func TestDaemon(t *testing.T) {
 				must(t, err)
 				defer c.Close()
 				c.SetDeadline(time.Now().Add(limit))
-				must(t, rig.Exchange(c.(*net.TCPConn), bulk, 3))
+				must(t, rig.Exchange(c.(*net.TCPConn), large, 3))
 				<-served
 				if got := s.requests(); len(got) != 1 || got[0] != lab.HostPort(ip, 9000) {
 					t.Errorf("node was asked for %q", got)

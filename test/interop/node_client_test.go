@@ -49,8 +49,8 @@ func TestNodeClientHalfClose(t *testing.T) {
 	t.Run("client ends first", func(t *testing.T) {
 		var got struct{ Hash, Text string }
 		app := r.App(r.Served, rig.Sink)
-		must(t, nodeClient(t, r, pem, "clientFirst", object{"authority": app.String(), "bytes": bulk}, &got))
-		if want := fmt.Sprintf("%d %s\n", bulk, got.Hash); got.Text != want {
+		must(t, nodeClient(t, r, pem, "clientFirst", object{"authority": app.String(), "bytes": large}, &got))
+		if want := fmt.Sprintf("%d %s\n", large, got.Hash); got.Text != want {
 			t.Errorf("application saw %q, want %q", got.Text, want)
 		}
 	})
@@ -72,9 +72,9 @@ func TestNodeClientHalfClose(t *testing.T) {
 			Hash, Text string
 			RST        int
 		}
-		must(t, nodeClient(t, r, pem, "serverFirst", object{"authority": app.String(), "bytes": bulk}, &got))
-		if s := <-end; s.err != nil || s.n != bulk || s.hash != got.Hash {
-			t.Errorf("application saw %+v, want %d bytes, %s", s, bulk, got.Hash)
+		must(t, nodeClient(t, r, pem, "serverFirst", object{"authority": app.String(), "bytes": large}, &got))
+		if s := <-end; s.err != nil || s.n != large || s.hash != got.Hash {
+			t.Errorf("application saw %+v, want %d bytes, %s", s, large, got.Hash)
 		}
 		if got.Text != "bye" || got.RST != 0 {
 			t.Errorf("client read %q, stream ended with code %d", got.Text, got.RST)
@@ -85,9 +85,9 @@ func TestNodeClientHalfClose(t *testing.T) {
 			N    int64
 			Hash string
 		}
-		app := r.App(r.Served, rig.Source(bulk, 1))
+		app := r.App(r.Served, rig.Source(large, 1))
 		must(t, nodeClient(t, r, pem, "read", object{"authority": app.String()}, &got))
-		if got.N != bulk || got.Hash != rig.BulkHash(bulk, 1) {
+		if got.N != large || got.Hash != rig.BulkHash(large, 1) {
 			t.Errorf("%d bytes arrived, SHA-256 %s", got.N, got.Hash)
 		}
 	})

@@ -104,26 +104,26 @@ func TestNodeServerHalfClose(t *testing.T) {
 			c, err := r.Dial(r.App(r.Peer, rig.Sink))
 			must(t, err)
 			defer c.Close()
-			_, err = io.Copy(c, rig.Bulk(bulk, 2))
+			_, err = io.Copy(c, rig.Bulk(large, 2))
 			must(t, err)
 			must(t, c.CloseWrite())
 			answer, err := io.ReadAll(c)
 			must(t, err)
-			if want := fmt.Sprintf("%d %s\n", bulk, rig.BulkHash(bulk, 2)); string(answer) != want {
+			if want := fmt.Sprintf("%d %s\n", large, rig.BulkHash(large, 2)); string(answer) != want {
 				t.Errorf("application saw %q, want %q", answer, want)
 			}
 		})
 		t.Run("server ends first", func(t *testing.T) {
 			got := make(chan error, 1)
 			c, err := r.Dial(r.App(r.Peer, func(c *net.TCPConn) {
-				io.Copy(c, rig.Bulk(bulk, 3))
+				io.Copy(c, rig.Bulk(large, 3))
 				c.CloseWrite()
-				got <- rig.Verify(c, bulk, 4)
+				got <- rig.Verify(c, large, 4)
 			}))
 			must(t, err)
 			defer c.Close()
-			must(t, rig.Verify(c, bulk, 3))
-			_, err = io.Copy(c, rig.Bulk(bulk, 4))
+			must(t, rig.Verify(c, large, 3))
+			_, err = io.Copy(c, rig.Bulk(large, 4))
 			must(t, err)
 			must(t, c.CloseWrite())
 			must(t, <-got)
@@ -252,7 +252,7 @@ func TestNodeServerSaysGoAway(t *testing.T) {
 		}) {
 			t.Error("the pool stays with a session that said GOAWAY")
 		}
-		must(t, rig.Exchange(c, bulk, 8))
+		must(t, rig.Exchange(c, large, 8))
 		// The drained session ends with its last stream.
 		if !rig.Eventually(func() bool {
 			s.tell("sessions")

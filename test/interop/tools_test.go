@@ -19,8 +19,11 @@ import (
 	"ztun/test/interop/rig"
 )
 
-// bulk is what large transfers carry, in bytes.
-const bulk = 64 * rig.MiB
+// bulk and large are what transfers carry, in bytes: large where the end of the transfer is the point, rather than the transfer.
+const (
+	bulk  = 64 * rig.MiB
+	large = 16 * rig.MiB
+)
 
 // limit is how long one run of a foreign program may take.
 const limit = 2 * rig.Wait

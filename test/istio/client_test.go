@@ -105,12 +105,12 @@ func TestClientHalfClose(t *testing.T) {
 		c, _, err := tr.connect(t.Context(), app.String())
 		must(t, err)
 		defer c.Close()
-		_, err = io.Copy(c, rig.Bulk(bulk, 2))
+		_, err = io.Copy(c, rig.Bulk(large, 2))
 		must(t, err)
 		must(t, c.CloseWrite())
 		answer, err := io.ReadAll(c)
 		must(t, err)
-		if want := fmt.Sprintf("%d %s\n", bulk, rig.BulkHash(bulk, 2)); string(answer) != want {
+		if want := fmt.Sprintf("%d %s\n", large, rig.BulkHash(large, 2)); string(answer) != want {
 			t.Errorf("application saw %q, want %q", answer, want)
 		}
 	})
@@ -119,7 +119,7 @@ func TestClientHalfClose(t *testing.T) {
 		app := r.App(r.Served, func(c *net.TCPConn) {
 			io.WriteString(c, "bye")
 			c.CloseWrite()
-			got <- rig.Verify(c, bulk, 3)
+			got <- rig.Verify(c, large, 3)
 		})
 		c, _, err := tr.connect(t.Context(), app.String())
 		must(t, err)
@@ -130,7 +130,7 @@ func TestClientHalfClose(t *testing.T) {
 			t.Errorf("read %q", text)
 		}
 		// The other direction is still open, for as long as the client likes.
-		_, err = io.Copy(c, rig.Bulk(bulk, 3))
+		_, err = io.Copy(c, rig.Bulk(large, 3))
 		must(t, err)
 		must(t, c.CloseWrite())
 		must(t, <-got)
@@ -139,7 +139,7 @@ func TestClientHalfClose(t *testing.T) {
 		app := r.App(r.Served, rig.Echo)
 		c, _, err := tr.connect(t.Context(), app.String())
 		must(t, err)
-		must(t, rig.Exchange(c, bulk, 4))
+		must(t, rig.Exchange(c, large, 4))
 	})
 	if n := r.Accepted(); n != 1 {
 		t.Errorf("%d connections, want 1", n)
@@ -166,11 +166,11 @@ func TestClientClosesFirst(t *testing.T) {
 
 func TestServerClosesFirst(t *testing.T) {
 	r := rig.New(t)
-	app := r.App(r.Served, func(c *net.TCPConn) { io.Copy(c, rig.Bulk(bulk, 5)) }) // and closes
+	app := r.App(r.Served, func(c *net.TCPConn) { io.Copy(c, rig.Bulk(large, 5)) }) // and closes
 	c, err := dialer(r, r.Identity("client")).Dial("tcp", app.String())
 	must(t, err)
 	defer c.Close()
-	must(t, rig.Verify(c, bulk, 5))
+	must(t, rig.Verify(c, large, 5))
 }
 
 func TestClientCancels(t *testing.T) {
@@ -312,7 +312,7 @@ func TestServedPodDrains(t *testing.T) {
 	}) {
 		t.Error("new streams are taken while draining")
 	}
-	must(t, rig.Exchange(c, bulk, 10)) // what is open goes on
+	must(t, rig.Exchange(c, large, 10)) // what is open goes on
 	select {
 	case <-drained:
 	case <-time.After(rig.Wait):

@@ -20,8 +20,11 @@ import (
 	"ztun/test/interop/rig"
 )
 
-// bulk is what large transfers carry, in bytes.
-const bulk = 64 * rig.MiB
+// bulk and large are what transfers carry, in bytes: large where the end of the transfer is the point, rather than the transfer.
+const (
+	bulk  = 64 * rig.MiB
+	large = 16 * rig.MiB
+)
 
 func TestMain(m *testing.M) {
 	istiolog.FindScope("hbone").SetOutputLevel(istiolog.NoneLevel) // two lines per stream

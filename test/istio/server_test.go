@@ -71,22 +71,22 @@ func TestServerHalfClose(t *testing.T) {
 		c, err := r.Dial(r.App(r.Peer, rig.Sink))
 		must(t, err)
 		defer c.Close()
-		_, err = io.Copy(c, rig.Bulk(bulk, 2))
+		_, err = io.Copy(c, rig.Bulk(large, 2))
 		must(t, err)
 		must(t, c.CloseWrite())
 		answer, err := io.ReadAll(c)
 		must(t, err)
-		if want := fmt.Sprintf("%d %s\n", bulk, rig.BulkHash(bulk, 2)); string(answer) != want {
+		if want := fmt.Sprintf("%d %s\n", large, rig.BulkHash(large, 2)); string(answer) != want {
 			t.Errorf("application saw %q, want %q", answer, want)
 		}
 	})
 	// Istio's server gives the whole stream up when its application has ended, with NO_ERROR if we have not: all that was
 	// sent has to arrive, and the end has to be orderly.
 	t.Run("server ends first", func(t *testing.T) {
-		c, err := r.Dial(r.App(r.Peer, rig.Source(bulk, 3)))
+		c, err := r.Dial(r.App(r.Peer, rig.Source(large, 3)))
 		must(t, err)
 		defer c.Close()
-		must(t, rig.Verify(c, bulk, 3))
+		must(t, rig.Verify(c, large, 3))
 	})
 	if n := s.accepted(); n != 1 {
 		t.Errorf("%d tunnels, want 1", n)
@@ -101,13 +101,13 @@ func TestServerEndsFirstAndReads(t *testing.T) {
 		w.WriteHeader(http.StatusOK)
 		io.WriteString(w, "hello")
 		w.(http.Flusher).Flush()
-		got <- rig.Verify(req.Body, bulk, 4)
+		got <- rig.Verify(req.Body, large, 4)
 		io.WriteString(w, "bye")
 	}), "peer")
 	c, err := r.Dial(netip.AddrPortFrom(r.Peer, 1))
 	must(t, err)
 	defer c.Close()
-	_, err = io.Copy(c, rig.Bulk(bulk, 4))
+	_, err = io.Copy(c, rig.Bulk(large, 4))
 	must(t, err)
 	must(t, c.CloseWrite())
 	text, err := io.ReadAll(c)
@@ -202,7 +202,7 @@ func TestServerShutsDown(t *testing.T) {
 	}) {
 		t.Error("the pool stays with a server that said GOAWAY")
 	}
-	must(t, rig.Exchange(c, bulk, 8)) // what is open goes on
+	must(t, rig.Exchange(c, large, 8)) // what is open goes on
 	must(t, <-down)
 }
 
@@ -214,7 +214,9 @@ func TestServerHasAnotherIdentity(t *testing.T) {
 	if !errors.As(err, &refused) || refused.Refusal != proxy.RefuseReset {
 		t.Errorf("got %v, want a refusal with RST", err)
 	}
-	if !rig.Eventually(func() bool { return strings.Contains(r.Log(), "did not present the expected SAN (spiffe://cluster.local/ns/default/sa/peer)") }) {
+	if !rig.Eventually(func() bool {
+		return strings.Contains(r.Log(), "did not present the expected SAN (spiffe://cluster.local/ns/default/sa/peer)")
+	}) {
 		t.Error("the log does not say which identity was wanted")
 	}
 }
