@@ -73,10 +73,10 @@ const (
 	// The other end is a kernel a few microseconds away: what is buffered here
 	// adds delay and leaves the cache, and does not add speed beyond a few
 	// super-packets of 64 KiB. See doc.go for the measurements.
-	defaultReceiveBuffer    = 256 << 10
-	defaultMaxReceiveBuffer = 1 << 20
-	defaultSendBuffer       = 256 << 10
-	defaultMaxSendBuffer    = 1 << 20
+	defaultReceiveBuffer    = 512 << 10
+	defaultMaxReceiveBuffer = 2 << 20
+	defaultSendBuffer       = 512 << 10
+	defaultMaxSendBuffer    = 2 << 20
 
 	defaultPortMin, defaultPortMax = 16384, 65535
 

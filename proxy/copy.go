@@ -216,6 +216,10 @@ func isReset(err error) bool {
 
 // ignorable reports whether err only says that the connection is over already (spec 9).
 func ignorable(err error) bool {
+	var lost *hbone.ConnError
+	if errors.As(err, &lost) {
+		return false // data that was cut short must not look complete
+	}
 	var se *hbone.StreamError
 	if errors.As(err, &se) {
 		return errors.Is(err, syscall.EPIPE)

@@ -266,7 +266,15 @@ func (p *Proxy) Shutdown(ctx context.Context) {
 	case <-p.conns.empty():
 	case <-ctx.Done():
 		p.o.Log.Warn("drain duration expired with pending connections, forcefully shutting down", "connections", len(p.conns.snapshot()))
+		p.conns.severAll(fail(kindDrain, nil)) // before their tunnels go: the reason is ours
 	}
+	// A connection leaves the table when its last bytes and its end are queued, not when they are sent.
+	var flushed sync.WaitGroup
+	for _, s := range mesh {
+		flushed.Go(func() { s.Shutdown(ctx) })
+	}
+	flushed.Go(func() { p.pool.Shutdown(ctx) })
+	flushed.Wait()
 	p.Close()
 }
 

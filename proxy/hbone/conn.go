@@ -84,6 +84,7 @@ type conn struct {
 	gotSettings   bool
 	acked         bool   // the peer knows our SETTINGS
 	goneAway      bool   // the peer said GOAWAY
+	farewell      bool   // with NO_ERROR
 	goAwayLast    uint32 // and this was the last stream that it deals with
 	leaving       bool   // we said GOAWAY, or are about to
 	leftAt        uint32 // server: streams above this are refused
@@ -198,8 +199,13 @@ func (c *conn) endLocked(err error) {
 
 // abandonLocked gives all streams the connection's error.
 func (c *conn) abandonLocked() {
+	var err error = &ConnError{c.err}
+	if !c.client && c.farewell {
+		// curl and its like end a tunnel by GOAWAY and the end of the connection, without ending its streams.
+		err = &StreamError{Code: http2.ErrCodeCancel, Remote: true}
+	}
 	for _, s := range c.streams {
-		s.detachLocked(&ConnError{c.err})
+		s.detachLocked(err)
 		c.forgetLocked(s)
 	}
 }

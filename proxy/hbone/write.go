@@ -315,6 +315,14 @@ func (c *conn) sealBatch(out []byte) (_ []byte, err error) {
 				}
 			}
 			if e.done {
+				if e.f.sealing {
+					// Earlier parts are in this batch, too: settle must not touch what is somebody else's from here on.
+					for j := range c.plan[:i] {
+						if c.plan[j].f == e.f {
+							c.plan[j].f = nil
+						}
+					}
+				}
 				c.bufs.putFrame(e.f)
 				e.f = nil
 			}

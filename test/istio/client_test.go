@@ -236,40 +236,44 @@ func endless(seed uint64, end chan<- error) func(c *net.TCPConn) {
 }
 
 func TestClientVanishes(t *testing.T) {
-	r := rig.New(t)
-	tr := newTransport(t, r)
-	const streams = 10
-	end, told := make(chan error, streams), make(chan error, streams)
-	sender := r.App(r.Served, endless(8, end))
-	listener := r.App(r.Served, func(c *net.TCPConn) {
-		c.Write([]byte{1})
-		_, err := io.Copy(io.Discard, c)
-		told <- err
-	})
-	for range streams {
-		c, _, err := tr.connect(t.Context(), sender.String())
-		must(t, err)
-		defer c.Close()
-		_, err = io.CopyN(io.Discard, c, rig.MiB)
-		must(t, err)
-		l, _, err := tr.connect(t.Context(), listener.String())
-		must(t, err)
-		defer l.Close()
-		_, err = io.CopyN(io.Discard, l, 1)
-		must(t, err)
-	}
-	tr.vanish()
-	for range streams {
-		for _, ch := range []chan error{end, told} {
-			select {
-			case err := <-ch:
-				if err == nil {
-					t.Error("a lost tunnel looked like an orderly end to the application")
-				}
-			case <-time.After(rig.Wait):
-				t.Fatal("application was not told")
+	for name, vanish := range ends {
+		t.Run(name, func(t *testing.T) {
+			r := rig.New(t)
+			tr := newTransport(t, r)
+			const streams = 10
+			end, told := make(chan error, streams), make(chan error, streams)
+			sender := r.App(r.Served, endless(8, end))
+			listener := r.App(r.Served, func(c *net.TCPConn) {
+				c.Write([]byte{1})
+				_, err := io.Copy(io.Discard, c)
+				told <- err
+			})
+			for range streams {
+				c, _, err := tr.connect(t.Context(), sender.String())
+				must(t, err)
+				defer c.Close()
+				_, err = io.CopyN(io.Discard, c, rig.MiB)
+				must(t, err)
+				l, _, err := tr.connect(t.Context(), listener.String())
+				must(t, err)
+				defer l.Close()
+				_, err = io.CopyN(io.Discard, l, 1)
+				must(t, err)
 			}
-		}
+			tr.each(vanish)
+			for range streams {
+				for _, ch := range []chan error{end, told} {
+					select {
+					case err := <-ch:
+						if err == nil {
+							t.Error("a lost tunnel looked like an orderly end to the application")
+						}
+					case <-time.After(rig.Wait):
+						t.Fatal("application was not told")
+					}
+				}
+			}
+		})
 	}
 }
 

@@ -64,16 +64,31 @@ func serve(t testing.TB, r *rig.Rig, srv *http.Server, account string) *server {
 
 // kill ends the server as a crash does: sockets are reset, nothing is said.
 func (s *server) kill() {
-	s.mu.Lock()
-	for c := range s.raw {
-		c.(*net.TCPConn).SetLinger(0)
-		c.Close()
-	}
-	s.raw = map[net.Conn]struct{}{}
-	s.mu.Unlock()
+	s.each(reset)
 	s.http.Close()
 	<-s.done
 }
+
+// each calls f for every socket.
+func (s *server) each(f func(*net.TCPConn)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := range s.raw {
+		f(c.(*net.TCPConn))
+	}
+}
+
+// reset and cutOff are the two ends that a connection meets when its process or its machine dies: RST, or FIN where TLS and HTTP/2 have not
+// said that they were through.
+func reset(c *net.TCPConn) {
+	c.SetLinger(0)
+	c.Close()
+}
+
+func cutOff(c *net.TCPConn) { c.CloseWrite() }
+
+// ends are both of them.
+var ends = map[string]func(*net.TCPConn){"RST": reset, "FIN": cutOff}
 
 // accepted is how many connections came.
 func (s *server) accepted() int {
@@ -132,13 +147,12 @@ func newTransport(t testing.TB, r *rig.Rig) *transport {
 	return tr
 }
 
-// vanish resets all sockets.
-func (tr *transport) vanish() {
+// each calls f for every socket.
+func (tr *transport) each(f func(*net.TCPConn)) {
 	tr.mu.Lock()
 	defer tr.mu.Unlock()
 	for _, c := range tr.raw {
-		c.SetLinger(0)
-		c.Close()
+		f(c)
 	}
 }
 

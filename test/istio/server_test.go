@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -142,34 +143,39 @@ func TestServerCannotReachApplication(t *testing.T) {
 }
 
 func TestServerVanishes(t *testing.T) {
-	r := rig.New(t)
-	s := serve(t, r, istio.NewServer(), "peer")
-	app := r.App(r.Peer, rig.Source(1<<40, 5))
-	var conns []*net.TCPConn
-	for range 3 { // their 4 MiB each fit into the connection's window of 16 MiB, so that unread ones do not stop others
-		c, err := r.Dial(app)
-		must(t, err)
-		defer c.Close()
-		_, err = io.CopyN(io.Discard, c, rig.MiB)
-		must(t, err)
-		conns = append(conns, c)
+	for name, vanish := range ends {
+		t.Run(name, func(t *testing.T) {
+			r := rig.New(t)
+			s := serve(t, r, istio.NewServer(), "peer")
+			app := r.App(r.Peer, rig.Source(1<<40, 5))
+			var conns []*net.TCPConn
+			for range 3 { // their 4 MiB each fit into the connection's window of 16 MiB, so that unread ones do not stop others
+				c, err := r.Dial(app)
+				must(t, err)
+				defer c.Close()
+				_, err = io.CopyN(io.Discard, c, rig.MiB)
+				must(t, err)
+				conns = append(conns, c)
+			}
+			s.each(vanish)
+			for _, c := range conns {
+				c.SetReadDeadline(time.Now().Add(rig.Wait))
+				if _, err := io.Copy(io.Discard, c); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("reading from a connection whose tunnel was lost: %v", err)
+				}
+			}
+			s.kill()
+			if _, err := r.Dial(app); err == nil {
+				t.Error("connected to a pod that is not there")
+			}
+			// It comes back: the pool must not stick to the tunnel that it lost.
+			serve(t, r, istio.NewServer(), "peer")
+			c, err := r.Dial(r.App(r.Peer, rig.Echo))
+			must(t, err)
+			defer c.Close()
+			must(t, rig.Exchange(c, rig.MiB, 6))
+		})
 	}
-	s.kill()
-	for _, c := range conns {
-		c.SetReadDeadline(time.Now().Add(rig.Wait))
-		if _, err := io.Copy(io.Discard, c); err == nil || errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("reading from a connection whose tunnel was lost: %v", err)
-		}
-	}
-	if _, err := r.Dial(app); err == nil {
-		t.Error("connected to a pod that is not there")
-	}
-	// It comes back: the pool must not stick to the tunnel that it lost.
-	serve(t, r, istio.NewServer(), "peer")
-	c, err := r.Dial(r.App(r.Peer, rig.Echo))
-	must(t, err)
-	defer c.Close()
-	must(t, rig.Exchange(c, rig.MiB, 6))
 }
 
 func TestServerShutsDown(t *testing.T) {
