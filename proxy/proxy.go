@@ -264,6 +264,12 @@ func (p *Proxy) Shutdown(ctx context.Context) {
 	}
 	select {
 	case <-p.conns.empty():
+		// The last bytes of streams that are closed already may still wait for the peer's window, and a
+		// peer that has not read our GOAWAY may have opened one more: both end with their tunnel.
+		for _, s := range mesh {
+			s.Shutdown(ctx)
+		}
+		p.pool.Shutdown(ctx)
 	case <-ctx.Done():
 		p.o.Log.Warn("drain duration expired with pending connections, forcefully shutting down", "connections", len(p.conns.snapshot()))
 		p.conns.severAll(fail(kindDrain, nil)) // before their tunnels go: the reason is ours

@@ -9,7 +9,8 @@ import (
 )
 
 // dataplaneCollector exports the counters of the devices and stacks: ztun_device_*{device,pod} and
-// ztun_stack_*{pod}. The pods are read when asked, so those that are gone have no series.
+// ztun_stack_*{pod}. The pods are read when asked, so those that are gone have no series. It is
+// registered when the node's side stands.
 type dataplaneCollector struct{ d *daemon }
 
 // Describe sends nothing: which pods there are is not known beforehand.
@@ -17,9 +18,7 @@ func (c *dataplaneCollector) Describe(chan<- *prometheus.Desc) {}
 
 // Collect implements prometheus.Collector.
 func (c *dataplaneCollector) Collect(ch chan<- prometheus.Metric) {
-	if u := c.d.uplink; u != nil {
-		emit(ch, "ztun_device_", u.Stats(), "pod", "")
-	}
+	emit(ch, "ztun_device_", c.d.uplink.Stats(), "pod", "")
 	for _, p := range c.d.pods.all() {
 		s := p.stack.Stats()
 		name := refOf(p.spec).String()

@@ -71,7 +71,9 @@ type configError struct {
 }
 
 func (e *configError) Error() string {
-	return fmt.Sprintf("invalid env var %s=%s (%v)", e.name, e.value, e.cause)
+	// One line, also where the value or a YAML error has several.
+	line := func(s string) string { return strings.Join(strings.Fields(s), " ") }
+	return fmt.Sprintf("invalid env var %s=%s (%s)", e.name, line(e.value), line(e.cause.Error()))
 }
 
 // loadConfig reads every variable through lookup (os.LookupEnv in the program).

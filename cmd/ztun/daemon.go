@@ -7,16 +7,20 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"os/signal"
 	"runtime"
 	"runtime/pprof"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
 	mrand "math/rand/v2"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"ztun/admin"
 	"ztun/admin/ca"
@@ -47,10 +51,12 @@ type daemon struct {
 	uplink  *netstack.Uplink
 	buffers hbone.Buffers // shared by the tunnels of all pods
 	quit    chan string   // the reason to end; capacity 1
+	failed  atomic.Bool   // the reason is a failure of ours
 
-	servers []*admin.Server
-	control *admin.PodSocket
-	mesh    *net.TCPListener
+	servers  []*admin.Server
+	registry *prometheus.Registry
+	control  *admin.PodSocket
+	mesh     *net.TCPListener
 
 	work sync.WaitGroup // everything that ends with the context of run
 }
@@ -108,6 +114,9 @@ func runProxy(ctx context.Context, c *Config) error {
 	stop()
 	d.work.Wait()
 	d.logger.Info("shutdown complete")
+	if d.failed.Load() {
+		return errors.New(reason) // whoever started us is to start us again
+	}
 	return nil
 }
 
@@ -170,14 +179,12 @@ func (d *daemon) start(ctx context.Context) error {
 	if err := d.openNode(ctx); err != nil {
 		return err
 	}
+	d.registry.MustRegister(&dataplaneCollector{d: d})
 	proxyReady.Done()
-	d.pods.new, d.pods.changed, d.pods.left = d.newPod, d.know.poke, d.podLeft
+	d.pods.new, d.pods.changed, d.pods.left, d.pods.sweep = d.newPod, d.know.poke, d.podLeft, d.sweep
 	d.pods.adopt(ctx)
-	// What a killed daemon left in the node's namespace for pods that are gone.
-	if swept, err := steer.Sweep(d.node, d.pods.addresses()); err != nil {
+	if err := d.sweep(d.pods.addresses()); err != nil {
 		d.logger.Warn("routes of an earlier run may be left", "error", err)
-	} else if len(swept) > 0 {
-		d.logger.Info("removed routes of an earlier run", "addresses", fmt.Sprint(swept))
 	}
 	d.control, err = admin.NewPodSocket(admin.PodSocketOptions{Path: c.Socket, Pods: d.pods, Logger: d.log.Logger("pods")})
 	if err != nil {
@@ -204,10 +211,8 @@ func (d *daemon) newState() {
 
 // handle is what the events of the loop mean here.
 func (d *daemon) handle(e admin.Event) {
-	switch e := e.(type) {
-	case admin.SourceBroken:
-		d.log.Logger("xds").Error("the workload file cannot be used, the last good state stays", "source", e.Source, "error", e.Err)
-	case admin.StateBuilt:
+	// What is broken the loop reports itself.
+	if e, ok := e.(admin.StateBuilt); ok {
 		w, s, p := e.View.Counts()
 		d.log.Logger("xds").Info("new state", "source", e.Source, "workloads", w, "services", s, "policies", p)
 	}
@@ -263,6 +268,16 @@ func (d *daemon) newPod(ctx context.Context, spec admin.PodSpec) (*pod, error) {
 	return newPod(ctx, parts, spec, d.pods.steerConfig(spec))
 }
 
+// sweep removes what a killed daemon left in the node's namespace for pods that are gone: the routes of
+// all addresses but keep.
+func (d *daemon) sweep(keep []netip.Addr) error {
+	swept, err := steer.Sweep(d.node, keep)
+	if len(swept) > 0 {
+		d.logger.Info("removed routes of an earlier run", "addresses", fmt.Sprint(swept))
+	}
+	return err
+}
+
 // podLeft drops the certificate of an identity that no pod of this node has any more.
 func (d *daemon) podLeft(gone *pod, rest []*pod) {
 	view := d.loop.View()
@@ -297,13 +312,14 @@ func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network) *proxy.Proxy {
 func (d *daemon) end(deadline time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), deadline)
 	defer cancel()
-	if d.control != nil {
-		d.control.Shutdown(ctx)
-	}
 	if d.mesh != nil {
 		d.mesh.Close()
 	}
 	var wg sync.WaitGroup
+	if d.control != nil {
+		// Beside the rest: a `ztun pod del` under way drains a pod, which may take as long as we have.
+		wg.Go(func() { d.control.Shutdown(ctx) })
+	}
 	for _, s := range d.servers {
 		wg.Go(func() { s.Shutdown(ctx) })
 	}
@@ -344,7 +360,8 @@ func (d *daemon) fail(name string, err error) {
 		return
 	}
 	d.logger.Error("failed", "task", name, "error", err)
-	d.askToQuit("failure of " + name)
+	d.failed.Store(true)
+	d.askToQuit(fmt.Sprintf("failure of %s: %v", name, err))
 }
 
 // askToQuit is how /quitquitquit and failures end the process; the first reason counts.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 
 	"ztun/admin"
 	"ztun/netstack"
@@ -34,6 +35,7 @@ type pod struct {
 	stopRun context.CancelFunc
 	running sync.WaitGroup
 	once    sync.Once
+	failure atomic.Pointer[error] // why the device carries nothing any more
 }
 
 // podParts is what the composition root lends to every pod.
@@ -84,14 +86,15 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 		return nil, err
 	}
 	undo = append(undo, func() { p.stack.Close() })
-	p.proxy = parts.proxy(spec, &podNetwork{stack: p.stack, addrs: spec.IPs, sock: parts.sock})
+	p.proxy = parts.proxy(spec, &podNetwork{stack: p.stack, addrs: spec.IPs, ns: p.ns, sock: parts.sock})
 	undo = append(undo, p.proxy.Close)
 
 	run, stop := context.WithCancel(context.Background())
 	p.stopRun = stop
 	p.running.Go(func() {
 		if err := p.stack.Run(run); err != nil && run.Err() == nil {
-			p.log.Error("the pod's device failed", "pod", refOf(spec).String(), "error", err)
+			p.failure.Store(&err)
+			p.log.Error("the pod's device failed; `ztun pod del` and `add` the pod again", "pod", refOf(spec).String(), "error", err)
 		}
 	})
 	undo = append(undo, func() { stop(); p.running.Wait() })
@@ -154,6 +157,9 @@ func (p *pod) status() admin.PodStatus {
 	s := admin.PodStatus{
 		PodSpec: p.spec, State: "Up", Device: p.dev.Name(),
 		Offload: admin.PodOffload{VNetHdr: o.VNetHdr, CSum: o.CSum, TSO4: o.TSO4, TSO6: o.TSO6, USO: o.USO, Why: o.Why},
+	}
+	if err := p.failure.Load(); err != nil {
+		s.State, s.Error = "Failed", (*err).Error()
 	}
 	for _, c := range p.proxy.Connections() {
 		if c.Inbound {

@@ -106,7 +106,7 @@ func parseIPs(texts []string) ([]netip.Addr, error) {
 
 // absoluteNetNS makes a relative path absolute: the daemon has another working directory.
 func absoluteNetNS(ref string) string {
-	if strings.HasPrefix(ref, ".") {
+	if strings.Contains(ref, "/") && !filepath.IsAbs(ref) {
 		if abs, err := filepath.Abs(ref); err == nil {
 			return abs
 		}

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"ztun/admin"
+	"ztun/tun"
 	"ztun/tun/netns"
 	"ztun/tun/steer"
 )
@@ -29,6 +30,8 @@ type podManager struct {
 	// changed is told after a pod was attached; left, after one was detached, with what is left.
 	changed func()
 	left    func(gone *pod, rest []*pod)
+	// sweep removes the node's routes of all addresses but keep.
+	sweep func(keep []netip.Addr) error
 
 	// op serialises changes: attaching is a sequence of steps on shared tables (routes, addresses).
 	op sync.Mutex
@@ -45,8 +48,16 @@ type podManager struct {
 }
 
 type pendingPod struct {
-	spec admin.PodSpec
-	err  error
+	savedPod
+	err error
+}
+
+// savedPod is a pod in the state file. The path of its namespace alone does not do: a path, and all the
+// more a pid, may name another pod's namespace by the time of a restart.
+type savedPod struct {
+	admin.PodSpec
+	Dev uint64 `json:"netnsDev,omitempty"`
+	Ino uint64 `json:"netnsIno,omitempty"`
 }
 
 const (
@@ -97,6 +108,13 @@ func (m *podManager) attach(ctx context.Context, spec admin.PodSpec) error {
 	if err := steer.CheckPod(attached, m.steerConfig(spec)); err != nil {
 		return fmt.Errorf("%w: %w", admin.ErrPodConflict, err)
 	}
+	if ns, err := netns.Open(spec.NetNS); err == nil {
+		owner := m.owner(ns)
+		ns.Close()
+		if owner != nil {
+			return fmt.Errorf("%w: network namespace %s belongs to pod %s", admin.ErrPodConflict, spec.NetNS, refOf(owner.spec))
+		}
+	}
 	p, err := m.new(ctx, spec)
 	if err != nil {
 		return err
@@ -109,6 +127,16 @@ func (m *podManager) attach(ctx context.Context, spec admin.PodSpec) error {
 	m.started.Add(1)
 	m.changed()
 	m.log.Info("pod attached", "pod", ref.String(), "netns", p.ns.Path(), "addresses", fmt.Sprint(spec.IPs), "offload", p.dev.Offload().VNetHdr)
+	return nil
+}
+
+// owner is the attached pod that lives in ns, nil if there is none.
+func (m *podManager) owner(ns *netns.NS) *pod {
+	for _, p := range m.all() {
+		if p.ns.Same(ns) {
+			return p
+		}
+	}
 	return nil
 }
 
@@ -133,11 +161,11 @@ func (m *podManager) Delete(ctx context.Context, namespace, name string) error {
 	defer m.op.Unlock()
 	ref := admin.PodRef{Namespace: namespace, Name: name}
 	m.mu.Lock()
-	_, waiting := m.pending[ref]
+	p, waiting := m.pending[ref]
 	delete(m.pending, ref)
 	m.mu.Unlock()
 	if waiting {
-		return m.save()
+		return errors.Join(m.save(), m.clean(p.savedPod))
 	}
 	ctx, cancel := context.WithTimeout(ctx, m.c.TerminationDeadline)
 	defer cancel()
@@ -179,7 +207,7 @@ func (m *podManager) List() []admin.PodStatus {
 		out = append(out, p.status())
 	}
 	for _, p := range m.pending {
-		out = append(out, admin.PodStatus{PodSpec: p.spec, State: "Pending", Error: p.err.Error()})
+		out = append(out, admin.PodStatus{PodSpec: p.PodSpec, State: "Pending", Error: p.err.Error()})
 	}
 	slices.SortFunc(out, func(a, b admin.PodStatus) int {
 		return strings.Compare(refOf(a.PodSpec).String(), refOf(b.PodSpec).String())
@@ -209,15 +237,19 @@ func (m *podManager) stateFile() string { return filepath.Join(m.c.StateDir, "po
 // save writes the list of pods for the next life of the daemon.
 func (m *podManager) save() error {
 	m.mu.Lock()
-	specs := make([]admin.PodSpec, 0, len(m.pods)+len(m.pending))
+	specs := make([]savedPod, 0, len(m.pods)+len(m.pending))
 	for _, p := range m.pods {
-		specs = append(specs, p.spec)
+		s := savedPod{PodSpec: p.spec}
+		s.Dev, s.Ino = p.ns.ID()
+		specs = append(specs, s)
 	}
 	for _, p := range m.pending {
-		specs = append(specs, p.spec)
+		specs = append(specs, p.savedPod)
 	}
 	m.mu.Unlock()
-	slices.SortFunc(specs, func(a, b admin.PodSpec) int { return strings.Compare(refOf(a).String(), refOf(b).String()) })
+	slices.SortFunc(specs, func(a, b savedPod) int {
+		return strings.Compare(refOf(a.PodSpec).String(), refOf(b.PodSpec).String())
+	})
 	b, err := json.MarshalIndent(specs, "", "  ")
 	if err != nil {
 		return err
@@ -236,7 +268,7 @@ func (m *podManager) adopt(ctx context.Context) {
 	if errors.Is(err, os.ErrNotExist) {
 		return
 	}
-	var specs []admin.PodSpec
+	var specs []savedPod
 	if err == nil {
 		err = json.Unmarshal(b, &specs)
 	}
@@ -263,24 +295,56 @@ func (m *podManager) addresses() []netip.Addr {
 	return all
 }
 
-// retry attaches spec, or keeps it pending, or drops it when its namespace is gone. op is held.
-func (m *podManager) retry(ctx context.Context, spec admin.PodSpec) {
-	ref := refOf(spec)
-	err := m.attach(ctx, spec)
-	if err == nil {
-		return
-	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if ns, nserr := netns.Open(spec.NetNS); nserr != nil {
+// retry attaches a pod of an earlier life, or keeps it pending. False says that its namespace is gone and
+// the pod was dropped. op is held.
+func (m *podManager) retry(ctx context.Context, s savedPod) bool {
+	ref := refOf(s.PodSpec)
+	if err := s.gone(); err != nil {
+		m.mu.Lock()
 		delete(m.pending, ref)
+		m.mu.Unlock()
 		m.log.Warn("pod of an earlier run is gone", "pod", ref.String(), "error", err)
-		return
-	} else {
-		ns.Close()
+		return false
 	}
-	m.pending[ref] = pendingPod{spec, err}
-	m.log.Error("pod cannot be attached, will be tried again", "pod", ref.String(), "error", err)
+	if err := m.attach(ctx, s.PodSpec); err != nil {
+		m.mu.Lock()
+		m.pending[ref] = pendingPod{s, err}
+		m.mu.Unlock()
+		m.log.Error("pod cannot be attached, will be tried again", "pod", ref.String(), "error", err)
+	}
+	return true
+}
+
+// gone says why the namespace is not the one that was saved; nil if it is.
+func (s *savedPod) gone() error {
+	ns, err := netns.Open(s.NetNS)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	if dev, ino := ns.ID(); s.Ino != 0 && (dev != s.Dev || ino != s.Ino) {
+		return fmt.Errorf("%s is another network namespace now", s.NetNS)
+	}
+	return nil
+}
+
+// clean removes what an earlier life left of a pod that this one never attached. op is held.
+func (m *podManager) clean(s savedPod) error {
+	var left error
+	if s.Ino != 0 && s.gone() == nil { // its own namespace, surely: not one where we have made nothing
+		ns, err := netns.Open(s.NetNS)
+		if err == nil {
+			if m.owner(ns) == nil {
+				err = tun.Remove(ns, podTUN) // the pod's addresses and routes go with it
+			}
+			ns.Close()
+		}
+		left = err
+	}
+	if err := errors.Join(left, m.sweep(m.addresses())); err != nil {
+		return fmt.Errorf("pod %s is forgotten, but traces of it may be left: %w", refOf(s.PodSpec), err)
+	}
+	return nil
 }
 
 // watch lets go of pods whose namespace vanishes, and retries pending ones, until ctx ends.
@@ -323,9 +387,9 @@ func (m *podManager) dropVanished() {
 
 func (m *podManager) retryPending(ctx context.Context) {
 	m.mu.Lock()
-	var specs []admin.PodSpec
+	var specs []savedPod
 	for _, p := range m.pending {
-		specs = append(specs, p.spec)
+		specs = append(specs, p.savedPod)
 	}
 	m.mu.Unlock()
 	if len(specs) == 0 {
@@ -333,8 +397,18 @@ func (m *podManager) retryPending(ctx context.Context) {
 	}
 	m.op.Lock()
 	defer m.op.Unlock()
+	dropped := false
 	for _, s := range specs {
-		m.retry(ctx, s)
+		m.mu.Lock()
+		_, still := m.pending[refOf(s.PodSpec)] // not deleted, and not added anew, while we waited for op
+		m.mu.Unlock()
+		dropped = still && !m.retry(ctx, s) || dropped
+	}
+	if !dropped {
+		return
+	}
+	if err := errors.Join(m.save(), m.sweep(m.addresses())); err != nil {
+		m.log.Error("letting go of pods of an earlier run", "error", err)
 	}
 }
 
@@ -344,13 +418,17 @@ func (m *podManager) shutdown(ctx context.Context) {
 	m.mu.Lock()
 	m.closed = true
 	m.mu.Unlock()
+	stop := func() {
+		var wg sync.WaitGroup
+		for _, p := range m.all() {
+			wg.Go(func() { p.stop(ctx) })
+		}
+		wg.Wait()
+	}
+	stop() // not behind a change that is under way, which may be the draining of another pod
 	m.op.Lock()
 	defer m.op.Unlock()
-	var wg sync.WaitGroup
-	for _, p := range m.all() {
-		wg.Go(func() { p.stop(ctx) })
-	}
-	wg.Wait()
+	stop() // a pod that was being attached
 }
 
 // serveMesh accepts HBONE connections for all pods until the listener is closed.

@@ -29,6 +29,7 @@ func (d *daemon) bindAdmin() error {
 		return err
 	}
 	registry := prometheus.NewRegistry()
+	d.registry = registry
 	s, err := admin.NewStats(admin.StatsOptions{
 		Port: d.c.StatsPort, IPv6: d.c.IPv6, Registry: registry, Ordered: []prometheus.Collector{d.metrics}, Logger: d.log.Logger("stats"),
 	})
@@ -47,7 +48,6 @@ func (d *daemon) bindAdmin() error {
 			s := d.log.Stats()
 			return admin.LogStats{Queued: s.Queued, Lines: s.Lines, Batches: s.Batches, Waits: s.Waits, Dropped: s.Dropped, WriteErrors: s.WriteErrors}
 		}}),
-		&dataplaneCollector{d: d},
 	)
 	return nil
 }
