@@ -61,6 +61,13 @@ var (
 	_ waiter.EventListener = (*Conn)(nil)
 )
 
+// Keepalive towards the pod's kernel; the configured one goes for the network, and for this when it is shorter.
+const (
+	localKeepaliveIdle     = tcpip.KeepaliveIdleOption(30 * time.Second)
+	localKeepaliveInterval = tcpip.KeepaliveIntervalOption(5 * time.Second)
+	localKeepaliveCount    = 3
+)
+
 func newConn(h *hop, local, remote netip.AddrPort) *Conn {
 	return &Conn{h: h, local: local, remote: remote}
 }
@@ -69,10 +76,15 @@ func newConn(h *hop, local, remote netip.AddrPort) *Conn {
 func (c *Conn) start(ep *tcp.Endpoint) error {
 	c.ep = ep
 	so := ep.SocketOptions()
-	idle, interval := tcpip.KeepaliveIdleOption(c.h.s.cfg.KeepaliveIdle), tcpip.KeepaliveIntervalOption(c.h.s.cfg.KeepaliveInterval)
+	idle, interval, count := tcpip.KeepaliveIdleOption(c.h.s.cfg.KeepaliveIdle), tcpip.KeepaliveIntervalOption(c.h.s.cfg.KeepaliveInterval), c.h.s.cfg.KeepaliveCount
+	if !c.h.network {
+		// The pod's kernel answers within microseconds or not at all, and it says RST once: when its queue towards
+		// us drops that (a burst of closes), only a keepalive finds out that the connection is gone.
+		idle, interval, count = min(idle, localKeepaliveIdle), min(interval, localKeepaliveInterval), min(count, localKeepaliveCount)
+	}
 	ep.SetSockOpt(&idle)
 	ep.SetSockOpt(&interval)
-	ep.SetSockOptInt(tcpip.KeepaliveCountOption, c.h.s.cfg.KeepaliveCount)
+	ep.SetSockOptInt(tcpip.KeepaliveCountOption, count)
 	so.SetKeepAlive(true)
 	// One entry for the life of the connection: registering per wait would take
 	// the queue's lock twice each time.

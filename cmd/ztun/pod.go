@@ -73,7 +73,13 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 	}); err != nil {
 		return nil, err
 	}
-	undo = append(undo, func() { tun.Destroy(p.dev) })
+	// By name and not by handle: closing the stack closes the device, and a persistent one stays.
+	undo = append(undo, func() {
+		p.dev.Close()
+		if err := tun.Remove(p.ns, podTUN); err != nil {
+			p.log.Warn("a device may be left in the pod's namespace", "pod", refOf(spec).String(), "device", podTUN, "error", err)
+		}
+	})
 	if p.stack, err = netstack.New(netstack.Config{
 		Addrs: spec.IPs, MTU: spec.MTU, App: p.dev, Uplink: parts.uplink, Logger: parts.log,
 		MaxInFlight: parts.c.MaxInFlight, MaxInFlightPerDst: parts.c.MaxInFlightPerDestination,

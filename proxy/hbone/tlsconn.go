@@ -74,6 +74,9 @@ func handshake(ctx context.Context, raw net.Conn, cfg *tls.Config, client bool) 
 		t = tls.Server(lock, cfg)
 	}
 	if err := t.HandshakeContext(ctx); err != nil {
+		if !client {
+			lingerClose(raw)
+		}
 		raw.Close()
 		return nil, tls.ConnectionState{}, err
 	}
@@ -85,6 +88,17 @@ func handshake(ctx context.Context, raw net.Conn, cfg *tls.Config, client bool) 
 		return t, state, nil
 	}
 	return &Conn{raw: raw, state: state, rec: rec}, state, nil
+}
+
+// lingerClose lets the alert of a refused handshake arrive: a TLS 1.3 client is done before we judge it and sends
+// on, and closing a socket with unread bytes resets it, which would overtake the alert.
+func lingerClose(raw net.Conn) {
+	half, ok := raw.(interface{ CloseWrite() error })
+	if !ok || half.CloseWrite() != nil {
+		return
+	}
+	raw.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
+	io.Copy(io.Discard, io.LimitReader(raw, 64<<10))
 }
 
 // takeOver makes the record layer for a finished handshake, or nil if that is not ours to carry on.
