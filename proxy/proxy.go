@@ -264,17 +264,12 @@ func (p *Proxy) Shutdown(ctx context.Context) {
 	}
 	select {
 	case <-p.conns.empty():
-		// The last bytes of streams that are closed already may still wait for the peer's window, and a
-		// peer that has not read our GOAWAY may have opened one more: both end with their tunnel.
-		for _, s := range mesh {
-			s.Shutdown(ctx)
-		}
-		p.pool.Shutdown(ctx)
 	case <-ctx.Done():
 		p.o.Log.Warn("drain duration expired with pending connections, forcefully shutting down", "connections", len(p.conns.snapshot()))
 		p.conns.severAll(fail(kindDrain, nil)) // before their tunnels go: the reason is ours
 	}
-	// A connection leaves the table when its last bytes and its end are queued, not when they are sent.
+	// A connection leaves the table when its last bytes and its end are queued, not when they are sent; and
+	// a peer that has not read our GOAWAY yet may have opened one more. Both end with their tunnel.
 	var flushed sync.WaitGroup
 	for _, s := range mesh {
 		flushed.Go(func() { s.Shutdown(ctx) })

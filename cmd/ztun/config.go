@@ -70,6 +70,8 @@ type configError struct {
 	cause       error
 }
 
+func (e *configError) Unwrap() error { return e.cause }
+
 func (e *configError) Error() string {
 	// One line, also where the value or a YAML error has several.
 	line := func(s string) string { return strings.Join(strings.Fields(s), " ") }

@@ -132,7 +132,7 @@ func (d *daemon) start(ctx context.Context) error {
 	runtime.GOMAXPROCS(c.WorkerThreads + 1)
 	raiseFileLimit(d.logger)
 	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
-		return fmt.Errorf("ZTUN_STATE_DIR: %w", err)
+		return &configError{"ZTUN_STATE_DIR", c.StateDir, err}
 	}
 
 	d.ready = admin.NewReady(time.Now)
@@ -163,8 +163,11 @@ func (d *daemon) start(ctx context.Context) error {
 	// The first load is synchronous: a wrong file at start is an error, later it keeps the last good state.
 	file := &xds.File{Path: c.LocalXDSPath, Inline: c.LocalXDS, Logger: d.log.Logger("xds")}
 	first, err := file.Load()
-	if err != nil {
-		return err
+	switch {
+	case err != nil && c.LocalXDSPath == "":
+		return &configError{"LOCAL_XDS", "...", err}
+	case err != nil:
+		return &configError{"LOCAL_XDS_PATH", c.LocalXDSPath, err}
 	}
 	if err := d.loop.Do(ctx, func() { d.loop.Publish(first.View(c.NodeName)) }); err != nil {
 		return err
@@ -223,7 +226,11 @@ func (d *daemon) signer() (ca.Signer, error) {
 		d.logger.Warn("FAKE_CA=true: certificates are signed with a key that everybody knows; for tests only")
 		return ca.NewFake(), nil
 	}
-	return ca.LoadDir(d.c.LocalCADir)
+	signer, err := ca.LoadDir(d.c.LocalCADir)
+	if err != nil {
+		return nil, &configError{"LOCAL_CA_DIR", d.c.LocalCADir, err}
+	}
+	return signer, nil
 }
 
 // openNode makes the node's side: its TUN, its rules, the listener of the mesh's port.

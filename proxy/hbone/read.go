@@ -36,6 +36,7 @@ type reader struct {
 	c     *conn
 	k     *block
 	used  int
+	owed  []*Stream // whose users are to be woken for what was pushed
 	state int
 	after int // state that follows atSkip
 
@@ -105,6 +106,7 @@ func (r *reader) run() error {
 				r.violated(perr)
 			}
 			if err != nil {
+				r.wakeOwed()
 				return err
 			}
 			if c.tr.urgent() {
@@ -113,6 +115,7 @@ func (r *reader) run() error {
 				c.mu.Unlock()
 			}
 		}
+		r.wakeOwed()
 		// Nothing is held while we sleep; streams keep what they need of the block.
 		r.release()
 	}

@@ -25,7 +25,7 @@ type chunk struct {
 	own      bool // k was taken for this chunk alone: later pieces may be added
 }
 
-// push adds k.b[off:end] to what s's user will read. False: nobody will, the caller gives the credit back.
+// push adds k.b[off:end] to what s's user will read; wakeOwed tells him. Only the reader calls it. False: nobody will, the caller gives the credit back.
 func (s *Stream) push(k *block, off, end int) bool {
 	s.rmu.Lock()
 	defer s.rmu.Unlock()
@@ -50,10 +50,24 @@ func (s *Stream) push(k *block, off, end int) bool {
 		}
 		s.pushCopy(tail, k.b[off:end])
 	}
-	if s.readers > 0 {
-		s.rcond.Signal()
+	if s.readers > 0 && !s.owed {
+		s.owed = true
+		s.c.rd.owed = append(s.c.rd.owed, s)
 	}
 	return true
+}
+
+// wakeOwed wakes the users for whom something was pushed: once all that had arrived is theirs, so that they take
+// it in few large pieces, and are not woken for each.
+func (r *reader) wakeOwed() {
+	for i, s := range r.owed {
+		s.rmu.Lock()
+		s.owed = false
+		s.rcond.Signal()
+		s.rmu.Unlock()
+		r.owed[i] = nil
+	}
+	r.owed = r.owed[:0]
 }
 
 // pushCopy adds b to the tail's own block, or to further ones. rmu is held.

@@ -62,6 +62,7 @@ type Stream struct {
 	rdl     deadline
 	rclosed bool // what comes is thrown away
 	readers int
+	owed    bool // the reader has pushed something and will wake the user
 }
 
 func newStream(c *conn, id uint32) *Stream {
