@@ -8,6 +8,7 @@
 //	rx.go       one packet, read into {headers, payload}; parsed, vouched for or verified
 //	pump.go     the reader of a device, which delivers inline
 //	uplink.go   the node's device: which pod a packet is for
+//	icmpback.go ICMP errors about the mesh's sockets, which go back to the kernel
 //	link.go     the device as gVisor's link endpoint
 //	hop.go      one gVisor stack and its options, each with its reason
 //	forward.go  a SYN that nobody knows -> Flow, within bounds
@@ -64,4 +65,9 @@
 // built: a callback would run in gVisor's segment processor with the endpoint
 // locked, so it could only wake somebody, which WaitRead does. A parked
 // goroutine costs 3 KiB of the 19 KiB that an idle relayed connection takes.
+//
+// 2026-11-23: ICMP errors about HBONE, which the node's routing sends to the
+// uplink with the rest of the pod's packets, are written back to it for the
+// kernel. Written back unchanged they would depend on the host's rp_filter, and
+// could go round; icmpback.go says what is changed and why.
 package netstack

@@ -29,6 +29,9 @@ type pump struct {
 	// asks route.
 	only  *port
 	route func(p *rxPacket) *port
+	// back takes what is not for a stack at all; nil for an App device. See
+	// icmpback.go.
+	back func(bufs [][]byte, n int) bool
 
 	tx txQueue
 
@@ -41,6 +44,7 @@ type pump struct {
 type rxStats struct {
 	packets, bytes                             atomic.Uint64
 	malformed, notTCP, badChecksum, unknownDst atomic.Uint64
+	returned                                   atomic.Uint64
 }
 
 func newPump(dev tun.Device, log *slog.Logger) *pump {
@@ -119,6 +123,9 @@ func (p *pump) reader() error {
 			continue
 		}
 		if !pk.tcp {
+			if p.back != nil && p.back(iov, n) {
+				continue
+			}
 			knownICMP6(iov[0][:min(n, headSize)])
 		}
 		to := p.only

@@ -8,7 +8,11 @@ type LinkStats struct {
 	// other; a protocol other than TCP and ICMP; a wrong TCP checksum; a
 	// destination that is no pod's (uplink only).
 	RxMalformed, RxNotTCP, RxBadChecksum, RxUnknownDst uint64
-	TxPackets, TxBytes                                 uint64
+	// RxReturned were ICMP errors about connections of the kernel's, written to
+	// the device again for it (uplink only); the transmit queue may still have
+	// dropped them.
+	RxReturned         uint64
+	TxPackets, TxBytes uint64
 	// TxDropped were refused because the transmit queue was full or closed;
 	// TxErrors failed in the device.
 	TxDropped, TxErrors uint64
@@ -63,6 +67,7 @@ func (p *pump) stats() LinkStats {
 		RxPackets: p.rx.packets.Load(), RxBytes: p.rx.bytes.Load(),
 		RxMalformed: p.rx.malformed.Load(), RxNotTCP: p.rx.notTCP.Load(),
 		RxBadChecksum: p.rx.badChecksum.Load(), RxUnknownDst: p.rx.unknownDst.Load(),
+		RxReturned: p.rx.returned.Load(),
 		TxPackets: p.tx.packets.Load(), TxBytes: p.tx.sent.Load(),
 		TxDropped: p.tx.dropped.Load(), TxErrors: p.tx.errors.Load(),
 		Offload: p.gso,

@@ -14,6 +14,8 @@ import (
 
 // Uplink shares the node's TUN among the stacks of its pods: one reader, which
 // finds the pod by the packet's destination address, and one transmit queue.
+// ICMP errors about the mesh's own connections, which are the kernel's, it gives
+// back to the kernel (icmpback.go).
 type Uplink struct {
 	pump *pump
 
@@ -36,6 +38,7 @@ func NewUplink(dev tun.Device, log *slog.Logger) *Uplink {
 	u := &Uplink{pump: newPump(dev, log), runDone: make(chan struct{})}
 	u.table.Store(&map[netip.Addr]*port{})
 	u.pump.route = func(p *rxPacket) *port { return (*u.table.Load())[p.dst] }
+	u.pump.back = u.giveBack
 	return u
 }
 

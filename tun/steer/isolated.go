@@ -12,11 +12,16 @@ import (
 const (
 	TableMain  = unix.RT_TABLE_MAIN
 	TableHBONE = 15008 // one local route per attached pod; the rules below lead to it
+	PrefReturn = 9     // rule: ICMP errors that the node's TUN gives back
 	PrefDport  = 10    // rule: to the HBONE port
 	PrefSport  = 11    // rule: from the HBONE port
 
 	// FallbackMetric is the metric of a pod's `unreachable` route in the node's main table, larger than that of the route to the node's TUN.
 	FallbackMetric = 4000
+
+	// ReturnTOS is the DS field by which the rule of PrefReturn knows the ICMP errors about HBONE that netstack writes back for the kernel's sockets
+	// (netstack.ReturnTOS, which has the reasons).
+	ReturnTOS = 0x0c
 
 	// PortHBONE is the mesh's port on every pod's address.
 	PortHBONE = 15008
@@ -39,7 +44,10 @@ type PodConfig struct {
 }
 
 // NodePlan is what an isolated node needs once: forwarding (packets for the pods arrive by the node's own devices and go to its TUN), a quiet TUN,
-// and the rules that bring the mesh's port to the table of captured pods.
+// and the rules that bring the mesh's port, and ICMP errors about it, to the table of captured pods.
+//
+// Which ICMP errors are about the mesh's port no rule can tell: they come out of the node's TUN, and netstack writes these back, marked and with the
+// last hop of their TTL, so that what finds no local route in the table (a pod just removed) ends instead of coming out of the TUN once more.
 func NodePlan(c NodeConfig) Plan {
 	var p Plan
 	add := func(a Action) { p.Steps = append(p.Steps, Step{Node, a}) }
@@ -58,8 +66,13 @@ func NodePlan(c NodeConfig) Plan {
 	}
 	add(Link{Dev: c.TUN, MTU: c.MTU})
 	for _, v6 := range families(c.IPv6) {
-		add(Rule{V6: v6, Pref: PrefDport, Dport: PortHBONE, Table: TableHBONE})
-		add(Rule{V6: v6, Pref: PrefSport, Sport: PortHBONE, Table: TableHBONE})
+		icmp := uint8(unix.IPPROTO_ICMP)
+		if v6 {
+			icmp = unix.IPPROTO_ICMPV6
+		}
+		add(Rule{V6: v6, Pref: PrefReturn, Iif: c.TUN, TOS: ReturnTOS, Proto: icmp, Table: TableHBONE})
+		add(Rule{V6: v6, Pref: PrefDport, Proto: unix.IPPROTO_TCP, Dport: PortHBONE, Table: TableHBONE})
+		add(Rule{V6: v6, Pref: PrefSport, Proto: unix.IPPROTO_TCP, Sport: PortHBONE, Table: TableHBONE})
 	}
 	return p
 }

@@ -87,11 +87,14 @@ type Route struct {
 	Metric int    // 0 is the kernel's default: 0 for IPv4, 1024 for IPv6
 }
 
-// Rule sends TCP traffic of one port to a table.
+// Rule sends some traffic of one protocol to a table.
 type Rule struct {
 	V6           bool
 	Pref         int
-	Sport, Dport uint16 // one of them, the other is 0
+	Iif          string // the device that it comes from, "" is any
+	Proto        uint8  // unix.IPPROTO_TCP, IPPROTO_ICMP, IPPROTO_ICMPV6
+	TOS          uint8  // the DS field, 0 is any; bits of 0x1c only
+	Sport, Dport uint16 // TCP only, 0 is any
 	Table        int
 }
 
@@ -161,15 +164,36 @@ func (r Route) String() string {
 
 // String implements Action.
 func (r Rule) String() string {
-	family := ""
+	var b strings.Builder
+	b.WriteString("ip ")
 	if r.V6 {
-		family = "-6 "
+		b.WriteString("-6 ")
 	}
-	port := fmt.Sprintf("dport %d", r.Dport)
-	if r.Dport == 0 {
-		port = fmt.Sprintf("sport %d", r.Sport)
+	fmt.Fprintf(&b, "rule add pref %d", r.Pref)
+	if r.Iif != "" {
+		b.WriteString(" iif " + r.Iif)
 	}
-	return fmt.Sprintf("ip %srule add pref %d ipproto tcp %s lookup %d protocol %d", family, r.Pref, port, r.Table, Protocol)
+	if r.TOS != 0 {
+		fmt.Fprintf(&b, " tos %#02x", r.TOS)
+	}
+	switch r.Proto {
+	case unix.IPPROTO_TCP:
+		b.WriteString(" ipproto tcp")
+	case unix.IPPROTO_ICMP:
+		b.WriteString(" ipproto icmp")
+	case unix.IPPROTO_ICMPV6:
+		b.WriteString(" ipproto ipv6-icmp")
+	default:
+		fmt.Fprintf(&b, " ipproto %d", r.Proto)
+	}
+	if r.Sport != 0 {
+		fmt.Fprintf(&b, " sport %d", r.Sport)
+	}
+	if r.Dport != 0 {
+		fmt.Fprintf(&b, " dport %d", r.Dport)
+	}
+	fmt.Fprintf(&b, " lookup %d protocol %d", r.Table, Protocol)
+	return b.String()
 }
 
 // String returns one line per step: the namespace and the command.

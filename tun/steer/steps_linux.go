@@ -316,7 +316,7 @@ func (p *place) doRule(r Rule) (back func() error, err error) {
 		return nil, err
 	}
 	for _, h := range have {
-		if h.Table == r.Table && h.Priority == r.Pref {
+		if h.Table == r.Table && h.Priority == r.Pref && h.IifName == r.Iif {
 			return nil, nil
 		}
 		if h.Protocol == Protocol {
@@ -335,7 +335,8 @@ func (p *place) doRule(r Rule) (back func() error, err error) {
 	return func() error { return p.h.RuleDel(want) }, nil
 }
 
-// rules lists the rules that select the same traffic as r, whatever they do with it.
+// rules lists the rules that select the same traffic as r, whatever they do with it, and ours that select it from another device (the node's TUN had
+// another name).
 func (p *place) rules(r Rule) ([]netlink.Rule, error) {
 	want := r.netlink()
 	have, err := retry(func() ([]netlink.Rule, error) { return p.h.RuleList(want.Family) })
@@ -344,8 +345,9 @@ func (p *place) rules(r Rule) ([]netlink.Rule, error) {
 	}
 	var out []netlink.Rule
 	for _, h := range have {
-		if h.IPProto == unix.IPPROTO_TCP && samePort(h.Sport, r.Sport) && samePort(h.Dport, r.Dport) &&
-			h.Src == nil && h.Dst == nil && h.IifName == "" && h.OifName == "" && h.Mark == 0 && !h.Invert {
+		sameIif := h.IifName == r.Iif || (r.Iif != "" && h.IifName != "" && h.Protocol == Protocol)
+		if sameIif && h.IPProto == int(r.Proto) && h.Tos == uint(r.TOS) && samePort(h.Sport, r.Sport) && samePort(h.Dport, r.Dport) &&
+			h.Src == nil && h.Dst == nil && h.OifName == "" && h.Mark == 0 && !h.Invert {
 			h.Family = want.Family
 			out = append(out, h)
 		}
@@ -366,7 +368,8 @@ func (r Rule) netlink() *netlink.Rule {
 	if r.V6 {
 		nr.Family = netlink.FAMILY_V6
 	}
-	nr.Priority, nr.Table, nr.IPProto, nr.Protocol = r.Pref, r.Table, unix.IPPROTO_TCP, Protocol
+	nr.Priority, nr.Table, nr.IPProto, nr.Protocol = r.Pref, r.Table, int(r.Proto), Protocol
+	nr.IifName, nr.Tos = r.Iif, uint(r.TOS)
 	if r.Sport != 0 {
 		nr.Sport = netlink.NewRulePortRange(r.Sport, r.Sport)
 	}
