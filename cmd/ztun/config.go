@@ -48,7 +48,7 @@ type Config struct {
 	StateDir, Socket, NodeTUN              string
 	MTU                                    int
 	MaxInFlight, MaxInFlightPerDestination int
-	TUNPlain                               bool
+	TUNPlain, AdaptiveProcessors           bool
 }
 
 // variable is one row of the table: how a value is read, and what it means.
@@ -156,6 +156,7 @@ func variables(c *Config, l *loader) []variable {
 		{"ZTUN_MAX_INFLIGHT", "1024", "connections of one pod that may wait for their verdict", ranged(&c.MaxInFlight, 1, 1<<20)},
 		{"ZTUN_MAX_INFLIGHT_PER_DESTINATION", "256", "the same, to one destination", ranged(&c.MaxInFlightPerDestination, 1, 1<<20)},
 		{"ZTUN_TUN_PLAIN", "false", "use the portable TUN path without offload", boolean(&c.TUNPlain)},
+		{"ZTUN_ADAPTIVE_PROCESSORS", "true", "use as many processors as the work needs, up to the worker threads plus one; false: always that many", boolean(&c.AdaptiveProcessors)},
 		{"ZTUN_READINESS_PORT", "15021", "readiness port (fixed in ztunnel; for several daemons in one namespace)", uint16v(&c.ReadinessPort, 0)},
 		{"PACKET_MARK", "0", "SO_MARK of the sockets towards the network, 0 for none (ztunnel's 1337 serves its iptables rules, of which there are none here)", uint32v(&c.PacketMark, 0, math.MaxUint32)},
 	}

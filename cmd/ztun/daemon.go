@@ -129,7 +129,11 @@ func (d *daemon) start(ctx context.Context) error {
 		d.logger.Debug("effective configuration", "config", string(effective))
 	}
 	// One processor more than the workers have, so that admin work never takes one of theirs.
-	runtime.GOMAXPROCS(c.WorkerThreads + 1)
+	procs := &processors{limit: c.WorkerThreads + 1}
+	procs.set(procs.limit)
+	if c.AdaptiveProcessors {
+		d.admin(ctx, "processors", func(ctx context.Context) error { procs.run(ctx); return nil })
+	}
 	raiseFileLimit(d.logger)
 	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
 		return &configError{"ZTUN_STATE_DIR", c.StateDir, err}

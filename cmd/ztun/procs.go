@@ -1,0 +1,127 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"os"
+	"runtime"
+	"strconv"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// processors keeps as many of Go's processors (GOMAXPROCS) as the work can use, between one and a limit.
+// A processor more than that is dear: every wake-up then tries to start another thread, which is an
+// interrupt to another CPU and a cold cache there. On a 2-core machine with bulk traffic, one processor
+// per daemon moved 10 to 25 % more than three, at 10 to 25 % less CPU per byte (scripts/bench mesh
+// --versus-env, 2026-11-23; design section 7, lesson 5).
+type processors struct {
+	limit int          // worker threads and one for admin work
+	now   atomic.Int64 // in use
+}
+
+// usage is what a stretch of time took, in processors.
+type usage struct {
+	own  float64 // of this process
+	idle float64 // of the whole machine
+}
+
+// next decides how many processors the following stretch gets. One more when those in use are saturated
+// and the machine has some to spare; one less when they are not needed by a margin, so that the two do
+// not chase each other.
+func nextProcessors(now, limit int, u usage) int {
+	switch n := float64(now); {
+	case now < limit && u.own > 0.85*n && u.idle > 0.25:
+		return now + 1
+	case now > 1 && u.own < 0.8*(n-1):
+		return now - 1
+	}
+	return now
+}
+
+// How often the figures are looked at: at work, and while there is nothing to do.
+const (
+	procsBusy = 50 * time.Millisecond
+	procsIdle = time.Second
+)
+
+// run adapts GOMAXPROCS until ctx ends.
+func (p *processors) run(ctx context.Context) {
+	last := time.Now()
+	own, idle := ownCPU(), idleCPU()
+	timer := time.NewTimer(procsBusy)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+		}
+		o, now := ownCPU(), time.Now()
+		d := now.Sub(last).Seconds()
+		u := usage{own: (o - own).Seconds() / d}
+		wait := procsIdle
+		if u.own > 0.05 || p.now.Load() > 1 {
+			i := idleCPU()
+			u.idle = (i - idle).Seconds() / d
+			idle, wait = i, procsBusy
+			p.set(nextProcessors(int(p.now.Load()), p.limit, u))
+		} else {
+			idle = idleCPU()
+		}
+		own, last = o, now
+		timer.Reset(wait)
+	}
+}
+
+// set changes GOMAXPROCS, which stops the world for some 20 us, only when it must.
+func (p *processors) set(n int) {
+	if int64(n) != p.now.Swap(int64(n)) {
+		runtime.GOMAXPROCS(n)
+	}
+}
+
+// ownCPU is the CPU time of this process so far.
+func ownCPU() time.Duration {
+	var r syscall.Rusage
+	if syscall.Getrusage(syscall.RUSAGE_SELF, &r) != nil {
+		return 0
+	}
+	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
+}
+
+// idleCPU is the idle time of all CPUs of the machine so far, from the first line of /proc/stat.
+func idleCPU() time.Duration {
+	f, err := os.Open("/proc/stat")
+	if err != nil {
+		return 0
+	}
+	defer f.Close()
+	line, err := bufio.NewReaderSize(f, 512).ReadSlice('\n')
+	if err != nil {
+		return 0
+	}
+	return parseIdle(line)
+}
+
+// userHZ is the unit of /proc/stat on every Linux that Go runs on.
+const userHZ = 100
+
+// parseIdle reads "cpu user nice system idle iowait ...".
+func parseIdle(line []byte) time.Duration {
+	f := bytes.Fields(line)
+	if len(f) < 6 || string(f[0]) != "cpu" {
+		return 0
+	}
+	var ticks int64
+	for _, v := range f[4:6] {
+		n, err := strconv.ParseInt(string(v), 10, 64)
+		if err != nil {
+			return 0
+		}
+		ticks += n
+	}
+	return time.Duration(ticks) * (time.Second / userHZ)
+}
