@@ -59,3 +59,29 @@ func BenchmarkPingPong(b *testing.B) {
 	c.Close()
 	s.Close()
 }
+
+// BenchmarkTUNEcho is the round trip of one byte between a kernel socket and a
+// connection of ours, by a real TUN.
+func BenchmarkTUNEcho(b *testing.B) {
+	l := newLab(b, false, func(f *Flow) {
+		c, err := f.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		io.CopyBuffer(onlyWriter{c}, struct{ io.Reader }{c}, make([]byte, 16))
+	})
+	c, err := l.dial("10.2.0.3:80")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer c.Close()
+	buf := make([]byte, 1)
+	b.ReportAllocs()
+	for b.Loop() {
+		c.Write(buf)
+		if _, err := c.Read(buf); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

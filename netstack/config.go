@@ -45,6 +45,11 @@ type Config struct {
 	KeepaliveIdle     time.Duration
 	KeepaliveInterval time.Duration
 	KeepaliveCount    int
+	// KeepaliveOff turns it off towards the network.
+	KeepaliveOff bool
+	// UserTimeout bounds how long data sent to the network may stay
+	// unacknowledged (TCP_USER_TIMEOUT); 0 leaves it to retransmission.
+	UserTimeout time.Duration
 
 	// ReceiveBuffer and SendBuffer are the bytes a connection starts with, the
 	// Max ones what moderation may raise them to. Half of a receive buffer is

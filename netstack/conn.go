@@ -85,7 +85,10 @@ func (c *Conn) start(ep *tcp.Endpoint) error {
 	ep.SetSockOpt(&idle)
 	ep.SetSockOpt(&interval)
 	ep.SetSockOptInt(tcpip.KeepaliveCountOption, count)
-	so.SetKeepAlive(true)
+	so.SetKeepAlive(!c.h.network || !c.h.s.cfg.KeepaliveOff)
+	if t := tcpip.TCPUserTimeoutOption(c.h.s.cfg.UserTimeout); c.h.network && t > 0 {
+		ep.SetSockOpt(&t)
+	}
 	// One entry for the life of the connection: registering per wait would take
 	// the queue's lock twice each time.
 	c.entry.Init(c, waiter.ReadableEvents|waiter.WritableEvents|waiter.EventHUp|waiter.EventErr|waiter.EventRdHUp)

@@ -68,7 +68,7 @@ func (p *pump) stats() LinkStats {
 		RxMalformed: p.rx.malformed.Load(), RxNotTCP: p.rx.notTCP.Load(),
 		RxBadChecksum: p.rx.badChecksum.Load(), RxUnknownDst: p.rx.unknownDst.Load(),
 		RxReturned: p.rx.returned.Load(),
-		TxPackets: p.tx.packets.Load(), TxBytes: p.tx.sent.Load(),
+		TxPackets:  p.tx.packets.Load(), TxBytes: p.tx.sent.Load(),
 		TxDropped: p.tx.dropped.Load(), TxErrors: p.tx.errors.Load(),
 		Offload: p.gso,
 	}

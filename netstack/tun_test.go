@@ -24,7 +24,7 @@ type lab struct {
 	s  *Stack
 }
 
-func newLab(t *testing.T, plain bool, onFlow func(*Flow)) *lab {
+func newLab(t testing.TB, plain bool, onFlow func(*Flow)) *lab {
 	t.Helper()
 	l := &lab{ns: nslab.New(t)}
 	dev, err := tun.Open(tun.Options{Name: "ztun0", NetNS: l.ns.NS, Plain: plain})

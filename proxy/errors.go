@@ -97,7 +97,7 @@ func (e *Error) Refusal() Refusal {
 	case e.cause == nil || e.kind == kindDenied || e.kind == kindStatus:
 	case errors.Is(e.cause, syscall.EHOSTUNREACH):
 		return RefuseHostUnreachable
-	case errors.Is(e.cause, syscall.ENETUNREACH):
+	case errors.Is(e.cause, syscall.ENETUNREACH), errors.Is(e.cause, syscall.EAFNOSUPPORT): // the pod has no address of that family
 		return RefuseNetUnreachable
 	case timedOut(e.cause):
 		return RefuseSilent

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
 	"strings"
+	"syscall"
 	"time"
 
 	"ztun/proxy/hbone"
@@ -35,6 +37,10 @@ func (p *Proxy) ServeMesh(raw net.Conn) {
 	defer v.leave()
 
 	t := &tunnel{src: addrPort(raw.RemoteAddr()), dst: addrPort(raw.LocalAddr())}
+	if err := p.awaitByte(raw); err != nil {
+		p.deny(false, t.src, t.dst, fmt.Errorf("tls handshake error: %w", err))
+		return
+	}
 	conn, err := p.handshake(raw, t)
 	if err != nil {
 		p.deny(false, t.src, t.dst, err)
@@ -54,6 +60,35 @@ func (p *Proxy) ServeMesh(raw net.Conn) {
 	p.mu.Lock()
 	delete(p.mesh, server)
 	p.mu.Unlock()
+}
+
+// awaitByte waits for the first byte without taking it: connections that say nothing take no part of the
+// bound on handshakes, which they could exhaust.
+func (p *Proxy) awaitByte(raw net.Conn) error {
+	sc, ok := raw.(syscall.Conn)
+	if !ok {
+		return nil
+	}
+	rc, err := sc.SyscallConn()
+	if err != nil {
+		return err
+	}
+	raw.SetReadDeadline(time.Now().Add(handshakeTimeout))
+	defer raw.SetReadDeadline(time.Time{})
+	defer context.AfterFunc(p.ctx, func() { raw.SetReadDeadline(time.Unix(1, 0)) })()
+	var b [1]byte
+	var n int
+	var rerr error
+	if err := rc.Read(func(fd uintptr) bool {
+		n, _, rerr = syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		return rerr != syscall.EAGAIN && rerr != syscall.EINTR
+	}); err != nil {
+		return err
+	}
+	if rerr == nil && n == 0 {
+		return io.EOF
+	}
+	return rerr
 }
 
 // handshake proves both sides' identities. It is bounded in time and in number.

@@ -218,6 +218,7 @@ func (p *Proxy) Recheck() {
 		// A policy that is listed but not loaded (yet) refuses new connections; it is no reason to cut
 		// one that was allowed, since workloads and policies do not arrive together.
 		if v := rbac.Evaluate(policies, l.policy); !v.Allowed && !v.Missing {
+			p.o.Log.Info("connection is no longer allowed, closing it", "src", l.src, "dst", l.actualDst, "policy", v.Policy)
 			l.sever(fail(kindPolicyChange, nil))
 		}
 	}

@@ -24,7 +24,6 @@ type Config struct {
 	LocalCADir             string
 	FakeCA                 bool
 	SecretTTL              time.Duration
-	TrustDomain            string
 
 	StreamWindow, ConnWindow, FrameSize uint32
 	PoolMaxStreams                      uint16
@@ -115,8 +114,8 @@ func variables(c *Config, l *loader) []variable {
 		{"NODE_NAME", "", "name of this node; only its workloads are served", str(&c.NodeName)},
 		{"NETWORK", "", "network of this node", str(&c.Network)},
 		{"CLUSTER_ID", "Kubernetes", "cluster of this node (ISTIO_META_CLUSTER_ID wins)", str(&c.ClusterID)},
-		{"ISTIO_META_CLUSTER_ID", "", "cluster of this node", str(&c.ClusterID)},
-		{"CLUSTER_DOMAIN", "cluster.local", "DNS suffix of the cluster", str(&c.ClusterDomain)},
+		{"ISTIO_META_CLUSTER_ID", "", "cluster of this node", nonEmpty(&c.ClusterID)},
+		{"CLUSTER_DOMAIN", "cluster.local", "DNS suffix of the cluster; shown in /config_dump only, for now", str(&c.ClusterDomain)},
 		{"PROXY_MODE", "shared", "shared: one daemon for all pods of the node (the only mode)", only("shared", "a TUN-based proxy serves pods through their namespaces; dedicated mode redirects with iptables")},
 		{"ENABLE_PROXY", "true", "the HBONE proxy; must be on", only("true", "a node proxy without a proxy does nothing")},
 		{"XDS_ADDRESS", "", "control plane; must be empty for now: workloads come from LOCAL_XDS_PATH", only("", "the xDS client is not part of this version; unset it and use LOCAL_XDS_PATH")},
@@ -125,7 +124,6 @@ func variables(c *Config, l *loader) []variable {
 		{"LOCAL_CA_DIR", "", "directory of the local CA (see `ztun ca init`)", str(&c.LocalCADir)},
 		{"FAKE_CA", "false", "use the built-in test CA, which every copy of this program knows: for tests only", boolean(&c.FakeCA)},
 		{"SECRET_TTL", "24h", "lifetime of a workload certificate", duration(&c.SecretTTL)},
-		{"TRUST_DOMAIN", "cluster.local", "trust domain of the node itself", str(&c.TrustDomain)},
 		{"HTTP2_STREAM_WINDOW_SIZE", "4194304", "HTTP/2 window of a stream, bytes", uint32v(&c.StreamWindow, 65535, math.MaxInt32)},
 		{"HTTP2_CONNECTION_WINDOW_SIZE", "16777216", "HTTP/2 window of a connection, bytes", uint32v(&c.ConnWindow, 65535, math.MaxInt32)},
 		{"HTTP2_FRAME_SIZE", "1048576", "largest HTTP/2 frame accepted, bytes", uint32v(&c.FrameSize, 16384, 1<<24-1)},
@@ -273,6 +271,16 @@ func str(p *string) func(string) error {
 	return func(v string) error { *p = v; return nil }
 }
 
+// nonEmpty lets an empty value leave what another variable has said.
+func nonEmpty(p *string) func(string) error {
+	return func(v string) error {
+		if v != "" {
+			*p = v
+		}
+		return nil
+	}
+}
+
 func only(allowed, why string) func(string) error {
 	return func(v string) error {
 		if v != allowed {
@@ -401,6 +409,14 @@ func helpTable() string {
 	}
 	w.Flush()
 	return b.String()
+}
+
+// userTimeout is TCP_USER_TIMEOUT of the connections to the network (spec 1), 0 for none.
+func (c *Config) userTimeout() time.Duration {
+	if !c.UserTimeout {
+		return 0
+	}
+	return c.KeepaliveTime + time.Duration(c.KeepaliveRetries)*c.KeepaliveInterval
 }
 
 // wildcard is the address that a server of this daemon binds to serve the network.

@@ -183,6 +183,12 @@ func (d *daemon) start(ctx context.Context) error {
 		}, func(err error) { d.loop.Post(ctx, admin.SourceBroken{Source: "file", Err: err}) })
 	})
 
+	// Bound before anything of the node or of the list of pods is touched: its lock tells two daemons with
+	// one ZTUN_STATE_DIR apart. It is served last.
+	d.control, err = admin.NewPodSocket(admin.PodSocketOptions{Path: c.Socket, Pods: d.pods, Logger: d.log.Logger("pods")})
+	if err != nil {
+		return err
+	}
 	if err := d.openNode(ctx); err != nil {
 		return err
 	}
@@ -192,10 +198,6 @@ func (d *daemon) start(ctx context.Context) error {
 	d.pods.adopt(ctx)
 	if err := d.sweep(d.pods.addresses()); err != nil {
 		d.logger.Warn("routes of an earlier run may be left", "error", err)
-	}
-	d.control, err = admin.NewPodSocket(admin.PodSocketOptions{Path: c.Socket, Pods: d.pods, Logger: d.log.Logger("pods")})
-	if err != nil {
-		return err
 	}
 	d.serve("control socket", d.control.Serve)
 	d.admin(ctx, "pod watch", func(ctx context.Context) error { d.pods.watch(ctx); return nil })
@@ -265,13 +267,9 @@ func (d *daemon) openNode(ctx context.Context) (err error) {
 
 func (d *daemon) socketOptions() netns.SocketOptions {
 	c := d.c
-	o := netns.SocketOptions{NotSentLowat: notSentLowat, Mark: c.PacketMark, KeepAlive: net.KeepAliveConfig{
+	return netns.SocketOptions{UserTimeout: c.userTimeout(), NotSentLowat: notSentLowat, Mark: c.PacketMark, KeepAlive: net.KeepAliveConfig{
 		Enable: c.KeepaliveEnabled, Idle: c.KeepaliveTime, Interval: c.KeepaliveInterval, Count: int(c.KeepaliveRetries),
 	}}
-	if c.UserTimeout {
-		o.UserTimeout = c.KeepaliveTime + time.Duration(c.KeepaliveRetries)*c.KeepaliveInterval
-	}
-	return o
 }
 
 func (d *daemon) newPod(ctx context.Context, spec admin.PodSpec) (*pod, error) {

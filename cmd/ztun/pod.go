@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"ztun/admin"
 	"ztun/netstack"
@@ -32,10 +33,11 @@ type pod struct {
 	plan  steer.Plan
 	log   *slog.Logger
 
-	stopRun context.CancelFunc
-	running sync.WaitGroup
-	once    sync.Once
-	failure atomic.Pointer[error] // why the device carries nothing any more
+	stopRun  context.CancelFunc
+	stopping atomic.Bool
+	running  sync.WaitGroup
+	once     sync.Once
+	failure  atomic.Pointer[error] // why the device carries nothing any more
 }
 
 // podParts is what the composition root lends to every pod.
@@ -69,7 +71,7 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 	// Kept by path: a pid or a name may mean something else after a restart.
 	p.spec.NetNS = p.ns.Path()
 	if p.dev, err = tun.Open(tun.Options{
-		Name: podTUN, NetNS: p.ns, MTU: spec.MTU, Persistent: true, Plain: parts.c.TUNPlain,
+		Name: podTUN, NetNS: p.ns, MTU: sc.MTU, Persistent: true, Plain: parts.c.TUNPlain,
 	}); err != nil {
 		return nil, err
 	}
@@ -81,8 +83,9 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 		}
 	})
 	if p.stack, err = netstack.New(netstack.Config{
-		Addrs: spec.IPs, MTU: spec.MTU, App: p.dev, Uplink: parts.uplink, Logger: parts.log,
+		Addrs: spec.IPs, MTU: sc.MTU, App: p.dev, Uplink: parts.uplink, Logger: parts.log,
 		MaxInFlight: parts.c.MaxInFlight, MaxInFlightPerDst: parts.c.MaxInFlightPerDestination,
+		KeepaliveOff: !parts.c.KeepaliveEnabled, UserTimeout: parts.c.userTimeout(),
 		KeepaliveIdle: parts.c.KeepaliveTime, KeepaliveInterval: parts.c.KeepaliveInterval, KeepaliveCount: int(parts.c.KeepaliveRetries),
 		OnFlow: p.serve,
 	}); err != nil {
@@ -140,12 +143,34 @@ func (p *pod) gone() error {
 // stop drains until ctx ends and ends the pod's goroutines; device and routes stay.
 func (p *pod) stop(ctx context.Context) {
 	p.once.Do(func() {
-		p.proxy.Shutdown(ctx)
+		p.stopping.Store(true)
+		drained := make(chan struct{})
+		go func() {
+			defer close(drained)
+			p.proxy.Shutdown(ctx)
+		}()
+		select {
+		case <-drained:
+			// What was copied in full may still wait in the stack for its reader.
+			if err := p.stack.Settle(ctx); err != nil {
+				p.log.Warn("data that was still on its way to or from the application is cut off", "pod", refOf(p.spec).String())
+			}
+		case <-ctx.Done():
+			// Cut by now. Whoever waits for an application's answer to a handshake is freed by closing the stack.
+			select {
+			case <-drained:
+			case <-time.After(cutGrace):
+			}
+		}
 		p.stack.Close()
+		<-drained
 		p.stopRun()
 		p.running.Wait()
 	})
 }
+
+// cutGrace is how long connections that were cut at the deadline may take to say so to their ends.
+const cutGrace = 200 * time.Millisecond
 
 // remove stops the pod and takes every trace of it away.
 func (p *pod) remove(ctx context.Context) error {
@@ -163,6 +188,9 @@ func (p *pod) status() admin.PodStatus {
 	s := admin.PodStatus{
 		PodSpec: p.spec, State: "Up", Device: p.dev.Name(),
 		Offload: admin.PodOffload{VNetHdr: o.VNetHdr, CSum: o.CSum, TSO4: o.TSO4, TSO6: o.TSO6, USO: o.USO, Why: o.Why},
+	}
+	if p.stopping.Load() {
+		s.State = "Stopping"
 	}
 	if err := p.failure.Load(); err != nil {
 		s.State, s.Error = "Failed", (*err).Error()

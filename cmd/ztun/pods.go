@@ -99,9 +99,6 @@ func (m *podManager) attach(ctx context.Context, spec admin.PodSpec) error {
 	if old != nil {
 		return fmt.Errorf("%w: pod %s is attached already (namespace %s); `ztun pod del` it first", admin.ErrPodConflict, ref, old.spec.NetNS)
 	}
-	if spec.MTU == 0 {
-		spec.MTU = m.c.MTU
-	}
 	if !m.c.IPv6 && slices.ContainsFunc(spec.IPs, netip.Addr.Is6) {
 		return fmt.Errorf("%w: it has an IPv6 address, but the daemon runs with IPV6_ENABLED=false", admin.ErrPodInvalid)
 	}
@@ -141,7 +138,11 @@ func (m *podManager) owner(ns *netns.NS) *pod {
 }
 
 func (m *podManager) steerConfig(spec admin.PodSpec) steer.PodConfig {
-	return steer.PodConfig{Name: refOf(spec).String(), Addrs: spec.IPs, TUN: podTUN, NodeTUN: m.c.NodeTUN, MTU: spec.MTU}
+	mtu := spec.MTU
+	if mtu == 0 {
+		mtu = m.c.MTU
+	}
+	return steer.PodConfig{Name: refOf(spec).String(), Addrs: spec.IPs, TUN: podTUN, NodeTUN: m.c.NodeTUN, MTU: mtu}
 }
 
 // index rebuilds the table by which accepted mesh connections find their pod. mu is held.
@@ -155,21 +156,28 @@ func (m *podManager) index() {
 	m.byAddr.Store(&t)
 }
 
-// Delete implements admin.PodManager: connections may finish until the termination deadline.
+// Delete implements admin.PodManager: connections may finish until the termination deadline. Others may
+// add and delete pods meanwhile.
 func (m *podManager) Delete(ctx context.Context, namespace, name string) error {
-	m.op.Lock()
-	defer m.op.Unlock()
 	ref := admin.PodRef{Namespace: namespace, Name: name}
 	m.mu.Lock()
-	p, waiting := m.pending[ref]
-	delete(m.pending, ref)
+	p := m.pods[ref]
 	m.mu.Unlock()
-	if waiting {
-		return errors.Join(m.save(), m.clean(p.savedPod))
-	}
 	ctx, cancel := context.WithTimeout(ctx, m.c.TerminationDeadline)
 	defer cancel()
-	if err := m.detach(ctx, ref, nil); err != nil {
+	if p != nil {
+		p.stop(ctx)
+	}
+	m.op.Lock()
+	defer m.op.Unlock()
+	m.mu.Lock()
+	waiting, ok := m.pending[ref]
+	delete(m.pending, ref)
+	m.mu.Unlock()
+	if ok {
+		return errors.Join(m.save(), m.clean(waiting.savedPod))
+	}
+	if err := m.detach(ctx, ref, p); err != nil {
 		return err
 	}
 	return m.save()

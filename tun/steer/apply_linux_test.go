@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ztun/netstack"
 	"ztun/tun"
 	"ztun/tun/netns"
 	"ztun/tun/steer"
@@ -36,6 +37,7 @@ type pod struct {
 	tun   tun.Device
 	addrs []netip.Addr
 	plan  steer.Plan
+	stack *netstack.Stack // only of a meshNode's
 }
 
 func (p *pod) namespaces() steer.Namespaces {

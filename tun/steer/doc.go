@@ -17,6 +17,9 @@
 //     TUN is gone, packets for the pod would follow the node's default route and bounce between it and its gateway.
 //   - the table of captured HBONE traffic has one `local` route per attached pod; everything else on port 15008 finds nothing there and
 //     falls through to main.
+//   - the sockets of the mesh are the kernel's, but ICMP errors about their packets (host unreachable, packet too big) are addressed to the pod and
+//     come out of the node's TUN like everything that is not the mesh's port. netstack writes them back; a rule for what comes in by the TUN, is ICMP
+//     and carries netstack's mark delivers them to the kernel. Other ICMP of the stacks' passes from pod to pod by the TUN as ever.
 //   - link-local addresses, router solicitations and duplicate address detection are turned off on our devices: nobody is there to answer.
 //
 // Limits: with IPv6, forwarding must be turned on for the whole namespace, and a namespace that takes its own default route from router advertisements then

@@ -240,6 +240,8 @@ func TestNodeConflicts(t *testing.T) {
 	}{
 		{"table in use", []string{"route", "add", "unreachable", "192.0.2.0/24", "table", "15008"}, "routing table 15008 is in use by others (unreachable 192.0.2.0/24"},
 		{"rule to elsewhere", []string{"rule", "add", "pref", "5", "ipproto", "tcp", "dport", "15008", "lookup", "99"}, "sends that traffic to table 99 already (pref 5)"},
+		{"returned errors to elsewhere", []string{"-6", "rule", "add", "pref", "6", "iif", "ztun-node", "tos", "0x0c", "ipproto", "ipv6-icmp", "lookup", "99"},
+			"sends that traffic to table 99 already (pref 6)"},
 	} {
 		n := newNode(t)
 		n.IP(t, c.cmd...)
@@ -271,6 +273,8 @@ func TestApplyRefuses(t *testing.T) {
 func TestReplacesOwn(t *testing.T) {
 	n := newNode(t)
 	n.IP(t, "rule", "add", "pref", "12", "ipproto", "tcp", "dport", "15008", "lookup", "15007", "protocol", "158")
+	n.IP(t, "rule", "add", "pref", "9", "iif", "ztun-old", "tos", "0x0c", "ipproto", "icmp", "lookup", "15008", "protocol", "158")
+	n.IP(t, "-6", "rule", "add", "pref", "9", "iif", "ztun-old", "tos", "0x0c", "ipproto", "ipv6-icmp", "lookup", "15008", "protocol", "158")
 	n.open(t)
 	old, err := tun.Open(tun.Options{Name: "ztun-old", NetNS: n.NS.NS})
 	if err != nil {
@@ -281,7 +285,7 @@ func TestReplacesOwn(t *testing.T) {
 	n.IP(t, "route", "add", "10.1.0.2/32", "dev", "ztun-old", "proto", "158")
 	n.IP(t, "-6", "route", "add", "fd01::2/128", "dev", "ztun-old", "proto", "158")
 	p := attach(t, n, "10.1.0.2", "fd01::2")
-	if got := n.IP(t, "rule") + n.IP(t, "route") + n.IP(t, "-6", "route"); strings.Contains(got, "15007") || strings.Contains(got, "10.1.0.2 dev ztun-old") || strings.Contains(got, "fd01::2 dev ztun-old") {
+	if got := n.IP(t, "rule") + n.IP(t, "-6", "rule") + n.IP(t, "route") + n.IP(t, "-6", "route"); strings.Contains(got, "15007") || strings.Contains(got, "iif ztun-old") || strings.Contains(got, "10.1.0.2 dev ztun-old") || strings.Contains(got, "fd01::2 dev ztun-old") {
 		t.Errorf("the old configuration is still there:\n%s", got)
 	}
 	undoAll(t, n, p)
