@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -232,7 +233,7 @@ func TestOffloadHere(t *testing.T) {
 		t.Errorf("name %s, MTU %d", l.dev.Name(), l.dev.MTU())
 	}
 	link := l.ns.IP(t, "link", "show", "zt0")
-	if !strings.Contains(link, "mtu 1500") || !strings.Contains(link, "qlen 64") {
+	if !strings.Contains(link, "mtu 1500") || !strings.Contains(link, fmt.Sprintf("qlen %d", DefaultTxQueueLen)) {
 		t.Errorf("the link is not as asked for: %s", link)
 	}
 }

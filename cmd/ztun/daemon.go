@@ -29,6 +29,7 @@ import (
 	"ztun/netstack"
 	"ztun/proxy"
 	"ztun/proxy/hbone"
+	"ztun/proxy/identity"
 	"ztun/proxy/state"
 	"ztun/tun"
 	"ztun/tun/netns"
@@ -194,7 +195,7 @@ func (d *daemon) start(ctx context.Context) error {
 	}
 	d.registry.MustRegister(&dataplaneCollector{d: d})
 	proxyReady.Done()
-	d.pods.new, d.pods.changed, d.pods.left, d.pods.sweep = d.newPod, d.know.poke, d.podLeft, d.sweep
+	d.pods.new, d.pods.changed, d.pods.sweep, d.pods.known = d.newPod, d.know.poke, d.sweep, d.known
 	d.pods.adopt(ctx)
 	if err := d.sweep(d.pods.addresses()); err != nil {
 		d.logger.Warn("routes of an earlier run may be left", "error", err)
@@ -206,14 +207,22 @@ func (d *daemon) start(ctx context.Context) error {
 	return nil
 }
 
-// newState is what a new View asks for beside being used: connections that it forbids are cut, and the
-// certificates of pods whose record has arrived are fetched before somebody waits for them.
+// newState is what a new View, or a change of the pods, asks for beside being used: connections that it
+// forbids are cut, the certificates of pods whose record has arrived are fetched before somebody waits
+// for them, and those of identities that no pod of this node has any more are dropped.
 func (d *daemon) newState() {
 	view := d.loop.View()
+	used := map[identity.ID]bool{}
 	for _, p := range d.pods.all() {
 		p.proxy.Recheck()
 		if w := view.WorkloadByInfo(p.info()); w != nil {
+			used[w.Identity()] = true
 			d.certs.Prefetch(w.Identity())
+		}
+	}
+	for _, c := range d.certs.Dump() {
+		if !used[c.Identity] {
+			d.certs.Forget(c.Identity)
 		}
 	}
 }
@@ -287,20 +296,8 @@ func (d *daemon) sweep(keep []netip.Addr) error {
 	return err
 }
 
-// podLeft drops the certificate of an identity that no pod of this node has any more.
-func (d *daemon) podLeft(gone *pod, rest []*pod) {
-	view := d.loop.View()
-	w := view.WorkloadByInfo(gone.info())
-	if w == nil {
-		return
-	}
-	for _, p := range rest {
-		if o := view.WorkloadByInfo(p.info()); o != nil && o.Identity() == w.Identity() {
-			return
-		}
-	}
-	d.certs.Forget(w.Identity())
-}
+// known reports whether the control side knows a pod; until then its connections are refused.
+func (d *daemon) known(i state.WorkloadInfo) bool { return d.loop.View().WorkloadByInfo(i) != nil }
 
 func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network) *proxy.Proxy {
 	c := d.c

@@ -34,6 +34,13 @@ func podCommand() *cobra.Command {
 				return err
 			}
 			fmt.Printf("pod %s/%s attached\n", spec.Namespace, spec.Name)
+			if pods, err := client().List(c.Context()); err == nil {
+				for _, p := range pods {
+					if p.Error != "" && p.Name == spec.Name && p.Namespace == spec.Namespace {
+						fmt.Fprintln(os.Stderr, "warning:", p.Error)
+					}
+				}
+			}
 			return nil
 		},
 	}

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"ztun/admin"
+	"ztun/proxy/state"
 	"ztun/tun"
 	"ztun/tun/netns"
 	"ztun/tun/steer"
@@ -27,9 +28,9 @@ type podManager struct {
 	c   *Config
 	log *slog.Logger
 	new func(ctx context.Context, spec admin.PodSpec) (*pod, error) // builds and starts one
-	// changed is told after a pod was attached; left, after one was detached, with what is left.
+	// changed is told after a pod was attached or detached.
 	changed func()
-	left    func(gone *pod, rest []*pod)
+	known   func(state.WorkloadInfo) bool // whether the control side has a record of a pod
 	// sweep removes the node's routes of all addresses but keep.
 	sweep func(keep []netip.Addr) error
 
@@ -198,7 +199,7 @@ func (m *podManager) detach(ctx context.Context, ref admin.PodRef, only *pod) er
 	m.index()
 	m.mu.Unlock()
 	m.stopped.Add(1)
-	m.left(p, m.all())
+	m.changed()
 	if err != nil {
 		return fmt.Errorf("pod %s is detached, but traces of it may be left: %w", ref, err)
 	}
@@ -212,7 +213,11 @@ func (m *podManager) List() []admin.PodStatus {
 	defer m.mu.Unlock()
 	out := make([]admin.PodStatus, 0, len(m.pods)+len(m.pending))
 	for _, p := range m.pods {
-		out = append(out, p.status())
+		s := p.status()
+		if s.Error == "" && !m.known(p.info()) {
+			s.Error = fmt.Sprintf("no workload record of name %s, namespace %s, service account %s: its connections are refused", s.Name, s.Namespace, s.ServiceAccount)
+		}
+		out = append(out, s)
 	}
 	for _, p := range m.pending {
 		out = append(out, admin.PodStatus{PodSpec: p.PodSpec, State: "Pending", Error: p.err.Error()})
