@@ -85,3 +85,23 @@ func BenchmarkTUNEcho(b *testing.B) {
 		}
 	}
 }
+
+// BenchmarkTUNConnect is connect, one byte, and the server's close, one after
+// the other.
+func BenchmarkTUNConnect(b *testing.B) {
+	l := newLab(b, false, func(f *Flow) {
+		if c, err := f.Accept(); err == nil {
+			c.Write([]byte{1})
+			c.Close()
+		}
+	})
+	b.ReportAllocs()
+	for b.Loop() {
+		c, err := l.dial("10.2.0.3:80")
+		if err != nil {
+			b.Fatal(err)
+		}
+		io.Copy(io.Discard, c)
+		c.Close()
+	}
+}

@@ -58,7 +58,7 @@ type Conn struct {
 var (
 	_ net.Conn             = (*Conn)(nil)
 	_ io.WriterTo          = (*Conn)(nil)
-	_ waiter.EventListener = (*Conn)(nil)
+	_ waiter.EventListener = (*listener)(nil)
 )
 
 // Keepalive towards the pod's kernel; the configured one goes for the network, and for this when it is shorter.
@@ -91,7 +91,7 @@ func (c *Conn) start(ep *tcp.Endpoint) error {
 	}
 	// One entry for the life of the connection: registering per wait would take
 	// the queue's lock twice each time.
-	c.entry.Init(c, waiter.ReadableEvents|waiter.WritableEvents|waiter.EventHUp|waiter.EventErr|waiter.EventRdHUp)
+	c.entry.Init((*listener)(c), waiter.ReadableEvents|waiter.WritableEvents|waiter.EventHUp|waiter.EventErr|waiter.EventRdHUp)
 	c.wq.EventRegister(&c.entry)
 	if !c.h.s.conns.add(c) {
 		c.closed.Store(true)
@@ -102,14 +102,16 @@ func (c *Conn) start(ep *tcp.Endpoint) error {
 	return nil
 }
 
-// NotifyEvent implements waiter.EventListener. It is called with gVisor's locks
-// held and only wakes.
-func (c *Conn) NotifyEvent(m waiter.EventMask) {
+// listener is a Conn as gVisor's wait queue sees it.
+type listener Conn
+
+// NotifyEvent is called with gVisor's locks held and only wakes.
+func (l *listener) NotifyEvent(m waiter.EventMask) {
 	if m&^waiter.WritableEvents != 0 {
-		c.rd.wake()
+		l.rd.wake()
 	}
 	if m&^waiter.ReadableEvents != 0 {
-		c.wr.wake()
+		l.wr.wake()
 	}
 }
 
@@ -176,17 +178,13 @@ func (c *Conn) Read(b []byte) (int, error) {
 }
 
 // take moves bytes out of the receive queue into w, and lets the receive window
-// follow the reader's speed. The window updates that this causes are written by
-// the caller, so that nobody has to be woken for them.
+// follow the reader's speed.
 func (c *Conn) take(w io.Writer) tcpip.Error {
-	p := c.h.port.pump
-	p.tx.enter()
 	r, terr := c.ep.Read(w, tcpip.ReadOptions{})
 	if c.unseen += r.Count; c.unseen >= moderateEvery {
 		c.ep.ModerateRecvBuf(c.unseen)
 		c.unseen = 0
 	}
-	p.tx.leave(p.dev, p.gso)
 	return terr
 }
 
@@ -266,16 +264,13 @@ func (c *Conn) Write(b []byte) (int, error) {
 
 // writeSome writes what fits, and says whether to wait for room.
 func (c *Conn) writeSome(b []byte, armed bool) (n int, wait bool, terr tcpip.Error) {
-	p := c.h.port.pump
-	if p.tx.full.Load() {
-		if !armed || p.tx.waitRoom(&c.wr) {
+	if tx := &c.h.port.pump.tx; tx.full.Load() {
+		if !armed || tx.waitRoom(&c.wr) {
 			return 0, true, nil
 		}
 	}
 	c.out.b = b
-	p.tx.enter()
 	m, terr := c.ep.Write(&c.out, tcpip.WriteOptions{})
-	p.tx.leave(p.dev, p.gso)
 	c.out.b = nil
 	if _, ok := terr.(*tcpip.ErrWouldBlock); ok {
 		return int(m), true, nil

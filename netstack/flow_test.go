@@ -415,3 +415,21 @@ func TestConfig(t *testing.T) {
 		}
 	}
 }
+
+// A stack that never ran gives everything back as well.
+func TestCloseWithoutRun(t *testing.T) {
+	a, _ := memPair(1500, true)
+	s, err := New(Config{App: a, Addrs: []netip.Addr{families[0].client.Addr()}, OnFlow: func(*Flow) {}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
+	defer cancel()
+	s.DialApp(ctx, families[0].client, families[0].server) // queues a SYN
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := s.Run(context.Background()); err != nil {
+		t.Errorf("Run after Close: %v", err)
+	}
+}

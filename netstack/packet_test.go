@@ -209,13 +209,9 @@ type sink struct {
 	memDevice
 	packets [][]byte
 	headers []tun.VNetHdr
-	block   chan struct{}
 }
 
 func (s *sink) WritePacket(h *tun.VNetHdr, bufs [][]byte) error {
-	if s.block != nil {
-		<-s.block
-	}
 	s.packets = append(s.packets, bytes.Join(bufs, nil))
 	s.headers = append(s.headers, *h)
 	return nil
@@ -263,8 +259,8 @@ func outgoing(raw []byte, g stack.GSO) *stack.PacketBuffer {
 	return data
 }
 
-// The queue keeps order, gives back what does not fit, counts it, and hands
-// over from a visiting goroutine to the writer after drainBatch packets.
+// The queue keeps order, wakes the writer once, gives back what does not fit,
+// and counts it.
 func TestTransmitQueue(t *testing.T) {
 	dev := &sink{}
 	q := &txQueue{wake: make(chan struct{}, 1)}
@@ -273,15 +269,14 @@ func TestTransmitQueue(t *testing.T) {
 		defer p.DecRef()
 		return q.push([]*stack.PacketBuffer{p})
 	}
-	// With a user inside nobody is woken; the user writes.
-	q.enter()
 	for i := range 5 {
 		push(i)
 	}
-	if len(q.wake) != 0 {
-		t.Fatal("the writer was woken although a user is inside")
+	if len(q.wake) != 1 || q.idle() {
+		t.Fatal("the writer was not woken")
 	}
-	q.leave(dev, false)
+	<-q.wake
+	q.drain(dev, false)
 	if len(dev.packets) != 5 || !q.idle() {
 		t.Fatalf("written %d", len(dev.packets))
 	}
@@ -289,16 +284,6 @@ func TestTransmitQueue(t *testing.T) {
 		if len(p) != 40+4+i%7 {
 			t.Errorf("packet %d has %d bytes: order?", i, len(p))
 		}
-	}
-	// Without one the writer is woken, once.
-	push(0)
-	push(0)
-	if len(q.wake) != 1 {
-		t.Fatal("the writer was not woken")
-	}
-	<-q.wake
-	if !q.drain(dev, false, 0) || len(dev.packets) != 7 {
-		t.Fatalf("written %d", len(dev.packets))
 	}
 	// The bound.
 	for i := range txHardPackets + 3 {
@@ -309,13 +294,12 @@ func TestTransmitQueue(t *testing.T) {
 	if n := q.dropped.Load(); n != 3 {
 		t.Errorf("dropped %d", n)
 	}
-	<-q.wake
-	if q.drain(dev, false, 1) { // one batch, and packets pushed meanwhile remain
-		push(0)
-	}
 	q.close()
 	if push(0) != 0 {
 		t.Error("a closed queue takes packets")
+	}
+	if n := q.dropped.Load(); n != txHardPackets+4 {
+		t.Errorf("dropped %d", n)
 	}
 }
 
@@ -335,7 +319,7 @@ func TestTransmitRoom(t *testing.T) {
 	done := make(chan struct{})
 	go func() { h.sleep(); close(done) }()
 	<-q.wake
-	q.drain(&sink{}, false, 0)
+	q.drain(&sink{}, false)
 	<-done
 	if q.waitRoom(&h) || q.full.Load() {
 		t.Error("no room in an empty queue")

@@ -74,12 +74,12 @@ func (p *pump) run() error {
 	return err
 }
 
-// writer writes what nobody else is writing.
+// writer is the only writer of the device.
 func (p *pump) writer() {
 	for {
 		select {
 		case <-p.tx.wake:
-			p.tx.drain(p.dev, p.gso, 0)
+			p.tx.drain(p.dev, p.gso)
 		case <-p.stop:
 			return
 		}

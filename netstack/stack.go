@@ -120,6 +120,9 @@ func (s *Stack) shutdown() {
 		s.pump.flush(flushTimeout)
 		s.app.destroy()
 		s.pump.close()
+		if !s.running.Load() {
+			s.pump.tx.close() // nobody else gives the packets back
+		}
 	})
 	<-s.closed
 }

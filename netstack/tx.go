@@ -18,38 +18,30 @@ const (
 	txSoftBytes   = 1 << 20
 	txHardBytes   = 16 << 20
 	txHardPackets = 8192
-	// drainBatch bounds how many packets a goroutine that came to write its own
-	// data writes on behalf of others before it hands the rest to the writer.
-	drainBatch = 16
 )
 
-// txQueue is a device's transmit queue. Whoever sets busy writes until the
-// queue is empty: the writer goroutine, or a goroutine that has just put its
-// own data there (then nobody needs to be woken). Never more than one at a
-// time, never with an endpoint's lock held.
+// txQueue is a device's transmit queue between gVisor, which fills it with an
+// endpoint's lock held, and the device's writer goroutine.
 type txQueue struct {
 	mu     sync.Mutex
 	q      []*stack.PacketBuffer
 	bytes  int
-	busy   bool // someone writes, or the writer goroutine was told to
-	users  int  // goroutines inside Conn.Write, which will drain after it
+	busy   bool // the writer is at work, or was told to
 	closed bool
-	// waiters for room are woken when the queue has fallen below half of softBytes.
+	// waiters for room are woken when the queue has fallen below half of txSoftBytes.
 	waiters []*half
 	full    atomic.Bool // bytes >= txSoftBytes, readable without the lock
 
-	wake  chan struct{} // to the writer goroutine, capacity 1
+	wake  chan struct{} // to the writer, capacity 1
 	spare []*stack.PacketBuffer
-
-	// Owned by whoever holds busy.
-	views [][]byte
+	views [][]byte // the writer's
 
 	packets, sent, dropped, errors atomic.Uint64
 }
 
 // push queues packets, taking a reference of each, and returns how many.
 func (t *txQueue) push(pkts []*stack.PacketBuffer) int {
-	n, wake := 0, false
+	n := 0
 	t.mu.Lock()
 	for _, p := range pkts {
 		if t.closed || len(t.q) >= txHardPackets || t.bytes >= txHardBytes {
@@ -62,12 +54,16 @@ func (t *txQueue) push(pkts []*stack.PacketBuffer) int {
 	if t.bytes >= txSoftBytes {
 		t.full.Store(true)
 	}
-	if n > 0 && !t.busy && t.users == 0 {
-		t.busy, wake = true, true
+	wake := n > 0 && !t.busy
+	if wake {
+		t.busy = true
 	}
 	t.mu.Unlock()
 	if wake {
-		t.wakeWriter()
+		select {
+		case t.wake <- struct{}{}:
+		default:
+		}
 	}
 	if d := len(pkts) - n; d > 0 {
 		t.dropped.Add(uint64(d))
@@ -75,53 +71,17 @@ func (t *txQueue) push(pkts []*stack.PacketBuffer) int {
 	return n
 }
 
-func (t *txQueue) wakeWriter() {
-	select {
-	case t.wake <- struct{}{}:
-	default:
-	}
-}
-
-// enter announces a goroutine that will put data in the queue and then leave.
-func (t *txQueue) enter() {
-	t.mu.Lock()
-	t.users++
-	t.mu.Unlock()
-}
-
-// leave writes what the caller has queued, unless someone is at it already.
-func (t *txQueue) leave(dev tun.Device, gso bool) {
-	t.mu.Lock()
-	t.users--
-	if t.busy || len(t.q) == 0 {
-		t.mu.Unlock()
-		return
-	}
-	t.busy = true
-	t.mu.Unlock()
-	if !t.drain(dev, gso, drainBatch) {
-		t.wakeWriter() // busy stays set: it is the writer's now
-	}
-}
-
-// drain writes until the queue is empty, and then gives busy up and returns
-// true, or until limit packets are written (0 is no limit), and then returns
-// false with busy still held.
-func (t *txQueue) drain(dev tun.Device, gso bool, limit int) bool {
-	written := 0
+// drain writes until the queue is empty. Only the writer calls it.
+func (t *txQueue) drain(dev tun.Device, gso bool) {
 	for {
 		t.mu.Lock()
 		if len(t.q) == 0 {
 			t.busy = false
 			if cap(t.q) > 256 { // a burst's memory is not kept
-				t.q = nil
+				t.q, t.spare = nil, nil
 			}
 			t.mu.Unlock()
-			return true
-		}
-		if limit > 0 && written >= limit {
-			t.mu.Unlock()
-			return false
+			return
 		}
 		batch := t.q
 		t.q, t.spare = t.spare[:0], nil
@@ -134,7 +94,6 @@ func (t *txQueue) drain(dev tun.Device, gso bool, limit int) bool {
 			p.DecRef()
 			batch[i] = nil
 		}
-		written += len(batch)
 
 		t.mu.Lock()
 		t.spare = batch[:0]
@@ -168,7 +127,7 @@ func (t *txQueue) waitRoom(h *half) bool {
 	return true
 }
 
-// write writes one packet; the caller holds busy.
+// write writes one packet.
 func (t *txQueue) write(dev tun.Device, gso bool, p *stack.PacketBuffer) {
 	var h tun.VNetHdr
 	if gso {
@@ -243,7 +202,7 @@ func (t *txQueue) close() {
 	}
 }
 
-// idle reports whether nothing waits and nobody writes.
+// idle reports whether nothing waits and the writer is at rest.
 func (t *txQueue) idle() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -60,6 +60,8 @@ func (u *Uplink) Close() error {
 	u.pump.close()
 	if u.running.Load() {
 		<-u.runDone
+	} else {
+		u.pump.tx.close()
 	}
 	return nil
 }
