@@ -174,9 +174,11 @@ func (v *vector) unload() { clear(v.iov) }
 func (v *vector) read(fd uintptr) bool  { return v.do(unix.SYS_READV, fd) }
 func (v *vector) write(fd uintptr) bool { return v.do(unix.SYS_WRITEV, fd) }
 
+// do makes the call without telling the scheduler: the file is non-blocking, so the call takes as long as the copying does, and handing this
+// thread's processor to another thread meanwhile costs more wake-ups than it wins (10 to 15 % of a relay's CPU with 8 streams, measured 2026-11-23).
 func (v *vector) do(trap, fd uintptr) bool {
 	for {
-		n, _, errno := unix.Syscall(trap, fd, uintptr(unsafe.Pointer(unsafe.SliceData(v.iov))), uintptr(len(v.iov)))
+		n, _, errno := unix.RawSyscall(trap, fd, uintptr(unsafe.Pointer(unsafe.SliceData(v.iov))), uintptr(len(v.iov)))
 		switch errno {
 		case unix.EINTR:
 			continue

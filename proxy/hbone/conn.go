@@ -28,8 +28,9 @@ const maxQueuedReplies = 1000
 type conn struct {
 	cfg     Config
 	client  bool
-	nc      net.Conn // what is closed in the end
-	raw     net.Conn // what is written to: the socket beneath TLS
+	nc      net.Conn  // what is closed in the end
+	raw     net.Conn  // the socket beneath TLS
+	sock    io.Writer // writes to raw
 	tr      transport
 	inline  bool // stream users may write to the socket themselves (a write can be interrupted without harm)
 	bufs    *Buffers
@@ -121,6 +122,10 @@ func newConn(nc net.Conn, cfg Config, client bool) *conn {
 		_, c.inline = nc.(*net.TCPConn)
 	}
 	setNotSentLowat(c.raw, cfg.NotSentLowat)
+	c.sock = c.raw
+	if w := newSockWriter(c.raw); w != nil {
+		c.sock = w
+	}
 	c.framer = http2.NewFramer((*ctrlWriter)(c), nil)
 	c.henc = hpack.NewEncoder(&c.hbuf)
 	c.rd.init(c)

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -131,17 +132,19 @@ func (w *wire) more() error {
 func (w *wire) readFD(fd uintptr) bool {
 	room := w.take()
 	for {
-		n, err := unix.Read(int(fd), room)
+		// Without telling the scheduler: the socket is non-blocking, see tun's fast path for the reason.
+		got, _, errno := unix.RawSyscall(unix.SYS_READ, fd, uintptr(unsafe.Pointer(unsafe.SliceData(room))), uintptr(len(room)))
+		n := int(got)
 		switch {
-		case err == unix.EINTR:
+		case errno == unix.EINTR:
 			continue
-		case err == unix.EAGAIN:
+		case errno == unix.EAGAIN:
 			if w.start == w.end {
 				w.giveBack()
 			}
 			return false
-		case err != nil:
-			w.readErr = &net.OpError{Op: "read", Net: "tcp", Source: w.c.LocalAddr(), Addr: w.c.RemoteAddr(), Err: err}
+		case errno != 0:
+			w.readErr = &net.OpError{Op: "read", Net: "tcp", Source: w.c.LocalAddr(), Addr: w.c.RemoteAddr(), Err: errno}
 		case n == 0:
 			w.readErr = io.EOF
 		default:

@@ -284,7 +284,7 @@ func (c *conn) sealAndWrite() error {
 		}
 		c.carry, c.carryBuf = out, buf
 	}
-	n, err := c.raw.Write(c.carry)
+	n, err := c.sock.Write(c.carry)
 	c.carry = c.carry[n:]
 	if len(c.carry) == 0 {
 		c.bufs.putOut(c.carryBuf)
