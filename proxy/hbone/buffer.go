@@ -5,7 +5,7 @@ import (
 	"sync/atomic"
 )
 
-// Sizes, all in bytes. A whole frame of the largest class is exactly four full TLS records, header included.
+// Sizes, all in bytes.
 const (
 	headLen   = 9        // a frame header (RFC 9113, 4.1)
 	spareLen  = 1        // the byte after a frame, where sealing puts the record's content type for a moment
@@ -20,8 +20,13 @@ const (
 	fillRoom = recordLen + 256
 )
 
+// bulkLen is the payload of a full frame, and what WriteTo hands out at a time: what fits into one TCP super-packet
+// of an IPv6 connection with room for options (netstack.MaxWrite). A little more would leave as two packets, the
+// second one tiny, and cost the receiving application's kernel twice the work.
+const bulkLen = 65024
+
 // frameLens are the sizes of send buffers with the frame header: what a stream gets grows with what it carries.
-var frameLens = [...]int{4 << 10, 16 << 10, 64 << 10}
+var frameLens = [...]int{4 << 10, 16 << 10, headLen + bulkLen}
 
 // Buffers recycles the buffers of any number of connections. The zero value is ready; nil is not allowed.
 // Nothing is held for idle connections or streams: a buffer is taken when there are bytes for it.

@@ -12,8 +12,6 @@ import (
 const (
 	// copyLen is the payload below which a piece is copied, so that it does not keep a large block from reuse.
 	copyLen = 2 << 10
-	// chunkLen bounds what one Write of WriteTo hands out.
-	chunkLen = 64 << 10
 	// pinSlack is how much of blocks beyond twice the unread payload a connection may keep in use, in bytes.
 	pinSlack = 1 << 20
 )
@@ -184,7 +182,7 @@ func (s *Stream) Read(p []byte) (n int, err error) {
 		m := copy(p[n:], ch.k.b[ch.off:ch.end])
 		n += m
 		if ch.off += m; ch.off == ch.end {
-			out := s.pop(chunkLen)
+			out := s.pop(bulkLen)
 			out.k.release()
 		}
 	}
@@ -205,7 +203,7 @@ func (s *Stream) WaitRead() error {
 	return nil
 }
 
-// WriteTo hands what arrives to dst without a copy in between, at most 64 KiB per Write, until the peer ends its
+// WriteTo hands what arrives to dst without a copy in between, at most bulkLen bytes per Write, until the peer ends its
 // direction. A failure of dst is a *SinkError. Credit is given back chunk by chunk, after dst took it.
 func (s *Stream) WriteTo(dst io.Writer) (total int64, err error) {
 	for {
@@ -217,7 +215,7 @@ func (s *Stream) WriteTo(dst io.Writer) (total int64, err error) {
 			}
 			return total, err
 		}
-		ch := s.pop(chunkLen)
+		ch := s.pop(bulkLen)
 		s.rmu.Unlock()
 		n, err := dst.Write(ch.k.b[ch.off:ch.end])
 		size := ch.end - ch.off
