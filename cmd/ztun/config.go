@@ -47,6 +47,7 @@ type Config struct {
 	StateDir, Socket, NodeTUN              string
 	MTU                                    int
 	MaxInFlight, MaxInFlightPerDestination int
+	GCSet                                  bool // GOGC is the operator's
 	TUNPlain, AdaptiveProcessors           bool
 }
 
@@ -93,6 +94,7 @@ func loadConfig(lookup func(string) (string, bool)) (*Config, error) {
 			return nil, &configError{v.name, value, err}
 		}
 	}
+	_, c.GCSet = lookup("GOGC")
 	return c, c.finish(l)
 }
 

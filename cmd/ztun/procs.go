@@ -6,6 +6,7 @@ import (
 	"context"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"strconv"
 	"sync/atomic"
 	"syscall"
@@ -45,10 +46,14 @@ func nextProcessors(now, limit int, u usage) int {
 const (
 	procsBusy = 50 * time.Millisecond
 	procsIdle = time.Second
+	// returnAfter is how many idle looks after work memory is collected and given back to the system, and
+	// once more after as many again: each collection halves the stacks of goroutines that only wait.
+	returnAfter = 3
 )
 
 // run adapts GOMAXPROCS until ctx ends.
 func (p *processors) run(ctx context.Context) {
+	quiet := 0 // idle looks since the last work; negative: memory was returned since
 	last := time.Now()
 	own, idle := ownCPU(), idleCPU()
 	timer := time.NewTimer(procsBusy)
@@ -67,9 +72,22 @@ func (p *processors) run(ctx context.Context) {
 			i := idleCPU()
 			u.idle = (i - idle).Seconds() / d
 			idle, wait = i, procsBusy
+			if u.own > 0.05 {
+				quiet = 0
+			}
 			p.set(nextProcessors(int(p.now.Load()), p.limit, u))
 		} else {
 			idle = idleCPU()
+			if quiet >= 0 {
+				quiet++
+			}
+		}
+		if quiet == returnAfter || quiet == 2*returnAfter {
+			debug.FreeOSMemory()
+			o, now = ownCPU(), time.Now() // what that took is no work
+			if quiet == 2*returnAfter {
+				quiet = -1
+			}
 		}
 		own, last = o, now
 		timer.Reset(wait)
