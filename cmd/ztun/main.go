@@ -1,4 +1,3 @@
-// Command ztun is Istio's node proxy over a TUN device and a userspace TCP/IP stack. See README.md.
 package main
 
 import (
