@@ -14,7 +14,7 @@ import (
 // allowed is the whole drawing: package, and the packages of ours that it imports. A new arrow is a
 // decision: draw it here, and say why in the package's doc.go.
 const allowed = `
-cmd/ztun          -> admin admin/ca admin/xds admin/zlog netstack proxy proxy/hbone proxy/state tun tun/netns tun/steer
+cmd/ztun          -> admin admin/ca admin/xds admin/zlog netstack proxy proxy/hbone proxy/identity proxy/state tun tun/netns tun/steer
 admin             -> proxy/state
 admin/ca          -> proxy/identity
 admin/xds         -> proxy/rbac proxy/state
