@@ -99,6 +99,7 @@ func (c *Conn) start(ep *tcp.Endpoint) error {
 		ep.Close()
 		return c.opError("accept", net.ErrClosed)
 	}
+	c.h.fit(c.h.s.conns.len())
 	return nil
 }
 
@@ -313,6 +314,7 @@ func (c *Conn) close(reset bool) error {
 		return c.opError("close", net.ErrClosed)
 	}
 	c.h.s.conns.remove(c)
+	c.h.fit(c.h.s.conns.len())
 	c.mu.Lock()
 	pinned := c.pinned
 	c.purge = pinned

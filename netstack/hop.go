@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -29,6 +30,8 @@ type hop struct {
 	port *port
 	// network is set on the hop to the network.
 	network bool
+
+	rcvMax atomic.Int64 // the limit of receive buffers in force
 
 	mu     sync.Mutex
 	gs     *stack.Stack // nil until it is first needed
@@ -186,4 +189,24 @@ func (h *hop) stats() tcpip.Stats {
 		return tcpip.Stats{}.FillIn()
 	}
 	return h.gs.Stats()
+}
+
+// fit bounds how far receive buffers may grow, by how many connections the pod has. Buffers that have
+// grown stay as they are.
+func (h *hop) fit(conns int) {
+	cfg := &h.s.cfg
+	limit := cfg.MaxReceiveBuffer
+	if conns > fewConns {
+		limit = min(limit, max(crowdedReceiveBuffer, cfg.ReceiveBuffer))
+	}
+	if int64(limit) == h.rcvMax.Swap(int64(limit)) {
+		return
+	}
+	h.mu.Lock()
+	gs := h.gs
+	h.mu.Unlock()
+	if gs != nil {
+		rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: cfg.ReceiveBuffer, Max: limit}
+		gs.SetTransportProtocolOption(tcp.ProtocolNumber, &rcv) // fails only for ranges that contradict themselves
+	}
 }
