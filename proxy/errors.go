@@ -8,8 +8,6 @@ import (
 	"os"
 	"strings"
 	"syscall"
-
-	"ztun/proxy/hbone"
 )
 
 // Flag is the response_flags label of a closed connection (spec 10.2).
@@ -126,14 +124,4 @@ func osText(err error) string {
 		return op.Err.Error()
 	}
 	return err.Error()
-}
-
-// mergeStatus turns an answer other than 200 into our error; its own text is already ztunnel's
-// ("http status: 503 Service Unavailable").
-func mergeStatus(err error) *Error {
-	var st *hbone.StatusError
-	if errors.As(err, &st) {
-		return fail(kindStatus, st)
-	}
-	return nil
 }

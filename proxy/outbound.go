@@ -106,11 +106,12 @@ func (p *Proxy) connectHBONE(ctx context.Context, local *state.Workload, src net
 	})
 	if err != nil {
 		var e *Error
+		var answer *hbone.StatusError
 		switch {
 		case errors.As(err, &e):
 			return nil, e
-		case mergeStatus(err) != nil:
-			return nil, mergeStatus(err)
+		case errors.As(err, &answer): // its text is ztunnel's already
+			return nil, fail(kindStatus, answer)
 		}
 		return nil, fail(kindH2, err)
 	}

@@ -127,17 +127,11 @@ func (p *pod) info() state.WorkloadInfo {
 	return state.WorkloadInfo{Name: p.spec.Name, Namespace: p.spec.Namespace, ServiceAccount: p.spec.ServiceAccount}
 }
 
-// gone says why the pod's namespace is no longer the one that was attached; nil if it is.
-func (p *pod) gone() error {
-	ns, err := netns.Open(p.spec.NetNS)
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	if !ns.Same(p.ns) {
-		return fmt.Errorf("%s is another network namespace now", p.spec.NetNS)
-	}
-	return nil
+// saved is the pod as the state file has it: which namespace it is, not only by what name.
+func (p *pod) saved() savedPod {
+	s := savedPod{PodSpec: p.spec}
+	s.Dev, s.Ino = p.ns.ID()
+	return s
 }
 
 // stop drains until ctx ends and ends the pod's goroutines; device and routes stay.

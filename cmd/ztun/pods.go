@@ -252,9 +252,7 @@ func (m *podManager) save() error {
 	m.mu.Lock()
 	specs := make([]savedPod, 0, len(m.pods)+len(m.pending))
 	for _, p := range m.pods {
-		s := savedPod{PodSpec: p.spec}
-		s.Dev, s.Ino = p.ns.ID()
-		specs = append(specs, s)
+		specs = append(specs, p.saved())
 	}
 	for _, p := range m.pending {
 		specs = append(specs, p.savedPod)
@@ -380,7 +378,8 @@ func (m *podManager) watch(ctx context.Context) {
 
 func (m *podManager) dropVanished() {
 	for _, p := range m.all() {
-		why := p.gone()
+		saved := p.saved()
+		why := saved.gone()
 		if why == nil {
 			continue
 		}
