@@ -12,11 +12,12 @@ const (
 
 // renewAt says when a certificate received at now is to be renewed: at half of its life as ztunnel does, up to a tenth
 // of the wait earlier (so that the identities of a node, and the nodes of a cluster, spread out), and in no case before
-// a third of what is left: notBefore may be backdated by more than the life asked for. A certificate that ends before
+// a third of what is left: notBefore may be backdated by more than the life asked for. (So it is, too, where half of its
+// life is its end: a life of a nanosecond that begins in the future.) A certificate that ends before
 // that is the caller's to refuse.
 func renewAt(now, notBefore, notAfter time.Time, random float64) time.Time {
 	at := notBefore.Add(notAfter.Sub(notBefore) / 2)
-	if third := now.Add(notAfter.Sub(now) / 3); at.Before(third) {
+	if third := now.Add(notAfter.Sub(now) / 3); at.Before(third) || !at.Before(notAfter) {
 		at = third
 	}
 	wait := at.Sub(now)

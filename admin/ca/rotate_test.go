@@ -22,6 +22,7 @@ func TestRenewAt(t *testing.T) {
 		{-2 * time.Minute, 130 * time.Second, 0, 130 * time.Second / 3},      // half-life is 5 s away: too hasty
 		{-23 * time.Hour, time.Hour, 0, 20 * time.Minute},                    // an old certificate, or a CA behind us
 		{time.Hour, 25 * time.Hour, 0, 13 * time.Hour},                       // a CA ahead of us
+		{2*time.Second + 1, 2*time.Second + 1, 0, time.Second},               // its half-life is its end
 		{0, time.Second, 0, time.Second},                                     // never in a hot loop
 		{-time.Hour, -time.Minute, 0, time.Second},                           // not even for what has ended
 		{-2 * time.Minute, 3 * time.Minute, 0.999, 54006 * time.Millisecond}, // jitter makes it earlier, a third is before it
