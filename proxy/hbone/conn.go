@@ -55,28 +55,27 @@ type conn struct {
 	running int    // server: handlers under way
 
 	// Sending (write.go).
-	ctrl      []byte // encoded control frames, in order, not flushed yet
-	spareCtrl []byte
-	framer    *http2.Framer // writes to ctrl
-	henc      *hpack.Encoder
-	hbuf      bytes.Buffer
-	replies   int // of ctrl: frames that the peer provoked
-	flushing  bool
-	flusher   *Stream // whose goroutine flushes, if it is a stream's user
-	light     streamList
-	bulk      streamList
-	starved   streamList // have data and stream window, but the connection's window is used up
-	plan      []emission
-	scratch   []byte
-	carry     []byte  // sealed bytes that an interrupted write left
-	carryBuf  *[]byte // the pooled buffer of carry
-	sendWin   int64
-	last      bool // close the socket when everything is flushed
-	said      bool // that was done
-	// drainReads: the peer is told of its violation before the socket is closed.
-	drainReads bool
+	ctrl       []byte // encoded control frames, in order, not flushed yet
+	spareCtrl  []byte
+	framer     *http2.Framer // writes to ctrl
+	henc       *hpack.Encoder
+	hbuf       bytes.Buffer
+	replies    int // of ctrl: frames that the peer provoked
+	flushing   bool
+	flusher    *Stream // whose goroutine flushes, if it is a stream's user
+	light      streamList
+	bulk       streamList
+	starved    streamList // have data and stream window, but the connection's window is used up
+	plan       []emission
+	scratch    []byte
+	carry      []byte  // sealed bytes that an interrupted write left
+	carryBuf   *[]byte // the pooled buffer of carry
+	sendWin    int64
+	last       bool // close the socket when everything is flushed
+	said       bool // that was done
 	readerGone bool
-	broken     error // a write to the socket failed with this
+	linger     linger // how long the reader still listens after our last byte
+	broken     error  // a write to the socket failed with this
 
 	// What the peer told us.
 	peerInitial   int64
@@ -239,7 +238,6 @@ func (c *conn) leaveLocked(code http2.ErrCode, err error) {
 	}
 	c.last, c.leaving = true, true
 	if code != http2.ErrCodeNo {
-		c.drainReads = true
 		c.cfg.Stats.Violations.Add(1)
 	}
 	c.ping.stop()
@@ -337,6 +335,9 @@ func (c *conn) reason() error {
 // close ends the connection and waits for its goroutines.
 func (c *conn) close() error {
 	c.leave(http2.ErrCodeNo, ErrClosed)
+	c.mu.Lock()
+	c.linger.hurry(c.raw)
+	c.mu.Unlock()
 	<-c.done
 	c.work.Wait()
 	return nil
@@ -349,8 +350,7 @@ func (c *conn) shutdown(ctx context.Context) error {
 	case <-c.done:
 		return nil
 	case <-ctx.Done():
-		c.leave(http2.ErrCodeNo, ErrClosed)
-		<-c.done
+		c.close()
 		return ctx.Err()
 	}
 }

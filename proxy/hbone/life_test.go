@@ -377,3 +377,55 @@ func TestBeforeServe(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestNothingIsLostAtTheEnd: a connection that ends in good order must not be reset by a frame of a peer that has not
+// read the last bytes yet.
+func TestNothingIsLostAtTheEnd(t *testing.T) {
+	const size = 128 << 10
+	finished := make(chan struct{})
+	p, sc, stop := serve(t, Config{}, func(ss *ServerStream) {
+		s, err := ss.Accept(&Response{Status: 200})
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		s.Write(make([]byte, size))
+		s.CloseWrite()
+		close(finished)
+		io.Copy(io.Discard, s)
+	})
+	defer stop()
+	sc.c.raw.(*net.TCPConn).SetWriteBuffer(8 * size) // all of it is the kernel's at once
+	p.preface()
+	p.fr.WriteWindowUpdate(0, 4<<20)
+	p.connect(1)
+	p.fr.WriteWindowUpdate(1, 4<<20)
+	p.fr.WriteData(1, true, nil)
+	<-finished
+	down := make(chan struct{})
+	go func() { sc.Shutdown(context.Background()); close(down) }()
+	// Its PING is not answered; after a second it goes on without, and has said its last.
+	eventually(t, func() bool { sc.c.mu.Lock(); defer sc.c.mu.Unlock(); return sc.c.said })
+	for range 3 { // the second frame to a closed socket would be answered with a reset
+		p.fr.WriteWindowUpdate(0, 1000)
+		time.Sleep(20 * time.Millisecond)
+	}
+	got := 0
+	for {
+		f, err := p.fr.ReadFrame()
+		if err != nil {
+			if err != io.EOF {
+				t.Error("after ", got, " bytes: ", err)
+			}
+			break
+		}
+		if d, ok := f.(*http2.DataFrame); ok {
+			got += len(d.Data())
+		}
+	}
+	if got != size {
+		t.Errorf("got %d of %d bytes", got, size)
+	}
+	p.c.Close()
+	<-down
+}

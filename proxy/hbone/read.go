@@ -87,7 +87,13 @@ func (r *reader) run() error {
 	c := r.c
 	for {
 		if err := c.tr.wait(); err != nil {
+			if isTimeout(err) && c.listenOn() {
+				continue
+			}
 			return err
+		}
+		if c.linger.on.Load() {
+			r.state = afterError
 		}
 		c.arrived.Add(1)
 		for more := true; more; more = c.tr.pending() {

@@ -383,21 +383,15 @@ func (c *conn) dropFrame(f *frame) {
 // goodbye is the flusher's last act. mu is held, and released.
 func (c *conn) goodbye() {
 	c.said = true
-	drain := c.drainReads && !c.readerGone
+	listen := !c.readerGone
 	c.mu.Unlock()
 	if out := c.tr.farewell(nil); len(out) > 0 {
 		c.raw.Write(out)
 	}
-	// Closing a socket with unread bytes would reset it and could take our GOAWAY with it: after a violation end
-	// our side only, and let the reader throw away what still comes, for a moment.
-	if drain {
-		if half, ok := c.raw.(interface{ CloseWrite() error }); ok && half.CloseWrite() == nil {
-			c.raw.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
-			return
-		}
-	}
 	c.mu.Lock()
-	c.endLocked(ErrClosed)
+	if !listen || c.readerGone || !c.linger.start(c.raw) {
+		c.endLocked(ErrClosed)
+	}
 	c.mu.Unlock()
 }
 
