@@ -33,6 +33,13 @@ type Workload struct {
 	ClusterID         string                       `yaml:"clusterId,omitempty"`
 	Status            string                       `yaml:"status,omitempty"`
 	Services          map[string]map[uint16]uint16 `yaml:"services"`
+	NetworkGateway    *Gateway                     `yaml:"networkGateway,omitempty"`
+}
+
+// Gateway is how to reach a network: "network/ip" and its HBONE port.
+type Gateway struct {
+	Destination string `yaml:"destination"`
+	Port        uint16 `yaml:"hboneMtlsPort"`
 }
 
 type Service struct {
