@@ -59,6 +59,7 @@ type entry struct {
 	cert     *identity.Certificate // the newest, perhaps expired; nil before the first
 	err      error                 // of the last attempt, nil if it succeeded
 	failures int                   // in a row
+	step     int                   // of the backoff: failures without those after which the pause was shortened
 	ready    chan struct{}         // closed when callers need wait no longer: cert or err is set, or gone is true
 	gone     bool
 	task     *task
@@ -205,7 +206,11 @@ func (m *Manager) fetch(ctx context.Context, id identity.ID) (*identity.Certific
 	if err != nil {
 		return nil, err
 	}
-	cert, err := identity.New(id, key, chain, roots)
+	want := id
+	if r, ok := m.opts.Signer.(*Remote); ok && !r.o.Impersonate {
+		want = identity.ID{} // the CA decides whose certificate it is (spec/controlplane.md 2.7)
+	}
+	cert, err := identity.New(want, key, chain, roots)
 	if err != nil {
 		return nil, err
 	}
@@ -234,7 +239,7 @@ func (m *Manager) finish(ctx context.Context, e *entry, cert *identity.Certifica
 		return
 	case err == nil:
 		m.stats.Signed++
-		e.cert, e.err, e.failures = cert, nil, 0
+		e.cert, e.err, e.failures, e.step = cert, nil, 0, 0
 		due := renewAt(now, cert.Leaf.NotBefore, cert.Leaf.NotAfter, m.opts.Rand())
 		m.queue.push(e, background, due, now)
 		m.log.Debug("certificate received", "identity", e.id.String(), "notAfter", cert.Leaf.NotAfter.UTC(), "renewal", due.UTC())
@@ -245,13 +250,15 @@ func (m *Manager) finish(ctx context.Context, e *entry, cert *identity.Certifica
 		m.stats.Failed++
 		e.err = err
 		e.failures++
-		delay := retryAfter(e.failures, m.opts.Rand())
+		e.step++
+		delay := retryAfter(e.step, m.opts.Rand())
 		prio := warmup
 		if old := e.valid(now); old != nil {
 			prio = background
-			// Once more when the old one ends, so that the state is known then; plus a moment, for it is valid until
-			// the end of that very second.
-			delay = min(delay, old.Leaf.NotAfter.Sub(now)+time.Millisecond)
+			if short := retryValid(delay, old.Leaf.NotAfter.Sub(now)); short < delay {
+				delay = short
+				e.step--
+			}
 		}
 		m.queue.push(e, prio, now.Add(delay), now)
 		m.log.Warn("certificate request failed", "identity", e.id.String(), "error", err.Error(), "failures", e.failures,

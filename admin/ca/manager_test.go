@@ -170,26 +170,27 @@ func TestOldServed(t *testing.T) {
 			t.Errorf("%+v", d)
 		}
 		tried := f.calls()
-		if tried < 5 || tried > 9 { // at 50 s, then after 0.8, 1.6, 3.2, 6.4, 12.8, 25.6 s
+		if tried < 12 || tried > 20 { // at 50 s, then after 0.8, 1.6, 3.2, 6.4, 12.8 s, then a third of what is left
 			t.Errorf("%d tries", tried)
 		}
 		time.Sleep(1100 * time.Millisecond)
 		if _, err := m.Certificate(t.Context(), id("a")); !errors.Is(err, errDown) {
 			t.Fatalf("after the end: %v", err)
 		}
-		if f.calls() != tried+1 {
-			t.Errorf("%d tries, want one at the end", f.calls()-tried)
+		if n := f.calls() - tried; n < 1 || n > 2 {
+			t.Errorf("%d tries, want one at the end and perhaps one before", n)
 		}
+		failed := f.calls() - 1
 		if d := m.Dump(); d[0].State != "Unavailable: "+errDown.Error() || len(d[0].Chain) != 0 {
 			t.Errorf("%+v", d)
 		}
 		f.set(nil)
-		time.Sleep(lastRetry)
+		time.Sleep(20 * time.Second) // the many short pauses did not make those after the end longer
 		if c := must(t, m, "a"); c == old {
 			t.Error("the old certificate")
 		}
-		if s := m.Stats(); s.Failed != uint64(tried) { // the first try succeeded, the one at the end failed
-			t.Errorf("%+v", s)
+		if s := m.Stats(); s.Failed != uint64(failed) {
+			t.Errorf("%+v, want %d failed", s, failed)
 		}
 	})
 }

@@ -33,3 +33,11 @@ func retryAfter(n int, random float64) time.Duration {
 	}
 	return time.Duration(float64(d) * (0.8 + 0.4*random))
 }
+
+// retryValid shortens a pause while the old certificate is valid for left more: never more than a third of that, so that
+// a short outage does not outlast a short life by the pause that follows it (ztunnel waits for the end, spec/dataplane.md
+// 8.3), and once more when the old one ends, so that the state is known then; plus a moment, for it is valid until the end
+// of that very second.
+func retryValid(delay, left time.Duration) time.Duration {
+	return min(delay, max(left/3, soonest), left+time.Millisecond)
+}

@@ -64,3 +64,19 @@ func TestRetryAfter(t *testing.T) {
 		}
 	}
 }
+
+func TestRetryValid(t *testing.T) {
+	for _, c := range [][3]time.Duration{ // pause, left, want
+		{time.Second, time.Hour, time.Second},
+		{150 * time.Second, time.Hour, 150 * time.Second},
+		{150 * time.Second, 5 * time.Minute, 100 * time.Second},
+		{16 * time.Second, 15 * time.Second, 5 * time.Second},
+		{16 * time.Second, 2 * time.Second, time.Second},
+		{16 * time.Second, 500 * time.Millisecond, 501 * time.Millisecond},
+		{16 * time.Second, 0, time.Millisecond},
+	} {
+		if got := retryValid(c[0], c[1]); got != c[2] {
+			t.Errorf("%v with %v left: %v, want %v", c[0], c[1], got, c[2])
+		}
+	}
+}
