@@ -31,7 +31,7 @@ func BenchmarkHandshake(b *testing.B) {
 		if err := v.verify(cs.PeerCertificates, time.Now()); err != nil {
 			return err
 		}
-		return two.checkClient(cs)
+		return two.checkClient(cs, nil)
 	}
 	run("remembering server", remembering, client)
 	run("forgetful client", ServerTLS(two), func() *tls.Config {

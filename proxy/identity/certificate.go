@@ -23,14 +23,15 @@ type Certificate struct {
 	trust  string // trust domain of the leaf's first SPIFFE SAN: what clients must share
 	strict bool   // the leaf has a SPIFFE SAN, so trust is checked
 
-	server [2]serverConfigs // without and with TLS 1.2
-	peers  verifier         // servers whose chains were verified against Pool
+	peers verifier // servers whose chains were verified against Pool
+
+	mu     sync.Mutex
+	server []serverConfig // accepting configurations that were made, one per Params in use: one in a process
 }
 
-// serverConfigs are the accepting and the ALPN-refusing configuration, made on first use.
-type serverConfigs struct {
-	once sync.Once
-	cfg  *tls.Config
+type serverConfig struct {
+	params Params
+	cfg    *tls.Config
 }
 
 // New binds a key to the CA's answer: chain is the leaf followed by intermediates, roots are the trust bundle (several

@@ -1,5 +1,10 @@
 package identity
 
+import (
+	"fmt"
+	"math/big"
+)
+
 // The errors of this package are types, so that the proxy can map them to flags and log texts with errors.As. The
 // wording is ztunnel's (spec/dataplane.md, Appendix B), complete for what a peer did wrong and without the leading
 // "identity error: " (which the proxy adds) for what went wrong on our own side.
@@ -56,6 +61,17 @@ type PeerCAError struct{ Subject string }
 
 func (e *PeerCAError) Error() string {
 	return "identity verification error: peer presented a CA certificate as its own: " + e.Subject
+}
+
+// PeerRevokedError says that a certificate of the peer's chain, its own or a CA's, is on its issuer's revocation list. (For
+// a tunnel that is cut ztunnel logs "connection closed: peer certificate revoked by CRL" and the flag CERT_REVOKED.)
+type PeerRevokedError struct {
+	Serial *big.Int
+	Issuer string
+}
+
+func (e *PeerRevokedError) Error() string {
+	return fmt.Sprintf("identity verification error: peer certificate revoked by CRL: serial number %d of %s", e.Serial, e.Issuer)
 }
 
 // PeerALPNError says that the handshake agreed on a protocol that is not HTTP/2.

@@ -18,6 +18,9 @@ const refuseALPN = "ztun-refuses"
 // Params are the choices that ztunnel leaves to its environment. The zero value is the default.
 type Params struct {
 	TLS12 bool // TLS12_ENABLED: accept and offer TLS 1.2 as well, with the ECDHE AES-GCM suites
+	PQC   bool // COMPLIANCE_POLICY=pqc: X25519MLKEM768 is the only group, hence TLS 1.3 the only version
+
+	Revocation *Revocation // CRL_PATH: what handshakes and open tunnels answer to; nil: nothing is revoked
 }
 
 // ServerTLS is ServerTLSWith the default parameters.
@@ -25,27 +28,32 @@ func ServerTLS(c *Certificate) *tls.Config { return ServerTLSWith(c, Params{}) }
 
 // ServerTLSWith returns the configuration for accepting HBONE with this certificate (spec/dataplane.md 4.1): a client
 // certificate is required, must chain to c.Pool for client authentication, must not be a CA, and one of its SPIFFE SANs
-// must be of the trust domain of c's leaf (unless c's leaf has no SPIFFE SAN). ALPN h2 or none; SNI is ignored; no
-// tickets. Handshake errors: *PeerTrustDomainError, *PeerCAError, *PeerALPNError, *tls.CertificateVerificationError.
+// must be of the trust domain of c's leaf (unless c's leaf has no SPIFFE SAN), and p.Revocation must not revoke it. ALPN
+// h2 or none; SNI is ignored; no tickets. Handshake errors: *PeerTrustDomainError, *PeerRevokedError, *PeerCAError,
+// *PeerALPNError, *tls.CertificateVerificationError.
 //
-// The configuration is made once per certificate and shared: calling this for every connection costs nothing, and it
-// must not be modified.
+// The configuration is made once per certificate and p, and shared: calling this for every connection costs nothing, and
+// it must not be modified.
 func ServerTLSWith(c *Certificate, p Params) *tls.Config {
-	s := &c.server[0]
-	if p.TLS12 {
-		s = &c.server[1]
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, s := range c.server {
+		if s.params == p {
+			return s.cfg
+		}
 	}
-	s.once.Do(func() { s.cfg = newServerTLS(c, p) })
-	return s.cfg
+	cfg := newServerTLS(c, p)
+	c.server = append(c.server, serverConfig{p, cfg})
+	return cfg
 }
 
 func newServerTLS(c *Certificate, p Params) *tls.Config {
-	cfg := base(p)
+	cfg := p.Base()
 	cfg.Certificates = []tls.Certificate{c.TLS}
 	cfg.ClientAuth = tls.RequireAndVerifyClientCert
 	cfg.ClientCAs = c.Pool
 	cfg.SessionTicketsDisabled = true
-	cfg.VerifyConnection = c.checkClient
+	cfg.VerifyConnection = func(cs tls.ConnectionState) error { return c.checkClient(cs, p.Revocation) }
 
 	refuse := cfg.Clone()
 	refuse.NextProtos = []string{refuseALPN}
@@ -64,21 +72,22 @@ func ClientTLS(c *Certificate, want []ID) *tls.Config { return ClientTLSWith(c, 
 // ClientTLSWith returns the configuration for dialling a peer that must present one of the identities in want, in any
 // of its URI SANs (spec/dataplane.md 2.8); with an empty want every peer is refused. Its chain must reach c.Pool for
 // server authentication. No SNI, ALPN h2, no resumption; our certificate is presented whatever CAs the server names.
-// Handshake errors: *PeerSANError, *PeerCAError, *PeerALPNError, *tls.CertificateVerificationError. want is not copied:
-// do not change it. Cheap (no parsing): call it per dial.
+// Handshake errors: *PeerSANError, *PeerRevokedError, *PeerCAError, *PeerALPNError, *tls.CertificateVerificationError.
+// want is not copied: do not change it. Cheap (no parsing): call it per dial.
 func ClientTLSWith(c *Certificate, want []ID, p Params) *tls.Config {
-	cfg := base(p)
+	cfg := p.Base()
 	// A configured list would be filtered by the CA names in the server's request and might leave us without a
 	// certificate; rustls, like this, always presents the one it has.
 	cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &c.TLS, nil }
 	// crypto/tls can only verify a server against a host name. HBONE peers have none: checkServer does all of it.
 	cfg.InsecureSkipVerify = true
-	cfg.VerifyConnection = func(cs tls.ConnectionState) error { return c.checkServer(cs, want) }
+	cfg.VerifyConnection = func(cs tls.ConnectionState) error { return c.checkServer(cs, want, p.Revocation) }
 	return cfg
 }
 
-// base holds what both roles share (spec/dataplane.md 8.5). crypto/tls orders suites and groups itself.
-func base(p Params) *tls.Config {
+// Base is what all TLS of the program shares, both roles and the control plane's channels (spec/dataplane.md 8.5):
+// versions, groups, suites, ALPN h2. It is the caller's. crypto/tls orders suites and groups itself.
+func (p Params) Base() *tls.Config {
 	cfg := &tls.Config{
 		MinVersion:       tls.VersionTLS13,
 		NextProtos:       []string{alpn},
@@ -86,7 +95,9 @@ func base(p Params) *tls.Config {
 		// Records of full size from the start: tunnels carry bulk, and a stream's first bytes are not a web page's.
 		DynamicRecordSizingDisabled: true,
 	}
-	if p.TLS12 {
+	if p.PQC {
+		cfg.CurvePreferences = []tls.CurveID{tls.X25519MLKEM768}
+	} else if p.TLS12 {
 		cfg.MinVersion = tls.VersionTLS12
 		cfg.CipherSuites = []uint16{ // of TLS 1.2 alone
 			tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
@@ -97,9 +108,12 @@ func base(p Params) *tls.Config {
 }
 
 // checkClient runs after crypto/tls verified the client's chain.
-func (c *Certificate) checkClient(cs tls.ConnectionState) error {
+func (c *Certificate) checkClient(cs tls.ConnectionState, r *Revocation) error {
 	leaf, err := checkPeer(cs)
-	if err != nil || !c.strict {
+	if err != nil {
+		return err
+	}
+	if err := r.handshake(c, cs, ServerSide); err != nil || !c.strict {
 		return err
 	}
 	same := false
@@ -114,14 +128,17 @@ func (c *Certificate) checkClient(cs tls.ConnectionState) error {
 	return nil
 }
 
-// checkServer is all the verification that a server gets: chain, then SAN, in ztunnel's order.
-func (c *Certificate) checkServer(cs tls.ConnectionState, want []ID) error {
+// checkServer is all the verification that a server gets: chain, then revocation, then SAN, in ztunnel's order.
+func (c *Certificate) checkServer(cs tls.ConnectionState, want []ID, r *Revocation) error {
 	leaf, err := checkPeer(cs)
 	if err != nil {
 		return err
 	}
 	if err := c.peers.verify(cs.PeerCertificates, time.Now()); err != nil {
 		return &tls.CertificateVerificationError{UnverifiedCertificates: cs.PeerCertificates, Err: err}
+	}
+	if err := r.handshake(c, cs, ClientSide); err != nil {
+		return err
 	}
 	found := false
 	eachURI(leaf.Extensions, func(uri string) bool {

@@ -37,18 +37,7 @@ func (v *verifier) verify(certs []*x509.Certificate, now time.Time) error {
 	if ok && w.contains(now) {
 		return nil
 	}
-	opts := x509.VerifyOptions{
-		Roots:       v.roots,
-		CurrentTime: now,
-		KeyUsages:   []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
-	if len(certs) > 1 {
-		opts.Intermediates = x509.NewCertPool()
-		for _, cert := range certs[1:] {
-			opts.Intermediates.AddCert(cert)
-		}
-	}
-	chains, err := certs[0].Verify(opts)
+	chains, err := verifyChain(certs, v.roots, x509.ExtKeyUsageServerAuth, now)
 	if err != nil {
 		return err
 	}
@@ -74,6 +63,18 @@ func (v *verifier) verify(certs []*x509.Certificate, now time.Time) error {
 	}
 	v.seen[key] = w
 	return nil
+}
+
+// verifyChain finds the ways from a peer's certificates, leaf first, to a root, as of that time. Errors are crypto/x509's.
+func verifyChain(certs []*x509.Certificate, roots *x509.CertPool, usage x509.ExtKeyUsage, at time.Time) ([][]*x509.Certificate, error) {
+	opts := x509.VerifyOptions{Roots: roots, CurrentTime: at, KeyUsages: []x509.ExtKeyUsage{usage}}
+	if len(certs) > 1 {
+		opts.Intermediates = x509.NewCertPool()
+		for _, cert := range certs[1:] {
+			opts.Intermediates.AddCert(cert)
+		}
+	}
+	return certs[0].Verify(opts)
 }
 
 // chainKey hashes the chain, each certificate prefixed by its length so that no two chains share a hash.
