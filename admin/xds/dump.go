@@ -1,409 +1,457 @@
 package xds
 
 import (
-	"bytes"
-	"encoding/json"
+	"cmp"
 	"io"
-	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
 
 	"ztun/proxy/rbac"
 	"ztun/proxy/state"
 )
 
-// The Write functions render the values of config_dump's members as ztunnel
-// does: keys in alphabetical order, what is empty omitted where ztunnel omits
-// it, two spaces of indentation, to stand one level deep in an object. They
-// write entry by entry, so that a dump of a large mesh needs little memory and
-// does not hold anything up.
+// The Write functions render the values of config_dump's members as ztunnel does: keys in alphabetical
+// order, what is empty omitted where ztunnel omits it, two spaces of indentation, to stand one level deep
+// in an object. They write entry by entry and make no garbage, so that a dump of a large mesh needs little
+// memory and does not hold anything up; the writer that they are given passes the processor on.
 
 // WriteWorkloads writes the member "workloads": sorted by uid.
 func WriteWorkloads(w io.Writer, v *state.View) error {
-	a := array{w: w, prefix: "  "}
+	j := newJSONWriter(w, 1)
+	j.open('[')
 	for _, x := range v.Workloads() {
-		j := newWorkloadJSON(x)
-		if !x.Unlisted && len(x.Services) > 0 {
-			names := make([]string, len(x.Services))
-			for i := range x.Services {
-				names[i] = x.Services[i].Service.String()
+		j.next()
+		j.workload(x, func() {
+			if x.Unlisted || len(x.Services) == 0 {
+				return
 			}
-			j.Services = names
+			j.key("services")
+			j.open('[')
+			for i := range x.Services {
+				j.next()
+				j.text(x.Services[i].Service.Namespace, "/", x.Services[i].Service.Hostname)
+			}
+			j.close(']')
+		})
+		if !j.pass() {
+			break
 		}
-		a.add(j)
 	}
-	return a.end()
+	j.close(']')
+	return j.flush()
 }
 
 // WriteServices writes the member "services": sorted by hostname.
 func WriteServices(w io.Writer, v *state.View) error {
-	a := array{w: w, prefix: "  "}
-	for _, s := range v.Services() {
-		a.add(newServiceJSON(s))
-	}
-	return a.end()
+	j := newJSONWriter(w, 1)
+	j.services(v.Services())
+	return j.flush()
 }
 
 // WritePolicies writes the member "policies": sorted by key.
 func WritePolicies(w io.Writer, v *state.View) error {
-	a := array{w: w, prefix: "  "}
-	for _, p := range v.Policies() {
-		a.add(newPolicyJSON(p))
-	}
-	return a.end()
+	j := newJSONWriter(w, 1)
+	j.policies(v.Policies())
+	return j.flush()
 }
 
-// WriteStaged writes the member "stagedServices": the endpoints whose services
-// do not exist.
+// WriteStaged writes the member "stagedServices": the endpoints whose services do not exist.
 func WriteStaged(w io.Writer, v *state.View) error {
-	m := make(map[string]map[string]endpointJSON)
+	j := newJSONWriter(w, 1)
+	j.open('{')
 	for _, s := range v.Staged() {
-		m[s.Service.String()] = newEndpointsJSON(s.Endpoints)
+		j.name(s.Service.Namespace, "/", s.Service.Hostname)
+		j.endpoints(s.Endpoints)
+		if !j.pass() {
+			break
+		}
 	}
-	return writeJSON(w, m, "  ")
+	j.close('}')
+	return j.flush()
 }
 
-// WriteStatic writes the member "staticConfig": the local file as it is read
-// now, in its own order. Nil is a file without content.
+// WriteStatic writes the member "staticConfig": the local file in its own order. Nil is a file without
+// content.
 func WriteStatic(w io.Writer, l *Local) error {
 	if l == nil {
 		l = &Local{}
 	}
-	s := staticWriter{w: w}
-	s.text("{\n    \"policies\": ")
-	a := array{w: w, prefix: "    "}
-	for _, p := range l.Policies {
-		a.add(newPolicyJSON(p))
-	}
-	s.done(a.end())
-	s.text(",\n    \"services\": ")
-	a = array{w: w, prefix: "    "}
-	for _, x := range l.Services {
-		a.add(newServiceJSON(x))
-	}
-	s.done(a.end())
-	s.text(",\n    \"workloads\": ")
-	a = array{w: w, prefix: "    "}
+	j := newJSONWriter(w, 1)
+	j.open('{')
+	j.key("policies")
+	j.policies(l.Policies)
+	j.key("services")
+	j.services(l.Services)
+	j.key("workloads")
+	j.open('[')
 	for _, x := range l.Workloads {
-		j := newWorkloadJSON(x)
-		ports := make(map[string]map[uint16]uint16, len(x.Services))
-		for i := range x.Services {
-			ports[x.Services[i].Service.String()] = newPortsJSON(x.Services[i].Ports)
+		j.next()
+		j.workload(x, func() {
+			j.key("services")
+			j.open('{')
+			for _, s := range byName(x.Services) {
+				j.name(s.Service.Namespace, "/", s.Service.Hostname)
+				j.ports(s.Ports)
+			}
+			j.close('}')
+		})
+		if !j.pass() {
+			break
 		}
-		j.Services = ports
-		a.add(j)
 	}
-	s.done(a.end())
-	s.text("\n  }")
-	return s.err
+	j.close(']')
+	j.close('}')
+	return j.flush()
 }
 
-// staticWriter remembers the first error.
-type staticWriter struct {
-	w   io.Writer
-	err error
+// Static is the member "staticConfig" as ztunnel means it, the file as it is at the moment of the dump,
+// without the cost of reading it every time: what was loaded last is shown again as long as the file looks
+// as it did then. With 100,000 workloads, parsing is seconds of CPU time and hundreds of MiB.
+type Static struct {
+	file *File
+
+	mu     sync.Mutex
+	local  *Local // nil: broken, shown as empty
+	stat   os.FileInfo
+	loaded bool
 }
 
-func (s *staticWriter) text(t string) {
-	if s.err == nil {
-		_, s.err = io.WriteString(s.w, t)
+// NewStatic makes one for a file of which nothing is known yet.
+func NewStatic(f *File) *Static { return &Static{file: f} }
+
+// Keep is to be called with every Local that the file's Run or Load gave, and with nil when it was broken.
+func (s *Static) Keep(l *Local) {
+	stat, _ := os.Stat(s.file.Path) // nil for an inline text and for a file that is gone
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.local, s.stat, s.loaded = l, stat, true
+}
+
+// Write writes the member. A file that cannot be read or is wrong is shown as one without content.
+func (s *Static) Write(w io.Writer) error {
+	s.mu.Lock()
+	local, kept, loaded := s.local, s.stat, s.loaded
+	s.mu.Unlock()
+	now, _ := os.Stat(s.file.Path)
+	if !loaded || !sameFile(kept, now) {
+		local, _ = s.file.Load()
 	}
+	return WriteStatic(w, local)
 }
 
-func (s *staticWriter) done(err error) {
-	if s.err == nil {
-		s.err = err
+// sameFile tells whether a file looks as it did.
+func sameFile(a, b os.FileInfo) bool {
+	if a == nil || b == nil {
+		return a == nil && b == nil
 	}
+	return os.SameFile(a, b) && a.Size() == b.Size() && a.ModTime().Equal(b.ModTime())
 }
 
-// array writes a JSON array entry by entry. prefix is the indentation of the
-// line that it starts on.
-type array struct {
-	w      io.Writer
-	prefix string
-	n      int
-	err    error
+// workload writes one; services writes the member of that name, which is a list in the state and a map in
+// the file.
+func (j *jsonWriter) workload(w *state.Workload, services func()) {
+	j.open('{')
+	if w.Tunnel.Protocol != state.TunnelAbsent {
+		j.key("applicationTunnel")
+		j.open('{')
+		j.key("port")
+		if w.Tunnel.Port != 0 {
+			j.number(uint64(w.Tunnel.Port))
+		} else {
+			j.b = append(j.b, "null"...)
+		}
+		j.member("protocol", w.Tunnel.Protocol.String())
+		j.close('}')
+	}
+	if len(w.AuthorizationPolicies) > 0 {
+		j.key("authorizationPolicies")
+		j.strings(w.AuthorizationPolicies)
+	}
+	j.optional("canonicalName", w.CanonicalName)
+	j.optional("canonicalRevision", w.CanonicalRevision)
+	j.key("capacity")
+	j.number(uint64(w.Capacity))
+	j.member("clusterId", w.ClusterID)
+	j.optional("hostname", w.Hostname)
+	if w.Locality != (state.Locality{}) {
+		j.key("locality")
+		j.open('{')
+		j.member("region", w.Locality.Region)
+		j.member("subzone", w.Locality.Subzone)
+		j.member("zone", w.Locality.Zone)
+		j.close('}')
+	}
+	j.member("name", w.Name)
+	j.member("namespace", w.Namespace)
+	if w.NativeTunnel {
+		j.key("nativeTunnel")
+		j.bool(true)
+	}
+	j.optional("network", w.Network)
+	j.gateway("networkGateway", w.NetworkGateway)
+	j.member("networkMode", w.NetworkMode.String())
+	j.optional("node", w.Node)
+	j.member("protocol", w.Protocol.String())
+	j.optional("serviceAccount", w.ServiceAccount)
+	services()
+	j.member("status", w.Status.String())
+	j.optional("trustDomain", w.TrustDomain)
+	j.optional("uid", w.UID)
+	j.gateway("waypoint", w.Waypoint)
+	j.key("workloadIps")
+	j.open('[')
+	for _, a := range w.Addresses {
+		j.next()
+		j.addr(a)
+	}
+	j.close(']')
+	j.optional("workloadName", w.WorkloadName)
+	j.optional("workloadType", w.WorkloadType)
+	j.close('}')
 }
 
-func (a *array) add(x any) {
-	if a.err != nil {
+func (j *jsonWriter) services(l []*state.Service) {
+	j.open('[')
+	for _, s := range l {
+		j.next()
+		j.service(s)
+		if !j.pass() {
+			break
+		}
+	}
+	j.close(']')
+}
+
+func (j *jsonWriter) service(s *state.Service) {
+	j.open('{')
+	j.key("canonical")
+	j.bool(s.Canonical)
+	if len(s.CIDRVIPs) > 0 {
+		j.key("cidrVips")
+		j.open('[')
+		for _, c := range s.CIDRVIPs {
+			j.next()
+			j.open('{')
+			j.key("cidr")
+			j.prefix(c.Prefix)
+			j.member("network", c.Network)
+			j.close('}')
+		}
+		j.close(']')
+	}
+	j.key("endpoints")
+	j.endpoints(s.Endpoints)
+	j.member("hostname", s.Hostname)
+	j.optional("ipFamilies", s.IPFamilies.String())
+	if lb := s.LoadBalancer; lb != nil {
+		j.key("loadBalancer")
+		j.open('{')
+		j.member("healthPolicy", lb.HealthPolicy.String())
+		j.member("mode", lb.Mode.String())
+		j.key("routingPreferences")
+		j.open('[')
+		for _, p := range lb.Preferences {
+			j.next()
+			j.text(p.String())
+		}
+		j.close(']')
+		j.close('}')
+	}
+	j.member("name", s.Name)
+	j.member("namespace", s.Namespace)
+	j.key("ports")
+	j.ports(s.Ports)
+	j.key("subjectAltNames")
+	j.strings(s.SubjectAltNames)
+	j.key("vips")
+	j.open('[')
+	for _, a := range s.VIPs {
+		j.next()
+		j.networkAddr(a.Network, a.Addr)
+	}
+	j.close(']')
+	j.member("visibility", s.Visibility.String())
+	j.gateway("waypoint", s.Waypoint)
+	if len(s.WeightedWaypoints) > 0 {
+		j.key("weightedWaypoints")
+		j.open('[')
+		for i := range s.WeightedWaypoints {
+			j.next()
+			j.open('{')
+			j.gateway("destination", &s.WeightedWaypoints[i].Destination)
+			j.key("weight")
+			j.number(uint64(s.WeightedWaypoints[i].Weight))
+			j.close('}')
+		}
+		j.close(']')
+	}
+	j.close('}')
+}
+
+// endpoints writes an object by uid. A View's are sorted already; those of a file may not be.
+func (j *jsonWriter) endpoints(l []state.Endpoint) {
+	byUID := func(a, b state.Endpoint) int { return strings.Compare(a.UID, b.UID) }
+	if !slices.IsSortedFunc(l, byUID) {
+		l = slices.SortedStableFunc(slices.Values(l), byUID)
+	}
+	j.open('{')
+	for i := range l {
+		e := &l[i]
+		j.name(e.UID)
+		j.open('{')
+		j.key("port")
+		j.ports(e.Ports)
+		j.member("status", e.Status.String())
+		j.member("workloadUid", e.UID)
+		j.close('}')
+		if !j.pass() {
+			break
+		}
+	}
+	j.close('}')
+}
+
+// ports writes an object whose keys are numbers as text, in the order of texts: "443" before "80".
+func (j *jsonWriter) ports(l state.PortMap) {
+	var few [8]state.PortPair // on the stack; more than that is rare
+	sorted := append(few[:0], l...)
+	slices.SortFunc(sorted, func(a, b state.PortPair) int { return compareDecimal(a.Service, b.Service) })
+	j.open('{')
+	for _, p := range sorted {
+		j.next()
+		j.b = append(j.b, '"')
+		j.number(uint64(p.Service))
+		j.b = append(j.b, '"', ':', ' ')
+		j.number(uint64(p.Target))
+	}
+	j.close('}')
+}
+
+// compareDecimal compares two numbers as their decimal texts.
+func compareDecimal(a, b uint16) int {
+	var x, y [5]byte
+	return cmp.Compare(string(strconv.AppendUint(x[:0], uint64(a), 10)), string(strconv.AppendUint(y[:0], uint64(b), 10)))
+}
+
+// gateway leaves an absent one out.
+func (j *jsonWriter) gateway(k string, g *state.GatewayAddress) {
+	if g == nil {
 		return
 	}
-	sep := ",\n"
-	if a.n == 0 {
-		sep = "[\n"
+	j.key(k)
+	j.open('{')
+	j.key("destination")
+	if g.Host.Hostname != "" {
+		j.text(g.Host.Namespace, "/", g.Host.Hostname)
+	} else {
+		j.networkAddr(g.Addr.Network, g.Addr.Addr)
 	}
-	a.n++
-	if _, a.err = io.WriteString(a.w, sep+a.prefix+"  "); a.err == nil {
-		a.err = writeJSON(a.w, x, a.prefix+"  ")
-	}
+	j.key("hboneMtlsPort")
+	j.number(uint64(g.Port))
+	j.close('}')
 }
 
-func (a *array) end() error {
-	if a.err == nil {
-		s := "\n" + a.prefix + "]"
-		if a.n == 0 {
-			s = "[]"
-		}
-		_, a.err = io.WriteString(a.w, s)
-	}
-	return a.err
-}
-
-func writeJSON(w io.Writer, x any, prefix string) error {
-	var b bytes.Buffer
-	e := json.NewEncoder(&b)
-	e.SetEscapeHTML(false) // as ztunnel's
-	e.SetIndent(prefix, "  ")
-	if err := e.Encode(x); err != nil {
-		return err
-	}
-	_, err := w.Write(bytes.TrimRight(b.Bytes(), "\n"))
-	return err
-}
-
-// The fields of the following types are in alphabetical order of their keys.
-
-type workloadJSON struct {
-	ApplicationTunnel     *tunnelJSON   `json:"applicationTunnel,omitempty"`
-	AuthorizationPolicies []string      `json:"authorizationPolicies,omitempty"`
-	CanonicalName         string        `json:"canonicalName,omitempty"`
-	CanonicalRevision     string        `json:"canonicalRevision,omitempty"`
-	Capacity              uint32        `json:"capacity"`
-	ClusterID             string        `json:"clusterId"`
-	Hostname              string        `json:"hostname,omitempty"`
-	Locality              *localityJSON `json:"locality,omitempty"`
-	Name                  string        `json:"name"`
-	Namespace             string        `json:"namespace"`
-	NativeTunnel          bool          `json:"nativeTunnel,omitempty"`
-	Network               string        `json:"network,omitempty"`
-	NetworkGateway        *gatewayJSON  `json:"networkGateway,omitempty"`
-	NetworkMode           string        `json:"networkMode"`
-	Node                  string        `json:"node,omitempty"`
-	Protocol              string        `json:"protocol"`
-	ServiceAccount        string        `json:"serviceAccount,omitempty"`
-	Services              any           `json:"services,omitempty"` // []string, or the file's map
-	Status                string        `json:"status"`
-	TrustDomain           string        `json:"trustDomain,omitempty"`
-	UID                   string        `json:"uid,omitempty"`
-	Waypoint              *gatewayJSON  `json:"waypoint,omitempty"`
-	WorkloadIPs           []netip.Addr  `json:"workloadIps"`
-	WorkloadName          string        `json:"workloadName,omitempty"`
-	WorkloadType          string        `json:"workloadType,omitempty"`
-}
-
-type tunnelJSON struct {
-	Port     *uint16 `json:"port"`
-	Protocol string  `json:"protocol"`
-}
-
-type localityJSON struct {
-	Region  string `json:"region"`
-	Subzone string `json:"subzone"`
-	Zone    string `json:"zone"`
-}
-
-type gatewayJSON struct {
-	Destination   string `json:"destination"`
-	HBONEMTLSPort uint16 `json:"hboneMtlsPort"`
-}
-
-type serviceJSON struct {
-	Canonical         bool                    `json:"canonical"`
-	CIDRVIPs          []cidrJSON              `json:"cidrVips,omitempty"`
-	Endpoints         map[string]endpointJSON `json:"endpoints"`
-	Hostname          string                  `json:"hostname"`
-	IPFamilies        string                  `json:"ipFamilies,omitempty"`
-	LoadBalancer      *loadBalancerJSON       `json:"loadBalancer,omitempty"`
-	Name              string                  `json:"name"`
-	Namespace         string                  `json:"namespace"`
-	Ports             map[uint16]uint16       `json:"ports"`
-	SubjectAltNames   []string                `json:"subjectAltNames"`
-	VIPs              []string                `json:"vips"`
-	Visibility        string                  `json:"visibility"`
-	Waypoint          *gatewayJSON            `json:"waypoint,omitempty"`
-	WeightedWaypoints []weightedJSON          `json:"weightedWaypoints,omitempty"`
-}
-
-type cidrJSON struct {
-	CIDR    netip.Prefix `json:"cidr"`
-	Network string       `json:"network"`
-}
-
-type endpointJSON struct {
-	Port        map[uint16]uint16 `json:"port"`
-	Status      string            `json:"status"`
-	WorkloadUID string            `json:"workloadUid"`
-}
-
-type loadBalancerJSON struct {
-	HealthPolicy       string   `json:"healthPolicy"`
-	Mode               string   `json:"mode"`
-	RoutingPreferences []string `json:"routingPreferences"`
-}
-
-type weightedJSON struct {
-	Destination gatewayJSON `json:"destination"`
-	Weight      uint32      `json:"weight"`
-}
-
-type policyJSON struct {
-	Action    string          `json:"action"`
-	DryRun    bool            `json:"dryRun"`
-	Name      string          `json:"name"`
-	Namespace string          `json:"namespace"`
-	Rules     [][][]matchJSON `json:"rules"`
-	Scope     string          `json:"scope"`
-}
-
-type matchJSON struct {
-	DestinationIPs      []netip.Prefix    `json:"destinationIps,omitempty"`
-	DestinationPorts    []uint16          `json:"destinationPorts,omitempty"`
-	Namespaces          []stringMatchJSON `json:"namespaces,omitempty"`
-	NotDestinationIPs   []netip.Prefix    `json:"notDestinationIps,omitempty"`
-	NotDestinationPorts []uint16          `json:"notDestinationPorts,omitempty"`
-	NotNamespaces       []stringMatchJSON `json:"notNamespaces,omitempty"`
-	NotPrincipals       []stringMatchJSON `json:"notPrincipals,omitempty"`
-	NotServiceAccounts  []accountJSON     `json:"notServiceAccounts,omitempty"`
-	NotSourceIPs        []netip.Prefix    `json:"notSourceIps,omitempty"`
-	Principals          []stringMatchJSON `json:"principals,omitempty"`
-	ServiceAccounts     []accountJSON     `json:"serviceAccounts,omitempty"`
-	SourceIPs           []netip.Prefix    `json:"sourceIps,omitempty"`
-}
-
-type accountJSON struct {
-	Namespace      string `json:"namespace"`
-	ServiceAccount string `json:"serviceAccount"`
-}
-
-// stringMatchJSON is {"Exact": "x"} or {"Presence": []}.
-type stringMatchJSON rbac.StringMatch
-
-func (m stringMatchJSON) MarshalJSON() ([]byte, error) {
-	var x any = m.Value
-	if m.Kind == rbac.Presence {
-		x = []string{}
-	}
-	return json.Marshal(map[string]any{m.Kind.String(): x})
-}
-
-func newWorkloadJSON(w *state.Workload) workloadJSON {
-	j := workloadJSON{
-		AuthorizationPolicies: w.AuthorizationPolicies,
-		CanonicalName:         w.CanonicalName, CanonicalRevision: w.CanonicalRevision,
-		Capacity: w.Capacity, ClusterID: w.ClusterID, Hostname: w.Hostname,
-		Name: w.Name, Namespace: w.Namespace, NativeTunnel: w.NativeTunnel,
-		Network: w.Network, NetworkGateway: newGatewayJSON(w.NetworkGateway), NetworkMode: w.NetworkMode.String(),
-		Node: w.Node, Protocol: w.Protocol.String(), ServiceAccount: w.ServiceAccount,
-		Status: w.Status.String(), TrustDomain: w.TrustDomain, UID: w.UID,
-		Waypoint: newGatewayJSON(w.Waypoint), WorkloadIPs: list(w.Addresses),
-		WorkloadName: w.WorkloadName, WorkloadType: w.WorkloadType,
-	}
-	if w.Locality != (state.Locality{}) {
-		j.Locality = &localityJSON{w.Locality.Region, w.Locality.Subzone, w.Locality.Zone}
-	}
-	if w.Tunnel.Protocol != state.TunnelAbsent {
-		j.ApplicationTunnel = &tunnelJSON{Protocol: w.Tunnel.Protocol.String()}
-		if w.Tunnel.Port != 0 {
-			j.ApplicationTunnel.Port = &w.Tunnel.Port
-		}
-	}
-	return j
-}
-
-func newServiceJSON(s *state.Service) serviceJSON {
-	j := serviceJSON{
-		Canonical: s.Canonical, Endpoints: newEndpointsJSON(s.Endpoints), Hostname: s.Hostname,
-		IPFamilies: s.IPFamilies.String(), Name: s.Name, Namespace: s.Namespace,
-		Ports: newPortsJSON(s.Ports), SubjectAltNames: list(s.SubjectAltNames), VIPs: make([]string, len(s.VIPs)),
-		Visibility: s.Visibility.String(), Waypoint: newGatewayJSON(s.Waypoint),
-	}
-	for i, a := range s.VIPs {
-		j.VIPs[i] = a.String()
-	}
-	for _, c := range s.CIDRVIPs {
-		j.CIDRVIPs = append(j.CIDRVIPs, cidrJSON{c.Prefix, c.Network})
-	}
-	for i := range s.WeightedWaypoints {
-		ww := &s.WeightedWaypoints[i]
-		j.WeightedWaypoints = append(j.WeightedWaypoints, weightedJSON{*newGatewayJSON(&ww.Destination), ww.Weight})
-	}
-	if lb := s.LoadBalancer; lb != nil {
-		j.LoadBalancer = &loadBalancerJSON{lb.HealthPolicy.String(), lb.Mode.String(), make([]string, len(lb.Preferences))}
-		for i, p := range lb.Preferences {
-			j.LoadBalancer.RoutingPreferences[i] = p.String()
-		}
-	}
-	return j
-}
-
-func newEndpointsJSON(l []state.Endpoint) map[string]endpointJSON {
-	m := make(map[string]endpointJSON, len(l))
-	for _, e := range l {
-		m[e.UID] = endpointJSON{newPortsJSON(e.Ports), e.Status.String(), e.UID}
-	}
-	return m
-}
-
-func newPortsJSON(l state.PortMap) map[uint16]uint16 {
-	m := make(map[uint16]uint16, len(l))
+func (j *jsonWriter) policies(l []*rbac.Policy) {
+	j.open('[')
 	for _, p := range l {
-		m[p.Service] = p.Target
-	}
-	return m
-}
-
-func newGatewayJSON(g *state.GatewayAddress) *gatewayJSON {
-	if g == nil {
-		return nil
-	}
-	return &gatewayJSON{g.String(), g.Port}
-}
-
-func newPolicyJSON(p *rbac.Policy) policyJSON {
-	j := policyJSON{
-		Action: p.Action.String(), DryRun: p.DryRun, Name: p.Name, Namespace: p.Namespace,
-		Rules: make([][][]matchJSON, len(p.Rules)), Scope: p.Scope.String(),
-	}
-	for i, rule := range p.Rules {
-		j.Rules[i] = make([][]matchJSON, len(rule))
-		for k, clause := range rule {
-			j.Rules[i][k] = make([]matchJSON, len(clause))
-			for n := range clause {
-				j.Rules[i][k][n] = newMatchJSON(&clause[n])
-			}
+		j.next()
+		j.policy(p)
+		if !j.pass() {
+			break
 		}
 	}
-	return j
+	j.close(']')
 }
 
-func newMatchJSON(m *rbac.Match) matchJSON {
-	return matchJSON{
-		DestinationIPs: m.DestinationIPs, NotDestinationIPs: m.NotDestinationIPs,
-		SourceIPs: m.SourceIPs, NotSourceIPs: m.NotSourceIPs,
-		DestinationPorts: m.DestinationPorts, NotDestinationPorts: m.NotDestinationPorts,
-		Namespaces: newStringsJSON(m.Namespaces), NotNamespaces: newStringsJSON(m.NotNamespaces),
-		Principals: newStringsJSON(m.Principals), NotPrincipals: newStringsJSON(m.NotPrincipals),
-		ServiceAccounts: newAccountsJSON(m.ServiceAccounts), NotServiceAccounts: newAccountsJSON(m.NotServiceAccounts),
+func (j *jsonWriter) policy(p *rbac.Policy) {
+	j.open('{')
+	j.member("action", p.Action.String())
+	j.key("dryRun")
+	j.bool(p.DryRun)
+	j.member("name", p.Name)
+	j.member("namespace", p.Namespace)
+	j.key("rules")
+	j.open('[')
+	for _, rule := range p.Rules {
+		j.next()
+		j.open('[')
+		for _, clause := range rule {
+			j.next()
+			j.open('[')
+			for i := range clause {
+				j.next()
+				j.match(&clause[i])
+				j.pass()
+			}
+			j.close(']')
+		}
+		j.close(']')
 	}
+	j.close(']')
+	j.member("scope", p.Scope.String())
+	j.close('}')
 }
 
-func newStringsJSON(l []rbac.StringMatch) (out []stringMatchJSON) {
-	for _, m := range l {
-		out = append(out, stringMatchJSON(m))
-	}
-	return out
+// match writes the lists that are not empty.
+func (j *jsonWriter) match(m *rbac.Match) {
+	j.open('{')
+	entries(j, "destinationIps", m.DestinationIPs, j.prefix)
+	entries(j, "destinationPorts", m.DestinationPorts, func(p uint16) { j.number(uint64(p)) })
+	entries(j, "namespaces", m.Namespaces, j.stringMatch)
+	entries(j, "notDestinationIps", m.NotDestinationIPs, j.prefix)
+	entries(j, "notDestinationPorts", m.NotDestinationPorts, func(p uint16) { j.number(uint64(p)) })
+	entries(j, "notNamespaces", m.NotNamespaces, j.stringMatch)
+	entries(j, "notPrincipals", m.NotPrincipals, j.stringMatch)
+	entries(j, "notServiceAccounts", m.NotServiceAccounts, j.account)
+	entries(j, "notSourceIps", m.NotSourceIPs, j.prefix)
+	entries(j, "principals", m.Principals, j.stringMatch)
+	entries(j, "serviceAccounts", m.ServiceAccounts, j.account)
+	entries(j, "sourceIps", m.SourceIPs, j.prefix)
+	j.close('}')
 }
 
-func newAccountsJSON(l []rbac.ServiceAccount) (out []accountJSON) {
-	for _, a := range l {
-		out = append(out, accountJSON{a.Namespace, a.Name})
+func entries[T any](j *jsonWriter, k string, l []T, one func(T)) {
+	if len(l) == 0 {
+		return
 	}
-	return out
+	j.key(k)
+	j.open('[')
+	for _, x := range l {
+		j.next()
+		one(x)
+	}
+	j.close(']')
 }
 
-// list makes an empty list of a nil one: [] rather than null.
-func list[T any](l []T) []T {
-	if l == nil {
-		return []T{}
+// stringMatch is {"Exact": "x"} or {"Presence": []}.
+func (j *jsonWriter) stringMatch(m rbac.StringMatch) {
+	j.open('{')
+	j.key(m.Kind.String())
+	if m.Kind == rbac.Presence {
+		j.b = append(j.b, '[', ']')
+	} else {
+		j.text(m.Value)
 	}
-	return l
+	j.close('}')
+}
+
+func (j *jsonWriter) account(a rbac.ServiceAccount) {
+	j.open('{')
+	j.member("namespace", a.Namespace)
+	j.member("serviceAccount", a.Name)
+	j.close('}')
+}
+
+// byName returns the services sorted by "namespace/hostname", as the keys of the file's map are shown.
+func byName(l []state.WorkloadService) []state.WorkloadService {
+	compare := func(a, b state.WorkloadService) int {
+		return strings.Compare(a.Service.String(), b.Service.String())
+	}
+	if len(l) < 2 {
+		return l
+	}
+	return slices.SortedStableFunc(slices.Values(l), compare)
 }

@@ -1,0 +1,178 @@
+package xds
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"ztun/proxy/state"
+)
+
+// ClientOptions configure a Client.
+type ClientOptions struct {
+	// Connector knows the way to the control plane. Dial is called for every
+	// connection, Context for every stream.
+	Connector interface {
+		Dial() (*grpc.ClientConn, error)
+		Context(context.Context) (context.Context, error)
+	}
+	Node     Node   // see NewNode
+	NodeName string // for state.NewBuilder
+	OnDemand bool   // addresses only as they are asked for (Demand); policies always all
+	// Base is there before the first response, and published when Run begins. The
+	// control plane may replace and remove its entries. May be nil.
+	Base *Local
+	// Publish is called on the client's goroutine after each response that changed
+	// something. While it blocks nothing is received. Demand returns after it, so
+	// it should return when the View is in use.
+	Publish func(v *state.View, policiesChanged bool)
+	// Synced is called once, after Publish, when every type that is not on demand
+	// has had its first response without a refused resource. May be nil.
+	Synced func()
+	Logger *slog.Logger // may be nil
+}
+
+// Client keeps one delta xDS stream to a control plane and turns what arrives
+// into Views.
+type Client struct {
+	o       ClientOptions
+	log     *slog.Logger
+	store   *store
+	backoff backoff
+	limits  limits
+	pause   func(context.Context, time.Duration) // sleeps, or less if ctx ends
+
+	wanted  map[string]bool // types that Synced waits for
+	unheard map[string]bool // types without a response since the start or a reset
+	hold    bool            // nothing is published while there are such: after a reset
+	noNames bool            // the server cannot take the list of names; see session.initial
+
+	view    atomic.Pointer[state.View] // the last one published
+	demands demands
+
+	mu    sync.Mutex
+	stats ClientStats
+}
+
+// limits are how long the client waits for the control plane.
+type limits struct {
+	open    time.Duration // for a connection and its handshakes
+	send    time.Duration // for a message to be taken
+	first   time.Duration // between messages, until everything has arrived once
+	silence time.Duration // between messages after that
+	demand  time.Duration // for the answer to a Demand
+}
+
+// NewClient makes a Client; Run does the work.
+func NewClient(o ClientOptions) *Client {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	c := &Client{
+		o:       o,
+		log:     o.Logger.With("target", "xds::client"),
+		store:   newStore(o.NodeName, o.Base),
+		backoff: newBackoff(rand.Int64N),
+		// istiod ends streams after some 30 minutes by itself: an hour of silence on
+		// a living connection is a quiet mesh, or a server that has lost us.
+		limits: limits{open: 30 * time.Second, send: time.Minute, first: 2 * time.Minute, silence: time.Hour, demand: demandWait},
+		pause:  sleep,
+		wanted: map[string]bool{}, unheard: map[string]bool{},
+		demands: demands{
+			kick: make(chan struct{}, 1), waiters: map[string]*waiter{},
+			answered: map[string]struct{}{}, aliases: map[string][]string{},
+		},
+		stats: newClientStats(),
+	}
+	for _, t := range types {
+		if t != TypeAddress || !o.OnDemand {
+			c.wanted[t], c.unheard[t] = true, true
+		}
+	}
+	c.stats.Pending = listed(c.wanted)
+	return c
+}
+
+// Run connects and reconnects until ctx ends, and returns nil then.
+func (c *Client) Run(ctx context.Context) error {
+	for _, p := range c.o.Node.Problems {
+		c.log.Warn(p)
+	}
+	if c.o.Base != nil {
+		if err := contain(func() error { c.publish(c.store.build(), true); return nil }); err != nil {
+			c.panicked(err)
+		}
+	}
+	for ctx.Err() == nil {
+		var e ending
+		start := time.Now()
+		if err := contain(func() error { e = c.session(ctx); return nil }); err != nil {
+			e = ending{reason: endError, err: err}
+		}
+		c.panicked(e.err)
+		if ctx.Err() != nil {
+			break
+		}
+		e.lived = time.Since(start)
+		wait := c.backoff.next(e)
+		c.ended(e, wait)
+		if wait > 0 {
+			c.pause(ctx, wait)
+		}
+	}
+	c.disconnected()
+	return nil
+}
+
+func (c *Client) publish(v *state.View, policies bool) {
+	if c.o.Publish != nil {
+		c.o.Publish(v, policies)
+	}
+	c.view.Store(v)
+}
+
+// panicked starts anew if err is a panic: what the Builder holds may be half a
+// change. The last View stays until everything has arrived again, or policies
+// would be missing from the next one for a while.
+func (c *Client) panicked(err error) {
+	var p *panicError
+	if !errors.As(err, &p) {
+		return
+	}
+	c.log.Error("panic contained; the state of before stays until the control plane has sent everything again",
+		"panic", p.Error(), "stack", p.stack)
+	c.store.reset()
+	c.hold = true
+	for _, t := range types {
+		// On demand the server answers only if there is a name to answer for.
+		if t != TypeAddress || !c.o.OnDemand || c.store.kept[t].len() > 0 {
+			c.unheard[t] = true
+		}
+	}
+	c.count(&c.stats.Panics)
+}
+
+// listed returns the types of a set, in their order.
+func listed(set map[string]bool) (l []string) {
+	for _, t := range types {
+		if set[t] {
+			l = append(l, t)
+		}
+	}
+	return l
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
