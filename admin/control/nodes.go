@@ -1,0 +1,249 @@
+package control
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
+)
+
+// Bounds of the credentials.
+const (
+	maxNodes       = 10_000
+	maxToken       = 4096 // bytes of an authorization header
+	rescanInterval = 250 * time.Millisecond
+)
+
+// nodeFile is nodes/NAME.json: what is kept of a node's credentials. Hashes alone: who reads it cannot use it.
+type nodeFile struct {
+	Node    string    `json:"node"`
+	Created time.Time `json:"created"`
+	Token   string    `json:"tokenSHA256"`         // hex, of the token's text
+	Key     string    `json:"publicKeySHA256"`     // hex, of the client certificate's SubjectPublicKeyInfo
+	Expires time.Time `json:"certificateNotAfter"` // for people
+}
+
+type hash [sha256.Size]byte
+
+// nodeStore is the nodes/ directory in memory. Safe for concurrent use.
+type nodeStore struct {
+	dir string
+
+	mu       sync.Mutex
+	scanned  time.Time
+	files    map[string]nodeEntry // by file name
+	byToken  map[hash]string      // -> node
+	byKey    map[hash]string
+	problems []Problem
+	changed  chan struct{} // closed when a credential has gone
+}
+
+type nodeEntry struct {
+	stamp stamp
+	node  nodeFile
+	ok    bool
+}
+
+func newNodeStore(dir string) *nodeStore {
+	return &nodeStore{dir: dir, changed: make(chan struct{})}
+}
+
+// rescan reads what has changed in the directory.
+func (s *nodeStore) rescan() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.rescanLocked(time.Now())
+}
+
+func (s *nodeStore) rescanLocked(now time.Time) {
+	s.scanned = now
+	entries, err := os.ReadDir(s.dir)
+	if err != nil {
+		// Not a reason to turn every node away: keep what is known.
+		s.problems = []Problem{{File: "nodes", Text: plain(err).Error()}}
+		return
+	}
+	files := make(map[string]nodeEntry, len(entries))
+	s.problems = nil
+	for _, e := range entries {
+		if filepath.Ext(e.Name()) != ".json" || strings.HasPrefix(e.Name(), ".") {
+			continue
+		}
+		if len(files) == maxNodes {
+			s.problems = append(s.problems, Problem{File: "nodes", Text: fmt.Sprintf("more than %d files: the rest is ignored", maxNodes)})
+			break
+		}
+		files[e.Name()] = s.load(e)
+	}
+	byToken, byKey := make(map[hash]string, len(files)), make(map[hash]string, len(files))
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		f := files[name]
+		if !f.ok {
+			s.problems = append(s.problems, Problem{File: "nodes/" + name, Text: "cannot be used: run ztun control join --renew for this node"})
+			continue
+		}
+		enter(byToken, f.node.Token, f.node.Node)
+		enter(byKey, f.node.Key, f.node.Node)
+	}
+	lost := lacks(byToken, s.byToken) || lacks(byKey, s.byKey)
+	s.files, s.byToken, s.byKey = files, byToken, byKey
+	if lost {
+		close(s.changed)
+		s.changed = make(chan struct{})
+	}
+}
+
+// load reads one file, or takes it over from the last scan. Join replaces files as a whole, so a stamp tells.
+func (s *nodeStore) load(e fs.DirEntry) nodeEntry {
+	info, err := e.Info()
+	if err != nil {
+		return nodeEntry{}
+	}
+	now := stamp{info.Size(), info.ModTime()}
+	if old, ok := s.files[e.Name()]; ok && old.stamp == now && time.Since(now.mtime) > 2*time.Second {
+		return old
+	}
+	f := nodeEntry{stamp: now}
+	data, err := os.ReadFile(filepath.Join(s.dir, e.Name()))
+	f.ok = err == nil && json.Unmarshal(data, &f.node) == nil && f.node.Node+".json" == e.Name()
+	return f
+}
+
+func enter(m map[hash]string, text, node string) {
+	var h hash
+	if n, err := hex.Decode(h[:], []byte(text)); err == nil && n == len(h) && len(text) == 2*n {
+		m[h] = node
+	}
+}
+
+// lacks reports whether something of old is not in m.
+func lacks(m, old map[hash]string) bool {
+	for h, node := range old {
+		if m[h] != node {
+			return true
+		}
+	}
+	return false
+}
+
+// find looks a hash up; one that is unknown may belong to a node that has just joined.
+func (s *nodeStore) find(h hash, byKey bool) (string, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	look := func() (string, bool) {
+		m := s.byToken
+		if byKey {
+			m = s.byKey
+		}
+		node, ok := m[h]
+		return node, ok
+	}
+	node, ok := look()
+	if now := time.Now(); !ok && now.Sub(s.scanned) >= rescanInterval {
+		s.rescanLocked(now)
+		node, ok = look()
+	}
+	return node, ok
+}
+
+// watch returns a channel that is closed when credentials have gone.
+func (s *nodeStore) watch() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.changed
+}
+
+// joined lists the nodes that have credentials.
+func (s *nodeStore) joined() (names []string, problems []Problem) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, f := range s.files {
+		if f.ok {
+			names = append(names, f.node.Node)
+		}
+	}
+	slices.Sort(names)
+	return names, slices.Clone(s.problems)
+}
+
+// caller is who makes a call.
+type caller struct {
+	node     string
+	how      string // "token" or "certificate", or both
+	token    hash
+	key      hash
+	hasToken bool
+	hasKey   bool
+}
+
+// valid reports whether the credentials that the caller showed are still those of its node.
+func (s *nodeStore) valid(c *caller) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return (!c.hasToken || s.byToken[c.token] == c.node) && (!c.hasKey || s.byKey[c.key] == c.node)
+}
+
+// authenticate finds out who is calling, from the headers and the connection of a call.
+func (s *nodeStore) authenticate(ctx context.Context, md metadata.MD) (*caller, error) {
+	c := &caller{}
+	if token, ok := bearer(md); ok {
+		c.token, c.hasToken, c.how = sha256.Sum256([]byte(token)), true, "token"
+		if c.node, ok = s.find(c.token, false); !ok {
+			return nil, errors.New("the token is unknown (was the node removed, or joined anew?)")
+		}
+	}
+	if cert := clientCert(ctx); cert != nil {
+		c.key = sha256.Sum256(cert.RawSubjectPublicKeyInfo)
+		node, ok := s.find(c.key, true)
+		switch {
+		case ok && c.hasToken && node != c.node:
+			return nil, errors.New("the token and the client certificate are of different nodes")
+		case ok:
+			c.node, c.hasKey = node, true
+			c.how = strings.TrimPrefix(c.how+"+certificate", "+")
+		case !c.hasToken:
+			return nil, errors.New("the client certificate is not one that ztun control join made (or the node was removed, or joined anew)")
+		}
+	}
+	if !c.hasToken && !c.hasKey {
+		return nil, errors.New("neither a bearer token nor a client certificate")
+	}
+	return c, nil
+}
+
+func bearer(md metadata.MD) (string, bool) {
+	for _, v := range md.Get("authorization") {
+		if len(v) > len("Bearer ") && len(v) <= maxToken && strings.EqualFold(v[:len("Bearer ")], "Bearer ") {
+			return v[len("Bearer "):], true
+		}
+	}
+	return "", false
+}
+
+// clientCert returns the verified certificate of the connection, if any.
+func clientCert(ctx context.Context) *x509.Certificate {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok || len(info.State.VerifiedChains) == 0 {
+		return nil
+	}
+	return info.State.VerifiedChains[0][0]
+}

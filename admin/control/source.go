@@ -1,0 +1,206 @@
+package control
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"ztun/admin/ca"
+)
+
+// source keeps the newest good snapshot of a directory published.
+type source struct {
+	reader      reader
+	trustDomain string // the CA's
+	limit       int    // bytes of one resource
+	settle      time.Duration
+	poll        time.Duration
+	logger      *slog.Logger
+	feed        *feed
+
+	last     []*file // as of the last load
+	snap     *snapshot
+	attempts uint64
+
+	mu     sync.Mutex
+	status SnapshotStatus
+}
+
+func newSource(root, trustDomain string, limit int, logger *slog.Logger, f *feed) *source {
+	return &source{
+		reader:      reader{root: root, trustDomain: or(trustDomain, defaultTrustDomain)},
+		trustDomain: trustDomain, limit: limit, logger: logger, feed: f,
+		settle: 200 * time.Millisecond, poll: 5 * time.Second,
+	}
+}
+
+// run loads the directory now and whenever it has changed, until ctx ends. A change is read when nothing more has
+// changed for settle, at the latest after five times that; every poll the directory is looked at in case a change was
+// not reported (network file systems, links into other directories).
+func (s *source) run(ctx context.Context) {
+	var events <-chan fsnotify.Event
+	var errs <-chan error
+	watcher, err := fsnotify.NewWatcher()
+	if err == nil {
+		defer watcher.Close()
+		events, errs = watcher.Events, watcher.Errors
+	} else {
+		s.logger.Warn("cannot watch for changes, looking at intervals only", "error", err.Error())
+	}
+	load := func() {
+		s.load()
+		if watcher == nil {
+			return
+		}
+		for _, dir := range s.reader.dirs {
+			if err := watcher.Add(dir); err != nil { // no more than once each; one that is watched already is no error
+				s.logger.Debug("cannot watch for changes", "dir", dir, "error", err.Error())
+			}
+		}
+	}
+	// Watching begins before reading, so that no change falls in between.
+	if watcher != nil {
+		_ = watcher.Add(s.reader.root) // of a directory that is not there the load speaks
+	}
+	load()
+	poll := time.NewTicker(s.poll)
+	defer poll.Stop()
+	var timer <-chan time.Time // runs while a change settles
+	var since time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case e, ok := <-events:
+			if !ok {
+				events = nil
+				break
+			}
+			if !concerns(e) {
+				break
+			}
+			if timer == nil {
+				since = time.Now()
+			}
+			if timer == nil || time.Since(since) < 5*s.settle {
+				timer = time.After(s.settle)
+			}
+		case err, ok := <-errs:
+			if !ok {
+				errs = nil
+				break
+			}
+			s.logger.Warn("watching for changes", "error", err.Error())
+			timer, since = time.After(s.settle), time.Now() // events may have been lost
+		case <-timer:
+			timer = nil
+			load()
+		case <-poll.C:
+			if timer == nil {
+				load()
+			}
+		}
+	}
+}
+
+// concerns reports whether an event can have changed what is read: a source file, something that may be a directory,
+// or the link by which Kubernetes swaps whole volumes.
+func concerns(e fsnotify.Event) bool {
+	name := filepath.Base(e.Name)
+	if e.Op == fsnotify.Chmod || strings.HasPrefix(name, ".") && name != "..data" {
+		return false
+	}
+	return isSource(name) || !e.Has(fsnotify.Write)
+}
+
+// load reads what has changed and publishes it if it is good.
+func (s *source) load() {
+	start := time.Now()
+	files, problems := s.reader.read()
+	unchanged := s.attempts > 0 && slices.Equal(files, s.last)
+	s.mu.Lock()
+	unchanged = unchanged && slices.Equal(problems, s.status.directory)
+	s.mu.Unlock()
+	if unchanged {
+		return
+	}
+	s.attempts++
+	s.last = files
+	next, errs, warnings := build(files, s.snap, s.trustDomain, s.limit)
+	for _, p := range problems {
+		errs.add(p)
+	}
+	st := SnapshotStatus{
+		Files: len(files), Errors: errs.list, ErrorCount: errs.count,
+		Warnings: warnings.list, WarningCount: warnings.count,
+		LoadedAt: start.UTC(), LoadSeconds: time.Since(start).Seconds(), directory: problems,
+	}
+	if errs.count > 0 {
+		next = s.snap
+		st.FailedSince = start.UTC()
+	}
+	st.fill(next)
+	s.mu.Lock()
+	if old := s.status; errs.count > 0 {
+		if old.ErrorCount > 0 {
+			st.FailedSince = old.FailedSince
+		}
+		st.Files = old.Files // of the good one
+	}
+	s.status = st
+	s.mu.Unlock()
+	s.log(st, warnings)
+	if next != s.snap {
+		s.snap = next
+		s.feed.publish(next)
+	}
+}
+
+// log says what was loaded, or why not.
+func (s *source) log(st SnapshotStatus, warnings report) {
+	const most = 10 // lines; the status has more
+	if st.ErrorCount > 0 {
+		kept := "nothing is served yet"
+		if st.Version > 0 {
+			kept = fmt.Sprintf("version %d goes on to be served", st.Version)
+		}
+		s.logger.Error("the directory is not published: "+kept, "errors", st.ErrorCount)
+		for _, p := range st.Errors[:min(most, len(st.Errors))] {
+			s.logger.Error(p.String())
+		}
+		return
+	}
+	for _, p := range st.Warnings[:min(most, len(st.Warnings))] {
+		s.logger.Warn(p.String())
+	}
+	s.logger.Info("published", "version", st.Version, "files", st.Files, "workloads", st.Workloads, "services", st.Services,
+		"policies", st.Policies, "warnings", warnings.count, "took", time.Duration(st.LoadSeconds*float64(time.Second)).Round(time.Millisecond))
+}
+
+func (s *source) snapshotStatus() SnapshotStatus {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.status
+}
+
+// Check reads the directory of a control plane once as that would: what is wrong with it, and what is doubtful. mesh is
+// as in Options.
+func Check(dir, mesh string) (SnapshotStatus, error) {
+	authority, err := ca.LoadDir(filepath.Join(dir, caDir))
+	if err != nil {
+		return SnapshotStatus{}, err
+	}
+	if mesh == "" {
+		mesh = filepath.Join(dir, meshDir)
+	}
+	s := newSource(mesh, authority.TrustDomain(), defaultLimits().message, slog.New(slog.DiscardHandler), newFeed())
+	s.load()
+	return s.snapshotStatus(), nil
+}

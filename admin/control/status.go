@@ -1,0 +1,370 @@
+package control
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"text/tabwriter"
+	"time"
+	"unicode"
+)
+
+// Status is what a control plane knows of itself and its nodes.
+type Status struct {
+	Now         time.Time         `json:"now"`
+	Listen      []string          `json:"listen"`
+	Snapshot    SnapshotStatus    `json:"snapshot"`
+	Certificate CertificateStatus `json:"certificate"`
+	Nodes       []NodeStatus      `json:"nodes"`
+	Problems    []Problem         `json:"problems,omitempty"` // with the nodes' credentials
+	Counters    map[string]uint64 `json:"counters"`
+}
+
+// SnapshotStatus is what is published and how the last load of the directory went.
+type SnapshotStatus struct {
+	Version      uint64    `json:"version"` // counts what was published by this process; 0: nothing yet
+	PublishedAt  time.Time `json:"publishedAt,omitzero"`
+	Files        int       `json:"files"`
+	Workloads    int       `json:"workloads"`
+	Services     int       `json:"services"`
+	Policies     int       `json:"policies"`
+	LoadedAt     time.Time `json:"loadedAt,omitzero"` // the last load, good or bad
+	LoadSeconds  float64   `json:"loadSeconds"`
+	FailedSince  time.Time `json:"failedSince,omitzero"` // the directory is bad since; what is published is older
+	ErrorCount   int       `json:"errorCount"`
+	Errors       []Problem `json:"errors,omitempty"` // at most 100
+	WarningCount int       `json:"warningCount"`
+	Warnings     []Problem `json:"warnings,omitempty"` // at most 100
+
+	directory []Problem // those of the directory itself
+}
+
+func (st *SnapshotStatus) fill(s *snapshot) {
+	if s == nil {
+		return
+	}
+	st.Version, st.PublishedAt = s.version, s.published.UTC()
+	st.Workloads, st.Services, st.Policies = s.workloads, s.services, s.policies.count
+}
+
+// CertificateStatus is the server's own certificate.
+type CertificateStatus struct {
+	Names    []string  `json:"names"`
+	NotAfter time.Time `json:"notAfter"`
+	Error    string    `json:"error,omitempty"` // of the last attempt to renew it
+}
+
+// NodeStatus is a stream of a node, or a node that has joined and has none.
+type NodeStatus struct {
+	Node      string       `json:"node"`
+	Connected bool         `json:"connected"`
+	Since     time.Time    `json:"since,omitzero"`
+	Peer      string       `json:"peer,omitempty"`
+	Auth      string       `json:"auth,omitempty"` // token, certificate
+	Identity  string       `json:"identity,omitempty"`
+	ID        string       `json:"id,omitempty"` // as the node names itself
+	Types     []TypeStatus `json:"types,omitempty"`
+}
+
+// TypeStatus is one type on a stream. Versions are those of snapshots.
+type TypeStatus struct {
+	Type         string    `json:"type"`
+	OnDemand     bool      `json:"onDemand,omitempty"`
+	Names        int       `json:"names,omitempty"` // subscribed to by name
+	SentNonce    string    `json:"sentNonce,omitempty"`
+	SentVersion  uint64    `json:"sentVersion"`
+	SentAt       time.Time `json:"sentAt,omitzero"`
+	Waiting      bool      `json:"waiting"` // for the reply to it
+	AckedNonce   string    `json:"ackedNonce,omitempty"`
+	AckedVersion uint64    `json:"ackedVersion"`
+	RepliedAt    time.Time `json:"repliedAt,omitzero"`
+	Synced       uint64    `json:"synced"` // the newest version that the node has been sent entirely and has replied to
+	Lag          uint64    `json:"lag"`    // versions that it is behind
+	LagSeconds   float64   `json:"lagSeconds"`
+	Messages     uint64    `json:"messages"`
+	Resources    uint64    `json:"resources"`
+	Removed      uint64    `json:"removed"`
+	ACKs         uint64    `json:"acks"`
+	NACKs        uint64    `json:"nacks"`
+	Stale        uint64    `json:"stale"` // replies with another nonce than the last
+	LastNACK     string    `json:"lastNack,omitempty"`
+	LastNACKAt   time.Time `json:"lastNackAt,omitzero"`
+	Rejecting    bool      `json:"rejecting,omitempty"` // the last reply was a NACK
+
+	url string
+}
+
+// typeName is the last part of a type URL.
+func typeName(url string) string { return clip(url[strings.LastIndexAny(url, "./")+1:], 100) }
+
+func (d *subscription) status() TypeStatus {
+	c := &d.stats
+	t := TypeStatus{
+		Type: typeName(d.typeURL), OnDemand: !d.wildcard, Names: len(d.names), url: d.typeURL,
+		SentAt: c.lastSent.UTC(), Waiting: d.flight != nil, RepliedAt: c.lastReply.UTC(), Synced: c.synced,
+		Messages: c.messages, Resources: c.resources, Removed: c.removed,
+		ACKs: c.acks, NACKs: c.nacks, Stale: c.stale, LastNACK: c.lastNACK, LastNACKAt: c.lastNACKAt.UTC(),
+	}
+	if c.sent != nil {
+		t.SentNonce, t.SentVersion = c.sent.nonce, c.sent.version
+	}
+	if c.acked != nil {
+		t.AckedNonce, t.AckedVersion = c.acked.nonce, c.acked.version
+	}
+	t.Rejecting = c.nacks > 0 && c.lastReply.Equal(c.lastNACKAt)
+	return t
+}
+
+func (st *stream) status(now time.Time, version uint64) NodeStatus {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	n := NodeStatus{
+		Node: st.caller.node, Connected: true, Since: st.since.UTC(), Peer: st.remote, Auth: st.caller.how,
+		Identity: nodeIdentity(st.authority.TrustDomain()).String(), ID: st.nodeID, Types: slices.Clone(st.shown),
+	}
+	for i := range n.Types {
+		t := &n.Types[i]
+		t.Lag = version - min(version, t.Synced)
+		if since, ok := st.behind[t.url]; ok && t.Lag > 0 {
+			t.LagSeconds = now.Sub(since).Seconds()
+		}
+	}
+	return n
+}
+
+// counters are totals since the start.
+type counters struct {
+	connections, connectionsRefused   atomic.Uint64
+	unauthenticated, denied           atomic.Uint64
+	streams, streamsRefused, requests atomic.Uint64
+	messages, resources               atomic.Uint64
+	acks, nacks, stale                atomic.Uint64
+	signed, signRefused, signLimited  atomic.Uint64
+}
+
+func (c *counters) values() map[string]uint64 {
+	return map[string]uint64{
+		"connections": c.connections.Load(), "connectionsRefused": c.connectionsRefused.Load(),
+		"unauthenticated": c.unauthenticated.Load(), "denied": c.denied.Load(),
+		"streams": c.streams.Load(), "streamsRefused": c.streamsRefused.Load(), "requests": c.requests.Load(),
+		"messages": c.messages.Load(), "resources": c.resources.Load(),
+		"acks": c.acks.Load(), "nacks": c.nacks.Load(), "stale": c.stale.Load(),
+		"signed": c.signed.Load(), "signRefused": c.signRefused.Load(), "signLimited": c.signLimited.Load(),
+	}
+}
+
+// Status says how things are.
+func (s *Server) Status() Status {
+	now := time.Now()
+	out := Status{Now: now.UTC(), Snapshot: s.source.snapshotStatus(), Counters: s.counters.values(), Nodes: []NodeStatus{}}
+	for _, l := range s.listeners {
+		out.Listen = append(out.Listen, l.Addr().String())
+	}
+	if c := s.cert.current.Load(); c != nil {
+		out.Certificate = CertificateStatus{Names: c.names, NotAfter: c.cert.Leaf.NotAfter.UTC()}
+		if c.err != nil {
+			out.Certificate.Error = c.err.Error()
+		}
+	}
+	connected := make(map[string]bool)
+	for _, st := range s.open() {
+		out.Nodes = append(out.Nodes, st.status(now, out.Snapshot.Version))
+		connected[st.caller.node] = true
+	}
+	joined, problems := s.nodes.joined()
+	out.Problems = problems
+	for _, name := range joined {
+		if !connected[name] {
+			out.Nodes = append(out.Nodes, NodeStatus{Node: name})
+		}
+	}
+	slices.SortFunc(out.Nodes, func(a, b NodeStatus) int {
+		return cmp.Or(cmp.Compare(a.Node, b.Node), a.Since.Compare(b.Since))
+	})
+	return out
+}
+
+// handler serves the status as JSON, on the socket and on the admin address.
+func (s *Server) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		e := json.NewEncoder(w)
+		e.SetIndent("", "  ")
+		_ = e.Encode(s.Status()) // the reader has gone
+	})
+	mux.HandleFunc("GET /healthz/ready", func(w http.ResponseWriter, _ *http.Request) {
+		if s.feed.get() == nil {
+			http.Error(w, "nothing is published yet: see /status", http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ready")
+	})
+	return mux
+}
+
+// maxStatus bounds what FetchStatus reads. Bytes.
+const maxStatus = 64 << 20
+
+// FetchStatus asks a running control plane through its socket.
+func FetchStatus(ctx context.Context, socket string) (*Status, error) {
+	tr := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", socket)
+	}}
+	defer tr.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://control/status", nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := (&http.Client{Transport: tr, Timeout: 10 * time.Second}).Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("no control plane answers at %s (is ztun control running, with this --dir?): %w", socket, errors.Unwrap(err))
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("%s: %s", socket, resp.Status)
+	}
+	st := &Status{}
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxStatus)).Decode(st); err != nil {
+		return nil, fmt.Errorf("%s: not a status: %w", socket, err)
+	}
+	return st, nil
+}
+
+// WriteTable prints a status for people.
+func (st *Status) WriteTable(out io.Writer) error {
+	w := &errWriter{w: out}
+	st.Snapshot.write(w, st.Now)
+	if e := st.Certificate.Error; e != "" {
+		fmt.Fprintf(w, "server certificate: valid until %s, cannot be renewed: %s\n", stampText(st.Certificate.NotAfter), printable(e))
+	}
+	for _, p := range st.Problems {
+		fmt.Fprintf(w, "credentials: %s\n", printable(p.String()))
+	}
+	fmt.Fprintln(w)
+	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
+	fmt.Fprintln(t, "NODE\tSINCE\tPEER\tAUTH\tTYPE\tSENT\tACKED\tSTATE\tLAG\tNACKS")
+	for _, n := range st.Nodes {
+		if len(n.Types) == 0 {
+			state := "not connected"
+			since := "-"
+			if n.Connected {
+				state, since = "no request yet", age(st.Now, n.Since)
+			}
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t-\t-\t-\t%s\t-\t-\n", printable(n.Node), since, or(n.Peer, "-"), or(n.Auth, "-"), state)
+		}
+		for _, y := range n.Types {
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\n", printable(n.Node), age(st.Now, n.Since), n.Peer, n.Auth,
+				printable(y.Type), or(y.SentNonce, "-"), or(y.AckedNonce, "-"), y.state(), y.lagText(), y.NACKs)
+		}
+	}
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	for _, n := range st.Nodes {
+		for _, y := range n.Types {
+			if y.LastNACK != "" {
+				fmt.Fprintf(w, "\n%s rejected %s %s ago: %s\n", printable(n.Node), printable(y.Type), age(st.Now, y.LastNACKAt), printable(y.LastNACK))
+			}
+		}
+	}
+	return w.err
+}
+
+func (s *SnapshotStatus) write(w io.Writer, now time.Time) {
+	if s.Version == 0 {
+		fmt.Fprintln(w, "nothing is published yet")
+	} else {
+		fmt.Fprintf(w, "version %d, published %s ago: %d files, %d workloads, %d services, %d policies\n",
+			s.Version, age(now, s.PublishedAt), s.Files, s.Workloads, s.Services, s.Policies)
+	}
+	if s.ErrorCount > 0 {
+		fmt.Fprintf(w, "NOT UP TO DATE: the directory cannot be published since %s, %d errors:\n", age(now, s.FailedSince), s.ErrorCount)
+		WriteProblems(w, s.Errors, s.ErrorCount)
+	}
+	if s.WarningCount > 0 {
+		fmt.Fprintf(w, "%d warnings:\n", s.WarningCount)
+		WriteProblems(w, s.Warnings, s.WarningCount)
+	}
+}
+
+// WriteProblems prints a list of which there may be more, count in all.
+func WriteProblems(w io.Writer, list []Problem, count int) {
+	for _, p := range list {
+		fmt.Fprintf(w, "  %s\n", printable(p.String()))
+	}
+	if more := count - len(list); more > 0 {
+		fmt.Fprintf(w, "  ... and %d more\n", more)
+	}
+}
+
+func (y *TypeStatus) state() string {
+	switch {
+	case y.Rejecting:
+		return "rejects"
+	case y.Lag == 0 && !y.Waiting:
+		return "in sync"
+	case y.Waiting:
+		return "waiting for reply"
+	}
+	return "behind"
+}
+
+func (y *TypeStatus) lagText() string {
+	if y.Lag == 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%d (%s)", y.Lag, duration(y.LagSeconds))
+}
+
+func age(now, then time.Time) string { return duration(now.Sub(then).Seconds()) }
+
+// duration prints two steps of precision at most: 3.2s, 4m10s, 2h5m, 3d4h.
+func duration(seconds float64) string {
+	d := time.Duration(max(0, seconds) * float64(time.Second))
+	switch {
+	case d < time.Minute:
+		return fmt.Sprintf("%.1fs", d.Seconds())
+	case d < time.Hour:
+		return fmt.Sprintf("%dm%ds", int(d.Minutes()), int(d.Seconds())%60)
+	case d < 24*time.Hour:
+		return fmt.Sprintf("%dh%dm", int(d.Hours()), int(d.Minutes())%60)
+	}
+	return fmt.Sprintf("%dd%dh", int(d.Hours())/24, int(d.Hours())%24)
+}
+
+func stampText(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+
+// printable keeps what nodes and files say from steering a terminal.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return '?'
+	}, s)
+}
+
+// errWriter remembers the first error.
+type errWriter struct {
+	w   io.Writer
+	err error
+}
+
+func (w *errWriter) Write(b []byte) (int, error) {
+	if w.err != nil {
+		return 0, w.err
+	}
+	n, err := w.w.Write(b)
+	w.err = err
+	return n, err
+}

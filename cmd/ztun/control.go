@@ -1,0 +1,189 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"ztun/admin/control"
+	"ztun/admin/zlog"
+)
+
+func controlCommand() *cobra.Command {
+	var o control.Options
+	var logLevel, logFormat string
+	cmd := &cobra.Command{
+		Use: "control", Short: "run the embedded control plane, for machines without istiod", Args: cobra.NoArgs,
+		Long: "Serves workloads, services and policies to the daemons of all nodes, and signs their certificates, as istiod\n" +
+			"does, from a directory of YAML files in the schema of LOCAL_XDS. To begin:\n\n" +
+			"  ztun control init /etc/ztun-control\n" +
+			"  ztun control join --dir /etc/ztun-control --node node-a --out /etc/ztun   # for each node\n" +
+			"  ztun control --dir /etc/ztun-control\n" +
+			"  ztun control status --dir /etc/ztun-control\n",
+		RunE: func(cmd *cobra.Command, _ []string) error { return runControl(cmd.Context(), o, logLevel, logFormat) },
+	}
+	cmd.PersistentFlags().StringVar(&o.Dir, "dir", ".", "directory of the control plane, made by ztun control init")
+	cmd.PersistentFlags().StringVar(&o.Socket, "status-socket", "", "Unix socket of the status (default control.sock in --dir)")
+	f := cmd.Flags()
+	f.StringVar(&o.Mesh, "mesh", "", "directory of the YAML files (default mesh in --dir)")
+	f.StringSliceVar(&o.Listen, "listen", []string{control.DefaultListen}, "TLS addresses for the daemons")
+	f.StringSliceVar(&o.Hosts, "host", nil, "names and addresses in the server's certificate, besides localhost and the addresses it listens on (default the host name)")
+	f.StringVar(&o.Admin, "admin", "127.0.0.1:15014", `loopback address of the status over HTTP: /status, /healthz/ready ("": none)`)
+	f.StringVar(&logLevel, "log", "info", "log levels, as RUST_LOG of ztun proxy")
+	f.StringVar(&logFormat, "log-format", "plain", "plain or json")
+	cmd.AddCommand(controlInitCommand(), controlJoinCommand(&o.Dir), controlLeaveCommand(&o.Dir), controlCheckCommand(&o), controlStatusCommand(&o))
+	return cmd
+}
+
+func runControl(ctx context.Context, o control.Options, logLevel, logFormat string) error {
+	filter, err := zlog.ParseFilter(logLevel)
+	if err != nil {
+		return fmt.Errorf("--log %s: %w", logLevel, err)
+	}
+	if logFormat != "plain" && logFormat != "json" {
+		return fmt.Errorf("--log-format %s: choose plain or json", logFormat)
+	}
+	log := zlog.New(zlog.Options{Writer: os.Stdout, JSON: logFormat == "json", Control: zlog.NewControl(filter)})
+	defer log.Close(context.Background())
+	// A second signal ends the process at once: the first gives signals back to the system.
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	defer context.AfterFunc(ctx, stop)()
+	o.Logger = log.Logger("control")
+	s, err := control.New(ctx, o)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	return s.Run(ctx)
+}
+
+func controlInitCommand() *cobra.Command {
+	var trustDomain string
+	cmd := &cobra.Command{
+		Use: "init DIR", Short: "make the directory of a new control plane: a CA, an example of a mesh", Args: cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			if err := control.Init(args[0], trustDomain); err != nil {
+				return err
+			}
+			fmt.Printf("made a control plane in %s: describe the mesh in %s, add nodes with ztun control join, start ztun control --dir %s\n",
+				args[0], filepath.Join(args[0], "mesh"), args[0])
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&trustDomain, "trust-domain", "cluster.local", "trust domain of the mesh")
+	return cmd
+}
+
+func controlJoinCommand(dir *string) *cobra.Command {
+	var o control.JoinOptions
+	var host string
+	cmd := &cobra.Command{
+		Use: "join", Short: "make the credentials of a node", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			o.Dir = *dir
+			if err := control.Join(cmd.Context(), o); err != nil {
+				return err
+			}
+			out, err := filepath.Abs(o.Out)
+			if err != nil {
+				return err
+			}
+			if host == "" {
+				if host, err = os.Hostname(); err != nil {
+					return err
+				}
+			}
+			root, address := filepath.Join(out, control.RootFile), "https://"+net.JoinHostPort(host, "15012")
+			fmt.Fprintf(os.Stderr, "wrote %s, %s, %s and %s to %s; the daemon of node %s needs one of token and certificate, and:\n",
+				control.RootFile, control.TokenFile, control.CertFile, control.KeyFile, out, o.Node)
+			fmt.Printf("NODE_NAME=%s\nXDS_ADDRESS=%s\nCA_ADDRESS=%s\nXDS_ROOT_CA=%s\nCA_ROOT_CA=%s\nAUTH_TOKEN=%s\n",
+				o.Node, address, address, root, root, filepath.Join(out, control.TokenFile))
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.Node, "node", "", "name of the node: its NODE_NAME, and the node of its workloads")
+	f.StringVar(&o.Out, "out", "", "directory to write the credentials to")
+	f.BoolVar(&o.Renew, "renew", false, "replace the credentials of a node that has joined before; the old ones end")
+	f.DurationVar(&o.Life, "life", control.DefaultLife, "validity of the client certificate; the token does not expire")
+	f.StringVar(&host, "host", "", "name of this machine in what is printed (default the host name)")
+	cmd.MarkFlagRequired("node")
+	cmd.MarkFlagRequired("out")
+	return cmd
+}
+
+func controlLeaveCommand(dir *string) *cobra.Command {
+	var node string
+	cmd := &cobra.Command{
+		Use: "leave", Short: "end the credentials of a node", Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			if err := control.Leave(*dir, node); err != nil {
+				return err
+			}
+			fmt.Printf("node %s has left; certificates of its workloads stay valid until they expire\n", node)
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&node, "node", "", "name of the node")
+	cmd.MarkFlagRequired("node")
+	return cmd
+}
+
+func controlCheckCommand(o *control.Options) *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "check", Short: "say what is wrong with the YAML files, without publishing them", Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			st, err := control.Check(o.Dir, o.Mesh)
+			if err != nil {
+				return err
+			}
+			control.WriteProblems(os.Stdout, st.Errors, st.ErrorCount)
+			if st.ErrorCount > 0 {
+				return fmt.Errorf("the directory cannot be published: %d errors", st.ErrorCount)
+			}
+			if st.WarningCount > 0 {
+				fmt.Printf("%d warnings:\n", st.WarningCount)
+				control.WriteProblems(os.Stdout, st.Warnings, st.WarningCount)
+			}
+			fmt.Printf("good: %d files, %d workloads, %d services, %d policies\n", st.Files, st.Workloads, st.Services, st.Policies)
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&o.Mesh, "mesh", "", "directory of the YAML files (default mesh in --dir)")
+	return cmd
+}
+
+func controlStatusCommand(o *control.Options) *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use: "status", Short: "show what is published and what each node has acknowledged", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if o.Socket == "" {
+				o.Socket = filepath.Join(o.Dir, "control.sock")
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), 10*time.Second)
+			defer cancel()
+			st, err := control.FetchStatus(ctx, o.Socket)
+			if err != nil {
+				return err
+			}
+			if !asJSON {
+				return st.WriteTable(os.Stdout)
+			}
+			e := json.NewEncoder(os.Stdout)
+			e.SetIndent("", "  ")
+			return e.Encode(st)
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print everything as JSON")
+	return cmd
+}
