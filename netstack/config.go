@@ -33,6 +33,11 @@ type Config struct {
 	// flow. It must call Accept or Refuse before it returns; a flow left
 	// undecided is refused with a reset.
 	OnFlow func(*Flow)
+	// OnDNS, if set, gets every UDP packet that the pod's application sends to
+	// port 53 of an address not its own, each in a goroutine of its own, which may
+	// block (the query counts against MaxDNS until it returns). TCP to port 53
+	// is a Flow like any other. Nil: such packets are dropped like other UDP.
+	OnDNS func(*DNSQuery)
 	// Logger for what counters cannot say; nil discards.
 	Logger *slog.Logger
 
@@ -40,6 +45,9 @@ type Config struct {
 	MaxInFlight int
 	// MaxInFlightPerDst bounds them per destination address and port (default 256).
 	MaxInFlightPerDst int
+	// MaxDNS bounds the calls of OnDNS that have not returned (default 1024; their
+	// payloads are bounded to 4 MiB). Packets beyond are dropped and counted.
+	MaxDNS int
 
 	// Keepalive of every connection (ztunnel's defaults: 180 s, 180 s, 9).
 	KeepaliveIdle     time.Duration
@@ -69,6 +77,7 @@ type Config struct {
 const (
 	defaultMaxInFlight       = 1024
 	defaultMaxInFlightPerDst = 256
+	defaultMaxDNS            = 1024
 
 	// ztunnel's socket defaults (KEEPALIVE_TIME, KEEPALIVE_INTERVAL, KEEPALIVE_RETRIES).
 	defaultKeepaliveIdle     = 180 * time.Second
@@ -127,6 +136,7 @@ func (c *Config) fill() error {
 	}
 	orInt(&c.MaxInFlight, defaultMaxInFlight)
 	orInt(&c.MaxInFlightPerDst, defaultMaxInFlightPerDst)
+	orInt(&c.MaxDNS, defaultMaxDNS)
 	orInt(&c.KeepaliveCount, defaultKeepaliveCount)
 	orInt(&c.ReceiveBuffer, defaultReceiveBuffer)
 	orInt(&c.MaxReceiveBuffer, max(defaultMaxReceiveBuffer, c.ReceiveBuffer))

@@ -13,6 +13,8 @@
 //	hop.go      one gVisor stack and its options, each with its reason
 //	forward.go  a SYN that nobody knows -> Flow, within bounds
 //	flow.go     Accept or Refuse, once; icmp.go builds the refusals that are errors
+//	dns.go      UDP to port 53 -> DNSQuery, within bounds, and its answer
+//	udp.go      UDP sockets to the network, for the queries that are passed on
 //	dial.go     connections that start here: to the application, to the network
 //	conn.go     an established connection; wait.go how it waits, writeto.go how it lends
 //	tx.go       the transmit queue and who writes it
@@ -20,8 +22,9 @@
 //
 // Who calls it: the composition root makes an Uplink per node and a Stack per
 // pod and runs them; the proxy gets Flows and dials. What it never does: decide
-// where a flow goes, speak TLS or HTTP, touch namespaces or routes, answer UDP
-// or ping (such packets are dropped and counted), or let a packet pass from one
+// where a flow goes, speak TLS or HTTP, know what a DNS message is, touch
+// namespaces or routes, answer ping or other UDP (such packets are dropped and
+// counted), or let a packet pass from one
 // link to the other.
 //
 // # Locks and goroutines
@@ -76,4 +79,12 @@
 // uplink with the rest of the pod's packets, are written back to it for the
 // kernel. Written back unchanged they would depend on the host's rp_filter, and
 // could go round; icmpback.go says what is changed and why.
+//
+// 2026-11-23: A captured DNS query is no gVisor endpoint: a resolver asks twice
+// from one port (A and AAAA), the second question would be queued to the
+// first's endpoint. The default handler takes packets one by one, and an answer
+// is built and routed by itself; gVisor fragments and reassembles. The sockets
+// of DialUDP are gVisor's, one per query that is passed on: the kernel of the
+// node has no socket with the pod's address, and a port drawn for each query is
+// what protects it from forged answers (RFC 5452).
 package netstack

@@ -13,6 +13,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 )
 
 // nic is the one link of every gVisor stack. It is named on every bind all the
@@ -63,7 +64,7 @@ func (h *hop) stack() (*stack.Stack, error) {
 			// address and has no neighbours, it stands in for all of them.
 			ipv6.NewProtocolWithOptions(ipv6.Options{}),
 		},
-		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol},
+		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol},
 		// A packet from the pod to the pod's own address must leave by a link,
 		// not loop inside: with spoofing every address would count as local.
 		HandleLocal: false,
@@ -144,6 +145,9 @@ func (h *hop) configure(gs *stack.Stack) error {
 	h.fwd = tcp.NewForwarder(gs, cfg.ReceiveBuffer, 1<<30, h.s.flows.serve(h))
 	gs.SetTransportProtocolHandler(tcp.ProtocolNumber, func(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 		return h.s.flows.handle(h, id, pkt)
+	})
+	gs.SetTransportProtocolHandler(udp.ProtocolNumber, func(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+		return h.s.dns.handle(h, id, pkt)
 	})
 	if err := gs.CreateNIC(nic, h.port); err != nil {
 		return fmt.Errorf("link: %s", err)

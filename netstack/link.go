@@ -19,6 +19,10 @@ type port struct {
 	pump *pump
 	mtu  atomic.Uint32
 	disp atomic.Pointer[stack.NetworkDispatcher]
+	// udp counts the sockets of DialUDP on this link; dns says that the DNS tap
+	// is on. Without either UDP packets are dropped unread.
+	udp atomic.Int32
+	dns bool
 	// first makes the stack when the first packet comes.
 	first func()
 }

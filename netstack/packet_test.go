@@ -111,6 +111,8 @@ func TestChecksumCaught(t *testing.T) {
 func TestVerdicts(t *testing.T) {
 	udp := tcpPacket(false, 0, 10)
 	udp[9] = 17
+	other := tcpPacket(false, 0, 10)
+	other[9] = 132
 	short := tcpPacket(false, 0, 10)
 	long := append(tcpPacket(false, 0, 10), 0)
 	offset := tcpPacket(false, 0, 10)
@@ -125,7 +127,7 @@ func TestVerdicts(t *testing.T) {
 		b    []byte
 		want verdict
 	}{
-		"udp": {udp, rxNotTCP}, "short": {short[:40], rxMalformed}, "long": {long, rxMalformed}, "empty": {nil, rxMalformed},
+		"udp": {udp, rxUDP}, "other": {other, rxNotTCP}, "short": {short[:40], rxMalformed}, "long": {long, rxMalformed}, "empty": {nil, rxMalformed},
 		"offset": {offset, rxMalformed}, "offset beyond": {beyond, rxMalformed}, "version": {v5, rxMalformed}, "fragment": {frag, rxDeliver},
 	} {
 		var p rxPacket
@@ -143,8 +145,11 @@ func FuzzReceive(f *testing.F) {
 		f.Add(icmpError(tcpPacket(v6, 12, 0), HostUnreachable))
 	}
 	f.Add([]byte{0x45})
+	for i, dst := range dnsServers {
+		f.Add(udpPacket(netip.AddrPortFrom(families[i].client.Addr(), 4000), dst, []byte("query")))
+	}
 	a, b := memPair(1500, true)
-	startStack(f, Config{App: a, Addrs: []netip.Addr{netip.MustParseAddr("10.2.0.3")}, OnFlow: func(fl *Flow) { fl.Refuse(HostUnreachable) }})
+	startStack(f, Config{App: a, Addrs: []netip.Addr{netip.MustParseAddr("10.2.0.3")}, OnFlow: func(fl *Flow) { fl.Refuse(HostUnreachable) }, OnDNS: func(q *DNSQuery) { q.Reply(q.Payload()) }})
 	startStack(f, Config{App: b, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2")}})
 	f.Fuzz(func(t *testing.T, packet []byte) {
 		if len(packet) > 65535 {

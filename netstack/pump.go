@@ -112,6 +112,9 @@ func (p *pump) reader() error {
 			v = rxChecksum
 		}
 		switch v {
+		case rxUDP:
+			p.readUDP(&bufs, n, &pk, &vh)
+			continue
 		case rxMalformed:
 			p.rx.malformed.Add(1)
 			continue
@@ -136,6 +139,23 @@ func (p *pump) reader() error {
 			}
 		}
 		to.deliver(pk.proto, bufs.packet(n, &pk))
+	}
+}
+
+// readUDP delivers a UDP packet that somebody waits for: the DNS tap or a socket
+// of DialUDP. All other UDP is dropped.
+func (p *pump) readUDP(bufs *rxBuffers, n int, pk *rxPacket, vh *tun.VNetHdr) {
+	to := p.only
+	if to == nil {
+		to = p.route(pk)
+	}
+	switch {
+	case to == nil || !to.takesUDP(pk) || vh.GSOType != tun.GSONone: // nobody sends super-packets of DNS
+		p.rx.notTCP.Add(1)
+	case !(p.dev.Offload().VNetHdr && vouched(vh)) && !checksumValid(bufs.iov[:], n, pk):
+		p.rx.badChecksum.Add(1)
+	default:
+		to.deliver(pk.proto, bufs.packet(n, pk))
 	}
 }
 

@@ -33,6 +33,7 @@ type verdict uint8
 const (
 	rxDeliver   verdict = iota
 	rxMalformed         // not an IP packet, or lengths that contradict each other
+	rxUDP               // for the few who wait for some: see readUDP
 	rxNotTCP            // a protocol that the stacks do not speak
 	rxChecksum          // TCP checksum wrong
 )
@@ -41,9 +42,10 @@ const (
 type rxPacket struct {
 	proto  tcpip.NetworkProtocolNumber
 	dst    netip.Addr
-	hdrLen int // IP and TCP headers; the whole packet (at most headSize) for what is not TCP
+	hdrLen int // IP and TCP or UDP headers; the whole packet (at most headSize) for what is neither
 	ipLen  int
 	tcp    bool
+	dport  uint16 // of a UDP packet
 }
 
 // parseHead looks at the first bytes of a packet of n bytes in all. head holds
@@ -104,6 +106,13 @@ func parseL4(head []byte, n int, proto uint8, p *rxPacket) verdict {
 			return rxMalformed
 		}
 		return rxDeliver
+	case header.UDPProtocolNumber:
+		if len(head) < p.ipLen+header.UDPMinimumSize {
+			return rxMalformed
+		}
+		p.tcp, p.hdrLen = false, p.ipLen+header.UDPMinimumSize
+		p.dport = header.UDP(head[p.ipLen:]).DestinationPort()
+		return rxUDP
 	case header.ICMPv4ProtocolNumber, header.ICMPv6ProtocolNumber:
 		// Errors about our connections come this way.
 		p.tcp, p.hdrLen = false, min(n, headSize)
@@ -172,8 +181,8 @@ func (b *rxBuffers) packet(n int, p *rxPacket) *stack.PacketBuffer {
 	return stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buf})
 }
 
-// checksumValid verifies the TCP checksum of a packet of n bytes that no device
-// vouched for. bufs are the buffers it was read into.
+// checksumValid verifies the TCP or UDP checksum of a packet of n bytes that no
+// device vouched for. bufs are the buffers it was read into.
 func checksumValid(bufs [][]byte, n int, p *rxPacket) bool {
 	head := bufs[0][:min(n, headSize)]
 	var src, dst tcpip.Address
@@ -182,7 +191,14 @@ func checksumValid(bufs [][]byte, n int, p *rxPacket) bool {
 	} else {
 		src, dst = header.IPv6(head).SourceAddress(), header.IPv6(head).DestinationAddress()
 	}
-	xsum := header.PseudoHeaderChecksum(header.TCPProtocolNumber, src, dst, uint16(n-p.ipLen))
+	l4 := header.TCPProtocolNumber
+	if !p.tcp {
+		if l4 = header.UDPProtocolNumber; header.UDP(head[p.ipLen:]).Checksum() == 0 {
+			// RFC 768: no checksum. RFC 8200 section 8.1: not in IPv6.
+			return p.proto == header.IPv4ProtocolNumber
+		}
+	}
+	xsum := header.PseudoHeaderChecksum(l4, src, dst, uint16(n-p.ipLen))
 	var c checksum.Checksumer
 	c.Add(head[p.ipLen:])
 	if n > headSize {

@@ -20,6 +20,7 @@ type Stack struct {
 	up    *hop // nil without a way to the network; app itself if UplinkIsApp
 	own   map[netip.Addr]struct{}
 	flows *forwarder
+	dns   *dnsTap
 	conns connList
 	lent  sync.Pool // of *lent
 
@@ -48,8 +49,10 @@ func New(cfg Config) (*Stack, error) {
 		s.own[a] = struct{}{}
 	}
 	s.flows = newForwarder(s)
+	s.dns = newDNSTap(s)
 	s.pump = newPump(cfg.App, s.log)
 	s.app = newHop(s, "app", s.pump, false)
+	s.app.port.dns = cfg.OnDNS != nil
 	s.pump.only = s.app.port
 	if _, err := s.app.stack(); err != nil {
 		return nil, err
@@ -88,9 +91,9 @@ func (s *Stack) Run(ctx context.Context) error {
 }
 
 // Close resets every connection and pending flow, waits for the OnFlow
-// goroutines (at most Config.CloseTimeout), flushes the resets, closes the App
+// and OnDNS goroutines (each at most Config.CloseTimeout), flushes the resets, closes the App
 // device and waits for Run and for gVisor's goroutines. It may be called more
-// than once, but not from OnFlow.
+// than once, but not from OnFlow or OnDNS.
 func (s *Stack) Close() error {
 	s.shutdown()
 	if s.running.Load() {
@@ -104,6 +107,7 @@ func (s *Stack) shutdown() {
 	s.closeOnce.Do(func() {
 		defer close(s.closed)
 		s.flows.stop() // no new flows from here on
+		s.dns.stop()
 		s.conns.close()
 		s.app.abort()
 		if s.up != nil {
@@ -111,6 +115,9 @@ func (s *Stack) shutdown() {
 		}
 		if !s.flows.wait(s.cfg.CloseTimeout) {
 			s.log.Error("netstack: flows still being handled at close", "count", s.flows.inFlight())
+		}
+		if !s.dns.wait(s.cfg.CloseTimeout) {
+			s.log.Error("netstack: DNS queries still being handled at close", "count", s.dns.inFlight())
 		}
 		if s.cfg.Uplink != nil {
 			s.cfg.Uplink.detach(s.cfg.Addrs, s.up.port)

@@ -5,7 +5,8 @@ package netstack
 type LinkStats struct {
 	RxPackets, RxBytes uint64
 	// Packets that were read and dropped: not IP or lengths that contradict each
-	// other; a protocol other than TCP and ICMP; a wrong TCP checksum; a
+	// other; a protocol other than TCP and ICMP, or UDP that
+	// nobody waits for; a wrong TCP checksum; a
 	// destination that is no pod's (uplink only).
 	RxMalformed, RxNotTCP, RxBadChecksum, RxUnknownDst uint64
 	// RxReturned were ICMP errors about connections of the kernel's, written to
@@ -30,6 +31,15 @@ type Stats struct {
 	OverPod, OverDestination uint64
 	InFlight, Conns          int
 
+	// UDP packets to port 53 handed to OnDNS; dropped because a bound was reached
+	// or the stack closes; dropped because their header contradicts itself or they
+	// cannot be answered. DNSInFlight of the first have not returned.
+	DNSQueries, DNSOver, DNSMalformed uint64
+	DNSInFlight                       int
+	// UDPStray were delivered for somebody who had gone, or were fragments of what
+	// nobody waited for.
+	UDPStray uint64
+
 	// From gVisor: of all connections of this stack.
 	Retransmits, Timeouts, ResetsSent, ResetsReceived, SegmentQueueDropped uint64
 }
@@ -44,6 +54,8 @@ func (s *Stack) Stats() Stats {
 		OverPod: f.overPod.Load(), OverDestination: f.overDst.Load(),
 		InFlight: f.inFlight(), Conns: s.conns.len(),
 	}
+	st.DNSQueries, st.DNSOver, st.DNSMalformed = s.dns.queries.Load(), s.dns.over.Load(), s.dns.malformed.Load()
+	st.DNSInFlight, st.UDPStray = s.dns.inFlight(), s.dns.stray.Load()
 	hops := []*hop{s.app}
 	if s.up != nil && s.up != s.app {
 		hops = append(hops, s.up)

@@ -26,6 +26,11 @@ type lab struct {
 
 func newLab(t testing.TB, plain bool, onFlow func(*Flow)) *lab {
 	t.Helper()
+	return newLabWith(t, plain, onFlow, func(*Config) {})
+}
+
+func newLabWith(t testing.TB, plain bool, onFlow func(*Flow), mod func(*Config)) *lab {
+	t.Helper()
 	l := &lab{ns: nslab.New(t)}
 	dev, err := tun.Open(tun.Options{Name: "ztun0", NetNS: l.ns.NS, Plain: plain})
 	if err != nil {
@@ -40,7 +45,9 @@ func newLab(t testing.TB, plain bool, onFlow func(*Flow)) *lab {
 	} {
 		l.ns.IP(t, a...)
 	}
-	l.s = startStack(t, Config{Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("fd00:1::2")}, App: dev, OnFlow: onFlow})
+	cfg := Config{Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("fd00:1::2")}, App: dev, OnFlow: onFlow}
+	mod(&cfg)
+	l.s = startStack(t, cfg)
 	if off := l.s.Stats().App.Offload; off == plain {
 		t.Errorf("offload %v, plain %v: %s", off, plain, dev.Offload().Why)
 	}
