@@ -137,6 +137,10 @@ func (cc *ClientConn) Err() error { return cc.c.reason() }
 // Close ends the connection with GOAWAY; its streams fail. It returns when nothing of it runs any more.
 func (cc *ClientConn) Close() error { return cc.c.close() }
 
+// Leave takes no new streams: the connection ends with the last of those that are open, at once if there is none. It
+// does not wait; Close does.
+func (cc *ClientConn) Leave() { cc.c.drain() }
+
 // Shutdown takes no new streams, waits for those that are open, then closes. When ctx ends first it closes at once
 // and returns ctx's error.
 func (cc *ClientConn) Shutdown(ctx context.Context) error { return cc.c.shutdown(ctx) }

@@ -117,6 +117,27 @@ func (ss *ServerStream) Detach() { ss.detached = true }
 // Done is closed when the stream's connection has ended: a handler that still looks for an answer may stop.
 func (ss *ServerStream) Done() <-chan struct{} { return ss.s.c.done }
 
+// Context is a child of parent that ends when the stream does, too: when the peer resets it or the connection is
+// lost, a handler that still looks for an answer may stop. Release it before the stream is answered or handed on; one
+// at a time.
+func (ss *ServerStream) Context(parent context.Context) (ctx context.Context, release func()) {
+	ctx, cancel := context.WithCancel(parent)
+	s, c := ss.s, ss.s.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s.gone {
+		cancel()
+	} else {
+		s.onGone = cancel
+	}
+	return ctx, func() {
+		c.mu.Lock()
+		s.onGone = nil
+		c.mu.Unlock()
+		cancel()
+	}
+}
+
 // Accept answers 200 (or resp.Status) and opens the tunnel. It fails if the peer has given up meanwhile.
 func (ss *ServerStream) Accept(resp *Response) (*Stream, error) {
 	if err := ss.answer(resp, false); err != nil {

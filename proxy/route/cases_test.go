@@ -3,12 +3,15 @@ package route_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"math/big"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -22,11 +25,13 @@ import (
 
 // caseFile is the schema of testdata/*.yaml, explained in testdata/README.md.
 type caseFile struct {
+	isMirror bool
 	About    string
 	Listed   bool
 	World    yaml.Node
 	Outbound []struct {
 		Case      string
+		Mirrored  *bool
 		Network   string
 		From      string
 		As        string
@@ -42,10 +47,12 @@ type caseFile struct {
 		Accept    *[]string
 		Inner     *[]string
 		Refused   string
+		Missed    *string
 		Shares    map[string]string
 	}
 	Inbound []struct {
 		Case          string
+		Mirrored      *bool
 		At            string
 		Address       string
 		Network       string
@@ -56,9 +63,11 @@ type caseFile struct {
 		Proxy         *string
 		Status        int
 		Refused       *string
+		Missed        *string
 	}
 	Passthrough []struct {
 		Case     string
+		Mirrored *bool
 		At       string
 		To       string
 		Delivers string
@@ -103,16 +112,93 @@ func TestCases(t *testing.T) {
 			if err := dec.Decode(&f); err != nil {
 				t.Fatal(err)
 			}
-			v, byName := loadWorld(t, &f)
-			f.outbound(t, v, byName)
-			f.inbound(t, v, byName)
-			f.passthrough(t, v, byName)
+			f.run(t)
+			t.Run("mirrored", func(t *testing.T) {
+				var root yaml.Node
+				if err := yaml.Unmarshal(data, &root); err != nil {
+					t.Fatal(err)
+				}
+				(&mirror{v4: map[string]string{}}).node(&root)
+				f := caseFile{isMirror: true}
+				if err := root.Decode(&f); err != nil {
+					t.Fatal(err)
+				}
+				f.run(t)
+			})
 		})
+	}
+}
+
+func (f *caseFile) run(t *testing.T) {
+	v, byName := loadWorld(t, f)
+	f.outbound(t, v, byName)
+	f.inbound(t, v, byName)
+	f.passthrough(t, v, byName)
+}
+
+// skip reports whether a row says that it has no counterpart in the mirror, and this is the mirror.
+func (f *caseFile) skip(mirrored *bool) bool { return f.isMirror && mirrored != nil && !*mirrored }
+
+// mirror turns a case file around: every IPv4 address becomes an IPv6 address and the other way round. What
+// holds for one family has to hold for the other.
+type mirror struct{ v4 map[string]string }
+
+var (
+	v6Text = regexp.MustCompile(`(\[?)((?:[0-9a-f]{1,4}(?::[0-9a-f]{1,4})*)?::[0-9a-f:]*[0-9a-f])(\]?)`)
+	v4Text = regexp.MustCompile(`\b(\d+\.\d+\.\d+\.\d+)\b(:\d+\b)?(/\d+)?`)
+)
+
+func (m *mirror) node(n *yaml.Node) {
+	for _, c := range n.Content {
+		m.node(c)
+	}
+	if n.Kind != yaml.ScalarNode {
+		return
+	}
+	switch n.Value {
+	case "IPv4":
+		n.Value = "IPv6"
+		return
+	case "IPv6":
+		n.Value = "IPv4"
+		return
+	}
+	// First hide the new IPv4 addresses, lest they are turned back.
+	text := v6Text.ReplaceAllStringFunc(n.Value, func(s string) string {
+		s = strings.Trim(s, "[]")
+		if m.v4[s] == "" {
+			m.v4[s] = fmt.Sprintf("100_64_0_%d", len(m.v4)+1)
+		}
+		return m.v4[s]
+	})
+	text = v4Text.ReplaceAllStringFunc(text, func(s string) string {
+		part := v4Text.FindStringSubmatch(s)
+		a := netip.MustParseAddr(part[1]).As16()
+		copy(a[:12], []byte{0xfd, 0x99, 11: 0})
+		six := netip.AddrFrom16(a).String()
+		if part[1] == "127.0.0.1" {
+			six = "::1"
+		}
+		switch {
+		case part[2] != "":
+			return "[" + six + "]" + part[2]
+		case part[3] != "":
+			bits, _ := strconv.Atoi(part[3][1:])
+			return six + "/" + strconv.Itoa(96+bits)
+		}
+		return six
+	})
+	n.SetString(strings.ReplaceAll(text, "100_64_0_", "100.64.0."))
+	if text == n.Value && n.Style == 0 {
+		n.Tag = "" // untouched numbers and booleans stay what they were
 	}
 }
 
 func (f *caseFile) outbound(t *testing.T, v *state.View, byName map[string]*state.Workload) {
 	for _, c := range f.Outbound {
+		if f.skip(c.Mirrored) {
+			continue
+		}
 		t.Run(c.Case, func(t *testing.T) {
 			src := byName[c.From]
 			if src == nil {
@@ -124,7 +210,12 @@ func (f *caseFile) outbound(t *testing.T, v *state.View, byName map[string]*stat
 			}
 			shares := make(map[string]*big.Rat)
 			enumerate(t, func(rand func(uint64) uint64) func(*big.Rat) {
-				d, err := route.Decide(v, route.Question{Network: c.Network, Source: src, SrcIP: ip, Dst: netip.MustParseAddrPort(c.To), Rand: rand})
+				dst, missed := netip.MustParseAddrPort(c.To), ""
+				d, err := route.Decision{}, route.CheckOutbound(dst, route.IllegalPorts(true))
+				if err == nil {
+					d, err = route.Decide(v, route.Question{Network: c.Network, Source: src, SrcIP: ip, Dst: dst, Rand: rand, Missed: &missed})
+				}
+				check(t, "missed", c.Missed, missed)
 				if err == nil && c.Resolve != nil {
 					var addrs []netip.Addr
 					for _, a := range *c.Resolve {
@@ -143,11 +234,11 @@ func (f *caseFile) outbound(t *testing.T, v *state.View, byName map[string]*stat
 				}
 				check(t, "go", c.Go, goes(d))
 				check(t, "address", c.Address, addrText(d.Actual))
-				check(t, "authority", c.Authority, d.Authority)
+				check(t, "authority", c.Authority, d.Authority())
 				check(t, "workload", c.Workload, workloadName(d.Workload))
 				check(t, "upstream", c.Upstream, workloadName(d.Upstream))
 				check(t, "service", c.Service, serviceName(d.Service))
-				checkIDs(t, "accept", c.Accept, d.SANs)
+				checkIDs(t, "accept", c.Accept, d.SANs())
 				checkIDs(t, "inner", c.Inner, d.FinalSANs)
 				if d.Hostname != c.Hostname {
 					t.Errorf("hostname: %q, want %q", d.Hostname, c.Hostname)
@@ -169,6 +260,9 @@ func (f *caseFile) outbound(t *testing.T, v *state.View, byName map[string]*stat
 
 func (f *caseFile) inbound(t *testing.T, v *state.View, byName map[string]*state.Workload) {
 	for _, c := range f.Inbound {
+		if f.skip(c.Mirrored) {
+			continue
+		}
 		t.Run("in: "+c.Case, func(t *testing.T) {
 			w := byName[c.At]
 			if w == nil {
@@ -178,8 +272,10 @@ func (f *caseFile) inbound(t *testing.T, v *state.View, byName map[string]*state
 			if c.Address != "" {
 				at = netip.MustParseAddr(c.Address)
 			}
-			d, err := route.Inbound(v, route.InboundQuestion{Local: w, LocalAddr: at, Network: c.Network,
+			missed := ""
+			d, err := route.Inbound(v, route.InboundQuestion{Missed: &missed, Local: w, LocalAddr: at, Network: c.Network,
 				Authority: c.Authority, ForwardedHost: c.ForwardedHost, Illegal: route.IllegalPorts(false)})
+			check(t, "missed", c.Missed, missed)
 			if err != nil {
 				var re *route.Error
 				if !errors.As(err, &re) {
@@ -205,6 +301,9 @@ func (f *caseFile) inbound(t *testing.T, v *state.View, byName map[string]*state
 
 func (f *caseFile) passthrough(t *testing.T, v *state.View, byName map[string]*state.Workload) {
 	for _, c := range f.Passthrough {
+		if f.skip(c.Mirrored) {
+			continue
+		}
 		t.Run("plaintext: "+c.Case, func(t *testing.T) {
 			w := byName[c.At]
 			if w == nil {

@@ -1,6 +1,7 @@
 package route
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
 	"strconv"
@@ -44,6 +45,17 @@ type Question struct {
 	// Rand returns a number below n, n > 0; as rand.Uint64N. It is asked only
 	// where there is something to choose.
 	Rand func(n uint64) uint64
+	// Missed, if not nil, is set to the first key that was looked up in vain
+	// ("network/ip" or "namespace/hostname"), for a caller that can ask a control
+	// plane for it and then decide again. "" if all that was needed is known.
+	Missed *string
+}
+
+// miss notes a key that is not known. Only callers that asked for it pay for it.
+func miss(missed *string, key fmt.Stringer) {
+	if missed != nil && *missed == "" {
+		*missed = key.String()
+	}
 }
 
 // Decision is where a connection goes.
@@ -51,13 +63,9 @@ type Decision struct {
 	Protocol Protocol
 	// Actual is the address to dial. If Hostname is set its address is not valid
 	// yet, only its port: resolve Hostname and call Resolved.
-	Actual    netip.AddrPort
-	Hostname  string
-	Authority string // of the CONNECT (of both with DoubleHBONE); "" for TCP
+	Actual   netip.AddrPort
+	Hostname string
 
-	// SANs are the identities of which the next hop has to present one, in
-	// ztunnel's order: the service's, then the workload's own. Nil for passthrough.
-	SANs []identity.ID
 	// FinalSANs are those for the inner tunnel of DoubleHBONE. If there are none,
 	// no peer can be accepted.
 	FinalSANs []identity.ID
@@ -70,10 +78,52 @@ type Decision struct {
 	// Waypoint: the next hop (with DoubleHBONE: Upstream) is a waypoint.
 	Waypoint bool
 
-	// ownAuthority: Authority is the workload's address, once known, and this port.
-	ownAuthority  bool
-	authorityPort uint16
-	prefer6       bool // family to prefer among resolved addresses
+	// via is the service through which the next hop was chosen; nil if by itself.
+	via *state.Service
+	// The authority is the address that was called, the next hop's, once known, or
+	// the called service's hostname, with port.
+	authority authorityKind
+	port      uint16
+	called    netip.Addr
+	prefer6   bool // family to prefer among resolved addresses
+}
+
+// authorityKind is what a CONNECT names. It and the identities are not spelt out
+// before somebody asks, so that a decision costs no memory.
+type authorityKind uint8
+
+const (
+	noAuthority authorityKind = iota
+	calledAddress
+	ownAddress
+	calledService
+)
+
+// Authority is that of the CONNECT (of both with DoubleHBONE); "" for TCP, and
+// as long as it takes a Hostname to be resolved.
+func (d *Decision) Authority() string {
+	switch {
+	case d.authority == calledAddress:
+		return netip.AddrPortFrom(d.called, d.port).String()
+	case d.authority == ownAddress && d.Hostname == "":
+		return netip.AddrPortFrom(d.Actual.Addr(), d.port).String()
+	case d.authority == calledService:
+		return net.JoinHostPort(d.Service.Hostname, strconv.Itoa(int(d.port)))
+	}
+	return ""
+}
+
+// SANs are the identities of which the next hop has to present one, in ztunnel's
+// order: the service's, then the workload's own. Nil for passthrough.
+func (d *Decision) SANs() []identity.ID {
+	if d.Workload == nil {
+		return nil
+	}
+	if d.via == nil || len(d.via.SANs) == 0 {
+		return []identity.ID{d.Workload.Identity()}
+	}
+	ids := make([]identity.ID, 0, len(d.via.SANs)+1)
+	return append(append(ids, d.via.SANs...), d.Workload.Identity())
 }
 
 // Passthrough reports whether the destination is unknown to the mesh: plain
@@ -122,7 +172,10 @@ func Decide(v *state.View, q Question) (Decision, error) {
 	r.q.SrcIP = q.SrcIP.Unmap()
 	dst := r.q.Dst
 
-	_, called := v.FindAddress(q.Network, dst.Addr(), q.Source.Namespace)
+	w, called := v.FindAddress(q.Network, dst.Addr(), q.Source.Namespace)
+	if w == nil && called == nil && q.Missed != nil {
+		miss(q.Missed, state.NetworkAddress{Network: q.Network, Addr: dst.Addr()})
+	}
 	if called != nil {
 		if ref := r.serviceWaypoint(called); ref != nil {
 			wp, err := r.gateway(ref, waypoint)
@@ -184,10 +237,10 @@ type resolver struct {
 
 // direct sends a connection straight to the chosen workload.
 func (r *resolver) direct(up upstream) (Decision, error) {
-	d := Decision{Protocol: TCP, SANs: up.sans(), Workload: up.workload, Upstream: up.workload, Service: up.service}
+	d := Decision{Protocol: TCP, Workload: up.workload, Upstream: up.workload, Service: up.service}
 	port := up.port
 	if up.workload.Protocol == state.HBONE {
-		d.Protocol, d.ownAuthority, d.authorityPort, port = HBONE, true, up.port, HBONEPort
+		d.Protocol, d.authority, d.port, port = HBONE, ownAddress, up.port, HBONEPort
 	}
 	return d.at(up, port)
 }
@@ -196,7 +249,7 @@ func (r *resolver) direct(up upstream) (Decision, error) {
 // original destination.
 func (r *resolver) toWaypoint(wp upstream, called *state.Service) (Decision, error) {
 	d := Decision{
-		Protocol: HBONE, Authority: r.q.Dst.String(), SANs: wp.sans(),
+		Protocol: HBONE, authority: calledAddress, called: r.q.Dst.Addr(), port: r.q.Dst.Port(),
 		Workload: wp.workload, Upstream: wp.workload, Service: called, Waypoint: true,
 	}
 	return d.at(wp, wp.port)
@@ -215,9 +268,8 @@ func (r *resolver) throughGateway(up upstream, called *state.Service, isWaypoint
 		return Decision{}, err
 	}
 	d := Decision{
-		Protocol:  DoubleHBONE,
-		Authority: net.JoinHostPort(called.Hostname, strconv.Itoa(int(r.q.Dst.Port()))),
-		SANs:      gw.sans(), Workload: gw.workload, Upstream: up.workload, Service: called, Waypoint: isWaypoint,
+		Protocol: DoubleHBONE, authority: calledService, port: r.q.Dst.Port(),
+		Workload: gw.workload, Upstream: up.workload, Service: called, Waypoint: isWaypoint,
 	}
 	if up.service != nil {
 		d.FinalSANs = up.service.SANs
@@ -228,22 +280,14 @@ func (r *resolver) throughGateway(up upstream, called *state.Service, isWaypoint
 // at completes a decision with the address of its next hop.
 func (d Decision) at(next upstream, port uint16) (Decision, error) {
 	d.Actual = netip.AddrPortFrom(next.addr, port)
-	d.prefer6 = next.prefer6
+	d.via, d.prefer6 = next.service, next.prefer6
 	if !next.addr.IsValid() {
 		if next.workload.Hostname == "" {
 			return Decision{}, &Error{Code: NoValidDestination, Subject: next.workload.UID}
 		}
 		d.Hostname = next.workload.Hostname
-		return d, nil
 	}
-	d.setAuthority()
 	return d, nil
-}
-
-func (d *Decision) setAuthority() {
-	if d.ownAuthority {
-		d.Authority = netip.AddrPortFrom(d.Actual.Addr(), d.authorityPort).String()
-	}
 }
 
 // Resolved completes a decision that has a Hostname with the answer of DNS: a
@@ -272,7 +316,6 @@ func (d Decision) Resolved(addrs []netip.Addr, rand func(n uint64) uint64) (Deci
 	}
 	d.Actual = netip.AddrPortFrom(same[rand(uint64(len(same)))], d.Actual.Port())
 	d.Hostname = ""
-	d.setAuthority()
 	return d, nil
 }
 
@@ -280,15 +323,6 @@ func (d Decision) Resolved(addrs []netip.Addr, rand func(n uint64) uint64) (Deci
 // looked up.
 func (d *Decision) ResolveFailed() error {
 	return &Error{Code: NoResolvedAddresses, Subject: d.Workload.UID}
-}
-
-// sans returns the identities that the upstream may present.
-func (u *upstream) sans() []identity.ID {
-	if u.service == nil || len(u.service.SANs) == 0 {
-		return []identity.ID{u.workload.Identity()}
-	}
-	ids := make([]identity.ID, 0, len(u.service.SANs)+1)
-	return append(append(ids, u.service.SANs...), u.workload.Identity())
 }
 
 func unmap(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }

@@ -51,6 +51,8 @@ func (r *resolver) gateway(ref *state.GatewayAddress, m mode) (upstream, error) 
 		case w != nil:
 			up, err = r.workload(w, nil, target, ref.Port)
 			found = true
+		case r.q.Missed != nil:
+			miss(r.q.Missed, ref.Host)
 		}
 	} else {
 		up, found, err = r.upstream(ref.Addr.Network, netip.AddrPortFrom(ref.Addr.Addr.Unmap(), ref.Port), m)
@@ -79,6 +81,9 @@ func (r *resolver) upstream(network string, target netip.AddrPort, m mode) (up u
 	if w := r.v.WorkloadByAddr(network, target.Addr()); w != nil {
 		up, err = r.workload(w, nil, target, target.Port())
 		return up, err == nil, err
+	}
+	if r.q.Missed != nil {
+		miss(r.q.Missed, state.NetworkAddress{Network: network, Addr: target.Addr()})
 	}
 	return upstream{}, false, nil
 }

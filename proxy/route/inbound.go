@@ -16,6 +16,7 @@ type InboundQuestion struct {
 	// tell which service was called.
 	ForwardedHost string
 	Illegal       []uint16 // see IllegalPorts
+	Missed        *string  // as Question.Missed
 }
 
 // InboundDecision is where a CONNECT goes.
@@ -51,6 +52,9 @@ func Inbound(v *state.View, q InboundQuestion) (InboundDecision, error) {
 	if !auth.Addr.IsValid() {
 		named = v.ServiceByHost(auth.Host, q.Local.Namespace)
 		if named == nil {
+			if q.Missed != nil {
+				miss(q.Missed, state.ServiceKey{Namespace: q.Local.Namespace, Hostname: auth.Host})
+			}
 			return InboundDecision{}, &Error{Code: NoHostname, Subject: auth.Host}
 		}
 		if port = portAt(named, q.Local, auth.Port); port == 0 {
@@ -88,25 +92,27 @@ func validate(v *state.View, q InboundQuestion, local netip.Addr, auth Authority
 	w, s := v.FindAddress(q.Network, auth.Addr, "")
 	switch {
 	case w != nil:
-		if leadsTo(v, w.Waypoint, q.Local, local) {
+		if leadsTo(v, w.Waypoint, q, local) {
 			return nil
 		}
 	case s != nil:
-		if leadsTo(v, s.Waypoint, q.Local, local) {
+		if leadsTo(v, s.Waypoint, q, local) {
 			return nil
 		}
 		for i := range s.WeightedWaypoints {
-			if leadsTo(v, &s.WeightedWaypoints[i].Destination, q.Local, local) {
+			if leadsTo(v, &s.WeightedWaypoints[i].Destination, q, local) {
 				return nil
 			}
 		}
+	case q.Missed != nil:
+		miss(q.Missed, state.NetworkAddress{Network: q.Network, Addr: auth.Addr})
 	}
 	return &Error{Code: IPMismatch, Subject: local.String(), Other: auth.Addr.String()}
 }
 
 // leadsTo reports whether a waypoint reference means the local workload: a
 // service that it backs, or a workload with its address.
-func leadsTo(v *state.View, ref *state.GatewayAddress, me *state.Workload, local netip.Addr) bool {
+func leadsTo(v *state.View, ref *state.GatewayAddress, q InboundQuestion, local netip.Addr) bool {
 	if ref == nil {
 		return false
 	}
@@ -118,7 +124,10 @@ func leadsTo(v *state.View, ref *state.GatewayAddress, me *state.Workload, local
 		w, s = v.FindAddress(ref.Addr.Network, ref.Addr.Addr.Unmap(), "")
 	}
 	if s != nil {
-		return s.Endpoint(me.UID) != nil
+		return s.Endpoint(q.Local.UID) != nil
+	}
+	if w == nil && q.Missed != nil {
+		miss(q.Missed, ref)
 	}
 	return w != nil && w.HasAddress(local)
 }

@@ -160,7 +160,7 @@ func text(d route.Decision) string {
 	if d.Passthrough() {
 		return "passthrough " + d.Actual.String()
 	}
-	at, authority := d.Actual.String(), d.Authority
+	at, authority := d.Actual.String(), d.Authority()
 	if d.Hostname != "" {
 		// Which family is preferred shows when both are offered.
 		r, err := d.Resolved([]netip.Addr{netip.MustParseAddr("fe80::9"), netip.MustParseAddr("9.9.9.9")}, func(uint64) uint64 { return 0 })
@@ -169,7 +169,7 @@ func text(d route.Decision) string {
 		}
 		at = fmt.Sprintf("%s:%d (IPv6 %v)", d.Hostname, d.Actual.Port(), r.Actual.Addr().Is6())
 		if d.Protocol == route.HBONE && authority == "" {
-			a := netip.MustParseAddrPort(r.Authority)
+			a := netip.MustParseAddrPort(r.Authority())
 			if a.Addr() != r.Actual.Addr() {
 				return "authority and address differ"
 			}
@@ -184,7 +184,7 @@ func text(d route.Decision) string {
 	if d.Protocol == route.DoubleHBONE {
 		inner = append([]string{d.Upstream.UID}, idTexts(d.FinalSANs)...)
 	}
-	return fmt.Sprintf("%s %s authority=%s to=%s service=%s sans=%q inner=%q", d.Protocol, at, authority, d.Workload.UID, name, idTexts(d.SANs), inner)
+	return fmt.Sprintf("%s %s authority=%s to=%s service=%s sans=%q inner=%q", d.Protocol, at, authority, d.Workload.UID, name, idTexts(d.SANs()), inner)
 }
 
 func idTexts(ids []identity.ID) (l []string) {
