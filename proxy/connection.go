@@ -41,6 +41,7 @@ type connectionInput struct {
 	derived  *derived
 	source   *state.Workload
 	dest     *state.Workload
+	farEnd   *derived // double HBONE: takes the place of dest, which is the gateway
 	service  *state.Service
 	start    time.Time
 }
@@ -48,7 +49,7 @@ type connectionInput struct {
 // open counts the connection and writes the DEBUG line "connection opened".
 func (p *Proxy) open(in connectionInput) *connection {
 	c := &connection{p: p, outbound: in.outbound, start: in.start, src: in.src, dst: in.dst, hbone: in.hbone, mtls: in.mtls}
-	li := labelInput{reporter: reporterDestination, security: securityUnknown, derived: in.derived, source: in.source, dest: in.dest, service: in.service}
+	li := labelInput{reporter: reporterDestination, security: securityUnknown, derived: in.derived, source: in.source, dest: in.dest, farEnd: in.farEnd, service: in.service}
 	if in.outbound {
 		li.reporter = reporterSource
 	}
@@ -59,7 +60,9 @@ func (p *Proxy) open(in connectionInput) *connection {
 	if in.source != nil {
 		c.srcName = in.source.Name
 	}
-	if in.dest != nil {
+	if in.farEnd != nil {
+		c.dstName = in.farEnd.baggage.Workload
+	} else if in.dest != nil {
 		c.dstName = in.dest.Name
 	}
 	c.series = p.o.Metrics.open(l)

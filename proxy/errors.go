@@ -8,6 +8,8 @@ import (
 	"os"
 	"strings"
 	"syscall"
+
+	"ztun/proxy/hbone"
 )
 
 // Flag is the response_flags label of a closed connection (spec 10.2).
@@ -101,6 +103,12 @@ func (e *Error) Refusal() Refusal {
 		return RefuseSilent
 	}
 	return reasons[e.kind].refuse
+}
+
+// statusIs reports whether the peer answered the CONNECT with this status.
+func (e *Error) statusIs(status int) bool {
+	var answer *hbone.StatusError
+	return errors.As(e.cause, &answer) && answer.Status == status
 }
 
 // timedOut reports whether err is a connect that was never answered.

@@ -134,15 +134,15 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	}
 	var source *state.Workload
 	if network, ok := s.ForwardedNetwork(); !ok || strings.EqualFold(network, p.o.Config.NetworkName) {
-		source = view.WorkloadByAddr(p.o.Config.NetworkName, t.src.Addr())
+		source = p.peer(p.ctx, view, t.src.Addr())
 	}
 	c := p.open(connectionInput{
 		src: t.src, dst: t.dst, hbone: s.Authority(), mtls: true, derived: der,
 		source: source, dest: local, service: in.Service, start: start,
 	})
 
-	ctx, stop := context.WithCancel(p.ctx)
-	defer stop()
+	// Until there is an answer, the peer's giving up ends what is under way for it.
+	ctx, stop := s.Context(p.ctx)
 	l := &live{
 		inbound: true, src: t.src, originalDst: t.dst, actualDst: in.App, protocol: route.HBONE.String(), stop: stop,
 		policy: rbac.Conn{Src: t.src.Addr(), Dst: in.App, ID: t.peer, HasID: t.hasPeer},
@@ -150,10 +150,16 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	p.work.Add(1) // beside the tunnel's own, which is held as long as this runs
 	v := &visit{p: p}
 	v.register(l)
-	up, failed := p.admit(ctx, local, l)
+	up, failed := p.admit(ctx, p.policyLog(t.src, s.Traceparent()), local, l, p.appDial(t, in))
+	gone := ctx.Err() != nil && l.reason() == nil
+	stop()
 	if failed != nil {
 		s.Refuse(reasons[failed.kind].status)
-		c.record(failed)
+		if gone && failed.kind == kindApp {
+			c.record(nil) // the peer gave its stream up before we could answer
+		} else {
+			c.record(failed)
+		}
 		v.leave()
 		return
 	}
@@ -182,14 +188,15 @@ func (p *Proxy) receive(t *tunnel, s *hbone.ServerStream) (*state.View, *state.W
 	if err != nil {
 		return nil, nil, none, err
 	}
-	in, err := route.Inbound(view, route.InboundQuestion{
+	q := route.InboundQuestion{
 		Network: p.o.Config.NetworkName, Local: local, LocalAddr: t.dst.Addr(), Authority: s.Authority(),
 		ForwardedHost: hbone.ParseForwardedHost(s.Forwarded()), Illegal: p.illegal,
-	})
-	if err == nil && in.Tunnel == state.TunnelProxy {
-		// Delivering without the header would give the application bytes that it misreads.
-		err = errors.New("application tunnels with PROXY protocol are not supported yet")
 	}
+	var in route.InboundDecision
+	p.asking(p.ctx, demandWait, view, func(newest *state.View, missed *string) {
+		view, q.Missed = newest, missed
+		in, err = route.Inbound(view, q)
+	})
 	return view, local, in, err
 }
 
@@ -204,14 +211,13 @@ func statusOf(err error) int {
 
 // admit checks the newest policies for a registered connection and dials the application. Registered
 // first, checked then: a policy change in between finds the connection.
-func (p *Proxy) admit(ctx context.Context, local *state.Workload, l *live) (Conn, *Error) {
-	if v := rbac.Evaluate(p.o.Knowledge.View().PoliciesFor(local), l.policy); !v.Allowed {
+func (p *Proxy) admit(ctx context.Context, log policyLog, local *state.Workload, l *live, a appDial) (Conn, *Error) {
+	v := rbac.Evaluate(p.o.Knowledge.View().PoliciesFor(local), l.policy)
+	log.verdict(v)
+	if !v.Allowed {
 		return nil, fail(kindDenied, v.Err())
 	}
-	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
-	defer cancel()
-	// As the client: the application sees the client's own address, with a port of ours.
-	up, err := p.o.Network.DialApp(ctx, netip.AddrPortFrom(l.src.Addr(), 0), l.actualDst)
+	up, err := p.dialApp(ctx, a)
 	if err != nil {
 		return nil, l.instead(fail(kindApp, err))
 	}

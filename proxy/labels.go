@@ -74,6 +74,7 @@ type labelInput struct {
 	derived  *derived // of the source; nil for plaintext outbound
 	source   *state.Workload
 	dest     *state.Workload
+	farEnd   *derived // double HBONE: takes the place of dest, which is the gateway
 	service  *state.Service
 }
 
@@ -112,7 +113,9 @@ func makeLabels(in labelInput) labels {
 		l[lSourceRegion] = w.Locality.Region
 		l[lSourceZone] = w.Locality.Zone
 	}
-	if w := in.dest; w != nil {
+	if d := in.farEnd; d != nil {
+		l.setFarEnd(d)
+	} else if w := in.dest; w != nil {
 		l[lDestinationWorkload] = w.WorkloadName
 		l[lDestinationCanonicalService] = w.CanonicalName
 		l[lDestinationApp] = w.CanonicalName
@@ -130,4 +133,21 @@ func makeLabels(in labelInput) labels {
 		l[lDestinationServiceName] = s.Name
 	}
 	return l
+}
+
+// setFarEnd fills in the destination from what it proves and says of itself; what it does not say is unknown.
+func (l *labels) setFarEnd(d *derived) {
+	b := &d.baggage
+	l[lDestinationWorkload] = b.Workload
+	l[lDestinationCanonicalService] = b.Canonical
+	l[lDestinationApp] = b.Workload
+	l[lDestinationCanonicalRevision] = b.Revision
+	l[lDestinationVersion] = b.Revision
+	l[lDestinationNamespace] = b.Namespace
+	l[lDestinationCluster] = b.Cluster
+	l[lDestinationRegion] = b.Region
+	l[lDestinationZone] = b.Zone
+	if d.hasID {
+		l[lDestinationPrincipal] = d.id.String()
+	}
 }

@@ -1,8 +1,10 @@
 package proxy
 
 import (
+	"context"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
@@ -15,11 +17,18 @@ type series struct {
 	labels                                 labels
 	isOpen                                 atomic.Bool // has ever been opened: byte counters exist from then on, also at 0
 	opened, closed, failed, received, sent atomic.Uint64
+
+	users atomic.Int64 // connections that count into it now; it does not expire while there are any
+	last  atomic.Int64 // when one of them last let go, in nanoseconds since Metrics.start
 }
 
 // Metrics holds the traffic metrics of all pods. It is a prometheus.Collector that writes labels in
 // ztunnel's order.
+//
+// Series expire (Expire), where ztunnel keeps every one that it ever had: on a node whose peers come and go
+// those would grow without end.
 type Metrics struct {
+	start  time.Time
 	mu     sync.RWMutex
 	series map[labels]*series
 
@@ -27,17 +36,20 @@ type Metrics struct {
 	socketsSourceSeen, socketsDestSeen atomic.Bool
 
 	overflowed atomic.Uint64 // look-ups that the bound sent to the overflow series
+	expired    atomic.Uint64 // series
 
 	descs map[string]*prometheus.Desc
 }
 
 // NewMetrics makes an empty set.
 func NewMetrics() *Metrics {
-	m := &Metrics{series: map[labels]*series{}, descs: map[string]*prometheus.Desc{}}
+	m := &Metrics{start: time.Now(), series: map[labels]*series{}, descs: map[string]*prometheus.Desc{}}
 	for _, f := range families {
 		m.descs[f.name] = prometheus.NewDesc(f.name, f.help, labelNames[:], nil)
 	}
 	m.descs[overflowName] = prometheus.NewDesc(overflowName, "Label sets counted in the overflow series because the table of series was full.", nil, nil)
+	m.descs[expiredName] = prometheus.NewDesc(expiredName, "Label sets that have expired: idle, and their workloads gone.", nil, nil)
+	m.descs[sizeName] = prometheus.NewDesc(sizeName, "Label sets in the table of series.", nil, nil)
 	m.descs[socketsName] = prometheus.NewDesc(socketsName, "The current number of open TCP sockets (unstable).", []string{"reporter"}, nil)
 	return m
 }
@@ -45,6 +57,8 @@ func NewMetrics() *Metrics {
 const (
 	socketsName  = "istio_tcp_sockets_open"
 	overflowName = "ztun_traffic_series_overflow_total"
+	expiredName  = "ztun_traffic_series_expired_total"
+	sizeName     = "ztun_traffic_series"
 )
 
 // families are the counters of spec 10.1 that carry the common labels.
@@ -59,31 +73,42 @@ var families = [...]struct {
 	{"istio_tcp_connections_failed_total", "The total number of TCP connections that failed (unstable).", func(s *series) (uint64, bool) { v := s.failed.Load(); return v, v > 0 }},
 }
 
-// get finds or makes the series of l.
+// get finds or makes the series of l, for one user more until release.
 func (m *Metrics) get(l labels) *series {
 	m.mu.RLock()
 	s := m.series[l]
+	if s != nil {
+		s.users.Add(1) // under the lock: what expires has no users
+	}
 	m.mu.RUnlock()
 	if s != nil {
 		return s
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if s = m.series[l]; s != nil {
+	s = m.insert(l)
+	s.users.Add(1)
+	return s
+}
+
+// insert is called with the lock held.
+func (m *Metrics) insert(l labels) *series {
+	if s := m.series[l]; s != nil {
 		return s
 	}
 	if len(m.series) >= maxSeries && l[lSourceWorkload] != overflow {
 		m.overflowed.Add(1)
-		o := labels{lReporter: l[lReporter], lSourceWorkload: overflow, lDestinationWorkload: overflow,
-			lRequestProtocol: l[lRequestProtocol], lResponseFlags: l[lResponseFlags], lSecurityPolicy: l[lSecurityPolicy]}
-		if s = m.series[o]; s != nil {
-			return s
-		}
-		l = o
+		return m.insert(labels{lReporter: l[lReporter], lSourceWorkload: overflow, lDestinationWorkload: overflow,
+			lRequestProtocol: l[lRequestProtocol], lResponseFlags: l[lResponseFlags], lSecurityPolicy: l[lSecurityPolicy]})
 	}
-	s = &series{labels: l}
+	s := &series{labels: l}
 	m.series[l] = s
 	return s
+}
+
+func (m *Metrics) release(s *series) {
+	s.last.Store(int64(time.Since(m.start)))
+	s.users.Add(-1)
 }
 
 // maxSeries bounds the label sets that are kept apart; further ones are counted together, in one series
@@ -107,10 +132,99 @@ func (m *Metrics) close(s *series, f Flag) {
 	if f != FlagNone {
 		l := s.labels
 		l[lResponseFlags] = f.String()
-		s = m.get(l)
-		s.failed.Add(1)
+		f := m.get(l)
+		f.failed.Add(1)
+		f.closed.Add(1)
+		m.release(f)
+	} else {
+		s.closed.Add(1)
 	}
-	s.closed.Add(1)
+	m.release(s)
+}
+
+// How long a series is idle before it may expire, and how often that is looked at.
+const (
+	seriesIdle  = 15 * time.Minute
+	expireEvery = 5 * time.Minute
+)
+
+// NamedWorkload is a workload as the labels of metrics name it: not a pod, but what it belongs to.
+type NamedWorkload struct{ Namespace, Workload string }
+
+
+// Run lets series expire until ctx ends.
+func (m *Metrics) Run(ctx context.Context, present func(map[NamedWorkload]bool)) {
+	t := time.NewTicker(expireEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+			m.Expire(present)
+		}
+	}
+}
+
+// Expire removes the series that no open connection counts into, that have been idle for 15 minutes, and of
+// which the source's or the destination's workload is gone, and returns how many those were. present is
+// asked about all candidates' workloads at once: it sets true for those that still exist. It is not called
+// when there is none; nil says that none exists.
+//
+// The series of a workload that still exists stays however long it is idle: were it to begin again at 1, a
+// rate over it would miss its rare connections. Only when the table is three quarters full does being idle
+// suffice.
+func (m *Metrics) Expire(present func(map[NamedWorkload]bool)) int {
+	idleSince := int64(time.Since(m.start) - seriesIdle)
+	idle := func(s *series) bool { return s.last.Load() <= idleSince && s.users.Load() == 0 }
+	known := map[NamedWorkload]bool{}
+	m.mu.RLock()
+	full := len(m.series) > maxSeries*3/4
+	for _, s := range m.series {
+		if idle(s) {
+			for _, w := range s.workloads() {
+				if w != (NamedWorkload{}) {
+					known[w] = false
+				}
+			}
+		}
+	}
+	m.mu.RUnlock()
+	if present != nil && len(known) > 0 && !full {
+		present(known)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := len(m.series)
+	for l, s := range m.series {
+		if !idle(s) {
+			continue
+		}
+		ws := s.workloads()
+		gone := ws == [2]NamedWorkload{} // nothing keeps it
+		for _, w := range ws {
+			exists, asked := known[w]
+			gone = gone || asked && !exists // not asked: idle only since a moment ago
+		}
+		if gone || full {
+			delete(m.series, l)
+		}
+	}
+	n -= len(m.series)
+	m.expired.Add(uint64(n))
+	return n
+}
+
+// workloads are those of the source and the destination.
+func (s *series) workloads() (ws [2]NamedWorkload) {
+	l := &s.labels
+	ws = [2]NamedWorkload{{l[lSourceNamespace], l[lSourceWorkload]}, {l[lDestinationNamespace], l[lDestinationWorkload]}}
+	for i := range ws {
+		if w := ws[i].Workload; w == "" || w == overflow {
+			ws[i] = NamedWorkload{} // nobody in particular
+		}
+	}
+	return ws
 }
 
 // socket counts a socket of reporter being opened (+1) or closed (-1).
@@ -144,6 +258,8 @@ func (m *Metrics) Collect(ch chan<- prometheus.Metric) {
 		}
 	}
 	ch <- sample{desc: m.descs[overflowName], counter: true, value: float64(m.overflowed.Load())}
+	ch <- sample{desc: m.descs[expiredName], counter: true, value: float64(m.expired.Load())}
+	ch <- sample{desc: m.descs[sizeName], value: float64(len(all))}
 	gauge := func(reporter string, v int64) {
 		ch <- sample{desc: m.descs[socketsName], pairs: []*dto.LabelPair{pair("reporter", reporter)}, value: float64(v)}
 	}
@@ -155,15 +271,18 @@ func (m *Metrics) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// pairs renders the labels in ztunnel's order.
+// pairs renders the labels in ztunnel's order. The texts are shared, not copied: a scrape of thousands of
+// series would be megabytes of garbage otherwise.
 func (s *series) pairs() []*dto.LabelPair {
-	out := make([]*dto.LabelPair, nLabels)
+	out, values := make([]*dto.LabelPair, nLabels), make([]dto.LabelPair, nLabels)
+	unknown := "unknown"
 	for i := range out {
-		v := s.labels[i]
-		if v == "" {
-			v = "unknown"
+		p := &values[i]
+		p.Name, p.Value = &labelNames[i], &s.labels[i]
+		if *p.Value == "" {
+			p.Value = &unknown
 		}
-		out[i] = pair(labelNames[i], v)
+		out[i] = p
 	}
 	return out
 }

@@ -21,11 +21,17 @@ func (p *Proxy) ServeOutbound(f Flow) {
 		f.Refuse(RefuseReset)
 		return
 	}
+	v.outbound(f, start)
+}
+
+// outbound is the rest of an outbound connection, captured or asked for by SOCKS5.
+func (v *visit) outbound(f Flow, start time.Time) {
+	p := v.p
 	src, dst := canonical(f.Src()), canonical(f.Dst())
 	d, local, err := p.decide(src, dst)
 	if err != nil {
 		p.deny(true, src, dst, err)
-		f.Refuse(RefuseReset)
+		refuse(f, err)
 		v.leave()
 		return
 	}
@@ -38,19 +44,40 @@ func (p *Proxy) ServeOutbound(f Flow) {
 	in := connectionInput{outbound: true, src: src, dst: d.Actual, source: local, dest: d.Workload, service: d.Service, start: start}
 	if d.Protocol != route.TCP {
 		in.mtls = true
-		in.hbone = d.Authority
+		in.hbone = d.Authority()
 		in.derived = &derived{id: local.Identity(), hasID: true}
 	}
-	c := p.open(in)
-	up, failed := p.connect(ctx, local, src, d)
+	var c *connection
+	var up Conn
+	var failed *Error
+	if d.Protocol == route.DoubleHBONE {
+		// Counted only now: it is the far end that says who it is (spec 10.3).
+		up, in.farEnd, failed = v.connectDouble(ctx, local, src, d)
+		c = p.open(in)
+	} else {
+		c = p.open(in)
+		up, failed = p.connect(ctx, local, src, d)
+	}
 	if failed != nil {
 		failed = l.instead(failed)
-		f.Refuse(failed.Refusal())
+		refuse(f, failed)
 		c.record(failed)
 		v.leave()
 		return
 	}
 	v.accept(c, f, up)
+}
+
+// refuse turns a flow down. One that can tell its client more than a SYN's answer can is given the reason.
+func refuse(f Flow, err error) {
+	var e *Error
+	if x, ok := f.(interface{ RefuseFor(error) }); ok {
+		x.RefuseFor(err)
+	} else if errors.As(err, &e) {
+		f.Refuse(e.Refusal())
+	} else {
+		f.Refuse(RefuseReset)
+	}
 }
 
 // decide finds the way of an outbound connection. An error is an early denial: nothing is counted.
@@ -62,11 +89,13 @@ func (p *Proxy) decide(src, dst netip.AddrPort) (d route.Decision, local *state.
 	if err != nil {
 		return d, nil, err
 	}
-	d, err = route.Decide(view, route.Question{
-		Network: p.o.Config.NetworkName, Source: local, SrcIP: src.Addr(), Dst: dst, Rand: p.o.Random,
+	q := route.Question{Network: p.o.Config.NetworkName, Source: local, SrcIP: src.Addr(), Dst: dst, Rand: p.o.Random}
+	p.asking(p.ctx, demandWait, view, func(view *state.View, missed *string) {
+		q.Missed = missed
+		d, err = route.Decide(view, q)
 	})
 	if err == nil {
-		d, err = p.resolve(d)
+		d, err = p.resolve(local, d)
 	}
 	return d, local, err
 }
@@ -74,62 +103,55 @@ func (p *Proxy) decide(src, dst netip.AddrPort) (d route.Decision, local *state.
 // connect opens the upstream side: a stream of a pooled tunnel whose CONNECT was answered with 200, or
 // a plain connection.
 func (p *Proxy) connect(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision) (Conn, *Error) {
-	switch d.Protocol {
-	case route.HBONE:
-		return p.connectHBONE(ctx, local, src, d)
-	case route.TCP:
-		dctx, cancel := context.WithTimeout(ctx, connectTimeout)
-		defer cancel()
-		up, err := p.o.Network.DialPlain(dctx, d.Actual)
-		if err != nil {
-			return nil, fail(kindIO, err)
-		}
-		return up, nil
+	if d.Protocol == route.HBONE {
+		return p.connectHBONE(ctx, local, src, d, request(local, src, d))
 	}
-	return nil, fail(kindRoute, errors.New("destinations in other networks (double HBONE) are not supported yet"))
+	dctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	up, err := p.o.Network.DialPlain(dctx, d.Actual)
+	if err != nil {
+		return nil, fail(kindIO, err)
+	}
+	return up, nil
 }
 
-func (p *Proxy) connectHBONE(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision) (Conn, *Error) {
-	rctx, cancel := context.WithTimeout(ctx, connectTimeout+handshakeTimeout+responseTimeout)
-	defer cancel()
+// request is the CONNECT of a connection; both of them, where there are two (spec 2.7).
+func request(local *state.Workload, src netip.AddrPort, d route.Decision) hbone.Request {
 	host := ""
 	if d.Service != nil {
 		host = d.Service.Hostname
 	}
-	stream, _, err := p.pool.Open(rctx, hbone.Key{
-		Source: local.Identity(), Dest: identity.Join(d.SANs), Addr: d.Actual, SrcIP: src.Addr(),
-	}, &hbone.Request{
-		Authority:   d.Authority,
+	return hbone.Request{
+		Authority:   d.Authority(),
 		Baggage:     baggageOf(local).Format(),
 		Forwarded:   hbone.FormatForwarded(src, host),
 		Traceparent: hbone.NewTraceparent(),
-	})
+	}
+}
+
+func (p *Proxy) connectHBONE(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision, req hbone.Request) (Conn, *Error) {
+	rctx, cancel := context.WithTimeout(ctx, connectTimeout+handshakeTimeout+responseTimeout)
+	defer cancel()
+	stream, _, err := p.pool.Open(rctx, hbone.Key{
+		Source: local.Identity(), Dest: identity.Join(d.SANs()), Addr: d.Actual, SrcIP: src.Addr(),
+	}, &req)
 	if err != nil {
-		var e *Error
-		var answer *hbone.StatusError
-		switch {
-		case errors.As(err, &e):
-			return nil, e
-		case errors.As(err, &answer): // its text is ztunnel's already
-			return nil, fail(kindStatus, answer)
-		}
-		return nil, fail(kindH2, err)
+		return nil, tunnelError(err)
 	}
 	return stream, nil
 }
 
-// resolve fills in the address of a destination that is known by hostname only (spec 2.6).
-func (p *Proxy) resolve(d route.Decision) (route.Decision, error) {
-	if d.Hostname == "" {
-		return d, nil
+// tunnelError says why a CONNECT came to nothing.
+func tunnelError(err error) *Error {
+	var e *Error
+	var answer *hbone.StatusError
+	switch {
+	case errors.As(err, &e):
+		return e
+	case errors.As(err, &answer): // its text is ztunnel's already
+		return fail(kindStatus, answer)
 	}
-	ctx, cancel := context.WithTimeout(p.ctx, connectTimeout)
-	defer cancel()
-	addrs, err := p.o.Resolver.LookupNetIP(ctx, "ip", d.Hostname)
-	if err != nil {
-		return d, d.ResolveFailed()
-	}
-	return d.Resolved(addrs, p.o.Random)
+	return fail(kindH2, err)
 }
 
 func baggageOf(w *state.Workload) hbone.Baggage {

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"net/netip"
 	"time"
 
 	"ztun/proxy/rbac"
@@ -35,7 +36,7 @@ func (p *Proxy) ServePassthrough(f Flow) {
 	}
 	c := p.open(connectionInput{
 		src: src, dst: dst, derived: &derived{},
-		source:  view.WorkloadByAddr(p.o.Config.NetworkName, src.Addr()),
+		source:  p.peer(p.ctx, view, src.Addr()),
 		dest:    local,
 		service: in.Service,
 		start:   start,
@@ -48,7 +49,7 @@ func (p *Proxy) ServePassthrough(f Flow) {
 		policy: rbac.Conn{Src: src.Addr(), Dst: dst},
 	}
 	v.register(l)
-	up, failed := p.admit(ctx, local, l)
+	up, failed := p.admit(ctx, p.policyLog(src, ""), local, l, appDial{src: netip.AddrPortFrom(src.Addr(), 0), dst: dst})
 	if failed != nil {
 		f.Refuse(failed.Refusal())
 		c.record(failed)

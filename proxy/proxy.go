@@ -35,7 +35,11 @@ type Config struct {
 	PoolMaxStreams   int           // POOL_MAX_STREAMS_PER_CONNECTION
 	PoolUnused       time.Duration // POOL_UNUSED_RELEASE_TIMEOUT
 	SOCKS5           bool          // UNSTABLE_ENABLE_SOCKS5: its port is then illegal, too
-	MaxMeshHandshake int           // TLS handshakes under way on 15008 per pod; more are closed
+	MaxMeshHandshake int           // TLS handshakes under way on 15008 per pod; more are closed. SOCKS5's as well
+	// LocalhostAppTunnel (LOCALHOST_APP_TUNNEL, ztunnel's default is true): application tunnels with PROXY
+	// protocol are dialled on the pod's loopback, else at the pod's address, as the client.
+	LocalhostAppTunnel bool
+	PolicyInfoLogging  bool // AUTHZ_POLICY_INFO_LOGGING: what policy decides is logged at INFO, not DEBUG
 }
 
 // Options is what a Proxy is made of.
@@ -44,12 +48,19 @@ type Options struct {
 	Network   Network
 	Knowledge Knowledge
 	Certs     Certificates
-	Resolver  Resolver
-	Metrics   *Metrics
-	Access    *slog.Logger // target "access"
-	Log       *slog.Logger
-	Config    Config
-	Random    func(n uint64) uint64 // uniform in [0, n)
+	Resolver  Resolver // of the daemon's own namespace; package resolve has one with a cache
+	// Names resolves for SOCKS5 clients as the pod's DNS proxy would: names of the mesh, and all others. nil:
+	// SOCKS5 takes addresses only (as ztunnel without its DNS proxy).
+	Names func(ctx context.Context, host string) ([]netip.Addr, error)
+	// Demand asks the control plane for a key ("network/ip" or "namespace/hostname") and returns when it is
+	// answered, or ctx ends; a View with the answer is published by then. nil: on-demand look-ups are off.
+	Demand      func(ctx context.Context, key string) error
+	OnDemandDNS *OnDemandDNS // of all pods; nil: not counted
+	Metrics     *Metrics
+	Access      *slog.Logger // target "access"
+	Log         *slog.Logger
+	Config      Config
+	Random      func(n uint64) uint64 // uniform in [0, n)
 }
 
 // Proxy is one pod's data plane.
@@ -66,10 +77,13 @@ type Proxy struct {
 	work     sync.WaitGroup
 
 	conns      conns
-	overload   atomic.Uint64      // mesh connections turned away by the bound on handshakes
+	overload   atomic.Uint64      // connections turned away by the bounds on handshakes
 	labels     [3]context.Context // pprof labels by direction
 	handshakes chan struct{}
-	illegal    []uint16 // ports that no connection may be steered to
+	greetings  chan struct{} // SOCKS5 handshakes under way
+	illegal    []uint16      // ports that no connection may be steered to
+
+	policyLogger *slog.Logger
 }
 
 // New makes the data plane of one pod; nothing runs until flows arrive.
@@ -78,6 +92,8 @@ func New(o Options) *Proxy {
 		o.Config.MaxMeshHandshake = 256
 	}
 	p := &Proxy{o: o, mesh: map[*hbone.ServerConn]struct{}{}, handshakes: make(chan struct{}, o.Config.MaxMeshHandshake), illegal: route.IllegalPorts(o.Config.SOCKS5)}
+	p.greetings = make(chan struct{}, o.Config.MaxMeshHandshake)
+	p.policyLogger = newPolicyLogger(&o)
 	p.ctx, p.stop = context.WithCancel(context.Background())
 	pod := o.Info.Namespace + "/" + o.Info.Name
 	for dir, name := range [...]string{outbound: "outbound", inbound: "inbound", passthrough: "passthrough"} {
@@ -101,6 +117,9 @@ type visit struct {
 	p        *Proxy
 	reporter string // whose socket it is; "" for a stream of a tunnel, which has none of its own
 	live     *live  // nil until the connection is registered
+	// inner is the connection's own tunnel within a gateway's, where there is one. It ends with its only
+	// stream; the visit waits for that.
+	inner *hbone.ClientConn
 }
 
 // enter lets a connection in; nil when the proxy drains and takes nothing new. The goroutine, and those
@@ -137,6 +156,10 @@ func (v *visit) leave() {
 	}
 	if v.reporter != "" {
 		v.p.o.Metrics.socket(v.reporter, -1)
+	}
+	if v.inner != nil {
+		v.inner.Shutdown(v.p.ctx)
+		v.inner.Close()
 	}
 	v.p.work.Done()
 }
@@ -227,7 +250,7 @@ func (p *Proxy) Recheck() {
 // Stats are figures of one pod's data plane.
 type Stats struct {
 	Pool       hbone.PoolStats
-	Overloaded uint64 // mesh connections turned away because too many handshakes were under way
+	Overloaded uint64 // mesh and SOCKS5 connections turned away because too many handshakes were under way
 }
 
 // Stats returns the figures of this moment.

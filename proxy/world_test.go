@@ -12,6 +12,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -38,6 +39,12 @@ type world struct {
 	stop    func()
 	mu      sync.Mutex
 	clients map[netip.AddrPort]netip.Addr // what the applications saw as their client, by destination
+	certs   *ca.Manager
+
+	// In place of what the network would do, where a test wants something else.
+	dialMesh func(dst netip.AddrPort) (net.Conn, error)
+	dialApp  func(ctx context.Context) (Conn, error)
+	tunnels  atomic.Int32 // TCP connections to b's port 15008 that are open
 }
 
 var (
@@ -88,13 +95,17 @@ func loadView(t *testing.T, change func(text string) string) *state.View {
 	return l.View("")
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t *testing.T) *world { return newWorldWith(t, nil) }
+
+// newWorldWith lets change have a word about the options of each of the two proxies.
+func newWorldWith(t *testing.T, change func(w *world, i int, o *Options)) *world {
 	t.Helper()
 	w := &world{
 		t: t, know: &fakeKnowledge{view: loadView(t, nil), changed: make(chan struct{})},
 		apps: map[netip.AddrPort]func(net.Conn){}, clients: map[netip.AddrPort]netip.Addr{},
 	}
 	certs := ca.NewManager(ca.ManagerOptions{Signer: ca.NewFake(), TTL: time.Hour})
+	w.certs = certs
 	ctx, cancel := context.WithCancel(context.Background())
 	var work sync.WaitGroup
 	work.Go(func() { certs.Run(ctx) })
@@ -107,12 +118,16 @@ func newWorld(t *testing.T) *world {
 		w.logs[i] = &bytes.Buffer{}
 		w.zlogs[i] = zlog.New(zlog.Options{Writer: w.logs[i]})
 		w.metrics[i] = NewMetrics()
-		w.proxies[i] = New(Options{
+		o := Options{
 			Info:    state.WorkloadInfo{Name: name, Namespace: "default", ServiceAccount: name},
 			Network: &fakeNetwork{w: w, self: []netip.Addr{addrA, addrB}[i]}, Knowledge: w.know, Certs: certs,
 			Resolver: net.DefaultResolver, Metrics: w.metrics[i], Access: w.zlogs[i].Logger("access"), Log: slog.New(slog.DiscardHandler),
 			Random: mrand.Uint64N, Config: Config{ResponseBaggage: true, PoolMaxStreams: 100, PoolUnused: time.Minute},
-		})
+		}
+		if change != nil {
+			change(w, i, &o)
+		}
+		w.proxies[i] = New(o)
 	}
 	work.Go(func() {
 		for {
@@ -126,6 +141,8 @@ func newWorld(t *testing.T) *world {
 				io.ReadFull(c, n[:])
 				src := make([]byte, n[0])
 				io.ReadFull(c, src)
+				w.tunnels.Add(1)
+				defer w.tunnels.Add(-1)
 				w.proxies[1].ServeMesh(&addressed{Conn: c, local: netip.AddrPortFrom(addrB, 15008), remote: netip.MustParseAddrPort(string(src))})
 			})
 		}
@@ -160,19 +177,29 @@ type fakeNetwork struct {
 }
 
 func (n *fakeNetwork) DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn, error) {
+	if n.w.dialMesh != nil {
+		return n.w.dialMesh(dst)
+	}
 	if dst != netip.AddrPortFrom(addrB, 15008) {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", syscall.EHOSTUNREACH)}
 	}
-	c, err := net.Dial("tcp", n.w.meshLn.Addr().String())
+	return n.w.dialB(netip.AddrPortFrom(n.self, 3134))
+}
+
+// dialB connects to b's port 15008 as src.
+func (w *world) dialB(src netip.AddrPort) (net.Conn, error) {
+	c, err := net.Dial("tcp", w.meshLn.Addr().String())
 	if err != nil {
 		return nil, err
 	}
-	src := netip.AddrPortFrom(n.self, 3134).String()
-	c.Write(append([]byte{byte(len(src))}, src...))
+	c.Write(append([]byte{byte(len(src.String()))}, src.String()...))
 	return c, nil
 }
 
 func (n *fakeNetwork) DialApp(ctx context.Context, src, dst netip.AddrPort) (Conn, error) {
+	if n.w.dialApp != nil {
+		return n.w.dialApp(ctx)
+	}
 	return n.w.dial(src.Addr(), dst)
 }
 

@@ -31,6 +31,7 @@ type Builder struct {
 	staged   editor[ServiceKey, []Endpoint]
 	bits4    [33]int  // how many entries of byCIDR have this prefix length
 	bits6    [129]int //
+	wild     [128]int // how many services have a wildcard hostname with so many labels after the "*"
 
 	policies editor[string, *rbac.Policy]
 	byNS     editor[string, []*rbac.Policy]
@@ -236,10 +237,11 @@ func (b *Builder) Build() *View {
 	}
 	v.bits4 = lengths(b.bits4[:])
 	v.bits6 = lengths(b.bits6[:])
+	v.wild = lengths(b.wild[:])
 	return v
 }
 
-// lengths lists the prefix lengths in use, longest first.
+// lengths lists the lengths in use, longest first.
 func lengths(count []int) []uint8 {
 	var l []uint8
 	for bits := len(count) - 1; bits >= 0; bits-- {
@@ -332,7 +334,10 @@ func (b *Builder) index(old, s *Service) {
 		old = nil
 	}
 	b.services.set(s.Key(), s)
-	place(&b.byHost, s.Hostname, s)
+	place(&b.byHost, hostKey(s.Hostname), s)
+	if n, ok := wildcardLabels(s.Hostname); ok && old == nil {
+		b.wild[n]++
+	}
 	for _, a := range s.VIPs {
 		place(&b.byVIP, a, s)
 	}
@@ -348,7 +353,10 @@ func (b *Builder) index(old, s *Service) {
 
 func (b *Builder) unindex(s *Service) {
 	b.services.del(s.Key())
-	remove(&b.byHost, s.Hostname, s)
+	remove(&b.byHost, hostKey(s.Hostname), s)
+	if n, ok := wildcardLabels(s.Hostname); ok {
+		b.wild[n]--
+	}
 	for _, a := range s.VIPs {
 		remove(&b.byVIP, a, s)
 	}

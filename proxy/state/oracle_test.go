@@ -222,7 +222,7 @@ func keyOf(s *Service) string {
 var (
 	tNets  = []string{"", "n2"}
 	tNS    = []string{"a", "b", "c"}
-	tHosts = []string{"h1", "h2"}
+	tHosts = []string{"h1", "h2", "H2", "*.h2", ".h2", "*.a.b.c"}
 	tAddrs = []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("10.0.1.1"), netip.MustParseAddr("fd00::1")}
 	tCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24"), netip.MustParsePrefix("10.0.0.7/24"), netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("fd00::/64")}
 	tUIDs  = []string{"c//Pod/a/1", "c//Pod/a/2", "c/entry/3", "c/entry/4", "c//Pod/b/5"}
@@ -283,12 +283,35 @@ func answers(o *oracle, v *View) (want, got []string) {
 		ask("info "+info.String(), best(o.filter(func(w *Workload) bool { return w.Info() == info && (o.node == "" || w.Node == o.node) })),
 			uidOf(v.WorkloadByInfo(info)))
 	}
+	wild := map[int]bool{}
+	for _, s := range o.services {
+		if strings.HasPrefix(s.Hostname, "*.") {
+			wild[strings.Count(s.Hostname, ".")] = true
+		}
+	}
+	var labels []uint8
+	for n := range wild {
+		labels = append(labels, uint8(n))
+	}
+	slices.Sort(labels)
+	slices.Reverse(labels)
+	ask("wildcard labels", labels, v.WildcardLabels())
 	for _, h := range tHosts {
 		var l []*Service
 		for _, s := range o.services {
-			if s.Hostname == h {
+			if strings.EqualFold(s.Hostname, h) {
 				l = append(l, s)
 			}
+		}
+		names := func(l []*Service) (out []string) {
+			for _, s := range l {
+				out = append(out, keyOf(s))
+			}
+			return out
+		}
+		ask("hosts "+h, names(l), names(v.ServicesByHost(h)))
+		if suffix, ok := strings.CutPrefix(h, "*"); ok {
+			ask("wildcard "+h, names(l), names(v.ServicesByWildcard(suffix)))
 		}
 		for _, ns := range append(tNS, "") {
 			ask("host "+h+ns, o.choose(l, ns, ""), keyOf(v.ServiceByHost(h, ns)))

@@ -5,6 +5,7 @@ import (
 	"iter"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"ztun/proxy/rbac"
 )
@@ -24,7 +25,8 @@ type View struct {
 	byCIDR   table[NetworkPrefix, []*Service]  // by masked prefix
 	bits4    []uint8                           // IPv4 prefix lengths in byCIDR, longest first
 	bits6    []uint8
-	byHost   table[string, []*Service]
+	wild     []uint8                       // labels after the "*" of wildcard hostnames, most first
+	byHost   table[string, []*Service]     // by hostKey
 	staged   table[ServiceKey, []Endpoint] // of services that do not exist
 
 	policies table[string, *rbac.Policy]
@@ -121,8 +123,59 @@ func (v *View) ServiceByHostPreferring(host, clientNS, preferred string) *Servic
 	if v == nil {
 		return nil
 	}
-	l, _ := v.byHost.get(host)
-	return choose(l, clientNS, preferred)
+	return choose(v.ServicesByHost(host), clientNS, preferred)
+}
+
+// ServicesByHost returns all services with this hostname, whatever its case (RFC
+// 4343), in the order of insertion. The slice is the View's own: not to be
+// changed.
+func (v *View) ServicesByHost(host string) []*Service {
+	if v == nil {
+		return nil
+	}
+	l, _ := v.byHost.get(hostKey(host))
+	return l
+}
+
+// WildcardLabels returns how many labels follow the "*" in wildcard hostnames,
+// each number once, the largest first. Not to be changed.
+func (v *View) WildcardLabels() []uint8 {
+	if v == nil {
+		return nil
+	}
+	return v.wild
+}
+
+// wildcardLabels is the number of labels after the "*" of a hostname, at most
+// 127, which no name exceeds (RFC 1035 section 2.3.4).
+func wildcardLabels(host string) (n int, ok bool) {
+	if !strings.HasPrefix(host, "*.") {
+		return 0, false
+	}
+	return min(strings.Count(host, "."), 127), true
+}
+
+// ServicesByWildcard is ServicesByHost of "*" and suffix, which begins with a
+// dot, without putting the two together.
+func (v *View) ServicesByWildcard(suffix string) []*Service {
+	if v == nil {
+		return nil
+	}
+	l, _ := v.byHost.get(strings.ToLower(suffix))
+	return l
+}
+
+// hostKey is a hostname in lower case; that of "*.acme.test" is ".acme.test", a
+// part of every name that it stands for, so that looking for it allocates nothing.
+func hostKey(host string) string {
+	host = strings.ToLower(host)
+	switch {
+	case strings.HasPrefix(host, "*."):
+		return host[1:]
+	case strings.HasPrefix(host, "."): // no hostname, and not to be taken for one
+		return "." + host
+	}
+	return host
 }
 
 // ServiceByVIP returns the service that a client in clientNS reaches by an
