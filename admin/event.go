@@ -28,20 +28,9 @@ type (
 		Err    error
 	}
 
-	// SourceSynced says that a source has delivered its first complete state.
+	// SourceSynced says that a source has delivered its first complete state: the xDS client after the
+	// first ACK of every type.
 	SourceSynced struct{ Source string }
-
-	// PodPending, PodStarted, PodFailed and PodStopped follow one pod's data plane.
-	PodPending struct{ Pod PodRef }
-	PodStarted struct{ Pod PodRef }
-	PodFailed  struct {
-		Pod PodRef
-		Err error
-	}
-	PodStopped struct{ Pod PodRef }
-
-	// Quit asks for the end of the process, in ztunnel's order of shutting down.
-	Quit struct{ Reason string } // "SIGTERM", "/quitquitquit"
 )
 
 // PodRef names a pod.
@@ -54,11 +43,6 @@ func (Closure) event()      {}
 func (StateBuilt) event()   {}
 func (SourceBroken) event() {}
 func (SourceSynced) event() {}
-func (PodPending) event()   {}
-func (PodStarted) event()   {}
-func (PodFailed) event()    {}
-func (PodStopped) event()   {}
-func (Quit) event()         {}
 
 // kind is the event's name in metrics and logs.
 func kind(e Event) string {
@@ -71,16 +55,6 @@ func kind(e Event) string {
 		return "source_broken"
 	case SourceSynced:
 		return "source_synced"
-	case PodPending:
-		return "pod_pending"
-	case PodStarted:
-		return "pod_started"
-	case PodFailed:
-		return "pod_failed"
-	case PodStopped:
-		return "pod_stopped"
-	case Quit:
-		return "quit"
 	}
 	return "unknown"
 }

@@ -54,7 +54,8 @@ func NewAdmin(o AdminOptions) (*Server, error) {
 		routes["/logging"] = loggingHandler(o.Logging)
 	}
 	s := newServer("admin", ls, exact(routes), o.Logger)
-	prof.drain = s.drain
+	prof.drain, dump.drain = s.drain, s.drain
+	s.dumps = dump
 	return s, nil
 }
 

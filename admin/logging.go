@@ -2,6 +2,7 @@ package admin
 
 import (
 	"net/http"
+	"strings"
 )
 
 // Logging is what /logging needs of the log; *zlog.Log has it.
@@ -13,7 +14,7 @@ type Logging interface {
 const loggingUsage = `
 usage: POST /logging                                    (shows the current levels)
 usage: POST /logging?level=LEVEL                        (changes the level of everything)
-usage: POST /logging?level=TARGET=LEVEL,TARGET=LEVEL    (changes the level of some targets)
+usage: POST /logging?level=TARGET=LEVEL,TARGET:LEVEL    (changes the level of some targets)
 usage: POST /logging?reset[&level=...]                  (back to RUST_LOG, then as above)
 
 hint: LEVEL is one of error, warn, info, debug, trace, off
@@ -28,18 +29,35 @@ func loggingHandler(l Logging) http.HandlerFunc {
 			return
 		}
 		q := r.URL.Query()
-		level := q.Get("level")
+		level := colons(q.Get("level"))
 		if level == "" && !q.Has("reset") {
 			plain(w, http.StatusOK, "current log level is "+l.Filter()+"\n")
 			return
 		}
 		now, err := l.Change(level, q.Has("reset"))
 		if err != nil {
-			plain(w, http.StatusBadRequest, "Invalid level provided: "+clip(level, 1024)+"\n"+err.Error()+"\n"+loggingUsage)
+			plain(w, http.StatusBadRequest, "Invalid level provided: "+clip(q.Get("level"), 1024)+"\n"+err.Error()+"\n"+loggingUsage)
 			return
 		}
 		plain(w, http.StatusOK, "current log level is "+now+"\n")
 	}
+}
+
+// colons turns `target:level`, which ztunnel's help text advertises, istioctl sends and ztunnel refuses
+// (spec controlplane 12.32), into `target=level`. What is not of that form is left for the filter to judge.
+func colons(levels string) string {
+	clauses := strings.Split(levels, ",")
+	for i, c := range clauses {
+		at := strings.LastIndexByte(c, ':')
+		if at <= 0 || c[at-1] == ':' || strings.Contains(c, "=") {
+			continue
+		}
+		switch c[at+1:] {
+		case "off", "error", "warn", "info", "debug", "trace":
+			clauses[i] = c[:at] + "=" + c[at+1:]
+		}
+	}
+	return strings.Join(clauses, ",")
 }
 
 // clip bounds text that comes back to its sender.

@@ -49,12 +49,19 @@ type LoopOptions struct {
 // published whole or not at all, so that nobody sees half a change.
 type Loop struct {
 	o     LoopOptions
-	queue chan Event
+	queue chan queued
 	done  chan struct{} // closed when Run has returned
 	view  atomic.Pointer[state.View]
 
-	mu    sync.Mutex // protects stats only
-	stats LoopStats
+	mu     sync.Mutex // protects stats only
+	stats  LoopStats
+	waited histogram
+}
+
+// queued is an event and when it was queued.
+type queued struct {
+	event Event
+	at    time.Time
 }
 
 // LoopStats counts what the loop did.
@@ -69,6 +76,7 @@ type LoopStats struct {
 	LastView time.Time     // when the last one was
 	Busy     time.Duration // spent in handlers
 	Longest  time.Duration // the longest single handler
+	Waited   Histogram     // how long events waited for their turn: the admin runtime's scheduling latency
 }
 
 // NewLoop makes a loop with an empty view. Nothing runs before Run; events may be posted already.
@@ -79,7 +87,7 @@ func NewLoop(o LoopOptions) *Loop {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	l := &Loop{o: o, queue: make(chan Event, o.Queue), done: make(chan struct{})}
+	l := &Loop{o: o, queue: make(chan queued, o.Queue), done: make(chan struct{})}
 	l.stats.Events = map[string]uint64{}
 	l.view.Store(new(state.View))
 	return l
@@ -96,11 +104,12 @@ func (l *Loop) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case e := <-l.queue:
+		case q := <-l.queue:
 			if ctx.Err() != nil {
 				return nil
 			}
-			l.handle(e)
+			l.waited.add(time.Since(q.at))
+			l.handle(q.event)
 		}
 	}
 }
@@ -194,7 +203,7 @@ func (l *Loop) Post(ctx context.Context, e Event) error {
 	default:
 	}
 	select {
-	case l.queue <- e:
+	case l.queue <- queued{e, time.Now()}:
 		return nil
 	default:
 	}
@@ -202,7 +211,7 @@ func (l *Loop) Post(ctx context.Context, e Event) error {
 	l.stats.Waits++
 	l.mu.Unlock()
 	select {
-	case l.queue <- e:
+	case l.queue <- queued{e, time.Now()}:
 		return nil
 	case <-l.done:
 		return ErrStopped
@@ -220,7 +229,7 @@ func (l *Loop) TryPost(e Event) bool {
 	default:
 	}
 	select {
-	case l.queue <- e:
+	case l.queue <- queued{e, time.Now()}:
 		return true
 	default:
 		l.mu.Lock()
@@ -297,6 +306,6 @@ func (l *Loop) Stats() LoopStats {
 	for k, v := range l.stats.Events {
 		s.Events[k] = v
 	}
-	s.Queued, s.Queue = len(l.queue), cap(l.queue)
+	s.Queued, s.Queue, s.Waited = len(l.queue), cap(l.queue), l.waited.snapshot()
 	return s
 }

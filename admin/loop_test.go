@@ -67,9 +67,7 @@ func TestLoopOrderAndEvents(t *testing.T) {
 	if w, s, p := l.View().Counts(); w != 0 || s != 0 || p != 0 {
 		t.Error("the first view is not empty")
 	}
-	pod := PodRef{"ns", "a"}
-	events := []Event{StateBuilt{"file", v}, SourceSynced{"file"}, SourceBroken{"file", errors.New("x")}, PodPending{pod}, PodStarted{pod},
-		PodFailed{pod, errors.New("x")}, PodStopped{pod}, Quit{"test"}, Closure{"c", func() { got = append(got, "ran") }}}
+	events := []Event{StateBuilt{"file", v}, SourceSynced{"file"}, SourceBroken{"file", errors.New("x")}, Closure{"c", func() { got = append(got, "ran") }}}
 	for _, e := range events {
 		if err := l.Post(ctx, e); err != nil {
 			t.Fatal(err)
@@ -79,18 +77,25 @@ func TestLoopOrderAndEvents(t *testing.T) {
 	if err := l.Do(ctx, func() { seen = strings.Join(got, " ") }); err != nil {
 		t.Fatal(err)
 	}
-	if want := "state_built source_synced source_broken pod_pending pod_started pod_failed pod_stopped quit ran"; seen != want {
+	if want := "state_built source_synced source_broken ran"; seen != want {
 		t.Errorf("handled %q, want %q", seen, want)
 	}
 	if err := l.Do(ctx, func() { l.Publish(nil) }); err != nil || l.View() != v || published != 1 {
 		t.Errorf("publishing nil: %v, %d published", err, published)
 	}
 	s := l.Stats()
-	if s.Events["closure"] < 2 || s.Events["quit"] != 1 || s.Views != 1 || s.Panics != 0 || s.LastView.IsZero() {
+	if s.Events["closure"] < 2 || s.Events["source_synced"] != 1 || s.Views != 1 || s.Panics != 0 || s.LastView.IsZero() {
 		t.Errorf("%+v", s)
 	}
-	if pod.String() != "ns/a" {
+	if pod := (PodRef{"ns", "a"}); pod.String() != "ns/a" {
 		t.Error(pod)
+	}
+	waited := uint64(0)
+	for _, n := range s.Waited.Counts {
+		waited += n
+	}
+	if waited != s.Events["closure"]+3 || s.Waited.Sum < 0 {
+		t.Errorf("%d waits for %v", waited, s.Events)
 	}
 }
 
@@ -99,7 +104,7 @@ func TestLoopPanics(t *testing.T) {
 	var once sync.Once
 	l := running(t, LoopOptions{
 		Handle: func(e Event) {
-			if _, ok := e.(PodStarted); ok {
+			if _, ok := e.(SourceSynced); ok {
 				panic("handler")
 			}
 		},
@@ -113,7 +118,7 @@ func TestLoopPanics(t *testing.T) {
 	if err := l.DoNamed(ctx, "mine", func() { panic("boom") }); !errors.As(err, &pe) || pe.Event != "mine" || pe.Value != "boom" || !strings.Contains(string(pe.Stack), "TestLoopPanics") {
 		t.Fatalf("Do returned %v", err)
 	}
-	if err := l.Post(ctx, PodStarted{}); err != nil {
+	if err := l.Post(ctx, SourceSynced{}); err != nil {
 		t.Fatal(err)
 	}
 	if err := l.Post(ctx, Closure{"theirs", func() { var m map[string]int; m["x"] = 1 }}); err != nil {
@@ -123,7 +128,7 @@ func TestLoopPanics(t *testing.T) {
 	if err := l.Do(ctx, func() { got = strings.Join(reported, " ") }); err != nil {
 		t.Fatalf("the loop did not survive: %v", err)
 	}
-	if got != "mine pod_started theirs" || l.Stats().Panics != 3 {
+	if got != "mine source_synced theirs" || l.Stats().Panics != 3 {
 		t.Errorf("reported %q, %+v", got, l.Stats())
 	}
 }
@@ -176,7 +181,7 @@ func TestLoopBackPressureAndWithdrawal(t *testing.T) {
 
 func TestLoopEnds(t *testing.T) {
 	l := NewLoop(LoopOptions{})
-	if !l.TryPost(Quit{}) {
+	if !l.TryPost(SourceSynced{}) {
 		t.Error("no event can be posted before Run")
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -185,13 +190,13 @@ func TestLoopEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	bg := background(t)
-	if err := l.Post(bg, Quit{}); !errors.Is(err, ErrStopped) {
+	if err := l.Post(bg, SourceSynced{}); !errors.Is(err, ErrStopped) {
 		t.Errorf("Post: %v", err)
 	}
 	if err := l.Do(bg, func() { t.Error("ran") }); !errors.Is(err, ErrStopped) {
 		t.Errorf("Do: %v", err)
 	}
-	if l.TryPost(Quit{}) {
+	if l.TryPost(SourceSynced{}) {
 		t.Error("TryPost after the end")
 	}
 	// Those who wait at the end are let go.

@@ -3,6 +3,7 @@ package admin
 import (
 	"os"
 	"regexp"
+	"runtime"
 	"runtime/metrics"
 	"slices"
 	"syscall"
@@ -117,6 +118,17 @@ func BuildCollector(tag string) prometheus.Collector {
 	return g
 }
 
+// VersionCollector is ztun_build_info 1 with what was built from what.
+func VersionCollector(version, revision string) prometheus.Collector {
+	g := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name:        "ztun_build_info",
+		Help:        "What this program was built from",
+		ConstLabels: prometheus.Labels{"version": version, "revision": revision, "go": runtime.Version()},
+	})
+	g.Set(1)
+	return g
+}
+
 // WorkloadManagerStats are ztunnel's counts of pods: gauges of the moment and counts since the start.
 type WorkloadManagerStats struct {
 	Active, Pending  int
@@ -145,7 +157,7 @@ func WorkloadManagerCollector(get func() WorkloadManagerStats) prometheus.Collec
 // collector among them: what ztunnel tells of Tokio.
 func GoCollector() prometheus.Collector {
 	return collectors.NewGoCollector(collectors.WithGoCollectorRuntimeMetrics(
-		collectors.GoRuntimeMetricsRule{Matcher: regexp.MustCompile(`^/sched/(latencies:seconds|goroutines|pauses/.*|gomaxprocs:threads)|^/cpu/classes/(gc/total|idle|user|total):cpu-seconds|^/sync/mutex/wait/total:seconds`)},
+		collectors.GoRuntimeMetricsRule{Matcher: regexp.MustCompile(`^/sched/|^/cpu/classes/(gc/total|idle|user|total):cpu-seconds|^/sync/mutex/wait/total:seconds`)},
 	))
 }
 
@@ -162,14 +174,17 @@ type SelfSources struct {
 	Servers []*Server
 }
 
-// SelfCollector has ztun's own figures of this package: ztun_admin_loop_*, ztun_log_*, ztun_http_*.
+// SelfCollector has ztun's own figures of this package: ztun_admin_loop_*, ztun_log_*, ztun_http_*,
+// ztun_config_dumps_total.
 func SelfCollector(o SelfSources) prometheus.Collector { return newSelf(o) }
 
 type self struct {
 	o                                                SelfSources
 	events, queued, full, waits, panics, views, busy *prometheus.Desc
+	waited, longest                                  *prometheus.Desc
 	logQueued, logLines, logWrites, logWaits         *prometheus.Desc
-	logDropped, logErrors, refused, latency          *prometheus.Desc
+	logDropped, logErrors, latency                   *prometheus.Desc
+	refused, open, took, dumps                       *prometheus.Desc
 }
 
 func newSelf(o SelfSources) *self {
@@ -185,6 +200,8 @@ func newSelf(o SelfSources) *self {
 		panics:     d("admin_loop_panics_total", "Panics that the admin loop contained."),
 		views:      d("admin_views_published_total", "Views of the mesh handed to the workers."),
 		busy:       d("admin_loop_busy_seconds_total", "Time that the admin loop spent in handlers."),
+		waited:     d("admin_loop_wait_seconds", "How long events waited for the admin loop."),
+		longest:    d("admin_loop_longest_seconds", "The longest time that one event kept the admin loop."),
 		logQueued:  d("log_queue_length", "Log lines that wait to be written."),
 		logLines:   d("log_lines_total", "Log lines accepted."),
 		logWrites:  d("log_writes_total", "Write calls of the log."),
@@ -192,20 +209,19 @@ func newSelf(o SelfSources) *self {
 		logDropped: d("log_lines_dropped_total", "Log lines that came after the log was closed."),
 		logErrors:  d("log_write_errors_total", "Write calls of the log that failed."),
 		refused:    d("http_connections_refused_total", "Connections to an HTTP server that its bound turned away or cut while idle.", "server"),
+		open:       d("http_connections_open", "Open connections to an HTTP server.", "server"),
+		took:       d("http_request_duration_seconds", "How long requests took, to the end of the answer.", "server"),
+		dumps:      d("config_dumps_total", "Requests for a configuration dump by result.", "result"),
 		latency:    d("sched_runnable_p99_seconds", "99th percentile of the time that goroutines waited for a processor, since the start."),
 	}
 }
 
-func (s *self) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{s.events, s.queued, s.full, s.waits, s.panics, s.views, s.busy, s.logQueued, s.logLines,
-		s.logWrites, s.logWaits, s.logDropped, s.logErrors, s.refused, s.latency} {
-		ch <- d
-	}
-}
+// Describe sends nothing: the collector is unchecked.
+func (s *self) Describe(chan<- *prometheus.Desc) {}
 
 func (s *self) Collect(ch chan<- prometheus.Metric) {
-	gauge := func(d *prometheus.Desc, v float64) {
-		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v)
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
 	count := func(d *prometheus.Desc, v float64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v, labels...)
@@ -221,6 +237,8 @@ func (s *self) Collect(ch chan<- prometheus.Metric) {
 		count(s.panics, float64(st.Panics))
 		count(s.views, float64(st.Views))
 		count(s.busy, st.Busy.Seconds())
+		gauge(s.longest, st.Longest.Seconds())
+		ch <- st.Waited.metric(s.waited)
 	}
 	if s.o.Log != nil {
 		st := s.o.Log()
@@ -233,6 +251,13 @@ func (s *self) Collect(ch chan<- prometheus.Metric) {
 	}
 	for _, srv := range s.o.Servers {
 		count(s.refused, float64(srv.Refused()), srv.name)
+		gauge(s.open, float64(srv.Open()), srv.name)
+		ch <- srv.took.snapshot().metric(s.took, srv.name)
+		if d := srv.dumps; d != nil {
+			count(s.dumps, float64(d.done.Load()), "done")
+			count(s.dumps, float64(d.failed.Load()), "failed")
+			count(s.dumps, float64(d.refused.Load()), "refused")
+		}
 	}
 	if p99, ok := runnableP99(); ok {
 		gauge(s.latency, p99)

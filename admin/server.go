@@ -38,6 +38,8 @@ type Server struct {
 	drain     chan struct{} // closed when Shutdown begins: long replies come to an end
 	drainOnce sync.Once
 	logger    *slog.Logger
+	took      histogram // of requests, from header to the end of the answer
+	dumps     *dumper   // of the admin server
 }
 
 // newServer wraps handler with what all servers share. The listeners must be bound.
@@ -80,6 +82,8 @@ func (s *Server) guard(h http.Handler) http.Handler {
 			s.logger.Error("panic in an HTTP handler", "server", s.name, "path", r.URL.Path, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 			panic(http.ErrAbortHandler) // net/http closes the connection and stays quiet
 		}()
+		started := time.Now()
+		defer func() { s.took.add(time.Since(started)) }()
 		h.ServeHTTP(w, r)
 	})
 }
@@ -140,6 +144,13 @@ func (s *Server) Refused() uint64 {
 	s.conns.mu.Lock()
 	defer s.conns.mu.Unlock()
 	return s.conns.refused
+}
+
+// Open counts the connections that are open; each has a goroutine.
+func (s *Server) Open() int {
+	s.conns.mu.Lock()
+	defer s.conns.mu.Unlock()
+	return len(s.conns.open)
 }
 
 // connTable bounds the connections of a server. At the bound the connection that has been idle longest

@@ -3,16 +3,15 @@ package admin
 import (
 	"bufio"
 	"cmp"
-	"compress/gzip"
-	"compress/zlib"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
+	"runtime"
 	"slices"
-	"strconv"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -40,7 +39,7 @@ func NewStats(o StatsOptions) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &exposition{o: o}
+	h := &exposition{o: o, turn: make(chan struct{}, scrapes), wait: scrapeWait}
 	if h.o.Logger == nil {
 		h.o.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -48,7 +47,17 @@ func NewStats(o StatsOptions) (*Server, error) {
 }
 
 // exposition writes what spec controlplane 7.1 says: OpenMetrics text always, whatever the content type.
-type exposition struct{ o StatsOptions }
+type exposition struct {
+	o    StatsOptions
+	turn chan struct{} // a token for each scrape under way
+	wait time.Duration
+}
+
+// Bounds of scrapes: each holds all samples in memory, so that only so many run at once. Others wait.
+const (
+	scrapes    = 2
+	scrapeWait = 10 * time.Second // the usual patience of a Prometheus
+)
 
 const (
 	contentPlain       = "text/plain; charset=utf-8"
@@ -56,6 +65,18 @@ const (
 )
 
 func (x *exposition) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	patience := time.NewTimer(x.wait)
+	defer patience.Stop()
+	select {
+	case x.turn <- struct{}{}:
+		defer func() { <-x.turn }()
+	case <-patience.C:
+		w.Header().Set("Retry-After", "5")
+		plain(w, http.StatusServiceUnavailable, "too many scrapes are under way\n")
+		return
+	case <-r.Context().Done():
+		return
+	}
 	fs, err := x.gather()
 	if err != nil {
 		x.o.Logger.Warn("some metrics could not be collected", "error", err)
@@ -67,28 +88,30 @@ func (x *exposition) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("Content-Type", contentType(r.Header.Values("Accept")))
 	h.Set("Vary", "Accept-Encoding")
-	var out io.Writer = w
-	var end io.Closer = io.NopCloser(nil)
-	switch encoding := contentEncoding(r.Header.Values("Accept-Encoding")); encoding {
-	case "gzip":
-		z, _ := gzip.NewWriterLevel(w, gzip.BestSpeed) // the level is valid
+	encoding := contentEncoding(r.Header.Values("Accept-Encoding"))
+	if encoding != "" {
 		h.Set("Content-Encoding", encoding)
-		out, end = z, z
-	case "deflate":
-		z, _ := zlib.NewWriterLevel(w, zlib.BestSpeed)
-		h.Set("Content-Encoding", encoding)
-		out, end = z, z
 	}
-	buf := bufio.NewWriterSize(&plainNumbers{w: out}, 32<<10)
+	out := compressor(w, encoding)
+	buf := bufio.NewWriterSize(&yielding{&plainNumbers{w: out}}, 16<<10)
 	for _, f := range fs {
 		if _, err := expfmt.MetricFamilyToOpenMetrics(buf, f); err != nil {
 			panic(http.ErrAbortHandler) // the reader is gone
 		}
 	}
 	expfmt.FinalizeOpenMetrics(buf)
-	if buf.Flush() != nil || end.Close() != nil {
+	if buf.Flush() != nil || out.Close() != nil {
 		panic(http.ErrAbortHandler)
 	}
+}
+
+// yielding lets others run after each piece.
+type yielding struct{ w io.Writer }
+
+func (y *yielding) Write(p []byte) (int, error) {
+	n, err := y.w.Write(p)
+	runtime.Gosched()
+	return n, err
 }
 
 // contentType is OpenMetrics' own if any element of Accept names it, in any case and with any parameters.
@@ -105,43 +128,7 @@ func contentType(accept []string) string {
 	return contentPlain
 }
 
-// contentEncoding picks what of gzip and deflate the client likes best; "" is none.
-func contentEncoding(accept []string) string {
-	best, bestQ := "", 0.0
-	identity := 0.0
-	for _, line := range accept {
-		for e := range strings.SplitSeq(line, ",") {
-			name, params, _ := strings.Cut(e, ";")
-			name = strings.ToLower(strings.TrimSpace(name))
-			q := 1.0
-			for p := range strings.SplitSeq(params, ";") {
-				if v, ok := strings.CutPrefix(strings.TrimSpace(strings.ToLower(p)), "q="); ok {
-					var err error
-					if q, err = strconv.ParseFloat(v, 64); err != nil {
-						q = 0
-					}
-				}
-			}
-			if name == "*" {
-				name = "gzip"
-			}
-			switch name {
-			case "gzip", "deflate":
-				if q > bestQ || q == bestQ && q > 0 && name == "gzip" {
-					best, bestQ = name, q
-				}
-			case "identity":
-				identity = q
-			}
-		}
-	}
-	if identity > bestQ {
-		return ""
-	}
-	return best
-}
-
-// gather collects everything, in ztunnel's order of families: process, runtime, istio, workload_manager,
+// gather collects everything, in ztunnel's order of families: process, tokio, istio, workload_manager,
 // and then what is our own. Families without samples are left out.
 func (x *exposition) gather() ([]*dto.MetricFamily, error) {
 	var fs []*dto.MetricFamily
@@ -160,7 +147,7 @@ func (x *exposition) gather() ([]*dto.MetricFamily, error) {
 }
 
 func rank(name string) int {
-	for i, p := range [...]string{"process_", "go_", "istio_build", "istio_", "workload_manager_"} {
+	for i, p := range [...]string{"process_", "tokio_", "istio_build", "istio_", "workload_manager_", "go_"} {
 		if strings.HasPrefix(name, p) {
 			return i
 		}
