@@ -2,14 +2,15 @@ package main
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 )
 
-// env is a lookup over a base that is complete, changed by pairs; a value of "-" unsets.
-func env(pairs ...string) func(string) (string, bool) {
-	m := map[string]string{"LOCAL_XDS_PATH": "/w.yaml", "LOCAL_CA_DIR": "/ca"}
+// env is an environment that is complete, changed by pairs; a value of "-" unsets.
+func env(pairs ...string) (func(string) (string, bool), func() []string) {
+	m := map[string]string{"LOCAL_XDS_PATH": "/w.yaml", "LOCAL_CA_DIR": "/ca", "XDS_ADDRESS": ""}
 	for i := 0; i < len(pairs); i += 2 {
 		if pairs[i+1] == "-" {
 			delete(m, pairs[i])
@@ -17,14 +18,26 @@ func env(pairs ...string) func(string) (string, bool) {
 		}
 		m[pairs[i]] = pairs[i+1]
 	}
-	return func(k string) (string, bool) { v, ok := m[k]; return v, ok }
+	return func(k string) (string, bool) { v, ok := m[k]; return v, ok }, func() []string {
+		var all []string
+		for k, v := range m {
+			all = append(all, k+"="+v)
+		}
+		return all
+	}
 }
 
-func TestDefaults(t *testing.T) {
-	c, err := loadConfig(env())
+func load(t *testing.T, pairs ...string) *Config {
+	t.Helper()
+	c, err := loadConfig(env(pairs...))
 	if err != nil {
 		t.Fatal(err)
 	}
+	return c
+}
+
+func TestDefaults(t *testing.T) { // checklist 1; not 7: PACKET_MARK serves iptables rules, of which there are none here
+	c := load(t)
 	if c.StreamWindow != 4<<20 || c.ConnWindow != 16<<20 || c.FrameSize != 1<<20 || c.PoolMaxStreams != 100 || c.PoolUnused != 5*time.Minute {
 		t.Errorf("HTTP/2 defaults: %+v", c)
 	}
@@ -37,28 +50,82 @@ func TestDefaults(t *testing.T) {
 	if c.Socket != "/var/run/ztun/ztun.sock" || c.MTU != 1500 || c.NodeTUN != "ztun-node" || c.SecretTTL != 24*time.Hour {
 		t.Errorf("own settings: %+v", c)
 	}
+	if !c.DNSProxy || c.DNSProxyAddr != "localhost:15053" || c.SOCKS5 || c.XDSOnDemand || c.TLS12 || c.PQC || c.AuthzInfo || !c.LocalhostAppTunnel || c.OriginalSource != nil {
+		t.Errorf("switches: %+v", c)
+	}
+	if c.XDSAddress != "" || c.CAAddress != "" || c.ClusterID != "Kubernetes" || c.ClusterDomain != "cluster.local" || c.TrustDomain != "cluster.local" || !c.Identity.IsZero() || c.ProxyArgs != "proxy" {
+		t.Errorf("who and where: %+v", c)
+	}
+	if c.ProxyMetadata == nil || len(c.ProxyMetadata) != 0 || len(c.Warnings) != 0 {
+		t.Errorf("metadata %v, warnings %q", c.ProxyMetadata, c.Warnings)
+	}
 }
 
 func TestBadValuesNameTheVariable(t *testing.T) {
 	for _, tc := range []struct{ name, value, says string }{
-		{"IPV6_ENABLED", "True", "true or false"},
+		{"IPV6_ENABLED", "True", "true or false"}, // checklist 6
 		{"KEEPALIVE_ENABLED", "", "true or false"},
+		{"UNSTABLE_ENABLE_SOCKS5", "yes", "true or false"},
+		{"LOCALHOST_APP_TUNNEL", "", "true or false"},
+		{"ENABLE_ORIG_SRC", "", "true or false"},
+		{"XDS_ON_DEMAND", "1", "true or false"},
 		{"HTTP2_STREAM_WINDOW_SIZE", "0x10", "decimal"},
+		{"PACKET_MARK", "0x539", "decimal"},
+		{"PACKET_MARK", "", "decimal"},
 		{"HTTP2_FRAME_SIZE", "1", "from 16384"},
 		{"POOL_MAX_STREAMS_PER_CONNECTION", "0", "from 1"},
 		{"POOL_UNUSED_RELEASE_TIMEOUT", "soon", "no duration"},
+		{"KEEPALIVE_TIME", "", "empty"},
 		{"SECRET_TTL", "1s", "shorter than 10s"},
 		{"PROXY_MODE", "dedicated", "iptables"},
-		{"XDS_ADDRESS", "istiod:15012", "LOCAL_XDS_PATH"},
+		{"PROXY_MODE", "Shared", "must be shared"},
+		{"PROXY_WORKLOAD_INFO", "a/b", "NAMESPACE/NAME/SERVICE_ACCOUNT"}, // checklist 11
+		{"PROXY_WORKLOAD_INFO", "a/b/c", "ztun pod add --namespace a --name b --service-account c"},
+		{"ENABLE_PROXY", "false", "TUN"},
+		{"ENABLE_PROXY", "False", "true or false"},
+		{"INPOD_PORT_REUSE", "false", "TUN"},
+		{"XDS_ADDRESS", "http://istiod:15010", "TLS only"},
+		{"XDS_ADDRESS", "grpc://istiod", "not grpc"},
+		{"XDS_ADDRESS", "https://", "no host"},
+		{"XDS_ADDRESS", "istiod:99999", "no port"},
+		{"XDS_ADDRESS", "istiod:15012/path", "host and a port"},
+		{"XDS_ADDRESS", "is tiod", "URI"},
+		{"CA_ADDRESS", "https://[::1", "URI"},
+		{"CA_ADDRESS", "https://user:pw@istiod", "host and a port"},
+		{"CA_ADDRESS", "istiod:15012", "LOCAL_CA_DIR"},
+		{"XDS_ROOT_CA", "/does/not/exist.pem", "neither a file"},
+		{"CA_ROOT_CA", "", "neither a file"},
+		{"CA_ROOT_CA", "/", "directory"},
+		{"AUTH_TOKEN", "/", "directory"},
+		{"AUTH_TOKEN", "two\nlines", "header"},
+		{"XDS_HEADER_", "v", "no name of gRPC metadata"},
+		{"XDS_HEADER_A B", "v", "no name of gRPC metadata"},
+		{"CA_HEADER_X-BIN", "v", "-bin"},
+		{"CA_HEADER_GRPC-TIMEOUT", "v", "grpc-"},
+		{"CA_HEADER_X", "\x01", "characters"},
 		{"LOCAL_XDS_PATH", "-", "workload file"},
-		{"LOCAL_CA_DIR", "-", "ztun ca init"},
 		{"FAKE_CA", "true", "LOCAL_CA_DIR"},
-		{"LOCAL_XDS", "{}", "LOCAL_XDS_PATH"},
+		{"LOCAL_XDS", "{}", "LOCAL_XDS_PATH"}, // checklist 10
 		{"PROXY_CONFIG", "{", "yaml"},
+		{"COMPLIANCE_POLICY", "fips-140-2", "fips140=on"},
+		{"XDS_ON_DEMAND", "true", "DNS_CAPTURE=false"},                    // checklist 9
+		{"ISTIO_META_DNS_PROXY_ADDR", "not-an-address", "localhost:PORT"}, // checklist 12
+		{"ISTIO_META_DNS_PROXY_ADDR", "localhost:x", "no port"},
+		{"ISTIO_META_DNS_PROXY_ADDR", "127.0.0.1", "localhost:PORT"},
+		{"ZTUN_CONTROL_CERT", "/c.pem", "ZTUN_CONTROL_KEY"},
+		{"ZTUN_CONTROL_CREDENTIALS", "/does/not/exist", "root-cert.pem"},
+		{"ZTUN_MESH_CONFIG", "/does/not/exist", "no such file"},
 		{"TERMINATION_GRACE_PERIOD_SECONDS", "-1", "whole number"},
+		{"TERMINATION_GRACE_PERIOD_SECONDS", "", "whole number"},
+		{"CONNECTION_TERMINATION_DEADLINE", "", "empty"},
 		{"ZTUNNEL_WORKER_THREADS", "many", "percentage"},
+		{"ZTUNNEL_WORKER_THREADS", "", "percentage"},
 		{"ZTUNNEL_WORKER_THREADS", "101%", "percentage"},
 		{"ZTUNNEL_RESOURCE_CPU_LIMIT", "0", "quantity"},
+		{"ZTUNNEL_RESOURCE_CPU_LIMIT", "NaN", "quantity"},
+		{"ZTUNNEL_RESOURCE_CPU_REQUEST", "inf", "quantity"},
+		{"ZTUNNEL_RESOURCE_CPU_REQUEST", "1e300", "quantity"},
+		{"ZTUNNEL_CPU_LIMIT", "500m", "decimal"},
 		{"ZTUN_MTU", "100", "1280"},
 		{"ZTUN_NODE_TUN", "a-name-that-is-too-long", "15 characters"},
 		{"ZTUN_MAX_INFLIGHT", "0", "from 1"},
@@ -70,7 +137,7 @@ func TestBadValuesNameTheVariable(t *testing.T) {
 			if !errors.As(err, &ce) {
 				t.Fatalf("got %v, want a configError", err)
 			}
-			if text := err.Error(); !strings.Contains(text, "invalid env var "+tc.name) || !strings.Contains(text, tc.says) || strings.Contains(text, "\n") {
+			if text := err.Error(); !strings.Contains(text+" ", tc.name) || !strings.HasPrefix(text, "invalid env var ") || !strings.Contains(text, tc.says) || strings.Contains(text, "\n") {
 				t.Errorf("message %q", text)
 			}
 		})
@@ -90,7 +157,7 @@ func TestTerminationDeadline(t *testing.T) { // spec controlplane checklist 8
 	}
 }
 
-func TestWorkerThreads(t *testing.T) { // spec controlplane 9.2
+func TestWorkerThreads(t *testing.T) { // spec controlplane 9.2, checklist 93
 	two, zero := uint16(2), uint16(0)
 	for _, tc := range []struct {
 		explicit                       string
@@ -124,27 +191,92 @@ func TestWorkerThreads(t *testing.T) { // spec controlplane 9.2
 	}
 }
 
-func TestParseDuration(t *testing.T) {
-	for s, want := range map[string]time.Duration{
-		"300s": 300 * time.Second, "5m": 5 * time.Minute, "1h30m": 90 * time.Minute, "100ms": 100 * time.Millisecond,
-		"7": 7 * time.Second, " 1m + 30s ": 90 * time.Second, "1d": 24 * time.Hour,
-	} {
-		if got, err := parseDuration(s); err != nil || got != want {
-			t.Errorf("%q: %v, %v", s, got, err)
+// An unreadable secret is not repeated where others can read it, and no value fills the screen.
+func TestErrorsKeepSecrets(t *testing.T) {
+	for _, name := range []string{"AUTH_TOKEN", "XDS_HEADER_X", "CA_HEADER_X"} {
+		_, err := loadConfig(env(name, "hunter2\x01"))
+		if err == nil || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
-	for _, s := range []string{"", "x", "5 parsecs", "-1s", "9999999999999h"} {
-		if got, err := parseDuration(s); err == nil {
-			t.Errorf("%q: %v, want an error", s, got)
+	_, err := loadConfig(env("NODE_NAME", "n1", "PROXY_CONFIG", "{"+strings.Repeat("x", 1<<20)))
+	if err == nil || len(err.Error()) > 1000 {
+		t.Errorf("an error of %d bytes", len(err.Error()))
+	}
+}
+
+// What is not UTF-8 counts as not set (spec controlplane 1.1); "" is a value.
+func TestTextOnly(t *testing.T) {
+	c := load(t, "KEEPALIVE_RETRIES", "\xff", "XDS_HEADER_A", "\xff", "ISTIO_META_X", "\xff", "CLUSTER_ID", "", "ISTIO_META_Y", "")
+	if c.KeepaliveRetries != 9 || len(c.XDSHeaders) != 0 || c.ClusterID != "" {
+		t.Errorf("%+v", c)
+	}
+	if _, ok := c.ProxyMetadata["X"]; ok || len(c.ProxyMetadata) != 1 {
+		t.Errorf("metadata %v", c.ProxyMetadata)
+	}
+}
+
+// A few of ztunnel's variables are on for "true" and off for everything else.
+func TestExactlyTrue(t *testing.T) {
+	for value, want := range map[string]struct {
+		on       bool
+		warnings int
+	}{"true": {true, 0}, "false": {}, "": {}, "True": {false, 2}, "1": {false, 2}} {
+		c := load(t, "TLS12_ENABLED", value, "AUTHZ_POLICY_INFO_LOGGING", value)
+		if c.TLS12 != want.on || c.AuthzInfo != want.on || len(c.Warnings) != want.warnings {
+			t.Errorf("%q: %v %v %q", value, c.TLS12, c.AuthzInfo, c.Warnings)
+		}
+	}
+	if c := load(t, "COMPLIANCE_POLICY", "pqc"); !c.PQC {
+		t.Error("pqc")
+	}
+	if c := load(t, "COMPLIANCE_POLICY", ""); c.PQC {
+		t.Error("no policy")
+	}
+}
+
+func TestPlainVariables(t *testing.T) {
+	c := load(t, "UNSTABLE_ENABLE_SOCKS5", "true", "LOCALHOST_APP_TUNNEL", "false", "ENABLE_ORIG_SRC", "false", "PREFERED_SERVICE_NAMESPACE", "p",
+		"CLUSTER_DOMAIN", "d.local", "CRL_PATH", "/crl.pem", "INSTANCE_IP", "10.0.0.9", "INPOD_UDS", "/x.sock", "SECRET_TTL", "1h30m",
+		"ALT_XDS_HOSTNAME", "x", "ALT_CA_HOSTNAME", "y", "ZTUN_CONTROL_CERT", "/c", "ZTUN_CONTROL_KEY", "/k", "INPOD_PORT_REUSE", "true", "PACKET_MARK", "1337")
+	if !c.SOCKS5 || c.LocalhostAppTunnel || c.OriginalSource == nil || *c.OriginalSource || c.PreferredServiceNamespace != "p" || c.ClusterDomain != "d.local" ||
+		c.CRLPath != "/crl.pem" || c.InstanceIP != "10.0.0.9" || c.InpodUDS != "/x.sock" || c.AltXDSHostname != "x" || c.AltCAHostname != "y" ||
+		c.ClientCert != "/c" || c.ClientKey != "/k" || c.PacketMark != 1337 {
+		t.Errorf("%+v", c)
+	}
+	if c.SecretTTL != 5400*time.Second { // checklist 15
+		t.Errorf("SECRET_TTL %v", c.SecretTTL)
+	}
+	if c := load(t, "ENABLE_ORIG_SRC", "true"); c.OriginalSource == nil || !*c.OriginalSource {
+		t.Error("ENABLE_ORIG_SRC=true")
+	}
+}
+
+// The proxy's own identity needs all three names (spec controlplane 1.2).
+func TestOwnIdentity(t *testing.T) {
+	all := []string{"POD_NAMESPACE", "istio-system", "SERVICE_ACCOUNT", "ztunnel", "POD_NAME", "zt-1"}
+	c := load(t, all...)
+	if c.Identity.String() != "spiffe://cluster.local/ns/istio-system/sa/ztunnel" || c.PodName != "zt-1" {
+		t.Errorf("%v", c.Identity)
+	}
+	if c := load(t, append(all, "TRUST_DOMAIN", "td")...); c.Identity.TrustDomain != "td" {
+		t.Errorf("%v", c.Identity)
+	}
+	for _, missing := range []string{"POD_NAMESPACE", "SERVICE_ACCOUNT", "POD_NAME"} {
+		if c := load(t, append(slices.Clone(all), missing, "-")...); !c.Identity.IsZero() {
+			t.Errorf("without %s: %v", missing, c.Identity)
 		}
 	}
 }
 
-func TestHelpNamesEveryVariable(t *testing.T) {
-	help := helpTable()
-	for _, v := range variables(&Config{}, &loader{}) {
-		if !strings.Contains(help, v.name) || v.help == "" {
-			t.Errorf("%s is not explained", v.name)
+func TestWorkloadInfo(t *testing.T) { // checklist 11
+	ns, name, sa, err := parseWorkloadInfo("a/b/c/d")
+	if err != nil || ns != "a" || name != "b" || sa != "c/d" {
+		t.Errorf("%q %q %q %v", ns, name, sa, err)
+	}
+	for _, v := range []string{"", "a", "a/b", "a//c", "//"} {
+		if _, _, _, err := parseWorkloadInfo(v); err == nil {
+			t.Errorf("%q is accepted", v)
 		}
 	}
 }

@@ -29,8 +29,10 @@ import (
 	"ztun/admin/zlog"
 	"ztun/netstack"
 	"ztun/proxy"
+	"ztun/proxy/dns"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
+	"ztun/proxy/resolve"
 	"ztun/proxy/state"
 	"ztun/tun"
 	"ztun/tun/netns"
@@ -39,28 +41,40 @@ import (
 
 // daemon is the composition root: everything that runs is made here, in start order.
 type daemon struct {
-	c       *Config
-	log     *zlog.Log
-	logger  *slog.Logger
-	ready   *admin.Ready
-	loop    *admin.Loop
-	know    *knowledge
-	certs   *ca.Manager
-	metrics *proxy.Metrics
-	pods    *podManager
-	node    *netns.NS
-	dev     tun.Device
-	uplink  *netstack.Uplink
-	buffers hbone.Buffers // shared by the tunnels of all pods
-	quit    chan string   // the reason to end; capacity 1
-	failed  atomic.Bool   // the reason is a failure of ours
+	c        *Config
+	log      *zlog.Log
+	logger   *slog.Logger
+	ready    *admin.Ready
+	loop     *admin.Loop
+	know     *knowledge
+	certs    *ca.Manager
+	xds      *xds.Client // nil: workloads come from a file
+	remoteCA *ca.Remote  // nil: certificates are signed here
+	crl      *ca.CRLFile // nil: CRL_PATH is not set
+	revoked  identity.Revocation
+	metrics  *proxy.Metrics
+	pods     *podManager
+	node     *netns.NS
+	dev      tun.Device
+	uplink   *netstack.Uplink
+	buffers  hbone.Buffers // shared by the tunnels of all pods
+
+	// What hostnames of workloads resolve to, and names that the mesh does not know: in our own namespace, as ztunnel does.
+	resolve     *resolve.Cache
+	nameservers []netip.AddrPort
+	dnsMetrics  *dns.Metrics // nil: the DNS proxy is off
+	onDemandDNS *proxy.OnDemandDNS
+
+	quit   chan string // the reason to end; capacity 1
+	failed atomic.Bool // the reason is a failure of ours
 
 	servers  []*admin.Server
 	registry *prometheus.Registry
 	control  *admin.PodSocket
 	mesh     *net.TCPListener
 
-	work sync.WaitGroup // everything that ends with the context of run
+	work  sync.WaitGroup // everything that ends with the context of run
+	tasks atomic.Int64   // how much that is
 }
 
 // notSentLowat keeps what waits unsent in the kernel short on tunnels, so that a small request is not
@@ -141,6 +155,9 @@ func (d *daemon) start(ctx context.Context) error {
 	if c.AdaptiveProcessors {
 		d.admin(ctx, "processors", func(ctx context.Context) error { procs.run(ctx); return nil })
 	}
+	for _, w := range c.Warnings {
+		d.logger.Warn(w)
+	}
 	raiseFileLimit(d.logger)
 	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
 		return &configError{"ZTUN_STATE_DIR", c.StateDir, err}
@@ -154,12 +171,19 @@ func (d *daemon) start(ctx context.Context) error {
 		return err
 	}
 
-	signer, err := d.signer()
+	signer, err := d.signer(ctx)
 	if err != nil {
 		return err
 	}
 	d.certs = ca.NewManager(ca.ManagerOptions{Signer: signer, TTL: c.SecretTTL, Logger: d.log.Logger("ca")})
+	d.revocation(ctx)
 	d.metrics = proxy.NewMetrics()
+	d.onDemandDNS = proxy.NewOnDemandDNS()
+	if c.DNSProxy {
+		d.dnsMetrics = dns.NewMetrics()
+	}
+	d.resolve = resolve.New(resolve.Options{IPv4Only: !c.IPv6})
+	d.nameservers = resolvConf().addrs()
 	d.know = newKnowledge()
 	d.loop = admin.NewLoop(admin.LoopOptions{Published: d.know.published, Handle: d.handle, Logger: d.log.Logger("admin")})
 	d.know.view = d.loop.View
@@ -171,24 +195,9 @@ func (d *daemon) start(ctx context.Context) error {
 		return err
 	}
 
-	// The first load is synchronous: a wrong file at start is an error, later it keeps the last good state.
-	file := &xds.File{Path: c.LocalXDSPath, Inline: c.LocalXDS, Logger: d.log.Logger("xds")}
-	first, err := file.Load()
-	switch {
-	case err != nil && c.LocalXDSPath == "":
-		return &configError{"LOCAL_XDS", "...", err}
-	case err != nil:
-		return &configError{"LOCAL_XDS_PATH", c.LocalXDSPath, err}
-	}
-	if err := d.loop.Do(ctx, func() { d.loop.Publish(first.View(c.NodeName)) }); err != nil {
+	if err := d.learn(ctx, stateReady); err != nil {
 		return err
 	}
-	stateReady.Done()
-	d.admin(ctx, "workload file", func(ctx context.Context) error {
-		return file.Run(ctx, func(l *xds.Local) {
-			d.loop.Post(ctx, admin.StateBuilt{Source: "file", View: l.View(c.NodeName)})
-		}, func(err error) { d.loop.Post(ctx, admin.SourceBroken{Source: "file", Err: err}) })
-	})
 
 	// Bound before anything of the node or of the list of pods is touched: its lock tells two daemons with
 	// one ZTUN_STATE_DIR apart. It is served last.
@@ -242,18 +251,6 @@ func (d *daemon) handle(e admin.Event) {
 	}
 }
 
-func (d *daemon) signer() (ca.Signer, error) {
-	if d.c.FakeCA {
-		d.logger.Warn("FAKE_CA=true: certificates are signed with a key that everybody knows; for tests only")
-		return ca.NewFake(), nil
-	}
-	signer, err := ca.LoadDir(d.c.LocalCADir)
-	if err != nil {
-		return nil, &configError{"LOCAL_CA_DIR", d.c.LocalCADir, err}
-	}
-	return signer, nil
-}
-
 // openNode makes the node's side: its TUN, its rules, the listener of the mesh's port.
 func (d *daemon) openNode(ctx context.Context) (err error) {
 	c := d.c
@@ -288,7 +285,8 @@ func (d *daemon) socketOptions() netns.SocketOptions {
 }
 
 func (d *daemon) newPod(ctx context.Context, spec admin.PodSpec) (*pod, error) {
-	parts := &podParts{c: d.c, log: d.log.Logger("pods"), uplink: d.uplink, sock: d.socketOptions(), node: d.node, proxy: d.newProxy}
+	parts := &podParts{c: d.c, log: d.log.Logger("pods"), uplink: d.uplink, sock: d.socketOptions(), node: d.node, proxy: d.newProxy,
+		know: d.know, nameservers: d.nameservers, dnsMetrics: d.dnsMetrics, dnsLog: d.log.Logger("dns")}
 	return newPod(ctx, parts, spec, d.pods.steerConfig(spec))
 }
 
@@ -307,14 +305,19 @@ func (d *daemon) known(i state.WorkloadInfo) bool { return d.loop.View().Workloa
 
 func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network) *proxy.Proxy {
 	c := d.c
+	var demand func(context.Context, string) error
+	if c.XDSOnDemand && d.xds != nil {
+		demand = d.xds.Demand
+	}
 	return proxy.New(proxy.Options{
 		Info:    state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount},
-		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: net.DefaultResolver, Metrics: d.metrics,
+		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: d.resolve, Metrics: d.metrics, OnDemandDNS: d.onDemandDNS, Demand: demand,
 		Access: d.log.Logger("access"), Log: d.log.Logger("proxy"), Random: mrand.Uint64N,
 		Config: proxy.Config{
 			NetworkName: c.Network, ResponseBaggage: c.ResponseBaggage,
 			HBONE:          hbone.Config{StreamWindow: c.StreamWindow, ConnWindow: c.ConnWindow, FrameSize: c.FrameSize, Buffers: &d.buffers, Logger: d.log.Logger("hbone")},
 			PoolMaxStreams: int(c.PoolMaxStreams), PoolUnused: c.PoolUnused,
+			SOCKS5: c.SOCKS5, LocalhostAppTunnel: c.LocalhostAppTunnel, PolicyInfoLogging: c.AuthzInfo,
 		},
 	})
 }
@@ -353,8 +356,10 @@ func (d *daemon) end(deadline time.Duration) {
 // unexpected end of either ends the process.
 func (d *daemon) admin(ctx context.Context, name string, f func(context.Context) error) {
 	d.work.Add(1)
+	d.tasks.Add(1)
 	go func() {
 		defer d.work.Done()
+		defer d.tasks.Add(-1)
 		pprof.Do(ctx, pprof.Labels("role", "admin", "task", name), func(ctx context.Context) {
 			if err := f(ctx); err != nil && ctx.Err() == nil {
 				d.fail(name, err)

@@ -7,6 +7,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"strings"
 
 	"github.com/spf13/cobra"
 )
@@ -18,21 +19,29 @@ const (
 )
 
 func main() {
+	if err := rootCommand().ExecuteContext(context.Background()); err != nil {
+		fmt.Fprintln(os.Stderr, "ztun:", err)
+		os.Exit(exitCode(err))
+	}
+}
+
+func exitCode(err error) int {
+	var c *configError
+	if errors.As(err, &c) {
+		return exitConfig
+	}
+	return exitFailure
+}
+
+func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "ztun",
 		Short:         "Istio ambient node proxy over TUN and a userspace TCP/IP stack",
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(proxyCommand(), podCommand(), caCommand(), versionCommand())
-	if err := root.ExecuteContext(context.Background()); err != nil {
-		fmt.Fprintln(os.Stderr, "ztun:", err)
-		var c *configError
-		if errors.As(err, &c) {
-			os.Exit(exitConfig)
-		}
-		os.Exit(exitFailure)
-	}
+	root.AddCommand(proxyCommand(), podCommand(), caCommand(), controlCommand(), versionCommand())
+	return root
 }
 
 func proxyCommand() *cobra.Command {
@@ -43,10 +52,11 @@ func proxyCommand() *cobra.Command {
 			"It is configured by environment variables (name, default, meaning):\n\n" + helpTable(),
 		Args: cobra.ArbitraryArgs, // ztunnel's chart starts it as `proxy ztunnel`
 		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := loadConfig(os.LookupEnv)
+			c, err := loadConfig(os.LookupEnv, os.Environ)
 			if err != nil {
 				return err
 			}
+			c.ProxyArgs = strings.Join(append([]string{"proxy"}, args...), " ")
 			return runProxy(cmd.Context(), c)
 		},
 	}

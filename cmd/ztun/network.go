@@ -22,9 +22,9 @@ type podNetwork struct {
 
 func (n *podNetwork) DialApp(ctx context.Context, src, dst netip.AddrPort) (proxy.Conn, error) {
 	if src.Addr() == dst.Addr() {
-		// A pod that reaches itself through a service. Its kernel takes no packet from outside that claims
-		// its own address, and would answer one over its loopback; so the pod's own TCP does it (spec 1:
-		// "self-load-balancing").
+		// A pod that reaches itself through a service, or an application tunnel on its loopback. Its kernel takes
+		// no packet from outside that claims its own address, and would answer one over its loopback; so the pod's
+		// own TCP does it (spec 1: "self-load-balancing").
 		c, err := netns.DialTransparent(ctx, n.ns, src.Addr(), dst, n.sock)
 		if err != nil {
 			return nil, err

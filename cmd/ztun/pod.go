@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -12,6 +14,7 @@ import (
 	"ztun/admin"
 	"ztun/netstack"
 	"ztun/proxy"
+	"ztun/proxy/dns"
 	"ztun/proxy/state"
 	"ztun/tun"
 	"ztun/tun/netns"
@@ -29,6 +32,8 @@ type pod struct {
 	dev   tun.Device
 	stack *netstack.Stack
 	proxy *proxy.Proxy
+	dns   *dns.Server    // nil: DNS capture is off
+	socks []net.Listener // SOCKS5; none unless it is on
 	steer steer.PodConfig
 	plan  steer.Plan
 	log   *slog.Logger
@@ -48,6 +53,11 @@ type podParts struct {
 	proxy  func(spec admin.PodSpec, n proxy.Network) *proxy.Proxy
 	sock   netns.SocketOptions
 	node   *netns.NS
+
+	know        dns.Knowledge
+	nameservers []netip.AddrPort // of the daemon's resolv.conf
+	dnsMetrics  *dns.Metrics
+	dnsLog      *slog.Logger
 }
 
 // newPod attaches a pod. What it has made is unmade when a later step fails.
@@ -82,13 +92,17 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 			p.log.Warn("a device may be left in the pod's namespace", "pod", refOf(spec).String(), "device", podTUN, "error", err)
 		}
 	})
-	if p.stack, err = netstack.New(netstack.Config{
+	config := netstack.Config{
 		Addrs: spec.IPs, MTU: sc.MTU, App: p.dev, Uplink: parts.uplink, Logger: parts.log,
 		MaxInFlight: parts.c.MaxInFlight, MaxInFlightPerDst: parts.c.MaxInFlightPerDestination,
 		KeepaliveOff: !parts.c.KeepaliveEnabled, UserTimeout: parts.c.userTimeout(),
 		KeepaliveIdle: parts.c.KeepaliveTime, KeepaliveInterval: parts.c.KeepaliveInterval, KeepaliveCount: int(parts.c.KeepaliveRetries),
 		OnFlow: p.serve,
-	}); err != nil {
+	}
+	if parts.c.DNSProxy {
+		config.OnDNS = p.query
+	}
+	if p.stack, err = netstack.New(config); err != nil {
 		if errors.Is(err, netstack.ErrAddressTaken) {
 			return nil, fmt.Errorf("%w: %w", admin.ErrPodConflict, err)
 		}
@@ -97,6 +111,18 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 	undo = append(undo, func() { p.stack.Close() })
 	p.proxy = parts.proxy(spec, &podNetwork{stack: p.stack, addrs: spec.IPs, ns: p.ns, sock: parts.sock})
 	undo = append(undo, p.proxy.Close)
+
+	undo = append(undo, func() { p.closeLoopback(ended()); p.running.Wait() })
+	if parts.c.DNSProxy {
+		if err = p.serveNames(parts); err != nil {
+			return nil, err
+		}
+	}
+	if parts.c.SOCKS5 {
+		if err = p.serveSOCKS(parts); err != nil {
+			return nil, err
+		}
+	}
 
 	run, stop := context.WithCancel(context.Background())
 	p.stopRun = stop
@@ -120,7 +146,24 @@ func (p *pod) serve(f *netstack.Flow) {
 		p.proxy.ServePassthrough(podFlow{f})
 		return
 	}
+	if p.dns != nil && f.Dst().Port() == dnsPort {
+		// The DNS proxy answers for every nameserver, so the handshake is its own.
+		if c, err := f.Accept(); err == nil {
+			p.dns.ServeConn(c, f.Dst())
+		}
+		return
+	}
 	p.proxy.ServeOutbound(podFlow{f})
+}
+
+// dnsPort is captured when DNS capture is on.
+const dnsPort = 53
+
+// ended is a context that has ended.
+func ended() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
 }
 
 func (p *pod) info() state.WorkloadInfo {
@@ -141,6 +184,7 @@ func (p *pod) stop(ctx context.Context) {
 		drained := make(chan struct{})
 		go func() {
 			defer close(drained)
+			p.closeLoopback(ctx)
 			p.proxy.Shutdown(ctx)
 		}()
 		select {

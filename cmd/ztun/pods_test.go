@@ -126,7 +126,7 @@ func TestConfigErrorIsOneLine(t *testing.T) {
 			return "proxyAdminPort: x\nstatsPort: y\n", true
 		}
 		return "", false
-	})
+	}, os.Environ)
 	var ce *configError
 	if !errors.As(err, &ce) || ce.name != "PROXY_CONFIG" || strings.Contains(err.Error(), "\n") {
 		t.Errorf("%q", err)

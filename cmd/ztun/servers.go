@@ -4,7 +4,6 @@ import (
 	"context"
 	"io"
 	"net/netip"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -31,7 +30,7 @@ func (d *daemon) bindAdmin() error {
 	registry := prometheus.NewRegistry()
 	d.registry = registry
 	s, err := admin.NewStats(admin.StatsOptions{
-		Port: d.c.StatsPort, IPv6: d.c.IPv6, Registry: registry, Ordered: []prometheus.Collector{d.metrics}, Logger: d.log.Logger("stats"),
+		Port: d.c.StatsPort, IPv6: d.c.IPv6, Registry: registry, Ordered: d.ordered(), Logger: d.log.Logger("stats"),
 	})
 	if err := d.bound("stats", s, err); err != nil {
 		return err
@@ -44,12 +43,40 @@ func (d *daemon) bindAdmin() error {
 			return admin.WorkloadManagerStats{Active: active, Pending: pending, Started: d.pods.started.Load(), Stopped: d.pods.stopped.Load()}
 		}),
 		admin.GoCollector(),
+		admin.RuntimeCollector(admin.RuntimeSources{Workers: d.c.WorkerThreads, AdminTasks: func() int { return int(d.tasks.Load()) }, Servers: d.servers}),
+		admin.XDSCollector(d.xdsStats),
 		admin.SelfCollector(admin.SelfSources{Loop: d.loop, Servers: d.servers, Log: func() admin.LogStats {
 			s := d.log.Stats()
 			return admin.LogStats{Queued: s.Queued, Lines: s.Lines, Batches: s.Batches, Waits: s.Waits, Dropped: s.Dropped, WriteErrors: s.WriteErrors}
 		}}),
 	)
 	return nil
+}
+
+// ordered are the collectors whose labels come out as ztunnel's do.
+func (d *daemon) ordered() []prometheus.Collector {
+	all := []prometheus.Collector{d.metrics, d.onDemandDNS}
+	if d.dnsMetrics != nil {
+		all = append(all, d.dnsMetrics)
+	}
+	return all
+}
+
+// xdsStats are the figures of the client of the control plane; without one they are zero, as ztunnel's.
+func (d *daemon) xdsStats() admin.XDSStats {
+	if d.xds == nil {
+		return admin.XDSStats{}
+	}
+	s := d.xds.Stats()
+	rejected := map[string]uint64{}
+	for url, names := range s.Rejected {
+		rejected[url] = uint64(len(names))
+	}
+	return admin.XDSStats{
+		ConnectionErrors: s.Terminations["ConnectionError"], Errors: s.Terminations["Error"],
+		Reconnects: s.Terminations["Reconnect"], Completes: s.Terminations["Complete"],
+		Messages: s.Messages, Bytes: s.MessageBytes, Rejected: rejected, Connected: s.Connected,
+	}
 }
 
 func (d *daemon) bound(name string, s *admin.Server, err error) error {
@@ -155,78 +182,4 @@ func (d *daemon) workloadState() map[string]podState {
 		out[refOf(p.spec).String()] = podState{Connections: c, Info: infoOf(p.spec), State: "Up"}
 	}
 	return out
-}
-
-// dump is the configuration under ztunnel's names and in its encodings (spec controlplane 1.2, 6.3),
-// with our own settings beside them.
-func (c *Config) dump() map[string]any {
-	dur := func(d time.Duration) any {
-		return map[string]any{"nanos": int64(d % time.Second), "secs": int64(d / time.Second)}
-	}
-	socket := func(port uint16) any { return map[string]string{"SocketAddr": c.wildcard(port).String()} }
-	orNull := func(s string) any {
-		if s == "" {
-			return nil
-		}
-		return s
-	}
-	return map[string]any{
-		"adminAddr":                map[string]any{"Localhost": []any{c.loopbackIPv6(), c.AdminPort}},
-		"altCaHostname":            nil,
-		"altXdsHostname":           nil,
-		"caAddress":                nil,
-		"caHeaders":                []string{},
-		"caRootCert":               "Static",
-		"clusterDomain":            c.ClusterDomain,
-		"clusterId":                c.ClusterID,
-		"connectionWindowSize":     c.ConnWindow,
-		"crlPath":                  nil,
-		"dnsProxy":                 false,
-		"enableEnhancedBaggage":    c.ResponseBaggage,
-		"fakeCa":                   c.FakeCA,
-		"fakeSelfInbound":          false,
-		"frameSize":                c.FrameSize,
-		"illegalPorts":             []int{15006, 15001, 15008},
-		"inboundAddr":              c.wildcard(15008).String(),
-		"inboundPlaintextAddr":     c.wildcard(15006).String(),
-		"inpodPortReuse":           true,
-		"inpodUds":                 nil,
-		"ipv6Enabled":              c.IPv6,
-		"localCaDir":               orNull(c.LocalCADir),
-		"localNode":                orNull(c.NodeName),
-		"localhostAppTunnel":       true,
-		"network":                  c.Network,
-		"numWorkerThreads":         c.WorkerThreads,
-		"outboundAddr":             c.wildcard(15001).String(),
-		"packetMark":               c.PacketMark,
-		"poolMaxStreamsPerConn":    c.PoolMaxStreams,
-		"poolUnusedReleaseTimeout": dur(c.PoolUnused),
-		"preferedServiceNamespace": nil,
-		"proxy":                    true,
-		"proxyArgs":                "proxy",
-		"proxyMetadata":            map[string]string{},
-		"proxyMode":                "Shared",
-		"proxyWorkloadInformation": nil,
-		"readinessAddr":            socket(c.ReadinessPort),
-		"requireOriginalSource":    nil,
-		"secretTtl":                dur(c.SecretTTL),
-		"selfTerminationDeadline":  dur(c.TerminationDeadline),
-		"socketConfig": map[string]any{
-			"keepaliveEnabled": c.KeepaliveEnabled, "keepaliveInterval": dur(c.KeepaliveInterval), "keepaliveRetries": c.KeepaliveRetries,
-			"keepaliveTime": dur(c.KeepaliveTime), "userTimeoutEnabled": c.UserTimeout,
-		},
-		"socks5Addr":      nil,
-		"statsAddr":       socket(c.StatsPort),
-		"windowSize":      c.StreamWindow,
-		"xdsAddress":      nil,
-		"xdsHeaders":      []string{},
-		"xdsOnDemand":     false,
-		"xdsRootCert":     "Static",
-		"ztunnelIdentity": nil,
-		"ztunnelWorkload": nil,
-		"ztun": map[string]any{
-			"maxInFlight": c.MaxInFlight, "maxInFlightPerDestination": c.MaxInFlightPerDestination, "mtu": c.MTU,
-			"nodeTun": c.NodeTUN, "socket": c.Socket, "stateDir": c.StateDir, "tunPlain": c.TUNPlain,
-		},
-	}
 }

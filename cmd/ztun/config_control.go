@@ -1,0 +1,232 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+)
+
+// Where ztunnel's chart mounts what the control plane asks for; relative to the working directory.
+const (
+	defaultRoots = "./var/run/secrets/istio/root-cert.pem"
+	defaultToken = "./var/run/secrets/tokens/istio-token"
+)
+
+// RootSource says which authorities a server of the control plane may be certified by: a file (read again
+// at every connection), PEM text, or those of the operating system. None of them is nobody.
+type RootSource struct {
+	File   string
+	PEM    []byte
+	System bool
+}
+
+// parseRoots reads XDS_ROOT_CA and CA_ROOT_CA: a file that exists, SYSTEM, or PEM text. ztunnel takes any
+// other text for PEM without certificates, and then trusts nobody; here only the default may be missing.
+func parseRoots(v string) (RootSource, error) {
+	switch info, err := os.Stat(v); {
+	case v == "SYSTEM":
+		return RootSource{System: true}, nil
+	case strings.Contains(v, "-----BEGIN CERTIFICATE-----"):
+		return RootSource{PEM: []byte(v)}, nil
+	case err == nil && info.IsDir():
+		return RootSource{}, errors.New("a directory; name the file in it")
+	case err == nil:
+		return RootSource{File: v}, nil
+	case v == defaultRoots:
+		return RootSource{}, nil
+	}
+	return RootSource{}, errors.New("neither a file that exists, nor SYSTEM, nor a certificate in PEM")
+}
+
+func roots(p *RootSource) func(string) error {
+	return func(v string) (err error) { *p, err = parseRoots(v); return err }
+}
+
+// setToken reads AUTH_TOKEN: a file that exists, else the token itself. "" is no token.
+func (l *loader) setToken(v string) error {
+	if info, err := os.Stat(v); err == nil {
+		if info.IsDir() {
+			return errors.New("a directory; name the file in it")
+		}
+		l.c.TokenFile = v
+		return nil
+	}
+	if !l.given("AUTH_TOKEN") {
+		return nil // the default, which is not there
+	}
+	v = strings.TrimRight(v, " \t\r\n")
+	if !isHeaderValue(v) {
+		return errors.New("no file of this name, and not a token either: it has characters that a header cannot carry")
+	}
+	if strings.HasPrefix(v, "/") || strings.HasPrefix(v, "./") {
+		l.c.warn("AUTH_TOKEN looks like a path, but there is no such file: it is used as the token itself")
+	}
+	l.c.TokenLiteral = v
+	return nil
+}
+
+// parseAddress checks the URI of a control plane and gives it a scheme; "" is none.
+func parseAddress(v string) (string, error) {
+	if v == "" {
+		return "", nil
+	}
+	if !strings.Contains(v, "://") {
+		v = "https://" + v
+	}
+	u, err := url.Parse(v)
+	var ue *url.Error
+	switch {
+	case errors.As(err, &ue):
+		return "", fmt.Errorf("not a URI: %w", ue.Err)
+	case err != nil:
+		return "", err
+	case u.Scheme == "http":
+		return "", errors.New("a control plane is spoken to over TLS only: write https:// and istiod's TLS port, 15012")
+	case u.Scheme != "https":
+		return "", fmt.Errorf("the scheme is https, not %s", u.Scheme)
+	case u.Hostname() == "":
+		return "", errors.New("names no host")
+	case u.User != nil, u.Path != "" && u.Path != "/", u.RawQuery != "", u.Fragment != "":
+		return "", errors.New("only a host and a port are wanted, as in istiod.istio-system.svc:15012")
+	}
+	if p := u.Port(); p != "" {
+		if n, err := strconv.ParseUint(p, 10, 16); err != nil || n == 0 {
+			return "", fmt.Errorf("%s is no port", p)
+		}
+	}
+	return v, nil
+}
+
+// header adds one XDS_HEADER_<key> or CA_HEADER_<key> to the metadata of each call.
+func header(p *[][2]string) func(key, value string) error {
+	return func(key, value string) error {
+		key = strings.ToLower(key)
+		allowed := func(r rune) bool {
+			return r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '-' || r == '_' || r == '.'
+		}
+		switch {
+		case key == "" || strings.ContainsFunc(key, func(r rune) bool { return !allowed(r) }):
+			return errors.New("the part after HEADER_ is no name of gRPC metadata: letters, digits, - _ and . only")
+		case strings.HasPrefix(key, "grpc-") || strings.HasSuffix(key, "-bin"):
+			return errors.New("gRPC keeps names that begin with grpc- or end with -bin for itself")
+		case !isHeaderValue(value):
+			return errors.New("the value has characters that a header cannot carry")
+		}
+		*p = append(*p, [2]string{key, value})
+		return nil
+	}
+}
+
+func isHeaderValue(v string) bool {
+	return !strings.ContainsFunc(v, func(r rune) bool { return r < ' ' || r > '~' })
+}
+
+// parseDNSAddress reads DNS_PROXY_ADDR: localhost:PORT, which is both loopback addresses, or IP:PORT.
+func parseDNSAddress(v string) (string, error) {
+	if port, ok := strings.CutPrefix(v, "localhost:"); ok {
+		if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+			return "", fmt.Errorf("%q is no port", port)
+		}
+		return v, nil
+	}
+	a, err := netip.ParseAddrPort(v)
+	if err != nil {
+		return "", errors.New("want localhost:PORT or IP:PORT")
+	}
+	return a.String(), nil
+}
+
+// credentials applies ZTUN_CONTROL_CREDENTIALS, a directory that `ztun control join` has written, where no
+// variable of its own says otherwise.
+func (c *Config) credentials(l *loader) error {
+	if c.ControlDir == "" {
+		return nil
+	}
+	file := func(name string) string {
+		path := filepath.Join(c.ControlDir, name)
+		if _, err := os.Stat(path); err != nil {
+			return ""
+		}
+		return path
+	}
+	root, token, cert, key := file("root-cert.pem"), file("token"), file("cert-chain.pem"), file("key.pem")
+	switch {
+	case root == "":
+		return errors.New("it has no root-cert.pem; `ztun control join` makes such a directory")
+	case (cert == "") != (key == ""):
+		return errors.New("it has only one of cert-chain.pem and key.pem")
+	case token == "" && cert == "":
+		return errors.New("it has neither a token nor cert-chain.pem and key.pem: the control plane would not know us")
+	}
+	if !l.given("XDS_ROOT_CA") {
+		c.XDSRoots = RootSource{File: root}
+	}
+	if !l.given("CA_ROOT_CA") {
+		c.CARoots = RootSource{File: root}
+	}
+	if !l.given("AUTH_TOKEN") {
+		c.TokenFile, c.TokenLiteral = token, ""
+	}
+	if !l.given("ZTUN_CONTROL_CERT") && !l.given("ZTUN_CONTROL_KEY") {
+		c.ClientCert, c.ClientKey = cert, key
+	}
+	return nil
+}
+
+// sources decides where workloads and certificates come from (spec controlplane 1.2: XDS_ADDRESS,
+// CA_ADDRESS and their defaults; LOCAL_CA_DIR is ours).
+func (c *Config) sources(l *loader) error {
+	istiod := "https://localhost:15012"
+	if l.kubernetes {
+		istiod = "https://istiod.istio-system.svc:15012"
+	}
+	var err error
+	switch {
+	case l.xds != nil:
+		c.XDSAddress = *l.xds // "" is off
+	case l.proxy.DiscoveryAddress != nil:
+		if c.XDSAddress, err = parseAddress(*l.proxy.DiscoveryAddress); err != nil {
+			return &configError{l.discoveryFrom, "discoveryAddress: " + *l.proxy.DiscoveryAddress, err}
+		}
+	default:
+		c.XDSAddress = istiod
+	}
+	switch {
+	case c.LocalXDS != "" && c.LocalXDSPath != "":
+		return &configError{"LOCAL_XDS", "...", errors.New("LOCAL_XDS_PATH is set as well; only one of them may be")}
+	case c.XDSAddress == "" && c.LocalXDS == "" && c.LocalXDSPath == "":
+		return &configError{"XDS_ADDRESS", "", errors.New("no source of workloads: name a control plane here, or a workload file in LOCAL_XDS_PATH")}
+	case c.FakeCA && c.LocalCADir != "":
+		return &configError{"FAKE_CA", "true", errors.New("LOCAL_CA_DIR is set as well; only one of them may be")}
+	case c.FakeCA: // CA_ADDRESS is not read, as in ztunnel
+	case c.LocalCADir != "" && l.ca != nil && *l.ca != "":
+		return &configError{"LOCAL_CA_DIR", c.LocalCADir, errors.New("CA_ADDRESS is set as well; only one of them may be")}
+	case c.LocalCADir != "":
+	case l.ca == nil:
+		c.CAAddress = istiod
+	case *l.ca == "":
+		return &configError{"CA_ADDRESS", "", errors.New("no source of certificates: name a CA here; or run `ztun ca init DIR` and name DIR in LOCAL_CA_DIR; or set FAKE_CA=true for a test")}
+	default:
+		c.CAAddress = *l.ca
+	}
+	if err := c.credentials(l); err != nil {
+		return &configError{"ZTUN_CONTROL_CREDENTIALS", c.ControlDir, err}
+	}
+	if (c.ClientCert == "") != (c.ClientKey == "") {
+		return &configError{"ZTUN_CONTROL_CERT", c.ClientCert, errors.New("ZTUN_CONTROL_CERT and ZTUN_CONTROL_KEY go together")}
+	}
+	for _, s := range []struct {
+		name, address string
+		roots         RootSource
+	}{{"XDS_ROOT_CA", c.XDSAddress, c.XDSRoots}, {"CA_ROOT_CA", c.CAAddress, c.CARoots}} {
+		if s.address != "" && s.roots.File == "" && s.roots.PEM == nil && !s.roots.System {
+			c.warn("%s is not set and %s does not exist: no server at %s will be trusted", s.name, defaultRoots, s.address)
+		}
+	}
+	return nil
+}

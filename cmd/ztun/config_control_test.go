@@ -1,0 +1,163 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+func TestControlPlaneAddress(t *testing.T) { // checklist 2, 3, 4
+	for _, tc := range []struct{ xds, ca, kubernetes, wantXDS, wantCA string }{
+		{"-", "-", "-", "https://localhost:15012", "https://localhost:15012"},
+		{"-", "-", "10.96.0.1", "https://istiod.istio-system.svc:15012", "https://istiod.istio-system.svc:15012"},
+		{"-", "-", "", "https://istiod.istio-system.svc:15012", "https://istiod.istio-system.svc:15012"},
+		{"", "-", "10.96.0.1", "", "https://istiod.istio-system.svc:15012"},
+		{"istiod.x.svc:15012", "ca.y", "-", "https://istiod.x.svc:15012", "https://ca.y"},
+		{"https://[::1]:15012", "127.0.0.1:15012/", "-", "https://[::1]:15012", "https://127.0.0.1:15012/"},
+	} {
+		c := load(t, "XDS_ADDRESS", tc.xds, "CA_ADDRESS", tc.ca, "KUBERNETES_SERVICE_HOST", tc.kubernetes, "LOCAL_CA_DIR", "-")
+		if c.XDSAddress != tc.wantXDS || c.CAAddress != tc.wantCA {
+			t.Errorf("%+v: %s, %s", tc, c.XDSAddress, c.CAAddress)
+		}
+	}
+}
+
+// Workloads come from a file, a control plane, or both; certificates from exactly one place.
+func TestSourcesOfKnowledge(t *testing.T) {
+	if c := load(t, "XDS_ADDRESS", "-", "LOCAL_XDS_PATH", "-"); c.XDSAddress == "" || c.LocalXDSPath != "" {
+		t.Errorf("xDS alone: %+v", c)
+	}
+	if c := load(t, "XDS_ADDRESS", "-"); c.XDSAddress == "" || c.LocalXDSPath == "" {
+		t.Errorf("both: %+v", c)
+	}
+	if c := load(t, "LOCAL_XDS_PATH", "-", "LOCAL_XDS", "{}"); c.XDSAddress != "" || c.LocalXDS != "{}" {
+		t.Errorf("inline: %+v", c)
+	}
+	if c := load(t, "LOCAL_CA_DIR", "-", "FAKE_CA", "true", "CA_ADDRESS", "istiod:15012"); c.CAAddress != "" || !c.FakeCA {
+		t.Errorf("FAKE_CA: %+v", c)
+	}
+	if c := load(t, "CA_ADDRESS", ""); c.CAAddress != "" || c.LocalCADir == "" {
+		t.Errorf("LOCAL_CA_DIR: %+v", c)
+	}
+	for _, tc := range []struct{ name, says string }{{"XDS_ADDRESS", "LOCAL_XDS_PATH"}, {"CA_ADDRESS", "ztun ca init"}} {
+		_, err := loadConfig(env("LOCAL_XDS_PATH", map[bool]string{true: "-", false: "/w"}[tc.name == "XDS_ADDRESS"], "LOCAL_CA_DIR", "-", "CA_ADDRESS", ""))
+		var ce *configError
+		if !errors.As(err, &ce) || ce.name != tc.name || !strings.Contains(err.Error(), tc.says) {
+			t.Errorf("no source for %s: %v", tc.name, err)
+		}
+	}
+}
+
+func TestRootSources(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	pem := "-----BEGIN CERTIFICATE-----\nMA==\n-----END CERTIFICATE-----\n"
+	remote := []string{"XDS_ADDRESS", "-", "LOCAL_CA_DIR", "-"}
+	c := load(t, remote...)
+	if len(c.Warnings) != 2 || !strings.Contains(c.Warnings[0], "XDS_ROOT_CA") || c.XDSRoots.File != "" || c.XDSRoots.PEM != nil || c.XDSRoots.System {
+		t.Errorf("nothing mounted: %+v %q", c.XDSRoots, c.Warnings)
+	}
+	c = load(t, append(remote, "XDS_ROOT_CA", "SYSTEM", "CA_ROOT_CA", pem)...)
+	if !c.XDSRoots.System || string(c.CARoots.PEM) != pem || c.CARoots.System || len(c.Warnings) != 0 {
+		t.Errorf("SYSTEM and PEM: %+v %+v %q", c.XDSRoots, c.CARoots, c.Warnings)
+	}
+	if err := os.MkdirAll("var/run/secrets/istio", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(defaultRoots, []byte(pem), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if c = load(t, remote...); c.XDSRoots.File != defaultRoots || c.CARoots.File != defaultRoots || len(c.Warnings) != 0 {
+		t.Errorf("mounted: %+v %q", c.XDSRoots, c.Warnings)
+	}
+}
+
+func TestToken(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	if c := load(t); c.TokenFile != "" || c.TokenLiteral != "" {
+		t.Errorf("nothing mounted: %q %q", c.TokenFile, c.TokenLiteral)
+	}
+	if c := load(t, "AUTH_TOKEN", "abc.def\n"); c.TokenLiteral != "abc.def" || c.TokenFile != "" || len(c.Warnings) != 0 {
+		t.Errorf("literal: %q %q", c.TokenFile, c.TokenLiteral)
+	}
+	if c := load(t, "AUTH_TOKEN", "/no/such/token"); c.TokenLiteral != "/no/such/token" || len(c.Warnings) != 1 {
+		t.Errorf("a path that is not there: %q %q", c.TokenLiteral, c.Warnings)
+	}
+	if err := os.MkdirAll("var/run/secrets/tokens", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(defaultToken, []byte("t"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if c := load(t); c.TokenFile != defaultToken {
+		t.Errorf("mounted: %q", c.TokenFile)
+	}
+	if c := load(t, "AUTH_TOKEN", ""); c.TokenFile != "" || c.TokenLiteral != "" {
+		t.Errorf("none wanted: %q %q", c.TokenFile, c.TokenLiteral)
+	}
+}
+
+func TestHeaders(t *testing.T) { // checklist 14
+	c := load(t, "XDS_HEADER_FOO_BAR", "v", "XDS_HEADER_X-Y.Z", "", "CA_HEADER_Authorization", "Basic a=b")
+	if want := [][2]string{{"foo_bar", "v"}, {"x-y.z", ""}}; !slices.Equal(c.XDSHeaders, want) {
+		t.Errorf("xDS: %q", c.XDSHeaders)
+	}
+	if want := [][2]string{{"authorization", "Basic a=b"}}; !slices.Equal(c.CAHeaders, want) {
+		t.Errorf("CA: %q", c.CAHeaders)
+	}
+}
+
+func TestMetadata(t *testing.T) { // checklist 13, 20
+	c := load(t, "ISTIO_META_CLUSTER_ID", "c1", "CLUSTER_ID", "c2", "ISTIO_METAJSON_LABELS", `{"a":1}`, "ISTIO_METAJSON_BAD", "{", "ISTIO_METAJSON_NULL", "null")
+	if c.ClusterID != "c1" || c.ProxyMetadata["CLUSTER_ID"] != "c1" || len(c.ProxyMetadata) != 1 {
+		t.Errorf("cluster %q, metadata %v", c.ClusterID, c.ProxyMetadata)
+	}
+	if string(c.MetaJSON["LABELS"]) != `{"a":1}` || string(c.MetaJSON["NULL"]) != "null" || len(c.MetaJSON) != 2 || len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0], "ISTIO_METAJSON_BAD") {
+		t.Errorf("JSON %s, warnings %q", c.MetaJSON, c.Warnings)
+	}
+	if !json.Valid(c.MetaJSON["LABELS"]) {
+		t.Error("what is kept is not JSON")
+	}
+}
+
+// ZTUN_CONTROL_CREDENTIALS stands in for whatever the specific variables do not say.
+func TestControlCredentials(t *testing.T) {
+	dir := t.TempDir()
+	file := func(name string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	set := []string{"ZTUN_CONTROL_CREDENTIALS", dir, "XDS_ADDRESS", "-", "LOCAL_CA_DIR", "-"}
+	broken := func(says string) {
+		t.Helper()
+		if _, err := loadConfig(env(set...)); err == nil || !strings.Contains(err.Error(), says) || !strings.Contains(err.Error(), "ZTUN_CONTROL_CREDENTIALS") {
+			t.Errorf("%v, want %q", err, says)
+		}
+	}
+	broken("root-cert.pem")
+	root := file("root-cert.pem")
+	broken("neither a token")
+	cert := file("cert-chain.pem")
+	broken("only one of")
+	key := file("key.pem")
+	c := load(t, set...)
+	if c.XDSRoots.File != root || c.CARoots.File != root || c.TokenFile != "" || c.ClientCert != cert || c.ClientKey != key || c.ControlDir != dir || len(c.Warnings) != 0 {
+		t.Errorf("certificate only: %+v", c)
+	}
+	token := file("token")
+	if c := load(t, set...); c.TokenFile != token || c.ClientCert != cert {
+		t.Errorf("all: %+v", c)
+	}
+	c = load(t, append(set, "XDS_ROOT_CA", "SYSTEM", "AUTH_TOKEN", "t", "ZTUN_CONTROL_CERT", "/c", "ZTUN_CONTROL_KEY", "/k")...)
+	if !c.XDSRoots.System || c.XDSRoots.File != "" || c.CARoots.File != root || c.TokenLiteral != "t" || c.TokenFile != "" || c.ClientCert != "/c" || c.ClientKey != "/k" {
+		t.Errorf("specific variables: %+v", c)
+	}
+}

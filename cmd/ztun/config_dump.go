@@ -1,0 +1,225 @@
+package main
+
+import (
+	"bufio"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"ztun/proxy/identity"
+)
+
+// dump is the configuration under ztunnel's names and in its encodings (spec controlplane 1.2, 6.3; the
+// keys are those of a real ztunnel, encoding/json sorts them as it does), with our own settings under ztun.
+func (c *Config) dump() map[string]any {
+	illegal := []int{15001, 15006, 15008}
+	var socks any
+	if c.SOCKS5 {
+		illegal = append(illegal, 15080)
+		socks = "127.0.0.1:15080"
+	}
+	var self, workload any
+	if c.Identity != (identity.ID{}) {
+		self = c.Identity.String()
+		workload = map[string]string{"name": c.PodName, "namespace": c.PodNamespace, "serviceAccount": c.ServiceAccount}
+	}
+	return map[string]any{
+		"adminAddr":                c.localhost(c.AdminPort),
+		"altCaHostname":            orNull(c.AltCAHostname),
+		"altXdsHostname":           orNull(c.AltXDSHostname),
+		"caAddress":                orNull(c.CAAddress),
+		"caHeaders":                headersOf(c.CAHeaders),
+		"caRootCert":               c.CARoots.dump(),
+		"clusterDomain":            c.ClusterDomain,
+		"clusterId":                c.ClusterID,
+		"connectionWindowSize":     c.ConnWindow,
+		"crlPath":                  orNull(c.CRLPath),
+		"dnsProxy":                 c.DNSProxy,
+		"dnsProxyAddr":             c.dnsAddress(),
+		"dnsResolverCfg":           resolvConf().servers(),
+		"dnsResolverOpts":          resolvConf().options(c.IPv6),
+		"enableEnhancedBaggage":    c.ResponseBaggage,
+		"fakeCa":                   c.FakeCA,
+		"fakeSelfInbound":          false,
+		"frameSize":                c.FrameSize,
+		"illegalPorts":             illegal,
+		"inboundAddr":              c.wildcard(15008).String(),
+		"inboundPlaintextAddr":     c.wildcard(15006).String(),
+		"inpodPortReuse":           true,
+		"inpodUds":                 c.InpodUDS,
+		"ipv6Enabled":              c.IPv6,
+		"localNode":                orNull(c.NodeName),
+		"localhostAppTunnel":       c.LocalhostAppTunnel,
+		"network":                  c.Network,
+		"numWorkerThreads":         c.WorkerThreads,
+		"outboundAddr":             c.wildcard(15001).String(),
+		"packetMark":               c.PacketMark,
+		"poolMaxStreamsPerConn":    c.PoolMaxStreams,
+		"poolUnusedReleaseTimeout": secsNanos(c.PoolUnused),
+		"preferedServiceNamespace": orNull(c.PreferredServiceNamespace),
+		"proxy":                    true,
+		"proxyArgs":                c.ProxyArgs,
+		"proxyMetadata":            c.ProxyMetadata,
+		"proxyMode":                "Shared",
+		"proxyWorkloadInformation": nil,
+		"readinessAddr":            c.socket(c.ReadinessPort),
+		"requireOriginalSource":    c.OriginalSource,
+		"secretTtl":                secsNanos(c.SecretTTL),
+		"selfTerminationDeadline":  secsNanos(c.TerminationDeadline),
+		"socketConfig": map[string]any{
+			"keepaliveEnabled": c.KeepaliveEnabled, "keepaliveInterval": secsNanos(c.KeepaliveInterval), "keepaliveRetries": c.KeepaliveRetries,
+			"keepaliveTime": secsNanos(c.KeepaliveTime), "userTimeoutEnabled": c.UserTimeout,
+		},
+		"socks5Addr":      socks,
+		"statsAddr":       c.socket(c.StatsPort),
+		"windowSize":      c.StreamWindow,
+		"xdsAddress":      orNull(c.XDSAddress),
+		"xdsHeaders":      headersOf(c.XDSHeaders),
+		"xdsOnDemand":     c.XDSOnDemand,
+		"xdsRootCert":     c.XDSRoots.dump(),
+		"ztun":            c.dumpOwn(),
+		"ztunnelIdentity": self,
+		"ztunnelWorkload": workload,
+	}
+}
+
+// dumpOwn is what ztunnel does not have or does not show; no secrets and no contents of files.
+func (c *Config) dumpOwn() map[string]any {
+	return map[string]any{
+		"adaptiveProcessors": c.AdaptiveProcessors, "authzPolicyInfoLogging": c.AuthzInfo, "clientCert": orNull(c.ClientCert),
+		"controlCredentials": orNull(c.ControlDir), "localCaDir": orNull(c.LocalCADir), "localXdsPath": orNull(c.LocalXDSPath),
+		"maxInFlight": c.MaxInFlight, "maxInFlightPerDestination": c.MaxInFlightPerDestination, "mtu": c.MTU, "nodeTun": c.NodeTUN,
+		"pqc": c.PQC, "socket": c.Socket, "stateDir": c.StateDir, "tls12": c.TLS12, "tokenFile": orNull(c.TokenFile), "tunPlain": c.TUNPlain,
+	}
+}
+
+func (r RootSource) dump() any {
+	switch {
+	case r.File != "":
+		return map[string]string{"File": r.File}
+	case r.System:
+		return "Default"
+	}
+	return "Static"
+}
+
+func (c *Config) socket(port uint16) any {
+	return map[string]string{"SocketAddr": c.wildcard(port).String()}
+}
+
+func (c *Config) localhost(port uint16) any {
+	return map[string]any{"Localhost": []any{c.loopbackIPv6(), port}}
+}
+
+func (c *Config) dnsAddress() any {
+	if port, ok := strings.CutPrefix(c.DNSProxyAddr, "localhost:"); ok {
+		n, _ := strconv.ParseUint(port, 10, 16) // checked when it was read
+		return c.localhost(uint16(n))
+	}
+	return map[string]string{"SocketAddr": c.DNSProxyAddr}
+}
+
+func secsNanos(d time.Duration) any {
+	return map[string]int64{"nanos": int64(d % time.Second), "secs": int64(d / time.Second)}
+}
+
+func orNull(s string) any {
+	if s == "" {
+		return nil
+	}
+	return s
+}
+
+// headersOf never is null.
+func headersOf(h [][2]string) [][2]string { return append([][2]string{}, h...) }
+
+// resolver is what /etc/resolv.conf says (resolv.conf(5)), for whoever looks why a name does not resolve.
+type resolver struct {
+	nameservers              []string
+	domain                   string
+	search                   []string
+	ndots, timeout, attempts int // timeout in seconds
+}
+
+func resolvConf() resolver {
+	b, _ := os.ReadFile("/etc/resolv.conf") // a missing one is an empty one
+	return parseResolvConf(string(b))
+}
+
+// parseResolvConf reads what is well formed and skips the rest, as resolvers do.
+func parseResolvConf(text string) resolver {
+	r := resolver{search: []string{}, ndots: 1, timeout: 5, attempts: 2}
+	for in := bufio.NewScanner(strings.NewReader(text)); in.Scan(); {
+		f := strings.Fields(in.Text())
+		if len(f) < 2 {
+			continue
+		}
+		switch f[0] {
+		case "nameserver":
+			if _, err := netip.ParseAddr(f[1]); err == nil {
+				r.nameservers = append(r.nameservers, f[1])
+			}
+		case "domain":
+			r.domain = f[1]
+		case "search":
+			r.search = f[1:]
+		case "options":
+			for _, o := range f[1:] {
+				name, value, _ := strings.Cut(o, ":")
+				n, err := strconv.Atoi(value)
+				if err != nil || n < 0 {
+					continue
+				}
+				switch name {
+				case "ndots":
+					r.ndots = n
+				case "timeout":
+					r.timeout = n
+				case "attempts":
+					r.attempts = n
+				}
+			}
+		}
+	}
+	return r
+}
+
+// addrs are the nameservers to ask.
+func (r resolver) addrs() (all []netip.AddrPort) {
+	for _, s := range r.nameservers {
+		all = append(all, netip.AddrPortFrom(netip.MustParseAddr(s), dnsPort))
+	}
+	return all
+}
+
+func (r resolver) servers() any {
+	servers := []any{}
+	for _, ip := range r.nameservers {
+		connection := func(protocol string) any {
+			return map[string]any{"bind_addr": nil, "port": 53, "protocol": map[string]string{"type": protocol}}
+		}
+		servers = append(servers, map[string]any{
+			"connections": []any{connection("udp"), connection("tcp")}, "ip": ip, "trust_negative_responses": true,
+		})
+	}
+	return map[string]any{"domain": orNull(r.domain), "name_servers": servers, "search": r.search}
+}
+
+// options has ztunnel's keys, which are those of its resolver library. attempts, ndots and timeout are
+// resolv.conf's, ip_strategy follows IPV6_ENABLED; the rest has no counterpart here and stands for a reader
+// that expects the keys, with that library's defaults.
+func (r resolver) options(ipv6 bool) any {
+	strategy := "Ipv4Only"
+	if ipv6 {
+		strategy = "Ipv4AndIpv6"
+	}
+	return map[string]any{
+		"allow_answers": []string{}, "attempts": r.attempts, "avoid_local_udp_ports": []int{}, "cache_size": 4096, "case_randomization": false,
+		"deny_answers": []string{}, "edns0": false, "edns_payload_len": 1232, "ip_strategy": strategy, "max_active_requests": 32,
+		"ndots": r.ndots, "negative_max_ttl": nil, "negative_min_ttl": nil, "num_concurrent_reqs": 2, "os_port_selection": false,
+		"positive_max_ttl": nil, "positive_min_ttl": nil, "preserve_intermediates": true, "recursion_desired": true,
+		"server_ordering_strategy": "QueryStatistics", "timeout": r.timeout, "trust_anchor": nil, "try_tcp_on_error": false, "use_hosts_file": "Auto",
+	}
+}

@@ -1,0 +1,136 @@
+package main
+
+import (
+	"fmt"
+	"math"
+	"strings"
+	"text/tabwriter"
+)
+
+// variable is one row of the table: how a value is read, and what it means.
+type variable struct {
+	name, def, help string
+	set             func(value string) error
+}
+
+// pattern is a family of variables: those whose names begin with prefix.
+type pattern struct {
+	prefix, help string
+	set          func(key, value string) error // key is the name without the prefix
+}
+
+// variables is the table: every variable that the daemon reads, in the order of its help. A default of ""
+// means that set is called only if the variable is set.
+func variables(c *Config, l *loader) []variable {
+	none := func(string) error { return nil } // read as metadata
+	return []variable{
+		{"NODE_NAME", "", "name of this node; only its workloads are served", str(&c.NodeName)},
+		{"NETWORK", "", "network of this node", str(&c.Network)},
+		{"CLUSTER_ID", "Kubernetes", "cluster of this node (ISTIO_META_CLUSTER_ID wins)", str(&c.ClusterID)},
+		{"ISTIO_META_CLUSTER_ID", "", "cluster of this node", str(&c.ClusterID)},
+		{"CLUSTER_DOMAIN", "cluster.local", "DNS suffix of the cluster", str(&c.ClusterDomain)},
+		{"INSTANCE_IP", "", "address of this proxy, as the control plane is told (1.1.1.1 if not set)", str(&c.InstanceIP)},
+		{"POD_NAME", "", "name of this proxy's own pod", str(&c.PodName)},
+		{"POD_NAMESPACE", "", "its namespace", str(&c.PodNamespace)},
+		{"SERVICE_ACCOUNT", "", "its service account; with the two above it is this proxy's own identity", str(&c.ServiceAccount)},
+		{"TRUST_DOMAIN", "cluster.local", "trust domain of this proxy's own identity", str(&c.TrustDomain)},
+		{"PROXY_MODE", "shared", "shared: one daemon for all pods of the node (the only mode)", proxyMode},
+		{"PROXY_WORKLOAD_INFO", "", "refused: the workload of dedicated mode; pods are named by `ztun pod add`", proxyWorkloadInfo},
+		{"ENABLE_PROXY", "true", "the HBONE proxy; must be on", onlyBool(true, "a TUN device is the pods' only way out: without the proxy their connections would end there")},
+
+		{"ZTUN_MESH_CONFIG", "./etc/istio/config/mesh", "Istio MeshConfig file (path fixed in ztunnel): its defaultConfig is a ProxyConfig; only a file named here must exist", l.setMeshConfig},
+		{"PROXY_CONFIG", "", "Istio ProxyConfig (YAML or JSON): discoveryAddress, proxyAdminPort, statsPort, concurrency, proxyMetadata; wins over the mesh's", l.setProxyConfig},
+
+		{"KUBERNETES_SERVICE_HOST", "", "set in a pod: the default control plane is then istiod.istio-system.svc", func(string) error { l.kubernetes = true; return nil }},
+		{"XDS_ADDRESS", "", "control plane (default: ProxyConfig's discoveryAddress, else https://istiod.istio-system.svc:15012 in Kubernetes, https://localhost:15012 elsewhere); set to nothing: none", optional(&l.xds, parseAddress)},
+		{"XDS_ROOT_CA", defaultRoots, "who certifies the control plane: a file, SYSTEM, or PEM", roots(&c.XDSRoots)},
+		{"ALT_XDS_HOSTNAME", "", "another name that the control plane's certificate may have", str(&c.AltXDSHostname)},
+		{"XDS_ON_DEMAND", "false", "ask for workloads when they are needed; not with the DNS proxy", boolean(&c.XDSOnDemand)},
+		{"AUTH_TOKEN", defaultToken, "token for control plane and CA: a file (read at each call), else the token itself; set to nothing: none", l.setToken},
+		{"LOCAL_XDS_PATH", "", "workload file (ztunnel's local schema), reloaded when it changes; may stand beside a control plane", str(&c.LocalXDSPath)},
+		{"LOCAL_XDS", "", "the same, inline", str(&c.LocalXDS)},
+		{"CA_ADDRESS", "", "where workload certificates come from (default as XDS_ADDRESS, without discoveryAddress), unless LOCAL_CA_DIR or FAKE_CA is set", optional(&l.ca, parseAddress)},
+		{"CA_ROOT_CA", defaultRoots, "who certifies the CA's server: a file, SYSTEM, or PEM", roots(&c.CARoots)},
+		{"ALT_CA_HOSTNAME", "", "another name that the CA server's certificate may have", str(&c.AltCAHostname)},
+		{"LOCAL_CA_DIR", "", "directory of the local CA (see `ztun ca init`), in place of CA_ADDRESS", str(&c.LocalCADir)},
+		{"FAKE_CA", "false", "use the built-in test CA, which every copy of this program knows: for tests only", boolean(&c.FakeCA)},
+		{"ZTUN_CONTROL_CREDENTIALS", "", "directory that `ztun control join` has written: roots, token and client certificate for control plane and CA, where no other variable names them", str(&c.ControlDir)},
+		{"ZTUN_CONTROL_CERT", "", "client certificate for control plane and CA, PEM file", str(&c.ClientCert)},
+		{"ZTUN_CONTROL_KEY", "", "its key, PEM file", str(&c.ClientKey)},
+		{"SECRET_TTL", "24h", "lifetime of a workload certificate", duration(&c.SecretTTL)},
+		{"CRL_PATH", "", "certificate revocation lists, PEM or DER file", str(&c.CRLPath)},
+		{"TLS12_ENABLED", "false", "accept TLS 1.2, too", c.exactly(&c.TLS12, "TLS12_ENABLED")},
+		{"COMPLIANCE_POLICY", "", "pqc: X25519MLKEM768 is the only key exchange", compliancePolicy(&c.PQC)},
+
+		{"ISTIO_META_DNS_CAPTURE", "true", "answer the pods' DNS queries (also ProxyConfig's proxyMetadata)", none},
+		{"ISTIO_META_DNS_PROXY_ADDR", "localhost:15053", "where the DNS proxy listens in a pod: localhost:PORT or IP:PORT (also proxyMetadata)", none},
+		{"PREFERED_SERVICE_NAMESPACE", "", "namespace that DNS prefers among services of one name (ztunnel's spelling)", str(&c.PreferredServiceNamespace)},
+		{"UNSTABLE_ENABLE_SOCKS5", "false", "SOCKS5 on 127.0.0.1:15080 in each pod", boolean(&c.SOCKS5)},
+
+		{"HTTP2_STREAM_WINDOW_SIZE", "4194304", "HTTP/2 window of a stream, bytes", uint32v(&c.StreamWindow, 65535, math.MaxInt32)},
+		{"HTTP2_CONNECTION_WINDOW_SIZE", "16777216", "HTTP/2 window of a connection, bytes", uint32v(&c.ConnWindow, 65535, math.MaxInt32)},
+		{"HTTP2_FRAME_SIZE", "1048576", "largest HTTP/2 frame accepted, bytes", uint32v(&c.FrameSize, 16384, 1<<24-1)},
+		{"POOL_MAX_STREAMS_PER_CONNECTION", "100", "streams that one tunnel carries at most", uint16v(&c.PoolMaxStreams, 1)},
+		{"POOL_UNUSED_RELEASE_TIMEOUT", "5m", "an unused tunnel is closed after this", duration(&c.PoolUnused)},
+		{"ENABLE_RESPONSE_BAGGAGE", "true", "send and read baggage in answers", boolean(&c.ResponseBaggage)},
+		{"LOCALHOST_APP_TUNNEL", "true", "an application tunnel's PROXY protocol is spoken to the pod's loopback address", boolean(&c.LocalhostAppTunnel)},
+		{"ENABLE_ORIG_SRC", "", "connections reach applications from the client's own address (default: wherever possible)", optionalBool(&c.OriginalSource)},
+
+		{"KEEPALIVE_ENABLED", "true", "TCP keepalive", boolean(&c.KeepaliveEnabled)},
+		{"KEEPALIVE_TIME", "180s", "idle time before the first probe", duration(&c.KeepaliveTime)},
+		{"KEEPALIVE_INTERVAL", "180s", "time between probes", duration(&c.KeepaliveInterval)},
+		{"KEEPALIVE_RETRIES", "9", "probes before a connection is given up", uint32v(&c.KeepaliveRetries, 1, 127)},
+		{"USER_TIMEOUT_ENABLED", "false", "TCP_USER_TIMEOUT of time + retries x interval", boolean(&c.UserTimeout)},
+		{"IPV6_ENABLED", "true", "listen on and route IPv6, too", boolean(&c.IPv6)},
+		{"PACKET_MARK", "0", "SO_MARK of the sockets towards the network, 0 for none (ztunnel's 1337 serves its iptables rules, of which there are none here)", uint32v(&c.PacketMark, 0, math.MaxUint32)},
+		{"INPOD_UDS", "/var/run/ztunnel/ztunnel.sock", "istio-cni's socket; nothing reads it yet", str(&c.InpodUDS)},
+		{"INPOD_PORT_REUSE", "true", "SO_REUSEPORT in the pods; must be on: no port is bound there", onlyBool(true, "ports are served by a userspace stack behind the TUN, not by sockets in the pods: there is nothing to keep others from")},
+
+		{"CONNECTION_TERMINATION_DEADLINE", "", "how long connections may finish after SIGTERM (default 5s)", l.setDeadline},
+		{"TERMINATION_GRACE_PERIOD_SECONDS", "", "the same, from the pod: N>10: N-5, else N-1 seconds, at least 1", l.setGrace},
+		{"ZTUNNEL_CPU_LIMIT", "", "processors of this machine, as the worker count sees them", ranged(&l.cpuLimit, 1, maxCPUs)},
+		{"ZTUNNEL_RESOURCE_CPU_LIMIT", "", "CPU limit of the daemon (Kubernetes quantity)", quantity(&l.limit)},
+		{"ZTUNNEL_RESOURCE_CPU_REQUEST", "", "CPU request of the daemon (Kubernetes quantity)", quantity(&l.request)},
+		{"ZTUNNEL_WORKER_THREADS", "", "worker threads: N, N%, 0 = all; default a quarter of the processors, at least 2", l.setWorkers},
+		{"RUST_LOG", "info", "log filter: level or target=level, comma separated", str(&c.RustLog)},
+		{"LOG_FORMAT", "plain", "json, or anything else for text", str(&c.LogFormat)},
+		{"AUTHZ_POLICY_INFO_LOGGING", "false", "log decisions of policies at info, not at debug", c.exactly(&c.AuthzInfo, "AUTHZ_POLICY_INFO_LOGGING")},
+		{"ISTIO_META_ISTIO_VERSION", "unknown", "version shown by the istio_build metric", str(&c.IstioVersion)},
+
+		{"ZTUN_STATE_DIR", "/var/run/ztun", "where the daemon keeps its socket and the list of pods", str(&c.StateDir)},
+		{"ZTUN_SOCKET", "", "control socket of `ztun pod` (default ZTUN_STATE_DIR/ztun.sock)", str(&c.Socket)},
+		{"ZTUN_NODE_TUN", "ztun-node", "name of the node's TUN device", deviceName(&c.NodeTUN)},
+		{"ZTUN_MTU", "1500", "MTU of the TUN devices, bytes", ranged(&c.MTU, 1280, 65535)},
+		{"ZTUN_MAX_INFLIGHT", "1024", "connections of one pod that may wait for their verdict", ranged(&c.MaxInFlight, 1, 1<<20)},
+		{"ZTUN_MAX_INFLIGHT_PER_DESTINATION", "256", "the same, to one destination", ranged(&c.MaxInFlightPerDestination, 1, 1<<20)},
+		{"ZTUN_TUN_PLAIN", "false", "use the portable TUN path without offload", boolean(&c.TUNPlain)},
+		{"ZTUN_ADAPTIVE_PROCESSORS", "true", "use as many processors as the work needs, up to the worker threads plus one; false: always that many", boolean(&c.AdaptiveProcessors)},
+		{"ZTUN_READINESS_PORT", "15021", "readiness port (fixed in ztunnel; for several daemons in one namespace)", uint16v(&c.ReadinessPort, 0)},
+	}
+}
+
+// patterns are the families of variables, in the order of the help.
+func patterns(c *Config, l *loader) []pattern {
+	return []pattern{
+		{"XDS_HEADER_", "gRPC metadata for the control plane: XDS_HEADER_FOO=v sends foo: v", header(&c.XDSHeaders)},
+		{"CA_HEADER_", "the same for the CA", header(&c.CAHeaders)},
+		{"ISTIO_META_", "metadata for the control plane, by the name after the prefix; wins over proxyMetadata", l.setMeta},
+		{"ISTIO_METAJSON_", "the same, as JSON", l.setMetaJSON},
+	}
+}
+
+// helpTable renders the table of variables for `ztun proxy --help`.
+func helpTable() string {
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 4, 2, ' ', 0)
+	c := &Config{}
+	l := &loader{c: c}
+	for _, v := range variables(c, l) {
+		fmt.Fprintf(w, "  %s\t%s\t%s\n", v.name, v.def, v.help)
+	}
+	for _, p := range patterns(c, l) {
+		fmt.Fprintf(w, "  %s*\t\t%s\n", p.prefix, p.help)
+	}
+	w.Flush()
+	return b.String()
+}

@@ -1,0 +1,171 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// These make the set functions of the table: each reads one value into *p (spec controlplane 1.1). "" is a
+// value like any other: no boolean, no number, no duration.
+
+func str(p *string) func(string) error {
+	return func(v string) error { *p = v; return nil }
+}
+
+// optional keeps apart what is not set and what is set to "".
+func optional(p **string, parse func(string) (string, error)) func(string) error {
+	return func(v string) error {
+		v, err := parse(v)
+		*p = &v
+		return err
+	}
+}
+
+func parseBool(v string) (bool, error) {
+	if v != "true" && v != "false" {
+		return false, errors.New("must be true or false")
+	}
+	return v == "true", nil
+}
+
+func boolean(p *bool) func(string) error {
+	return func(v string) (err error) { *p, err = parseBool(v); return err }
+}
+
+func optionalBool(p **bool) func(string) error {
+	return func(v string) error {
+		b, err := parseBool(v)
+		*p = &b
+		return err
+	}
+}
+
+// onlyBool is a boolean of which one value does not apply here.
+func onlyBool(want bool, why string) func(string) error {
+	return func(v string) error {
+		b, err := parseBool(v)
+		if err == nil && b != want {
+			err = errors.New(why)
+		}
+		return err
+	}
+}
+
+// exactly is true for "true" and false for all else, as ztunnel reads a few of its variables.
+func (c *Config) exactly(p *bool, name string) func(string) error {
+	return func(v string) error {
+		*p = v == "true"
+		if v != "" && v != "true" && v != "false" {
+			c.warn("%s=%q is read as false: only true switches it on", name, v)
+		}
+		return nil
+	}
+}
+
+func proxyMode(v string) error {
+	switch v {
+	case "shared":
+		return nil
+	case "dedicated":
+		return errors.New("dedicated mode redirects its own namespace with iptables; a TUN-based proxy serves pods through their namespaces: use shared, and `ztun pod add`")
+	}
+	return errors.New("must be shared")
+}
+
+// parseWorkloadInfo reads ztunnel's namespace/name/service-account.
+func parseWorkloadInfo(v string) (namespace, name, serviceAccount string, err error) {
+	parts := strings.SplitN(v, "/", 3)
+	if len(parts) != 3 || parts[0] == "" || parts[1] == "" || parts[2] == "" {
+		return "", "", "", errors.New("must be NAMESPACE/NAME/SERVICE_ACCOUNT")
+	}
+	return parts[0], parts[1], parts[2], nil
+}
+
+// proxyWorkloadInfo refuses what only dedicated mode has a use for, and says what to do instead.
+func proxyWorkloadInfo(v string) error {
+	ns, name, sa, err := parseWorkloadInfo(v)
+	if err != nil {
+		return err
+	}
+	return fmt.Errorf("it names the one workload of dedicated mode; here pods are named one by one: `ztun pod add --namespace %s --name %s --service-account %s`", ns, name, sa)
+}
+
+func compliancePolicy(p *bool) func(string) error {
+	return func(v string) error {
+		if v != "" && v != "pqc" {
+			return errors.New("only pqc is known; for FIPS 140-3 run with GODEBUG=fips140=on")
+		}
+		*p = v == "pqc"
+		return nil
+	}
+}
+
+func duration(p *time.Duration) func(string) error {
+	return func(v string) (err error) { *p, err = parseDuration(v); return err }
+}
+
+func uint32v(p *uint32, lo, hi uint64) func(string) error {
+	return func(v string) error {
+		n, err := strconv.ParseUint(v, 10, 32)
+		if err != nil || n < lo || n > hi {
+			return fmt.Errorf("must be a decimal number from %d to %d", lo, hi)
+		}
+		*p = uint32(n)
+		return nil
+	}
+}
+
+func uint16v(p *uint16, lo uint64) func(string) error {
+	return func(v string) error {
+		n, err := strconv.ParseUint(v, 10, 16)
+		if err != nil || n < lo {
+			return fmt.Errorf("must be a decimal number from %d to 65535", lo)
+		}
+		*p = uint16(n)
+		return nil
+	}
+}
+
+func ranged(p *int, lo, hi int) func(string) error {
+	return func(v string) error {
+		n, err := strconv.Atoi(v)
+		if err != nil || n < lo || n > hi {
+			return fmt.Errorf("must be a decimal number from %d to %d", lo, hi)
+		}
+		*p = n
+		return nil
+	}
+}
+
+// maxCPUs bounds every count of processors.
+const maxCPUs = 1 << 16
+
+// quantity reads a Kubernetes CPU quantity ("2", "1.5", "500m"), rounded up to whole processors.
+func quantity(p *int) func(string) error {
+	return func(v string) error {
+		number, div := v, 1.0
+		if s, ok := strings.CutSuffix(v, "m"); ok {
+			number, div = s, 1000
+		}
+		f, err := strconv.ParseFloat(number, 64)
+		if err != nil || !(f > 0) || f/div > maxCPUs {
+			return fmt.Errorf("must be a CPU quantity above 0 and at most %d, such as 2, 1.5 or 500m", maxCPUs)
+		}
+		*p = int(math.Ceil(f / div))
+		return nil
+	}
+}
+
+func deviceName(p *string) func(string) error {
+	return func(v string) error {
+		if v == "" || len(v) > 15 || strings.ContainsAny(v, "/ \t%") {
+			return errors.New("must be a device name of 1 to 15 characters")
+		}
+		*p = v
+		return nil
+	}
+}

@@ -1,0 +1,153 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"syscall"
+	"time"
+
+	"ztun/netstack"
+	"ztun/proxy/dns"
+)
+
+// The listeners that a pod finds on its own loopback, in its own namespace: the DNS proxy (ISTIO_META_DNS_PROXY_ADDR, 15053)
+// and SOCKS5 (15080). They are kernel sockets, as loopback never reaches the TUN.
+
+const socksPort = 15080
+
+// loopback are the addresses to listen on in the pod's namespace.
+func (p *pod) loopback(port uint16, ipv6 bool) []netip.AddrPort {
+	all := []netip.AddrPort{netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), port)}
+	if ipv6 {
+		all = append(all, netip.AddrPortFrom(netip.IPv6Loopback(), port))
+	}
+	return all
+}
+
+// listen opens sockets in the pod's namespace; all or none. A pod without IPv6 on its loopback has only the other.
+func (p *pod) listen(at []netip.AddrPort, packets bool) (ls []net.Listener, ps []net.PacketConn, err error) {
+	err = p.ns.Do(func() error {
+		for _, a := range at {
+			l, lerr := net.Listen("tcp", a.String())
+			if lerr == nil {
+				ls = append(ls, l)
+				if packets {
+					var c net.PacketConn
+					if c, lerr = net.ListenPacket("udp", a.String()); lerr == nil {
+						ps = append(ps, c)
+					}
+				}
+			}
+			if lerr != nil && !(a.Addr() == netip.IPv6Loopback() && errors.Is(lerr, syscall.EADDRNOTAVAIL)) {
+				return lerr
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		closeAll(ls, ps)
+		return nil, nil, fmt.Errorf("in the pod's namespace: %w", err)
+	}
+	return ls, ps, nil
+}
+
+func closeAll(ls []net.Listener, ps []net.PacketConn) {
+	for _, l := range ls {
+		l.Close()
+	}
+	for _, c := range ps {
+		c.Close()
+	}
+}
+
+// serveNames starts the pod's DNS proxy.
+func (p *pod) serveNames(parts *podParts) error {
+	c := parts.c
+	host, port, _ := net.SplitHostPort(c.DNSProxyAddr) // checked by the configuration
+	at, err := netip.ParseAddrPort(c.DNSProxyAddr)
+	where := []netip.AddrPort{at}
+	if err != nil && host == "localhost" {
+		n, err := net.LookupPort("udp", port)
+		if err != nil {
+			return err
+		}
+		where = p.loopback(uint16(n), c.IPv6)
+	}
+	ls, ps, err := p.listen(where, true)
+	if err != nil {
+		return fmt.Errorf("DNS proxy %w", err)
+	}
+	p.dns, err = dns.New(dns.Config{
+		Client: p.info(), Knowledge: parts.know, Upstream: podUpstream{p.stack}, Nameservers: parts.nameservers,
+		Options: dns.Options{ClusterDomain: c.ClusterDomain, PreferredNamespace: c.PreferredServiceNamespace, IPv6: c.IPv6},
+		Packets: ps, Listeners: ls, Metrics: parts.dnsMetrics, Logger: parts.dnsLog,
+	})
+	if err != nil {
+		closeAll(ls, ps)
+		return err
+	}
+	p.running.Go(func() { p.dns.Run(context.Background()) })
+	return nil
+}
+
+// query is where a UDP packet to port 53 leaves netstack.
+func (p *pod) query(q *netstack.DNSQuery) {
+	if answer := p.dns.Query(q.Payload(), q.Dst()); answer != nil {
+		q.Reply(answer) // a failed reply is a lost packet
+	}
+}
+
+// serveSOCKS starts the pod's SOCKS5 server.
+func (p *pod) serveSOCKS(parts *podParts) error {
+	ls, _, err := p.listen(p.loopback(socksPort, parts.c.IPv6), false)
+	if err != nil {
+		return fmt.Errorf("SOCKS5 %w", err)
+	}
+	p.socks = ls
+	for _, l := range ls {
+		p.running.Go(func() {
+			for {
+				conn, err := l.Accept()
+				switch {
+				case errors.Is(err, net.ErrClosed):
+					return
+				case err != nil: // out of descriptors, or the like
+					time.Sleep(100 * time.Millisecond)
+				default:
+					p.running.Go(func() { p.proxy.ServeSOCKS(conn) })
+				}
+			}
+		})
+	}
+	return nil
+}
+
+// closeLoopback takes nothing new from the pod's loopback and lets queries end until ctx does.
+func (p *pod) closeLoopback(ctx context.Context) {
+	closeAll(p.socks, nil)
+	if p.dns != nil {
+		p.dns.Shutdown(ctx)
+	}
+}
+
+// podUpstream is how what the mesh does not know is asked for: from the pod's own address.
+type podUpstream struct{ stack *netstack.Stack }
+
+func (u podUpstream) DialUDP(ctx context.Context, dst netip.AddrPort) (net.Conn, error) {
+	c, err := u.stack.DialUDP(ctx, dst)
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func (u podUpstream) DialTCP(ctx context.Context, dst netip.AddrPort) (net.Conn, error) {
+	c, err := u.stack.DialPlain(ctx, dst)
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}

@@ -1,0 +1,130 @@
+package main
+
+import (
+	"context"
+
+	"ztun/admin"
+	"ztun/admin/ca"
+	"ztun/admin/istiod"
+	"ztun/admin/xds"
+	"ztun/proxy/state"
+)
+
+// maxXDS bounds a message of the control plane, in bytes (spec controlplane 2.1).
+const maxXDS = 200 << 20
+
+// connector is the way to a control plane: what XDS_ADDRESS and CA_ADDRESS have in common.
+func (d *daemon) connector(name, address string, roots RootSource, alt string, headers [][2]string, maxRecv int) (*istiod.Connector, error) {
+	c := d.c
+	conn, err := istiod.New(istiod.Options{
+		Address: address, Roots: istiod.Roots{File: roots.File, PEM: roots.PEM, System: roots.System}, AltHostname: alt,
+		Token: istiod.Token{File: c.TokenFile, Literal: c.TokenLiteral}, ClusterID: c.ClusterID, Headers: headers,
+		ClientCert: c.ClientCert, ClientKey: c.ClientKey, TLS12: c.TLS12, PQC: c.PQC, MaxRecv: maxRecv, Logger: d.log.Logger("istiod"),
+	})
+	if err != nil {
+		return nil, &configError{name, address, err}
+	}
+	return conn, nil
+}
+
+// signer is where certificates come from: istiod or `ztun control`, a local CA, or the fake one.
+func (d *daemon) signer(ctx context.Context) (ca.Signer, error) {
+	c := d.c
+	switch {
+	case c.FakeCA:
+		d.logger.Warn("FAKE_CA=true: certificates are signed with a key that everybody knows; for tests only")
+		return ca.NewFake(), nil
+	case c.LocalCADir != "":
+		signer, err := ca.LoadDir(c.LocalCADir)
+		if err != nil {
+			return nil, &configError{"LOCAL_CA_DIR", c.LocalCADir, err}
+		}
+		return signer, nil
+	}
+	conn, err := d.connector("CA_ADDRESS", c.CAAddress, c.CARoots, c.AltCAHostname, c.CAHeaders, 0)
+	if err != nil {
+		return nil, err
+	}
+	d.remoteCA = ca.NewRemote(ca.RemoteOptions{Connector: conn, Impersonate: true, Logger: d.log.Logger("ca")})
+	d.admin(ctx, "certificate authority", d.remoteCA.Run)
+	return d.remoteCA, nil
+}
+
+// revocation reads CRL_PATH. A list that cannot be read at start only warns, as in ztunnel: a pod that does not come up
+// is worse than one whose list comes late.
+func (d *daemon) revocation(ctx context.Context) {
+	if d.c.CRLPath == "" {
+		return
+	}
+	d.crl = ca.NewCRLFile(d.c.CRLPath, &d.revoked, d.log.Logger("crl"))
+	if err := d.crl.Load(); err != nil {
+		d.logger.Warn("CRL_PATH: nothing is revoked until it can be read", "path", d.c.CRLPath, "error", err)
+	}
+	d.admin(ctx, "revocation list", d.crl.Run)
+}
+
+// learn starts the source of workloads: the control plane, or a file alone. ready is told when the first complete state
+// is in use.
+func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
+	c := d.c
+	var base *xds.Local
+	file := &xds.File{Path: c.LocalXDSPath, Inline: c.LocalXDS, Logger: d.log.Logger("xds")}
+	if c.LocalXDSPath != "" || c.LocalXDS != "" {
+		// The first load is synchronous: a wrong file at start is an error, later it keeps the last good state.
+		first, err := file.Load()
+		switch {
+		case err != nil && c.LocalXDSPath == "":
+			return &configError{"LOCAL_XDS", "...", err}
+		case err != nil:
+			return &configError{"LOCAL_XDS_PATH", c.LocalXDSPath, err}
+		}
+		base = first
+	}
+	if c.XDSAddress == "" {
+		if err := d.loop.Do(ctx, func() { d.loop.Publish(base.View(c.NodeName)) }); err != nil {
+			return err
+		}
+		ready.Done()
+		d.admin(ctx, "workload file", func(ctx context.Context) error {
+			return file.Run(ctx, func(l *xds.Local) {
+				d.loop.Post(ctx, admin.StateBuilt{Source: "file", View: l.View(c.NodeName)})
+			}, func(err error) { d.loop.Post(ctx, admin.SourceBroken{Source: "file", Err: err}) })
+		})
+		return nil
+	}
+	conn, err := d.connector("XDS_ADDRESS", c.XDSAddress, c.XDSRoots, c.AltXDSHostname, c.XDSHeaders, maxXDS)
+	if err != nil {
+		return err
+	}
+	// Nothing is used before the first complete state: workloads come first, and without the policies that follow they
+	// would be open to everybody. Publish and Synced run on one goroutine.
+	var early *state.View
+	publish := func(v *state.View) {
+		// Waits until it is in use, so that whoever demanded something finds it.
+		d.loop.DoNamed(ctx, "state from "+conn.Address(), func() { d.loop.Publish(v) })
+	}
+	synced := false
+	d.xds = xds.NewClient(xds.ClientOptions{
+		Connector: conn, NodeName: c.NodeName, OnDemand: c.XDSOnDemand, Base: base, Logger: d.log.Logger("xds"),
+		Node: xds.NewNode(xds.NodeInfo{IP: c.InstanceIP, Pod: c.PodName, Namespace: c.PodNamespace, NodeName: c.NodeName, Metadata: c.ProxyMetadata, JSON: c.MetaJSON}),
+		Publish: func(v *state.View, _ bool) {
+			if synced {
+				publish(v)
+			} else {
+				early = v
+			}
+		},
+		Synced: func() {
+			synced = true
+			if early != nil {
+				publish(early)
+				early = nil
+			}
+			w, s, p := d.loop.View().Counts()
+			d.log.Logger("xds").Info("first state", "source", conn.Address(), "workloads", w, "services", s, "policies", p)
+			ready.Done()
+		},
+	})
+	d.admin(ctx, "xds", d.xds.Run)
+	return nil
+}
