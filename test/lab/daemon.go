@@ -72,6 +72,7 @@ func (w *World) DaemonEnv(n *Node) map[string]string {
 		"LOCAL_XDS_PATH": w.WorldPath(),
 		"XDS_ADDRESS":    "",
 		"LOCAL_CA_DIR":   w.Path("ca"),
+		"CA_ADDRESS":     "", // without a directory there is no CA then, and not istiod
 		"ZTUN_STATE_DIR": w.Path("state-" + n.Name),
 		"ZTUN_MTU":       fmt.Sprint(w.opt.MTU),
 	}
