@@ -33,12 +33,16 @@ type options struct {
 	V6        bool
 	Wait      time.Duration // before each measurement, for a quiet machine
 	Verbose   bool
+	Workloads int    // of the control suite's mesh
+	Services  int    // the same
+	Source    string // how its daemons learn of it: file, xds
+	Storm     []string
 	Args      []string // as given, for the report
 }
 
 // suiteNames in the order in which they run and are shown.
 func suiteNames() []string {
-	return []string{"relay", "hbone", "mesh", "conns", "echo", "mixed", "idle"}
+	return []string{"relay", "hbone", "mesh", "conns", "echo", "mixed", "idle", "control"}
 }
 
 var errHelp = errors.New("help")
@@ -56,6 +60,8 @@ suites (default: all)
   echo    1 KiB echo over kept connections at fixed rates, open loop
   mixed   the same echo at 500/s beside 8 bulk streams between the same two pods
   idle    resident memory idle and per idle connection
+  control a mesh of 100,000 workloads: taking it in, one update, one dump, and what a storm of dumps, scrapes and updates does to
+          requests and new connections, calm and stormy in turn
 
 options
 `
@@ -91,6 +97,10 @@ func parseArgs(args []string, out io.Writer) (options, error) {
 	fs.Func("versus-env", "measure another ztun too, with this `K=V`; may be repeated", keyValue(&o.VersusEnv))
 	fs.DurationVar(&o.Wait, "wait", 0, "wait up to this long before each measurement until others leave the machine alone")
 	fs.BoolVar(&o.V6, "v6", false, "IPv6 instead of IPv4")
+	fs.IntVar(&o.Workloads, "workloads", 100_000, "workloads of the control suite's mesh")
+	fs.IntVar(&o.Services, "services", 10_000, "services of the control suite's mesh")
+	fs.StringVar(&o.Source, "source", sourceNames()[0], "how the control suite's daemons learn of the mesh: "+strings.Join(sourceNames(), ", "))
+	storm := fs.String("storm", "dumps,scrapes,updates", "what the control suite's storm is made of")
 	fs.BoolVar(&o.Verbose, "v", false, "show what is being done")
 
 	rest := args
@@ -109,11 +119,11 @@ func parseArgs(args []string, out io.Writer) (options, error) {
 			rest = rest[1:]
 		}
 	}
-	return o, o.finish(*rates)
+	return o, o.finish(*rates, *storm)
 }
 
 // finish checks values and fills in defaults.
-func (o *options) finish(rates string) error {
+func (o *options) finish(rates, storm string) error {
 	all := suiteNames()
 	want := map[string]bool{}
 	for _, s := range o.Suites {
@@ -160,6 +170,18 @@ func (o *options) finish(rates string) error {
 	}
 	if o.Idle < 1 || o.Idle > 25000 {
 		return fmt.Errorf("--idle-connections %d: want 1 to 25000", o.Idle)
+	}
+	if o.Workloads < 1 || o.Workloads > 1_000_000 || o.Services < 1 || o.Services > o.Workloads {
+		return fmt.Errorf("--workloads %d --services %d: want 1 to 1000000 workloads and no more services than workloads", o.Workloads, o.Services)
+	}
+	if !slices.Contains(sourceNames(), o.Source) {
+		return fmt.Errorf("--source %q is none of: %s", o.Source, strings.Join(sourceNames(), ", "))
+	}
+	for f := range strings.SplitSeq(storm, ",") {
+		if f = strings.TrimSpace(f); !slices.Contains([]string{"dumps", "scrapes", "updates"}, f) {
+			return fmt.Errorf("--storm %q: want some of dumps, scrapes, updates, separated by commas", storm)
+		}
+		o.Storm = append(o.Storm, f)
 	}
 	if rates == "" {
 		rates = "500,4000"

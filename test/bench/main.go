@@ -37,6 +37,7 @@ type bench struct {
 	worlds []*world // one for each variant of ztun, of the suites that share them: mesh, conns, echo, mixed and a part of relay
 	relay  *relayWorld
 	hbone  *hboneWorld
+	ctl    *controlWorld
 }
 
 // run returns what the command line said and the exit code: 0 for a run in which everything could be measured, however slow; 1 when something failed; 2 for a bad command line.
@@ -100,6 +101,7 @@ func (b *bench) all(ctx context.Context) error {
 		{"echo", "1 KiB echo over kept connections, open loop: a request's latency counts from when it was due", bareVeth, plain(b.echoCases)},
 		{"mixed", "the same echo beside 8 bulk streams between the same two pods", bareVeth, plain(b.mixedCases)},
 		{"idle", "resident memory of the daemons, fresh ones in each repetition", bareVeth, plain(b.idleCases)},
+		{"control", fmt.Sprintf("%d workloads, %d services from %s; requests and connections from pod to pod, storms at node n1", b.o.Workloads, b.o.Services, b.o.Source), calm, plain(b.controlCases)},
 	} {
 		if !b.o.has(s.name) {
 			continue
@@ -133,7 +135,7 @@ func (b *bench) all(ctx context.Context) error {
 }
 
 func (b *bench) close() error {
-	errs := []error{b.relay.Close(), b.hbone.Close()}
+	errs := []error{b.relay.Close(), b.hbone.Close(), b.ctl.Close()}
 	for _, w := range b.worlds {
 		errs = append(errs, w.Close())
 	}
