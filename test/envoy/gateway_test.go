@@ -30,6 +30,7 @@ services:
   hostname: shop.default.svc.cluster.local
   vips: ["/10.96.0.7", "remote/10.96.0.7"]
   ports: {80: 9000}
+  subjectAltNames: ["spiffe://cluster.local/ns/default/sa/c"]
   canonical: true
 policies:
 - name: only-a
@@ -90,7 +91,7 @@ func TestEastWestGatewayThatCheats(t *testing.T) {
 		}
 	}, `
 services:
-- {name: shop, namespace: default, hostname: shop.default.svc.cluster.local, vips: ["/10.96.0.7", "remote/10.96.0.7"], ports: {80: 9000}}
+- {name: shop, namespace: default, hostname: shop.default.svc.cluster.local, vips: ["/10.96.0.7", "remote/10.96.0.7"], ports: {80: 9000}, subjectAltNames: ["spiffe://cluster.local/ns/default/sa/c"]}
 `), map[*lab.Node]map[string]string{m.N2: {"NETWORK": "remote"}})
 	from := m.echo(d.NS, ":9000")
 	m.startEnvoy(envoyConfig{Gateway: true, acnt: "eastwest", Listen: gw.String(), Peer: d.V4().String(), Client: "spiffe://cluster.local/ns/default/sa/a"})
