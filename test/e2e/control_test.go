@@ -277,3 +277,150 @@ func TestControlPlane(t *testing.T) {
 	default:
 	}
 }
+
+// TestControlPlaneFaults: the control plane is shut, hung, slow and answers garbage, under traffic. No connection is lost, new ones work
+// from the last state, recovery needs nobody, memory is flat. ZTUN_TEST_FAULT is how long each fault lasts (default 4 s; 75 s each is the
+// five minutes that the project asks for).
+func TestControlPlaneFaults(t *testing.T) {
+	each := 4 * time.Second
+	if v := os.Getenv("ZTUN_TEST_FAULT"); v != "" {
+		var err error
+		each, err = time.ParseDuration(v)
+		must(t, err)
+	}
+	// Certificates are renewed all the while, and must not run out: their life is longer than a fault.
+	ttl := max(20*time.Second, 3*each)
+	c := newControlled(t, true, map[string]string{"SECRET_TTL": ttl.String()})
+	c.echoServer(c.c.NS, ":9100")
+	ctx, cancel := context.WithCancel(c.ctx)
+	defer cancel()
+	var talkers []*talker
+	for _, ns := range []*lab.NS{c.a.NS, c.b.NS} {
+		for _, ip := range c.c.IPs {
+			v, err := c.talk(ctx, ns, lab.HostPort(ip, 9100), 10*time.Millisecond)
+			must(t, err)
+			talkers = append(talkers, v)
+		}
+	}
+	// New connections all the time.
+	var opened, failed atomic.Int64
+	var last atomic.Value
+	var newcomers sync.WaitGroup
+	newcomers.Go(func() {
+		for ctx.Err() == nil {
+			conn, err := c.a.NS.Dial(ctx, "tcp", lab.HostPort(c.c.V4(), 9100))
+			if err == nil {
+				conn.SetDeadline(time.Now().Add(10 * time.Second))
+				if _, err = conn.Write([]byte("x")); err == nil {
+					_, err = io.ReadFull(conn, make([]byte, 1))
+				}
+				conn.Close()
+			}
+			if ctx.Err() != nil {
+				return
+			}
+			opened.Add(1)
+			if err != nil {
+				failed.Add(1)
+				last.Store(err)
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+	})
+	rss := func() (sum int64) {
+		for _, n := range c.Nodes() {
+			r, err := n.Daemon.RSS()
+			must(t, err)
+			sum += r
+		}
+		return sum
+	}
+	time.Sleep(2 * time.Second)
+	before := rss()
+	for i, mode := range []string{"shut", "hung", "slow", "garbage"} {
+		c.door.set(mode)
+		// What changes meanwhile arrives when the fault is over.
+		vip := fmt.Sprintf("/10.96.1.%d", i)
+		c.write("service.yaml", lab.WorldFile{Workloads: []lab.Workload{}, Services: []lab.Service{{Name: "shop", Namespace: "default", Hostname: "shop.default.svc.cluster.local", VIPs: []string{vip}, Ports: map[uint16]uint16{80: 9100}}}})
+		time.Sleep(each)
+		if f := failed.Load(); f > 0 {
+			t.Fatalf("%s: %d of %d new connections failed: %v", mode, f, opened.Load(), last.Load())
+		}
+		for j, v := range talkers {
+			select {
+			case <-v.end:
+				t.Fatalf("%s: connection %d broke: %v", mode, j, v.err)
+			default:
+			}
+		}
+		c.door.set("")
+		start := time.Now()
+		limit := 25*time.Second + each // the longest backoff is 15 s
+		for _, n := range c.Nodes() {
+			eventually(t, limit, func() error {
+				_, body, err := n.Daemon.Get(c.ctx, lab.AdminPort, "/config_dump")
+				if err == nil && !strings.Contains(body, vip) {
+					err = fmt.Errorf("%s: %s does not know the new service", mode, n.Name)
+				}
+				return err
+			})
+		}
+		t.Logf("%s for %v: up to date again after %v; %d new connections so far, none failed; resident memory of both daemons %d MiB, before %d", mode, each, time.Since(start).Round(time.Millisecond), opened.Load(), rss()>>20, before>>20)
+	}
+	for i, v := range talkers {
+		if v.n.Load() < 50 {
+			t.Errorf("connection %d said only %d times something", i, v.n.Load())
+		}
+	}
+	if grew := rss() - before; grew > 24<<20 {
+		t.Errorf("resident memory grew by %d MiB", grew>>20)
+	}
+	cancel()
+	newcomers.Wait()
+}
+
+// TestPolicyUnderLoad: when policies turn from allow to deny, every connection that is now forbidden is closed within a second, every other one lives.
+func TestPolicyUnderLoad(t *testing.T) {
+	c := newControlled(t, false, nil)
+	c.echoServer(c.c.NS, ":9100")
+	const each = 100
+	ctx, cancel := context.WithCancel(c.ctx)
+	defer cancel()
+	open := func(ns *lab.NS) (all []*talker) {
+		for i := range each {
+			v, err := c.talk(ctx, ns, lab.HostPort(c.c.IPs[i%2], 9100), 50*time.Millisecond)
+			must(t, err)
+			all = append(all, v)
+		}
+		return all
+	}
+	ofA, ofB := open(c.a.NS), open(c.b.NS)
+	time.Sleep(time.Second)
+	c.write("policy.yaml", policy("no-a", "Deny", "cluster.local/ns/default/sa/a"))
+	written := time.Now()
+	for i, v := range ofA {
+		select {
+		case <-v.end:
+		case <-time.After(10 * time.Second):
+			t.Fatalf("connection %d of a lives on", i)
+		}
+	}
+	var last time.Duration
+	for _, v := range ofA {
+		last = max(last, v.when.Sub(written))
+	}
+	t.Logf("the last of %d connections was closed %v after the file was written", each, last)
+	if last > time.Second {
+		t.Errorf("a forbidden connection lived %v on", last)
+	}
+	said := make([]int64, each)
+	for i, v := range ofB {
+		said[i] = v.n.Load()
+	}
+	time.Sleep(2 * time.Second)
+	for i, v := range ofB {
+		if v.n.Load() <= said[i] {
+			t.Errorf("connection %d of b, which is allowed, has stopped: %v", i, v.err)
+		}
+	}
+}
