@@ -2,10 +2,8 @@ package state
 
 import (
 	"cmp"
-	"hash/maphash"
 	"net/netip"
 	"slices"
-	"strings"
 
 	"ztun/proxy/identity"
 	"ztun/proxy/rbac"
@@ -423,67 +421,4 @@ func setOrDelete[K comparable, V any](e *editor[K, []V], k K, l []V) {
 		return
 	}
 	e.set(k, l)
-}
-
-// claims is an index in which several workloads may claim one key. The View
-// sees the best; the others are remembered here.
-type claims[K comparable] struct {
-	best editor[K, *Workload]
-	all  map[K][]*Workload // only keys with several claimants, in order of insertion
-}
-
-func newClaims[K comparable](sum func(maphash.Seed, K) uint64) claims[K] {
-	return claims[K]{best: newEditor[K, *Workload](sum), all: make(map[K][]*Workload)}
-}
-
-// rank orders the claimants of an address: pods before others, then HBONE.
-func rank(w *Workload) int {
-	r := 0
-	// The literal matters: istiod writes "cluster//Pod/namespace/name".
-	if strings.Contains(w.UID, "//Pod/") {
-		r += 2
-	}
-	if w.Protocol == HBONE {
-		r++
-	}
-	return r
-}
-
-func (c *claims[K]) add(k K, w *Workload) {
-	cur, ok := c.best.get(k)
-	if !ok {
-		c.best.set(k, w)
-		return
-	}
-	l, ok := c.all[k]
-	if !ok {
-		l = []*Workload{cur}
-	}
-	c.put(k, append(l, w))
-}
-
-func (c *claims[K]) remove(k K, w *Workload) {
-	l, ok := c.all[k]
-	if !ok {
-		if cur, _ := c.best.get(k); cur == w {
-			c.best.del(k)
-		}
-		return
-	}
-	c.put(k, without(l, w))
-}
-
-func (c *claims[K]) put(k K, l []*Workload) {
-	best := l[0]
-	for _, w := range l[1:] {
-		if rank(w) >= rank(best) {
-			best = w
-		}
-	}
-	if len(l) == 1 {
-		delete(c.all, k)
-	} else {
-		c.all[k] = l
-	}
-	c.best.set(k, best)
 }
