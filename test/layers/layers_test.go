@@ -14,23 +14,33 @@ import (
 // allowed is the whole drawing: package, and the packages of ours that it imports. A new arrow is a
 // decision: draw it here, and say why in the package's doc.go.
 const allowed = `
-cmd/ztun          -> admin admin/ca admin/xds admin/zlog netstack proxy proxy/hbone proxy/identity proxy/state tun tun/netns tun/steer
-admin             -> proxy/state
-admin/ca          -> proxy/identity
-admin/xds         -> proxy/rbac proxy/state
-admin/zlog        ->
-netstack          -> tun
-proxy             -> proxy/hbone proxy/identity proxy/rbac proxy/route proxy/state
-proxy/hbone       -> proxy/identity
-proxy/identity    ->
-proxy/rbac        -> proxy/identity
-proxy/route       -> proxy/identity proxy/state
-proxy/state       -> proxy/identity proxy/rbac
-tun               -> tun/netns
-tun/netns         ->
-tun/steer         -> tun/netns
-tun/tuntest       -> tun
-tun/tuntest/nslab -> tun/netns
+cmd/ztun             -> admin admin/ca admin/control admin/istiod admin/xds admin/zlog netstack proxy proxy/dns proxy/hbone proxy/identity proxy/resolve proxy/state tun tun/netns tun/steer
+admin                -> proxy/state
+admin/ca             -> admin/istiod admin/pb/citadelpb proxy/identity
+admin/control        -> admin/ca admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/xds proxy/identity proxy/rbac proxy/state
+admin/istiod         -> proxy/identity
+admin/pb             ->
+admin/pb/citadelpb   ->
+admin/pb/discoverypb ->
+admin/pb/securitypb  ->
+admin/pb/workloadpb  ->
+admin/xds            -> admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb proxy/rbac proxy/state
+admin/zlog           ->
+netstack             -> tun
+proxy                -> proxy/hbone proxy/identity proxy/rbac proxy/route proxy/socks proxy/state
+proxy/dns            -> proxy/state
+proxy/hbone          -> proxy/identity
+proxy/identity       ->
+proxy/rbac           -> proxy/identity
+proxy/resolve        ->
+proxy/route          -> proxy/identity proxy/state
+proxy/socks          ->
+proxy/state          -> proxy/identity proxy/rbac
+tun                  -> tun/netns
+tun/netns            ->
+tun/steer            -> tun/netns
+tun/tuntest          -> tun
+tun/tuntest/nslab    -> tun/netns
 `
 
 // doors are heavy dependencies and the only trees that may open them.
@@ -39,8 +49,11 @@ var doors = map[string][]string{
 	"github.com/vishvananda/netlink": {"tun"},
 	"golang.zx2c4.com/wireguard":     {"tun"},
 	"google.golang.org/grpc":         {"admin"},
+	"google.golang.org/protobuf":     {"admin"},
+	"github.com/miekg/dns":           {"proxy/dns"},
+	"github.com/pires/go-proxyproto": {"proxy"},
 	"github.com/spf13/cobra":         {"cmd"},
-	"github.com/fsnotify/fsnotify":   {"admin/xds"},
+	"github.com/fsnotify/fsnotify":   {"admin"},
 }
 
 type pkg struct {
