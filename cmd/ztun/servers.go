@@ -112,7 +112,7 @@ func (d *daemon) dump() map[string]admin.Section {
 		},
 		"version":       admin.SectionOf(func() any { return d.version() }),
 		"workloads":     raw(xds.WriteWorkloads),
-		"workloadState": admin.SectionOf(func() any { return d.workloadState() }),
+		"workloadState": admin.WorkloadState(d.podDumps),
 	}
 }
 
@@ -124,62 +124,35 @@ func (d *daemon) version() map[string]string {
 	}
 }
 
-// The shapes of workloadState (samples/config_dump-inpod-*.json).
-type (
-	podState struct {
-		Connections *podConnections `json:"connections,omitempty"`
-		Info        podInfo         `json:"info"`
-		State       string          `json:"state"`
-	}
-	podConnections struct {
-		Inbound  []podConnection `json:"inbound"`
-		Outbound []podConnection `json:"outbound"`
-	}
-	podConnection struct {
-		ActualDst   string  `json:"actualDst"`
-		OriginalDst *string `json:"originalDst"`
-		Protocol    string  `json:"protocol"`
-		Src         string  `json:"src"`
-	}
-	podInfo struct {
-		Name           string `json:"name"`
-		Namespace      string `json:"namespace"`
-		ServiceAccount string `json:"serviceAccount"`
-	}
-)
-
-func infoOf(s admin.PodSpec) podInfo {
-	return podInfo{Name: s.Name, Namespace: s.Namespace, ServiceAccount: s.ServiceAccount}
-}
-
-// workloadState lists the pods by namespace/name, which is what identifies a pod that no node agent gave
-// a uid to.
-func (d *daemon) workloadState() map[string]podState {
-	out := map[string]podState{}
+// podDumps are the entries of workloadState by namespace/name, which is what identifies a pod that no node agent gave a uid to.
+func (d *daemon) podDumps() map[string]func() admin.PodDump {
+	out := map[string]func() admin.PodDump{}
 	for _, s := range d.pods.List() {
-		out[refOf(s.PodSpec).String()] = podState{Info: infoOf(s.PodSpec), State: "Pending"}
+		out[refOf(s.PodSpec).String()] = func() admin.PodDump { return dumpOf(s.PodSpec) }
 	}
 	for _, p := range d.pods.all() {
-		c := &podConnections{Inbound: []podConnection{}, Outbound: []podConnection{}}
-		// Streams of one tunnel to one port are one inbound entry, as in ztunnel.
-		seen := map[proxy.Connection]bool{}
-		for _, x := range p.proxy.Connections() {
-			if x.Inbound && seen[x] {
-				continue
+		out[refOf(p.spec).String()] = func() admin.PodDump {
+			e := dumpOf(p.spec)
+			e.Up = true
+			// Streams of one tunnel to one port are one inbound entry, as in ztunnel.
+			seen := map[proxy.Connection]bool{}
+			for _, x := range p.proxy.Connections() {
+				c := admin.ConnectionDump{Src: x.Src, OriginalDst: x.OriginalDst, ActualDst: x.ActualDst, Protocol: x.Protocol}
+				switch {
+				case !x.Inbound:
+					e.Outbound = append(e.Outbound, c)
+				case !seen[x]:
+					seen[x] = true
+					c.OriginalDst = netip.AddrPort{} // null in ztunnel (samples/config_dump-inpod-b.json); istioctl shows it as the target
+					e.Inbound = append(e.Inbound, c)
+				}
 			}
-			seen[x] = true
-			pc := podConnection{ActualDst: x.ActualDst.String(), Protocol: x.Protocol, Src: x.Src.String()}
-			if x.OriginalDst != (netip.AddrPort{}) {
-				t := x.OriginalDst.String()
-				pc.OriginalDst = &t
-			}
-			if x.Inbound {
-				c.Inbound = append(c.Inbound, pc)
-			} else {
-				c.Outbound = append(c.Outbound, pc)
-			}
+			return e
 		}
-		out[refOf(p.spec).String()] = podState{Connections: c, Info: infoOf(p.spec), State: "Up"}
 	}
 	return out
+}
+
+func dumpOf(s admin.PodSpec) admin.PodDump {
+	return admin.PodDump{Name: s.Name, Namespace: s.Namespace, ServiceAccount: s.ServiceAccount}
 }
