@@ -80,6 +80,7 @@ func (c *connection) record(err error) {
 	c.recorded.Do(func() {
 		flag := FlagNone
 		if err != nil {
+			err = revokedInstead(err)
 			flag = FlagConnect // an error that carries no flag of its own (spec 10.2)
 			var e *Error
 			if errors.As(err, &e) {

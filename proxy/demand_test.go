@@ -58,11 +58,9 @@ func TestDemand(t *testing.T) {
 	w.listen(appB, echo)
 	outside := netip.MustParseAddrPort("192.0.2.1:80")
 	w.listen(outside, echo)
-	full := w.know.View()
 	withoutB := func(s string) string {
 		return strings.Replace(s, `  workloadIps: ["10.91.2.2"]`, `  workloadIps: ["10.91.9.9"]`, 1)
 	}
-	_ = full
 	try := func(what, dst, wantAsked string) {
 		t.Helper()
 		asked = nil

@@ -17,4 +17,12 @@
 //     ztunnel turns it into an orderly end. The access line still reports success, as ztunnel's does.
 //   - 2026-11-23: live connections are registered before their policy check, so that a policy change
 //     between check and registration cannot be missed (as in ztunnel).
+//   - 2026-11-23: SOCKS5 requests take the same way as captured flows and are answered when the upstream
+//     stands, with the code that fits; ztunnel says success first.
+//   - 2026-11-23: a connection into another network is named in metrics and logs by what its far end says
+//     and proves. If that says nothing, all but its identity is unknown, as with ztunnel.
+//   - 2026-11-23: a peer that resets its stream ends the connect to the application that is under way for
+//     it. Its access line reports success, as that of any connection that was given up.
+//   - 2026-11-23: on-demand look-ups are made for what a decision missed, then it is made again: package
+//     route stays pure. They hold a connection up for 5 s at most (1 s where only labels depend on them).
 package proxy

@@ -28,7 +28,7 @@ func (v *visit) connectDouble(ctx context.Context, local *state.Workload, src ne
 	}
 	hctx, done := context.WithTimeout(ctx, handshakeTimeout)
 	defer done()
-	conn, cs, err := hbone.Client(hctx, outer, identity.ClientTLS(cert, d.FinalSANs))
+	conn, cs, err := hbone.Client(hctx, outer, identity.ClientTLSWith(cert, d.FinalSANs, p.o.Config.TLS))
 	if err != nil { // outer was closed
 		return nil, nil, fail(kindTLS, err)
 	}
@@ -36,6 +36,10 @@ func (v *visit) connectDouble(ctx context.Context, local *state.Workload, src ne
 	if err != nil {
 		conn.Close()
 		return nil, nil, fail(kindH2, err)
+	}
+	if v.forget, err = p.track(identity.ClientSide, proof{cert, cs}, inner.Abort); err != nil {
+		inner.Abort(err)
+		return nil, nil, fail(kindTLS, err)
 	}
 	v.inner = inner // ended, and waited for, when the visit ends
 	rctx, done := context.WithTimeout(ctx, responseTimeout)

@@ -46,6 +46,7 @@ const (
 	kindDenied
 	kindPolicyChange
 	kindDrain
+	kindRevoked
 )
 
 type reason struct {
@@ -68,6 +69,7 @@ var reasons = [...]reason{
 	kindApp:          {prefix: "connection failed: ", flag: FlagConnect, status: 503, refuse: RefuseReset},
 	kindDenied:       {prefix: "", flag: FlagDeny, status: 401, refuse: RefuseReset},
 	kindPolicyChange: {prefix: "connection closed due to policy change", flag: FlagDeny, status: 401, refuse: RefuseReset},
+	kindRevoked:      {prefix: "connection closed: peer certificate revoked by CRL", flag: FlagCertRevoked, status: 503, refuse: RefuseReset},
 	kindDrain:        {prefix: "connection closed due to connection drain", flag: FlagNone, status: 503, refuse: RefuseReset},
 }
 

@@ -41,12 +41,19 @@ func (p *Proxy) ServeMesh(raw net.Conn) {
 		p.deny(false, t.src, t.dst, fmt.Errorf("tls handshake error: %w", err))
 		return
 	}
-	conn, err := p.handshake(raw, t)
+	conn, shown, err := p.handshake(raw, t)
 	if err != nil {
 		p.deny(false, t.src, t.dst, err)
 		return
 	}
 	server := hbone.NewServerConn(conn, p.o.Config.HBONE, func(s *hbone.ServerStream) { p.serveStream(t, s) })
+	forget, err := p.track(identity.ServerSide, shown, server.Abort)
+	if err != nil {
+		server.Close()
+		p.deny(false, t.src, t.dst, fmt.Errorf("tls handshake error: %w", err))
+		return
+	}
+	defer forget()
 	p.mu.Lock()
 	p.mesh[server] = struct{}{}
 	draining := p.draining
@@ -92,30 +99,30 @@ func (p *Proxy) awaitByte(raw net.Conn) error {
 }
 
 // handshake proves both sides' identities. It is bounded in time and in number.
-func (p *Proxy) handshake(raw net.Conn, t *tunnel) (net.Conn, error) {
+func (p *Proxy) handshake(raw net.Conn, t *tunnel) (net.Conn, proof, error) {
 	select {
 	case p.handshakes <- struct{}{}:
 		defer func() { <-p.handshakes }()
 	default:
 		p.overload.Add(1)
-		return nil, fmt.Errorf("tls handshake error: more than %d handshakes under way", cap(p.handshakes))
+		return nil, proof{}, fmt.Errorf("tls handshake error: more than %d handshakes under way", cap(p.handshakes))
 	}
 	ctx, cancel := context.WithTimeout(p.ctx, handshakeTimeout)
 	defer cancel()
 	_, local, err := p.localWorkload(ctx)
 	if err != nil {
-		return nil, err
+		return nil, proof{}, err
 	}
 	cert, err := p.o.Certs.Certificate(ctx, local.Identity())
 	if err != nil {
-		return nil, fmt.Errorf("signing error: %w", err)
+		return nil, proof{}, fmt.Errorf("signing error: %w", err)
 	}
-	conn, cs, err := hbone.Server(ctx, raw, identity.ServerTLS(cert))
+	conn, cs, err := hbone.Server(ctx, raw, identity.ServerTLSWith(cert, p.o.Config.TLS))
 	if err != nil {
-		return nil, fmt.Errorf("tls handshake error: %w", err)
+		return nil, proof{}, fmt.Errorf("tls handshake error: %w", err)
 	}
 	t.peer, t.hasPeer = identity.PeerID(cs)
-	return conn, nil
+	return conn, proof{cert, cs}, nil
 }
 
 // serveStream answers one CONNECT (spec 4.3 and 4.4). It returns when the request is refused, or

@@ -151,7 +151,6 @@ const (
 // NamedWorkload is a workload as the labels of metrics name it: not a pod, but what it belongs to.
 type NamedWorkload struct{ Namespace, Workload string }
 
-
 // Run lets series expire until ctx ends.
 func (m *Metrics) Run(ctx context.Context, present func(map[NamedWorkload]bool)) {
 	t := time.NewTicker(expireEvery)

@@ -31,6 +31,7 @@ const (
 type Config struct {
 	NetworkName      string // NETWORK
 	ResponseBaggage  bool   // ENABLE_RESPONSE_BAGGAGE
+	TLS              identity.Params
 	HBONE            hbone.Config
 	PoolMaxStreams   int           // POOL_MAX_STREAMS_PER_CONNECTION
 	PoolUnused       time.Duration // POOL_UNUSED_RELEASE_TIMEOUT
@@ -77,6 +78,7 @@ type Proxy struct {
 	work     sync.WaitGroup
 
 	conns      conns
+	proofs     sync.Map           // net.Conn -> proof: handshakes whose tunnel the pool is about to make
 	overload   atomic.Uint64      // connections turned away by the bounds on handshakes
 	labels     [3]context.Context // pprof labels by direction
 	handshakes chan struct{}
@@ -100,7 +102,7 @@ func New(o Options) *Proxy {
 		p.labels[dir] = pprof.WithLabels(context.Background(), pprof.Labels("role", "worker", "pod", pod, "dir", name))
 	}
 	p.pool = hbone.NewPool(hbone.PoolOptions{
-		Dial: p.dialTunnel, MaxStreams: o.Config.PoolMaxStreams, Unused: o.Config.PoolUnused, Config: o.Config.HBONE,
+		Dial: p.dialTunnel, MaxStreams: o.Config.PoolMaxStreams, Unused: o.Config.PoolUnused, Config: o.Config.HBONE, Opened: p.opened,
 	})
 	return p
 }
@@ -119,7 +121,8 @@ type visit struct {
 	live     *live  // nil until the connection is registered
 	// inner is the connection's own tunnel within a gateway's, where there is one. It ends with its only
 	// stream; the visit waits for that.
-	inner *hbone.ClientConn
+	inner  *hbone.ClientConn
+	forget func() // ends the watch over the inner peer's revocation; nil without inner
 }
 
 // enter lets a connection in; nil when the proxy drains and takes nothing new. The goroutine, and those
@@ -160,6 +163,7 @@ func (v *visit) leave() {
 	if v.inner != nil {
 		v.inner.Shutdown(v.p.ctx)
 		v.inner.Close()
+		v.forget()
 	}
 	v.p.work.Done()
 }
@@ -216,11 +220,12 @@ func (p *Proxy) dialTunnel(ctx context.Context, key hbone.Key) (net.Conn, error)
 	}
 	hctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
-	conn, _, err := hbone.Client(hctx, raw, identity.ClientTLS(cert, want))
+	conn, cs, err := hbone.Client(hctx, raw, identity.ClientTLSWith(cert, want, p.o.Config.TLS))
 	if err != nil {
 		raw.Close()
 		return nil, fail(kindTLS, err)
 	}
+	p.proofs.Store(conn, proof{cert, cs}) // until the tunnel exists (opened)
 	return conn, nil
 }
 

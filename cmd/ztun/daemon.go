@@ -303,7 +303,7 @@ func (d *daemon) sweep(keep []netip.Addr) error {
 // known reports whether the control side knows a pod; until then its connections are refused.
 func (d *daemon) known(i state.WorkloadInfo) bool { return d.loop.View().WorkloadByInfo(i) != nil }
 
-func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network) *proxy.Proxy {
+func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names func(context.Context, string) ([]netip.Addr, error)) *proxy.Proxy {
 	c := d.c
 	var demand func(context.Context, string) error
 	if c.XDSOnDemand && d.xds != nil {
@@ -311,12 +311,13 @@ func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network) *proxy.Proxy {
 	}
 	return proxy.New(proxy.Options{
 		Info:    state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount},
-		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: d.resolve, Metrics: d.metrics, OnDemandDNS: d.onDemandDNS, Demand: demand,
+		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: d.resolve, Metrics: d.metrics, OnDemandDNS: d.onDemandDNS, Demand: demand, Names: names,
 		Access: d.log.Logger("access"), Log: d.log.Logger("proxy"), Random: mrand.Uint64N,
 		Config: proxy.Config{
 			NetworkName: c.Network, ResponseBaggage: c.ResponseBaggage,
 			HBONE:          hbone.Config{StreamWindow: c.StreamWindow, ConnWindow: c.ConnWindow, FrameSize: c.FrameSize, Buffers: &d.buffers, Logger: d.log.Logger("hbone")},
 			PoolMaxStreams: int(c.PoolMaxStreams), PoolUnused: c.PoolUnused,
+			TLS:    d.tls(),
 			SOCKS5: c.SOCKS5, LocalhostAppTunnel: c.LocalhostAppTunnel, PolicyInfoLogging: c.AuthzInfo,
 		},
 	})

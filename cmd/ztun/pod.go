@@ -50,7 +50,7 @@ type podParts struct {
 	c      *Config
 	log    *slog.Logger
 	uplink *netstack.Uplink
-	proxy  func(spec admin.PodSpec, n proxy.Network) *proxy.Proxy
+	proxy  func(spec admin.PodSpec, n proxy.Network, names func(context.Context, string) ([]netip.Addr, error)) *proxy.Proxy
 	sock   netns.SocketOptions
 	node   *netns.NS
 
@@ -109,15 +109,19 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 		return nil, err
 	}
 	undo = append(undo, func() { p.stack.Close() })
-	p.proxy = parts.proxy(spec, &podNetwork{stack: p.stack, addrs: spec.IPs, ns: p.ns, sock: parts.sock})
-	undo = append(undo, p.proxy.Close)
-
 	undo = append(undo, func() { p.closeLoopback(ended()); p.running.Wait() })
+	if err = steer.Apply(ctx, steer.LoopbackPlan(), steer.Namespaces{Pod: p.ns}); err != nil {
+		return nil, err
+	}
+	var names func(context.Context, string) ([]netip.Addr, error)
 	if parts.c.DNSProxy {
 		if err = p.serveNames(parts); err != nil {
 			return nil, err
 		}
+		names = p.dns.Lookup
 	}
+	p.proxy = parts.proxy(spec, &podNetwork{stack: p.stack, addrs: spec.IPs, ns: p.ns, sock: parts.sock}, names)
+	undo = append(undo, p.proxy.Close)
 	if parts.c.SOCKS5 {
 		if err = p.serveSOCKS(parts); err != nil {
 			return nil, err

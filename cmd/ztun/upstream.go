@@ -7,6 +7,7 @@ import (
 	"ztun/admin/ca"
 	"ztun/admin/istiod"
 	"ztun/admin/xds"
+	"ztun/proxy/identity"
 	"ztun/proxy/state"
 )
 
@@ -57,10 +58,17 @@ func (d *daemon) revocation(ctx context.Context) {
 		return
 	}
 	d.crl = ca.NewCRLFile(d.c.CRLPath, &d.revoked, d.log.Logger("crl"))
-	if err := d.crl.Load(); err != nil {
-		d.logger.Warn("CRL_PATH: nothing is revoked until it can be read", "path", d.c.CRLPath, "error", err)
-	}
+	d.crl.Load() // it says itself what is wrong
 	d.admin(ctx, "revocation list", d.crl.Run)
+}
+
+// tls is what handshakes with peers are asked for.
+func (d *daemon) tls() identity.Params {
+	p := identity.Params{TLS12: d.c.TLS12, PQC: d.c.PQC}
+	if d.crl != nil {
+		p.Revocation = &d.revoked
+	}
+	return p
 }
 
 // learn starts the source of workloads: the control plane, or a file alone. ready is told when the first complete state

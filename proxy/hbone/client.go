@@ -137,6 +137,9 @@ func (cc *ClientConn) Err() error { return cc.c.reason() }
 // Close ends the connection with GOAWAY; its streams fail. It returns when nothing of it runs any more.
 func (cc *ClientConn) Close() error { return cc.c.close() }
 
+// Abort ends the connection at once; its streams fail with a *ConnError of err.
+func (cc *ClientConn) Abort(err error) { cc.c.fail(err) }
+
 // Leave takes no new streams: the connection ends with the last of those that are open, at once if there is none. It
 // does not wait; Close does.
 func (cc *ClientConn) Leave() { cc.c.drain() }

@@ -36,6 +36,8 @@ type PoolOptions struct {
 	// or if it carries streams it ends with the last of them.
 	MaxConns int
 	Config   Config
+	// Opened, if set, is told of every tunnel, with the connection that Dial gave; what it returns is called when the tunnel has ended.
+	Opened func(conn net.Conn, cc *ClientConn) (ended func())
 }
 
 // Pool shares tunnels among requests. Per key at most one dial is under way; its failure is everybody's who waits
@@ -71,6 +73,7 @@ type tunnel struct {
 	lastUse time.Time
 	idle    *time.Timer
 	release func() // forgets one stream
+	ended   func() // of PoolOptions.Opened; may be nil
 }
 
 // dial is one that is under way.
@@ -258,6 +261,9 @@ func (p *Pool) newTunnel(c net.Conn) *tunnel {
 		p.remove(t)
 		p.mu.Unlock()
 	}
+	if p.o.Opened != nil {
+		t.ended = p.o.Opened(c, t.cc)
+	}
 	t.cc.c.start()
 	return t
 }
@@ -270,6 +276,9 @@ func (t *tunnel) watch() {
 		defer p.work.Done()
 		<-t.cc.c.done
 		t.cc.c.work.Wait()
+		if t.ended != nil {
+			t.ended()
+		}
 		p.mu.Lock()
 		p.remove(t)
 		delete(p.all, t)

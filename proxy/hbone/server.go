@@ -51,6 +51,9 @@ func (sc *ServerConn) Serve(ctx context.Context) error {
 // GOAWAY with the last stream taken. Streams go on; the connection ends with the last of them.
 func (sc *ServerConn) GoAway() { sc.c.drain() }
 
+// Abort ends the connection at once; its streams fail with a *ConnError of err.
+func (sc *ServerConn) Abort(err error) { sc.c.fail(err) }
+
 // Shutdown is GoAway and waits for the end. When ctx ends first it closes at once and returns ctx's error.
 func (sc *ServerConn) Shutdown(ctx context.Context) error { return sc.c.shutdown(ctx) }
 

@@ -55,8 +55,12 @@ func (b *balancer) pick() (*state.Endpoint, *state.Workload) {
 		return e, e.Workload
 	}
 	best, total, last := -1, uint64(0), -1
+	var ranks [64]int32 // of the first endpoints, lest they are ranked twice
 	for i := range b.s.Endpoints {
 		w, rank := b.candidate(&b.s.Endpoints[i])
+		if i < len(ranks) {
+			ranks[i] = int32(rank)
+		}
 		if w == nil || rank < best {
 			continue
 		}
@@ -79,10 +83,16 @@ func (b *balancer) pick() (*state.Endpoint, *state.Workload) {
 	}
 	for i := range b.s.Endpoints {
 		e := &b.s.Endpoints[i]
-		w, rank := b.candidate(e)
-		if w == nil || rank != best {
+		rank := -1
+		if i < len(ranks) {
+			rank = int(ranks[i])
+		} else {
+			_, rank = b.candidate(e)
+		}
+		if rank != best {
 			continue
 		}
+		w := b.r.v.EndpointWorkload(e)
 		if c := uint64(w.Capacity); x < c {
 			return e, w
 		} else {
@@ -93,23 +103,23 @@ func (b *balancer) pick() (*state.Endpoint, *state.Workload) {
 }
 
 // candidate returns the workload of an endpoint that may be chosen, and its
-// rank; nil if it may not.
+// rank; nil and -1 if it may not.
 func (b *balancer) candidate(e *state.Endpoint) (*state.Workload, int) {
 	w := b.r.v.EndpointWorkload(e)
 	if w == nil {
-		return nil, 0
+		return nil, -1
 	}
 	if len(w.Addresses) == 0 && w.Hostname == "" && (w.Network == b.r.q.Source.Network || w.NetworkGateway == nil) {
-		return nil, 0 // nothing to send to
+		return nil, -1 // nothing to send to
 	}
 	switch {
 	case b.m == standard && b.targetPort == 0:
 		if _, mapped := e.Ports.Lookup(b.port); !mapped {
-			return nil, 0
+			return nil, -1
 		}
 	case b.m == waypoint && !b.listed:
 		if w.Tunnel.Protocol == state.TunnelAbsent {
-			return nil, 0
+			return nil, -1
 		}
 	}
 	lb := b.s.LoadBalancer
@@ -118,7 +128,7 @@ func (b *balancer) candidate(e *state.Endpoint) (*state.Workload, int) {
 	}
 	matched, rank := localityRank(lb.Preferences, b.r.q.Source, w)
 	if lb.Mode == state.LBStrict && matched != len(lb.Preferences) {
-		return nil, 0
+		return nil, -1
 	}
 	return w, rank
 }

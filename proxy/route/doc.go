@@ -32,4 +32,10 @@
 // 2026-11-23: an authority may hold a name of letters, digits, '-', '_' and '.'
 // only, and a port of digits only. ztunnel's URI library lets user names and
 // more through, none of which a mesh peer sends.
+//
+// 2026-11-23: a Decision spells out authority and identities when asked for
+// them, so that deciding costs no memory.
+//
+// 2026-11-23: what was looked up in vain is told to callers that ask
+// (Question.Missed), so that they can look it up elsewhere and decide again.
 package route

@@ -140,7 +140,7 @@ func wideMesh(n int) (*state.View, *state.Workload) {
 			}
 			b.InsertService(s)
 		}
-		b.InsertWorkload(&state.Workload{UID: fmt.Sprint("c//Pod/a/", i), Namespace: "a", Capacity: 1, Protocol: state.HBONE, Addresses: []netip.Addr{wideAddr(16, i)},
+		b.InsertWorkload(&state.Workload{UID: fmt.Sprint("c//Pod/a/", i), Name: fmt.Sprint(i), Namespace: "a", Capacity: 1, Protocol: state.HBONE, Addresses: []netip.Addr{wideAddr(16, i)},
 			Services: []state.WorkloadService{{Service: state.ServiceKey{Namespace: "a", Hostname: host}}}})
 	}
 	return b.Build(), src
@@ -219,6 +219,47 @@ func TestSpread(t *testing.T) {
 		if n := float64(got[fmt.Sprint(i)]); n < 0.95*want || n > 1.05*want {
 			t.Errorf("endpoint %d got %v connections, want %v within 5 %%", i, n, want)
 		}
+	}
+}
+
+// TestManyEndpoints: beyond those whose ranks are remembered the choice is the same, and what may not be chosen is not.
+func TestManyEndpoints(t *testing.T) {
+	b := state.NewBuilder("")
+	src := &state.Workload{UID: "src", Namespace: "a", Locality: state.Locality{Region: "r1"}}
+	b.InsertService(&state.Service{Namespace: "a", Hostname: "svc", VIPs: []state.NetworkAddress{{Addr: wideAddr(8, 0)}}, Ports: state.PortMap{{Service: 80, Target: 8080}},
+		LoadBalancer: &state.LoadBalancer{Mode: state.LBFailover, Preferences: []state.Scope{state.ScopeRegion}}})
+	const endpoints = 300
+	want := map[string]bool{}
+	for i := range endpoints {
+		w := &state.Workload{UID: fmt.Sprintf("%04d", i), Name: fmt.Sprint(i), Namespace: "a", Capacity: 1, Addresses: []netip.Addr{wideAddr(16, i)},
+			Services: []state.WorkloadService{{Service: state.ServiceKey{Namespace: "a", Hostname: "svc"}}}}
+		switch {
+		case i%3 == 0:
+			w.Locality.Region = "r1"
+			want[w.UID] = true
+		case i%3 == 1:
+			w.Addresses = nil // nothing to send to
+			w.Locality.Region = "r1"
+		}
+		b.InsertWorkload(w)
+	}
+	v := b.Build()
+	n := uint64(0)
+	for range endpoints / 3 {
+		d, err := route.Decide(v, route.Question{Source: src, Dst: netip.AddrPortFrom(wideAddr(8, 0), 80), Rand: func(total uint64) uint64 {
+			if total != uint64(endpoints/3) {
+				t.Fatalf("drawn among %d", total)
+			}
+			n++
+			return n - 1
+		}})
+		if err != nil || !want[d.Workload.UID] {
+			t.Fatalf("%v, %+v", err, d.Workload)
+		}
+		delete(want, d.Workload.UID)
+	}
+	if len(want) > 0 {
+		t.Errorf("never chosen: %v", want)
 	}
 }
 

@@ -83,7 +83,7 @@ func (b *bench) controlCases() []kase {
 	for _, k := range []struct {
 		name string
 		bulk bool
-	}{{"isolation", false}, {"isolation, saturated", true}} {
+	}{{"isolation, light load", false}, {"isolation, saturated", true}} {
 		rows := []report.Row{
 			{Metric: "echo p50", Unit: "ms"},
 			{Metric: "echo p99", Unit: "ms", Subject: stormy, Target: ratio},

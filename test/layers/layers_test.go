@@ -49,7 +49,6 @@ var doors = map[string][]string{
 	"github.com/vishvananda/netlink": {"tun"},
 	"golang.zx2c4.com/wireguard":     {"tun"},
 	"google.golang.org/grpc":         {"admin"},
-	"google.golang.org/protobuf":     {"admin"},
 	"github.com/miekg/dns":           {"proxy/dns"},
 	"github.com/pires/go-proxyproto": {"proxy"},
 	"github.com/spf13/cobra":         {"cmd"},

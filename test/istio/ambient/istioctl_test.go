@@ -14,8 +14,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spf13/cobra"
+
 	"istio.io/istio/istioctl/pkg/cli"
 	"istio.io/istio/istioctl/pkg/ztunnelconfig"
+	"istio.io/istio/pkg/kube"
 
 	"ztun/test/lab"
 	"ztun/test/load"
@@ -24,11 +27,15 @@ import (
 // istioctl runs `istioctl ztunnel-config ARGS -f dump`.
 func istioctl(t *testing.T, dump string, args ...string) string {
 	t.Helper()
-	cmd := ztunnelconfig.ZtunnelConfig(cli.NewFakeContext(nil))
+	return execute(t, ztunnelconfig.ZtunnelConfig(cli.NewFakeContext(nil)), append(args, "-f", dump))
+}
+
+func execute(t *testing.T, cmd *cobra.Command, args []string) string {
+	t.Helper()
 	var out bytes.Buffer
 	cmd.SetOut(&out)
 	cmd.SetErr(&out)
-	cmd.SetArgs(append(args, "-f", dump))
+	cmd.SetArgs(args)
 	cmd.SilenceUsage = true
 	if err := cmd.Execute(); err != nil {
 		t.Fatalf("istioctl ztunnel-config %v: %v\n%s", args, err, &out)
@@ -66,7 +73,7 @@ func match(t *testing.T, command, out, pattern string) {
 // settled is the output without what is an accident of a run: ports that the kernel chose, serial numbers, times, the widths of columns.
 func settled(out string) string {
 	for _, r := range [][2]string{
-		{`:[345]\d{4}\b`, ":PORT"},
+		{`:[3-6]\d{4}\b`, ":PORT"},
 		{`\b[0-9a-f]{24,40}\b`, "SERIAL"},
 		{`\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ`, "TIME"},
 		{`(?m)[ \t]+$`, ""},
@@ -123,6 +130,18 @@ func TestIstioctl(t *testing.T) {
 	}
 	must(t, plain.Check())
 	must(t, tunnelled.Check())
+
+	// Without a file istioctl asks the daemon itself: the same rows, and the log's levels.
+	match(t, "connections", liveIstioctl(t, ctx, w.N1, "connections", "ztunnel-n1"), `(?m)^a\.default +Outbound +a\.default:\d+ +b\.default:15008 +b\.default:9000 +HBONE$`)
+	for _, row := range [][2]string{
+		{"", "hickory_server::server=off,info"},
+		{"access:debug", "hickory_server::server=off,access=debug,info"}, // as istioctl's help writes it, which ztunnel itself refuses
+		{"access=info,warn", "hickory_server::server=off,access=info,warn"},
+	} {
+		if out := liveIstioctl(t, ctx, w.N1, "log", "ztunnel-n1", "--level", row[0]); !strings.Contains(out, "current log level is "+row[1]+"\n") {
+			t.Errorf("istioctl ztunnel-config log --level %q: %s", row[0], out)
+		}
+	}
 }
 
 // sameRows compares two outputs, the connections of one pod in any order.
@@ -133,4 +152,39 @@ func sameRows(a, b string) bool {
 		return l
 	}
 	return slices.Equal(rows(a), rows(b))
+}
+
+// atNode is istioctl's cluster where every pod that is asked for is the daemon of one node, as over a port-forward.
+type atNode struct {
+	cli.Context
+	ctx  context.Context
+	node *lab.Node
+}
+
+func (c atNode) CLIClient() (kube.CLIClient, error) {
+	client, err := c.Context.CLIClient()
+	return forward{client, c}, err
+}
+
+func (c atNode) InferPodInfoFromTypedResource(string, string) (pod, ns string, err error) {
+	return "ztunnel-" + c.node.Name, "istio-system", nil
+}
+
+type forward struct {
+	kube.CLIClient
+	at atNode
+}
+
+func (f forward) EnvoyDoWithPort(_ context.Context, _, _, method, path string, port int) ([]byte, error) {
+	status, body, err := f.at.node.Daemon.Request(f.at.ctx, method, port, "/"+path)
+	if err == nil && status != 200 {
+		err = fmt.Errorf("%d: %s", status, body)
+	}
+	return []byte(body), err
+}
+
+// liveIstioctl runs `istioctl ztunnel-config ARGS` against a running daemon.
+func liveIstioctl(t *testing.T, ctx context.Context, n *lab.Node, args ...string) string {
+	t.Helper()
+	return execute(t, ztunnelconfig.ZtunnelConfig(atNode{cli.NewFakeContext(nil), ctx, n}), args)
 }

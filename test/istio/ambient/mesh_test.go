@@ -177,13 +177,17 @@ func (m *mesh) open(ns *lab.NS, ip netip.Addr) *load.IdleConns {
 	return ic
 }
 
-// cut waits until held connections are dead, and tells how long that took.
+// cut waits until all held connections are dead, and tells how long that took.
 func (m *mesh) cut(who string, ic *load.IdleConns) {
 	m.t.Helper()
 	began := time.Now()
 	eventually(m.t, noticed, func() error {
-		if ic.Check() == nil {
-			return fmt.Errorf("the connections of %s live on", who)
+		dead := 0
+		if err, ok := ic.Check().(interface{ Unwrap() []error }); ok {
+			dead = len(err.Unwrap())
+		}
+		if dead < ic.Len() {
+			return fmt.Errorf("of %d connections of %s %d live on", ic.Len(), who, ic.Len()-dead)
 		}
 		return nil
 	})
