@@ -33,13 +33,60 @@ func (c *dataplaneCollector) Collect(ch chan<- prometheus.Metric) {
 		prometheus.CounterValue, float64(c.d.pods.unknown.Load()))
 }
 
-// gauges are the fields that go up and down; all others count.
-var gauges = map[string]bool{"InFlight": true, "Conns": true, "Offload": true, "Keys": true, "Streams": true}
+// controlCollector exports the counters of what the control side leaves to others: certificates, names of workloads,
+// revocation. It is registered with the admin side.
+type controlCollector struct{ d *daemon }
 
-// emit exports the numeric fields of a struct of counters under their own names. Reflection costs
+// Describe sends nothing: what there is depends on the configuration.
+func (c *controlCollector) Describe(chan<- *prometheus.Desc) {}
+
+var crlFamilies = [...]*prometheus.Desc{
+	prometheus.NewDesc("istio_crl_policy_rejections_total", "The total number of connections rejected due to CRL policy (unstable)", []string{"reporter"}, nil),
+	prometheus.NewDesc("istio_crl_untracked_connections_total", "The total number of connections not tracked for CRL enforcement (unstable)", []string{"reporter"}, nil),
+}
+
+// Collect implements prometheus.Collector.
+func (c *controlCollector) Collect(ch chan<- prometheus.Metric) {
+	emit(ch, "ztun_certificates_", c.d.certs.Stats(), "", "")
+	if c.d.resolve != nil {
+		emit(ch, "ztun_hostnames_", c.d.resolve.Stats(), "", "")
+	}
+	if r := c.d.remoteCA; r != nil {
+		s := r.Stats()
+		emit(ch, "ztun_ca_", s, "", "")
+		for code, n := range s.Failures {
+			ch <- prometheus.MustNewConstMetric(prometheus.NewDesc("ztun_ca_failures_total", "Certificate requests that failed, by gRPC code.", []string{"code"}, nil), prometheus.CounterValue, float64(n), code)
+		}
+	}
+	if c.d.crl == nil {
+		return
+	}
+	emit(ch, "ztun_crl_", c.d.crl.Stats(), "", "")
+	s := c.d.revoked.Stats()
+	emit(ch, "ztun_crl_", s, "", "")
+	for i, counts := range [...][2]uint64{s.Rejected, s.Untracked} {
+		for side, n := range counts {
+			if n > 0 { // ztunnel has no series before the first
+				ch <- prometheus.MustNewConstMetric(crlFamilies[i], prometheus.CounterValue, float64(n), [...]string{"source", "destination"}[side])
+			}
+		}
+	}
+}
+
+// gauges are the fields that go up and down; all others count.
+var gauges = map[string]bool{
+	"InFlight": true, "DNSInFlight": true, "Conns": true, "Offload": true, "Keys": true, "Streams": true,
+	"Identities": true, "Waiting": true, "Running": true, "Queued": true, "Names": true, "Tracked": true,
+}
+
+// emit exports the numeric fields of a struct of counters under their own names, with one label, or none if it is "". Reflection costs
 // little here (a scrape), and a counter that netstack gains is exported without a second list.
 func emit(ch chan<- prometheus.Metric, prefix string, stats any, label, value string) {
 	v := reflect.ValueOf(stats)
+	var names, values []string
+	if label != "" {
+		names, values = []string{label}, []string{value}
+	}
 	for i := range v.NumField() {
 		f, field := v.Type().Field(i), v.Field(i)
 		var x float64
@@ -59,7 +106,7 @@ func emit(ch chan<- prometheus.Metric, prefix string, stats any, label, value st
 		if !gauges[f.Name] {
 			name, kind = name+"_total", prometheus.CounterValue
 		}
-		ch <- prometheus.MustNewConstMetric(prometheus.NewDesc(name, "Userspace data path: "+f.Name+" (see package netstack).", []string{label}, nil), kind, x, value)
+		ch <- prometheus.MustNewConstMetric(prometheus.NewDesc(name, v.Type().String()+"."+f.Name+": see the documentation of that type.", names, nil), kind, x, values...)
 	}
 }
 
