@@ -4,8 +4,10 @@ import (
 	"compress/gzip"
 	"compress/zlib"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/andybalholm/brotli"
 	"github.com/klauspost/compress/zstd"
@@ -15,26 +17,62 @@ import (
 // processor time for what it saves comes first.
 var encodings = [...]string{"zstd", "gzip", "br", "deflate"}
 
-// compressor wraps w for an encoding of encodings; "" passes through. Close ends the stream and leaves w
-// open. All are at their fastest setting and with little memory: a scrape must not be felt.
-func compressor(w io.Writer, encoding string) io.WriteCloser {
+// compressors keeps used ones for the next scrape: a new one takes up to 1.4 MB.
+type compressors struct {
+	pools [len(encodings)]sync.Pool // of resettable
+}
+
+// resettable is what the four have in common.
+type resettable interface {
+	io.WriteCloser
+	Reset(io.Writer)
+}
+
+// open wraps w for an encoding of encodings; "" passes through. Closing what it returns ends the stream and
+// leaves w open; it must not be used after that. All are at their fastest and smallest setting: a scrape
+// must not be felt.
+func (c *compressors) open(w io.Writer, encoding string) io.WriteCloser {
+	i := slices.Index(encodings[:], encoding)
+	if i < 0 {
+		return nopCloser{w}
+	}
+	z, ok := c.pools[i].Get().(resettable)
+	if !ok {
+		z = newCompressor(encoding)
+	}
+	z.Reset(w)
+	return &pooled{z, &c.pools[i]}
+}
+
+func newCompressor(encoding string) resettable {
 	switch encoding {
 	case "zstd":
-		z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
+		z, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
 			zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(128<<10))
-		if err == nil { // the options are valid
-			return z
+		if err != nil {
+			panic(err) // the options are valid
 		}
-	case "gzip":
-		z, _ := gzip.NewWriterLevel(w, gzip.BestSpeed) // the level is valid
 		return z
 	case "br":
-		return brotli.NewWriterLevel(w, 1)
+		return brotli.NewWriterLevel(nil, 1)
 	case "deflate": // which is zlib's format (RFC 9110 section 8.4.1.2)
-		z, _ := zlib.NewWriterLevel(w, zlib.BestSpeed)
+		z, _ := zlib.NewWriterLevel(nil, zlib.BestSpeed) // the level is valid
 		return z
 	}
-	return nopCloser{w}
+	z, _ := gzip.NewWriterLevel(nil, gzip.BestSpeed)
+	return z
+}
+
+type pooled struct {
+	resettable
+	pool *sync.Pool
+}
+
+func (p *pooled) Close() error {
+	err := p.resettable.Close()
+	p.resettable.Reset(nil) // lets go of the connection
+	p.pool.Put(p.resettable)
+	return err
 }
 
 type nopCloser struct{ io.Writer }

@@ -18,6 +18,10 @@
 // 404 with an empty body, a request's header must arrive within 2 s and 8 KiB, connections are bounded,
 // a panic in a handler costs its connection only, and Shutdown lets requests in flight finish.
 //
+// Reading order: loop.go, event.go (knowledge); server.go, http.go, logging.go, profile.go, ready.go (the
+// servers); dump.go, encode.go, raw.go, breather.go (/config_dump); stats.go, compress.go, plainnum.go and
+// metrics.go, tokio.go, controlmetrics.go, histogram.go (/metrics); pods.go, podsock.go, podclient.go.
+//
 // Decisions:
 //
 //   - 2026-11-23: a panic on the loop is contained (logged, counted, reported to Do's caller and to
@@ -33,7 +37,18 @@
 //     early; before that it is a 500 with the error.
 //   - 2026-11-23: at the bound of connections the one idle longest makes room, so that forgotten
 //     keep-alive connections cannot lock out the kubelet's probe.
-//   - 2026-11-23: elements of Accept are trimmed (ztunnel does not); br and zstd are not offered, which
-//     HTTP allows: such clients get identity or gzip.
+//   - 2026-11-23: elements of Accept are trimmed (ztunnel does not). Of equally liked encodings the one that
+//     costs least is taken: zstd, gzip, br, deflate. What else differs from ztunnel stands, with reasons, in
+//     the tables of differences_test.go.
+//   - 2026-11-23: long work of this side pauses for real and does not merely yield (breather): on one
+//     processor Go looks at the network every 10 ms only as long as anything is ready to run.
+//   - 2026-11-23: /config_dump: one at a time; up to seven wait, for 20 s at most; the rest is told to come
+//     again (503, Retry-After). Two scrapes at a time; others wait for 10 s at most.
+//   - 2026-11-23: Tokio's names are kept for what Go can answer honestly (RuntimeCollector); per-worker
+//     counters are left out. The two roles share one scheduler and so one go_sched_latencies_seconds; what
+//     tells them apart is ztun_goroutines{role}, ztun_admin_loop_wait_seconds and
+//     ztun_http_request_duration_seconds{server}.
+//   - 2026-11-23: client_golang's go_memstats_alloc_bytes is left out: in OpenMetrics it is the same family
+//     as the counter go_memstats_alloc_bytes_total, and a family that is there twice is refused.
 //   - 2026-11-23: /debug/pprof/heap/profiling always answers true: Go's allocator samples from the start.
 package admin

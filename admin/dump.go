@@ -9,7 +9,6 @@ import (
 	"maps"
 	"net/http"
 	"net/netip"
-	"runtime"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -98,15 +97,15 @@ func WorkloadState(pods func() map[string]func() PodDump) Section {
 
 // Bounds of a dump. What one reader takes cannot hold up the next one for longer than dumpTime.
 const (
-	dumpChunk   = 32 << 10
+	dumpChunk   = 16 << 10
 	dumpTime    = 2 * time.Minute  // for a whole dump
 	dumpStall   = 10 * time.Second // for a reader to take one chunk
 	dumpWait    = 20 * time.Second // for one's turn; less than writeTimeout, so that the refusal arrives
 	dumpWaiting = 8                // requests under way, of which one has its turn
 )
 
-// dumper answers /config_dump: one at a time, streamed with one chunk of memory, yielding the processor
-// between chunks so that workers come first. Others wait for their turn, a few of them and not for long;
+// dumper answers /config_dump: one at a time, streamed with one chunk of memory, pausing between chunks so
+// that workers come first (see breather). Others wait for their turn, a few of them and not for long;
 // the rest is told to come again (503, Retry-After).
 type dumper struct {
 	sections func() map[string]Section // called once per dump: the sections close over one snapshot
@@ -176,7 +175,7 @@ func (d *dumper) write(ctx context.Context, out *chunkWriter) error {
 		sections = d.sections()
 	}
 	buf := bufio.NewWriterSize(out, dumpChunk)
-	e := NewEncoder(buf)
+	e := NewEncoder(&pausingWriter{buf, &out.pause})
 	e.BeginObject()
 	keys := make([]string, 0, len(sections))
 	for k := range sections {
@@ -202,6 +201,17 @@ func (d *dumper) write(ctx context.Context, out *chunkWriter) error {
 	return buf.Flush()
 }
 
+// pausingWriter is what a section writes to. Pause is for those that work for long without writing, such as
+// on sorting.
+type pausingWriter struct {
+	*bufio.Writer
+	pause *breather
+}
+
+// Pause lets others have the processor if it is time for that. It is cheap enough to be called every few
+// microseconds.
+func (p *pausingWriter) Pause() { p.pause.breathe() }
+
 // chunkWriter passes chunks on, each with its own deadline, and lets others run in between.
 type chunkWriter struct {
 	ctx     context.Context
@@ -209,6 +219,7 @@ type chunkWriter struct {
 	rc      *http.ResponseController
 	header  func()
 	started bool
+	pause   breather
 }
 
 func (c *chunkWriter) Write(p []byte) (int, error) {
@@ -221,6 +232,6 @@ func (c *chunkWriter) Write(p []byte) (int, error) {
 	}
 	c.rc.SetWriteDeadline(time.Now().Add(dumpStall))
 	n, err := c.w.Write(p)
-	runtime.Gosched()
+	c.pause.breathe()
 	return n, err
 }

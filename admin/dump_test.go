@@ -1,11 +1,15 @@
 package admin
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"io"
+	"log/slog"
 	"net/http"
+	"net/http/httptest"
+	"net/netip"
 	"os"
 	"runtime"
 	"strings"
@@ -215,5 +219,137 @@ func TestDumpMemory(t *testing.T) {
 	}
 	if peak.Load() > 2<<20 {
 		t.Errorf("a dump of %d MiB held %d KiB", size>>20, peak.Load()>>10)
+	}
+}
+
+// TestDumpWaitIsBounded: who waits too long is told to come again, and so are those that wait at the end.
+func TestDumpWaitIsBounded(t *testing.T) {
+	entered, release := make(chan struct{}, 1), make(chan struct{})
+	d := newDumper(func() map[string]Section {
+		return map[string]Section{"config": func(_ context.Context, e *Encoder) error {
+			entered <- struct{}{}
+			<-release
+			return e.Value(1)
+		}}
+	}, slog.New(slog.DiscardHandler))
+	drain := make(chan struct{})
+	d.wait, d.drain = 10*time.Millisecond, drain
+	ask := func() *httptest.ResponseRecorder {
+		w := httptest.NewRecorder()
+		d.ServeHTTP(w, httptest.NewRequest("GET", "/config_dump", nil))
+		return w
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if w := ask(); w.Code != 200 {
+			t.Errorf("the first: %d", w.Code)
+		}
+	})
+	<-entered
+	if w := ask(); w.Code != 503 || w.Header().Get("Retry-After") == "" || !strings.Contains(w.Body.String(), "under way") {
+		t.Errorf("%d %v %s", w.Code, w.Header(), w.Body)
+	}
+	d.wait = time.Hour
+	close(drain)
+	if w := ask(); w.Code != 503 || !strings.Contains(w.Body.String(), "shutting down") {
+		t.Errorf("%d %s", w.Code, w.Body)
+	}
+	close(release)
+	wg.Wait()
+	if d.done.Load() != 1 || d.refused.Load() != 2 || d.failed.Load() != 0 {
+		t.Errorf("done %d, refused %d, failed %d", d.done.Load(), d.refused.Load(), d.failed.Load())
+	}
+}
+
+// TestWorkloadState: the pods of a real ztunnel's dump, byte for byte. Checklist 75.
+func TestWorkloadState(t *testing.T) {
+	data, err := os.ReadFile("testdata/config_dump-inpod-a.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sample struct {
+		WorkloadState json.RawMessage `json:"workloadState"`
+	}
+	var pods struct {
+		WorkloadState map[string]struct {
+			Info        struct{ Name, Namespace, ServiceAccount string }
+			State       string
+			Connections struct{ Inbound, Outbound []map[string]*string }
+		}
+	}
+	if err := errors.Join(json.Unmarshal(data, &sample), json.Unmarshal(data, &pods)); err != nil {
+		t.Fatal(err)
+	}
+	if len(pods.WorkloadState) == 0 {
+		t.Fatal("the sample has no pods")
+	}
+	list := func(in []map[string]*string) (out []ConnectionDump) {
+		for _, c := range in {
+			x := ConnectionDump{Src: netip.MustParseAddrPort(*c["src"]), ActualDst: netip.MustParseAddrPort(*c["actualDst"]), Protocol: *c["protocol"]}
+			if o := c["originalDst"]; o != nil {
+				x.OriginalDst = netip.MustParseAddrPort(*o)
+			}
+			out = append(out, x)
+		}
+		return out
+	}
+	all := map[string]func() PodDump{}
+	connections := 0
+	for uid, p := range pods.WorkloadState {
+		connections += len(p.Connections.Inbound) + len(p.Connections.Outbound)
+		all[uid] = func() PodDump {
+			return PodDump{Name: p.Info.Name, Namespace: p.Info.Namespace, ServiceAccount: p.Info.ServiceAccount, Up: p.State == "Up",
+				Inbound: list(p.Connections.Inbound), Outbound: list(p.Connections.Outbound)}
+		}
+	}
+	if connections == 0 {
+		t.Fatal("the sample has no connections")
+	}
+	write := func(all map[string]func() PodDump) string {
+		var b bytes.Buffer
+		e := NewEncoder(&b)
+		e.BeginObject()
+		e.Key("workloadState")
+		if err := WorkloadState(func() map[string]func() PodDump { return all })(context.Background(), e); err != nil {
+			t.Fatal(err)
+		}
+		e.EndObject()
+		return b.String()
+	}
+	if d := cmp.Diff("{\n  \"workloadState\": "+string(sample.WorkloadState)+"\n}", write(all)); d != "" {
+		t.Error(d)
+	}
+	pending := map[string]func() PodDump{"u": func() PodDump { return PodDump{Name: "p", Namespace: "n", ServiceAccount: "s"} }}
+	if got, want := strings.Join(strings.Fields(write(pending)), " "), `{ "workloadState": { "u": { "info": { "name": "p", "namespace": "n", "serviceAccount": "s" }, "state": "Pending" } } }`; got != want {
+		t.Errorf("%s", got)
+	}
+	if got := write(nil); got != "{\n  \"workloadState\": {}\n}" {
+		t.Errorf("no pods: %s", got)
+	}
+}
+
+// TestDumpPauses: a section that works long without writing can pause, and pauses are rare.
+func TestDumpPauses(t *testing.T) {
+	paused := 0
+	s := dumping(t, map[string]Section{"config": func(_ context.Context, e *Encoder) error {
+		return e.Raw(func(w io.Writer) error {
+			p := w.(interface{ Pause() })
+			started := time.Now()
+			for time.Since(started) < 20*time.Millisecond { // of work and pauses
+				before := time.Now()
+				p.Pause()
+				if time.Since(before) >= breathFor {
+					paused++
+				}
+			}
+			_, err := io.WriteString(w, "1")
+			return err
+		})
+	}})
+	if resp, body := do(t, "GET", urlOf(s, "/config_dump")); resp.StatusCode != 200 || !strings.Contains(body, `"config": 1`) {
+		t.Errorf("%s %q", resp.Status, body)
+	}
+	if paused == 0 || paused > 20 {
+		t.Errorf("%d pauses in 20 ms", paused)
 	}
 }

@@ -162,6 +162,7 @@ func TestSampleExchanges(t *testing.T) {
 	}
 }
 
+// TestLogging: checklist 71 to 73, but for `mod:level`, which is accepted here.
 func TestLogging(t *testing.T) {
 	s := testAdmin(t, nil)
 	for _, tc := range []struct {
@@ -175,7 +176,13 @@ func TestLogging(t *testing.T) {
 		{"?level=", "current log level is hickory_server::server=off,info\n", 200},
 		{"?other=1", "current log level is hickory_server::server=off,info\n", 200},
 		{"?level=foo", "Invalid level provided: foo\n", 400},
-		{"?level=mod:debug", "Invalid level provided: mod:debug\n", 400},
+		{"?level=mod:debug", "current log level is hickory_server::server=off,mod=debug,info\n", 200},
+		{"?reset&level=ztunnel::proxy:trace,access=warn", "current log level is hickory_server::server=off,ztunnel::proxy=trace,access=warn,info\n", 200},
+		{"?reset", "current log level is hickory_server::server=off,info\n", 200},
+		{"?level=mod:loud", "Invalid level provided: mod:loud\n", 400},
+		{"?level=:debug", "Invalid level provided: :debug\n", 400},
+		{"?level=a::debug", "Invalid level provided: a::debug\n", 400},
+		{"?level=a=b:debug", "Invalid level provided: a=b:debug\n", 400},
 		{"?level=info,mod=x", "Invalid level provided: info,mod=x\n", 400},
 		{"?level=" + strings.Repeat("x", 5000), "Invalid level provided: xxx", 400},
 		{"", "current log level is hickory_server::server=off,info\n", 200},
@@ -190,6 +197,7 @@ func TestLogging(t *testing.T) {
 	}
 }
 
+// TestQuit: checklist 70, as far as this server goes.
 func TestQuit(t *testing.T) {
 	var mu sync.Mutex
 	var reasons []string
@@ -244,6 +252,7 @@ func TestExactPaths(t *testing.T) {
 	}
 }
 
+// TestReadiness: checklist 80.
 func TestReadiness(t *testing.T) {
 	now := time.Now()
 	r := NewReady(func() time.Time { return now })
@@ -278,6 +287,7 @@ func TestReadiness(t *testing.T) {
 	}
 }
 
+// TestBind: checklist 81, for the admin server; the others are bound by listenWildcard.
 func TestBind(t *testing.T) {
 	s := testAdmin(t, nil)
 	as := s.Addrs()

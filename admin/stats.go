@@ -8,7 +8,6 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -51,6 +50,8 @@ type exposition struct {
 	o    StatsOptions
 	turn chan struct{} // a token for each scrape under way
 	wait time.Duration
+
+	compress compressors
 }
 
 // Bounds of scrapes: each holds all samples in memory, so that only so many run at once. Others wait.
@@ -92,8 +93,8 @@ func (x *exposition) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if encoding != "" {
 		h.Set("Content-Encoding", encoding)
 	}
-	out := compressor(w, encoding)
-	buf := bufio.NewWriterSize(&yielding{&plainNumbers{w: out}}, 16<<10)
+	out := x.compress.open(w, encoding)
+	buf := bufio.NewWriterSize(&paced{w: &plainNumbers{w: out}}, 16<<10)
 	for _, f := range fs {
 		if _, err := expfmt.MetricFamilyToOpenMetrics(buf, f); err != nil {
 			panic(http.ErrAbortHandler) // the reader is gone
@@ -105,12 +106,15 @@ func (x *exposition) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// yielding lets others run after each piece.
-type yielding struct{ w io.Writer }
+// paced pauses between pieces.
+type paced struct {
+	w     io.Writer
+	pause breather
+}
 
-func (y *yielding) Write(p []byte) (int, error) {
-	n, err := y.w.Write(p)
-	runtime.Gosched()
+func (p *paced) Write(b []byte) (int, error) {
+	n, err := p.w.Write(b)
+	p.pause.breathe()
 	return n, err
 }
 
@@ -138,7 +142,12 @@ func (x *exposition) gather() ([]*dto.MetricFamily, error) {
 	}
 	more, err2 := collectOrdered(x.o.Ordered)
 	fs, err = append(fs, more...), errors.Join(err, err2)
-	fs = slices.DeleteFunc(fs, func(f *dto.MetricFamily) bool { return len(f.Metric) == 0 })
+	fs = slices.DeleteFunc(fs, func(f *dto.MetricFamily) bool {
+		// OpenMetrics leaves _total out of a counter's family name, so that client_golang's two families
+		// go_memstats_alloc_bytes and go_memstats_alloc_bytes_total become one twice, which scrapers refuse.
+		// The gauge goes: it is go_memstats_heap_alloc_bytes by another name.
+		return len(f.Metric) == 0 || f.GetName() == "go_memstats_alloc_bytes"
+	})
 	for _, f := range fs {
 		finish(f)
 	}

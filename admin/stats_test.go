@@ -11,7 +11,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/andybalholm/brotli"
 	"github.com/google/go-cmp/cmp"
+	"github.com/klauspost/compress/zstd"
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 )
@@ -94,6 +96,7 @@ func TestLabelOrder(t *testing.T) {
 	}
 }
 
+// TestContentType: checklist 78.
 func TestContentType(t *testing.T) {
 	srv, err := NewStats(StatsOptions{})
 	s := serving(t, srv, err)
@@ -118,14 +121,18 @@ func TestContentType(t *testing.T) {
 	}
 }
 
+// TestCompression: checklist 77.
 func TestCompression(t *testing.T) {
 	reg := prometheus.NewRegistry()
 	reg.MustRegister(BuildCollector("1.31"), GoCollector())
 	srv, err := NewStats(StatsOptions{Registry: reg})
 	s := serving(t, srv, err)
 	for _, tc := range []struct{ accept, want string }{
-		{"gzip", "gzip"}, {"deflate", "deflate"}, {"gzip, deflate, br, zstd", "gzip"}, {"br", ""}, {"*", "gzip"}, {"identity", ""},
+		{"gzip", "gzip"}, {"deflate", "deflate"}, {"gzip, deflate, br, zstd", "zstd"}, {"gzip, deflate, br", "gzip"}, {"deflate, br", "br"},
+		{"br", "br"}, {"zstd", "zstd"}, {"*", "gzip"}, {"*;q=0.5, gzip;q=0, br;q=0.1", "br"}, {"x-gzip", "gzip"}, {"compress", ""}, {"identity", ""},
 		{"gzip;q=0", ""}, {"gzip;q=0.1,deflate;q=0.9", "deflate"}, {"identity;q=1, gzip;q=0.5", ""}, {"GZIP;Q=1", "gzip"}, {"gzip;q=x", ""},
+		// Again, with compressors that have been used before.
+		{"zstd", "zstd"}, {"br", "br"}, {"gzip", "gzip"}, {"deflate", "deflate"},
 	} {
 		resp, body := do(t, "GET", urlOf(s, "/metrics"), "Accept-Encoding", tc.accept)
 		if got := resp.Header.Get("Content-Encoding"); got != tc.want {
@@ -138,6 +145,14 @@ func TestCompression(t *testing.T) {
 			r, err = gzip.NewReader(r)
 		case "deflate":
 			r, err = zlib.NewReader(r)
+		case "br":
+			r = brotli.NewReader(r)
+		case "zstd":
+			var z *zstd.Decoder
+			if z, err = zstd.NewReader(r); err == nil {
+				defer z.Close()
+				r = z
+			}
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -159,7 +174,8 @@ func TestExposition(t *testing.T) {
 	bytesTotal := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "istio_xds_message_bytes_total", Help: "Total number of bytes received (unstable)"}, []string{"url"})
 	bytesTotal.WithLabelValues("u").Add(7)
 	reg := prometheus.NewRegistry()
-	reg.MustRegister(empty, bytesTotal, BuildCollector("t"), ProcessCollector(), GoCollector(),
+	reg.MustRegister(empty, bytesTotal, BuildCollector("t"), VersionCollector("1", "abc"), ProcessCollector(), GoCollector(),
+		RuntimeCollector(RuntimeSources{Workers: 3, AdminTasks: func() int { return 1 }, Servers: []*Server{admin}}),
 		WorkloadManagerCollector(func() WorkloadManagerStats { return WorkloadManagerStats{1, 2, 3, 4} }),
 		SelfCollector(SelfSources{Loop: loop, Log: func() LogStats { return LogStats{Lines: 9} }, Servers: []*Server{admin}}))
 	bad := &ordered{desc: prometheus.NewDesc("istio_x_total", "X.", nil, nil), values: []float64{1}}
@@ -174,6 +190,9 @@ func TestExposition(t *testing.T) {
 		"\nworkload_manager_active_proxy_count 1\n", "\nworkload_manager_pending_proxy_count 2\n",
 		"# TYPE workload_manager_proxies_started counter\nworkload_manager_proxies_started_total 3\n", "\nworkload_manager_proxies_stopped_total 4\n",
 		"\nztun_admin_loop_events_total{kind=\"closure\"} 1\n", "\nztun_log_lines_total 9\n", "\nztun_http_connections_refused_total{server=\"admin\"} 0\n",
+		"\ntokio_num_workers 3\n", "\nztun_goroutines{role=\"admin\"} ", "\nztun_goroutines{role=\"worker\"} ", "\ntokio_num_alive_tasks ", "\ntokio_global_queue_depth ",
+		"\nztun_admin_loop_wait_seconds_count 1\n", "\nztun_http_connections_open{server=\"admin\"} 0\n", "\nztun_http_request_duration_seconds_count{server=\"admin\"} 0\n",
+		"\nztun_config_dumps_total{result=\"done\"} 0\n", "revision=\"abc\",version=\"1\"} 1\n",
 		"\ngo_goroutines ", "\ngo_sched_latencies_seconds_bucket", "\nztun_sched_runnable_p99_seconds ",
 	} {
 		if !strings.Contains(body, want) {
@@ -194,7 +213,7 @@ func TestExposition(t *testing.T) {
 		}
 	}
 	at := -1
-	for _, p := range []string{"# TYPE process_open_fds", "# TYPE go_goroutines", "# TYPE istio_build", "# TYPE istio_xds", "# TYPE workload_manager_active", "# TYPE ztun_"} {
+	for _, p := range []string{"# TYPE process_open_fds", "# TYPE tokio_num", "# TYPE istio_build", "# TYPE istio_xds", "# TYPE workload_manager_active", "# TYPE go_goroutines", "# TYPE ztun_"} {
 		n := strings.Index(body, p)
 		if n < at {
 			t.Errorf("%s is out of order", p)

@@ -225,6 +225,18 @@ func TestReaderKeeps(t *testing.T) {
 	check(t, os.Remove(filepath.Join(r.root, "..data", "a.yaml")))
 	_, problems = r.read()
 	equal(t, "a broken link", fmt.Sprint(problems), "[a.yaml: no such file or directory]")
+	// The directory itself may be a link, and lead somewhere else later.
+	other := t.TempDir()
+	check(t, os.WriteFile(filepath.Join(other, "o.yaml"), []byte("{}"), 0o644))
+	link := filepath.Join(t.TempDir(), "mesh")
+	check(t, os.Symlink(r.root, link))
+	l := &reader{root: link, trustDomain: "cluster.local"}
+	linked, _ = l.read()
+	equal(t, "first", linked[0].path, "b.yaml")
+	check(t, os.Remove(link))
+	check(t, os.Symlink(other, link))
+	linked, problems = l.read()
+	equal(t, "then", fmt.Sprint(len(linked), linked[0].path, problems), "1o.yaml[]")
 }
 
 func TestRunsOnNode(t *testing.T) {

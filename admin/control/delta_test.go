@@ -383,3 +383,14 @@ func TestSubscriptionConverges(t *testing.T) {
 		}
 	})
 }
+
+// all lists a table.
+func (t *table) all() []*resource {
+	out := make([]*resource, 0, t.count)
+	for _, s := range t.shards {
+		if s != nil {
+			out = append(out, *s...)
+		}
+	}
+	return out
+}

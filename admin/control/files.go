@@ -87,8 +87,14 @@ func (r *reader) read() (files []*file, problems []Problem) {
 		}
 		problems = append(problems, Problem{File: path, Text: fmt.Sprintf(format, args...)})
 	}
+	// A link may lead somewhere else the next time.
+	root, err := filepath.EvalSymlinks(r.root)
+	if err != nil {
+		complain("", "%v", err)
+		return nil, problems
+	}
 	walk := func(full string, d fs.DirEntry, err error) error {
-		rel, relErr := filepath.Rel(r.root, full)
+		rel, relErr := filepath.Rel(root, full)
 		if relErr != nil {
 			rel = full
 		}
@@ -137,13 +143,6 @@ func (r *reader) read() (files []*file, problems []Problem) {
 		files = append(files, f)
 		return nil
 	}
-	// The walk itself returns no error: walk does not.
-	root, err := filepath.EvalSymlinks(r.root)
-	if err != nil {
-		complain("", "%v", err)
-		return nil, problems
-	}
-	r.root = root
 	if err := filepath.WalkDir(root, walk); err != nil {
 		complain("", "%v", err)
 	}

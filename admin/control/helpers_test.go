@@ -327,7 +327,7 @@ func snapshotOf(t testing.TB, prev *snapshot, files ...*file) *snapshot {
 	return s
 }
 
-// textOf is a workload file with one workload per name:ip:node.
+// workloadsYAML is a file with one workload per name:ip:node.
 func workloadsYAML(specs ...string) string {
 	b := &strings.Builder{}
 	b.WriteString("workloads:\n")

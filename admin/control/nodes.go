@@ -46,6 +46,7 @@ type nodeStore struct {
 
 	mu       sync.Mutex
 	scanned  time.Time
+	dirTime  time.Time            // the directory's when it was read; zero if it may have changed since unseen
 	files    map[string]nodeEntry // by file name
 	byToken  map[hash]string      // -> node
 	byKey    map[hash]string
@@ -71,7 +72,10 @@ func (s *nodeStore) rescan() {
 }
 
 func (s *nodeStore) rescanLocked(now time.Time) {
-	s.scanned = now
+	s.scanned, s.dirTime = now, s.modified()
+	if now.Sub(s.dirTime) < 100*time.Millisecond { // more than what its clock tells apart
+		s.dirTime = time.Time{}
+	}
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
 		// Not a reason to turn every node away: keep what is known.
@@ -106,6 +110,15 @@ func (s *nodeStore) rescanLocked(now time.Time) {
 		close(s.changed)
 		s.changed = make(chan struct{})
 	}
+}
+
+// modified is when a file of the directory was last made or removed.
+func (s *nodeStore) modified() time.Time {
+	info, err := os.Stat(s.dir)
+	if err != nil {
+		return time.Time{}
+	}
+	return info.ModTime()
 }
 
 // load reads one file, or takes it over from the last scan. Join replaces files as a whole, so a stamp tells.
@@ -154,7 +167,10 @@ func (s *nodeStore) find(h hash, byKey bool) (string, bool) {
 		return node, ok
 	}
 	node, ok := look()
-	if now := time.Now(); !ok && now.Sub(s.scanned) >= rescanInterval {
+	if ok {
+		return node, ok
+	}
+	if now := time.Now(); now.Sub(s.scanned) >= rescanInterval || !s.modified().Equal(s.dirTime) {
 		s.rescanLocked(now)
 		node, ok = look()
 	}

@@ -74,6 +74,7 @@ type Server struct {
 	rates     *rates
 	signing   chan struct{} // one element per signature being made
 	counters  counters
+	refused   atomic.Int64 // when a refused call was logged last, Unix nanoseconds
 
 	lock      *os.File
 	socket    string
@@ -197,6 +198,12 @@ func (s *Server) Run(ctx context.Context) error {
 	work.Go(func() { s.source.run(ctx) })
 	work.Go(func() { s.cert.run(ctx) })
 	work.Go(func() { s.rescan(ctx) })
+	// Calls that come before the first snapshot could not be answered; nodes that wait for a connection try again.
+	select {
+	case <-s.source.loaded:
+	case <-time.After(2 * time.Second):
+	case <-ctx.Done():
+	}
 	for _, l := range s.listeners {
 		work.Go(func() {
 			if err := s.grpc.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) && ctx.Err() == nil {
@@ -264,12 +271,20 @@ func (s *Server) admit(ctx context.Context, info *tap.Info) (context.Context, er
 		return context.WithValue(ctx, callerKey{}, c), nil
 	}
 	s.counters.unauthenticated.Add(1)
-	s.logger.Warn("call refused", "method", clip(info.FullMethodName, 100), "error", err.Error())
+	s.refusal("call refused", "method", clip(info.FullMethodName, 100), "error", err.Error())
 	text := "authentication failure"
 	if info.FullMethodName == citadelpb.IstioCertificateService_CreateCertificate_FullMethodName {
 		text = "request authenticate failure"
 	}
 	return nil, status.Errorf(codes.Unauthenticated, "%s: %v", text, err)
+}
+
+// refusal logs a refused call, at most one a second: anybody can make them. The counters have all.
+func (s *Server) refusal(text string, args ...any) {
+	now := time.Now().UnixNano()
+	if last := s.refused.Load(); now-last >= int64(time.Second) && s.refused.CompareAndSwap(last, now) {
+		s.logger.Warn(text, args...)
+	}
 }
 
 // enter admits a stream.

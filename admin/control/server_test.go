@@ -182,13 +182,14 @@ func TestAuthentication(t *testing.T) {
 	pair, err := tls.LoadX509KeyPair(filepath.Join(other, "out", CertFile), filepath.Join(other, "out", KeyFile))
 	check(t, err)
 	foreign := w.tls("")
-	foreign.Certificates = []tls.Certificate{pair}
+	foreign.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil } // whatever the server asks for
 	fctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	_, err = discoverypb.NewAggregatedDiscoveryServiceClient(w.dial(foreign)).DeltaAggregatedResources(fctx)
-	if err == nil {
-		t.Fatal("a certificate of another CA was accepted")
+	rpc, err := discoverypb.NewAggregatedDiscoveryServiceClient(w.dial(foreign)).DeltaAggregatedResources(fctx)
+	if err == nil { // in TLS 1.3 the client is done before the server has looked at its certificate
+		_, err = rpc.Recv()
 	}
+	wantStatus(t, err, codes.Unavailable, "")
 	// TLS 1.2 is refused.
 	old := w.tls("")
 	old.MaxVersion = tls.VersionTLS12
@@ -221,7 +222,6 @@ func TestJoinAndLeave(t *testing.T) {
 	c = w.connect("node-a")
 	c.begin(typeAddress, nil)
 	c.recv()
-	time.Sleep(rescanInterval) // the directory is looked at for unknown tokens no more often than this
 	w.join("node-new")
 	c2 := w.connect("node-new")
 	c2.begin(typeAddress, nil)

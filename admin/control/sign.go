@@ -32,7 +32,7 @@ func (s caServer) CreateCertificate(ctx context.Context, req *citadelpb.IstioCer
 	out, err := s.sign(ctx, c, req)
 	if err != nil {
 		s.counters.signRefused.Add(1)
-		s.logger.Warn("certificate refused", "node", c.node, "error", err.Error())
+		s.refusal("certificate refused", "node", c.node, "error", err.Error())
 		return nil, err
 	}
 	s.counters.signed.Add(1)

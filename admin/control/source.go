@@ -28,6 +28,7 @@ type source struct {
 	last     []*file // as of the last load
 	snap     *snapshot
 	attempts uint64
+	loaded   chan struct{} // closed after the first load, good or bad
 
 	mu     sync.Mutex
 	status SnapshotStatus
@@ -37,7 +38,7 @@ func newSource(root, trustDomain string, limit int, logger *slog.Logger, f *feed
 	return &source{
 		reader:      reader{root: root, trustDomain: or(trustDomain, defaultTrustDomain)},
 		trustDomain: trustDomain, limit: limit, logger: logger, feed: f,
-		settle: 200 * time.Millisecond, poll: 5 * time.Second,
+		settle: 200 * time.Millisecond, poll: 5 * time.Second, loaded: make(chan struct{}),
 	}
 }
 
@@ -70,6 +71,7 @@ func (s *source) run(ctx context.Context) {
 		_ = watcher.Add(s.reader.root) // of a directory that is not there the load speaks
 	}
 	load()
+	close(s.loaded)
 	poll := time.NewTicker(s.poll)
 	defer poll.Stop()
 	var timer <-chan time.Time // runs while a change settles

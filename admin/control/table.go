@@ -113,16 +113,6 @@ func sameShard(old *shard, part shard) bool {
 
 func (t *table) get(name string) *resource { return t.shards[shardOf(name)].get(name) }
 
-func (t *table) all() []*resource {
-	out := make([]*resource, 0, t.count)
-	for _, s := range t.shards {
-		if s != nil {
-			out = append(out, *s...)
-		}
-	}
-	return out
-}
-
 // plus returns t with further or newer resources.
 func (t *table) plus(list []*resource) *table {
 	next := *t

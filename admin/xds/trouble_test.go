@@ -15,11 +15,10 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/mem"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/anypb"
 
 	"ztun/admin/pb/discoverypb"
-	"ztun/admin/pb/workloadpb"
 	"ztun/proxy/state"
 )
 
@@ -196,17 +195,23 @@ func TestGarbage(t *testing.T) {
 
 // checklist 33: 150 MiB are accepted, more than the bound ends the stream.
 func TestLargeMessages(t *testing.T) {
-	big := func(n int) *discoverypb.DeltaDiscoveryResponse {
-		w := meshPod(0)
-		w.Extensions = []*workloadpb.Extension{{Config: &anypb.Any{Value: make([]byte, n)}}}
-		return addresses(workloadResource(w, "1"))
+	// Blown up by a field that nobody reads.
+	big := func(n int) []byte {
+		b := marshal(t, addresses(pod(0)))
+		b = protowire.AppendVarint(protowire.AppendTag(b, 1, protowire.BytesType), uint64(n))
+		return append(b, make([]byte, n)...)
 	}
-	a := newADS(t)
+	a := newADS(t, grpc.ForceServerCodecV2(rawCodec{}))
 	r := run(t, a)
 	s, _, _ := a.begin()
-	s.accepted(big(150 << 20))
+	if err := s.s.SendMsg(big(150 << 20)); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.recv(); got.ErrorDetail != nil || got.ResponseNonce != "n" {
+		t.Fatal(got)
+	}
 	r.next()
-	go s.s.Send(big(201 << 20))
+	go s.s.SendMsg(big(201 << 20)) // fails when the client has hung up
 	s, _, _ = a.begin()
 	if st := r.Stats(); st.Terminations["Error"] != 1 || !strings.Contains(st.LastError, "(hint: the mesh is larger") {
 		t.Errorf("%+v", st)
