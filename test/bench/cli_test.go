@@ -28,6 +28,7 @@ func TestParseArgs(t *testing.T) {
 			continue
 		}
 		got.Args = nil
+		c.want.Workloads, c.want.Services, c.want.Source, c.want.Storm = 100_000, 10_000, "xds", []string{"dumps", "scrapes", "updates"}
 		if d := cmp.Diff(c.want, got); d != "" {
 			t.Errorf("%q:\n%s", c.args, d)
 		}
@@ -36,20 +37,24 @@ func TestParseArgs(t *testing.T) {
 
 func TestParseArgsErrors(t *testing.T) {
 	for args, says := range map[string]string{
-		"mash":                   `"mash"`,
-		"--reps -1":              "--reps -1",
-		"--reps x":               "reps",
-		"--seconds -2":           "--seconds",
-		"--seconds 1e9":          "--seconds",
-		"--rates 0":              "--rates",
-		"--rates 5,,6":           "--rates",
-		"--env X":                "env",
-		"--idle-connections 1e6": "idle-connections",
-		"--idle-connections 0":   "--idle-connections",
-		"--nonsense":             "nonsense",
-		"--wait 2h":              "--wait",
-		"--wait x":               "wait",
-		"--no-daemon --versus x": "--versus",
+		"mash":                       `"mash"`,
+		"--reps -1":                  "--reps -1",
+		"--reps x":                   "reps",
+		"--seconds -2":               "--seconds",
+		"--seconds 1e9":              "--seconds",
+		"--rates 0":                  "--rates",
+		"--rates 5,,6":               "--rates",
+		"--env X":                    "env",
+		"--idle-connections 1e6":     "idle-connections",
+		"--idle-connections 0":       "--idle-connections",
+		"--nonsense":                 "nonsense",
+		"--wait 2h":                  "--wait",
+		"--wait x":                   "wait",
+		"--no-daemon --versus x":     "--versus",
+		"--workloads 0":              "--workloads",
+		"--services 5 --workloads 4": "--services",
+		"--source carrier-pigeon":    "--source",
+		"--storm dumps,hail":         "--storm",
 	} {
 		if _, err := parseArgs(strings.Fields(args), nil); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%q: error %v, want one that says %q", args, err, says)

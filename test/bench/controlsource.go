@@ -31,7 +31,7 @@ type source interface {
 }
 
 // sourceNames of --source.
-func sourceNames() []string { return []string{"file", "xds"} }
+func sourceNames() []string { return []string{"xds", "file"} }
 
 // newSource makes the source that --source asks for.
 func (b *bench) newSource(w *lab.World, m *bigMesh) (source, error) {

@@ -8,7 +8,9 @@
 //
 // Files: cli.go (arguments), plan.go (cases and their order), run.go (the loop around them), host.go (the machine), world.go (nodes,
 // pods, daemons), traffic.go (one function per workload), mesh.go (also conns, echo and mixed), relay.go, hbone.go, idle.go (the suites),
-// troubles.go (drops and retransmissions during a figure), profile.go; ztrelay/ is the relay suite's program.
+// troubles.go (drops and retransmissions during a figure), profile.go; ztrelay/ is the relay suite's program. The control suite: control.go
+// (its cases), controlmesh.go (the invented mesh), controlsource.go and controltls.go (a file or a control plane of our own), controlstorm.go
+// (what is let loose), controlupdate.go (one update); ztprobe/ asks the questions.
 //
 // Decisions (2026-11-23):
 //   - Repetitions are the outer loop and the subjects of a case the inner one, in alternating order: bare veth and ztun are measured
@@ -19,5 +21,9 @@
 //   - A tunnel's figures come with what was dropped and sent again meanwhile, shown only where it was not nothing: a throughput that lost
 //     its time in timeouts looks in a CPU profile like one that was idle.
 //   - The daemons log at level warn: thousands of log lines a second would be a benchmark of the log.
+//   - The control suite's base is the same daemon in calm, measured in turn with the storm; its daemons and its world live for the whole
+//     run, because learning 100,000 workloads takes longer than a measurement.
+//   - Its control plane (--source xds) is a few lines within this process rather than `ztun control`: with two processors, a second program
+//     that holds the mesh would be measured, too.
 //   - Profiles are taken in an extra run after the repetitions, so that the profiler's own cost is in no figure.
 package main
