@@ -22,7 +22,7 @@ import (
 func WriteWorkloads(w io.Writer, v *state.View) error {
 	j := newJSONWriter(w, 1)
 	j.open('[')
-	for _, x := range v.Workloads() {
+	for _, x := range v.WorkloadsPausing(pauseOf(w)) {
 		j.next()
 		j.workload(x, func() {
 			if x.Unlisted || len(x.Services) == 0 {
@@ -44,10 +44,18 @@ func WriteWorkloads(w io.Writer, v *state.View) error {
 	return j.flush()
 }
 
+// pauseOf is how the writer of a dump lets others have the processor, if it does (admin's has Pause).
+func pauseOf(w io.Writer) func() {
+	if p, ok := w.(interface{ Pause() }); ok {
+		return p.Pause
+	}
+	return nil
+}
+
 // WriteServices writes the member "services": sorted by hostname.
 func WriteServices(w io.Writer, v *state.View) error {
 	j := newJSONWriter(w, 1)
-	j.services(v.Services())
+	j.services(v.ServicesPausing(pauseOf(w)))
 	return j.flush()
 }
 

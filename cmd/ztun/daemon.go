@@ -48,6 +48,8 @@ type daemon struct {
 	loop     *admin.Loop
 	know     *knowledge
 	certs    *ca.Manager
+	file     *xds.File
+	static   *xds.Static
 	xds      *xds.Client // nil: workloads come from a file
 	remoteCA *ca.Remote  // nil: certificates are signed here
 	crl      *ca.CRLFile // nil: CRL_PATH is not set
@@ -191,6 +193,9 @@ func (d *daemon) start(ctx context.Context) error {
 	d.admin(ctx, "admin loop", func(ctx context.Context) error { return d.loop.Run(ctx) })
 	d.admin(ctx, "certificates", func(ctx context.Context) error { return d.certs.Run(ctx) })
 	d.admin(ctx, "re-check", func(ctx context.Context) error { d.know.follow(ctx, d.newState); return nil })
+	d.admin(ctx, "series", func(ctx context.Context) error { d.metrics.Run(ctx, d.present); return nil })
+	d.file = &xds.File{Path: c.LocalXDSPath, Inline: c.LocalXDS, Logger: d.log.Logger("xds")}
+	d.static = xds.NewStatic(d.file)
 	if err := d.bindAdmin(); err != nil {
 		return err
 	}
@@ -238,6 +243,18 @@ func (d *daemon) newState() {
 	for _, c := range d.certs.Dump() {
 		if !used[c.Identity] {
 			d.certs.Forget(c.Identity)
+		}
+	}
+}
+
+// present tells which of the workloads that series are about still exist.
+func (d *daemon) present(known map[proxy.NamedWorkload]bool) {
+	// In pieces: nobody waits for this, and with GOMAXPROCS=1 everybody would (see admin's breather).
+	for _, w := range d.loop.View().WorkloadsPausing(func() { time.Sleep(100 * time.Microsecond) }) {
+		if k := (proxy.NamedWorkload{Namespace: w.Namespace, Workload: w.WorkloadName}); !known[k] {
+			if _, asked := known[k]; asked {
+				known[k] = true
+			}
 		}
 	}
 }

@@ -38,6 +38,9 @@ type pod struct {
 	plan  steer.Plan
 	log   *slog.Logger
 
+	// built is closed when what flows and queries go to stands, or never will (proxy is nil then): the node's TUN may bring
+	// packets as soon as there is a stack, by the routes that a killed daemon has left.
+	built    chan struct{}
 	stopRun  context.CancelFunc
 	stopping atomic.Bool
 	running  sync.WaitGroup
@@ -62,9 +65,10 @@ type podParts struct {
 
 // newPod attaches a pod. What it has made is unmade when a later step fails.
 func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.PodConfig) (_ *pod, err error) {
-	p := &pod{spec: spec, steer: sc, plan: steer.PodPlan(sc), log: parts.log, node: parts.node}
+	p := &pod{spec: spec, steer: sc, plan: steer.PodPlan(sc), log: parts.log, node: parts.node, built: make(chan struct{})}
 	var undo []func()
 	defer func() {
+		close(p.built)
 		if err != nil {
 			for i := len(undo) - 1; i >= 0; i-- {
 				undo[i]()
@@ -109,7 +113,7 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 		return nil, err
 	}
 	undo = append(undo, func() { p.stack.Close() })
-	undo = append(undo, func() { p.closeLoopback(ended()); p.running.Wait() })
+	undo = append(undo, func() { p.closeLoopback(ended()); p.running.Wait() }) // after all else that ends what runs
 	if err = steer.Apply(ctx, steer.LoopbackPlan(), steer.Namespaces{Pod: p.ns}); err != nil {
 		return nil, err
 	}
@@ -136,7 +140,7 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 			p.log.Error("the pod's device failed; `ztun pod del` and `add` the pod again", "pod", refOf(spec).String(), "error", err)
 		}
 	})
-	undo = append(undo, func() { stop(); p.running.Wait() })
+	undo = append(undo, stop)
 	// The pod's own routes come last in the plan: nothing leaves it before all else stands.
 	if err = steer.Apply(ctx, p.plan, steer.Namespaces{Node: parts.node, Pod: p.ns}); err != nil {
 		return nil, err
@@ -146,6 +150,11 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 
 // serve is where a flow leaves netstack.
 func (p *pod) serve(f *netstack.Flow) {
+	<-p.built
+	if p.proxy == nil {
+		f.Refuse(netstack.Silent) // the client's next SYN may find the pod attached
+		return
+	}
 	if f.Inbound() {
 		p.proxy.ServePassthrough(podFlow{f})
 		return

@@ -27,8 +27,9 @@ func (p *pod) loopback(port uint16, ipv6 bool) []netip.AddrPort {
 	return all
 }
 
-// listen opens sockets in the pod's namespace; all or none. A pod without IPv6 on its loopback has only the other.
-func (p *pod) listen(at []netip.AddrPort, packets bool) (ls []net.Listener, ps []net.PacketConn, err error) {
+// listen opens the sockets of what in the pod's namespace; all or none. A pod without IPv6 on its loopback has only the
+// other. without is the setting that turns it off.
+func (p *pod) listen(what, without string, at []netip.AddrPort, packets bool) (ls []net.Listener, ps []net.PacketConn, err error) {
 	err = p.ns.Do(func() error {
 		for _, a := range at {
 			l, lerr := net.Listen("tcp", a.String())
@@ -41,7 +42,8 @@ func (p *pod) listen(at []netip.AddrPort, packets bool) (ls []net.Listener, ps [
 					}
 				}
 			}
-			if lerr != nil && !(a.Addr() == netip.IPv6Loopback() && errors.Is(lerr, syscall.EADDRNOTAVAIL)) {
+			noIPv6 := errors.Is(lerr, syscall.EADDRNOTAVAIL) || errors.Is(lerr, syscall.EAFNOSUPPORT)
+			if lerr != nil && !(a.Addr() == netip.IPv6Loopback() && noIPv6) {
 				return lerr
 			}
 		}
@@ -49,7 +51,12 @@ func (p *pod) listen(at []netip.AddrPort, packets bool) (ls []net.Listener, ps [
 	})
 	if err != nil {
 		closeAll(ls, ps)
-		return nil, nil, fmt.Errorf("in the pod's namespace: %w", err)
+		err = fmt.Errorf("%s: in the pod's namespace: %w", what, err)
+		if errors.Is(err, syscall.EADDRINUSE) {
+			// As ztunnel: a pod whose names or proxy silently are another program's would be worse.
+			err = fmt.Errorf("%w: the pod's application has the port; let it use another one, or run ztun with %s", err, without)
+		}
+		return nil, nil, err
 	}
 	return ls, ps, nil
 }
@@ -76,9 +83,9 @@ func (p *pod) serveNames(parts *podParts) error {
 		}
 		where = p.loopback(uint16(n), c.IPv6)
 	}
-	ls, ps, err := p.listen(where, true)
+	ls, ps, err := p.listen("DNS proxy", "ISTIO_META_DNS_CAPTURE=false or another ISTIO_META_DNS_PROXY_ADDR", where, true)
 	if err != nil {
-		return fmt.Errorf("DNS proxy %w", err)
+		return err
 	}
 	p.dns, err = dns.New(dns.Config{
 		Client: p.info(), Knowledge: parts.know, Upstream: podUpstream{p.stack}, Nameservers: parts.nameservers,
@@ -95,6 +102,10 @@ func (p *pod) serveNames(parts *podParts) error {
 
 // query is where a UDP packet to port 53 leaves netstack.
 func (p *pod) query(q *netstack.DNSQuery) {
+	<-p.built
+	if p.dns == nil {
+		return
+	}
 	if answer := p.dns.Query(q.Payload(), q.Dst()); answer != nil {
 		q.Reply(answer) // a failed reply is a lost packet
 	}
@@ -102,9 +113,9 @@ func (p *pod) query(q *netstack.DNSQuery) {
 
 // serveSOCKS starts the pod's SOCKS5 server.
 func (p *pod) serveSOCKS(parts *podParts) error {
-	ls, _, err := p.listen(p.loopback(socksPort, parts.c.IPv6), false)
+	ls, _, err := p.listen("SOCKS5", "UNSTABLE_ENABLE_SOCKS5=false", p.loopback(socksPort, parts.c.IPv6), false)
 	if err != nil {
-		return fmt.Errorf("SOCKS5 %w", err)
+		return err
 	}
 	p.socks = ls
 	for _, l := range ls {

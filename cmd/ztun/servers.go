@@ -38,6 +38,7 @@ func (d *daemon) bindAdmin() error {
 	registry.MustRegister(
 		admin.ProcessCollector(),
 		admin.BuildCollector(d.c.IstioVersion),
+		admin.VersionCollector(buildVersion()),
 		admin.WorkloadManagerCollector(func() admin.WorkloadManagerStats {
 			active, pending := d.pods.counts()
 			return admin.WorkloadManagerStats{Active: active, Pending: pending, Started: d.pods.started.Load(), Stopped: d.pods.stopped.Load()}
@@ -103,14 +104,8 @@ func (d *daemon) dump() map[string]admin.Section {
 		"policies":       raw(xds.WritePolicies),
 		"services":       raw(xds.WriteServices),
 		"stagedServices": raw(xds.WriteStaged),
-		"staticConfig": func(_ context.Context, e *admin.Encoder) error {
-			// Read again at this moment, as ztunnel does; a broken file shows as empty.
-			l, err := (&xds.File{Path: d.c.LocalXDSPath, Inline: d.c.LocalXDS}).Load()
-			if err != nil {
-				l = nil
-			}
-			return e.Raw(func(w io.Writer) error { return xds.WriteStatic(w, l) })
-		},
+		// The file as it is at this moment, as in ztunnel; a broken one shows as empty.
+		"staticConfig":  func(_ context.Context, e *admin.Encoder) error { return e.Raw(d.static.Write) },
 		"version":       admin.SectionOf(func() any { return d.version() }),
 		"workloads":     raw(xds.WriteWorkloads),
 		"workloadState": admin.WorkloadState(d.podDumps),

@@ -76,7 +76,7 @@ func (d *daemon) tls() identity.Params {
 func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
 	c := d.c
 	var base *xds.Local
-	file := &xds.File{Path: c.LocalXDSPath, Inline: c.LocalXDS, Logger: d.log.Logger("xds")}
+	file := d.file
 	if c.LocalXDSPath != "" || c.LocalXDS != "" {
 		// The first load is synchronous: a wrong file at start is an error, later it keeps the last good state.
 		first, err := file.Load()
@@ -87,6 +87,7 @@ func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
 			return &configError{"LOCAL_XDS_PATH", c.LocalXDSPath, err}
 		}
 		base = first
+		d.static.Keep(first)
 	}
 	if c.XDSAddress == "" {
 		if err := d.loop.Do(ctx, func() { d.loop.Publish(base.View(c.NodeName)) }); err != nil {
@@ -95,8 +96,12 @@ func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
 		ready.Done()
 		d.admin(ctx, "workload file", func(ctx context.Context) error {
 			return file.Run(ctx, func(l *xds.Local) {
+				d.static.Keep(l)
 				d.loop.Post(ctx, admin.StateBuilt{Source: "file", View: l.View(c.NodeName)})
-			}, func(err error) { d.loop.Post(ctx, admin.SourceBroken{Source: "file", Err: err}) })
+			}, func(err error) {
+				d.static.Keep(nil)
+				d.loop.Post(ctx, admin.SourceBroken{Source: "file", Err: err})
+			})
 		})
 		return nil
 	}

@@ -322,26 +322,47 @@ func (v *View) Policy(key string) *rbac.Policy {
 }
 
 // Workloads returns all workloads sorted by UID. It is made for the caller.
-func (v *View) Workloads() []*Workload {
+func (v *View) Workloads() []*Workload { return v.WorkloadsPausing(nil) }
+
+// WorkloadsPausing is Workloads for those who must not keep the processor for the
+// 60 ms that sorting 100,000 takes: pause is called every now and then.
+func (v *View) WorkloadsPausing(pause func()) []*Workload {
 	if v == nil {
 		return nil
 	}
 	l := values(&v.workloads)
-	slices.SortFunc(l, func(a, b *Workload) int { return cmp.Compare(a.UID, b.UID) })
+	slices.SortFunc(l, pausing(pause, func(a, b *Workload) int { return cmp.Compare(a.UID, b.UID) }))
 	return l
 }
 
 // Services returns all services sorted by hostname, then namespace. It is made
 // for the caller.
-func (v *View) Services() []*Service {
+func (v *View) Services() []*Service { return v.ServicesPausing(nil) }
+
+// ServicesPausing is to Services what WorkloadsPausing is to Workloads.
+func (v *View) ServicesPausing(pause func()) []*Service {
 	if v == nil {
 		return nil
 	}
 	l := values(&v.services)
-	slices.SortFunc(l, func(a, b *Service) int {
+	slices.SortFunc(l, pausing(pause, func(a, b *Service) int {
 		return cmp.Or(cmp.Compare(a.Hostname, b.Hostname), cmp.Compare(a.Namespace, b.Namespace))
-	})
+	}))
 	return l
+}
+
+// pausing calls pause, if there is one, after every 512 comparisons: some 20 us.
+func pausing[T any](pause func(), compare func(a, b T) int) func(a, b T) int {
+	if pause == nil {
+		return compare
+	}
+	n := 0
+	return func(a, b T) int {
+		if n++; n%512 == 0 {
+			pause()
+		}
+		return compare(a, b)
+	}
 }
 
 // Policies returns all policies sorted by key. It is made for the caller.

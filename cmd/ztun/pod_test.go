@@ -1,0 +1,196 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"ztun/admin"
+	"ztun/netstack"
+	"ztun/proxy"
+	"ztun/proxy/state"
+	"ztun/tun"
+	"ztun/tun/steer"
+	"ztun/tun/tuntest/nslab"
+)
+
+// podLab is what the daemon lends to pods, in namespaces of the test's own.
+type podLab struct {
+	node, pod *nslab.NS
+	parts     *podParts
+	spec      admin.PodSpec
+	proxy     func(network proxy.Network) // called when the pod's proxy is made; may be nil
+}
+
+// onePod is a control plane that knows the pod and nothing else.
+type onePod struct{ view *state.View }
+
+func (k onePod) View() *state.View      { return k.view }
+func (onePod) Changed() <-chan struct{} { return nil }
+
+func newPodLab(t *testing.T) *podLab {
+	t.Helper()
+	l := &podLab{node: nslab.New(t), pod: nslab.New(t)}
+	c := load(t, "UNSTABLE_ENABLE_SOCKS5", "true")
+	dev, err := tun.Open(tun.Options{Name: c.NodeTUN, NetNS: l.node.NS, MTU: c.MTU})
+	if err != nil {
+		t.Fatal(err)
+	}
+	uplink := netstack.NewUplink(dev, nil)
+	t.Cleanup(func() { uplink.Close() })
+	if err := steer.Apply(t.Context(), steer.NodePlan(steer.NodeConfig{TUN: c.NodeTUN, MTU: c.MTU, IPv6: true}), steer.Namespaces{Node: l.node.NS}); err != nil {
+		t.Fatal(err)
+	}
+	go uplink.Run(context.Background()) // until Close, which waits for it
+	l.spec = admin.PodSpec{Name: "p", Namespace: "default", ServiceAccount: "default", NetNS: l.pod.Path(), IPs: []netip.Addr{netip.MustParseAddr("10.91.1.2")}}
+	info := state.WorkloadInfo{Name: "p", Namespace: "default", ServiceAccount: "default"}
+	b := state.NewBuilder("")
+	b.InsertWorkload(&state.Workload{UID: "p", Name: info.Name, Namespace: info.Namespace, ServiceAccount: info.ServiceAccount, Addresses: l.spec.IPs})
+	know := onePod{b.Build()}
+	quiet := slog.New(slog.DiscardHandler)
+	l.parts = &podParts{c: c, log: quiet, dnsLog: quiet, uplink: uplink, node: l.node.NS, know: know,
+		proxy: func(spec admin.PodSpec, n proxy.Network, names func(context.Context, string) ([]netip.Addr, error)) *proxy.Proxy {
+			if l.proxy != nil {
+				l.proxy(n)
+			}
+			return proxy.New(proxy.Options{Info: info, Network: n, Knowledge: know, Names: names, Metrics: proxy.NewMetrics(), Access: quiet, Log: quiet})
+		}}
+	return l
+}
+
+// attach is newPod, which must not take long.
+func (l *podLab) attach(t *testing.T) (*pod, error) {
+	t.Helper()
+	type result struct {
+		p   *pod
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		p, err := newPod(context.Background(), l.parts, l.spec, steer.PodConfig{
+			Name: "default/p", Addrs: l.spec.IPs, TUN: podTUN, NodeTUN: l.parts.c.NodeTUN, MTU: l.parts.c.MTU,
+		})
+		done <- result{p, err}
+	}()
+	select {
+	case r := <-done:
+		return r.p, r.err
+	case <-time.After(20 * time.Second):
+		t.Fatal("attaching the pod hangs")
+		return nil, nil
+	}
+}
+
+func (l *podLab) detach(t *testing.T, p *pod) {
+	t.Helper()
+	if err := p.remove(ended()); err != nil {
+		t.Error(err)
+	}
+}
+
+// Whatever step fails, the pod is as it was, and can be attached when the cause is gone.
+func TestFailedAttachIsUndone(t *testing.T) {
+	l := newPodLab(t)
+	hold := func(network, addr string) (release func()) {
+		var c interface{ Close() error }
+		if err := l.pod.Do(func() (err error) {
+			if network == "udp" {
+				c, err = net.ListenPacket(network, addr)
+			} else {
+				c, err = net.Listen(network, addr)
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return func() { c.Close() }
+	}
+	for _, tt := range []struct {
+		name     string
+		obstruct func() (undo func())
+		say      []string
+	}{
+		{"the DNS proxy's TCP port is taken", func() func() { return hold("tcp", "127.0.0.1:15053") }, []string{"DNS proxy", "127.0.0.1:15053", "in use", "ISTIO_META_DNS_CAPTURE"}},
+		{"the DNS proxy's UDP port is taken", func() func() { return hold("udp", "[::1]:15053") }, []string{"DNS proxy", "[::1]:15053", "in use"}},
+		{"the SOCKS5 port is taken", func() func() { return hold("tcp", "127.0.0.1:15080") }, []string{"SOCKS5", "127.0.0.1:15080", "in use", "UNSTABLE_ENABLE_SOCKS5"}},
+		{"the last step, the pod's routes", func() func() {
+			l.pod.IP(t, "link", "add", "v0", "type", "veth", "peer", "name", "v1")
+			l.pod.IP(t, "addr", "add", "192.0.2.5/24", "dev", "v0")
+			l.pod.IP(t, "link", "set", "v0", "up")
+			l.pod.IP(t, "link", "set", "v1", "up")
+			l.pod.IP(t, "route", "add", "default", "via", "192.0.2.1")
+			return func() { l.pod.IP(t, "link", "del", "v0") }
+		}, []string{"v0"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			undo := tt.obstruct()
+			before := l.pod.State(t) + l.node.State(t)
+			p, err := l.attach(t)
+			if err == nil {
+				l.detach(t, p)
+				t.Fatal("attached all the same")
+			}
+			for _, s := range tt.say {
+				if !strings.Contains(err.Error(), s) {
+					t.Errorf("the error does not say %q: %v", s, err)
+				}
+			}
+			if after := l.pod.State(t) + l.node.State(t); after != before {
+				t.Errorf("left behind: before\n%s\nafter\n%s", before, after)
+			}
+			undo()
+			p, err = l.attach(t)
+			if err != nil {
+				t.Fatal("afterwards:", err)
+			}
+			l.detach(t, p)
+		})
+	}
+}
+
+// A daemon that was killed leaves routes by which packets for the pod arrive while the next one attaches it. They find
+// nothing that is half made, and the client gets in once the pod stands.
+func TestPacketsDuringAttach(t *testing.T) {
+	l := newPodLab(t)
+	l.node.IP(t, "addr", "add", "10.91.0.1/32", "dev", "lo")
+	p, err := l.attach(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.stop(ended()) // device and routes stay
+	p.ns.Close()
+	dialled := make(chan error, 1)
+	l.proxy = func(n proxy.Network) {
+		stack := n.(*podNetwork).stack
+		go func() {
+			dialled <- l.node.Do(func() error {
+				c, err := (&net.Dialer{Timeout: 15 * time.Second}).Dial("tcp", "10.91.1.2:8080")
+				if err == nil {
+					c.Close()
+				}
+				return err
+			})
+		}()
+		for end := time.Now().Add(10 * time.Second); stack.Stats().Flows == 0; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Error("no packet has come")
+				return
+			}
+		}
+		time.Sleep(20 * time.Millisecond) // for whoever would not wait
+	}
+	if p, err = l.attach(t); err != nil {
+		t.Fatal(err)
+	}
+	defer l.detach(t, p)
+	// Nobody listens there.
+	if err := <-dialled; !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("dial: %v", err)
+	}
+}
