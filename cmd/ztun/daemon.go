@@ -147,12 +147,10 @@ func (d *daemon) start(ctx context.Context) error {
 		d.logger.Debug("effective configuration", "config", string(effective))
 	}
 	// One processor more than the workers have, so that admin work never takes one of theirs.
-	// The live heap is small and garbage rare: collecting twice as often as Go's default saves a tenth of the
-	// memory of idle connections and costs nothing that scripts/bench can see (2026-11-23).
 	if !c.GCSet {
-		debug.SetGCPercent(50)
+		debug.SetGCPercent(gcSmall)
 	}
-	procs := &processors{limit: c.WorkerThreads + 1}
+	procs := &processors{limit: c.WorkerThreads + 1, gc: !c.GCSet}
 	procs.set(procs.limit)
 	if c.AdaptiveProcessors {
 		d.admin(ctx, "processors", func(ctx context.Context) error { procs.run(ctx); return nil })

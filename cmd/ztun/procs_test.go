@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"runtime"
+	"runtime/debug"
 	"testing"
 	"time"
 )
@@ -13,27 +14,30 @@ func TestNextProcessors(t *testing.T) {
 		now, limit int
 		u          usage
 		want       int
+		floor      int // 0: 1
 	}{
-		{"saturated, machine has room", 1, 3, usage{own: 0.97, idle: 0.8}, 2},
-		{"saturated, machine full", 1, 3, usage{own: 0.97, idle: 0.02}, 1},
-		{"at the limit", 3, 3, usage{own: 2.9, idle: 4}, 3},
-		{"one is enough", 2, 3, usage{own: 0.6, idle: 0.1}, 1},
-		{"two are used", 2, 3, usage{own: 1.2, idle: 0.5}, 2},
-		{"between the thresholds", 2, 3, usage{own: 0.85, idle: 1}, 2},
-		{"idle", 1, 3, usage{idle: 2}, 1},
-		{"idle after work", 3, 3, usage{idle: 2}, 2},
-		{"large machine", 12, 17, usage{own: 11.5, idle: 20}, 13},
-		{"limit of one", 1, 1, usage{own: 1, idle: 1}, 1},
+		{name: "saturated, machine has room", now: 1, limit: 3, u: usage{own: 0.97, idle: 0.8}, want: 2},
+		{name: "saturated, machine full", now: 1, limit: 3, u: usage{own: 0.97, idle: 0.02}, want: 1},
+		{name: "at the limit", now: 3, limit: 3, u: usage{own: 2.9, idle: 4}, want: 3},
+		{name: "one is enough", now: 2, limit: 3, u: usage{own: 0.6, idle: 0.1}, want: 1},
+		{name: "two are used", now: 2, limit: 3, u: usage{own: 1.2, idle: 0.5}, want: 2},
+		{name: "between the thresholds", now: 2, limit: 3, u: usage{own: 0.85, idle: 1}, want: 2},
+		{name: "idle", now: 1, limit: 3, u: usage{idle: 2}, want: 1},
+		{name: "idle after work", now: 3, limit: 3, u: usage{idle: 2}, want: 2},
+		{name: "large machine", now: 12, limit: 17, u: usage{own: 11.5, idle: 20}, want: 13},
+		{name: "limit of one", now: 1, limit: 1, u: usage{own: 1, idle: 1}, want: 1},
+		{name: "large heap, idle", now: 1, limit: 3, u: usage{idle: 2}, want: 2, floor: 2},
+		{name: "large heap, one is enough", now: 2, limit: 3, u: usage{own: 0.1, idle: 2}, want: 2, floor: 2},
 	} {
-		if got := nextProcessors(tc.now, tc.limit, tc.u); got != tc.want {
+		if got := nextProcessors(tc.now, max(1, tc.floor), tc.limit, tc.u); got != tc.want {
 			t.Errorf("%s: %d, want %d", tc.name, got, tc.want)
 		}
 	}
 	// Whatever is decided for steady work stays decided: no chasing.
 	for own := 0.05; own < 3; own += 0.05 {
 		for now := 1; now <= 4; now++ {
-			if up := nextProcessors(now, 4, usage{own: own, idle: 1}); up > now {
-				if down := nextProcessors(up, 4, usage{own: own, idle: 1}); down < up {
+			if up := nextProcessors(now, 1, 4, usage{own: own, idle: 1}); up > now {
+				if down := nextProcessors(up, 1, 4, usage{own: own, idle: 1}); down < up {
 					t.Errorf("use of %.2f: %d -> %d -> %d", own, now, up, down)
 				}
 			}
@@ -71,4 +75,26 @@ func TestProcessorsRun(t *testing.T) {
 	}
 	cancel()
 	<-over
+}
+
+// TestLargeHeap: what is known decides how the collector runs, and back.
+func TestLargeHeap(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(gcSmall))
+	p := &processors{limit: 3, gc: true}
+	keep := make([]byte, largeHeap*2)
+	runtime.GC()
+	p.measure()
+	if !p.large || p.floor() != 2 || debug.SetGCPercent(gcLarge) != gcLarge {
+		t.Error("a large heap is not seen")
+	}
+	runtime.KeepAlive(keep)
+	keep = nil
+	runtime.GC()
+	p.measure()
+	if p.large || p.floor() != 1 || debug.SetGCPercent(gcSmall) != gcSmall {
+		t.Error("a small heap is not seen")
+	}
+	if one := (&processors{limit: 1, large: true}); one.floor() != 1 {
+		t.Error("the floor is above the limit")
+	}
 }
