@@ -99,7 +99,11 @@ func ping(c io.ReadWriter) error {
 
 func TestClientHalfClose(t *testing.T) {
 	r := rig.New(t)
-	tr := newTransport(t, r)
+	halfClose(t, r, newTransport(t, r))
+}
+
+// halfClose: the directions of a stream to the served pod end one by one, in either order. All take one tunnel.
+func halfClose(t *testing.T, r *rig.Rig, tr *transport) {
 	t.Run("client ends first", func(t *testing.T) {
 		app := r.App(r.Served, rig.Sink) // answers when it has seen the end
 		c, _, err := tr.connect(t.Context(), app.String())

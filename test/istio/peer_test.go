@@ -27,7 +27,9 @@ const (
 )
 
 func TestMain(m *testing.M) {
-	istiolog.FindScope("hbone").SetOutputLevel(istiolog.NoneLevel) // two lines per stream
+	for _, s := range istiolog.Scopes() { // two lines per stream
+		s.SetOutputLevel(istiolog.NoneLevel)
+	}
 	os.Exit(m.Run())
 }
 
@@ -124,20 +126,25 @@ type transport struct {
 	*http2.Transport
 	addr string
 	mu   sync.Mutex
-	raw  []*net.TCPConn
+	raw  []net.Conn
 }
 
+// newTransport makes tunnels to the served pod.
 func newTransport(t testing.TB, r *rig.Rig) *transport {
-	tr := &transport{addr: r.Mesh()}
+	return newTransportTo(t, r, r.Mesh(), new(net.Dialer).DialContext)
+}
+
+func newTransportTo(t testing.TB, r *rig.Rig, addr string, dial func(ctx context.Context, network, addr string) (net.Conn, error)) *transport {
+	tr := &transport{addr: addr}
 	tr.Transport = &http2.Transport{
 		TLSClientConfig: rig.ForeignClientTLS(r.Identity("client")),
 		DialTLSContext: func(ctx context.Context, network, addr string, cfg *tls.Config) (net.Conn, error) {
-			raw, err := new(net.Dialer).DialContext(ctx, network, addr)
+			raw, err := dial(ctx, network, addr)
 			if err != nil {
 				return nil, err
 			}
 			tr.mu.Lock()
-			tr.raw = append(tr.raw, raw.(*net.TCPConn))
+			tr.raw = append(tr.raw, raw)
 			tr.mu.Unlock()
 			c := tls.Client(raw, cfg)
 			return c, c.HandshakeContext(ctx)
@@ -152,7 +159,7 @@ func (tr *transport) each(f func(*net.TCPConn)) {
 	tr.mu.Lock()
 	defer tr.mu.Unlock()
 	for _, c := range tr.raw {
-		f(c)
+		f(c.(*net.TCPConn))
 	}
 }
 

@@ -53,13 +53,13 @@ type Rig struct {
 	once     sync.Once
 }
 
-// New starts both pods.
-func New(t testing.TB) *Rig {
+// New starts both pods. more adds to what they know of the mesh; the addresses are there by then.
+func New(t testing.TB, more ...func(r *Rig, b *state.Builder)) *Rig {
 	t.Helper()
 	r := &Rig{t: t, log: new(lines)}
 	r.CA = NewCA(t, "cluster.local")
 	r.listen()
-	r.view = r.world()
+	r.view = r.world(more)
 	r.certs = ca.NewManager(ca.ManagerOptions{Signer: r.CA, TTL: time.Hour})
 	ctx, cancel := context.WithCancel(context.Background())
 	r.work.Go(func() { r.certs.Run(ctx) })
@@ -76,13 +76,19 @@ func New(t testing.TB) *Rig {
 	return r
 }
 
-// listen picks a /24 of 127.0.0.0/8 in which the HBONE port is free.
+// listen picks a /24 of 127.0.0.0/8 in which the HBONE ports are free. The peer's may not be: Istio's echo server never gives it back.
 func (r *Rig) listen() {
 	r.t.Helper()
 	var last error
 	for range 20 {
 		x, y := byte(64+rand.IntN(128)), byte(rand.IntN(256))
 		r.Served, r.Client, r.Peer = netip.AddrFrom4([4]byte{127, x, y, 2}), netip.AddrFrom4([4]byte{127, x, y, 3}), netip.AddrFrom4([4]byte{127, x, y, 4})
+		peer, err := net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(netip.AddrPortFrom(r.Peer, Port)))
+		if err != nil {
+			last = err
+			continue
+		}
+		peer.Close()
 		ln, err := net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(netip.AddrPortFrom(r.Served, Port)))
 		if err == nil {
 			r.mesh = ln
@@ -94,20 +100,28 @@ func (r *Rig) listen() {
 }
 
 // world is what both proxies know.
-func (r *Rig) world() *state.View {
+func (r *Rig) world(more []func(*Rig, *state.Builder)) *state.View {
 	b := state.NewBuilder("")
 	for name, ip := range map[string]netip.Addr{"served": r.Served, "client": r.Client, "peer": r.Peer} {
-		b.InsertWorkload(&state.Workload{
-			UID: "rig//v1/Pod/default/" + name, Name: name, Namespace: "default", ServiceAccount: name, TrustDomain: "cluster.local",
-			WorkloadName: name, WorkloadType: "deployment", CanonicalName: name, CanonicalRevision: "v1", ClusterID: "Kubernetes",
-			Addresses: []netip.Addr{ip}, Protocol: state.HBONE, Capacity: 1,
-		})
+		b.InsertWorkload(Workload(name, ip))
 	}
 	b.InsertPolicy(&rbac.Policy{
 		Key: "default/denied-port", Name: "denied-port", Namespace: "default", Scope: rbac.ScopeNamespace, Action: rbac.Deny,
 		Rules: []rbac.Rule{{{{DestinationPorts: []uint16{DeniedPort}}}}},
 	})
+	for _, f := range more {
+		f(r, b)
+	}
 	return b.Build()
+}
+
+// Workload is a pod that has HBONE, its account named as itself.
+func Workload(name string, ips ...netip.Addr) *state.Workload {
+	return &state.Workload{
+		UID: "rig//v1/Pod/default/" + name, Name: name, Namespace: "default", ServiceAccount: name, TrustDomain: "cluster.local",
+		WorkloadName: name, WorkloadType: "deployment", CanonicalName: name, CanonicalRevision: "v1", ClusterID: "Kubernetes",
+		Addresses: ips, Protocol: state.HBONE, Capacity: 1,
+	}
 }
 
 func (r *Rig) proxy(name string, self netip.Addr) *proxy.Proxy {
