@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"strings"
@@ -74,7 +75,12 @@ func variables(c *Config, l *loader) []variable {
 		{"POOL_UNUSED_RELEASE_TIMEOUT", "5m", "an unused tunnel is closed after this", duration(&c.PoolUnused)},
 		{"ENABLE_RESPONSE_BAGGAGE", "true", "send and read baggage in answers", boolean(&c.ResponseBaggage)},
 		{"LOCALHOST_APP_TUNNEL", "true", "an application tunnel's PROXY protocol is spoken to the pod's loopback address", boolean(&c.LocalhostAppTunnel)},
-		{"ENABLE_ORIG_SRC", "", "connections reach applications from the client's own address (default: wherever possible)", optionalBool(&c.OriginalSource)},
+		{"ENABLE_ORIG_SRC", "", "connections reach applications from the client's own address: always, so false is refused", func(v string) error {
+			if v == "false" {
+				return errors.New("here applications always see the client's own address: it takes no privilege that could be missing, and there is nothing to switch off")
+			}
+			return optionalBool(&c.OriginalSource)(v)
+		}},
 
 		{"KEEPALIVE_ENABLED", "true", "TCP keepalive", boolean(&c.KeepaliveEnabled)},
 		{"KEEPALIVE_TIME", "180s", "idle time before the first probe", duration(&c.KeepaliveTime)},

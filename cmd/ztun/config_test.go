@@ -68,6 +68,7 @@ func TestBadValuesNameTheVariable(t *testing.T) {
 		{"UNSTABLE_ENABLE_SOCKS5", "yes", "true or false"},
 		{"LOCALHOST_APP_TUNNEL", "", "true or false"},
 		{"ENABLE_ORIG_SRC", "", "true or false"},
+		{"ENABLE_ORIG_SRC", "false", "nothing to switch off"},
 		{"XDS_ON_DEMAND", "1", "true or false"},
 		{"HTTP2_STREAM_WINDOW_SIZE", "0x10", "decimal"},
 		{"PACKET_MARK", "0x539", "decimal"},
@@ -236,10 +237,10 @@ func TestExactlyTrue(t *testing.T) {
 }
 
 func TestPlainVariables(t *testing.T) {
-	c := load(t, "UNSTABLE_ENABLE_SOCKS5", "true", "LOCALHOST_APP_TUNNEL", "false", "ENABLE_ORIG_SRC", "false", "PREFERED_SERVICE_NAMESPACE", "p",
+	c := load(t, "UNSTABLE_ENABLE_SOCKS5", "true", "LOCALHOST_APP_TUNNEL", "false", "PREFERED_SERVICE_NAMESPACE", "p",
 		"CLUSTER_DOMAIN", "d.local", "CRL_PATH", "/crl.pem", "INSTANCE_IP", "10.0.0.9", "INPOD_UDS", "/x.sock", "SECRET_TTL", "1h30m",
 		"ALT_XDS_HOSTNAME", "x", "ALT_CA_HOSTNAME", "y", "ZTUN_CONTROL_CERT", "/c", "ZTUN_CONTROL_KEY", "/k", "INPOD_PORT_REUSE", "true", "PACKET_MARK", "1337")
-	if !c.SOCKS5 || c.LocalhostAppTunnel || c.OriginalSource == nil || *c.OriginalSource || c.PreferredServiceNamespace != "p" || c.ClusterDomain != "d.local" ||
+	if !c.SOCKS5 || c.LocalhostAppTunnel || c.PreferredServiceNamespace != "p" || c.ClusterDomain != "d.local" ||
 		c.CRLPath != "/crl.pem" || c.InstanceIP != "10.0.0.9" || c.InpodUDS != "/x.sock" || c.AltXDSHostname != "x" || c.AltCAHostname != "y" ||
 		c.ClientCert != "/c" || c.ClientKey != "/k" || c.PacketMark != 1337 {
 		t.Errorf("%+v", c)

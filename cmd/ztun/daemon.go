@@ -229,6 +229,8 @@ func (d *daemon) start(ctx context.Context) error {
 // forbids are cut, the certificates of pods whose record has arrived are fetched before somebody waits
 // for them, and those of identities that no pod of this node has any more are dropped.
 func (d *daemon) newState() {
+	// Listed before the View is taken: what somebody asks for meanwhile, by a newer one, is not among them.
+	had := d.certs.Dump()
 	view := d.loop.View()
 	used := map[identity.ID]bool{}
 	for _, p := range d.pods.all() {
@@ -238,7 +240,7 @@ func (d *daemon) newState() {
 			d.certs.Prefetch(w.Identity())
 		}
 	}
-	for _, c := range d.certs.Dump() {
+	for _, c := range had {
 		if !used[c.Identity] {
 			d.certs.Forget(c.Identity)
 		}
@@ -344,7 +346,9 @@ func (d *daemon) end(deadline time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), deadline)
 	defer cancel()
 	if d.mesh != nil {
-		d.mesh.Close()
+		// Closed at the end only: until then new connections are reset. Without a socket the kernel would say nothing
+		// for addresses that are not the node's own, and every peer would wait for its connect timeout.
+		defer d.mesh.Close()
 	}
 	var wg sync.WaitGroup
 	if d.control != nil {

@@ -45,6 +45,7 @@ type podManager struct {
 	byAddr atomic.Pointer[map[netip.Addr]*pod]
 
 	started, stopped atomic.Uint64
+	leaving          atomic.Bool   // new mesh connections are reset
 	unknown          atomic.Uint64 // mesh connections for an address that no pod has
 }
 
@@ -430,6 +431,7 @@ func (m *podManager) shutdown(ctx context.Context) {
 	m.mu.Lock()
 	m.closed = true
 	m.mu.Unlock()
+	m.leaving.Store(true)
 	stop := func() {
 		var wg sync.WaitGroup
 		for _, p := range m.all() {
@@ -461,8 +463,10 @@ func (m *podManager) serveMesh(ln *net.TCPListener) error {
 		delay = 0
 		local := conn.LocalAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
 		p := (*m.byAddr.Load())[local]
-		if p == nil {
-			m.unknown.Add(1)
+		if p == nil || m.leaving.Load() {
+			if p == nil {
+				m.unknown.Add(1)
+			}
 			conn.SetLinger(0)
 			conn.Close()
 			continue
