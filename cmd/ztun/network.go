@@ -9,10 +9,11 @@ import (
 	"ztun/netstack"
 	"ztun/proxy"
 	"ztun/tun/netns"
+	"ztun/tun/steer"
 )
 
 // podNetwork is one pod's ways out: netstack towards the application and for plaintext, the kernel's
-// TCP with the pod's own address for the mesh.
+// TCP with the pod's own address for the mesh's port.
 type podNetwork struct {
 	stack *netstack.Stack
 	addrs []netip.Addr
@@ -46,7 +47,16 @@ func (n *podNetwork) DialPlain(ctx context.Context, dst netip.AddrPort) (proxy.C
 	return c, nil
 }
 
+// DialMesh goes by the kernel's sockets where the node's rules bring the answers back to them. A waypoint or gateway may listen on
+// another port than the mesh's (hboneMtlsPort): its answers come to the pod's stack like any other's, so the stack has to call.
 func (n *podNetwork) DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn, error) {
+	if dst.Port() != steer.PortHBONE {
+		c, err := n.stack.DialPlain(ctx, dst)
+		if err != nil {
+			return nil, err
+		}
+		return c, nil
+	}
 	for _, a := range n.addrs {
 		if a.Is4() == dst.Addr().Is4() {
 			return netns.DialTransparent(ctx, nil, a, dst, n.sock)

@@ -34,9 +34,29 @@ type Workload struct {
 	Status            string                       `yaml:"status,omitempty"`
 	Services          map[string]map[uint16]uint16 `yaml:"services"`
 	NetworkGateway    *Gateway                     `yaml:"networkGateway,omitempty"`
+	Hostname          string                       `yaml:"hostname,omitempty"`
+	NetworkMode       string                       `yaml:"networkMode,omitempty"` // Standard, HostNetwork
+	Capacity          *uint32                      `yaml:"capacity,omitempty"`    // nil: 1
+	Locality          *Locality                    `yaml:"locality,omitempty"`
+	Waypoint          *Gateway                     `yaml:"waypoint,omitempty"`
+	ApplicationTunnel *Tunnel                      `yaml:"applicationTunnel,omitempty"`
+	NativeTunnel      bool                         `yaml:"nativeTunnel,omitempty"`
 }
 
-// Gateway is how to reach a network: "network/ip" and its HBONE port.
+// Locality is where a workload runs.
+type Locality struct {
+	Region  string `yaml:"region"`
+	Zone    string `yaml:"zone"`
+	Subzone string `yaml:"subzone"`
+}
+
+// Tunnel is how a workload, such as a waypoint, takes what comes by HBONE: protocol NONE or PROXY, on a port of its own or the called one (0).
+type Tunnel struct {
+	Protocol string `yaml:"protocol"`
+	Port     uint16 `yaml:"port,omitempty"`
+}
+
+// Gateway is how to reach a waypoint or a network: "network/ip" or "namespace/hostname", and its HBONE port.
 type Gateway struct {
 	Destination string `yaml:"destination"`
 	Port        uint16 `yaml:"hboneMtlsPort"`
@@ -49,6 +69,33 @@ type Service struct {
 	VIPs      []string          `yaml:"vips"`
 	Ports     map[uint16]uint16 `yaml:"ports"`
 	Canonical bool              `yaml:"canonical,omitempty"`
+
+	CIDRVIPs          []CIDR             `yaml:"cidrVips,omitempty"`
+	SubjectAltNames   []string           `yaml:"subjectAltNames,omitempty"`
+	Waypoint          *Gateway           `yaml:"waypoint,omitempty"`
+	WeightedWaypoints []WeightedWaypoint `yaml:"weightedWaypoints,omitempty"`
+	LoadBalancer      *LoadBalancer      `yaml:"loadBalancer,omitempty"`
+	IPFamilies        string             `yaml:"ipFamilies,omitempty"` // IPv4, IPv6, Dual
+	Visibility        string             `yaml:"visibility,omitempty"` // Public, Namespace
+}
+
+// CIDR is a range of addresses that belong to a service.
+type CIDR struct {
+	Network string `yaml:"network"`
+	CIDR    string `yaml:"cidr"`
+}
+
+// WeightedWaypoint is one of several waypoints.
+type WeightedWaypoint struct {
+	Destination Gateway `yaml:"destination"`
+	Weight      uint32  `yaml:"weight"`
+}
+
+// LoadBalancer says which endpoints of a service are preferred: Mode Standard, Strict, Failover or Passthrough; HealthPolicy OnlyHealthy or AllowAll.
+type LoadBalancer struct {
+	Preferences  []string `yaml:"routingPreferences"`
+	Mode         string   `yaml:"mode"`
+	HealthPolicy string   `yaml:"healthPolicy"`
 }
 
 // Policy's rules are a list of rules, each a list of clauses, each a list of matches: `- - - destinationPorts: [7777]`.
