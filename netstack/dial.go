@@ -22,17 +22,23 @@ func (s *Stack) DialApp(ctx context.Context, src, dst netip.AddrPort) (*Conn, er
 
 // DialPlain connects to dst in the network, by the Uplink, from the pod's own
 // address of dst's family. Errors as DialApp; EAFNOSUPPORT if the pod has no
-// such address, ENETUNREACH if the stack has no uplink.
+// such address, ENETUNREACH if the stack has no uplink or dst is none of the network's.
 func (s *Stack) DialPlain(ctx context.Context, dst netip.AddrPort) (*Conn, error) {
 	dst = netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
 	src, ok := s.ownAddr(dst.Addr())
 	if !ok {
 		return nil, dialError(netip.AddrPort{}, dst, os.NewSyscallError("connect", syscall.EAFNOSUPPORT))
 	}
-	if s.up == nil {
+	if s.up == nil || !routable(dst.Addr()) {
 		return nil, dialError(netip.AddrPort{}, dst, os.NewSyscallError("connect", syscall.ENETUNREACH))
 	}
 	return s.dial(ctx, s.up, netip.AddrPortFrom(src, 0), dst)
+}
+
+// routable reports whether a packet to a may be sent to the network. Loopback is each host's own: a node with
+// route_localnet (kube-proxy sets it) would take it for the node's.
+func routable(a netip.Addr) bool {
+	return !a.IsLoopback() && answerable(a)
 }
 
 func (s *Stack) dial(ctx context.Context, h *hop, src, dst netip.AddrPort) (*Conn, error) {

@@ -299,6 +299,24 @@ func TestDialUDPErrors(t *testing.T) {
 	}
 }
 
+// What is no address of the network is not asked of the node: it would be its own loopback.
+func TestNotTheNetworks(t *testing.T) {
+	a, _ := memPair(1500, false)
+	s := startStack(t, Config{App: a, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("fd00:1::2")}, UplinkIsApp: true})
+	for _, addr := range []string{"127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1", "0.0.0.0", "::", "224.0.0.1", "255.255.255.255", "ff02::1"} {
+		dst := netip.AddrPortFrom(netip.MustParseAddr(addr), 8080)
+		if _, err := s.DialPlain(t.Context(), dst); !errors.Is(err, syscall.ENETUNREACH) {
+			t.Errorf("TCP to %s: %v", addr, err)
+		}
+		if _, err := s.DialUDP(t.Context(), dst); !errors.Is(err, syscall.ENETUNREACH) {
+			t.Errorf("UDP to %s: %v", addr, err)
+		}
+	}
+	if n := s.Stats().App.TxPackets; n != 0 {
+		t.Errorf("%d packets left", n)
+	}
+}
+
 // A socket that waits when the stack closes is woken.
 func TestDialUDPClose(t *testing.T) {
 	a, _ := memPair(1500, false)

@@ -34,7 +34,7 @@ func (s *Stack) DialUDP(ctx context.Context, dst netip.AddrPort) (*UDPConn, erro
 	if !ok {
 		return nil, c.opError("dial", os.NewSyscallError("connect", syscall.EAFNOSUPPORT))
 	}
-	if s.up == nil {
+	if s.up == nil || !routable(dst.Addr()) {
 		return nil, c.opError("dial", os.NewSyscallError("connect", syscall.ENETUNREACH))
 	}
 	gs, err := s.up.stack()

@@ -111,7 +111,8 @@ func copyOneWay(dst, src Conn, count func(int)) error {
 // move is the inner loop, with the fewest copies that the two ends allow: a stream reads from its
 // source straight into the frame that it is about to send; a source that can hand its buffers out does.
 func move(dst, src Conn, count func(int)) error {
-	if rf, ok := dst.(io.ReaderFrom); ok {
+	_, kernel := dst.(*net.TCPConn) // whose ReadFrom does not tell whose error it was, and holds a buffer while it waits
+	if rf, ok := dst.(io.ReaderFrom); ok && !kernel {
 		if w, ok := src.(readWaiter); ok {
 			_, err := rf.ReadFrom(&countingReader{src, w, count})
 			var source *hbone.SourceError

@@ -18,7 +18,8 @@
 //   - 2026-11-23: live connections are registered before their policy check, so that a policy change
 //     between check and registration cannot be missed (as in ztunnel).
 //   - 2026-11-23: SOCKS5 requests take the same way as captured flows and are answered when the upstream
-//     stands, with the code that fits; ztunnel says success first.
+//     stands, with the code that fits; ztunnel says success first. Loopback, which only SOCKS5 can ask for, is
+//     the pod's own and is dialled there; netstack sends nothing to the network for it, nor to multicast and 0.0.0.0.
 //   - 2026-11-23: a connection into another network is named in metrics and logs by what its far end says
 //     and proves. If that says nothing, all but its identity is unknown, as with ztunnel.
 //   - 2026-11-23: a peer that resets its stream ends the connect to the application that is under way for

@@ -21,13 +21,13 @@ func (v *visit) connectDouble(ctx context.Context, local *state.Workload, src ne
 	if failed != nil {
 		return nil, nil, failed
 	}
-	cert, err := p.o.Certs.Certificate(ctx, local.Identity())
+	hctx, done := context.WithTimeout(ctx, handshakeTimeout)
+	defer done()
+	cert, err := p.o.Certs.Certificate(hctx, local.Identity())
 	if err != nil {
 		cancel(outer)
 		return nil, nil, fail(kindIdentity, err)
 	}
-	hctx, done := context.WithTimeout(ctx, handshakeTimeout)
-	defer done()
 	conn, cs, err := hbone.Client(hctx, outer, identity.ClientTLSWith(cert, d.FinalSANs, p.o.Config.TLS))
 	if err != nil { // outer was closed
 		return nil, nil, fail(kindTLS, err)

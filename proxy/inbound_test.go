@@ -218,6 +218,43 @@ func TestPeerGivesUp(t *testing.T) {
 	}
 }
 
+// TestShutdownCutsRequests: at the deadline a request that still waits for the pod's record is no reason to wait on.
+func TestShutdownCutsRequests(t *testing.T) {
+	w := newWorld(t)
+	cc := w.peerOfB("10.91.1.2:4000")
+	w.know.publish(loadView(t, func(s string) string { return strings.Replace(s, "  serviceAccount: b\n", "  serviceAccount: z\n", 1) }))
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		cc.Open(t.Context(), &hbone.Request{Authority: "10.91.2.2:9000"})
+	}()
+	p := w.proxies[1]
+	eventually(t, "the request", func() bool {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for s := range p.mesh {
+			return s.Streams() == 1
+		}
+		return false
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	over := make(chan struct{})
+	var took time.Duration
+	go func() {
+		defer close(over)
+		<-ctx.Done()
+		start := time.Now()
+		p.Shutdown(ctx)
+		took = time.Since(start)
+	}()
+	cancel()
+	<-over
+	if took > workloadWait*3/4 {
+		t.Errorf("shutdown took %v", took)
+	}
+	<-answered
+}
+
 // TestPolicyLog: spec 7.3, and the text of strict mTLS (checklist 108).
 func TestPolicyLog(t *testing.T) {
 	const dryRun = `

@@ -108,7 +108,14 @@ func (p *Proxy) connect(ctx context.Context, local *state.Workload, src netip.Ad
 	}
 	dctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
-	up, err := p.o.Network.DialPlain(dctx, d.Actual)
+	var up Conn
+	var err error
+	if a := d.Actual.Addr(); d.Passthrough() && a.IsLoopback() {
+		// Asked for by SOCKS5: the pod's own loopback, which the network is no way to.
+		up, err = p.o.Network.DialApp(dctx, netip.AddrPortFrom(a, 0), d.Actual)
+	} else {
+		up, err = p.o.Network.DialPlain(dctx, d.Actual)
+	}
 	if err != nil {
 		return nil, fail(kindIO, err)
 	}

@@ -297,6 +297,8 @@ func (p *Proxy) Shutdown(ctx context.Context) {
 		p.o.Log.Warn("drain duration expired with pending connections, forcefully shutting down", "connections", len(p.conns.snapshot()))
 		p.conns.severAll(fail(kindDrain, nil)) // before their tunnels go: the reason is ours
 	}
+	// And what is no connection yet, such as a request that waits for the pod's record.
+	defer context.AfterFunc(ctx, p.stop)()
 	// A connection leaves the table when its last bytes and its end are queued, not when they are sent; and
 	// a peer that has not read our GOAWAY yet may have opened one more. Both end with their tunnel.
 	var flushed sync.WaitGroup

@@ -302,3 +302,30 @@ func TestErrorTable(t *testing.T) {
 		}
 	}
 }
+
+// brokenSource yields a few bytes and fails, however it is read.
+type brokenSource struct{ net.Conn }
+
+func (brokenSource) WaitRead() error            { return nil }
+func (brokenSource) Read(p []byte) (int, error) { return copy(p, "abc"), errBroken }
+func (b brokenSource) WriteTo(w io.Writer) (int64, error) {
+	n, _ := w.Write([]byte("abc"))
+	return int64(n), errBroken
+}
+func (brokenSource) CloseWrite() error { return nil }
+
+var errBroken = errors.New("broken")
+
+// TestWhoseError: the access line says which side failed, also where the other is a socket of the kernel's (SOCKS5).
+func TestWhoseError(t *testing.T) {
+	a, b := tcpPair(t)
+	defer a.Close()
+	defer b.Close()
+	if err := move(a, brokenSource{}, func(int) {}); err == nil || err.Error() != "receive: broken" {
+		t.Errorf("a source that fails: %v", err)
+	}
+	a.CloseWrite()
+	if err := move(a, brokenSource{}, func(int) {}); err == nil || !strings.HasPrefix(err.Error(), "send: ") {
+		t.Errorf("a sink that fails: %v", err)
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"time"
 
@@ -31,7 +32,11 @@ func (p *Proxy) ServeSOCKS(raw net.Conn) {
 	}
 	f := &socksFlow{conn: c, ctx: p.ctx, src: addrPort(raw.RemoteAddr())}
 	if err := f.negotiate(p); err != nil {
-		if reply, ok := socks.ReplyOf(err); ok {
+		if errors.Is(err, errBusy) {
+			// Nothing lasting is spent on it, not even a moment for the answer to arrive. The socket's buffer is empty.
+			socks.WriteReply(f.conn, socks.GeneralFailure)
+			raw.Close()
+		} else if reply, ok := socks.ReplyOf(err); ok {
 			p.o.Log.Warn("SOCKS5 handshake failed", "client", f.src, "error", err)
 			f.end(reply)
 		} else {
@@ -42,6 +47,9 @@ func (p *Proxy) ServeSOCKS(raw net.Conn) {
 	}
 	v.outbound(f, start)
 }
+
+// errBusy turns away a client beyond the bound on handshakes.
+var errBusy = errors.New("too many SOCKS5 handshakes under way")
 
 // socksFlow is a Flow whose SYN is a SOCKS5 request.
 type socksFlow struct {
@@ -57,7 +65,7 @@ func (f *socksFlow) negotiate(p *Proxy) error {
 		defer func() { <-p.greetings }()
 	default:
 		p.overload.Add(1)
-		return &socks.Error{Reply: socks.GeneralFailure, Err: errors.New("more than " + strconv.Itoa(cap(p.greetings)) + " handshakes under way")}
+		return errBusy
 	}
 	f.conn.SetDeadline(time.Now().Add(handshakeTimeout))
 	cut := context.AfterFunc(f.ctx, func() { f.conn.SetDeadline(time.Unix(1, 0)) })
@@ -80,7 +88,8 @@ func (f *socksFlow) negotiate(p *Proxy) error {
 }
 
 // lookupName finds the address of a name that a SOCKS5 client asked for: the first of the client's own
-// family, else the first. (ztunnel asks for the client's family only.)
+// family, else the first. (ztunnel asks for the client's family only.) A client's family is that of the pod's
+// loopback that it came by; if the pod has no address of it, the other one counts.
 func (p *Proxy) lookupName(ctx context.Context, host string, v6 bool) (netip.Addr, error) {
 	if p.o.Names == nil {
 		return netip.Addr{}, &socks.Error{Reply: socks.NotSupported, Err: errors.New("names cannot be resolved: the DNS proxy is off (request for " + strconv.Quote(host) + ")")}
@@ -90,6 +99,10 @@ func (p *Proxy) lookupName(ctx context.Context, host string, v6 bool) (netip.Add
 	addrs, err := p.o.Names(ctx, host)
 	if err != nil {
 		return netip.Addr{}, &socks.Error{Reply: socks.HostUnreachable, Err: err}
+	}
+	if w := p.o.Knowledge.View().WorkloadByInfo(p.o.Info); w != nil && len(w.Addresses) > 0 &&
+		!slices.ContainsFunc(w.Addresses, func(a netip.Addr) bool { return a.Is6() == v6 }) {
+		v6 = !v6
 	}
 	var first netip.Addr
 	for _, a := range addrs {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -13,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/net/proxy"
+
+	"ztun/proxy/state"
 )
 
 // socks is a client that says all of its handshake at once and expects these bytes in return.
@@ -80,6 +83,57 @@ func TestSOCKSFailures(t *testing.T) {
 		if !strings.Contains(lines, `error="`+want+`"`) {
 			t.Errorf("not logged: %s", want)
 		}
+	}
+}
+
+// TestSOCKSLoopback: loopback is the pod's own and never asked of the network.
+func TestSOCKSLoopback(t *testing.T) {
+	w := newWorldWith(t, func(_ *world, _ int, o *Options) {
+		o.Config.SOCKS5 = true
+		o.Names = func(context.Context, string) ([]netip.Addr, error) {
+			return []netip.Addr{netip.MustParseAddr("::ffff:127.0.0.1")}, nil
+		}
+	})
+	for _, request := range []string{"\x05\x01\x00\x01\x7f\x00\x00\x01\x1f\x90", "\x05\x01\x00\x03\x04evil\x1f\x90"} {
+		dst := netip.MustParseAddrPort("127.0.0.1:8080")
+		w.listen(dst, echo)
+		app, done := w.socks(request, "\x05\x00\x05\x00"+zeroAddr)
+		<-done
+		roundTrip(t, app)
+		app.Close()
+		w.mu.Lock()
+		if src := w.clients[dst]; src != dst.Addr() {
+			t.Errorf("%q was dialled from %v", request, src)
+		}
+		w.mu.Unlock()
+	}
+}
+
+// TestSOCKSNames: of a name's addresses the one is taken that client and pod have the family of.
+func TestSOCKSNames(t *testing.T) {
+	v4, v6 := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")
+	for _, tt := range []struct {
+		name     string
+		pod      []netip.Addr
+		client6  bool
+		names    []netip.Addr
+		wantAddr netip.Addr
+	}{
+		{"client by IPv4", []netip.Addr{v4, v6}, false, []netip.Addr{v6, v4}, v4},
+		{"client by IPv6", []netip.Addr{v4, v6}, true, []netip.Addr{v4, v6}, v6},
+		{"a pod with IPv6 only, client by 127.0.0.1", []netip.Addr{v6}, false, []netip.Addr{v4, v6}, v6},
+		{"a pod with IPv4 only, client by ::1", []netip.Addr{v4}, true, []netip.Addr{v6, v4}, v4},
+		{"the name has the other family only", []netip.Addr{v4}, false, []netip.Addr{v6}, v6},
+	} {
+		info := state.WorkloadInfo{Name: "p", Namespace: "ns", ServiceAccount: "sa"}
+		b := state.NewBuilder("")
+		b.InsertWorkload(&state.Workload{UID: "p", Name: info.Name, Namespace: info.Namespace, ServiceAccount: info.ServiceAccount, Addresses: tt.pod})
+		p := New(Options{Info: info, Knowledge: &fakeKnowledge{view: b.Build()}, Log: slog.New(slog.DiscardHandler),
+			Names: func(context.Context, string) ([]netip.Addr, error) { return tt.names, nil }})
+		if got, err := p.lookupName(t.Context(), "x", tt.client6); err != nil || got != tt.wantAddr {
+			t.Errorf("%s: %v, %v; want %v", tt.name, got, err, tt.wantAddr)
+		}
+		p.Close()
 	}
 }
 

@@ -197,8 +197,10 @@ func (p *pod) stop(ctx context.Context) {
 		drained := make(chan struct{})
 		go func() {
 			defer close(drained)
-			p.closeLoopback(ctx)
+			var wg sync.WaitGroup // at the same time: a query that nobody answers must not keep the connections from draining
+			wg.Go(func() { p.closeLoopback(ctx) })
 			p.proxy.Shutdown(ctx)
+			wg.Wait()
 		}()
 		select {
 		case <-drained:

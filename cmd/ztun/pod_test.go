@@ -194,3 +194,66 @@ func TestPacketsDuringAttach(t *testing.T) {
 		t.Errorf("dial: %v", err)
 	}
 }
+
+// A DNS query that nobody answers keeps neither the pod's connections from draining nor the pod from being removed.
+func TestStopDuringQuery(t *testing.T) {
+	l := newPodLab(t)
+	l.node.IP(t, "addr", "add", "10.91.0.1/32", "dev", "lo")
+	l.node.IP(t, "route", "add", "blackhole", "192.0.2.53")
+	p, err := l.attach(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ln net.Listener
+	var query net.Conn
+	if err := l.pod.Do(func() (err error) {
+		if ln, err = net.Listen("tcp", "10.91.1.2:8080"); err != nil {
+			return err
+		}
+		query, err = net.Dial("udp", "192.0.2.53:53")
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	defer query.Close()
+	dial := func() error {
+		return l.node.Do(func() error {
+			c, err := (&net.Dialer{Timeout: 5 * time.Second}).Dial("tcp", "10.91.1.2:8080")
+			if err == nil {
+				c.Close()
+			}
+			return err
+		})
+	}
+	if err := dial(); err != nil {
+		t.Fatal(err)
+	}
+	query.Write([]byte("\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x07example\x00\x00\x01\x00\x01"))
+	eventually(t, "the query", func() bool { return p.stack.Stats().DNSInFlight == 1 })
+
+	ctx, cancel := context.WithCancel(t.Context())
+	stopped := make(chan struct{})
+	go func() { defer close(stopped); p.stop(ctx) }()
+	eventually(t, "a refusal", func() bool { return errors.Is(dial(), syscall.ECONNREFUSED) })
+	select {
+	case <-stopped:
+		t.Error("the query was not waited for")
+	default:
+	}
+	cancel()
+	start := time.Now()
+	l.detach(t, p)
+	if d := time.Since(start); d > 3*time.Second {
+		t.Errorf("took %v", d)
+	}
+}
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(4 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("not in time: ", what)
+		}
+	}
+}

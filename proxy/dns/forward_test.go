@@ -2,6 +2,7 @@ package dns
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"log/slog"
@@ -9,6 +10,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -265,4 +267,72 @@ func TestTransfer(t *testing.T) {
 			serve.Wait()
 		}
 	})
+}
+
+// tcpUpstream reaches one nameserver by a socket of the kernel's.
+type tcpUpstream struct {
+	upstream
+	addr string
+}
+
+func (u *tcpUpstream) DialTCP(context.Context, netip.AddrPort) (net.Conn, error) {
+	return net.Dial("tcp", u.addr)
+}
+
+// A client that ends its direction after asking for a transfer gets all of it; so does one while the server drains.
+func TestTransferGoesOn(t *testing.T) {
+	for _, drain := range []bool{false, true} {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		proceed := make(chan struct{})
+		go func() {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			defer c.Close()
+			raw, _ := readMessage(c)
+			for i := range 3 {
+				writeMessage(c, append(slices.Concat(raw[:2], []byte{0x84, 0}, make([]byte, 8)), byte(i)))
+				<-proceed
+			}
+		}()
+		s := start(t, Config{Upstream: &tcpUpstream{addr: ln.Addr().String()}})
+		front, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer front.Close()
+		c, err := net.Dial("tcp", front.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		served, err := front.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		wg.Go(func() { s.ServeConn(served, kubeDNS) })
+		writeMessage(c, mustPack(ask("AXFR acme.test")))
+		for i := range 3 {
+			if raw, err := readMessage(c); err != nil || raw[12] != byte(i) {
+				t.Fatalf("drain %v: message %d: %x, %v", drain, i, raw, err)
+			}
+			if i == 0 && drain {
+				wg.Go(func() { s.Shutdown(context.Background()) })
+			} else if i == 0 {
+				c.(*net.TCPConn).CloseWrite()
+			}
+			time.Sleep(50 * time.Millisecond) // for whoever would cut it
+			proceed <- struct{}{}
+		}
+		if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("drain %v: at the end: %v", drain, err)
+		}
+		wg.Wait()
+	}
 }

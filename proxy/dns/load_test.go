@@ -80,8 +80,8 @@ func TestLoadOthersUnharmed(t *testing.T) {
 			if p50 > 100*time.Millisecond || worst > 2*time.Second {
 				t.Errorf("a quiet client waits: p50 %v, worst %v", p50, worst)
 			}
-			if answered[2] < total/4 {
-				t.Errorf("of the noisy client's own %d questions for our names and garbage only %d were answered", total/2, answered[2])
+			if taken := total - turnedAway; answered[2] < taken/4 { // a slow machine turns more away
+				t.Errorf("of the noisy client's own questions for our names and garbage, half of %d, only %d were answered", taken, answered[2])
 			}
 			if n := m.dropped[dropForwards].Load(); n == 0 {
 				t.Error("the bound of forwarded queries was never met")

@@ -2,9 +2,11 @@ package dns
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"time"
 
@@ -109,10 +111,17 @@ func (s *Server) transfer(ctx context.Context, c net.Conn, up *upstreamTCP, q *q
 	c.SetReadDeadline(time.Time{})
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		copyIdle(conn, c, 0, s.cfg.IdleTimeout)
-		conn.SetReadDeadline(time.Unix(1, 0))
+		_, err := copyIdle(conn, c, 0, s.cfg.IdleTimeout)
+		half, ok := conn.(interface{ CloseWrite() error })
+		switch {
+		case err == io.EOF && ok: // a client that has asked all it wanted still waits for what is on its way
+			half.CloseWrite()
+		case errors.Is(err, os.ErrDeadlineExceeded): // upstream has ended, or the server is stopping: that lets it finish
+		default:
+			conn.Close()
+		}
 	})
-	n := copyIdle(c, conn, s.cfg.IdleTimeout, s.cfg.IdleTimeout)
+	n, _ := copyIdle(c, conn, s.cfg.IdleTimeout, s.cfg.IdleTimeout)
 	c.SetReadDeadline(time.Unix(1, 0))
 	wg.Wait()
 	if n == 0 {
@@ -122,8 +131,9 @@ func (s *Server) transfer(ctx context.Context, c net.Conn, up *upstreamTCP, q *q
 }
 
 // copyIdle copies until an end or an error, with a limit to each read (0: none)
-// and write, and returns how many bytes it has written.
-func copyIdle(dst, src net.Conn, read, write time.Duration) (total int64) {
+// and write, and returns how many bytes it has written and what ended it: io.EOF
+// is src's end.
+func copyIdle(dst, src net.Conn, read, write time.Duration) (total int64, err error) {
 	buf := make([]byte, 16<<10)
 	for {
 		if read > 0 {
@@ -135,11 +145,11 @@ func copyIdle(dst, src net.Conn, read, write time.Duration) (total int64) {
 			m, werr := dst.Write(buf[:n])
 			total += int64(m)
 			if werr != nil {
-				return total
+				return total, werr
 			}
 		}
 		if err != nil {
-			return total
+			return total, err
 		}
 	}
 }

@@ -242,11 +242,31 @@ func (c *conn) leaveLocked(code http2.ErrCode, err error) {
 	}
 	c.ping.stop()
 	c.unavailable()
+	orderly := len(c.streams) == 0
 	c.abandonLocked()
 	c.framer.WriteGoAway(c.lastID, code, nil)
-	// A peer that reads nothing must not hold us up.
-	c.raw.SetWriteDeadline(time.Now().Add(time.Second))
+	// A peer that reads nothing must not hold us up; but where streams have ended in good order, their last bytes may
+	// be on a slow way still.
+	patience := lingerHurry
+	if code == http2.ErrCodeNo && orderly {
+		patience = lingerStall
+	}
+	c.raw.SetWriteDeadline(time.Now().Add(patience))
 	c.wantFlush()
+}
+
+// hasten is leave for an end that somebody waits for: it comes within seconds, whatever the peer does.
+func (c *conn) hasten() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.leaveLocked(http2.ErrCodeNo, ErrClosed)
+	if c.ended {
+		return
+	}
+	c.linger.hurry()
+	if c.last {
+		c.raw.SetWriteDeadline(time.Now().Add(lingerHurry))
+	}
 }
 
 // isOver reports whether the connection takes no more part in anything. mu is held.
@@ -334,10 +354,7 @@ func (c *conn) reason() error {
 
 // close ends the connection and waits for its goroutines.
 func (c *conn) close() error {
-	c.leave(http2.ErrCodeNo, ErrClosed)
-	c.mu.Lock()
-	c.linger.hurry(c.raw)
-	c.mu.Unlock()
+	c.hasten()
 	<-c.done
 	c.work.Wait()
 	return nil

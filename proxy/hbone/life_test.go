@@ -429,3 +429,60 @@ func TestNothingIsLostAtTheEnd(t *testing.T) {
 	p.c.Close()
 	<-down
 }
+
+// TestEndIsBounded: a peer that takes nothing any more does not hold up whoever closes, although the connection ends in
+// good order and would be listened to for longer otherwise.
+func TestEndIsBounded(t *testing.T) {
+	const size = 512 << 10
+	for name, end := range map[string]func(sc *ServerConn, cancel func()){
+		"Close": func(sc *ServerConn, _ func()) { sc.Close() },
+		"Shutdown": func(sc *ServerConn, _ func()) {
+			ctx, stop := context.WithCancel(context.Background())
+			stop()
+			sc.Shutdown(ctx)
+		},
+		"end of Serve":   func(_ *ServerConn, cancel func()) { cancel() },
+		"Close, drained": func(sc *ServerConn, _ func()) { sc.GoAway(); time.Sleep(1500 * time.Millisecond); sc.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a, b := tcpPair(t)
+			defer a.Close()
+			a.SetReadBuffer(8 << 10)
+			b.SetWriteBuffer(2 * size)
+			finished := make(chan struct{})
+			sc := NewServerConn(b, Config{NotSentLowat: 2 * size}, func(ss *ServerStream) {
+				s, err := ss.Accept(&Response{Status: 200})
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				s.Write(make([]byte, size))
+				s.CloseWrite()
+				io.Copy(io.Discard, s)
+				close(finished)
+			})
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			served := make(chan error, 1)
+			go func() { served <- sc.Serve(ctx) }()
+			p := newRawPeer(t, a)
+			p.preface()
+			p.fr.WriteWindowUpdate(0, 4<<20)
+			p.connect(1)
+			p.fr.WriteWindowUpdate(1, 4<<20)
+			p.fr.WriteData(1, true, nil)
+			<-finished
+			eventually(t, func() bool { return sc.Streams() == 0 })
+			if unacknowledged(b) == 0 {
+				t.Fatal("the peer has taken everything")
+			}
+			start := time.Now()
+			end(sc, cancel)
+			<-served
+			if d := time.Since(start); d > 4*time.Second {
+				t.Errorf("took %v", d)
+			}
+		})
+	}
+}

@@ -47,7 +47,7 @@ func (l *linger) start(raw net.Conn) bool {
 }
 
 // hurry is for an end that somebody waits for.
-func (l *linger) hurry(raw net.Conn) {
+func (l *linger) hurry() {
 	l.hurried = true
 	if end := time.Now().Add(lingerHurry); l.on.Load() && end.Before(l.end) {
 		l.end = end

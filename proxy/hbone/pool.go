@@ -440,7 +440,7 @@ func (p *Pool) Shutdown(ctx context.Context) error {
 // Close ends all tunnels with GOAWAY; their streams fail. It returns when nothing of the pool runs any more.
 func (p *Pool) Close() error {
 	for _, t := range p.stop() {
-		t.cc.c.leave(0, ErrClosed)
+		t.cc.c.hasten()
 	}
 	p.work.Wait()
 	return nil

@@ -311,3 +311,62 @@ func TestPoolShutdown(t *testing.T) {
 		}
 	})
 }
+
+// stuck is a connection whose reader stops for good.
+type stuck struct {
+	net.Conn
+	stop, closed chan struct{}
+}
+
+func (s *stuck) Read(p []byte) (int, error) {
+	select {
+	case <-s.stop:
+		<-s.closed
+		return 0, net.ErrClosed
+	default:
+		return s.Conn.Read(p[:min(len(p), 1024)])
+	}
+}
+
+// TestPoolCloseIsBounded: a server that takes nothing any more does not hold up the end of the pool (a pod's deletion,
+// the end of the daemon).
+func TestPoolCloseIsBounded(t *testing.T) {
+	a, b := tcpPair(t)
+	a.SetWriteBuffer(1 << 20)
+	b.SetReadBuffer(8 << 10)
+	server := &stuck{Conn: b, stop: make(chan struct{}), closed: make(chan struct{})}
+	accepted := make(chan struct{})
+	served := make(chan error, 1)
+	go func() {
+		served <- ServeConn(context.Background(), server, Config{}, func(ss *ServerStream) {
+			s, err := ss.Accept(&Response{Status: 200})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			s.CloseWrite()
+			close(accepted)
+			io.Copy(io.Discard, s)
+		})
+	}()
+	p := NewPool(PoolOptions{Config: Config{NotSentLowat: 1 << 20}, Dial: func(context.Context, Key) (net.Conn, error) { return a, nil }})
+	s, _, err := p.Open(context.Background(), testKey(1), &Request{Authority: "h:1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-accepted
+	close(server.stop)
+	s.Write(make([]byte, 400<<10))
+	finish(s)
+	if unacknowledged(a) == 0 {
+		t.Fatal("the server has taken everything")
+	}
+	start := time.Now()
+	p.Close()
+	if d := time.Since(start); d > 4*time.Second {
+		t.Errorf("took %v", d)
+	}
+	close(server.closed)
+	b.Close()
+	<-served
+}

@@ -36,7 +36,7 @@ func ServeConn(ctx context.Context, c net.Conn, cfg Config, h func(*ServerStream
 // ends, the connection is closed with GOAWAY and streams fail.
 func (sc *ServerConn) Serve(ctx context.Context) error {
 	c := sc.c
-	stop := context.AfterFunc(ctx, func() { c.leave(http2.ErrCodeNo, ErrClosed) })
+	stop := context.AfterFunc(ctx, c.hasten)
 	c.start()
 	<-c.done
 	c.work.Wait()
@@ -59,7 +59,7 @@ func (sc *ServerConn) Shutdown(ctx context.Context) error { return sc.c.shutdown
 
 // Close ends the connection with GOAWAY; its streams fail. It does not wait for handlers: Serve does.
 func (sc *ServerConn) Close() error {
-	sc.c.leave(http2.ErrCodeNo, ErrClosed)
+	sc.c.hasten()
 	<-sc.c.done
 	return nil
 }

@@ -298,13 +298,17 @@ func (c *Conn) CloseWrite() error {
 	return c.flush(c.rec.farewell(c.carry))
 }
 
-// Close says close_notify if that takes no time, and closes the connection beneath.
+// Close says close_notify if that takes no time, and closes the connection beneath. Doing it twice, or at the same
+// time, is no error.
 func (c *Conn) Close() error {
 	c.raw.SetWriteDeadline(time.Now().Add(time.Second))
 	if !c.closing() {
 		c.CloseWrite()
 	}
-	return c.raw.Close()
+	if err := c.raw.Close(); !errors.Is(err, net.ErrClosed) {
+		return err
+	}
+	return nil
 }
 
 // closing reports whether a write that may be stuck holds the lock, or close_notify was sent: then Close is abrupt.
