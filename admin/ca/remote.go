@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"strings"
 	"sync"
 	"time"
 
@@ -34,6 +35,15 @@ type SigningError struct {
 // Error is ztunnel's text (spec/dataplane.md Appendix B) with the hint of spec/controlplane.md 2.5.
 func (e *SigningError) Error() string {
 	return fmt.Sprintf("signing gRPC error (%s): %s%s", e.Code, e.Message, istiod.Hint(e.Message))
+}
+
+// clip bounds what the CA says, in bytes: it is logged, kept, dumped, and given to every connection that fails by it.
+func clip(s string) string {
+	const most = 2048
+	if len(s) > most {
+		s = s[:most] + "..."
+	}
+	return strings.ToValidUTF8(s, "?")
 }
 
 func (e *SigningError) Unwrap() error { return e.Err }
@@ -178,7 +188,7 @@ func (r *Remote) sign(ctx context.Context, id identity.ID, csr []byte, ttl time.
 	r.release(ch, status.Code(err) == codes.Unavailable)
 	if err != nil {
 		s := status.Convert(err)
-		return nil, nil, s.Code().String(), &SigningError{Code: s.Code(), Message: s.Message(), Err: err}
+		return nil, nil, s.Code().String(), &SigningError{Code: s.Code(), Message: clip(s.Message()), Err: err}
 	}
 	chain, roots, skipped, err := ParseChain(id, answer.GetCertChain())
 	if skipped > 0 {

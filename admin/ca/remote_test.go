@@ -14,6 +14,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -349,5 +350,25 @@ func TestRemoteHung(t *testing.T) {
 	var se *SigningError
 	if _, _, err := r.Sign(ctx, id("a"), csr, time.Hour); !errors.As(err, &se) || se.Code != codes.DeadlineExceeded || !strings.HasPrefix(err.Error(), "signing gRPC error (DeadlineExceeded): ") {
 		t.Error(err)
+	}
+}
+
+// TestRemoteTalkative: what a CA says is bounded before it is logged and given to connections.
+func TestRemoteTalkative(t *testing.T) {
+	s := newCAServer(t)
+	r := s.remote(t, true, nil)
+	s.set(func(*citadelpb.IstioCertificateRequest) ([]string, error) {
+		return nil, status.Error(codes.Internal, "no\xff"+strings.Repeat("!", 100_000))
+	})
+	_, csr, err := NewRequest(id("a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, _, err = r.Sign(t.Context(), id("a"), csr, time.Hour)
+	if err == nil || len(err.Error()) > 2200 || !strings.HasPrefix(err.Error(), "signing gRPC error (Internal): no") || !utf8.ValidString(err.Error()) {
+		t.Errorf("%.100q", err)
+	}
+	if text := r.Stats().LastError; len(text) > 2200 {
+		t.Errorf("%d bytes", len(text))
 	}
 }

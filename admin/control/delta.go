@@ -255,7 +255,7 @@ func (d *subscription) next(limit int) *message {
 		d.stats.synced = max(d.stats.synced, m.version)
 		return nil
 	}
-	d.due = false
+	d.due = !m.complete // the word that this was all must follow, even if there is nothing else to say by then
 	d.nonces++
 	m.nonce = "v" + strconv.FormatUint(m.version, 10) + "-" + strconv.FormatUint(d.nonces, 10)
 	return m

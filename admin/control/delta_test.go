@@ -394,3 +394,40 @@ func (t *table) all() []*resource {
 	}
 	return out
 }
+
+// All responses but the last of a state say that more follows; the last one comes even if what was left has gone by then.
+func TestMoreFollows(t *testing.T) {
+	first := snapshotOf(t, nil, fromLocal(t, "a.yaml", parse(t, workloadsYAML("a:10.0.0.1:n", "b:10.0.0.2:n", "c:10.0.0.3:n"))))
+	d := newSubscription(typeAddress, "n")
+	d.publish(first)
+	check(t, d.request(&discoverypb.DeltaDiscoveryRequest{TypeUrl: typeAddress}, time.Now()))
+	step := func() (n int, more bool) {
+		t.Helper()
+		m := d.next(1) // one resource
+		if m == nil {
+			t.Fatal("nothing to say")
+		}
+		d.sent(m, time.Now())
+		check(t, d.request(&discoverypb.DeltaDiscoveryRequest{TypeUrl: typeAddress, ResponseNonce: m.nonce}, time.Now()))
+		return len(m.items), strings.HasSuffix(m.encode(typeAddress).SystemVersionInfo, moreFollows)
+	}
+	for range 2 {
+		n, more := step()
+		equal(t, "resources", n, 1)
+		equal(t, "more", more, true)
+	}
+	has := ""
+	for _, name := range []string{"a", "b", "c"} {
+		i := shardOf("u/" + name)
+		if d.known[i].get("u/"+name) != nil {
+			has += " " + name + ":10.0.0." + string('1'+name[0]-'a') + ":n"
+		}
+	}
+	d.publish(snapshotOf(t, first, fromLocal(t, "a.yaml", parse(t, workloadsYAML(strings.Fields(has)...)))))
+	n, more := step()
+	equal(t, "resources", n, 0)
+	equal(t, "more", more, false)
+	if m := d.next(1); m != nil {
+		t.Fatal(m)
+	}
+}

@@ -52,6 +52,11 @@
 //     read or parsed again) and takes over every unchanged part of the last one, which makes comparing cheap.
 //   - 2026-11-23: policies are sent before addresses when both are due: a workload that refers to a policy that has not
 //     come yet rejects everything.
+//   - 2026-11-23: all responses but the last of a state end their system_version_info in "(more follows)", which
+//     admin/xds heeds and others ignore: a node with a part of the workloads is not ready.
+//   - 2026-11-23: anybody can connect. A connection without a call that is admitted ends after 30 s, a node has at most
+//     32 connections, 4 streams and 16 certificate requests under way (counted before they are read): no stranger and
+//     no node takes the places of others.
 //   - 2026-11-23: a client certificate counts by the hash of its key in nodes/, not by its name: certificates of
 //     workloads come from the same CA and must not open the control plane.
 package control

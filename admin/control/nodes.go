@@ -17,9 +17,7 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/peer"
 )
 
 // Bounds of the credentials.
@@ -253,13 +251,9 @@ func bearer(md metadata.MD) (string, bool) {
 
 // clientCert returns the verified certificate of the connection, if any.
 func clientCert(ctx context.Context) *x509.Certificate {
-	p, ok := peer.FromContext(ctx)
-	if !ok {
+	chains := infoOf(ctx).State.VerifiedChains
+	if len(chains) == 0 {
 		return nil
 	}
-	info, ok := p.AuthInfo.(credentials.TLSInfo)
-	if !ok || len(info.State.VerifiedChains) == 0 {
-		return nil
-	}
-	return info.State.VerifiedChains[0][0]
+	return chains[0][0]
 }

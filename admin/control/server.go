@@ -48,17 +48,19 @@ type limits struct {
 	receive       int // bytes of a request: what a node of 300,000 resources reports when it reconnects
 	connections   int
 	streams       int
-	streamsOfNode int // one, and another while it is being replaced
-	signBurst     int // a node with thousands of pods starts
-	signRate      int // per second
-	firstRequest  time.Duration
+	streamsOfNode int           // one, and another while it is being replaced
+	connsOfNode   int           // one for each service, and others while they are being replaced
+	signBurst     int           // a node with thousands of pods starts
+	signRate      int           // per second
+	signOfNode    int           // certificates asked for at once; a request may be as large as receive
+	firstRequest  time.Duration // of a stream; and until a connection has made a call that is admitted
 	rescan        time.Duration // until a node that left is noticed
 }
 
 func defaultLimits() limits {
 	return limits{
-		message: 3 << 20, receive: 32 << 20, connections: 4096, streams: 2048, streamsOfNode: 4,
-		signBurst: 2000, signRate: 50, firstRequest: 30 * time.Second, rescan: 2 * time.Second,
+		message: 3 << 20, receive: 32 << 20, connections: 4096, streams: 2048, streamsOfNode: 4, connsOfNode: 32,
+		signBurst: 2000, signRate: 50, signOfNode: 16, firstRequest: 30 * time.Second, rescan: 2 * time.Second,
 	}
 }
 
@@ -87,6 +89,7 @@ type Server struct {
 
 	mu      sync.Mutex
 	streams map[*stream]struct{}
+	conns   map[string]int // connections by the node whose calls they carry
 }
 
 // New loads the CA and the nodes' credentials and binds the addresses. The mesh itself is loaded by Run.
@@ -112,7 +115,7 @@ func newServer(ctx context.Context, o Options, l limits) (s *Server, err error) 
 	}
 	s = &Server{
 		limits: l, logger: o.Logger, feed: newFeed(), nodes: newNodeStore(filepath.Join(o.Dir, nodesDir)),
-		rates: newRates(l.signBurst, l.signRate), signing: make(chan struct{}, 4), streams: make(map[*stream]struct{}),
+		rates: newRates(l.signBurst, l.signRate, l.signOfNode), signing: make(chan struct{}, 4), streams: make(map[*stream]struct{}), conns: make(map[string]int),
 	}
 	defer func() {
 		if err != nil {
@@ -155,7 +158,7 @@ func newServer(ctx context.Context, o Options, l limits) (s *Server, err error) 
 		return s, fmt.Errorf("the server's certificate: %w", err)
 	}
 	s.grpc = grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(s.cert.config())),
+		grpc.Creds(connCredentials{credentials.NewTLS(s.cert.config())}),
 		grpc.InTapHandle(s.admit),
 		grpc.MaxRecvMsgSize(l.receive),
 		grpc.MaxConcurrentStreams(64),
@@ -166,7 +169,7 @@ func newServer(ctx context.Context, o Options, l limits) (s *Server, err error) 
 		grpc.WaitForHandlers(true),
 	)
 	discoverypb.RegisterAggregatedDiscoveryServiceServer(s.grpc, adsServer{Server: s})
-	citadelpb.RegisterIstioCertificateServiceServer(s.grpc, caServer{Server: s})
+	s.grpc.RegisterService(caServiceDesc(), caServer{Server: s})
 	s.http = &http.Server{Handler: s.handler(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
 	return s, nil
 }
@@ -268,6 +271,11 @@ func (s *Server) Close() {
 func (s *Server) admit(ctx context.Context, info *tap.Info) (context.Context, error) {
 	c, err := s.nodes.authenticate(ctx, info.Header)
 	if err == nil {
+		if err := connOf(ctx).admit(c.node); err != nil {
+			s.counters.connectionsRefused.Add(1)
+			s.refusal("call refused", "method", clip(info.FullMethodName, 100), "error", err.Error())
+			return nil, status.Error(codes.ResourceExhausted, err.Error())
+		}
 		return context.WithValue(ctx, callerKey{}, c), nil
 	}
 	s.counters.unauthenticated.Add(1)
@@ -322,43 +330,6 @@ func (s *Server) open() []*stream {
 		out = append(out, st)
 	}
 	return out
-}
-
-// boundedListener closes connections beyond a number instead of letting them wait unseen.
-type boundedListener struct {
-	net.Listener
-	server *Server
-	slots  chan struct{}
-}
-
-func (l *boundedListener) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		select {
-		case l.slots <- struct{}{}:
-			l.server.counters.connections.Add(1)
-			return &boundedConn{Conn: c, slots: l.slots}, nil
-		default:
-			l.server.counters.connectionsRefused.Add(1)
-			c.Close()
-		}
-	}
-}
-
-type boundedConn struct {
-	net.Conn
-	slots chan struct{}
-	done  atomic.Bool
-}
-
-func (c *boundedConn) Close() error {
-	if !c.done.Swap(true) {
-		<-c.slots
-	}
-	return c.Conn.Close()
 }
 
 // listenLoopback binds the admin address: what it says is for this machine alone.

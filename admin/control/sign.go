@@ -3,9 +3,12 @@ package control
 import (
 	"context"
 	"encoding/pem"
+	"fmt"
+	"maps"
 	"sync"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -25,6 +28,38 @@ type caServer struct {
 	*Server
 }
 
+// caServiceDesc is the certificate service with its call handled as a stream, which is the same on the wire: so a call is
+// counted before its request is read, which may be large.
+func caServiceDesc() *grpc.ServiceDesc {
+	return &grpc.ServiceDesc{
+		ServiceName: citadelpb.IstioCertificateService_ServiceDesc.ServiceName,
+		HandlerType: (*citadelpb.IstioCertificateServiceServer)(nil),
+		Streams: []grpc.StreamDesc{{
+			StreamName: "CreateCertificate",
+			Handler: func(srv any, st grpc.ServerStream) error {
+				s := srv.(caServer)
+				c := callerOf(st.Context())
+				if err := s.rates.begin(c.node, time.Now()); err != nil {
+					s.counters.signLimited.Add(1)
+					s.counters.signRefused.Add(1)
+					s.refusal("certificate refused", "node", c.node, "error", err.Error())
+					return status.Error(codes.ResourceExhausted, err.Error())
+				}
+				defer s.rates.end(c.node)
+				req := &citadelpb.IstioCertificateRequest{}
+				if err := st.RecvMsg(req); err != nil {
+					return err
+				}
+				out, err := s.CreateCertificate(st.Context(), req)
+				if err != nil {
+					return err
+				}
+				return st.SendMsg(out)
+			},
+		}},
+	}
+}
+
 // CreateCertificate signs for the identity of a workload of the caller's node (ImpersonatedIdentity), or without one
 // for the node's proxy itself. Codes and texts are istiod's; the reason follows a colon.
 func (s caServer) CreateCertificate(ctx context.Context, req *citadelpb.IstioCertificateRequest) (*citadelpb.IstioCertificateResponse, error) {
@@ -40,10 +75,6 @@ func (s caServer) CreateCertificate(ctx context.Context, req *citadelpb.IstioCer
 }
 
 func (s caServer) sign(ctx context.Context, c *caller, req *citadelpb.IstioCertificateRequest) (*citadelpb.IstioCertificateResponse, error) {
-	if !s.rates.take(c.node, time.Now()) {
-		s.counters.signLimited.Add(1)
-		return nil, status.Errorf(codes.ResourceExhausted, "node %s asks for certificates too fast: at most %d at once and %d per second", c.node, s.rates.burst, s.rates.perSecond)
-	}
 	id := nodeIdentity(s.authority.TrustDomain())
 	if v := req.GetMetadata().GetFields()["ImpersonatedIdentity"].GetStringValue(); v != "" {
 		var err error
@@ -87,39 +118,51 @@ func (s caServer) sign(ctx context.Context, c *caller, req *citadelpb.IstioCerti
 	return out, nil
 }
 
-// rates is a token bucket per node. Nodes are those with credentials, so the table is bounded.
+// rates is a token bucket and a number of calls per node. Nodes are those with credentials, so the table is bounded.
 type rates struct {
-	burst, perSecond int
+	burst, perSecond, atOnce int
 
 	mu      sync.Mutex
 	buckets map[string]*bucket
 }
 
 type bucket struct {
+	busy   int // calls under way
 	tokens float64
 	at     time.Time
 }
 
-func newRates(burst, perSecond int) *rates {
-	return &rates{burst: burst, perSecond: perSecond, buckets: make(map[string]*bucket)}
+func newRates(burst, perSecond, atOnce int) *rates {
+	return &rates{burst: burst, perSecond: perSecond, atOnce: atOnce, buckets: make(map[string]*bucket)}
 }
 
-func (r *rates) take(node string, now time.Time) bool {
+// begin admits a call, which end follows, or says why not.
+func (r *rates) begin(node string, now time.Time) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	b := r.buckets[node]
 	if b == nil {
 		if len(r.buckets) >= 2*maxNodes { // of nodes that have left
-			clear(r.buckets)
+			maps.DeleteFunc(r.buckets, func(_ string, b *bucket) bool { return b.busy == 0 })
 		}
 		b = &bucket{tokens: float64(r.burst), at: now}
 		r.buckets[node] = b
 	}
 	b.tokens = min(float64(r.burst), b.tokens+max(0, now.Sub(b.at).Seconds())*float64(r.perSecond))
 	b.at = now
-	if b.tokens < 1 {
-		return false
+	switch {
+	case b.busy >= r.atOnce:
+		return fmt.Errorf("node %s has %d certificate requests under way already", node, b.busy)
+	case b.tokens < 1:
+		return fmt.Errorf("node %s asks for certificates too fast: at most %d at first and %d per second", node, r.burst, r.perSecond)
 	}
 	b.tokens--
-	return true
+	b.busy++
+	return nil
+}
+
+func (r *rates) end(node string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.buckets[node].busy--
 }

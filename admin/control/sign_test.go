@@ -150,9 +150,10 @@ func TestSignBounds(t *testing.T) {
 
 func TestRates(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRates(3, 2)
+		r := newRates(3, 2, 2)
 		count := func() (n int) {
-			for r.take("a", time.Now()) {
+			for r.begin("a", time.Now()) == nil {
+				r.end("a")
 				n++
 			}
 			return n
@@ -164,5 +165,45 @@ func TestRates(t *testing.T) {
 		equal(t, "after half a second", count(), 1)
 		time.Sleep(time.Hour)
 		equal(t, "no more than the burst", count(), 3)
+		time.Sleep(time.Hour)
+		check(t, r.begin("a", time.Now()))
+		check(t, r.begin("a", time.Now()))
+		if err := r.begin("a", time.Now()); err == nil || err.Error() != "node a has 2 certificate requests under way already" {
+			t.Fatal(err)
+		}
+		check(t, r.begin("b", time.Now()))
+		r.end("a")
+		check(t, r.begin("a", time.Now()))
 	})
+}
+
+// A request is counted before it is read: a node that sends its requests by halves takes its own places alone.
+func TestHalfRequests(t *testing.T) {
+	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a")}, func(l *limits) { l.signOfNode = 2 })
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	cc := w.dial(w.tls(""))
+	method := citadelpb.IstioCertificateService_CreateCertificate_FullMethodName
+	for range 2 {
+		_, err := cc.NewStream(withToken(ctx, w.token("node-a")), &grpc.StreamDesc{ClientStreams: true}, method) // and no message
+		check(t, err)
+	}
+	busy := func() (n int) {
+		w.srv.rates.mu.Lock()
+		defer w.srv.rates.mu.Unlock()
+		if b := w.srv.rates.buckets["node-a"]; b != nil {
+			n = b.busy
+		}
+		return n
+	}
+	eventually(t, "both are there", func() bool { return busy() == 2 })
+	_, own := csr(t, "spiffe://cluster.local/ns/istio-system/sa/ztunnel")
+	_, err := w.sign(cc, "node-a", signRequest(own, "", 0))
+	wantStatus(t, err, codes.ResourceExhausted, "node node-a has 2 certificate requests under way already")
+	_, err = w.sign(cc, "node-b", signRequest(own, "", 0))
+	check(t, err)
+	cancel()
+	eventually(t, "they are gone", func() bool { return busy() == 0 })
+	_, err = w.sign(cc, "node-a", signRequest(own, "", 0))
+	check(t, err)
 }

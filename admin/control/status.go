@@ -311,6 +311,8 @@ func (y *TypeStatus) state() string {
 	switch {
 	case y.Rejecting:
 		return "rejects"
+	case y.SentNonce == "":
+		return "nothing sent yet"
 	case y.Lag == 0 && !y.Waiting:
 		return "in sync"
 	case y.Waiting:

@@ -39,6 +39,7 @@ func TestStatusTable(t *testing.T) {
 			}},
 			{Node: "node-c", Connected: true, Since: now, Peer: "10.0.0.3:4713", Auth: "token"},
 			{Node: "node-d"},
+			{Node: "node-e", Connected: true, Since: now, Peer: "10.0.0.5:4715", Auth: "token", Types: []TypeStatus{{Type: "Address"}}}, // nothing is published, say
 		},
 	}
 	compareGolden(t, "status.txt", st.table(t))

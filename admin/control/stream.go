@@ -2,6 +2,8 @@ package control
 
 import (
 	"context"
+	"errors"
+	"io"
 	"maps"
 	"slices"
 	"strings"
@@ -139,8 +141,11 @@ func (st *stream) serve() error {
 		case <-revoked:
 		case <-first.C:
 			return status.Errorf(codes.DeadlineExceeded, "no request within %v", st.limits.firstRequest)
-		case <-ended:
-			return nil
+		case err := <-ended:
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			return err // what of a request was too large or no request, say
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err()
 		}
@@ -223,11 +228,15 @@ func (st *stream) send(snap *snapshot) error {
 	return nil
 }
 
+// moreFollows marks responses after which the node does not have all of the snapshot yet: admin/xds calls a node ready,
+// and what was not named gone, with the first response without it. Others ignore the field.
+const moreFollows = " (more follows)"
+
 // encode makes the wire form.
 func (m *message) encode(typeURL string) *discoverypb.DeltaDiscoveryResponse {
 	version, _, _ := strings.Cut(m.nonce, "-")
 	out := &discoverypb.DeltaDiscoveryResponse{
-		SystemVersionInfo: version,
+		SystemVersionInfo: version + map[bool]string{false: moreFollows}[m.complete],
 		TypeUrl:           typeURL,
 		Nonce:             m.nonce,
 		RemovedResources:  m.removed,

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"slices"
 	"strings"
 
@@ -36,14 +34,9 @@ func (t Token) read() (string, error) {
 	if t.File == "" {
 		return strings.TrimRight(t.Literal, " \t\r\n"), nil
 	}
-	f, err := os.Open(t.File)
+	text, err := readFile("token", t.File, maxToken+1)
 	if err != nil {
-		return "", fmt.Errorf("token: %w", err)
-	}
-	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, maxToken+1))
-	if err != nil {
-		return "", fmt.Errorf("token: %w", err)
+		return "", err
 	}
 	return trimToken("token file "+t.File, string(text))
 }

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"net"
 	"net/url"
-	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -216,13 +215,13 @@ func (c *Connector) clientCertificate() (*tls.Certificate, error) {
 	if c.o.ClientCert == "" {
 		return nil, nil
 	}
-	certPEM, err := os.ReadFile(c.o.ClientCert)
+	certPEM, err := readFile("client certificate", c.o.ClientCert, maxRoots)
 	if err != nil {
-		return nil, fmt.Errorf("client certificate: %w", err)
+		return nil, err
 	}
-	keyPEM, err := os.ReadFile(c.o.ClientKey)
+	keyPEM, err := readFile("client key", c.o.ClientKey, maxRoots)
 	if err != nil {
-		return nil, fmt.Errorf("client key: %w", err)
+		return nil, err
 	}
 	cert, err := tls.X509KeyPair(certPEM, keyPEM)
 	if err != nil {

@@ -317,6 +317,35 @@ func TestTokenFile(t *testing.T) {
 	}
 }
 
+// TestPipes: a file that is a pipe is an error and not a wait for its other end, which no shutdown would end.
+func TestPipes(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "pipe")
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		o    Options
+		want string
+	}{
+		{Options{Token: Token{File: path}}, "token " + path + ": not a regular file"},
+		{Options{Roots: Roots{File: path}}, "control plane localhost:1: root certificates " + path + ": not a regular file"},
+		{Options{ClientCert: path, ClientKey: path}, "control plane localhost:1: client certificate " + path + ": not a regular file"},
+	} {
+		c.o.Address = "localhost:1"
+		con, err := New(c.o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = con.Context(t.Context())
+		if err == nil {
+			_, err = con.Dial()
+		}
+		if err == nil || err.Error() != c.want {
+			t.Errorf("got  %v\nwant %s", err, c.want)
+		}
+	}
+}
+
 // TestRefusedOptions: every mistake is named at the start.
 func TestRefusedOptions(t *testing.T) {
 	for _, c := range []struct {

@@ -64,18 +64,9 @@ func (r Roots) load() (pool *x509.CertPool, from string, err error) {
 }
 
 func loadFile(path string) (*x509.CertPool, error) {
-	// Not even opened otherwise: a pipe would wait for its other end.
-	if s, err := os.Stat(path); err == nil && !s.Mode().IsRegular() {
-		return nil, fmt.Errorf("root certificates %s: not a regular file", path)
-	}
-	f, err := os.Open(path)
+	text, err := readFile("root certificates", path, maxRoots+1)
 	if err != nil {
-		return nil, fmt.Errorf("root certificates: %w", err)
-	}
-	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, maxRoots+1))
-	if err != nil {
-		return nil, fmt.Errorf("root certificates: %w", err)
+		return nil, err
 	}
 	if len(text) > maxRoots {
 		return nil, fmt.Errorf("root certificates %s: larger than %d bytes: is this the right file?", path, maxRoots)
@@ -90,6 +81,24 @@ func loadFile(path string) (*x509.CertPool, error) {
 		return nil, fmt.Errorf("root certificates %s: the file is empty", path)
 	}
 	return nil, fmt.Errorf("root certificates %s: there is no certificate in PEM form in it", path)
+}
+
+// readFile reads at most limit bytes of a regular file; errors begin with what. Anything else is not even opened: a pipe
+// would wait for its other end, for ever and past the end of the process's patience.
+func readFile(what, path string, limit int64) ([]byte, error) {
+	if s, err := os.Stat(path); err == nil && !s.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s %s: not a regular file", what, path)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", what, err)
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, limit))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", what, err)
+	}
+	return text, nil
 }
 
 // parseRoots makes a pool of the certificates in a text; bad is what is wrong with the first one that does not parse.

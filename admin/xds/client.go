@@ -35,7 +35,10 @@ type ClientOptions struct {
 	// Synced is called once, after Publish, when every type that is not on demand
 	// has had its first response without a refused resource. May be nil.
 	Synced func()
-	Logger *slog.Logger // may be nil
+	// Trouble is called on the client's goroutine with why a stream has ended, or what a response was refused for. May
+	// be nil.
+	Trouble func(error)
+	Logger  *slog.Logger // may be nil
 }
 
 // Client keeps one delta xDS stream to a control plane and turns what arrives
@@ -135,6 +138,12 @@ func (c *Client) publish(v *state.View, policies bool) {
 		c.o.Publish(v, policies)
 	}
 	c.view.Store(v)
+}
+
+func (c *Client) trouble(text string) {
+	if c.o.Trouble != nil {
+		c.o.Trouble(errors.New(text))
+	}
 }
 
 // panicked starts anew if err is a panic: what the Builder holds may be half a

@@ -461,3 +461,77 @@ func TestTooManyNames(t *testing.T) {
 		t.Error(got)
 	}
 }
+
+// Why there is no complete state yet can be told: the end of a stream, and what of a response was refused.
+func TestTrouble(t *testing.T) {
+	a := newADS(t)
+	heard := make(chan error, 10)
+	r := run(t, a, func(c *Client) { c.o.Trouble = func(err error) { heard <- err } })
+	s, _, _ := a.begin()
+	s.end(status.Error(codes.PermissionDenied, `no identities of the caller matched (NODE_NAME must be what was given to ztun control join)`))
+	if err := <-heard; !strings.HasSuffix(err.Error(), "ztun control join)") { // no hint of ours after one of theirs
+		t.Error(err)
+	}
+	s, _, _ = a.begin()
+	s.send(&discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAddress, Nonce: "1", Resources: []*discoverypb.Resource{badPod(0)}})
+	if err := <-heard; !strings.Contains(err.Error(), "LEGACY_ISTIO_MTLS is not supported") {
+		t.Error(err)
+	}
+	if st := r.Stats(); len(st.Pending) != 2 {
+		t.Error(st.Pending)
+	}
+}
+
+// That a server has no room for one more stream says nothing about the list of names.
+func TestExhaustedIsNotTooLarge(t *testing.T) {
+	for text, want := range map[string]bool{
+		"grpc: received message larger than max (5000000 vs. 4194304)": true,
+		"node n1 has 4 streams already":                                false,
+		"request rate limit exceeded: would wait":                      false,
+	} {
+		c := NewClient(ClientOptions{})
+		s := session{c: c, large: true}
+		s.end(t.Context(), received{err: status.Error(codes.ResourceExhausted, text)})
+		if c.noNames != want {
+			t.Errorf("%q: the list is left out: %v", text, c.noNames)
+		}
+	}
+}
+
+// A state that comes in parts has arrived with the last of them; only then is gone what no part has named.
+func TestParts(t *testing.T) {
+	a := newADS(t)
+	r := run(t, a, func(c *Client) { c.noNames = true })
+	s, _, _ := a.begin()
+	part := func(last bool, rs ...*discoverypb.Resource) *discoverypb.DeltaDiscoveryResponse {
+		m := addresses(rs...)
+		if m.SystemVersionInfo = "7"; !last {
+			m.SystemVersionInfo += moreFollows
+		}
+		return m
+	}
+	s.accepted(policies())
+	s.accepted(part(false, pod(0), pod(1)))
+	r.next()
+	if st := r.Stats(); !slices.Equal(st.Pending, []string{TypeAddress}) {
+		t.Error("after the first part", st.Pending)
+	}
+	s.accepted(part(true, pod(2)))
+	r.next()
+	select {
+	case <-r.synced:
+	case <-time.After(soon):
+		t.Fatal("not in sync after the last part")
+	}
+	// Without names: what has gone meanwhile is found out at the end, and nothing is missing before.
+	s.end(status.Error(codes.Unavailable, "transport is closing"))
+	s, _, _ = a.begin()
+	s.accepted(part(false, pod(0)))
+	if w, _, _ := r.next().v.Counts(); w != 3 {
+		t.Error("after the first part", w)
+	}
+	s.accepted(part(true, pod(2)))
+	if v := r.next().v; v.WorkloadByUID(meshPod(1).Uid) != nil || v.WorkloadByUID(meshPod(0).Uid) == nil || v.WorkloadByUID(meshPod(2).Uid) == nil {
+		t.Error("in the end", v.Workloads())
+	}
+}

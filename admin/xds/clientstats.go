@@ -115,6 +115,7 @@ func (c *Client) ended(e ending, wait time.Duration) {
 	s.LastError, s.LastErrorAt = text, time.Now()
 	c.mu.Unlock()
 	c.disconnected()
+	c.trouble(text)
 	if e.step == stepFailed {
 		c.log.Warn("XDS client connection error", "reason", e.reason, "error", text, "retry", wait)
 	} else {

@@ -84,10 +84,17 @@
 // answered: workloads without their policies would be open.
 //
 // 2026-11-23: a gRPC server takes requests of 4 MiB by default, which the list of
-// names exceeds at some 50,000. If it refuses (ResourceExhausted), the next stream
-// is opened without the list, and the first response of each type is taken for
-// everything there is: what it does not name is removed. In on-demand mode this
-// cannot happen, since names are subscriptions there.
+// names exceeds at some 50,000. If it refuses (ResourceExhausted, with gRPC's own
+// text: the code alone may mean too many streams), the next stream is opened
+// without the list, and the first response of each type is taken for everything
+// there is: what it does not name is removed. In on-demand mode this cannot
+// happen, since names are subscriptions there.
+//
+// 2026-11-23: `ztun control` divides a large state into several responses, and
+// says so in the system_version_info of all but the last (ours; ztunnel ignores
+// the field). A type has arrived, and is complete in the sense of the last
+// paragraph, with the last: with a part of the workloads the node would be called
+// ready, and would send to the others in plaintext.
 //
 // 2026-11-23: on-demand waits end by name, alias, removal or refusal, after 5 s, or
 // with the caller's context; aliases that were answered are remembered as long as

@@ -162,7 +162,7 @@ func (s *session) initial() error {
 	for _, t := range types {
 		k := s.c.store.kept[t]
 		r := &discoverypb.DeltaDiscoveryRequest{Node: s.c.o.Node.wire(), TypeUrl: t}
-		k.all = s.c.noNames
+		k.all, k.named = s.c.noNames, nil
 		if !k.all {
 			r.InitialResourceVersions = make(map[string]string, k.len())
 			for name, version := range k.retained.all() {
@@ -232,7 +232,10 @@ func (s *session) response(raw []byte) error {
 	}
 	c.log.Debug("received response", "type", m.typeURL, "resources", m.resources, "removed", m.removed, "refused", a.refused)
 
-	if err := contain(func() error { c.show(m.typeURL, &a); return nil }); err != nil {
+	if !m.more {
+		delete(c.unheard, m.typeURL)
+	}
+	if err := contain(func() error { c.show(&a); return nil }); err != nil {
 		return err
 	}
 	reply := &discoverypb.DeltaDiscoveryRequest{TypeUrl: m.typeURL, ResponseNonce: m.nonce}
@@ -243,16 +246,18 @@ func (s *session) response(raw []byte) error {
 	if c.o.OnDemand && m.typeURL == TypeAddress {
 		c.demands.answer(&m)
 	}
-	if a.nack == "" {
+	switch {
+	case a.nack == "" && !m.more:
 		c.arrived(m.typeURL)
+	case a.nack != "":
+		c.trouble("refused by us: " + clip(a.nack))
 	}
 	return err
 }
 
 // show builds and publishes what a message changed. After a reset it waits until
 // every type has arrived again.
-func (c *Client) show(typeURL string, a *applied) {
-	delete(c.unheard, typeURL)
+func (c *Client) show(a *applied) {
 	complete := c.hold && len(c.unheard) == 0
 	if !a.changed && !complete {
 		return
@@ -311,7 +316,9 @@ func (s *session) end(ctx context.Context, r received) ending {
 		return e
 	}
 	st := status.Convert(r.err)
-	if st.Code() == codes.ResourceExhausted && s.large && s.messages == 0 && !s.c.noNames {
+	// The text is gRPC's own. The code alone says as well that there are too many calls or streams, and a server that does not refuse
+	// the size may send what it has in several responses, of which the first is not all.
+	if st.Code() == codes.ResourceExhausted && strings.Contains(st.Message(), "larger than max") && s.large && s.messages == 0 && !s.c.noNames {
 		s.c.noNames = true
 		s.c.log.Warn("the control plane does not take the list of what is known here; asking for everything from now on",
 			"names", s.c.store.kept[TypeAddress].len())
@@ -345,9 +352,14 @@ func hint(err error) string {
 		{"no such host", "is XDS_ADDRESS right, and DNS reachable from the node?"},
 		{"certificate signed by unknown authority", "do the roots (XDS_ROOT_CA) belong to this control plane?"},
 		{"received message larger than max", "the mesh is larger than a message may be"},
+		{"ztun control join", ""}, // says it all itself
 		{"no identities", "does the token belong to the pod that POD_NAME and POD_NAMESPACE name?"},
 	} {
-		if strings.Contains(text, h.part) {
+		switch {
+		case !strings.Contains(text, h.part):
+		case h.hint == "":
+			return ""
+		default:
 			return " (hint: " + h.hint + ")"
 		}
 	}

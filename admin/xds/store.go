@@ -34,7 +34,8 @@ type kept struct {
 	// named by it. istiod has none such.
 	renamed map[string]string
 	refused map[string]string // names whose last version was refused, and why; at most maxRefused
-	all     bool              // the next response is the whole: what it does not name is gone
+	all     bool              // the next response is the whole, with those that it says follow: what they do not name is gone
+	named   map[string]struct{}
 }
 
 // maxRefused bounds the refused resources that Stats can name.
@@ -94,15 +95,14 @@ const maxWarnings = 10
 func (s *store) apply(m *message) (a applied) {
 	k := s.kept[m.typeURL]
 	var refused, undecodable reasons
-	var named map[string]struct{}
-	if k.all {
-		named = make(map[string]struct{}, m.resources)
+	if k.all && k.named == nil {
+		k.named = make(map[string]struct{}, m.resources)
 	}
 	touched := map[string]struct{}{} // policies of this message
 	m.each(func(r resource) {
 		a.bytes += len(r.payload)
-		if named != nil {
-			named[r.name] = struct{}{}
+		if k.all {
+			k.named[r.name] = struct{}{}
 		}
 		err := r.err
 		if err == nil {
@@ -131,13 +131,13 @@ func (s *store) apply(m *message) (a applied) {
 		a.warn("refused %q: %v", r.name, err)
 	})
 	m.eachRemoved(func(name string) { s.remove(k, m.typeURL, name, &a) })
-	if named != nil {
-		k.all = false
+	if k.all && !m.more {
 		for name := range k.retained.all() {
-			if _, ok := named[name]; !ok {
+			if _, ok := k.named[name]; !ok {
 				s.remove(k, m.typeURL, name, &a)
 			}
 		}
+		k.all, k.named = false, nil
 	}
 	a.nack = join(&refused, &undecodable)
 	return a

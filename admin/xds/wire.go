@@ -1,6 +1,7 @@
 package xds
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"unicode/utf8"
@@ -49,7 +50,12 @@ type message struct {
 	nonce     string
 	resources int
 	removed   int
+	more      bool // the server has more to say of the same state
 }
+
+// moreFollows ends the system_version_info of `ztun control` in all but the last of the responses that it divides a
+// large state into. istiod divides nothing.
+const moreFollows = " (more follows)"
 
 var errText = errors.New("text that is not UTF-8")
 
@@ -58,6 +64,9 @@ func parseMessage(raw []byte) (m message, err error) {
 	m.raw = raw
 	err = fields(raw, func(n protowire.Number, b []byte) error {
 		switch n {
+		case 1:
+			m.more = bytes.HasSuffix(b, []byte(moreFollows))
+			return nil
 		case 2:
 			m.resources++
 			return nil
