@@ -217,9 +217,14 @@ func statusOf(err error) int {
 }
 
 // admit checks the newest policies for a registered connection and dials the application. Registered
-// first, checked then: a policy change in between finds the connection.
+// first, checked then: a policy change in between finds the connection. The workload's record is looked up
+// again, too, since which policies apply to it is part of it.
 func (p *Proxy) admit(ctx context.Context, log policyLog, local *state.Workload, l *live, a appDial) (Conn, *Error) {
-	v := rbac.Evaluate(p.o.Knowledge.View().PoliciesFor(local), l.policy)
+	view := p.o.Knowledge.View()
+	if w := view.WorkloadByInfo(p.o.Info); w != nil {
+		local = w
+	}
+	v := rbac.Evaluate(view.PoliciesFor(local), l.policy)
 	log.verdict(v)
 	if !v.Allowed {
 		return nil, fail(kindDenied, v.Err())

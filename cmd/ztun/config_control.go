@@ -102,6 +102,15 @@ func parseAddress(v string) (string, error) {
 	return v, nil
 }
 
+// ownHeader reports names that HTTP/2 and gRPC have their own use for; gRPC drops them without a word.
+func ownHeader(key string) bool {
+	switch key {
+	case "connection", "content-type", "host", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade", "user-agent":
+		return true
+	}
+	return strings.HasPrefix(key, "grpc-") || strings.HasSuffix(key, "-bin")
+}
+
 // header adds one XDS_HEADER_<key> or CA_HEADER_<key> to the metadata of each call.
 func header(p *[][2]string) func(key, value string) error {
 	return func(key, value string) error {
@@ -112,8 +121,8 @@ func header(p *[][2]string) func(key, value string) error {
 		switch {
 		case key == "" || strings.ContainsFunc(key, func(r rune) bool { return !allowed(r) }):
 			return errors.New("the part after HEADER_ is no name of gRPC metadata: letters, digits, - _ and . only")
-		case strings.HasPrefix(key, "grpc-") || strings.HasSuffix(key, "-bin"):
-			return errors.New("gRPC keeps names that begin with grpc- or end with -bin for itself")
+		case ownHeader(key):
+			return errors.New("HTTP and gRPC keep this name for themselves (host, te, user-agent and the like, grpc-..., ...-bin)")
 		case !isHeaderValue(value):
 			return errors.New("the value has characters that a header cannot carry")
 		}
@@ -213,6 +222,9 @@ func (c *Config) sources(l *loader) error {
 		return &configError{"CA_ADDRESS", "", errors.New("no source of certificates: name a CA here; or run `ztun ca init DIR` and name DIR in LOCAL_CA_DIR; or set FAKE_CA=true for a test")}
 	default:
 		c.CAAddress = *l.ca
+	}
+	if !isHeaderValue(c.ClusterID) {
+		return &configError{"CLUSTER_ID", c.ClusterID, errors.New("it goes into a header of each call to the control plane, which cannot carry these characters")}
 	}
 	if err := c.credentials(l); err != nil {
 		return &configError{"ZTUN_CONTROL_CREDENTIALS", c.ControlDir, err}

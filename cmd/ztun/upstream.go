@@ -137,6 +137,7 @@ func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
 			d.log.Logger("xds").Info("first state", "source", conn.Address(), "workloads", w, "services", s, "policies", p)
 			ready.Done()
 		},
+		Trouble: ready.Fail,
 	})
 	d.admin(ctx, "xds", d.xds.Run)
 	return nil
