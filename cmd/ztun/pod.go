@@ -113,10 +113,20 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 		return nil, err
 	}
 	undo = append(undo, func() { p.stack.Close() })
-	undo = append(undo, func() { p.closeLoopback(ended()); p.running.Wait() }) // after all else that ends what runs
-	if err = steer.Apply(ctx, steer.LoopbackPlan(), steer.Namespaces{Pod: p.ns}); err != nil {
+	// What stands in the way is found before the first change: the kernel keeps 127.0.0.1 on a loopback that was up once.
+	if err = steer.Check(p.plan, steer.Namespaces{Node: parts.node, Pod: p.ns}); err != nil {
 		return nil, err
 	}
+	loDown, err := steer.LoopbackUp(p.ns)
+	if err != nil {
+		return nil, fmt.Errorf("the loopback device of %s: %w", p.ns, err)
+	}
+	undo = append(undo, func() {
+		if err := loDown(); err != nil {
+			p.log.Warn("the loopback device of the pod's namespace is left up", "pod", refOf(spec).String(), "error", err)
+		}
+	})
+	undo = append(undo, func() { p.closeLoopback(ended()); p.running.Wait() }) // after all else that ends what runs
 	var names func(context.Context, string) ([]netip.Addr, error)
 	if parts.c.DNSProxy {
 		if err = p.serveNames(parts); err != nil {

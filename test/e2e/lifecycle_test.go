@@ -155,7 +155,7 @@ func TestBadConfiguration(t *testing.T) {
 	for _, c := range []struct{ name, value string }{
 		{"ZTUN_MTU", "abc"}, {"ZTUN_MTU", "12"}, {"ZTUNNEL_WORKER_THREADS", "many"}, {"IPV6_ENABLED", "yes"}, {"KEEPALIVE_TIME", "soon"},
 		{"HTTP2_FRAME_SIZE", "1"}, {"HTTP2_STREAM_WINDOW_SIZE", "-1"}, {"POOL_MAX_STREAMS_PER_CONNECTION", "0"}, {"CONNECTION_TERMINATION_DEADLINE", "x"},
-		{"TERMINATION_GRACE_PERIOD_SECONDS", "x"}, {"SECRET_TTL", "x"}, {"FAKE_CA", "1"}, {"PROXY_CONFIG", "{"}, {"XDS_ADDRESS", "https://istiod:15012"},
+		{"TERMINATION_GRACE_PERIOD_SECONDS", "x"}, {"SECRET_TTL", "x"}, {"FAKE_CA", "1"}, {"PROXY_CONFIG", "{"}, {"XDS_ADDRESS", "http://istiod:15010"},
 		{"LOCAL_XDS_PATH", lab.Unset}, {"LOCAL_CA_DIR", lab.Unset}, {"ZTUN_MAX_INFLIGHT", "0"}, {"ZTUN_TUN_PLAIN", "1"}, {"PROXY_MODE", "nonsense"}, {"RUST_LOG", "a=b=c"},
 	} {
 		t.Run(c.name+"="+strings.TrimPrefix(c.value, "\x00"), func(t *testing.T) {

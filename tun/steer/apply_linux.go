@@ -26,10 +26,8 @@ func Apply(ctx context.Context, p Plan, ns Namespaces) error {
 		return err
 	}
 	defer w.close()
-	for _, s := range p.Steps {
-		if err := w.at(s.Where).check(s.Do); err != nil {
-			return stepError(s, err)
-		}
+	if err := w.check(p); err != nil {
+		return err
 	}
 	var undo []func() error
 	for _, s := range p.Steps {
@@ -50,6 +48,25 @@ func Apply(ctx context.Context, p Plan, ns Namespaces) error {
 			}
 		}
 		return err
+	}
+	return nil
+}
+
+// Check is the part of Apply that changes nothing: it looks for what stands in the way. Its errors are Apply's.
+func Check(p Plan, ns Namespaces) error {
+	w, err := openWorld(p, ns)
+	if err != nil {
+		return err
+	}
+	defer w.close()
+	return w.check(p)
+}
+
+func (w *world) check(p Plan) error {
+	for _, s := range p.Steps {
+		if err := w.at(s.Where).check(s.Do); err != nil {
+			return stepError(s, err)
+		}
 	}
 	return nil
 }

@@ -77,9 +77,6 @@ func NodePlan(c NodeConfig) Plan {
 	return p
 }
 
-// LoopbackPlan is the first part of a PodPlan, for whoever has to listen on the pod's loopback before the rest stands: ::1 exists only there.
-func LoopbackPlan() Plan { return Plan{Steps: []Step{{Pod, Link{Dev: "lo"}}}} }
-
 // PodPlan is what an isolated pod needs: in its namespace the address on the TUN and everything routed into it; in the node's namespace the
 // address's mesh port to the node's sockets and the rest to the node's TUN.
 //

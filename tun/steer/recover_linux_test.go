@@ -221,13 +221,37 @@ func TestConflicts(t *testing.T) {
 			c.cmds(n, p)
 			waitFor(t, "link-local addresses", func() bool { return !strings.Contains(n.IP(t, "addr")+p.IP(t, "addr"), "tentative") })
 			nodeBefore, podBefore := n.State(t), p.State(t)
-			err = steer.Apply(t.Context(), p.plan, p.namespaces())
-			if !errors.Is(err, c.is) || !strings.Contains(fmt.Sprint(err), c.want) {
-				t.Errorf("%v\nwant: %s", err, c.want)
+			for name, err := range map[string]error{"Check": steer.Check(p.plan, p.namespaces()), "Apply": steer.Apply(t.Context(), p.plan, p.namespaces())} {
+				if !errors.Is(err, c.is) || !strings.Contains(fmt.Sprint(err), c.want) {
+					t.Errorf("%s: %v\nwant: %s", name, err, c.want)
+				}
 			}
 			same(t, "node", nodeBefore, n.State(t))
 			same(t, "pod", podBefore, p.State(t))
 		})
+	}
+}
+
+// TestLoopbackUp: up for listeners, and down again if it was.
+func TestLoopbackUp(t *testing.T) {
+	n := newNode(t)
+	n.open(t)
+	p := newPod(t, n, "10.1.0.2")
+	p.IP(t, "link", "set", "lo", "down")
+	up := func() bool { return strings.Contains(p.IP(t, "link", "show", "lo"), "LOOPBACK,UP") }
+	first, err := steer.LoopbackUp(p.NS.NS)
+	if err != nil || !up() {
+		t.Fatal("lo is not up: ", err)
+	}
+	second, err := steer.LoopbackUp(p.NS.NS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := second(); err != nil || !up() {
+		t.Error("lo, which was up, went down: ", err)
+	}
+	if err := first(); err != nil || up() {
+		t.Error("lo, which was down, stays up: ", err)
 	}
 }
 
