@@ -37,6 +37,7 @@ type options struct {
 	Services  int    // the same
 	Source    string // how its daemons learn of it: file, xds
 	Storm     []string
+	Updates   float64  // per second; 0: the source's own pace
 	Args      []string // as given, for the report
 }
 
@@ -100,6 +101,7 @@ func parseArgs(args []string, out io.Writer) (options, error) {
 	fs.IntVar(&o.Workloads, "workloads", 100_000, "workloads of the control suite's mesh")
 	fs.IntVar(&o.Services, "services", 10_000, "services of the control suite's mesh")
 	fs.StringVar(&o.Source, "source", sourceNames()[0], "how the control suite's daemons learn of the mesh: "+strings.Join(sourceNames(), ", "))
+	fs.Float64Var(&o.Updates, "updates", 0, "updates per second of the control suite's storm (default what the source can take: xds 100, file 0.2)")
 	storm := fs.String("storm", "dumps,scrapes,updates", "what the control suite's storm is made of")
 	fs.BoolVar(&o.Verbose, "v", false, "show what is being done")
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -72,7 +73,7 @@ func (b *bench) storm(ctx context.Context, cancel context.CancelFunc, all *toget
 	}
 	if slices.Contains(b.o.Storm, "updates") {
 		all.start(cancel, func() error {
-			step := time.Duration(float64(time.Second) / w.source.pace())
+			step := time.Duration(float64(time.Second) / cmp.Or(b.o.Updates, w.source.pace()))
 			began, n := time.Now(), 0
 			for ; time.Since(began) < d; n++ {
 				if err := w.source.update(); err != nil {
