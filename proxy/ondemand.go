@@ -1,13 +1,13 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"sync"
 	"sync/atomic"
 
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
-	"google.golang.org/protobuf/proto"
 
 	"ztun/proxy/route"
 	"ztun/proxy/state"
@@ -91,25 +91,15 @@ func (o *OnDemandDNS) Collect(ch chan<- prometheus.Metric) {
 	o.mu.RLock()
 	defer o.mu.RUnlock()
 	for l, n := range o.counts {
-		ch <- onDemandSample{o.desc, l, n.Load()}
+		ch <- sample{desc: o.desc, pairs: l.pairs(), counter: true, value: float64(n.Load())}
 	}
 }
 
-type onDemandSample struct {
-	desc   *prometheus.Desc
-	labels onDemandLabels
-	value  uint64
-}
-
-func (s onDemandSample) Desc() *prometheus.Desc { return s.desc }
-
-func (s onDemandSample) Write(m *dto.Metric) error {
-	for i, v := range s.labels {
-		if v == "" {
-			v = "unknown"
-		}
-		m.Label = append(m.Label, &dto.LabelPair{Name: proto.String(onDemandNames[i]), Value: proto.String(v)})
+// pairs are the labels in ztunnel's order; empty ones are unknown.
+func (l *onDemandLabels) pairs() []*dto.LabelPair {
+	out := make([]*dto.LabelPair, len(l))
+	for i, v := range l {
+		out[i] = pair(onDemandNames[i], cmp.Or(v, "unknown"))
 	}
-	m.Counter = &dto.Counter{Value: proto.Float64(float64(s.value))}
-	return nil
+	return out
 }

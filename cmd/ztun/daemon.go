@@ -320,7 +320,7 @@ func (d *daemon) sweep(keep []netip.Addr) error {
 // known reports whether the control side knows a pod; until then its connections are refused.
 func (d *daemon) known(i state.WorkloadInfo) bool { return d.loop.View().WorkloadByInfo(i) != nil }
 
-func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names func(context.Context, string) ([]netip.Addr, error)) *proxy.Proxy {
+func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup) *proxy.Proxy {
 	c := d.c
 	var demand func(context.Context, string) error
 	if c.XDSOnDemand && d.xds != nil {

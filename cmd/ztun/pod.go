@@ -48,12 +48,15 @@ type pod struct {
 	failure  atomic.Pointer[error] // why the device carries nothing any more
 }
 
+// lookup resolves a name for the pod, as its DNS proxy does; nil: nobody does.
+type lookup func(ctx context.Context, host string) ([]netip.Addr, error)
+
 // podParts is what the composition root lends to every pod.
 type podParts struct {
 	c      *Config
 	log    *slog.Logger
 	uplink *netstack.Uplink
-	proxy  func(spec admin.PodSpec, n proxy.Network, names func(context.Context, string) ([]netip.Addr, error)) *proxy.Proxy
+	proxy  func(spec admin.PodSpec, n proxy.Network, names lookup) *proxy.Proxy
 	sock   netns.SocketOptions
 	node   *netns.NS
 
@@ -127,7 +130,7 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 		}
 	})
 	undo = append(undo, func() { p.closeLoopback(ended()); p.running.Wait() }) // after all else that ends what runs
-	var names func(context.Context, string) ([]netip.Addr, error)
+	var names lookup
 	if parts.c.DNSProxy {
 		if err = p.serveNames(parts); err != nil {
 			return nil, err

@@ -55,7 +55,7 @@ func newPodLab(t *testing.T) *podLab {
 	know := onePod{b.Build()}
 	quiet := slog.New(slog.DiscardHandler)
 	l.parts = &podParts{c: c, log: quiet, dnsLog: quiet, uplink: uplink, node: l.node.NS, know: know,
-		proxy: func(spec admin.PodSpec, n proxy.Network, names func(context.Context, string) ([]netip.Addr, error)) *proxy.Proxy {
+		proxy: func(spec admin.PodSpec, n proxy.Network, names lookup) *proxy.Proxy {
 			if l.proxy != nil {
 				l.proxy(n)
 			}

@@ -18,8 +18,8 @@ import (
 
 const socksPort = 15080
 
-// loopback are the addresses to listen on in the pod's namespace.
-func (p *pod) loopback(port uint16, ipv6 bool) []netip.AddrPort {
+// loopback are the addresses to listen on in a pod's namespace.
+func loopback(port uint16, ipv6 bool) []netip.AddrPort {
 	all := []netip.AddrPort{netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), port)}
 	if ipv6 {
 		all = append(all, netip.AddrPortFrom(netip.IPv6Loopback(), port))
@@ -81,7 +81,7 @@ func (p *pod) serveNames(parts *podParts) error {
 		if err != nil {
 			return err
 		}
-		where = p.loopback(uint16(n), c.IPv6)
+		where = loopback(uint16(n), c.IPv6)
 	}
 	ls, ps, err := p.listen("DNS proxy", "ISTIO_META_DNS_CAPTURE=false or another ISTIO_META_DNS_PROXY_ADDR", where, true)
 	if err != nil {
@@ -113,7 +113,7 @@ func (p *pod) query(q *netstack.DNSQuery) {
 
 // serveSOCKS starts the pod's SOCKS5 server.
 func (p *pod) serveSOCKS(parts *podParts) error {
-	ls, _, err := p.listen("SOCKS5", "UNSTABLE_ENABLE_SOCKS5=false", p.loopback(socksPort, parts.c.IPv6), false)
+	ls, _, err := p.listen("SOCKS5", "UNSTABLE_ENABLE_SOCKS5=false", loopback(socksPort, parts.c.IPv6), false)
 	if err != nil {
 		return err
 	}
