@@ -29,6 +29,7 @@ admin/zlog           ->
 netstack             -> tun
 proxy                -> proxy/hbone proxy/identity proxy/rbac proxy/route proxy/socks proxy/state
 proxy/dns            -> proxy/state
+proxy/fair           ->
 proxy/hbone          -> proxy/identity
 proxy/identity       ->
 proxy/rbac           -> proxy/identity
