@@ -9,10 +9,9 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"time"
 
-	"github.com/fsnotify/fsnotify"
+	watching "ztun/admin/watch"
 )
 
 const (
@@ -25,82 +24,15 @@ const (
 // ..data link in its directory. It returns when ctx ends. limit bounds what is read of a file, in bytes; a larger one counts as changed whenever its
 // size or time changes.
 func watch(ctx context.Context, files []string, limit int64, log *slog.Logger, settle, poll time.Duration, changed func()) {
-	// Watch first and look then, so that no change falls in between.
-	var events <-chan fsnotify.Event
-	var errs <-chan error
-	w, err := fsnotify.NewWatcher()
-	if err == nil {
-		defer w.Close()
-		events, errs = w.Events, w.Errors
-		for _, f := range files {
-			if err := w.Add(filepath.Dir(f)); err != nil {
-				log.Warn("cannot watch a directory for changes, looking at intervals only", "path", f, "error", err.Error())
-			}
-		}
-	} else {
-		log.Warn("cannot watch files for changes, looking at intervals only", "error", err.Error())
-	}
-	seen := fingerprints(files, limit)
-	changed()
-	ticker := time.NewTicker(poll)
-	defer ticker.Stop()
-	var timer <-chan time.Time // runs while a change settles
-	var since time.Time        // the first change not looked at yet
-	for {
-		look := false
-		select {
-		case <-ctx.Done():
-			return
-		case e, ok := <-events:
-			if !ok {
-				events = nil
-				break
-			}
-			if !concerns(e, files) {
-				break
-			}
-			if timer == nil {
-				since = time.Now()
-			}
-			if timer == nil || time.Since(since) < 5*settle { // what never stops changing is looked at all the same
-				timer = time.After(settle)
-			}
-		case _, ok := <-errs: // events may have been lost
-			if !ok {
-				errs = nil
-				break
-			}
-			look = true
-		case <-timer:
-			timer, look = nil, true
-		case <-ticker.C:
-			look = timer == nil
-		}
-		if !look {
-			continue
-		}
-		if now := fingerprints(files, limit); now != seen {
+	var seen [sha256.Size]byte
+	watching.Run(ctx, watching.Options{
+		Dirs: watching.DirsOf(files...), Concerns: watching.Files(files...), Settle: settle, Poll: poll, Log: log,
+	}, func(cause watching.Cause) {
+		if now := fingerprints(files, limit); cause == watching.Start || now != seen {
 			seen = now
 			changed()
 		}
-	}
-}
-
-// concerns reports whether an event can have changed one of the files.
-func concerns(e fsnotify.Event, files []string) bool {
-	if e.Op == fsnotify.Chmod {
-		return false
-	}
-	name := filepath.Base(e.Name)
-	if name == "..data" {
-		return true
-	}
-	for _, f := range files {
-		if filepath.Base(f) == name {
-			return true
-		}
-	}
-	return false
+	})
 }
 
 // fingerprints is a value that differs when the content of a file differs, or why it cannot be read.

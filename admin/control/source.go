@@ -13,6 +13,7 @@ import (
 	"github.com/fsnotify/fsnotify"
 
 	"ztun/admin/ca"
+	"ztun/admin/watch"
 )
 
 // source keeps the newest good snapshot of a directory published.
@@ -46,77 +47,22 @@ func newSource(root, trustDomain string, limit int, logger *slog.Logger, f *feed
 // changed for settle, at the latest after five times that; every poll the directory is looked at in case a change was
 // not reported (network file systems, links into other directories).
 func (s *source) run(ctx context.Context) {
-	var events <-chan fsnotify.Event
-	var errs <-chan error
-	watcher, err := fsnotify.NewWatcher()
-	if err == nil {
-		defer watcher.Close()
-		events, errs = watcher.Events, watcher.Errors
-	} else {
-		s.logger.Warn("cannot watch for changes, looking at intervals only", "error", err.Error())
-	}
-	load := func() {
+	watch.Run(ctx, watch.Options{
+		Dirs:     func() []string { return append([]string{s.reader.root}, s.reader.dirs...) },
+		Concerns: concerns, Settle: s.settle, Poll: s.poll, Log: s.logger,
+	}, func(cause watch.Cause) {
 		s.load()
-		if watcher == nil {
-			return
+		if cause == watch.Start {
+			close(s.loaded)
 		}
-		for _, dir := range s.reader.dirs {
-			if err := watcher.Add(dir); err != nil { // no more than once each; one that is watched already is no error
-				s.logger.Debug("cannot watch for changes", "dir", dir, "error", err.Error())
-			}
-		}
-	}
-	// Watching begins before reading, so that no change falls in between.
-	if watcher != nil {
-		_ = watcher.Add(s.reader.root) // of a directory that is not there the load speaks
-	}
-	load()
-	close(s.loaded)
-	poll := time.NewTicker(s.poll)
-	defer poll.Stop()
-	var timer <-chan time.Time // runs while a change settles
-	var since time.Time
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case e, ok := <-events:
-			if !ok {
-				events = nil
-				break
-			}
-			if !concerns(e) {
-				break
-			}
-			if timer == nil {
-				since = time.Now()
-			}
-			if timer == nil || time.Since(since) < 5*s.settle {
-				timer = time.After(s.settle)
-			}
-		case err, ok := <-errs:
-			if !ok {
-				errs = nil
-				break
-			}
-			s.logger.Warn("watching for changes", "error", err.Error())
-			timer, since = time.After(s.settle), time.Now() // events may have been lost
-		case <-timer:
-			timer = nil
-			load()
-		case <-poll.C:
-			if timer == nil {
-				load()
-			}
-		}
-	}
+	})
 }
 
 // concerns reports whether an event can have changed what is read: a source file, something that may be a directory,
 // or the link by which Kubernetes swaps whole volumes.
 func concerns(e fsnotify.Event) bool {
 	name := filepath.Base(e.Name)
-	if e.Op == fsnotify.Chmod || strings.HasPrefix(name, ".") && name != "..data" {
+	if strings.HasPrefix(name, ".") && name != "..data" {
 		return false
 	}
 	return isSource(name) || !e.Has(fsnotify.Write)

@@ -3,15 +3,13 @@ package xds
 import (
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"time"
 
-	"github.com/fsnotify/fsnotify"
+	"ztun/admin/watch"
 )
 
 // MaxFile is the largest file that is read, in bytes.
@@ -83,65 +81,20 @@ func (f *File) read() ([]byte, error) {
 // returns nil when ctx ends and has no other end.
 func (f *File) Run(ctx context.Context, apply func(*Local), broken func(error)) error {
 	w := watcher{File: f, apply: apply, broken: broken}
-	// Watch first and read then, so that no change falls in between.
-	var events <-chan fsnotify.Event
-	var errs <-chan error
-	if f.Path != "" {
-		fs, err := fsnotify.NewWatcher()
-		if err == nil {
-			defer fs.Close()
-			err = fs.Add(filepath.Dir(f.Path))
-			events, errs = fs.Events, fs.Errors
-		}
-		if err != nil {
-			f.log().Warn("cannot watch for changes of the local file, looking at intervals only", "path", f.Path, "error", err.Error())
-		}
-	}
-	w.reload()
 	if f.Path == "" {
+		w.reload()
 		<-ctx.Done()
 		return nil
 	}
-	poll := time.NewTicker(or(f.Poll, 5*time.Second))
-	defer poll.Stop()
-	settle := or(f.Settle, 200*time.Millisecond)
-	var timer <-chan time.Time // runs while a change settles
-	var since time.Time        // the first change not read yet
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case e, ok := <-events:
-			if !ok {
-				events = nil
-				break
-			}
-			if !f.concerns(e) {
-				break
-			}
-			if timer == nil {
-				since = time.Now()
-			}
-			if timer == nil || time.Since(since) < 5*settle {
-				timer = time.After(settle)
-			}
-		case err, ok := <-errs:
-			if !ok {
-				errs = nil
-				break
-			}
-			// Events may have been lost: look now.
-			f.log().Warn("watching the local file", "path", f.Path, "error", err.Error())
-			timer, since = time.After(settle), time.Now()
-		case <-timer:
-			timer = nil
+	watch.Run(ctx, watch.Options{
+		Dirs: watch.DirsOf(f.Path), Concerns: watch.Files(f.Path),
+		Settle: or(f.Settle, 200*time.Millisecond), Poll: or(f.Poll, 5*time.Second), Log: f.log(),
+	}, func(cause watch.Cause) {
+		if cause != watch.Polled || w.touched() {
 			w.reload()
-		case <-poll.C:
-			if timer == nil && w.touched() {
-				w.reload()
-			}
 		}
-	}
+	})
+	return nil
 }
 
 func or(d, def time.Duration) time.Duration {
@@ -156,16 +109,6 @@ func (f *File) log() *slog.Logger {
 		return slog.New(slog.DiscardHandler)
 	}
 	return f.Logger
-}
-
-// concerns reports whether an event in the file's directory can have changed
-// the file: its own name, or the link by which Kubernetes swaps whole volumes.
-func (f *File) concerns(e fsnotify.Event) bool {
-	if e.Op == fsnotify.Chmod {
-		return false
-	}
-	name := filepath.Base(e.Name)
-	return name == filepath.Base(f.Path) || name == "..data"
 }
 
 // watcher is what Run remembers.
@@ -219,11 +162,4 @@ func (w *watcher) reload() {
 		return
 	}
 	w.apply(l)
-}
-
-// IsContent reports whether an error of Load or broken is about what the file
-// says rather than about reading it.
-func IsContent(err error) bool {
-	var fe *FileError
-	return errors.As(err, &fe)
 }

@@ -232,15 +232,21 @@ func TestInline(t *testing.T) {
 func TestLoad(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "w.yaml")
 	f := &File{Path: path}
-	if _, err := f.Load(); !errors.Is(err, os.ErrNotExist) || IsContent(err) {
+	if _, err := f.Load(); !errors.Is(err, os.ErrNotExist) || isContent(err) {
 		t.Errorf("%v", err)
 	}
 	write(t, path, "x: y\n")
-	if _, err := f.Load(); !IsContent(err) || err.Error() != path+": line 1: x: unknown key" {
+	if _, err := f.Load(); !isContent(err) || err.Error() != path+": line 1: x: unknown key" {
 		t.Errorf("%v", err)
 	}
 	write(t, path, text("one"))
 	if l, err := f.Load(); err != nil || len(l.Services) != 1 {
 		t.Errorf("%v", err)
 	}
+}
+
+// isContent reports whether an error is about what the file says rather than about reading it.
+func isContent(err error) bool {
+	var fe *FileError
+	return errors.As(err, &fe)
 }

@@ -16,15 +16,16 @@ import (
 const allowed = `
 cmd/ztun             -> admin admin/ca admin/control admin/istiod admin/xds admin/zlog netstack proxy proxy/dns proxy/hbone proxy/identity proxy/resolve proxy/state tun tun/netns tun/steer
 admin                -> proxy/state
-admin/ca             -> admin/istiod admin/pb/citadelpb proxy/identity
-admin/control        -> admin/ca admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/xds proxy/identity proxy/rbac proxy/state
+admin/ca             -> admin/istiod admin/pb/citadelpb admin/watch proxy/identity
+admin/control        -> admin/ca admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch admin/xds proxy/identity proxy/rbac proxy/state
 admin/istiod         -> proxy/identity
 admin/pb             ->
 admin/pb/citadelpb   ->
 admin/pb/discoverypb ->
 admin/pb/securitypb  ->
 admin/pb/workloadpb  ->
-admin/xds            -> admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb proxy/rbac proxy/state
+admin/xds            -> admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch proxy/rbac proxy/state
+admin/watch          ->
 admin/zlog           ->
 netstack             -> tun
 proxy                -> proxy/hbone proxy/identity proxy/rbac proxy/route proxy/socks proxy/state

@@ -1,0 +1,128 @@
+package watch
+
+import (
+	"context"
+	"log/slog"
+	"path/filepath"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+)
+
+// Options is what a watch is made of.
+type Options struct {
+	// Dirs lists the directories whose entries are watched; it is asked before the first look and after every
+	// look, since what was found may lead to others. One that is not there is tried again.
+	Dirs func() []string
+	// Concerns reports whether an event can have changed what the owner reads; changes of modes are left out already.
+	Concerns func(fsnotify.Event) bool
+
+	Settle time.Duration // how long nothing may happen before a look
+	Poll   time.Duration // looked at anyway
+	Log    *slog.Logger
+}
+
+// Cause is why there is a look.
+type Cause uint8
+
+const (
+	Start    Cause = iota // for what happened before anybody saw
+	Reported              // something has changed, or events may have been lost
+	Polled                // it is time
+)
+
+// Run calls look once now and then whenever something may have changed, until ctx ends. look runs on this goroutine, never twice at once.
+func Run(ctx context.Context, o Options, look func(Cause)) {
+	var events <-chan fsnotify.Event
+	var errs <-chan error
+	watcher, err := fsnotify.NewWatcher()
+	if err == nil {
+		defer watcher.Close()
+		events, errs = watcher.Events, watcher.Errors
+	} else {
+		o.Log.Warn("cannot watch for changes, looking at intervals only", "error", err.Error())
+	}
+	said := map[string]bool{} // directories that could not be watched
+	add := func() {
+		if watcher == nil {
+			return
+		}
+		for _, dir := range o.Dirs() {
+			err := watcher.Add(dir) // one that is watched already is no error
+			if err != nil && !said[dir] {
+				o.Log.Warn("cannot watch a directory for changes, looking at intervals only", "dir", dir, "error", err.Error())
+			}
+			said[dir] = err != nil
+		}
+	}
+	// Watching begins before looking, so that no change falls in between.
+	add()
+	look(Start)
+	add()
+	poll := time.NewTicker(o.Poll)
+	defer poll.Stop()
+	var timer <-chan time.Time // runs while a change settles
+	var since time.Time        // the first change not looked at yet
+	for {
+		cause := Reported
+		select {
+		case <-ctx.Done():
+			return
+		case e, ok := <-events:
+			if !ok {
+				events = nil
+				continue
+			}
+			if e.Op == fsnotify.Chmod || !o.Concerns(e) {
+				continue
+			}
+			if timer == nil {
+				since = time.Now()
+			}
+			if timer == nil || time.Since(since) < 5*o.Settle {
+				timer = time.After(o.Settle)
+			}
+			continue
+		case err, ok := <-errs:
+			if !ok {
+				errs = nil
+				continue
+			}
+			// Events may have been lost.
+			o.Log.Warn("watching for changes", "error", err.Error())
+			timer, since = time.After(o.Settle), time.Now()
+			continue
+		case <-timer:
+			timer = nil
+		case <-poll.C:
+			if timer != nil {
+				continue
+			}
+			cause = Polled
+		}
+		look(cause)
+		add()
+	}
+}
+
+// Files is a Concerns for files of known names: an event about one of them, or about the link by which Kubernetes swaps whole volumes.
+func Files(paths ...string) func(fsnotify.Event) bool {
+	return func(e fsnotify.Event) bool {
+		name := filepath.Base(e.Name)
+		for _, p := range paths {
+			if filepath.Base(p) == name {
+				return true
+			}
+		}
+		return name == "..data"
+	}
+}
+
+// DirsOf lists the directories of files, as Options.Dirs wants them.
+func DirsOf(paths ...string) func() []string {
+	dirs := make([]string, len(paths))
+	for i, p := range paths {
+		dirs[i] = filepath.Dir(p)
+	}
+	return func() []string { return dirs }
+}

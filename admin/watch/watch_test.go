@@ -1,0 +1,133 @@
+package watch
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// watched runs a watch and hands out the causes of its looks.
+func watched(t *testing.T, o Options) <-chan Cause {
+	t.Helper()
+	looks := make(chan Cause, 100)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	o.Log = slog.New(slog.DiscardHandler)
+	go func() {
+		defer close(done)
+		Run(ctx, o, func(c Cause) { looks <- c })
+	}()
+	t.Cleanup(func() { cancel(); <-done })
+	if c := next(t, looks); c != Start {
+		t.Fatalf("the first look is for cause %d, want Start", c)
+	}
+	return looks
+}
+
+func next(t *testing.T, looks <-chan Cause) Cause {
+	t.Helper()
+	select {
+	case c := <-looks:
+		return c
+	case <-time.After(20 * time.Second):
+		t.Fatal("no look")
+		return 0
+	}
+}
+
+func none(t *testing.T, looks <-chan Cause, d time.Duration) {
+	t.Helper()
+	select {
+	case c := <-looks:
+		t.Fatalf("a look for cause %d", c)
+	case <-time.After(d):
+	}
+}
+
+func write(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestReported(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	write(t, file, "a")
+	looks := watched(t, Options{Dirs: DirsOf(file), Concerns: Files(file), Settle: 100 * time.Millisecond, Poll: time.Hour})
+	write(t, filepath.Join(dir, "other"), "x")
+	if err := os.Chmod(file, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	none(t, looks, 300*time.Millisecond)
+
+	write(t, file, "b") // in place
+	if c := next(t, looks); c != Reported {
+		t.Fatalf("cause %d", c)
+	}
+	write(t, file+".new", "c") // replaced
+	if err := os.Rename(file+".new", file); err != nil {
+		t.Fatal(err)
+	}
+	next(t, looks)
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	next(t, looks)
+	if err := os.Symlink("elsewhere", filepath.Join(dir, "..data")); err != nil { // Kubernetes' swap of a volume
+		t.Fatal(err)
+	}
+	next(t, looks)
+	none(t, looks, 300*time.Millisecond)
+}
+
+// A file that is written in pieces is looked at when it is left alone, one that never is after five times that.
+func TestSettles(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	const settle = 400 * time.Millisecond
+	looks := watched(t, Options{Dirs: DirsOf(file), Concerns: Files(file), Settle: settle, Poll: time.Hour})
+	start := time.Now()
+	for len(looks) == 0 {
+		write(t, file, time.Now().String())
+		time.Sleep(settle / 20)
+		if time.Since(start) > 20*time.Second {
+			t.Fatal("what never stops changing is never looked at")
+		}
+	}
+	if d := time.Since(start); d < 4*settle {
+		t.Errorf("looked at after %v, while it was being written", d)
+	}
+}
+
+func TestPolled(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	looks := watched(t, Options{Dirs: DirsOf(file), Concerns: Files(file), Settle: time.Millisecond, Poll: 50 * time.Millisecond})
+	for range 3 {
+		if c := next(t, looks); c != Polled {
+			t.Fatalf("cause %d", c)
+		}
+	}
+}
+
+// A directory that is not there yet is watched once it is found.
+func TestDirectoryComesLater(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "later")
+	file := filepath.Join(dir, "file")
+	looks := watched(t, Options{Dirs: DirsOf(file), Concerns: func(e fsnotify.Event) bool { return true }, Settle: 10 * time.Millisecond, Poll: 200 * time.Millisecond})
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	next(t, looks) // polled: from here on it is watched
+	write(t, file, "a")
+	for next(t, looks) != Reported {
+	}
+}
