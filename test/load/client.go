@@ -252,25 +252,9 @@ func ConnectRate(ctx context.Context, t Target, par int, d time.Duration) *RateR
 	var wg sync.WaitGroup
 	for range par {
 		wg.Go(func() {
-			buf := make([]byte, 2)
 			for time.Since(start) < d && ctx.Err() == nil {
 				t0 := time.Now()
-				err := func() error {
-					c, err := t.dial(ctx)
-					if err != nil {
-						return err
-					}
-					defer c.Close()
-					c.SetDeadline(time.Now().Add(30 * time.Second))
-					n, err := drain(limited{c, buf}, nil, -1)
-					if err != nil {
-						return err
-					}
-					if n != 1 {
-						return fmt.Errorf("%d bytes instead of one", n)
-					}
-					return nil
-				}()
+				err := takeByte(ctx, t, 30*time.Second)
 				if err == nil {
 					h.Add(time.Since(t0))
 				}
@@ -284,6 +268,21 @@ func ConnectRate(ctx context.Context, t Target, par int, d time.Duration) *RateR
 	r.PerSecond = float64(r.OK) / r.Seconds
 	r.Latency = h.Summary()
 	return r
+}
+
+// takeByte connects to a ByteServer until ctx ends, reads its byte, sees its close, and closes; limit bounds what comes after the connect.
+func takeByte(ctx context.Context, t Target, limit time.Duration) error {
+	c, err := t.dial(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(limit))
+	n, err := drain(limited{c, make([]byte, 2)}, nil, -1)
+	if err == nil && n != 1 {
+		err = fmt.Errorf("%d bytes instead of one", n)
+	}
+	return err
 }
 
 // limited reads through a small buffer, whatever buffer the caller brings.

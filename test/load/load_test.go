@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -261,3 +262,30 @@ type halfPipe struct{ net.Conn }
 
 func (h halfPipe) CloseWrite() error   { return h.Close() }
 func (h halfPipe) SetLinger(int) error { return nil }
+
+// TestBystander: an undisturbed bystander counts every request; one whose servers are away, or lie, says which of its requests failed and goes on.
+func TestBystander(t *testing.T) {
+	many, one := start(t)
+	r := Bystander(testContext(t), one, many, 200, 1024, 500*time.Millisecond)
+	if r.Failed != 0 || r.Connects.N != 100 || r.Echoes.N != 100 || r.Echoes.P99 <= 0 {
+		t.Errorf("undisturbed: %+v", r)
+	}
+	r = Bystander(testContext(t), Target{Addr: "127.0.0.1:1"}, many, 200, 1024, 200*time.Millisecond)
+	if r.Failed != 40 || r.Connects.N != 0 || r.Echoes.N != 40 || len(r.Errors) != 10 || !strings.Contains(r.Errors[0], "refused") {
+		t.Errorf("no byte server: %+v", r)
+	}
+	// The many-purpose server sends no byte by itself, and the byte server does not echo.
+	r = Bystander(testContext(t), one, one, 200, 1024, 200*time.Millisecond)
+	if r.Failed != 40 || r.Connects.N != 40 || r.Echoes.N != 0 {
+		t.Errorf("a server that does not echo: %+v", r)
+	}
+	// A request that waits counts from when it was due, and so do those behind it.
+	var first sync.Once
+	slow := Target{Addr: many.Addr, Dial: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		first.Do(func() { time.Sleep(300 * time.Millisecond) })
+		return (&net.Dialer{}).DialContext(ctx, network, addr)
+	}}
+	if r = Bystander(testContext(t), one, slow, 200, 1024, 400*time.Millisecond); r.Failed != 0 || r.Echoes.Max < 300 || r.Echoes.P90 < 50 {
+		t.Errorf("one slow connection of four: %+v", r)
+	}
+}

@@ -9,6 +9,7 @@
 //	ztload rate    -to 10.91.2.2:9001 -par 16 -t 5s
 //	ztload echo    -to 10.91.2.2:9000 -conns 8 -rate 500 -size 1024 -t 5s
 //	ztload bulk    -to 10.91.2.2:9000 -streams 8 -dir up -t 5s
+//	ztload bystander -to 10.91.2.2:9000 -byte 10.91.2.2:9001 -rate 100 -size 1024 -t 5s
 //	ztload idle    -to 10.91.2.2:9000 -n 5000      (prints {"open":n}, holds until its input ends)
 //
 // Exit code: 0 when all went well, 1 when the result says otherwise, 2 for a wrong command line.
@@ -41,7 +42,7 @@ func main() {
 }
 
 func usage(why string) {
-	fmt.Fprintln(os.Stderr, "ztload:", why, "(serve, dial, whoami, xfer, half, random, rate, echo, bulk, idle; -h shows the flags of each)")
+	fmt.Fprintln(os.Stderr, "ztload:", why, "(serve, dial, whoami, xfer, half, random, rate, echo, bulk, bystander, idle; -h shows the flags of each)")
 	os.Exit(2)
 }
 
@@ -50,7 +51,7 @@ func run(ctx context.Context, verb string, args []string) int {
 	var (
 		to      = fs.String("to", "", "address and port to connect to")
 		listen  = fs.String("listen", ":9000", "serve: addresses of the many-purpose server, separated by commas")
-		byteL   = fs.String("byte", "", "serve: addresses of the one-byte server, separated by commas")
+		byteL   = fs.String("byte", "", "serve: addresses of the one-byte server, separated by commas; bystander: the one to connect to")
 		verbose = fs.Bool("v", false, "serve: log failed connections to standard error")
 		timeout = fs.Duration("timeout", 5*time.Minute, "end everything after this time")
 		up      = fs.Int64("up", 1<<30, "xfer: bytes to send")
@@ -58,12 +59,12 @@ func run(ctx context.Context, verb string, args []string) int {
 		seed    = fs.Int64("seed", 1, "xfer, random: seed of the payload and of the plans")
 		n       = fs.Int("n", 1000, "half, random, idle: number of connections")
 		par     = fs.Int("par", 1<<20, "half, rate: how many at once")
-		size    = fs.Int64("size", 64<<10, "half: largest request; echo: request size")
+		size    = fs.Int64("size", 64<<10, "half: largest request; echo, bystander: request size")
 		conns   = fs.Int("conns", 8, "echo: connections")
-		rate    = fs.Float64("rate", 500, "echo: requests per second, all connections together")
+		rate    = fs.Float64("rate", 500, "echo: requests per second, all connections together; bystander: of each kind")
 		streams = fs.Int("streams", 1, "bulk: streams")
 		dir     = fs.String("dir", "up", "bulk: up, down or both")
-		d       = fs.Duration("t", 5*time.Second, "rate, echo, bulk: how long")
+		d       = fs.Duration("t", 5*time.Second, "rate, echo, bulk, bystander: how long")
 	)
 	_ = fs.Parse(args) // ExitOnError
 	if fs.NArg() > 0 {
@@ -111,6 +112,12 @@ func run(ctx context.Context, verb string, args []string) int {
 			usage("-dir is up, down or both")
 		}
 		r := load.Bulk(ctx, t, *streams, *dir, *d)
+		return show(r, r.Failed == 0)
+	case "bystander":
+		if *byteL == "" {
+			usage("bystander needs -byte")
+		}
+		r := load.Bystander(ctx, load.Target{Addr: *byteL}, t, *rate, int(*size), *d)
 		return show(r, r.Failed == 0)
 	case "idle":
 		ic, err := load.Idle(ctx, t, *n)
