@@ -40,6 +40,8 @@ func TestDifferences(t *testing.T) {
 			admin, "GET", "/debug/pprof/heap/profiling?activate=false", nil, 200, "heap profiling active: true\n", "text/plain"},
 		{"Go's other profiles", "404", "goroutines, mutexes, blocking: what Go can tell beyond ztunnel",
 			admin, "GET", "/debug/pprof/goroutine?debug=1", nil, 200, "goroutine profile: total", "text/plain"},
+		{"a foreign Origin", "answered like any request", "a web page in a browser on the node must not shut the process down",
+			admin, "POST", "/quitquitquit", []string{"Origin", "http://evil.example"}, 403, "a web page of another origin asks", "text/plain"},
 		{"/healthz/ready?verbose", "as without", "says since when a task is pending, and its last error",
 			ready, "GET", "/healthz/ready?verbose", nil, 500, "not ready, pending: proxy\nproxy: pending for ", "text/plain"},
 	} {

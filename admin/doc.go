@@ -15,8 +15,8 @@
 // data plane (package proxy): what it has to show comes in as sections, collectors and functions.
 //
 // HTTP behaviour that all servers share (spec controlplane 6.1): paths match exactly, unknown ones are
-// 404 with an empty body, a request's header must arrive within 2 s and 8 KiB, connections are bounded,
-// a panic in a handler costs its connection only, and Shutdown lets requests in flight finish.
+// 404 with an empty body, a request's header must arrive within 2 s and 8 KiB, connections are bounded and
+// shared among sources (package guard), a panic in a handler costs its connection only, and Shutdown lets requests in flight finish.
 //
 // Reading order: loop.go, event.go (knowledge); server.go, http.go, logging.go, profile.go, ready.go (the
 // servers); dump.go, encode.go, raw.go, breather.go (/config_dump); stats.go, compress.go, plainnum.go and
@@ -35,8 +35,10 @@
 //   - 2026-11-23: whole numbers in the exposition are written as ztunnel writes them (1, not 1.0).
 //   - 2026-11-23: a dump that fails after its first byte closes the connection instead of ending the JSON
 //     early; before that it is a 500 with the error.
-//   - 2026-11-23: at the bound of connections the one idle longest makes room, so that forgotten
-//     keep-alive connections cannot lock out the kubelet's probe.
+//   - 2026-11-23, 2026-11-28: at the bound of connections the greediest source loses the one that has waited
+//     longest, so that neither forgotten keep-alive connections nor half-open ones lock out the kubelet's probe.
+//   - 2026-11-28: 15000 refuses what a web page may have sent (403; ztunnel answers it), and with
+//     ZTUN_ADMIN_TOKEN_FILE wants a token of whoever changes something. Reading takes none: istioctl shows none.
 //   - 2026-11-23: elements of Accept are trimmed (ztunnel does not). Of equally liked encodings the one that
 //     costs least is taken: zstd, gzip, br, deflate. What else differs from ztunnel stands, with reasons, in
 //     the tables of differences_test.go.

@@ -8,6 +8,9 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+
+	"ztun/admin/guard"
+	"ztun/proxy/fair"
 )
 
 // AdminOptions configure the admin server (15000).
@@ -21,12 +24,15 @@ type AdminOptions struct {
 	// Quit asks for the end of the process; it must not wait for it. reason is "/quitquitquit".
 	Quit func(reason string)
 	// Debug are additional exact paths, which must begin with /debug/.
-	Debug  map[string]http.Handler
+	Debug map[string]http.Handler
+	// Token is a file with what a request must show that changes something (ZTUN_ADMIN_TOKEN_FILE); "": none is asked for.
+	Token  string
+	Report *fair.Report // of the bound on connections; may be nil
 	Logger *slog.Logger
 }
 
-// NewAdmin binds the admin server to 127.0.0.1 and ::1. There is no authentication: loopback is the
-// boundary, as in ztunnel.
+// NewAdmin binds the admin server to 127.0.0.1 and ::1. Without a token there is no authentication: loopback is the
+// boundary, as in ztunnel, but a web page on this machine stands outside it (package guard).
 func NewAdmin(o AdminOptions) (*Server, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -53,7 +59,9 @@ func NewAdmin(o AdminOptions) (*Server, error) {
 	if o.Logging != nil {
 		routes["/logging"] = loggingHandler(o.Logging)
 	}
-	s := newServer("admin", ls, exact(routes), o.Logger)
+	local := guard.NewLocal(guard.LocalOptions{Token: o.Token, Logger: o.Logger})
+	s := newServer("admin", ls, local.Handler(exact(routes)), o.Logger, guard.ConnsOptions{Report: o.Report})
+	s.local = local
 	prof.drain, dump.drain = s.drain, s.drain
 	s.dumps = dump
 	return s, nil
@@ -142,6 +150,7 @@ type ReadinessOptions struct {
 	Port   uint16
 	IPv6   bool // bind [::] rather than 0.0.0.0
 	Ready  *Ready
+	Report *fair.Report // of the bound on connections; may be nil
 	Logger *slog.Logger
 }
 
@@ -151,7 +160,8 @@ func NewReadiness(o ReadinessOptions) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newServer("readiness", ls, exact(map[string]http.Handler{"/healthz/ready": readyHandler(o.Ready)}), o.Logger), nil
+	h := exact(map[string]http.Handler{"/healthz/ready": readyHandler(o.Ready)})
+	return newServer("readiness", ls, h, o.Logger, guard.ConnsOptions{Report: o.Report}), nil
 }
 
 // readyHandler follows spec controlplane 7.3. With ?verbose each pending task is listed with how long it

@@ -423,7 +423,7 @@ func TestHeaderLimits(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n")
+	io.WriteString(c, "GET / HTTP/1.1\r\nHost: localhost\r\n")
 	c.SetReadDeadline(time.Now().Add(30 * time.Second))
 	start := time.Now()
 	// The server gives up by itself (with or without an answer).
@@ -444,7 +444,7 @@ func TestUnreadBody(t *testing.T) {
 	}
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(30 * time.Second))
-	io.WriteString(c, "POST /logging HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+	io.WriteString(c, "POST /logging HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
 	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -455,62 +455,113 @@ func TestUnreadBody(t *testing.T) {
 	}
 }
 
-// TestConnectionBound: connections beyond the bound replace idle ones; without idle ones they are refused.
-func TestConnectionBound(t *testing.T) {
-	r := NewReady(nil)
-	s, err := NewReadiness(ReadinessOptions{Ready: r})
+// TestHalfOpen: 400 connections with half a request keep nobody from being answered, on any of the servers.
+func TestHalfOpen(t *testing.T) {
+	stats, err := NewStats(StatsOptions{})
+	stats = serving(t, stats, err)
+	ready, err := NewReadiness(ReadinessOptions{Ready: NewReady(nil)})
+	ready = serving(t, ready, err)
+	pods, err := NewPodSocket(PodSocketOptions{Path: t.TempDir() + "/ztun.sock", Pods: &fakePods{}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.conns.max = 4
-	serving(t, s, nil)
-	ask := func(c net.Conn) error {
-		c.SetDeadline(time.Now().Add(30 * time.Second))
-		if _, err := io.WriteString(c, "GET /healthz/ready HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
-			return err
+	serving(t, pods.Server, nil)
+	defer pods.Close()
+	podConn := func() (net.Conn, error) { return net.Dial("unix", pods.path) }
+	for _, tc := range []struct {
+		name, path string
+		s          *Server
+		dial       func() (net.Conn, error)
+	}{
+		{"admin", "/", testAdmin(t, nil), nil}, {"stats", "/metrics", stats, nil}, {"readiness", "/healthz/ready", ready, nil},
+		{"control", podsPath, pods.Server, podConn},
+	} {
+		dial := tc.dial
+		if dial == nil {
+			dial = func() (net.Conn, error) { return net.Dial("tcp4", tc.s.Addrs()[0].String()) }
 		}
-		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
-		if err != nil {
-			return err
+		for i := range 700 { // more than there are places
+			c, err := dial()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			io.WriteString(c, "GET "+tc.path+" HTTP/1.1\r\nHost: localhost")
+			if i%100 != 99 {
+				continue
+			}
+			if c, err = dial(); err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(30 * time.Second))
+			io.WriteString(c, "GET "+tc.path+" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+			resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+			if err != nil {
+				t.Errorf("%s, after %d half-open connections: %v", tc.name, i+1, err)
+				break
+			}
+			resp.Body.Close()
 		}
-		defer resp.Body.Close()
-		_, err = io.Copy(io.Discard, resp.Body)
-		return err
+		if n := tc.s.Refused(); n < 100 {
+			t.Errorf("%s: only %d connections were turned away", tc.name, n)
+		}
 	}
-	var conns []net.Conn
-	for i := range 10 {
-		c, err := net.Dial("tcp", s.Addrs()[0].String())
+}
+
+// TestForeignRequests: what a web page sends is refused on 15000, and nothing but the port's bound stands before the
+// others; with a token, changing something takes it.
+func TestForeignRequests(t *testing.T) {
+	quits := make(chan string, 10)
+	s := testAdmin(t, func(o *AdminOptions) { o.Quit = func(r string) { quits <- r } })
+	stats, err := NewStats(StatsOptions{})
+	stats = serving(t, stats, err)
+	ready, err := NewReadiness(ReadinessOptions{Ready: NewReady(nil)})
+	ready = serving(t, ready, err)
+	path := t.TempDir() + "/token"
+	if err := os.WriteFile(path, []byte("s3cret\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	guarded := testAdmin(t, func(o *AdminOptions) { o.Quit = func(r string) { quits <- r }; o.Token = path })
+	for _, tc := range []struct {
+		s                    *Server
+		method, path, header string
+		code, quits          int
+	}{
+		{s, "POST", "/quitquitquit", "Host: evil.example", 403, 0},
+		{s, "POST", "/quitquitquit", "Origin: http://evil.example", 403, 0},
+		{s, "POST", "/logging?level=off", "Host: evil.example:15000", 403, 0},
+		{s, "GET", "/config_dump", "Host: evil.example", 403, 0},
+		{s, "GET", "/debug/pprof/goroutine", "Sec-Fetch-Site: cross-site", 403, 0},
+		{s, "GET", "/", "Host: localhost:4711", 200, 0},
+		{s, "POST", "/quitquitquit", "Host: localhost:15000", 200, 1},
+		{guarded, "POST", "/quitquitquit", "X-Nothing: x", 401, 0},
+		{guarded, "POST", "/logging", "Authorization: Bearer wrong", 401, 0},
+		{guarded, "GET", "/", "X-Nothing: x", 200, 0},
+		{guarded, "POST", "/logging", "Authorization: Bearer s3cret", 200, 0},
+		{guarded, "POST", "/quitquitquit", "Authorization: Bearer s3cret", 200, 1},
+		{stats, "GET", "/metrics", "Host: node-a.example:15020", 200, 0},
+		{ready, "GET", "/healthz/ready", "Host: 10.1.2.3:15021", 200, 0},
+	} {
+		req, err := http.NewRequest(tc.method, urlOf(tc.s, tc.path), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer c.Close()
-		conns = append(conns, c)
-		if err := ask(c); err != nil {
-			t.Fatalf("connection %d was not served beside idle ones: %v", i, err)
+		name, value, _ := strings.Cut(tc.header, ": ")
+		if req.Header.Set(name, value); name == "Host" {
+			req.Host = value
 		}
-		for { // the answer may be here before the server has noted that the connection is idle
-			s.conns.mu.Lock()
-			idle := 0
-			for _, st := range s.conns.open {
-				if st.idle {
-					idle++
-				}
-			}
-			s.conns.mu.Unlock()
-			if idle == min(i+1, 4) {
-				break
-			}
-			time.Sleep(time.Millisecond)
+		resp, err := client.Do(req)
+		if err != nil {
+			t.Fatal(err)
 		}
-	}
-	if s.Refused() != 6 {
-		t.Errorf("%d refused", s.Refused())
-	}
-	if err := ask(conns[0]); err == nil {
-		t.Error("the connection that was idle longest is still open")
-	}
-	if err := ask(conns[9]); err != nil {
-		t.Errorf("the newest connection was cut: %v", err)
+		resp.Body.Close()
+		if resp.StatusCode != tc.code || len(quits) != tc.quits {
+			t.Errorf("%s %s, %s: %s, %d quits; want %d, %d", tc.method, tc.path, tc.header, resp.Status, len(quits), tc.code, tc.quits)
+		}
+		for len(quits) > 0 {
+			<-quits
+		}
 	}
 }
 

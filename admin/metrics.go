@@ -184,7 +184,7 @@ type self struct {
 	waited, longest                                  *prometheus.Desc
 	logQueued, logLines, logWrites, logWaits         *prometheus.Desc
 	logDropped, logErrors, latency                   *prometheus.Desc
-	refused, open, took, dumps                       *prometheus.Desc
+	refused, foreign, open, took, dumps              *prometheus.Desc
 }
 
 func newSelf(o SelfSources) *self {
@@ -208,7 +208,8 @@ func newSelf(o SelfSources) *self {
 		logWaits:   d("log_waits_total", "Times that a caller had to wait because the log's queue was full."),
 		logDropped: d("log_lines_dropped_total", "Log lines that came after the log was closed."),
 		logErrors:  d("log_write_errors_total", "Write calls of the log that failed."),
-		refused:    d("http_connections_refused_total", "Connections to an HTTP server that its bound turned away or cut while idle.", "server"),
+		refused:    d("http_connections_refused_total", "Connections to an HTTP server that its bounds closed.", "server"),
+		foreign:    d("http_requests_foreign_total", "Requests to the admin server that were refused as a web page's, or for want of the token."),
 		open:       d("http_connections_open", "Open connections to an HTTP server.", "server"),
 		took:       d("http_request_duration_seconds", "How long requests took, to the end of the answer.", "server"),
 		dumps:      d("config_dumps_total", "Requests for a configuration dump by result.", "result"),
@@ -253,6 +254,9 @@ func (s *self) Collect(ch chan<- prometheus.Metric) {
 		count(s.refused, float64(srv.Refused()), srv.name)
 		gauge(s.open, float64(srv.Open()), srv.name)
 		ch <- srv.took.snapshot().metric(s.took, srv.name)
+		if srv.local != nil {
+			count(s.foreign, float64(srv.local.Refused()))
+		}
 		if d := srv.dumps; d != nil {
 			count(s.dumps, float64(d.done.Load()), "done")
 			count(s.dumps, float64(d.failed.Load()), "failed")

@@ -20,6 +20,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"ztun/admin/guard"
+	"ztun/proxy/fair"
 )
 
 // podTimeout bounds one Add or Delete.
@@ -32,6 +35,7 @@ const maxSocketPath = 107 - len(".new")
 type PodSocketOptions struct {
 	Path   string // ZTUN_SOCKET
 	Pods   PodManager
+	Report *fair.Report // of the bound on connections; may be nil
 	Logger *slog.Logger
 }
 
@@ -69,7 +73,9 @@ func NewPodSocket(o PodSocketOptions) (*PodSocket, error) {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	h := &podHandler{ctx: ctx, pods: o.Pods, logger: o.Logger}
-	s := &PodSocket{Server: newServer("control", []net.Listener{l}, h, o.Logger), path: o.Path, ino: ino, lock: lock, cancel: cancel}
+	// All callers are one source, the node's own tools: what one has begun is not cut for another.
+	bounds := guard.ConnsOptions{KeepBusy: true, Report: o.Report}
+	s := &PodSocket{Server: newServer("control", []net.Listener{l}, h, o.Logger, bounds), path: o.Path, ino: ino, lock: lock, cancel: cancel}
 	s.http.WriteTimeout = podTimeout + writeTimeout
 	return s, nil
 }

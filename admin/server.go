@@ -15,6 +15,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"ztun/admin/guard"
 )
 
 // Limits shared by all HTTP servers here.
@@ -25,7 +27,6 @@ const (
 	writeTimeout  = 30 * time.Second // of a reply; those that take longer set their own
 	bodyTimeout   = 2 * time.Second  // to receive a body that nobody reads
 	bodyBytes     = 64 << 10         // of a request's body
-	maxConns      = 128              // per server
 )
 
 // Server is one HTTP server with one or more listening sockets. New* functions bind them, so that a
@@ -34,7 +35,8 @@ type Server struct {
 	name      string
 	listeners []net.Listener
 	http      http.Server
-	conns     connTable
+	conns     *guard.Conns
+	local     *guard.Local  // of the admin server
 	drain     chan struct{} // closed when Shutdown begins: long replies come to an end
 	drainOnce sync.Once
 	logger    *slog.Logger
@@ -42,14 +44,13 @@ type Server struct {
 	dumps     *dumper   // of the admin server
 }
 
-// newServer wraps handler with what all servers share. The listeners must be bound.
-func newServer(name string, ls []net.Listener, h http.Handler, logger *slog.Logger) *Server {
+// newServer wraps handler with what all servers share; bounds need no Resource. The listeners must be bound.
+func newServer(name string, ls []net.Listener, h http.Handler, logger *slog.Logger, bounds guard.ConnsOptions) *Server {
 	if logger == nil {
 		logger = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{name: name, listeners: ls, drain: make(chan struct{}), logger: logger}
-	s.conns.max = maxConns
-	s.conns.open = map[net.Conn]*connState{}
+	bounds.Resource = name + "_connections"
+	s := &Server{name: name, listeners: ls, conns: guard.NewConns(bounds), drain: make(chan struct{}), logger: logger}
 	s.http = http.Server{
 		Handler:           s.guard(h),
 		ReadHeaderTimeout: headerTimeout,
@@ -57,7 +58,7 @@ func newServer(name string, ls []net.Listener, h http.Handler, logger *slog.Logg
 		MaxHeaderBytes: headerBytes - 4096,
 		IdleTimeout:    idleTimeout,
 		WriteTimeout:   writeTimeout,
-		ConnState:      s.conns.change,
+		ConnState:      s.conns.Change,
 		ErrorLog:       slog.NewLogLogger(logger.With("server", name).Handler(), slog.LevelDebug),
 	}
 	return s
@@ -126,6 +127,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	for _, l := range s.listeners {
 		l.Close() // those that never were
 	}
+	s.local.Close()
 	return err
 }
 
@@ -136,69 +138,15 @@ func (s *Server) Close() error {
 	for _, l := range s.listeners {
 		l.Close()
 	}
+	s.local.Close()
 	return err
 }
 
-// Refused counts the connections that the bound turned away or cut while idle.
-func (s *Server) Refused() uint64 {
-	s.conns.mu.Lock()
-	defer s.conns.mu.Unlock()
-	return s.conns.refused
-}
+// Refused counts the connections that the bounds closed.
+func (s *Server) Refused() uint64 { return s.conns.Turned() }
 
 // Open counts the connections that are open; each has a goroutine.
-func (s *Server) Open() int {
-	s.conns.mu.Lock()
-	defer s.conns.mu.Unlock()
-	return len(s.conns.open)
-}
-
-// connTable bounds the connections of a server. At the bound the connection that has been idle longest
-// makes room for a new one, so that forgotten keep-alive connections cannot lock out a probe; if none is
-// idle the new one is closed.
-type connTable struct {
-	mu      sync.Mutex
-	open    map[net.Conn]*connState
-	max     int
-	refused uint64
-}
-
-type connState struct {
-	idle  bool
-	since time.Time
-}
-
-func (t *connTable) change(c net.Conn, st http.ConnState) {
-	var victim net.Conn
-	t.mu.Lock()
-	switch st {
-	case http.StateNew:
-		if len(t.open) >= t.max {
-			victim = c
-			var oldest *connState
-			for k, v := range t.open {
-				if v.idle && (oldest == nil || v.since.Before(oldest.since)) {
-					victim, oldest = k, v
-				}
-			}
-			t.refused++
-			delete(t.open, victim)
-		}
-		if victim != c {
-			t.open[c] = &connState{}
-		}
-	case http.StateActive, http.StateIdle:
-		if v := t.open[c]; v != nil {
-			v.idle, v.since = st == http.StateIdle, time.Now()
-		}
-	case http.StateClosed, http.StateHijacked:
-		delete(t.open, c)
-	}
-	t.mu.Unlock()
-	if victim != nil {
-		victim.Close()
-	}
-}
+func (s *Server) Open() int { return s.conns.Open() }
 
 // listenLoopback binds 127.0.0.1 and, where the kernel has it, ::1. Port 0 picks one free on both.
 func listenLoopback(name string, port uint16, ipv6 bool, logger *slog.Logger) ([]net.Listener, error) {

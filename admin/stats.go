@@ -16,6 +16,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
+
+	"ztun/admin/guard"
+	"ztun/proxy/fair"
 )
 
 // StatsOptions configure the metrics server (15020).
@@ -29,6 +32,7 @@ type StatsOptions struct {
 	// in which their metrics' Write puts them (ztunnel's). They answer for their own consistency: no
 	// duplicates, one type per family. Their Describe is not called.
 	Ordered []prometheus.Collector
+	Report  *fair.Report // of the bound on connections; may be nil
 	Logger  *slog.Logger
 }
 
@@ -42,7 +46,8 @@ func NewStats(o StatsOptions) (*Server, error) {
 	if h.o.Logger == nil {
 		h.o.Logger = slog.New(slog.DiscardHandler)
 	}
-	return newServer("stats", ls, exact(map[string]http.Handler{"/metrics": h, "/stats/prometheus": h}), o.Logger), nil
+	routes := exact(map[string]http.Handler{"/metrics": h, "/stats/prometheus": h})
+	return newServer("stats", ls, routes, o.Logger, guard.ConnsOptions{Report: o.Report}), nil
 }
 
 // exposition writes what spec controlplane 7.1 says: OpenMetrics text always, whatever the content type.

@@ -40,6 +40,9 @@ type controlCollector struct{ d *daemon }
 // Describe sends nothing: what there is depends on the configuration.
 func (c *controlCollector) Describe(chan<- *prometheus.Desc) {}
 
+var boundedFamily = prometheus.NewDesc("ztun_bounded_total", "What a bound turned away: places that were taken from the greediest source, and newcomers that got none.",
+	[]string{"resource", "pod", "outcome"}, nil)
+
 var crlFamilies = [...]*prometheus.Desc{
 	prometheus.NewDesc("istio_crl_policy_rejections_total", "The total number of connections rejected due to CRL policy (unstable)", []string{"reporter"}, nil),
 	prometheus.NewDesc("istio_crl_untracked_connections_total", "The total number of connections not tracked for CRL enforcement (unstable)", []string{"reporter"}, nil),
@@ -47,6 +50,13 @@ var crlFamilies = [...]*prometheus.Desc{
 
 // Collect implements prometheus.Collector.
 func (c *controlCollector) Collect(ch chan<- prometheus.Metric) {
+	for _, n := range c.d.report.Counts() {
+		for outcome, v := range map[string]uint64{"evicted": n.Evicted, "refused": n.Refused} {
+			if v > 0 {
+				ch <- prometheus.MustNewConstMetric(boundedFamily, prometheus.CounterValue, float64(v), n.Resource, n.Pod, outcome)
+			}
+		}
+	}
 	emit(ch, "ztun_certificates_", c.d.certs.Stats(), "", "")
 	if c.d.resolve != nil {
 		emit(ch, "ztun_hostnames_", c.d.resolve.Stats(), "", "")

@@ -78,6 +78,7 @@ type Config struct {
 	ProxyArgs           string // the command line after the program's name
 
 	StateDir, Socket, NodeTUN              string
+	AdminToken                             string // file
 	MTU                                    int
 	MaxInFlight, MaxInFlightPerDestination int
 	GCSet                                  bool // GOGC is the operator's

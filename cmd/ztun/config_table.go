@@ -111,6 +111,7 @@ func variables(c *Config, l *loader) []variable {
 		{"ZTUN_MAX_INFLIGHT_PER_DESTINATION", "256", "the same, to one destination", ranged(&c.MaxInFlightPerDestination, 1, 1<<20)},
 		{"ZTUN_TUN_PLAIN", "false", "use the portable TUN path without offload", boolean(&c.TUNPlain)},
 		{"ZTUN_ADAPTIVE_PROCESSORS", "true", "use as many processors as the work needs, up to the worker threads plus one; false: always that many", boolean(&c.AdaptiveProcessors)},
+		{"ZTUN_ADMIN_TOKEN_FILE", "", "file with a token (read at each request): /quitquitquit and /logging then want it as Authorization: Bearer", tokenFile(&c.AdminToken)},
 		{"ZTUN_READINESS_PORT", "15021", "readiness port (fixed in ztunnel; for several daemons in one namespace)", uint16v(&c.ReadinessPort, 0)},
 	}
 }

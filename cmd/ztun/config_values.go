@@ -7,6 +7,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"ztun/admin/guard"
 )
 
 // These make the set functions of the table: each reads one value into *p (spec controlplane 1.1). "" is a
@@ -156,6 +158,20 @@ func quantity(p *int) func(string) error {
 			return fmt.Errorf("must be a CPU quantity above 0 and at most %d, such as 2, 1.5 or 500m", maxCPUs)
 		}
 		*p = int(math.Ceil(f / div))
+		return nil
+	}
+}
+
+// tokenFile is a file that has a token already: a typing error must not leave the server unguarded, or closed.
+func tokenFile(p *string) func(string) error {
+	return func(v string) error {
+		if v == "" {
+			return nil
+		}
+		if _, err := guard.ReadToken(v); err != nil {
+			return err
+		}
+		*p = v
 		return nil
 	}
 }

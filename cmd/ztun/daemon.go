@@ -30,6 +30,7 @@ import (
 	"ztun/netstack"
 	"ztun/proxy"
 	"ztun/proxy/dns"
+	"ztun/proxy/fair"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
 	"ztun/proxy/resolve"
@@ -60,6 +61,7 @@ type daemon struct {
 	dev      tun.Device
 	uplink   *netstack.Uplink
 	buffers  hbone.Buffers // shared by the tunnels of all pods
+	report   *fair.Report  // of what bounds turned away
 
 	// What hostnames of workloads resolve to, and names that the mesh does not know: in our own namespace, as ztunnel does.
 	resolve     *resolve.Cache
@@ -91,7 +93,7 @@ func runProxy(ctx context.Context, c *Config) error {
 	}
 	log := zlog.New(zlog.Options{Writer: os.Stdout, JSON: c.LogFormat == "json", Control: zlog.NewControl(filter)})
 	defer log.Close(context.Background())
-	d := &daemon{c: c, log: log, logger: log.Logger("ztun"), quit: make(chan string, 1)}
+	d := &daemon{c: c, log: log, logger: log.Logger("ztun"), report: fair.NewReport(log.Logger("bounds")), quit: make(chan string, 1)}
 
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
@@ -204,7 +206,7 @@ func (d *daemon) start(ctx context.Context) error {
 
 	// Bound before anything of the node or of the list of pods is touched: its lock tells two daemons with
 	// one ZTUN_STATE_DIR apart. It is served last.
-	d.control, err = admin.NewPodSocket(admin.PodSocketOptions{Path: c.Socket, Pods: d.pods, Logger: d.log.Logger("pods")})
+	d.control, err = admin.NewPodSocket(admin.PodSocketOptions{Path: c.Socket, Pods: d.pods, Report: d.report, Logger: d.log.Logger("pods")})
 	if err != nil {
 		return err
 	}

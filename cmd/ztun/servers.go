@@ -15,14 +15,15 @@ import (
 
 // bindReadiness starts 15021 first of all: a probe during start-up is answered "not ready", not refused.
 func (d *daemon) bindReadiness() error {
-	s, err := admin.NewReadiness(admin.ReadinessOptions{Port: d.c.ReadinessPort, IPv6: d.c.IPv6, Ready: d.ready, Logger: d.log.Logger("readiness")})
+	s, err := admin.NewReadiness(admin.ReadinessOptions{Port: d.c.ReadinessPort, IPv6: d.c.IPv6, Ready: d.ready, Report: d.report, Logger: d.log.Logger("readiness")})
 	return d.bound("readiness", s, err)
 }
 
 // bindAdmin starts 15000 and 15020.
 func (d *daemon) bindAdmin() error {
 	a, err := admin.NewAdmin(admin.AdminOptions{
-		Port: d.c.AdminPort, IPv6: d.c.loopbackIPv6(), Logging: d.log, Dump: d.dump, Quit: d.askToQuit, Logger: d.log.Logger("admin"),
+		Port: d.c.AdminPort, IPv6: d.c.loopbackIPv6(), Logging: d.log, Dump: d.dump, Quit: d.askToQuit,
+		Token: d.c.AdminToken, Report: d.report, Logger: d.log.Logger("admin"),
 	})
 	if err := d.bound("admin", a, err); err != nil {
 		return err
@@ -30,7 +31,7 @@ func (d *daemon) bindAdmin() error {
 	registry := prometheus.NewRegistry()
 	d.registry = registry
 	s, err := admin.NewStats(admin.StatsOptions{
-		Port: d.c.StatsPort, IPv6: d.c.IPv6, Registry: registry, Ordered: d.ordered(), Logger: d.log.Logger("stats"),
+		Port: d.c.StatsPort, IPv6: d.c.IPv6, Registry: registry, Ordered: d.ordered(), Report: d.report, Logger: d.log.Logger("stats"),
 	})
 	if err := d.bound("stats", s, err); err != nil {
 		return err
