@@ -52,8 +52,8 @@ func testTLS(t testing.TB) (client, server *tls.Config) {
 func tlsPair(t testing.TB, bare bool) (client, server net.Conn) {
 	t.Helper()
 	a, b := tcpPair(t)
-	ccfg, scfg := testTLS(t)
 	if bare {
+		ccfg, scfg := testTLS(t)
 		client, server = tls.Client(a, ccfg), tls.Server(b, scfg)
 		done := make(chan error, 1)
 		go func() { done <- server.(*tls.Conn).Handshake() }()
@@ -65,6 +65,13 @@ func tlsPair(t testing.TB, bare bool) (client, server net.Conn) {
 		}
 		return client, server
 	}
+	return tlsOver(t, a, b)
+}
+
+// tlsOver does the handshake with our helpers on a connection that there is.
+func tlsOver(t testing.TB, a, b net.Conn) (client, server net.Conn) {
+	t.Helper()
+	ccfg, scfg := testTLS(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	done := make(chan error, 1)

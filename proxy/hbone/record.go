@@ -53,6 +53,7 @@ type half struct {
 	aead   cipher.AEAD
 	iv     [12]byte
 	seq    uint64
+	turn   turn
 }
 
 func newHalf(suite uint16, secret []byte) (*half, error) {
@@ -127,7 +128,7 @@ func (h *half) nonce(to *[12]byte) {
 	h.seq++
 }
 
-// records is the transport of TLS 1.3. One goroutine opens (wait, fill), one at a time seals.
+// records is the transport of TLS 1.3. One goroutine opens (wait, fill), one at a time seals; turn watches over it.
 type records struct {
 	*wire
 	in, out    *half
@@ -187,6 +188,10 @@ func (r *records) fill(b []byte) (n int, err error) {
 	if r.err != nil {
 		return 0, r.err
 	}
+	if err := r.in.turn.begin(); err != nil {
+		return 0, err
+	}
+	defer r.in.turn.end()
 	for {
 		size := r.next()
 		if size == 0 || len(b)-n < size-recordHead-recordTag {
@@ -321,6 +326,10 @@ func localAlert(code uint8) error {
 
 // seal appends plain as records of up to 16 KiB to out, after a KeyUpdate if one is due.
 func (r *records) seal(out, plain []byte) ([]byte, error) {
+	if err := r.out.turn.begin(); err != nil {
+		return out, err
+	}
+	defer r.out.turn.end()
 	for {
 		if err := r.rekey(&out); err != nil {
 			return out, err
@@ -364,8 +373,13 @@ func (r *records) sealRecord(out, plain []byte, typ byte) []byte {
 	return out
 }
 
-// farewell is close_notify, or the alert for what was wrong with the peer's records.
+// farewell is close_notify, or the alert for what was wrong with the peer's records. Nothing can be sealed after it.
 func (r *records) farewell(out []byte) []byte {
+	if r.out.turn.begin() != nil {
+		return out
+	}
+	defer r.out.turn.end()
+	r.out.turn.over = true
 	msg := [3]byte{1, alertCloseNotify}
 	if code := r.fatal.Load(); code != 0 {
 		msg[0], msg[1] = 2, byte(code)

@@ -208,6 +208,9 @@ func (c *Conn) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
+	if c.rec.adopted {
+		return 0, errAdopted
+	}
 	for len(c.rest) == 0 {
 		if c.block != nil {
 			c.block.release()
@@ -240,6 +243,9 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 	defer c.wmu.Unlock()
 	if c.closed {
 		return 0, net.ErrClosed
+	}
+	if c.rec.adopted {
+		return 0, errAdopted
 	}
 	if _, ok := c.raw.(*net.TCPConn); ok && len(p) > 0 {
 		// A deadline that has passed is to be seen before anything is sealed, which cannot be undone.
@@ -294,6 +300,9 @@ func (c *Conn) CloseWrite() error {
 	if c.closed {
 		return net.ErrClosed
 	}
+	if c.rec.adopted {
+		return errAdopted
+	}
 	c.closed = true
 	return c.flush(c.rec.farewell(c.carry))
 }
@@ -325,5 +334,8 @@ func (c *Conn) RemoteAddr() net.Addr               { return c.raw.RemoteAddr() }
 func (c *Conn) SetDeadline(t time.Time) error      { return c.raw.SetDeadline(t) }
 func (c *Conn) SetReadDeadline(t time.Time) error  { return c.raw.SetReadDeadline(t) }
 func (c *Conn) SetWriteDeadline(t time.Time) error { return c.raw.SetWriteDeadline(t) }
+
+// errAdopted: a ClientConn or ServerConn seals and opens now.
+var errAdopted = errors.New("hbone: connection was given to HTTP/2")
 
 var errSuite = errors.New("hbone: cipher suite without a record layer of ours")

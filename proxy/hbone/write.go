@@ -90,9 +90,9 @@ func (c *conn) revive() {
 	}
 }
 
-// hasWork reports whether a flusher would find something. mu is held.
+// hasWork reports whether a flusher would find something; after the farewell there is nothing to say. mu is held.
 func (c *conn) hasWork() bool {
-	return c.broken == nil && (len(c.ctrl) > 0 || len(c.carry) > 0 || c.light.head != nil || c.bulk.head != nil || c.last && !c.said || c.tr.urgent())
+	return c.broken == nil && !c.said && (len(c.ctrl) > 0 || len(c.carry) > 0 || c.light.head != nil || c.bulk.head != nil || c.last || c.tr.urgent())
 }
 
 // wantFlush sees to it that what is queued goes out, without doing it here: for the reader, which must never
@@ -148,11 +148,10 @@ func (c *conn) flush(self *Stream) {
 			return
 		}
 		if c.broken != nil || !c.assemble() && len(c.carry) == 0 {
-			c.flushing, c.flusher = false, nil
 			if c.last && !c.said && c.broken == nil {
-				c.goodbye() // releases mu
-				return
+				c.goodbye()
 			}
+			c.flushing, c.flusher = false, nil
 			c.mu.Unlock()
 			return
 		}
@@ -380,7 +379,8 @@ func (c *conn) dropFrame(f *frame) {
 	}
 }
 
-// goodbye is the flusher's last act. mu is held, and released.
+// goodbye is the flusher's last act: he is still the flusher while he seals it, and nobody seals after it. mu is held,
+// but given up meanwhile.
 func (c *conn) goodbye() {
 	c.said = true
 	listen := !c.readerGone
@@ -392,7 +392,6 @@ func (c *conn) goodbye() {
 	if !listen || c.readerGone || !c.linger.start(c.raw) {
 		c.endLocked(ErrClosed)
 	}
-	c.mu.Unlock()
 }
 
 // callOff interrupts a write to the socket that s's user is stuck in. mu is held.

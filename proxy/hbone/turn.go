@@ -1,0 +1,49 @@
+package hbone
+
+import (
+	"errors"
+	"sync/atomic"
+	"testing"
+)
+
+// turn makes sure at run time that one goroutine at a time works with a key and its count of records, and nobody after
+// the end: two would seal two records with one nonce, which gives the plaintext and GCM's authentication key away.
+// The rules that keep it so are conn's (one flusher) and Conn's (its locks); this finds whoever breaks them. In tests
+// it panics; in life the second comer gets an error, seals nothing, and his connection ends.
+type turn struct {
+	taken atomic.Bool
+	over  bool // nothing may follow; the holder's
+}
+
+var (
+	errTwoAtKey = errors.New("hbone: two goroutines at one traffic key (a fault of ours)")
+	errKeyOver  = errors.New("hbone: a record after close_notify (a fault of ours)")
+)
+
+func (t *turn) begin() error {
+	blind()
+	free := t.taken.CompareAndSwap(false, true)
+	see()
+	switch {
+	case !free:
+		return fault(errTwoAtKey)
+	case t.over:
+		t.end()
+		return fault(errKeyOver)
+	}
+	return nil
+}
+
+func (t *turn) end() {
+	blind()
+	t.taken.Store(false)
+	see()
+}
+
+// fault is err, and the end of a test.
+func fault(err error) error {
+	if testing.Testing() {
+		panic(err)
+	}
+	return err
+}
