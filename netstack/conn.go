@@ -46,6 +46,10 @@ type Conn struct {
 	// for a clean end.
 	failed atomic.Uint32
 	closed atomic.Bool
+	// onReset is OnReset's; nil when it was called.
+	onReset atomic.Pointer[func(error)]
+	// ended is set by CloseWrite.
+	ended atomic.Bool
 
 	mu     sync.Mutex
 	pinned bool // WriteTo is handing out memory of the receive queue
@@ -108,11 +112,39 @@ type listener Conn
 
 // NotifyEvent is called with gVisor's locks held and only wakes.
 func (l *listener) NotifyEvent(m waiter.EventMask) {
+	if m&waiter.EventErr != 0 {
+		(*Conn)(l).lost()
+	}
 	if m&^waiter.WritableEvents != 0 {
 		l.rd.wake()
 	}
 	if m&^waiter.ReadableEvents != 0 {
 		l.wr.wake()
+	}
+}
+
+// OnReset has f called, at most once, when the connection is lost: by the peer's reset, an error of the network, or
+// because nobody answers any more. A user who waits in a Write elsewhere would not learn of it otherwise. It is not
+// called for what Close and Reset do. f must neither wait nor call the connection: locks are held.
+func (c *Conn) OnReset(f func(error)) {
+	c.onReset.Store(&f)
+	c.lost() // perhaps already
+}
+
+// lost calls OnReset's function if the connection has failed.
+func (c *Conn) lost() {
+	switch state := c.ep.EndpointState(); {
+	case c.closed.Load():
+		return
+	case state == tcp.StateError:
+	case state == tcp.StateClose && !c.ended.Load():
+		// A reset after the peer's FIN. With our own FIN before, it is what every connection comes to.
+	default:
+		return
+	}
+	if f := c.onReset.Swap(nil); f != nil {
+		// What gVisor calls the failure can only be read with the locks that are held; Read or Write says it.
+		(*f)(c.opError("read", os.NewSyscallError("read", syscall.ECONNRESET)))
 	}
 }
 
@@ -296,6 +328,7 @@ func (c *Conn) CloseWrite() error {
 	if c.closed.Load() {
 		return c.opError("close", net.ErrClosed)
 	}
+	c.ended.Store(true)
 	if terr := c.ep.Shutdown(tcpip.ShutdownWrite); terr != nil {
 		return c.opError("close", os.NewSyscallError("shutdown", errnoOf(terr)))
 	}

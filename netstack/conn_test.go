@@ -261,3 +261,52 @@ func TestCloseWhileLent(t *testing.T) {
 		})
 	}
 }
+
+// TestOnReset: a connection tells of its loss while nobody reads or writes, once; not of an orderly end, nor of what its
+// own user did.
+func TestOnReset(t *testing.T) {
+	j := join(t, true, nil)
+	for name, c := range map[string]struct {
+		lose func(peer, own *Conn)
+		told bool
+	}{
+		"reset":           {func(peer, _ *Conn) { peer.Reset() }, true},
+		"reset after FIN": {func(peer, _ *Conn) { peer.CloseWrite(); time.Sleep(20 * time.Millisecond); peer.Reset() }, true},
+		"orderly": {func(peer, own *Conn) {
+			peer.CloseWrite()
+			own.CloseWrite()
+			io.Copy(io.Discard, own)
+			io.Copy(io.Discard, peer)
+			peer.Close()
+		}, false},
+		"own": {func(_, own *Conn) { own.Reset() }, false},
+	} {
+		for _, early := range []bool{true, false} {
+			peer, own := j.pipe(t, families[0])
+			told := make(chan error, 2)
+			if early {
+				own.OnReset(func(err error) { told <- err })
+			}
+			c.lose(peer, own)
+			if !early {
+				time.Sleep(20 * time.Millisecond)
+				own.OnReset(func(err error) { told <- err })
+			}
+			select {
+			case err := <-told:
+				if !c.told || !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("%s, early %v: told %v", name, early, err)
+				}
+			case <-time.After(100 * time.Millisecond):
+				if c.told {
+					t.Errorf("%s, early %v: not told", name, early)
+				}
+			}
+			peer.Close()
+			own.Close()
+			if len(told) > 0 {
+				t.Errorf("%s, early %v: told twice", name, early)
+			}
+		}
+	}
+}

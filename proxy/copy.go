@@ -5,8 +5,10 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/net/http2"
 
@@ -15,7 +17,7 @@ import (
 
 // session moves one connection's bytes both ways until both directions have ended (spec 9): after one
 // side's end of input the other direction goes on for as long as it likes. A reset by either side is
-// carried to the other as a reset and is not an error.
+// carried to the other as a reset; an application's is not an error, a tunnel's or stream's is (isReset).
 //
 // Each direction is a goroutine of its own whose stack holds nothing but the copying: what set the
 // connection up has returned, and an idle connection costs two small stacks.
@@ -26,6 +28,41 @@ type session struct {
 
 	left        atomic.Int32 // directions that have not ended
 	forth, back error
+
+	mu    sync.Mutex
+	lost  error       // why an end was lost; the first counts
+	tear  *time.Timer // set with lost: ends what has not ended by itself
+	ended bool
+}
+
+// tearAfter is how long after the loss of one side the other may still take what has arrived. A direction that
+// waits for a reader who may never read again must not keep its bytes for longer.
+const tearAfter = 200 * time.Millisecond
+
+// resettable is a side that tells of its loss while nobody reads from it (hbone.Stream, netstack.Conn).
+type resettable interface{ OnReset(func(error)) }
+
+// watch has the loss of one side end the whole, also while both directions wait for the other side.
+func (s *session) watch(side Conn) {
+	if r, ok := side.(resettable); ok {
+		r.OnReset(s.lose)
+	}
+}
+
+// lose is called with locks of the lost side held.
+func (s *session) lose(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended || s.tear != nil {
+		return
+	}
+	s.lost = err
+	s.v.p.work.Add(1) // beside the visit's own, which is held until ended is set
+	s.tear = time.AfterFunc(tearAfter, func() {
+		defer s.v.p.work.Done()
+		abort(s.down)
+		abort(s.up)
+	})
 }
 
 // accept completes the handshake of a flow whose upstream stands, and starts copying.
@@ -51,6 +88,8 @@ func (v *visit) carry(c *connection, down, up Conn) {
 		return
 	}
 	s.left.Store(2)
+	s.watch(down)
+	s.watch(up)
 	go s.copyToUpstream()
 	go s.copyToDownstream()
 }
@@ -58,15 +97,15 @@ func (v *visit) carry(c *connection, down, up Conn) {
 // copyToUpstream and copyToDownstream are named so that goroutine dumps read well.
 func (s *session) copyToUpstream() {
 	s.forth = copyOneWay(s.up, s.down, s.c.addReceived)
-	s.ended()
+	s.done()
 }
 
 func (s *session) copyToDownstream() {
 	s.back = copyOneWay(s.down, s.up, s.c.addSent)
-	s.ended()
+	s.done()
 }
 
-func (s *session) ended() {
+func (s *session) done() {
 	if s.left.Add(-1) == 0 {
 		s.end()
 	}
@@ -80,6 +119,15 @@ func (s *session) end() {
 	if err == nil {
 		err = s.back
 	}
+	s.mu.Lock()
+	s.ended = true
+	if s.tear != nil && s.tear.Stop() {
+		s.v.p.work.Done()
+	}
+	if err == nil && s.lost != nil && !isReset(s.lost) {
+		err = &copyError{"receive: ", s.lost}
+	}
+	s.mu.Unlock()
 	if cut := s.v.live.reason(); cut != nil {
 		err = cut
 	}
@@ -98,13 +146,15 @@ func copyOneWay(dst, src Conn, count func(int)) error {
 		err = &copyError{"while closing connection: ", err}
 	case isReset(err):
 		// One side is gone for good: nothing can come from it or go to it any more.
-		err = nil
+		abort(dst)
+		abort(src)
+		return nil
 	case ignorable(err):
 		dst.CloseWrite()
 		return nil
 	}
-	abort(dst)
-	abort(src)
+	cancel(dst) // to the peer it is an error, too
+	cancel(src)
 	return err
 }
 
@@ -201,8 +251,8 @@ type copyError struct {
 func (e *copyError) Error() string { return e.prefix + osText(e.err) }
 func (e *copyError) Unwrap() error { return e.err }
 
-// isReset reports whether an end of the copy was reset, by its peer or by us. A tunnel that was lost and
-// a stream that the peer ended for a fault of its own are errors instead.
+// isReset reports whether an end of the copy was reset, by its application or by us. A tunnel that was lost and
+// a stream that the peer cut, for whatever reason but its application's reset (CONNECT_ERROR), are errors instead.
 func isReset(err error) bool {
 	var lost *hbone.ConnError
 	if errors.As(err, &lost) {

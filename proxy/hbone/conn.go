@@ -205,8 +205,9 @@ func (c *conn) endLocked(err error) {
 func (c *conn) abandonLocked() {
 	var err error = &ConnError{c.err}
 	if !c.client && c.farewell {
-		// curl and its like end a tunnel by GOAWAY and the end of the connection, without ending its streams.
-		err = &StreamError{Code: http2.ErrCodeCancel, Remote: true}
+		// curl and its like end a tunnel by GOAWAY and the end of the connection, without ending its streams: that
+		// stands for their END_STREAM.
+		err = &StreamError{Code: http2.ErrCodeCancel, Remote: true, Ended: true}
 	}
 	for _, s := range c.streams {
 		s.detachLocked(err)

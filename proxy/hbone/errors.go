@@ -45,6 +45,8 @@ type StreamError struct {
 	// Unprocessed says that the peer has certainly not acted on the request (REFUSED_STREAM, or a GOAWAY that left
 	// the stream out), so that it may be sent again elsewhere.
 	Unprocessed bool
+	// Ended says that the peer had ended its direction in good order before (END_STREAM).
+	Ended bool
 }
 
 func (e *StreamError) Error() string {
@@ -60,16 +62,20 @@ func (e *StreamError) Error() string {
 func (e *StreamError) Is(target error) bool {
 	switch target {
 	case syscall.EPIPE:
-		return e.orderly() || e.Code == http2.ErrCodeStreamClosed
+		return e.orderly()
 	case syscall.ECONNRESET:
-		return e.Remote && !e.orderly() && e.Code != http2.ErrCodeStreamClosed
+		return e.Remote && !e.orderly()
 	}
 	return false
 }
 
-// orderly: NO_ERROR and CANCEL from the peer are a clean end to a reader (spec 9).
+// orderly: after its END_STREAM the peer only says that it wants no more of ours. Before it, whatever the code, the
+// stream was cut (doc.go, 2026-11-28).
 func (e *StreamError) orderly() bool {
-	return e.Remote && (e.Code == http2.ErrCodeNo || e.Code == http2.ErrCodeCancel)
+	if !e.Remote || !e.Ended {
+		return false
+	}
+	return e.Code == http2.ErrCodeNo || e.Code == http2.ErrCodeCancel || e.Code == http2.ErrCodeStreamClosed
 }
 
 // ConnError is the end of a whole connection, as its streams see it.

@@ -64,33 +64,44 @@ func eventually(t testing.TB, ok func() bool) {
 	t.Fatal("did not come to pass")
 }
 
-// TestReset: how each code reads at the other end, with data before it.
+// TestReset: how each code reads at the other end, with data before it. Only END_STREAM is an end of file: a reset
+// without it is a reset, whatever the code; after it, three codes only say that no more is wanted.
 func TestReset(t *testing.T) {
 	a, b := tcpPair(t)
 	cc, sc, reqs, stop := link(t, a, b, Config{})
 	defer stop()
 	for _, code := range []http2.ErrCode{http2.ErrCodeNo, http2.ErrCodeCancel, http2.ErrCodeInternal, http2.ErrCodeConnect, http2.ErrCodeStreamClosed} {
-		for _, fromServer := range []bool{false, true} {
+		for i := range 4 {
+			fromServer, ended := i&1 != 0, i&2 != 0
 			x, y := pair(t, cc, reqs)
 			if fromServer {
 				x, y = y, x
 			}
+			told := make(chan error, 2)
+			y.OnReset(func(err error) { told <- err })
 			x.Write([]byte("data"))
 			io.ReadFull(y, make([]byte, 2))
+			if ended {
+				x.CloseWrite()
+				time.Sleep(5 * time.Millisecond) // an end that was not sent is dropped by the reset
+			}
 			x.Reset(code)
 			rest, err := io.ReadAll(y)
-			orderly := code == http2.ErrCodeNo || code == http2.ErrCodeCancel
 			var se *StreamError
-			if string(rest) != "ta" || orderly != (err == nil) || !orderly && (!errors.As(err, &se) || se.Code != code || !se.Remote) {
-				t.Errorf("%v: %q %v", code, rest, err)
+			if string(rest) != "ta" || ended != (err == nil) || !ended && (!errors.As(err, &se) || se.Code != code || !se.Remote) {
+				t.Errorf("%v, ended %v: %q %v", code, ended, rest, err)
 			}
+			eventually(t, func() bool { _, err := y.Write(nil); return err != nil })
 			_, werr := y.Write([]byte("x"))
-			pipe := orderly || code == http2.ErrCodeStreamClosed
+			pipe := ended && (code == http2.ErrCodeNo || code == http2.ErrCodeCancel || code == http2.ErrCodeStreamClosed)
 			if errors.Is(werr, syscall.EPIPE) != pipe || errors.Is(werr, syscall.ECONNRESET) == pipe {
-				t.Errorf("%v: write after reset: %v", code, werr)
+				t.Errorf("%v, ended %v: write after reset: %v", code, ended, werr)
 			}
-			if cerr := y.CloseWrite(); (cerr == nil) != (code == http2.ErrCodeNo) {
-				t.Errorf("%v: CloseWrite after reset: %v", code, cerr)
+			if cerr := y.CloseWrite(); (cerr == nil) != (ended && code == http2.ErrCodeNo) {
+				t.Errorf("%v, ended %v: CloseWrite after reset: %v", code, ended, cerr)
+			}
+			if n := len(told); n != 1 && !pipe || n != 0 && pipe {
+				t.Errorf("%v, ended %v: told %d times of the reset", code, ended, n)
 			}
 			if _, err := x.Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
 				t.Error(err)

@@ -16,11 +16,13 @@ import (
 //
 // Write, ReadFrom: the data is on its way or in the stream's one frame buffer when they return; they wait while
 // that buffer is full and the peer gives no window. Read, WriteTo: io.EOF (nil from WriteTo) after the peer's
-// END_STREAM, or its RST_STREAM with NO_ERROR or CANCEL. An idle stream has no goroutine and no buffer here.
+// END_STREAM, and only then. An idle stream has no goroutine and no buffer here.
 type Stream struct {
-	c      *conn
-	id     uint32
-	onGone func() // the stream is over on the wire; called once, with c.mu held
+	c       *conn
+	id      uint32
+	onGone  func()      // the stream is over on the wire; called once, with c.mu held
+	onReset func(error) // OnReset's; called once, with c.mu held
+	reset   error       // why onReset was called, or would have been
 
 	// The sending half and the life cycle; c.mu guards them.
 	sendWin    int64 // what the peer's window lets us send
@@ -73,6 +75,19 @@ func newStream(c *conn, id uint32) *Stream {
 	s.wcond.L = &c.mu
 	s.rcond.L = &s.rmu
 	return s
+}
+
+// OnReset has f called, at most once, when the stream is cut: by the peer's RST_STREAM, or with its connection. A user
+// who waits in a Write elsewhere would not learn of it otherwise. It is not called for what Close and Reset do, nor
+// when all that the peer had to say has arrived. f must neither wait nor call the stream: locks are held.
+func (s *Stream) OnReset(f func(error)) {
+	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	if s.reset != nil {
+		f(s.reset)
+		return
+	}
+	s.onReset = f
 }
 
 // deadline is one direction's. The lock of that direction guards it.
@@ -266,7 +281,7 @@ func (s *Stream) CloseWrite() error {
 	}
 	if s.werr != nil {
 		var se *StreamError
-		if errors.As(s.werr, &se) && se.Remote && se.Code == http2.ErrCodeNo {
+		if errors.As(s.werr, &se) && se.orderly() && se.Code == http2.ErrCodeNo {
 			return nil // the peer has what it wanted
 		}
 		return s.werr
@@ -309,6 +324,7 @@ func (s *Stream) Close() error {
 // closeLocked is the common part of Close and Reset. c.mu is held.
 func (s *Stream) closeLocked() {
 	s.closed = true
+	s.onReset = nil
 	if s.werr == nil {
 		s.werr = net.ErrClosed
 	}
@@ -377,6 +393,14 @@ func (s *Stream) dropPending() {
 // forgets the stream.
 func (s *Stream) detachLocked(err error) {
 	s.dropPending()
+	var lost *ConnError
+	var se *StreamError
+	if whole := s.gotEnd && errors.As(err, &lost) || errors.As(err, &se) && se.orderly(); !whole && s.reset == nil {
+		if s.reset = err; s.onReset != nil && !s.closed {
+			s.onReset(err)
+		}
+		s.onReset = nil
+	}
 	s.sentEnd, s.gotEnd = true, true
 	if s.werr == nil {
 		s.werr = err

@@ -27,11 +27,19 @@ func TestNetConn(t *testing.T) {
 					if dir == "server" {
 						x, y = y, x
 					}
-					return x, y, func() { x.Close(); y.Close(); stop() }, nil
+					return closer{x}, closer{y}, func() { x.Close(); y.Close(); stop() }, nil
 				})
 			})
 		}
 	}
+}
+
+// closer closes as sockets do, in good order: a Stream that is closed without CloseWrite is given up.
+type closer struct{ *Stream }
+
+func (c closer) Close() error {
+	c.CloseWrite()
+	return c.Stream.Close()
 }
 
 // TestConnNetConn is about the record layer by itself.

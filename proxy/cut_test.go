@@ -1,0 +1,129 @@
+package proxy
+
+import (
+	"errors"
+	"io"
+	"net"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+
+	"ztun/proxy/hbone"
+)
+
+// deaf is an application that reads nothing until it is told to; it reports how its connection ended.
+func deaf(read <-chan struct{}, ended chan<- error) func(net.Conn) {
+	return func(c net.Conn) {
+		c.(*net.TCPConn).SetReadBuffer(4096)
+		<-read
+		_, err := io.Copy(io.Discard, c)
+		ended <- err
+	}
+}
+
+// TestLostWhileWriting: the copier waits for an application that does not read. A reset by the peer, or the loss of its
+// tunnel, ends both directions all the same, frees what waited, and is a reset to the application.
+func TestLostWhileWriting(t *testing.T) {
+	for name, lose := range map[string]func(*hbone.ClientConn, *hbone.Stream){
+		"reset":  func(_ *hbone.ClientConn, s *hbone.Stream) { s.Reset(http2.ErrCodeConnect) },
+		"cancel": func(_ *hbone.ClientConn, s *hbone.Stream) { s.Reset(http2.ErrCodeCancel) },
+		"tunnel": func(cc *hbone.ClientConn, _ *hbone.Stream) { cc.Abort(errors.New("cut")) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			read, ended := make(chan struct{}), make(chan error, 1)
+			w.listen(appB, deaf(read, ended))
+			cc := w.peerOfB("10.91.1.2:4000")
+			s, _, err := cc.Open(t.Context(), &hbone.Request{Authority: "10.91.2.2:9000"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.SetWriteDeadline(time.Now().Add(300 * time.Millisecond))
+			if _, err := io.Copy(s, endless{}); err == nil {
+				t.Fatal("the deaf application took everything")
+			}
+			lose(cc, s)
+			w.settle() // without the application's doing anything
+			close(read)
+			if err := <-ended; !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("the application read %v, want a reset", err)
+			}
+			if l := w.lastLine(1); strings.Contains(l, "error=") != (name != "reset") {
+				t.Errorf("access line: %s", l)
+			}
+		})
+	}
+}
+
+// TestSlowReaderGetsTheRest: what has arrived before a reset is still taken by an application that reads.
+func TestSlowReaderGetsTheRest(t *testing.T) {
+	w := newWorld(t)
+	got := make(chan int64, 1)
+	w.listen(appB, func(c net.Conn) {
+		n, _ := io.Copy(io.Discard, c)
+		got <- n
+	})
+	cc := w.peerOfB("10.91.1.2:4000")
+	s, _, err := cc.Open(t.Context(), &hbone.Request{Authority: "10.91.2.2:9000"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const sent = 1 << 20
+	if _, err := s.Write(make([]byte, sent)); err != nil {
+		t.Fatal(err)
+	}
+	s.Close() // after what was written, and without END_STREAM
+	if n := <-got; n < sent/2 {
+		t.Errorf("%d of %d bytes arrived before the reset", n, sent)
+	}
+	w.settle()
+}
+
+// TestCutLooksCut: a running connection that policy cuts at the server's side is a reset to the client's application,
+// and an error in both access lines; so is one that a drain cuts at its deadline.
+func TestCutLooksCut(t *testing.T) {
+	for _, what := range []string{"policy", "drain"} {
+		t.Run(what, func(t *testing.T) {
+			w := newWorld(t)
+			w.listen(appB, func(c net.Conn) { // a download whose end is the connection's
+				io.ReadFull(c, make([]byte, 4))
+				io.WriteString(c, "half of it")
+				io.Copy(io.Discard, c)
+			})
+			app, _, done, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.2:9000")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer app.Close()
+			io.WriteString(app, "ping")
+			if _, err := io.ReadFull(app, make([]byte, 10)); err != nil {
+				t.Fatal(err)
+			}
+			if what == "policy" {
+				w.know.publish(loadView(t, func(s string) string {
+					return strings.Replace(s, "destinationPorts: [7777]", "destinationPorts: [7777, 9000]", 1)
+				}))
+				w.proxies[1].Recheck()
+			} else {
+				w.proxies[1].Close()
+			}
+			if n, err := app.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("the client's application read %d, %v; want a reset", n, err)
+			}
+			<-done
+			w.settle()
+			for i := range 2 {
+				if l := w.lastLine(i); !strings.Contains(l, "\terror\t") {
+					t.Errorf("pod %d: %s", i, l)
+				}
+			}
+		})
+	}
+}
+
+type endless struct{}
+
+func (endless) Read(p []byte) (int, error) { return len(p), nil }
