@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
-	"runtime/debug"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -39,7 +37,9 @@ func rootCommand() *cobra.Command {
 		Short:         "Istio ambient node proxy over TUN and a userspace TCP/IP stack",
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		Version:       versionText(),
 	}
+	root.SetVersionTemplate("{{.Version}}\n")
 	root.AddCommand(proxyCommand(), podCommand(), caCommand(), controlCommand(), versionCommand())
 	return root
 }
@@ -60,32 +60,4 @@ func proxyCommand() *cobra.Command {
 			return runProxy(cmd.Context(), c)
 		},
 	}
-}
-
-func versionCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "version", Short: "print the version and end", Args: cobra.NoArgs,
-		Run: func(cmd *cobra.Command, _ []string) {
-			version, revision := buildVersion()
-			fmt.Printf("ztun %s (revision %s, %s)\n", version, revision, runtime.Version())
-		},
-	}
-}
-
-// buildVersion reads what the linker recorded.
-func buildVersion() (version, revision string) {
-	version, revision = "unknown", "unknown"
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return
-	}
-	if info.Main.Version != "" {
-		version = info.Main.Version
-	}
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			revision = s.Value
-		}
-	}
-	return
 }
