@@ -217,14 +217,12 @@ func statusOf(err error) int {
 }
 
 // admit checks the newest policies for a registered connection and dials the application. Registered
-// first, checked then: a policy change in between finds the connection. The workload's record is looked up
-// again, too, since which policies apply to it is part of it.
+// first, checked then: a policy change in between finds the connection.
 func (p *Proxy) admit(ctx context.Context, log policyLog, local *state.Workload, l *live, a appDial) (Conn, *Error) {
-	view := p.o.Knowledge.View()
-	if w := view.WorkloadByInfo(p.o.Info); w != nil {
-		local = w
+	v, err := p.judge(ctx, local, l.policy)
+	if err != nil {
+		return nil, l.instead(fail(kindApp, err))
 	}
-	v := rbac.Evaluate(view.PoliciesFor(local), l.policy)
 	log.verdict(v)
 	if !v.Allowed {
 		return nil, fail(kindDenied, v.Err())

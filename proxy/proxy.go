@@ -56,7 +56,8 @@ type Options struct {
 	// Demand asks the control plane for a key ("network/ip" or "namespace/hostname") and returns when it is
 	// answered, or ctx ends; a View with the answer is published by then. nil: on-demand look-ups are off.
 	Demand      func(ctx context.Context, key string) error
-	OnDemandDNS *OnDemandDNS // of all pods; nil: not counted
+	OnDemandDNS *OnDemandDNS     // of all pods; nil: not counted
+	Policies    *UnknownPolicies // of all pods; nil: the proxy's own
 	Metrics     *Metrics
 	Access      *slog.Logger // target "access"
 	Log         *slog.Logger
@@ -74,6 +75,7 @@ type Proxy struct {
 
 	mu       sync.Mutex
 	draining bool
+	recheck  *time.Timer // nil: none is due
 	mesh     map[*hbone.ServerConn]struct{}
 	work     sync.WaitGroup
 
@@ -95,6 +97,9 @@ func New(o Options) *Proxy {
 	}
 	p := &Proxy{o: o, mesh: map[*hbone.ServerConn]struct{}{}, handshakes: make(chan struct{}, o.Config.MaxMeshHandshake), illegal: route.IllegalPorts(o.Config.SOCKS5)}
 	p.greetings = make(chan struct{}, o.Config.MaxMeshHandshake)
+	if p.o.Policies == nil {
+		p.o.Policies = NewUnknownPolicies(false, o.Log)
+	}
 	p.policyLogger = newPolicyLogger(&o)
 	p.ctx, p.stop = context.WithCancel(context.Background())
 	pod := o.Info.Namespace + "/" + o.Info.Name
@@ -243,13 +248,40 @@ func (p *Proxy) Recheck() {
 		if !l.inbound {
 			continue
 		}
-		// A policy that is listed but not loaded (yet) refuses new connections; it is no reason to cut
-		// one that was allowed, since workloads and policies do not arrive together.
-		if v := rbac.Evaluate(policies, l.policy); !v.Allowed && !v.Missing {
+		v := rbac.Evaluate(policies, l.policy)
+		// A policy that is listed but not loaded (yet) may still allow the connection, since workloads and policies do
+		// not arrive together. It is no reason to cut one that was allowed.
+		if !v.Allowed && len(v.Missing) > 0 {
+			if left := p.o.Policies.patience(v.Missing, local.UID); left > 0 {
+				p.recheckIn(left)
+				continue
+			}
+		}
+		if !v.Allowed {
 			p.o.Log.Info("connection is no longer allowed, closing it", "src", l.src, "dst", l.actualDst, "policy", v.Policy)
 			l.sever(fail(kindPolicyChange, nil))
 		}
 	}
+}
+
+// recheckIn re-checks after d, when nobody waits for a missing policy any longer.
+func (p *Proxy) recheckIn(d time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.recheck != nil || p.draining {
+		return
+	}
+	p.work.Add(1)
+	p.recheck = time.AfterFunc(d, func() {
+		defer p.work.Done()
+		p.mu.Lock()
+		p.recheck = nil
+		draining := p.draining
+		p.mu.Unlock()
+		if !draining {
+			p.Recheck()
+		}
+	})
 }
 
 // Stats are figures of one pod's data plane.
@@ -317,6 +349,10 @@ func (p *Proxy) Close() {
 	mesh := make([]*hbone.ServerConn, 0, len(p.mesh))
 	for s := range p.mesh {
 		mesh = append(mesh, s)
+	}
+	if p.recheck != nil && p.recheck.Stop() {
+		p.recheck = nil
+		p.work.Done()
 	}
 	p.mu.Unlock()
 	p.conns.severAll(fail(kindDrain, nil))

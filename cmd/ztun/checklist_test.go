@@ -61,10 +61,17 @@ func TestGracePeriods(t *testing.T) {
 
 // TestDumpKeys: controlplane checklist 75, the keys of /config_dump are ztunnel's in shared mode.
 func TestDumpKeys(t *testing.T) {
-	d := &daemon{c: load(t), loop: admin.NewLoop(admin.LoopOptions{})}
+	d := &daemon{c: load(t), loop: admin.NewLoop(admin.LoopOptions{}), policies: proxy.NewUnknownPolicies(false, slog.New(slog.DiscardHandler))}
 	want := []string{"certificates", "config", "policies", "services", "stagedServices", "staticConfig", "version", "workloadState", "workloads"}
 	if got := slices.Sorted(maps.Keys(d.dump())); !slices.Equal(got, want) {
 		t.Errorf("%q", got)
+	}
+	// One more where a policy is listed and missing.
+	b := state.NewBuilder("")
+	b.InsertWorkload(&state.Workload{UID: "u", Name: "a", Namespace: "n", ServiceAccount: "s", AuthorizationPolicies: []string{"n/gone"}})
+	d.policies.Follow(b.Build(), []state.WorkloadInfo{{Name: "a", Namespace: "n", ServiceAccount: "s"}})
+	if got := slices.Sorted(maps.Keys(d.dump())); !slices.Contains(got, "unknownPolicies") {
+		t.Errorf("a policy is missing, and the dump does not say so: %q", got)
 	}
 }
 
@@ -75,7 +82,7 @@ func TestIdentitiesOfTheNode(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer work.Wait()
 	defer cancel()
-	d := &daemon{c: load(t), certs: ca.NewManager(ca.ManagerOptions{Signer: ca.NewFake(), TTL: time.Hour}), loop: admin.NewLoop(admin.LoopOptions{})}
+	d := &daemon{c: load(t), certs: ca.NewManager(ca.ManagerOptions{Signer: ca.NewFake(), TTL: time.Hour}), policies: proxy.NewUnknownPolicies(false, slog.New(slog.DiscardHandler)), loop: admin.NewLoop(admin.LoopOptions{})}
 	d.pods = newPodManager(d.c, slog.New(slog.DiscardHandler))
 	work.Go(func() { d.certs.Run(ctx) })
 	work.Go(func() { d.loop.Run(ctx) })

@@ -58,6 +58,9 @@ func (c *controlCollector) Collect(ch chan<- prometheus.Metric) {
 		}
 	}
 	emit(ch, "ztun_certificates_", c.d.certs.Stats(), "", "")
+	if c.d.policies != nil {
+		emit(ch, "ztun_policies_", c.d.policies.Stats(), "", "")
+	}
 	if c.d.resolve != nil {
 		emit(ch, "ztun_hostnames_", c.d.resolve.Stats(), "", "")
 	}
@@ -86,7 +89,7 @@ func (c *controlCollector) Collect(ch chan<- prometheus.Metric) {
 // gauges are the fields that go up and down; all others count.
 var gauges = map[string]bool{
 	"InFlight": true, "DNSInFlight": true, "Conns": true, "Offload": true, "Keys": true, "Streams": true,
-	"Identities": true, "Waiting": true, "Running": true, "Queued": true, "Names": true, "Tracked": true,
+	"Identities": true, "Waiting": true, "Running": true, "Queued": true, "Names": true, "Tracked": true, "Unknown": true,
 }
 
 // emit exports the numeric fields of a struct of counters under their own names, with one label, or none if it is "". Reflection costs

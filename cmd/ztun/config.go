@@ -74,6 +74,7 @@ type Config struct {
 	WorkerThreads       int
 	RustLog, LogFormat  string
 	AuthzInfo           bool // decisions of policies are logged at info
+	DenyUnknownPolicy   bool
 	IstioVersion        string
 	ProxyArgs           string // the command line after the program's name
 

@@ -92,6 +92,7 @@ func (c *Config) dumpOwn() map[string]any {
 		"controlCredentials": orNull(c.ControlDir), "localCaDir": orNull(c.LocalCADir), "localXdsPath": orNull(c.LocalXDSPath),
 		"maxInFlight": c.MaxInFlight, "maxInFlightPerDestination": c.MaxInFlightPerDestination, "mtu": c.MTU, "nodeTun": c.NodeTUN,
 		"pqc": c.PQC, "socket": c.Socket, "stateDir": c.StateDir, "tls12": c.TLS12, "tokenFile": orNull(c.TokenFile), "tunPlain": c.TUNPlain,
+		"denyUnknownPolicy": c.DenyUnknownPolicy,
 	}
 }
 

@@ -101,6 +101,7 @@ func variables(c *Config, l *loader) []variable {
 		{"RUST_LOG", "info", "log filter: level or target=level, comma separated", str(&c.RustLog)},
 		{"LOG_FORMAT", "plain", "json, or anything else for text", str(&c.LogFormat)},
 		{"AUTHZ_POLICY_INFO_LOGGING", "false", "log decisions of policies at info, not at debug", c.exactly(&c.AuthzInfo, "AUTHZ_POLICY_INFO_LOGGING")},
+		{"ZTUN_UNKNOWN_POLICY", "skip", "a policy that a workload lists and that does not arrive within seconds: skip decides without it (as ztunnel), deny refuses", unknownPolicy(&c.DenyUnknownPolicy)},
 		{"ISTIO_META_ISTIO_VERSION", "unknown", "version shown by the istio_build metric", str(&c.IstioVersion)},
 
 		{"ZTUN_STATE_DIR", "/var/run/ztun", "where the daemon keeps its socket and the list of pods", str(&c.StateDir)},

@@ -106,6 +106,16 @@ func compliancePolicy(p *bool) func(string) error {
 	}
 }
 
+func unknownPolicy(deny *bool) func(string) error {
+	return func(v string) error {
+		if v != "skip" && v != "deny" {
+			return errors.New("neither skip nor deny")
+		}
+		*deny = v == "deny"
+		return nil
+	}
+}
+
 func duration(p *time.Duration) func(string) error {
 	return func(v string) (err error) { *p, err = parseDuration(v); return err }
 }

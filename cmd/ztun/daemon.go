@@ -56,6 +56,7 @@ type daemon struct {
 	crl      *ca.CRLFile // nil: CRL_PATH is not set
 	revoked  identity.Revocation
 	metrics  *proxy.Metrics
+	policies *proxy.UnknownPolicies
 	pods     *podManager
 	node     *netns.NS
 	dev      tun.Device
@@ -180,6 +181,7 @@ func (d *daemon) start(ctx context.Context) error {
 	d.certs = ca.NewManager(ca.ManagerOptions{Signer: signer, TTL: c.SecretTTL, Logger: d.log.Logger("ca")})
 	d.revocation(ctx)
 	d.metrics = proxy.NewMetrics()
+	d.policies = proxy.NewUnknownPolicies(c.DenyUnknownPolicy, d.log.Logger("proxy"))
 	d.onDemandDNS = proxy.NewOnDemandDNS()
 	if c.DNSProxy {
 		d.dnsMetrics = dns.NewMetrics()
@@ -235,7 +237,13 @@ func (d *daemon) newState() {
 	had := d.certs.Dump()
 	view := d.loop.View()
 	used := map[identity.ID]bool{}
-	for _, p := range d.pods.all() {
+	pods := d.pods.all()
+	infos := make([]state.WorkloadInfo, len(pods))
+	for i, p := range pods {
+		infos[i] = p.info()
+	}
+	d.policies.Follow(view, infos)
+	for _, p := range pods {
 		p.proxy.Recheck()
 		if w := view.WorkloadByInfo(p.info()); w != nil {
 			used[w.Identity()] = true
@@ -330,7 +338,7 @@ func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup) *pr
 	}
 	return proxy.New(proxy.Options{
 		Info:    state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount},
-		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: d.resolve, Metrics: d.metrics, OnDemandDNS: d.onDemandDNS, Demand: demand, Names: names,
+		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: d.resolve, Metrics: d.metrics, Policies: d.policies, OnDemandDNS: d.onDemandDNS, Demand: demand, Names: names,
 		Access: d.log.Logger("access"), Log: d.log.Logger("proxy"), Random: mrand.Uint64N,
 		Config: proxy.Config{
 			NetworkName: c.Network, ResponseBaggage: c.ResponseBaggage,

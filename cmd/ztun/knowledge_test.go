@@ -21,7 +21,7 @@ func TestWantedMeanwhile(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer work.Wait()
 	defer cancel()
-	d := &daemon{c: load(t), certs: ca.NewManager(ca.ManagerOptions{Signer: ca.NewFake(), TTL: time.Hour}), loop: admin.NewLoop(admin.LoopOptions{})}
+	d := &daemon{c: load(t), certs: ca.NewManager(ca.ManagerOptions{Signer: ca.NewFake(), TTL: time.Hour}), policies: proxy.NewUnknownPolicies(false, slog.New(slog.DiscardHandler)), loop: admin.NewLoop(admin.LoopOptions{})}
 	d.pods = newPodManager(d.c, slog.New(slog.DiscardHandler))
 	work.Go(func() { d.certs.Run(ctx) })
 	work.Go(func() { d.loop.Run(ctx) })

@@ -99,7 +99,7 @@ func (d *daemon) dump() map[string]admin.Section {
 			return e.Raw(func(w io.Writer) error { return write(w, view) })
 		}
 	}
-	return map[string]admin.Section{
+	sections := map[string]admin.Section{
 		"certificates":   admin.SectionOf(func() any { return d.certs.Dump() }),
 		"config":         admin.SectionOf(func() any { return d.c.dump() }),
 		"policies":       raw(xds.WritePolicies),
@@ -111,6 +111,11 @@ func (d *daemon) dump() map[string]admin.Section {
 		"workloads":     raw(xds.WriteWorkloads),
 		"workloadState": admin.WorkloadState(d.podDumps),
 	}
+	// Only where there are any: the keys are ztunnel's as long as nothing is amiss.
+	if missing := d.policies.Dump(); len(missing) > 0 {
+		sections["unknownPolicies"] = admin.SectionOf(func() any { return missing })
+	}
+	return sections
 }
 
 func (d *daemon) version() map[string]string {

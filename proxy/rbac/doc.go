@@ -31,8 +31,10 @@
 // matches. A damaged policy can so only reject more than its author asked,
 // never less.
 //
-// 2026-11-23: a policy that a workload lists but that is not loaded rejects
-// (Missing), where ztunnel skips it and thereby opens the workload. The verdict
-// says so (Verdict.Missing), so that connections that were admitted before
-// can be left alone while an update is still on its way.
+// 2026-11-28: a policy that a workload lists but that is not loaded is left out
+// and named in the verdict (Missing): package proxy holds the connection for it
+// for a moment and then decides as ztunnel does, without it, or refuses (Strict).
+// Until then such a policy rejected. But istiod lists policies that it never
+// sends (those converted from a PeerAuthentication that turns out to be UNSET),
+// and sends a workload before the policy that it lists.
 package rbac

@@ -32,9 +32,10 @@ type Verdict struct {
 	Reason  Reason
 	Policy  string // key "namespace/name" of the deciding policy; "" if none decided
 
-	// Missing: the connection is rejected only because a policy that the workload
-	// lists is not loaded (yet).
-	Missing bool
+	// Missing are the keys of policies that the workload lists and that are not
+	// loaded (yet): what they say was left out. Nil when a policy that is loaded
+	// denies, since no other could change that.
+	Missing []string
 
 	// DryRun are the dry-run policies that match, in the order of evaluation, for
 	// the log. Nil unless there are any.
@@ -51,32 +52,28 @@ type DryRun struct {
 }
 
 // Evaluate judges c by the policies that apply to its destination. Nil policies
-// are skipped. It allocates only for dry-run policies that match.
+// are skipped, and so are missing ones, which the verdict names. It allocates only
+// for these and for dry-run policies that match.
 func Evaluate(ps []*Policy, c Conn) Verdict {
 	var v Verdict
-	// A loaded policy is preferred over a missing one as the reason, so that
-	// Missing really means "only because".
-	var missing *Policy
 	allows, dryAllows := 0, 0
 	m := newMatcher(c)
 	for _, p := range ps {
 		switch {
 		case p == nil:
+		case p.missing:
+			v.Missing = append(v.Missing, p.Key)
 		case p.Action == Allow && p.DryRun:
 			dryAllows++
 		case p.Action == Allow:
 			allows++
-		case p.missing:
-			if missing == nil {
-				missing = p
-			}
 		case p.DryRun && m.policy(p):
 			v.DryRun = append(v.DryRun, DryRun{Policy: p.Key, Action: Deny})
 		}
 	}
 	for _, p := range ps {
 		if p != nil && p.Action == Deny && !p.DryRun && !p.missing && m.policy(p) {
-			v.Reason, v.Policy = ReasonDenied, p.Key
+			v.Reason, v.Policy, v.Missing = ReasonDenied, p.Key, nil
 			return v
 		}
 	}
@@ -100,8 +97,13 @@ func Evaluate(ps []*Policy, c Conn) Verdict {
 			}
 		}
 	}
-	if v.Allowed && missing != nil {
-		v.Allowed, v.Reason, v.Policy, v.Missing = false, ReasonDenied, missing.Key, true
+	return v
+}
+
+// Strict is the verdict if policies that are missing deny.
+func (v Verdict) Strict() Verdict {
+	if v.Allowed && len(v.Missing) > 0 {
+		v.Allowed, v.Reason, v.Policy = false, ReasonDenied, v.Missing[0]
 	}
 	return v
 }
@@ -111,7 +113,7 @@ func (v Verdict) Err() error {
 	if v.Allowed {
 		return nil
 	}
-	return &Rejection{Reason: v.Reason, Policy: v.Policy, Missing: v.Missing}
+	return &Rejection{Reason: v.Reason, Policy: v.Policy, Missing: v.Reason == ReasonDenied && len(v.Missing) > 0}
 }
 
 // Rejection is the error of a connection that policy rejects.

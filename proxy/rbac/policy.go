@@ -159,9 +159,9 @@ type Conn struct {
 }
 
 // Missing returns the policy that stands for a key that a workload lists and
-// that is not loaded: it rejects everything.
+// that is not loaded: it decides nothing, and a verdict names it (Verdict.Missing).
 func Missing(key string) *Policy {
-	return &Policy{Key: key, Name: key, Scope: ScopeWorkloadSelector, Action: Deny, Rules: []Rule{{}}, missing: true}
+	return &Policy{Key: key, Name: key, Scope: ScopeWorkloadSelector, missing: true}
 }
 
 // IsMissing reports whether p was made by Missing.

@@ -2,6 +2,7 @@ package rbac
 
 import (
 	"net/netip"
+	"strings"
 	"testing"
 
 	"ztun/proxy/identity"
@@ -169,6 +170,9 @@ func TestEvaluate(t *testing.T) {
 		policy string
 		text   string
 		dryRun int
+
+		missing string // keys
+		strict  string // the text if missing policies deny; "": text
 	}{
 		{name: "no policy", want: true, reason: ReasonNoAllowPolicy},
 		{name: "nil policies", ps: []*Policy{nil}, want: true, reason: ReasonNoAllowPolicy},
@@ -188,10 +192,13 @@ func TestEvaluate(t *testing.T) {
 		{name: "dry-run allow only, misses", ps: []*Policy{pol("n/a", Allow, never, dry)}, want: true, reason: ReasonNoAllowPolicy},
 		{name: "dry-run allow does not allow", ps: []*Policy{pol("n/a", Allow, always, dry), pol("n/b", Allow, never, enforced)},
 			reason: ReasonNotAllowed, dryRun: 1, text: "connection closed due to policy rejection: allow policies exist, but none allowed"},
-		{name: "missing", ps: []*Policy{Missing("n/m")}, reason: ReasonDenied, policy: "n/m",
-			text: "connection closed due to policy rejection: explicitly denied by: n/m (policy not loaded)"},
-		{name: "missing beside an allow", ps: []*Policy{Missing("n/m"), pol("n/a", Allow, always, enforced)}, reason: ReasonDenied, policy: "n/m",
-			text: "connection closed due to policy rejection: explicitly denied by: n/m (policy not loaded)"},
+		{name: "missing", ps: []*Policy{Missing("n/m"), Missing("n/o")}, want: true, reason: ReasonNoAllowPolicy, missing: "n/m n/o",
+			strict: "connection closed due to policy rejection: explicitly denied by: n/m (policy not loaded)"},
+		{name: "missing beside an allow", ps: []*Policy{Missing("n/m"), pol("n/a", Allow, always, enforced)},
+			want: true, reason: ReasonAllowed, policy: "n/a", missing: "n/m",
+			strict: "connection closed due to policy rejection: explicitly denied by: n/m (policy not loaded)"},
+		{name: "missing beside an allow that misses", ps: []*Policy{Missing("n/m"), pol("n/a", Allow, never, enforced)},
+			reason: ReasonNotAllowed, missing: "n/m", text: "connection closed due to policy rejection: allow policies exist, but none allowed"},
 		{name: "missing beside a deny", ps: []*Policy{Missing("n/m"), pol("n/d", Deny, always, enforced)}, reason: ReasonDenied, policy: "n/d",
 			text: "connection closed due to policy rejection: explicitly denied by: n/d"},
 	} {
@@ -201,6 +208,16 @@ func TestEvaluate(t *testing.T) {
 		}
 		if err := v.Err(); (err == nil) != tt.want || err != nil && err.Error() != tt.text {
 			t.Errorf("%s: error %v", tt.name, err)
+		}
+		if got := strings.Join(v.Missing, " "); got != tt.missing {
+			t.Errorf("%s: missing %q, want %q", tt.name, got, tt.missing)
+		}
+		strict := tt.strict
+		if strict == "" {
+			strict = tt.text
+		}
+		if err := v.Strict().Err(); (err == nil) != (strict == "") || err != nil && err.Error() != strict {
+			t.Errorf("%s: strict: error %v, want %q", tt.name, err, strict)
 		}
 	}
 }

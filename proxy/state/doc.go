@@ -35,6 +35,6 @@
 // canonical one is preferred, then the later.
 //
 // 2026-11-23: a policy that a workload lists but that is not loaded appears in
-// its policies as rbac.Missing, which rejects. ztunnel skips it, so that the
-// workload is open until the policy arrives.
+// its policies as rbac.Missing, so that whoever decides can wait for it. ztunnel
+// skips it, so that the workload is open until the policy arrives.
 package state
