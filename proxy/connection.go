@@ -6,10 +6,12 @@ import (
 	"log/slog"
 	"net/netip"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"ztun/proxy/fair"
 	"ztun/proxy/state"
 )
 
@@ -22,6 +24,7 @@ type connection struct {
 	src, dst netip.AddrPort
 	hbone    string // the CONNECT authority; "" for plaintext
 	mtls     bool
+	carried  bool    // it was accepted, and bytes could flow
 	labels   *labels // the series' own, mostly: idle connections are to be small
 	series   *series
 	srcName  string // pod names; "" falls back to the canonical service label
@@ -61,13 +64,20 @@ func (p *Proxy) open(in connectionInput) *connection {
 		c.srcName = in.source.Name
 	}
 	if in.farEnd != nil {
-		c.dstName = in.farEnd.baggage.Workload
+		c.dstName = clip(in.farEnd.baggage.Workload, maxClaimed)
 	} else if in.dest != nil {
 		c.dstName = in.dest.Name
 	}
-	c.series = p.o.Metrics.open(l)
+	claimant, claims := li.claims()
+	c.series = p.o.Metrics.open(l, claimant, claims)
 	if c.labels = &c.series.labels; *c.labels != l {
-		c.labels = &l // counted in the overflow series; the access line still says who it was
+		// Counted in the overflow series, or without what the peer claims; the access line still says who it was.
+		for i := range l {
+			if claims.has(i) {
+				l[i] = strings.Clone(l[i]) // of a header that may be much longer
+			}
+		}
+		c.labels = &l
 	}
 	if p.o.Access.Enabled(context.Background(), slog.LevelDebug) {
 		p.o.Access.LogAttrs(context.Background(), slog.LevelDebug, "connection opened", c.attrs(make([]slog.Attr, 0, 16))...)
@@ -106,6 +116,11 @@ func (c *connection) record(err error) {
 		if err != nil {
 			attrs = append(attrs, slog.String("error", err.Error()))
 		}
+		if err != nil && !c.carried {
+			// As many as somebody likes who is refused: within a budget.
+			c.p.bounds.refusals.Log(context.Background(), level, sourceOf(c.src), "connection complete", attrs...)
+			return
+		}
 		c.p.o.Access.LogAttrs(context.Background(), level, "connection complete", attrs...)
 	})
 }
@@ -140,10 +155,13 @@ func (c *connection) attrs(a []slog.Attr) []slog.Attr {
 // deny writes the WARN line of a connection that was turned down before anything was counted
 // (spec 11, "early deny").
 func (p *Proxy) deny(outbound bool, src, dst netip.AddrPort, err error) {
-	p.o.Access.LogAttrs(context.Background(), slog.LevelWarn, "connection failed",
+	p.bounds.refusals.Log(context.Background(), slog.LevelWarn, sourceOf(src), "connection failed",
 		slog.Any("src.addr", src), slog.Any("dst.addr", dst),
 		slog.String("direction", direction(outbound)), slog.String("error", err.Error()))
 }
+
+// sourceOf is who src is to the bounds on log lines.
+func sourceOf(src netip.AddrPort) string { return fair.Group(src.Addr()).String() }
 
 // display is text that is logged without quotes, as ztunnel logs what it displays.
 type display string

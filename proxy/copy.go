@@ -80,6 +80,7 @@ func (v *visit) accept(c *connection, f Flow, up Conn) {
 
 // carry starts copying and returns.
 func (v *visit) carry(c *connection, down, up Conn) {
+	c.carried = true
 	s := &session{v: v, c: c, down: down, up: up}
 	if cut := v.live.attach(down, up); cut != nil {
 		cancel(down)

@@ -26,4 +26,10 @@
 //     it. Its access line reports success, as that of any connection that was given up.
 //   - 2026-11-23: on-demand look-ups are made for what a decision missed, then it is made again: package
 //     route stays pure. They hold a connection up for 5 s at most (1 s where only labels depend on them).
+//   - 2026-11-28: what outsiders can take (handshakes, tunnels without a stream, requests, log lines) is shared
+//     by package fair; an evicted connection is reset, and said by the report rather than by a line of its own.
+//   - 2026-11-28: a connection is counted after its policy check, and what a peer says of itself (baggage) is read
+//     only then: a refused peer chooses no label. An admitted one may fill 64 KiB of series, then it counts by identity.
+//   - 2026-11-28: a policy that the workload lists and that is not loaded is waited for, up to 3 s from when it was
+//     first missed, and then left out as in ztunnel; ZTUN_UNKNOWN_POLICY=deny refuses.
 package proxy

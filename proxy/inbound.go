@@ -9,9 +9,11 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
+	"ztun/proxy/fair"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
 	"ztun/proxy/rbac"
@@ -24,6 +26,8 @@ type tunnel struct {
 	src, dst netip.AddrPort // TCP peer; our address and port 15008
 	peer     identity.ID
 	hasPeer  bool
+	// place is the connection's among those that have carried nothing yet. The first CONNECT that is granted gives it back.
+	place *fair.Place[netip.Addr]
 }
 
 // ServeMesh carries one TCP connection accepted on the pod's port 15008. It returns when the
@@ -37,13 +41,22 @@ func (p *Proxy) ServeMesh(raw net.Conn) {
 	defer v.leave()
 
 	t := &tunnel{src: addrPort(raw.RemoteAddr()), dst: addrPort(raw.LocalAddr())}
-	if err := p.awaitByte(raw); err != nil {
-		p.deny(false, t.src, t.dst, fmt.Errorf("tls handshake error: %w", err))
+	var evicted atomic.Bool
+	evict := func() {
+		evicted.Store(true)
+		abort(raw)
+	}
+	source := fair.Group(t.src.Addr())
+	if t.place = p.bounds.newcomers.Take(source, 1, evict); t.place == nil {
+		abort(raw)
 		return
 	}
-	conn, shown, err := p.handshake(raw, t)
+	defer t.place.Release()
+	conn, shown, err := p.meet(raw, t, source, evict)
 	if err != nil {
-		p.deny(false, t.src, t.dst, err)
+		if !evicted.Load() { // the report says that it was, once for many
+			p.deny(false, t.src, t.dst, err)
+		}
 		return
 	}
 	server := hbone.NewServerConn(conn, p.o.Config.HBONE, func(s *hbone.ServerStream) { p.serveStream(t, s) })
@@ -69,8 +82,21 @@ func (p *Proxy) ServeMesh(raw net.Conn) {
 	p.mu.Unlock()
 }
 
-// awaitByte waits for the first byte without taking it: connections that say nothing take no part of the
-// bound on handshakes, which they could exhaust.
+// meet waits for the peer's first byte and has both sides prove who they are.
+func (p *Proxy) meet(raw net.Conn, t *tunnel, source netip.Addr, evict func()) (net.Conn, proof, error) {
+	if err := p.awaitByte(raw); err != nil {
+		return nil, proof{}, fmt.Errorf("tls handshake error: %w", err)
+	}
+	place := p.bounds.handshakes.Take(source, 1, evict)
+	if place == nil {
+		return nil, proof{}, fmt.Errorf("tls handshake error: too many handshakes under way")
+	}
+	defer place.Release()
+	return p.handshake(raw, t)
+}
+
+// awaitByte waits for the first byte without taking it: connections that say nothing have no part in the
+// bound on handshakes, which cost more.
 func (p *Proxy) awaitByte(raw net.Conn) error {
 	sc, ok := raw.(syscall.Conn)
 	if !ok {
@@ -98,15 +124,8 @@ func (p *Proxy) awaitByte(raw net.Conn) error {
 	return rerr
 }
 
-// handshake proves both sides' identities. It is bounded in time and in number.
+// handshake proves both sides' identities. It is bounded in time.
 func (p *Proxy) handshake(raw net.Conn, t *tunnel) (net.Conn, proof, error) {
-	select {
-	case p.handshakes <- struct{}{}:
-		defer func() { <-p.handshakes }()
-	default:
-		p.overload.Add(1)
-		return nil, proof{}, fmt.Errorf("tls handshake error: more than %d handshakes under way", cap(p.handshakes))
-	}
 	ctx, cancel := context.WithTimeout(p.ctx, handshakeTimeout)
 	defer cancel()
 	_, local, err := p.localWorkload(ctx)
@@ -129,27 +148,29 @@ func (p *Proxy) handshake(raw net.Conn, t *tunnel) (net.Conn, proof, error) {
 // accepted and being copied.
 func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	start := time.Now()
-	view, local, in, err := p.receive(t, s)
-	if err != nil {
-		p.deny(false, t.src, t.dst, err)
+	// Until there is an answer, the peer's giving up ends what is under way for it.
+	ctx, stop := s.Context(p.ctx)
+	place := p.bounds.requests.Take(fair.Group(t.src.Addr()), 1, stop)
+	defer place.Release()
+	var view *state.View
+	var local *state.Workload
+	var in route.InboundDecision
+	var err error
+	if place != nil {
+		view, local, in, err = p.receive(ctx, t, s)
+	}
+	if place == nil || err != nil {
+		if gone := ctx.Err() != nil && p.ctx.Err() == nil; place != nil && !gone {
+			p.deny(false, t.src, t.dst, err)
+		}
+		stop()
 		s.Refuse(statusOf(err))
 		return
 	}
-	der := &derived{id: t.peer, hasID: t.hasPeer}
-	if p.o.Config.ResponseBaggage {
-		der.baggage = hbone.ParseBaggage(s.Baggage())
-	}
 	var source *state.Workload
 	if network, ok := s.ForwardedNetwork(); !ok || strings.EqualFold(network, p.o.Config.NetworkName) {
-		source = p.peer(p.ctx, view, t.src.Addr())
+		source = p.peer(ctx, view, t.src.Addr())
 	}
-	c := p.open(connectionInput{
-		src: t.src, dst: t.dst, hbone: s.Authority(), mtls: true, derived: der,
-		source: source, dest: local, service: in.Service, start: start,
-	})
-
-	// Until there is an answer, the peer's giving up ends what is under way for it.
-	ctx, stop := s.Context(p.ctx)
 	l := &live{
 		inbound: true, src: t.src, originalDst: t.dst, actualDst: in.App, protocol: route.HBONE.String(), stop: stop,
 		policy: rbac.Conn{Src: t.src.Addr(), Dst: in.App, ID: t.peer, HasID: t.hasPeer},
@@ -157,7 +178,19 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	p.work.Add(1) // beside the tunnel's own, which is held as long as this runs
 	v := &visit{p: p}
 	v.register(l)
-	up, failed := p.admit(ctx, p.policyLog(t.src, s.Traceparent()), local, l, p.appDial(t, in))
+	failed := p.admit(ctx, p.policyLog(t.src, s.Traceparent()), local, l)
+	der := &derived{id: t.peer, hasID: t.hasPeer}
+	if p.o.Config.ResponseBaggage && failed == nil {
+		der.baggage = hbone.ParseBaggage(s.Baggage()) // what a peer that policy refuses says of itself is not listened to
+	}
+	c := p.open(connectionInput{
+		src: t.src, dst: t.dst, hbone: s.Authority(), mtls: true, derived: der,
+		source: source, dest: local, service: in.Service, start: start,
+	})
+	var up Conn
+	if failed == nil {
+		up, failed = p.reach(ctx, l, p.appDial(t, in))
+	}
 	gone := ctx.Err() != nil && l.reason() == nil
 	stop()
 	if failed != nil {
@@ -181,17 +214,18 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 		v.leave()
 		return
 	}
+	t.place.Release()
 	s.Detach()
 	v.carry(c, down, up)
 }
 
 // receive validates a CONNECT and finds its next hop. An error is an early denial: nothing is counted.
-func (p *Proxy) receive(t *tunnel, s *hbone.ServerStream) (*state.View, *state.Workload, route.InboundDecision, error) {
+func (p *Proxy) receive(ctx context.Context, t *tunnel, s *hbone.ServerStream) (*state.View, *state.Workload, route.InboundDecision, error) {
 	var none route.InboundDecision
 	if s.Method() != http.MethodConnect {
 		return nil, nil, none, &route.Error{Code: route.BadMethod, Subject: s.Method()}
 	}
-	view, local, err := p.localWorkload(p.ctx)
+	view, local, err := p.localWorkload(ctx)
 	if err != nil {
 		return nil, nil, none, err
 	}
@@ -200,7 +234,7 @@ func (p *Proxy) receive(t *tunnel, s *hbone.ServerStream) (*state.View, *state.W
 		ForwardedHost: hbone.ParseForwardedHost(s.Forwarded()), Illegal: p.illegal,
 	}
 	var in route.InboundDecision
-	p.asking(p.ctx, demandWait, view, func(newest *state.View, missed *string) {
+	p.asking(ctx, demandWait, view, func(newest *state.View, missed *string) {
 		view, q.Missed = newest, missed
 		in, err = route.Inbound(view, q)
 	})
@@ -216,17 +250,22 @@ func statusOf(err error) int {
 	return http.StatusServiceUnavailable
 }
 
-// admit checks the newest policies for a registered connection and dials the application. Registered
-// first, checked then: a policy change in between finds the connection.
-func (p *Proxy) admit(ctx context.Context, log policyLog, local *state.Workload, l *live, a appDial) (Conn, *Error) {
+// admit checks the newest policies for a registered connection. Registered first, checked then: a policy change
+// in between finds the connection.
+func (p *Proxy) admit(ctx context.Context, log policyLog, local *state.Workload, l *live) *Error {
 	v, err := p.judge(ctx, local, l.policy)
 	if err != nil {
-		return nil, l.instead(fail(kindApp, err))
+		return l.instead(fail(kindApp, err))
 	}
 	log.verdict(v)
 	if !v.Allowed {
-		return nil, fail(kindDenied, v.Err())
+		return fail(kindDenied, v.Err())
 	}
+	return nil
+}
+
+// reach dials the application for a connection that was admitted.
+func (p *Proxy) reach(ctx context.Context, l *live, a appDial) (Conn, *Error) {
 	up, err := p.dialApp(ctx, a)
 	if err != nil {
 		return nil, l.instead(fail(kindApp, err))

@@ -1,6 +1,8 @@
 package proxy
 
 import (
+	"strings"
+
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
 	"ztun/proxy/state"
@@ -52,6 +54,52 @@ var labelNames = [nLabels]string{
 // labels is one set of label values. An empty value is written as "unknown".
 type labels [nLabels]string
 
+// maxLabel bounds a label's value in bytes: Kubernetes' names have 253 at most, an identity is two of them and a
+// trust domain.
+const maxLabel = 1024
+
+// maxClaimed bounds the value of a label that a peer chooses.
+const maxClaimed = 253
+
+// clip bounds a text. What is cut off is not said: no name that means anything is that long.
+func clip(s string, n int) string {
+	if len(s) > n {
+		s = s[:n]
+	}
+	return strings.ToValidUTF8(s, "?")
+}
+
+// labelSet is a set of labels by index.
+type labelSet uint32
+
+func (s labelSet) has(i int) bool { return s>>i&1 != 0 }
+
+// The labels that baggage fills in.
+const (
+	sourceClaims labelSet = 1<<lSourceWorkload | 1<<lSourceCanonicalService | 1<<lSourceCanonicalRevision | 1<<lSourceNamespace |
+		1<<lSourceApp | 1<<lSourceVersion | 1<<lSourceCluster | 1<<lSourceRegion | 1<<lSourceZone
+	destinationClaims labelSet = 1<<lDestinationWorkload | 1<<lDestinationCanonicalService | 1<<lDestinationCanonicalRevision |
+		1<<lDestinationNamespace | 1<<lDestinationApp | 1<<lDestinationVersion | 1<<lDestinationCluster | 1<<lDestinationRegion | 1<<lDestinationZone
+)
+
+// claims tells whose claims there are among the labels made of in, by identity, and which labels they are. A peer without
+// an identity is known by its address only to those who need not be: all such peers are one.
+func (in *labelInput) claims() (claimant string, set labelSet) {
+	who := func(d *derived) string {
+		if d.hasID {
+			return d.id.String()
+		}
+		return "without identity"
+	}
+	if d := in.derived; d != nil && in.source == nil && d.baggage != (hbone.Baggage{}) {
+		claimant, set = who(d), sourceClaims
+	}
+	if d := in.farEnd; d != nil && d.baggage != (hbone.Baggage{}) {
+		claimant, set = who(d), set|destinationClaims
+	}
+	return claimant, set
+}
+
 // Reporters and security policies, as label values.
 const (
 	reporterSource      = "source"
@@ -87,7 +135,7 @@ func makeLabels(in labelInput) labels {
 	l[lResponseFlags] = FlagNone.String()
 	l[lSecurityPolicy] = in.security
 	if d := in.derived; d != nil {
-		b := &d.baggage
+		b := clipped(&d.baggage)
 		l[lSourceWorkload] = b.Workload
 		l[lSourceCanonicalService] = b.Canonical
 		l[lSourceCanonicalRevision] = b.Revision
@@ -132,12 +180,26 @@ func makeLabels(in labelInput) labels {
 		l[lDestinationServiceNamespace] = s.Namespace
 		l[lDestinationServiceName] = s.Name
 	}
+	for i := range l {
+		if len(l[i]) > maxLabel {
+			l[i] = clip(l[i], maxLabel)
+		}
+	}
 	return l
+}
+
+// clipped is baggage fit for labels.
+func clipped(b *hbone.Baggage) hbone.Baggage {
+	c := *b
+	for _, s := range []*string{&c.Cluster, &c.Namespace, &c.Workload, &c.Canonical, &c.Revision, &c.Region, &c.Zone} {
+		*s = clip(*s, maxClaimed)
+	}
+	return c
 }
 
 // setFarEnd fills in the destination from what it proves and says of itself; what it does not say is unknown.
 func (l *labels) setFarEnd(d *derived) {
-	b := &d.baggage
+	b := clipped(&d.baggage)
 	l[lDestinationWorkload] = b.Workload
 	l[lDestinationCanonicalService] = b.Canonical
 	l[lDestinationApp] = b.Workload

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,8 +19,11 @@ type series struct {
 	isOpen                                 atomic.Bool // has ever been opened: byte counters exist from then on, also at 0
 	opened, closed, failed, received, sent atomic.Uint64
 
-	users atomic.Int64 // connections that count into it now; it does not expire while there are any
-	last  atomic.Int64 // when one of them last let go, in nanoseconds since Metrics.start
+	claimant string // whose claims some of the labels are; "" if nobody's
+	claimed  int    // bytes that count as the claimant's
+	claims   labelSet
+	users    atomic.Int64 // connections that count into it now; it does not expire while there are any
+	last     atomic.Int64 // when one of them last let go, in nanoseconds since Metrics.start
 }
 
 // Metrics holds the traffic metrics of all pods. It is a prometheus.Collector that writes labels in
@@ -31,11 +35,13 @@ type Metrics struct {
 	start  time.Time
 	mu     sync.RWMutex
 	series map[labels]*series
+	claims map[string]int // bytes of the series made of what a peer claims, by the peer's identity
 
 	socketsSource, socketsDestination  atomic.Int64
 	socketsSourceSeen, socketsDestSeen atomic.Bool
 
 	overflowed atomic.Uint64 // look-ups that the bound sent to the overflow series
+	disclaimed atomic.Uint64 // and those whose peer had claimed too much: counted under its identity alone
 	expired    atomic.Uint64 // series
 
 	descs map[string]*prometheus.Desc
@@ -43,11 +49,12 @@ type Metrics struct {
 
 // NewMetrics makes an empty set.
 func NewMetrics() *Metrics {
-	m := &Metrics{start: time.Now(), series: map[labels]*series{}, descs: map[string]*prometheus.Desc{}}
+	m := &Metrics{start: time.Now(), series: map[labels]*series{}, claims: map[string]int{}, descs: map[string]*prometheus.Desc{}}
 	for _, f := range families {
 		m.descs[f.name] = prometheus.NewDesc(f.name, f.help, labelNames[:], nil)
 	}
 	m.descs[overflowName] = prometheus.NewDesc(overflowName, "Label sets counted in the overflow series because the table of series was full.", nil, nil)
+	m.descs[disclaimedName] = prometheus.NewDesc(disclaimedName, "Label sets counted without what the peer claims to be, because it has claimed too much.", nil, nil)
 	m.descs[expiredName] = prometheus.NewDesc(expiredName, "Label sets that have expired: idle, and their workloads gone.", nil, nil)
 	m.descs[sizeName] = prometheus.NewDesc(sizeName, "Label sets in the table of series.", nil, nil)
 	m.descs[socketsName] = prometheus.NewDesc(socketsName, "The current number of open TCP sockets (unstable).", []string{"reporter"}, nil)
@@ -55,10 +62,11 @@ func NewMetrics() *Metrics {
 }
 
 const (
-	socketsName  = "istio_tcp_sockets_open"
-	overflowName = "ztun_traffic_series_overflow_total"
-	expiredName  = "ztun_traffic_series_expired_total"
-	sizeName     = "ztun_traffic_series"
+	socketsName    = "istio_tcp_sockets_open"
+	overflowName   = "ztun_traffic_series_overflow_total"
+	disclaimedName = "ztun_traffic_series_disclaimed_total"
+	expiredName    = "ztun_traffic_series_expired_total"
+	sizeName       = "ztun_traffic_series"
 )
 
 // families are the counters of spec 10.1 that carry the common labels.
@@ -73,8 +81,9 @@ var families = [...]struct {
 	{"istio_tcp_connections_failed_total", "The total number of TCP connections that failed (unstable).", func(s *series) (uint64, bool) { v := s.failed.Load(); return v, v > 0 }},
 }
 
-// get finds or makes the series of l, for one user more until release.
-func (m *Metrics) get(l labels) *series {
+// get finds or makes the series of l, for one user more until release. claimant is whose claims some of the labels
+// are, and claims which; no claimant, no claims.
+func (m *Metrics) get(l labels, claimant string, claims labelSet) *series {
 	m.mu.RLock()
 	s := m.series[l]
 	if s != nil {
@@ -86,10 +95,41 @@ func (m *Metrics) get(l labels) *series {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	s = m.insert(l)
+	if claimant != "" && m.series[l] == nil {
+		size := 0
+		for i := range l {
+			if claims.has(i) {
+				l[i] = strings.Clone(l[i]) // of a header that may be much longer
+				size += len(l[i])
+			}
+		}
+		if size += seriesCost; m.claims[claimant]+size > maxClaims {
+			m.disclaimed.Add(1)
+			for i := range l {
+				if claims.has(i) {
+					l[i] = ""
+				}
+			}
+			claimant = ""
+		} else if len(m.series) < maxSeries {
+			m.claims[claimant] += size
+			s = m.insert(l)
+			s.claimant, s.claimed, s.claims = claimant, size, claims
+		}
+	}
+	if s == nil {
+		s = m.insert(l)
+	}
 	s.users.Add(1)
 	return s
 }
+
+// maxClaims bounds the bytes of the series that are made of what one peer says of itself; seriesCost is what a series
+// costs beside its texts.
+const (
+	maxClaims  = 64 << 10
+	seriesCost = 1 << 10
+)
 
 // insert is called with the lock held.
 func (m *Metrics) insert(l labels) *series {
@@ -118,9 +158,9 @@ const (
 	overflow  = "overflow"
 )
 
-// open counts a connection that begins and returns its byte counters.
-func (m *Metrics) open(l labels) *series {
-	s := m.get(l)
+// open counts a connection that begins and returns its byte counters. See get for the claims.
+func (m *Metrics) open(l labels, claimant string, claims labelSet) *series {
+	s := m.get(l, claimant, claims)
 	s.isOpen.Store(true)
 	s.opened.Add(1)
 	return s
@@ -132,7 +172,7 @@ func (m *Metrics) close(s *series, f Flag) {
 	if f != FlagNone {
 		l := s.labels
 		l[lResponseFlags] = f.String()
-		f := m.get(l)
+		f := m.get(l, s.claimant, s.claims)
 		f.failed.Add(1)
 		f.closed.Add(1)
 		m.release(f)
@@ -207,6 +247,11 @@ func (m *Metrics) Expire(present func(map[NamedWorkload]bool)) int {
 		}
 		if gone || full {
 			delete(m.series, l)
+			if s.claimant != "" {
+				if m.claims[s.claimant] -= s.claimed; m.claims[s.claimant] <= 0 {
+					delete(m.claims, s.claimant)
+				}
+			}
 		}
 	}
 	n -= len(m.series)
@@ -257,6 +302,7 @@ func (m *Metrics) Collect(ch chan<- prometheus.Metric) {
 		}
 	}
 	ch <- sample{desc: m.descs[overflowName], counter: true, value: float64(m.overflowed.Load())}
+	ch <- sample{desc: m.descs[disclaimedName], counter: true, value: float64(m.disclaimed.Load())}
 	ch <- sample{desc: m.descs[expiredName], counter: true, value: float64(m.expired.Load())}
 	ch <- sample{desc: m.descs[sizeName], value: float64(len(all))}
 	gauge := func(reporter string, v int64) {

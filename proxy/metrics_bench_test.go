@@ -24,7 +24,7 @@ func BenchmarkMetrics(b *testing.B) {
 		i := 0
 		for b.Loop() {
 			i++
-			m.close(m.open(ls[i%len(ls)]), FlagNone)
+			m.close(m.open(ls[i%len(ls)], "", 0), FlagNone)
 		}
 	})
 	b.Run("failed", func(b *testing.B) {
@@ -32,12 +32,12 @@ func BenchmarkMetrics(b *testing.B) {
 		i := 0
 		for b.Loop() {
 			i++
-			m.close(m.open(ls[i%len(ls)]), FlagConnect)
+			m.close(m.open(ls[i%len(ls)], "", 0), FlagConnect)
 		}
 	})
 	b.Run("bytes", func(b *testing.B) {
 		b.ReportAllocs()
-		c := &connection{series: m.open(ls[0])}
+		c := &connection{series: m.open(ls[0], "", 0)}
 		for b.Loop() {
 			c.addSent(1400)
 		}

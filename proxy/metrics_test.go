@@ -41,10 +41,10 @@ func TestSeriesExpire(t *testing.T) {
 		failed[lResponseFlags] = FlagConnect.String()
 		half := seriesOf("a", "") // to somebody unknown: the source keeps it
 		for _, l := range []labels{both, gone, unknown, half} {
-			m.close(m.open(l), FlagNone)
+			m.close(m.open(l, "", 0), FlagNone)
 		}
-		held := m.open(open)
-		m.close(m.open(open), FlagConnect) // makes failed as well
+		held := m.open(open, "", 0)
+		m.close(m.open(open, "", 0), FlagConnect) // makes failed as well
 		if n := m.Expire(present); n != 0 || asked != 0 {
 			t.Errorf("%d expired at once, asked %d times", n, asked)
 		}
@@ -77,7 +77,7 @@ func TestSeriesExpire(t *testing.T) {
 			t.Errorf("%d expired", n)
 		}
 		// What has expired comes back from zero.
-		m.close(m.open(gone), FlagNone)
+		m.close(m.open(gone, "", 0), FlagNone)
 		if n := m.series[gone].opened.Load(); n != 1 {
 			t.Errorf("opened %d", n)
 		}
@@ -98,10 +98,10 @@ func TestSeriesExpireUnderPressure(t *testing.T) {
 		m := NewMetrics()
 		ls := benchLabels(maxSeries + 100)
 		for _, l := range ls[:maxSeries] {
-			m.close(m.open(l), FlagNone)
+			m.close(m.open(l, "", 0), FlagNone)
 		}
 		for _, l := range ls[maxSeries:] {
-			m.close(m.open(l), FlagNone)
+			m.close(m.open(l, "", 0), FlagNone)
 		}
 		if len(m.series) != maxSeries+1 || m.overflowed.Load() != 100 {
 			t.Errorf("%d series, %d counted together", len(m.series), m.overflowed.Load())
@@ -112,7 +112,7 @@ func TestSeriesExpireUnderPressure(t *testing.T) {
 			}
 		}
 		time.Sleep(seriesIdle)
-		m.close(m.open(ls[0]), FlagNone)
+		m.close(m.open(ls[0], "", 0), FlagNone)
 		if n := m.Expire(everybody); n != maxSeries || !m.has(ls[0]) {
 			t.Errorf("%d expired", n)
 		}
@@ -126,7 +126,7 @@ func TestSeriesExpireUnderPressure(t *testing.T) {
 func TestMetricsRun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := NewMetrics()
-		m.close(m.open(seriesOf("a", "b")), FlagNone)
+		m.close(m.open(seriesOf("a", "b"), "", 0), FlagNone)
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
 		wg.Go(func() { m.Run(ctx, nil) })
@@ -158,7 +158,7 @@ func TestSeriesRace(t *testing.T) {
 	})
 	l := seriesOf("a", "b")
 	for range 2000 {
-		s := m.open(l)
+		s := m.open(l, "", 0)
 		if !m.has(l) {
 			t.Fatal("a series with an open connection expired")
 		}
@@ -174,12 +174,12 @@ func TestSeriesRace(t *testing.T) {
 func TestRecordingDoesNotAllocate(t *testing.T) {
 	m := NewMetrics()
 	l := seriesOf("a", "b")
-	c := &connection{series: m.open(l)}
+	c := &connection{series: m.open(l, "", 0)}
 	if n := testing.AllocsPerRun(100, func() {
 		c.addSent(1)
 		c.addReceived(1)
-		m.close(m.open(l), FlagNone)
-		m.close(m.open(l), FlagConnect)
+		m.close(m.open(l, "", 0), FlagNone)
+		m.close(m.open(l, "", 0), FlagConnect)
 	}); n != 0 {
 		t.Errorf("%v allocations", n)
 	}
@@ -188,7 +188,7 @@ func TestRecordingDoesNotAllocate(t *testing.T) {
 // TestLabelTexts: an empty label is shown as unknown, and what is shown is not a copy.
 func TestLabelTexts(t *testing.T) {
 	m := NewMetrics()
-	m.open(labels{lReporter: reporterSource, lSourceWorkload: "a"})
+	m.open(labels{lReporter: reporterSource, lSourceWorkload: "a"}, "", 0)
 	ch := make(chan prometheus.Metric, 100)
 	m.Collect(ch)
 	close(ch)

@@ -34,14 +34,7 @@ func (p *Proxy) ServePassthrough(f Flow) {
 		refuse(err)
 		return
 	}
-	c := p.open(connectionInput{
-		src: src, dst: dst, derived: &derived{},
-		source:  p.peer(p.ctx, view, src.Addr()),
-		dest:    local,
-		service: in.Service,
-		start:   start,
-	})
-
+	source := p.peer(p.ctx, view, src.Addr())
 	ctx, stop := context.WithCancel(p.ctx)
 	defer stop()
 	l := &live{
@@ -49,7 +42,18 @@ func (p *Proxy) ServePassthrough(f Flow) {
 		policy: rbac.Conn{Src: src.Addr(), Dst: dst},
 	}
 	v.register(l)
-	up, failed := p.admit(ctx, p.policyLog(src, ""), local, l, appDial{src: netip.AddrPortFrom(src.Addr(), 0), dst: dst})
+	failed := p.admit(ctx, p.policyLog(src, ""), local, l)
+	c := p.open(connectionInput{
+		src: src, dst: dst, derived: &derived{},
+		source:  source,
+		dest:    local,
+		service: in.Service,
+		start:   start,
+	})
+	var up Conn
+	if failed == nil {
+		up, failed = p.reach(ctx, l, appDial{src: netip.AddrPortFrom(src.Addr(), 0), dst: dst})
+	}
 	if failed != nil {
 		f.Refuse(failed.Refusal())
 		c.record(failed)

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net/netip"
 
+	"ztun/proxy/fair"
 	"ztun/proxy/hbone"
 	"ztun/proxy/rbac"
 )
@@ -12,8 +13,10 @@ import (
 // policyLog writes what policy had to say about one connection, in ztunnel's words (spec 7.3): at DEBUG,
 // or at INFO if AUTHZ_POLICY_INFO_LOGGING asks for it. Without a logger it writes nothing.
 type policyLog struct {
-	log   *slog.Logger
-	level slog.Level
+	log    *slog.Logger
+	level  slog.Level
+	lines  *fair.Lines // whose budget bounds them
+	source string
 }
 
 // newPolicyLogger is the logger of all the pod's connections: target "state", span "proxy".
@@ -34,7 +37,10 @@ func (p *Proxy) policyLog(src netip.AddrPort, traceparent string) policyLog {
 		traceparent = hbone.NewTraceparent()
 	}
 	id := traceparent[3:35] // 00-<trace>-<parent>-00
-	return policyLog{p.policyLogger.WithGroup("inbound").With("id", display(id), "peer", src), level}
+	return policyLog{
+		log: p.policyLogger.WithGroup("inbound").With("id", display(id), "peer", src), level: level,
+		lines: p.bounds.warnings, source: sourceOf(src),
+	}
 }
 
 func (l policyLog) verdict(v rbac.Verdict) {
@@ -42,6 +48,9 @@ func (l policyLog) verdict(v rbac.Verdict) {
 		return
 	}
 	say := func(text, policy string) {
+		if !l.lines.Allow(l.source, text) {
+			return
+		}
 		if policy == "" {
 			l.log.Log(context.Background(), l.level, text)
 			return

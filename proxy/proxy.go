@@ -9,9 +9,9 @@ import (
 	"runtime/pprof"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
+	"ztun/proxy/fair"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
 	"ztun/proxy/rbac"
@@ -36,7 +36,7 @@ type Config struct {
 	PoolMaxStreams   int           // POOL_MAX_STREAMS_PER_CONNECTION
 	PoolUnused       time.Duration // POOL_UNUSED_RELEASE_TIMEOUT
 	SOCKS5           bool          // UNSTABLE_ENABLE_SOCKS5: its port is then illegal, too
-	MaxMeshHandshake int           // TLS handshakes under way on 15008 per pod; more are closed. SOCKS5's as well
+	MaxMeshHandshake int           // TLS handshakes under way on 15008 per pod; the greediest source loses one. SOCKS5's as well
 	// LocalhostAppTunnel (LOCALHOST_APP_TUNNEL, ztunnel's default is true): application tunnels with PROXY
 	// protocol are dialled on the pod's loopback, else at the pod's address, as the client.
 	LocalhostAppTunnel bool
@@ -58,6 +58,7 @@ type Options struct {
 	Demand      func(ctx context.Context, key string) error
 	OnDemandDNS *OnDemandDNS     // of all pods; nil: not counted
 	Policies    *UnknownPolicies // of all pods; nil: the proxy's own
+	Report      *fair.Report     // of what bounds turn away; nil: nobody is told
 	Metrics     *Metrics
 	Access      *slog.Logger // target "access"
 	Log         *slog.Logger
@@ -79,13 +80,11 @@ type Proxy struct {
 	mesh     map[*hbone.ServerConn]struct{}
 	work     sync.WaitGroup
 
-	conns      conns
-	proofs     sync.Map           // net.Conn -> proof: handshakes whose tunnel the pool is about to make
-	overload   atomic.Uint64      // connections turned away by the bounds on handshakes
-	labels     [3]context.Context // pprof labels by direction
-	handshakes chan struct{}
-	greetings  chan struct{} // SOCKS5 handshakes under way
-	illegal    []uint16      // ports that no connection may be steered to
+	conns   conns
+	proofs  sync.Map // net.Conn -> proof: handshakes whose tunnel the pool is about to make
+	bounds  *bounds
+	labels  [3]context.Context // pprof labels by direction
+	illegal []uint16           // ports that no connection may be steered to
 
 	policyLogger *slog.Logger
 }
@@ -93,10 +92,10 @@ type Proxy struct {
 // New makes the data plane of one pod; nothing runs until flows arrive.
 func New(o Options) *Proxy {
 	if o.Config.MaxMeshHandshake == 0 {
-		o.Config.MaxMeshHandshake = 256
+		o.Config.MaxMeshHandshake = maxHandshakes
 	}
-	p := &Proxy{o: o, mesh: map[*hbone.ServerConn]struct{}{}, handshakes: make(chan struct{}, o.Config.MaxMeshHandshake), illegal: route.IllegalPorts(o.Config.SOCKS5)}
-	p.greetings = make(chan struct{}, o.Config.MaxMeshHandshake)
+	p := &Proxy{o: o, mesh: map[*hbone.ServerConn]struct{}{}, illegal: route.IllegalPorts(o.Config.SOCKS5)}
+	p.bounds = newBounds(&o)
 	if p.o.Policies == nil {
 		p.o.Policies = NewUnknownPolicies(false, o.Log)
 	}
@@ -287,11 +286,11 @@ func (p *Proxy) recheckIn(d time.Duration) {
 // Stats are figures of one pod's data plane.
 type Stats struct {
 	Pool       hbone.PoolStats
-	Overloaded uint64 // mesh and SOCKS5 connections turned away because too many handshakes were under way
+	Overloaded uint64 // connections and requests that lost their place, or got none, at a bound of the proxy
 }
 
 // Stats returns the figures of this moment.
-func (p *Proxy) Stats() Stats { return Stats{Pool: p.pool.Stats(), Overloaded: p.overload.Load()} }
+func (p *Proxy) Stats() Stats { return Stats{Pool: p.pool.Stats(), Overloaded: p.bounds.turned.Load()} }
 
 // Connection is one live connection, as /config_dump lists it.
 type Connection struct {
@@ -362,6 +361,7 @@ func (p *Proxy) Close() {
 	}
 	p.pool.Close()
 	p.work.Wait()
+	p.bounds.close()
 }
 
 // canonical turns an IPv4-mapped IPv6 address into the IPv4 address that it stands for (spec 1).

@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"slices"
 	"strconv"
 	"time"
 
+	"ztun/proxy/fair"
 	"ztun/proxy/route"
 	"ztun/proxy/socks"
 )
@@ -32,12 +34,8 @@ func (p *Proxy) ServeSOCKS(raw net.Conn) {
 	}
 	f := &socksFlow{conn: c, ctx: p.ctx, src: addrPort(raw.RemoteAddr())}
 	if err := f.negotiate(p); err != nil {
-		if errors.Is(err, errBusy) {
-			// Nothing lasting is spent on it, not even a moment for the answer to arrive. The socket's buffer is empty.
-			socks.WriteReply(f.conn, socks.GeneralFailure)
-			raw.Close()
-		} else if reply, ok := socks.ReplyOf(err); ok {
-			p.o.Log.Warn("SOCKS5 handshake failed", "client", f.src, "error", err)
+		if reply, ok := socks.ReplyOf(err); ok {
+			p.bounds.warnings.Log(context.Background(), slog.LevelWarn, "socks", "SOCKS5 handshake failed", slog.Any("client", f.src), slog.Any("error", err))
 			f.end(reply)
 		} else {
 			raw.Close()
@@ -48,9 +46,6 @@ func (p *Proxy) ServeSOCKS(raw net.Conn) {
 	v.outbound(f, start)
 }
 
-// errBusy turns away a client beyond the bound on handshakes.
-var errBusy = errors.New("too many SOCKS5 handshakes under way")
-
 // socksFlow is a Flow whose SYN is a SOCKS5 request.
 type socksFlow struct {
 	conn     Conn
@@ -60,13 +55,11 @@ type socksFlow struct {
 
 // negotiate reads the request and finds the address that it means. It is bounded in time and in number.
 func (f *socksFlow) negotiate(p *Proxy) error {
-	select {
-	case p.greetings <- struct{}{}:
-		defer func() { <-p.greetings }()
-	default:
-		p.overload.Add(1)
-		return errBusy
+	place := p.bounds.greetings.Take(fair.Group(f.src.Addr()), 1, func() { abort(f.conn) })
+	if place == nil {
+		return net.ErrClosed
 	}
+	defer place.Release()
 	f.conn.SetDeadline(time.Now().Add(handshakeTimeout))
 	cut := context.AfterFunc(f.ctx, func() { f.conn.SetDeadline(time.Unix(1, 0)) })
 	req, err := socks.Negotiate(f.conn)

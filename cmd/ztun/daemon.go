@@ -338,7 +338,7 @@ func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup) *pr
 	}
 	return proxy.New(proxy.Options{
 		Info:    state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount},
-		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: d.resolve, Metrics: d.metrics, Policies: d.policies, OnDemandDNS: d.onDemandDNS, Demand: demand, Names: names,
+		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: d.resolve, Metrics: d.metrics, Report: d.report, Policies: d.policies, OnDemandDNS: d.onDemandDNS, Demand: demand, Names: names,
 		Access: d.log.Logger("access"), Log: d.log.Logger("proxy"), Random: mrand.Uint64N,
 		Config: proxy.Config{
 			NetworkName: c.Network, ResponseBaggage: c.ResponseBaggage,

@@ -48,9 +48,16 @@ func (l *Lines) Log(ctx context.Context, level slog.Level, source, msg string, a
 	if !l.log.Enabled(ctx, level) {
 		return
 	}
-	if l.rate.Allow(source) {
+	if l.Allow(source, msg) {
 		l.log.LogAttrs(ctx, level, msg, attrs...)
-		return
+	}
+}
+
+// Allow reports whether a line that source has caused may be written, and counts it if not: for those who write it by a logger of
+// their own.
+func (l *Lines) Allow(source, msg string) bool {
+	if l.rate.Allow(source) {
+		return true
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -60,6 +67,7 @@ func (l *Lines) Log(ctx context.Context, level slog.Level, source, msg string, a
 	if l.timer == nil && !l.closed {
 		l.timer = time.AfterFunc(Every, l.say)
 	}
+	return false
 }
 
 // Swallowed is how many lines were not written.

@@ -29,7 +29,7 @@ admin/xds            -> admin/pb/discoverypb admin/pb/securitypb admin/pb/worklo
 admin/watch          ->
 admin/zlog           ->
 netstack             -> tun
-proxy                -> proxy/hbone proxy/identity proxy/rbac proxy/route proxy/socks proxy/state
+proxy                -> proxy/fair proxy/hbone proxy/identity proxy/rbac proxy/route proxy/socks proxy/state
 proxy/dns            -> proxy/state
 proxy/fair           ->
 proxy/hbone          -> proxy/identity
