@@ -4,18 +4,41 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"net/netip"
 	"sync"
 	"time"
 
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
+
+	"ztun/proxy/fair"
 )
 
-// boundedListener closes connections beyond a number instead of letting them wait unseen.
+// places shares connections: strangers have theirs and nodes have theirs, so that neither can take the others'.
+type places struct {
+	// Anybody can connect, and who is silent or has no credentials is a stranger until a call of his is admitted. At the
+	// bound the greediest source loses its oldest: an honest handshake and its first call take milliseconds.
+	strangers *fair.Ledger[netip.Addr]
+	nodes     *fair.Ledger[string] // never evicted: each has a few
+}
+
+func newPlaces(l limits, c *counters, report *fair.Report) *places {
+	return &places{
+		strangers: fair.NewLedger(fair.LedgerOptions[netip.Addr]{Limit: int64(l.strangers), Turned: func(source netip.Addr, evicted bool) {
+			c.connectionsRefused.Add(1)
+			report.Turned("control_strangers", "", source.String(), evicted)
+		}}),
+		nodes: fair.NewLedger(fair.LedgerOptions[string]{Limit: int64(l.connections), PerSource: int64(l.connsOfNode), Turned: func(node string, evicted bool) {
+			c.connectionsRefused.Add(1)
+			report.Turned("control_nodes", "", node, evicted)
+		}}),
+	}
+}
+
+// boundedListener bounds the connections it accepts.
 type boundedListener struct {
 	net.Listener
 	server *Server
-	slots  chan struct{}
 }
 
 func (l *boundedListener) Accept() (net.Conn, error) {
@@ -24,41 +47,46 @@ func (l *boundedListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		select {
-		case l.slots <- struct{}{}:
-			l.server.counters.connections.Add(1)
-			b := &boundedConn{Conn: c, listener: l}
-			b.mu.Lock()
-			b.deadline = time.AfterFunc(l.server.limits.firstRequest, b.expire)
-			b.mu.Unlock()
-			return b, nil
-		default:
-			l.server.counters.connectionsRefused.Add(1)
-			c.Close()
+		l.server.counters.connections.Add(1)
+		b := &boundedConn{Conn: c, server: l.server}
+		var source netip.Addr
+		if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
+			source = fair.Group(a.AddrPort().Addr())
 		}
+		b.mu.Lock()
+		b.stranger = l.server.places.strangers.Take(source, 1, func() { b.Close() })
+		if b.stranger != nil {
+			b.deadline = time.AfterFunc(l.server.limits.firstRequest, b.expire)
+		}
+		b.mu.Unlock()
+		if b.stranger == nil {
+			c.Close()
+			continue
+		}
+		return b, nil
 	}
 }
 
-// boundedConn is a connection that counts. Until a call on it has been admitted it lives for a while only: anybody can
-// connect, and those who have no credentials must not take the places of those who have. From then on it is one of its
-// node's, of which there are not many: no node takes the places of others.
+// boundedConn is a connection that counts. Until a call on it has been admitted it is a stranger's, and lives for a
+// while only. From then on it is one of its node's, of which there are not many: no node takes the places of others.
 type boundedConn struct {
 	net.Conn
-	listener *boundedListener
+	server *Server
 
 	mu       sync.Mutex
 	deadline *time.Timer
-	node     string // "" before the first call that was admitted
+	stranger *fair.Place[netip.Addr]
+	node     *fair.Place[string] // nil before the first call that was admitted
 	closed   bool
 }
 
 // expire ends a connection that nobody has used.
 func (c *boundedConn) expire() {
 	c.mu.Lock()
-	used := c.node != ""
+	used := c.node != nil
 	c.mu.Unlock()
 	if !used {
-		c.listener.server.counters.connectionsRefused.Add(1)
+		c.server.counters.connectionsRefused.Add(1)
 		c.Close()
 	}
 }
@@ -67,40 +95,29 @@ func (c *boundedConn) expire() {
 func (c *boundedConn) admit(node string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.node != "" || c.closed {
+	if c.node != nil || c.closed {
 		return nil
 	}
-	s := c.listener.server
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if n := s.conns[node]; n >= s.limits.connsOfNode {
-		return fmt.Errorf("node %s has %d connections already: do several daemons use its credentials?", node, n)
+	ledger := c.server.places.nodes
+	if c.node = ledger.Take(node, 1, nil); c.node == nil {
+		if n := ledger.Held(node); n >= int64(c.server.limits.connsOfNode) {
+			return fmt.Errorf("node %s has %d connections already: do several daemons use its credentials?", node, n)
+		}
+		return fmt.Errorf("all nodes together have %d connections already", c.server.limits.connections)
 	}
-	s.conns[node]++
-	c.node = node
+	c.stranger.Release()
 	c.deadline.Stop()
 	return nil
 }
 
-// Close gives the place back; more calls than one are harmless.
+// Close gives the places back; more calls than one are harmless.
 func (c *boundedConn) Close() error {
 	c.mu.Lock()
-	first := !c.closed
 	c.closed = true
 	c.deadline.Stop()
-	node := c.node
+	c.stranger.Release()
+	c.node.Release()
 	c.mu.Unlock()
-	if first {
-		<-c.listener.slots
-	}
-	if first && node != "" {
-		s := c.listener.server
-		s.mu.Lock()
-		if s.conns[node]--; s.conns[node] == 0 {
-			delete(s.conns, node)
-		}
-		s.mu.Unlock()
-	}
 	return c.Conn.Close()
 }
 

@@ -57,6 +57,9 @@
 //   - 2026-11-23: anybody can connect. A connection without a call that is admitted ends after 30 s, a node has at most
 //     32 connections, 4 streams and 16 certificate requests under way (counted before they are read): no stranger and
 //     no node takes the places of others.
+//   - 2026-11-28: strangers (until a call is admitted) have places of their own, shared among sources; at the bound the
+//     greediest loses its oldest connection. A deadline alone was not enough: 3,600 silent connections a second had all
+//     4,096 places, with 30 s each. TLS has 5 s. The bounds fit themselves to the process's open files.
 //   - 2026-11-23: a client certificate counts by the hash of its key in nodes/, not by its name: certificates of
 //     workloads come from the same CA and must not open the control plane.
 package control

@@ -24,8 +24,10 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
 
+	"ztun/admin/guard"
 	"ztun/admin/pb/citadelpb"
 	"ztun/admin/pb/discoverypb"
+	"ztun/proxy/fair"
 )
 
 // Options configure a control plane.
@@ -46,22 +48,32 @@ const DefaultListen = ":15012"
 type limits struct {
 	message       int // bytes of a response, unless one resource is larger
 	receive       int // bytes of a request: what a node of 300,000 resources reports when it reconnects
-	connections   int
+	connections   int // of nodes
+	strangers     int // connections whose caller is not known yet
 	streams       int
 	streamsOfNode int           // one, and another while it is being replaced
 	connsOfNode   int           // one for each service, and others while they are being replaced
 	signBurst     int           // a node with thousands of pods starts
 	signRate      int           // per second
 	signOfNode    int           // certificates asked for at once; a request may be as large as receive
+	handshake     time.Duration // TLS, and HTTP/2's first frames
 	firstRequest  time.Duration // of a stream; and until a connection has made a call that is admitted
 	rescan        time.Duration // until a node that left is noticed
 }
 
 func defaultLimits() limits {
 	return limits{
-		message: 3 << 20, receive: 32 << 20, connections: 4096, streams: 2048, streamsOfNode: 4, connsOfNode: 32,
-		signBurst: 2000, signRate: 50, signOfNode: 16, firstRequest: 30 * time.Second, rescan: 2 * time.Second,
+		message: 3 << 20, receive: 32 << 20, connections: 4096, strangers: 2048, streams: 2048, streamsOfNode: 4, connsOfNode: 32,
+		signBurst: 2000, signRate: 50, signOfNode: 16, handshake: 5 * time.Second, firstRequest: 30 * time.Second, rescan: 2 * time.Second,
 	}
+}
+
+// fit makes the connections fit into the process's open files, of which it leaves some for its own work.
+func (l limits) fit(files uint64) limits {
+	if room := int(min(files, 1<<20)) - 256; room < l.connections+l.strangers {
+		l.connections, l.strangers = max(room*2/3, 16), max(room/3, 16)
+	}
+	return l
 }
 
 // Server is a control plane. New binds everything, Run works, Close ends.
@@ -74,6 +86,8 @@ type Server struct {
 	source    *source
 	feed      *feed
 	rates     *rates
+	places    *places
+	report    *fair.Report
 	signing   chan struct{} // one element per signature being made
 	counters  counters
 	refused   atomic.Int64 // when a refused call was logged last, Unix nanoseconds
@@ -84,16 +98,23 @@ type Server struct {
 	admin     []net.Listener
 	grpc      *grpc.Server
 	http      *http.Server
+	local     *guard.Local
 	readers   sync.WaitGroup
 	close     sync.Once
 
 	mu      sync.Mutex
 	streams map[*stream]struct{}
-	conns   map[string]int // connections by the node whose calls they carry
 }
 
 // New loads the CA and the nodes' credentials and binds the addresses. The mesh itself is loaded by Run.
-func New(ctx context.Context, o Options) (*Server, error) { return newServer(ctx, o, defaultLimits()) }
+func New(ctx context.Context, o Options) (*Server, error) {
+	l := defaultLimits()
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err == nil {
+		l = l.fit(files.Cur)
+	}
+	return newServer(ctx, o, l)
+}
 
 func newServer(ctx context.Context, o Options, l limits) (s *Server, err error) {
 	if o.Logger == nil {
@@ -115,8 +136,10 @@ func newServer(ctx context.Context, o Options, l limits) (s *Server, err error) 
 	}
 	s = &Server{
 		limits: l, logger: o.Logger, feed: newFeed(), nodes: newNodeStore(filepath.Join(o.Dir, nodesDir)),
-		rates: newRates(l.signBurst, l.signRate, l.signOfNode), signing: make(chan struct{}, 4), streams: make(map[*stream]struct{}), conns: make(map[string]int),
+		rates: newRates(l.signBurst, l.signRate, l.signOfNode), signing: make(chan struct{}, 4), streams: make(map[*stream]struct{}),
+		report: fair.NewReport(o.Logger), local: guard.NewLocal(guard.LocalOptions{Logger: o.Logger}),
 	}
+	s.places = newPlaces(l, &s.counters, s.report)
 	defer func() {
 		if err != nil {
 			s.Close()
@@ -136,7 +159,7 @@ func newServer(ctx context.Context, o Options, l limits) (s *Server, err error) 
 		if err != nil {
 			return s, err
 		}
-		s.listeners = append(s.listeners, &boundedListener{Listener: l, server: s, slots: make(chan struct{}, s.limits.connections)})
+		s.listeners = append(s.listeners, &boundedListener{Listener: l, server: s})
 	}
 	if o.Admin != "" {
 		l, err := listenLoopback(o.Admin)
@@ -163,14 +186,15 @@ func newServer(ctx context.Context, o Options, l limits) (s *Server, err error) 
 		grpc.MaxRecvMsgSize(l.receive),
 		grpc.MaxConcurrentStreams(64),
 		grpc.MaxHeaderListSize(64<<10),
-		grpc.ConnectionTimeout(10*time.Second),
+		grpc.ConnectionTimeout(l.handshake),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 		grpc.WaitForHandlers(true),
 	)
 	discoverypb.RegisterAggregatedDiscoveryServiceServer(s.grpc, adsServer{Server: s})
 	s.grpc.RegisterService(caServiceDesc(), caServer{Server: s})
-	s.http = &http.Server{Handler: s.handler(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
+	bounds := guard.NewConns(guard.ConnsOptions{Resource: "control_status_connections", Report: s.report})
+	s.http = &http.Server{Handler: s.local.Handler(s.handler()), ConnState: bounds.Change, ReadHeaderTimeout: 2 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
 	return s, nil
 }
 
@@ -255,6 +279,7 @@ func (s *Server) Close() {
 		if s.http != nil {
 			_ = s.http.Close()
 		}
+		s.local.Close()
 		for _, l := range slices.Concat(s.listeners, s.admin) {
 			_ = l.Close() // once more, if it has been served
 		}

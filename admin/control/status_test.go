@@ -106,6 +106,14 @@ func TestStatus(t *testing.T) {
 		resp.Body.Close()
 		equal(t, path, resp.StatusCode, want)
 	}
+	// A web page that has our address under its own name reads nothing.
+	req, err := http.NewRequest("GET", base+"/status", nil)
+	check(t, err)
+	req.Host = "evil.example"
+	refused, err := http.DefaultClient.Do(req)
+	check(t, err)
+	refused.Body.Close()
+	equal(t, "a foreign Host", refused.StatusCode, 403)
 	resp, err := http.Post(base+"/status", "", nil)
 	check(t, err)
 	resp.Body.Close()

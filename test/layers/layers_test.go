@@ -17,7 +17,7 @@ const allowed = `
 cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/xds admin/zlog netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/resolve proxy/state tun tun/netns tun/steer
 admin                -> admin/guard proxy/fair proxy/state
 admin/ca             -> admin/istiod admin/pb/citadelpb admin/watch proxy/identity
-admin/control        -> admin/ca admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch admin/xds proxy/identity proxy/rbac proxy/state
+admin/control        -> admin/ca admin/guard admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch admin/xds proxy/fair proxy/identity proxy/rbac proxy/state
 admin/guard          -> proxy/fair
 admin/istiod         -> proxy/identity
 admin/pb             ->
