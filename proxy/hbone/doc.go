@@ -38,6 +38,9 @@
 //     state goes away, the idle time counts from the last stream's end, an unanswered PING is forgiven while
 //     anything arrives, streams opened between the two GOAWAYs are served, requests that were certainly not
 //     processed are sent again, header parsing cannot crash.
+//   - 2026-11-28: a reader sees io.EOF after END_STREAM only. RST_STREAM before it is a reset, CANCEL and NO_ERROR
+//     included (the h2 library, and so ztunnel, makes an end of file of those). The end of a connection whose client
+//     said GOAWAY with NO_ERROR before stays an end of file: curl and its like end tunnels in that way.
 //   - Not better: as in ztunnel, four streams whose readers have stopped hold the connection's whole window
 //     (16 MiB against 4 MiB each), and the others wait.
 package hbone
