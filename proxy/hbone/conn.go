@@ -96,6 +96,7 @@ type conn struct {
 	recvWin int64 // what the peer may still send on the connection
 
 	ping      pinger
+	probed    time.Time // when probe last asked
 	resets    bucket
 	nuisances bucket
 

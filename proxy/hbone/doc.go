@@ -14,7 +14,7 @@
 // gives credit back. Idle connections have one goroutine and no buffer, idle streams have neither.
 //
 // Files: config, errors, buffer | wire (bytes from the socket), record and tlsconn (TLS 1.3 records) | conn (life and
-// death), read, frames, write, ping | stream, recv, copy, sock | client, server, pool | headers.
+// death), read, frames, write, ping | stream, recv, copy, sock | client, server, pool, stale | headers.
 //
 // Decisions (2026-11-23):
 //   - No net/http: its server cannot half-close a CONNECT tunnel, and it costs half as much again as TLS itself.
@@ -41,6 +41,9 @@
 //   - 2026-11-28: a reader sees io.EOF after END_STREAM only. RST_STREAM before it is a reset, CANCEL and NO_ERROR
 //     included (the h2 library, and so ztunnel, makes an end of file of those). The end of a connection whose client
 //     said GOAWAY with NO_ERROR before stays an end of file: curl and its like end tunnels in that way.
+//   - 2026-11-28: a request that a tunnel from before leaves without an answer is sent once more, on a tunnel that is
+//     newer than the failure (so that ten stale ones cost one failure, not ten). Silence is told from slowness by a
+//     PING (stale.go): the peer may take its whole connect timeout to answer, a black hole costs 1.3 s.
 //   - Not better: as in ztunnel, four streams whose readers have stopped hold the connection's whole window
 //     (16 MiB against 4 MiB each), and the others wait.
 package hbone

@@ -54,6 +54,7 @@ type Pool struct {
 	all    map[*tunnel]struct{} // open connections, also those that left the pool
 	pooled int
 	stats  PoolStats // the counters
+	made   uint64    // the number of the newest tunnel
 }
 
 // tunnels is what the pool knows of one key; it goes when there is nothing to know.
@@ -74,6 +75,7 @@ type tunnel struct {
 	idle    *time.Timer
 	release func() // forgets one stream
 	ended   func() // of PoolOptions.Opened; may be nil
+	number  uint64 // counts tunnels in the order in which they came up
 }
 
 // dial is one that is under way.
@@ -87,8 +89,9 @@ type dial struct {
 // PoolStats is a snapshot.
 type PoolStats struct {
 	Keys, Conns, Streams int
-	// Since the start: Evicted counts tunnels that left because of MaxConns, Retried requests that were sent anew.
-	Dials, DialFailures, Evicted, Retried uint64
+	// Since the start: Evicted counts tunnels that left because of MaxConns, Retried requests that were sent anew,
+	// Stale tunnels that failed, or said nothing, when they were used again.
+	Dials, DialFailures, Evicted, Retried, Stale uint64
 }
 
 // NewPool makes an empty pool. Close it.
@@ -114,15 +117,23 @@ func NewPool(o PoolOptions) *Pool {
 const openTries = 4
 
 // Open opens a stream on a tunnel for key, dialling one if need be; see ClientConn.Open for what it returns. A
-// request that a tunnel certainly did not process (GOAWAY, REFUSED_STREAM) is tried on another. Errors of Dial
-// come as they are; ErrPoolClosed.
+// request that a tunnel certainly did not process (GOAWAY, REFUSED_STREAM) is tried on another; one that a tunnel
+// from before left without an answer, for whatever reason, is tried once on a fresh one: nothing but the request was
+// sent, and the tunnel may be what is left of a peer that has gone. Errors of Dial come as they are; ErrPoolClosed.
 func (p *Pool) Open(ctx context.Context, key Key, req *Request) (*Stream, *Response, error) {
+	var after uint64 // the tunnel is to be newer than this
+	known := p.newest()
 	for try := 1; ; try++ {
-		t, err := p.checkout(ctx, key)
+		t, err := p.checkout(ctx, key, after)
 		if err != nil {
 			return nil, nil, err
 		}
-		s, resp, err := t.cc.open(ctx, req, t.release)
+		used := t.number <= known
+		s, resp, err := t.open(ctx, req, used)
+		if used && after == 0 && ctx.Err() == nil && isStale(err) {
+			after = p.staled()
+			continue
+		}
 		var no *notOpened
 		if errors.As(err, &no) {
 			p.decline(t, no.err)
@@ -141,14 +152,30 @@ func (p *Pool) Open(ctx context.Context, key Key, req *Request) (*Stream, *Respo
 	}
 }
 
+// newest is the number of the newest tunnel.
+func (p *Pool) newest() uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.made
+}
+
+// staled counts a tunnel that did not answer, and returns newest.
+func (p *Pool) staled() uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.stats.Stale++
+	p.stats.Retried++
+	return p.made
+}
+
 func (p *Pool) retried() {
 	p.mu.Lock()
 	p.stats.Retried++
 	p.mu.Unlock()
 }
 
-// checkout gives a tunnel with room for a stream, which is counted already.
-func (p *Pool) checkout(ctx context.Context, key Key) (*tunnel, error) {
+// checkout gives a tunnel with room for a stream, which is counted already; one newer than number after.
+func (p *Pool) checkout(ctx context.Context, key Key, after uint64) (*tunnel, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for {
@@ -161,7 +188,7 @@ func (p *Pool) checkout(ctx context.Context, key Key) (*tunnel, error) {
 			p.keys[key] = ts
 		}
 		for _, t := range ts.list {
-			if t.active < t.limit {
+			if t.active < t.limit && t.number > after {
 				t.use()
 				return t, nil
 			}
@@ -233,6 +260,8 @@ func (p *Pool) startDial(ctx context.Context, ts *tunnels) *dial {
 			evicted = t
 			p.all[t] = struct{}{}
 		default:
+			p.made++
+			t.number = p.made
 			t.home = ts
 			ts.list = append(ts.list, t)
 			p.all[t] = struct{}{}

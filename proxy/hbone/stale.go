@@ -1,0 +1,95 @@
+package hbone
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// How long a tunnel that was used before may leave a request without an answer while nothing else comes from the peer
+// either: after probeAfter it is asked (PING), after probeWait more it is given up. A peer that is only slow to answer
+// the request acknowledges the PING. An application waits for its connect meanwhile, often for few seconds.
+const (
+	probeAfter = 300 * time.Millisecond
+	probeWait  = time.Second
+	probeAgain = 2 * time.Second // to the next look at a tunnel that has shown life
+)
+
+// probeData is the content of that PING.
+var probeData = [8]byte{'z', 't', 'u', 'n', 'a', 'l', 'i', 'v'}
+
+// errSilent is why a request is taken back from a tunnel whose peer says nothing.
+var errSilent = errors.New("hbone: the peer of a tunnel from before says nothing")
+
+// isStale reports whether err, of a request on a tunnel that was used before, may be the tunnel's fault rather than
+// an answer. What was certainly not processed is tried again anyway.
+func isStale(err error) bool {
+	var answer *StatusError
+	var no *notOpened
+	var se *StreamError
+	switch {
+	case err == nil, errors.As(err, &answer), errors.As(err, &no):
+		return false
+	case errors.As(err, &se):
+		return !se.Unprocessed
+	}
+	return true
+}
+
+// open opens a stream. On a tunnel that was used before it gives up early, with errSilent, when the peer says nothing:
+// then the tunnel takes no further streams, and ends with those that it has.
+func (t *tunnel) open(ctx context.Context, req *Request, used bool) (*Stream, *Response, error) {
+	if !used {
+		return t.cc.open(ctx, req, t.release)
+	}
+	actx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	w := &silence{ctx: actx, c: t.cc.c, seen: t.cc.c.arrived.Load(), cancel: cancel}
+	w.timer = time.AfterFunc(time.Hour, w.look) // not yet: look uses timer
+	w.timer.Reset(probeAfter)
+	s, resp, err := t.cc.open(actx, req, t.release)
+	w.timer.Stop()
+	if err != nil && context.Cause(actx) == errSilent && ctx.Err() == nil {
+		t.cc.c.drain()
+		return nil, nil, errSilent
+	}
+	return s, resp, err
+}
+
+// silence watches a connection while a request waits for its answer.
+type silence struct {
+	ctx    context.Context // ends with the wait
+	c      *conn
+	seen   uint64 // of conn.arrived
+	asked  bool
+	timer  *time.Timer
+	cancel context.CancelCauseFunc
+}
+
+// look is the timer's.
+func (w *silence) look() {
+	switch arrived := w.c.arrived.Load(); {
+	case w.ctx.Err() != nil:
+	case arrived != w.seen:
+		w.seen, w.asked = arrived, false
+		w.timer.Reset(probeAgain)
+	case !w.asked:
+		w.asked = true
+		w.c.probe()
+		w.timer.Reset(probeWait)
+	default:
+		w.cancel(errSilent)
+	}
+}
+
+// probe asks the peer for a sign of life.
+func (c *conn) probe() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.isOver() || time.Since(c.probed) < probeWait/2 {
+		return
+	}
+	c.probed = time.Now()
+	c.framer.WritePing(false, probeData)
+	c.wantFlush()
+}
