@@ -43,6 +43,21 @@ func (w *world) lastLine(i int) string {
 	return l[len(l)-1]
 }
 
+// lineWith is the one access line of pod i with a text in it. Lines stand in the order in which connections end, which is not that in which they began.
+func (w *world) lineWith(i int, text string) string {
+	w.t.Helper()
+	var found []string
+	for _, l := range w.lines(i) {
+		if strings.Contains(l, text) {
+			found = append(found, l)
+		}
+	}
+	if len(found) != 1 {
+		w.t.Fatalf("%d access lines hold %q:\n%s", len(found), text, strings.Join(w.lines(i), "\n"))
+	}
+	return found[0]
+}
+
 func wantTexts(t *testing.T, line string, texts ...string) {
 	t.Helper()
 	for _, s := range texts {
@@ -83,8 +98,8 @@ func TestMappedAddresses(t *testing.T) {
 	}
 	w.settle()
 	w.stop()
-	wantTexts(t, w.lines(0)[0], "src.addr=10.91.1.2:20410 ", "dst.addr=10.91.2.2:15008 dst.hbone_addr=10.91.2.2:9000 ", `dst.workload="b"`)
-	wantTexts(t, w.lastLine(1), "src.addr=10.91.66.6:4000 ", "explicitly denied by: default/deny-7777")
+	wantTexts(t, w.lineWith(0, "src.addr=10.91.1.2:20410 "), "dst.addr=10.91.2.2:15008 dst.hbone_addr=10.91.2.2:9000 ", `dst.workload="b"`)
+	wantTexts(t, w.lineWith(1, "src.addr=10.91.66.6:4000 "), "explicitly denied by: default/deny-7777")
 }
 
 // timedNetwork tells how long each dial may take.

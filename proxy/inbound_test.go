@@ -301,10 +301,7 @@ func TestPolicyLog(t *testing.T) {
 		w.settle()
 		w.stop()
 		log.Close(context.Background())
-		lines := w.lines(1)
-		if last := lines[len(lines)-1]; !strings.Contains(last, `error="connection closed due to policy rejection: explicitly denied by: istio-system/istio_converted_static_strict"`) {
-			t.Error(last)
-		}
+		wantTexts(t, w.lineWith(1, "src.addr=10.91.2.1:4444 "), `error="connection closed due to policy rejection: explicitly denied by: istio-system/istio_converted_static_strict"`)
 		if !info {
 			if out.Len() != 0 {
 				t.Errorf("logged at info:\n%s", &out)
