@@ -127,8 +127,8 @@ func TestFlowControlProperty(t *testing.T) {
 				rt.Fatalf("stream %d: %d bytes of %d, or not these", id, len(a.got)-1, sizes[i])
 			}
 		}
+		b.Close() // first: Close waits for the peer's end, half a second where it does not come
 		cc.Close()
-		b.Close()
 	})
 }
 
