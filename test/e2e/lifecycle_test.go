@@ -222,7 +222,7 @@ func TestReload(t *testing.T) {
 	eventually(t, 15*time.Second, refused)
 }
 
-// TestRotation: with certificates that live 10 s, echoes over kept connections and new connections go on for 30 s without a single failure, and the
+// TestRotation: with certificates that live 10 s, echoes over kept connections and new connections go on for two lifetimes without a single failure, and the
 // certificate on the wire changes meanwhile.
 func TestRotation(t *testing.T) {
 	m := newMesh(t, meshOptions{env: map[string]string{"SECRET_TTL": "10s", "POOL_UNUSED_RELEASE_TIMEOUT": "2s"}})
@@ -242,7 +242,7 @@ func TestRotation(t *testing.T) {
 	}
 	echo := make(chan *load.EchoResult, 2)
 	rate := make(chan *load.RateResult, 1)
-	const d = 30 * time.Second
+	const d = 20 * time.Second
 	go func() { echo <- load.OpenLoop(m.ctx, target(m.a.NS, m.c.V4()), 4, 40, 512, d) }()
 	go func() { echo <- load.OpenLoop(m.ctx, target(m.c.NS, m.a.V4()), 4, 40, 512, d) }()
 	go func() {
