@@ -66,7 +66,8 @@ type Config struct {
 	SendBuffer, MaxSendBuffer       int
 
 	// Ports is the range from which source ports are drawn; zero means
-	// 16384-65535. Steered pods use 61000-65535, away from the application's.
+	// 16384-60999, below those of the mesh's own calls (MeshPortMin): what comes
+	// from port 15008 to one of those is taken for the kernel's sockets.
 	PortMin, PortMax uint16
 
 	// CloseTimeout bounds how long Close waits for OnFlow goroutines (default 5 s).
@@ -99,7 +100,7 @@ const (
 	defaultSendBuffer       = 512 << 10
 	defaultMaxSendBuffer    = 2 << 20
 
-	defaultPortMin, defaultPortMax = 16384, 65535
+	defaultPortMin, defaultPortMax = 16384, MeshPortMin - 1
 
 	defaultCloseTimeout = 5 * time.Second
 	minMTU              = 1280 // RFC 8200 section 5: an IPv6 link's smallest

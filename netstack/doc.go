@@ -66,7 +66,7 @@
 // 64 KiB chunk clears it, and a message of 1 KiB must not pin 64.
 //
 // 2026-11-23: Source ports are bound exclusively per address (not per 4-tuple):
-// for DialApp the address is the client's, for DialPlain the pod's, so 49,152
+// for DialApp the address is the client's, for DialPlain the pod's, so 44,616
 // connections per client, or per pod, are the bound, and no two connections can
 // ever collide on a tuple.
 //

@@ -18,10 +18,14 @@ import (
 
 const (
 	// hbonePort tells the mesh's connections from the stacks': the node's rules
-	// send TCP from and to this port to the kernel and nowhere else, so no stack
-	// has a connection on it by the uplink. ztunnel's port of the same name;
-	// fixed, since every peer expects it.
+	// send TCP to this port, and from it to the ports of the mesh's own calls, to
+	// the kernel. ztunnel's port of the same name; fixed, since every peer
+	// expects it.
 	hbonePort = 15008
+
+	// MeshPortMin is the first of the local ports of the mesh's own calls (a test
+	// in tun/steer holds them together). The stacks call from the ports below.
+	MeshPortMin = 61000
 
 	// ReturnTOS is the DS field of packets for the kernel, by which the node's
 	// routing rule knows them (a test in tun/steer holds the two together).
@@ -57,7 +61,7 @@ func (u *Uplink) giveBack(bufs [][]byte, n int) bool {
 }
 
 // hboneError reports whether a packet, of which head is the beginning, is an
-// ICMP error about a TCP packet from or to the mesh's port, and which address
+// ICMP error about a TCP packet of the kernel's from or to the mesh's port, and which address
 // had sent that one. The error's own destination must be the same, as it is
 // unless somebody translates addresses. No length in the packet is trusted: what
 // does not fit in head is not recognised.
@@ -130,13 +134,15 @@ func l4IPv6(b []byte, proto uint8) ([]byte, bool) {
 	return b[header.IPv6MinimumSize:], true
 }
 
-// onHBONEPort looks at the ports, all that need be left of a quoted TCP header.
+// onHBONEPort looks at the ports, all that need be left of a quoted TCP header:
+// an answer from a pod's mesh port, or a call to a peer's by one of the ports kept
+// for it. From other ports the stacks call port 15008 of hosts outside the mesh.
 func onHBONEPort(tcp []byte) bool {
 	if len(tcp) < 4 {
 		return false
 	}
 	h := header.TCP(tcp)
-	return h.SourcePort() == hbonePort || h.DestinationPort() == hbonePort
+	return h.SourcePort() == hbonePort || h.DestinationPort() == hbonePort && h.SourcePort() >= MeshPortMin
 }
 
 // forKernel marks a packet that hboneError has recognised. What the error says,

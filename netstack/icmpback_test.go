@@ -71,17 +71,18 @@ func TestHBONEError(t *testing.T) {
 			inner = 48
 		}
 		for typ, want := range types {
-			for _, ports := range [][2]uint16{{40000, hbonePort}, {hbonePort, 40000}, {hbonePort, hbonePort}, {40000, 15006}, {0, 0}} {
+			for _, ports := range [][2]uint16{{MeshPortMin, hbonePort}, {65535, hbonePort}, {hbonePort, 40000}, {hbonePort, hbonePort},
+				{MeshPortMin - 1, hbonePort}, {MeshPortMin, 15006}, {0, 0}} {
 				pod, peer := podPeer(v6, ports[0], ports[1])
 				for _, quote := range []int{0, 2, 3, 4, 8, 20} {
 					got, ok := hboneError(icmpAbout(typ, pod, peer, quote))
-					if w := want && quote >= 4 && (ports[0] == hbonePort || ports[1] == hbonePort); ok != w || (ok && got != pod.Addr()) {
+					if w := want && quote >= 4 && (ports[0] == hbonePort || ports[1] == hbonePort && ports[0] >= 61000); ok != w || (ok && got != pod.Addr()) {
 						t.Errorf("v6 %v, type %d, ports %v, quote %d: %v %v, want %v", v6, typ, ports, quote, got, ok, w)
 					}
 				}
 			}
 		}
-		pod, peer := podPeer(v6, 40000, hbonePort)
+		pod, peer := podPeer(v6, MeshPortMin+7, hbonePort)
 		good := icmpAbout(1+2*b2u(!v6), pod, peer, 8)
 		for n := range good {
 			if _, ok := hboneError(good[:n]); ok != (n >= len(good)-4) {
@@ -129,7 +130,7 @@ func b2u(b bool) uint8 {
 // IPv4, source and header checksum, also with options in the header.
 func TestForKernel(t *testing.T) {
 	for _, v6 := range []bool{false, true} {
-		pod, peer := podPeer(v6, 40000, hbonePort)
+		pod, peer := podPeer(v6, MeshPortMin+7, hbonePort)
 		was := icmpAbout(1+2*b2u(!v6), pod, peer, 20)
 		b := bytes.Clone(was)
 		forKernel(b)
@@ -235,7 +236,7 @@ func TestGiveBack(t *testing.T) {
 // and is no longer than it was, well-formed and not to be forwarded afterwards.
 func FuzzHBONEError(f *testing.F) {
 	for _, v6 := range []bool{false, true} {
-		pod, peer := podPeer(v6, 40000, hbonePort)
+		pod, peer := podPeer(v6, MeshPortMin+7, hbonePort)
 		f.Add(icmpAbout(1+2*b2u(!v6), pod, peer, 8))
 		f.Add(icmpAbout(2+9*b2u(!v6), peer, pod, 20))
 	}

@@ -59,7 +59,9 @@ func (n *podNetwork) DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn
 	}
 	for _, a := range n.addrs {
 		if a.Is4() == dst.Addr().Is4() {
-			return netns.DialTransparent(ctx, nil, a, dst, n.sock)
+			o := n.sock
+			o.Ports = netns.PortRange{Min: steer.MeshPortMin, Max: steer.MeshPortMax} // the node's rule knows the answers by them
+			return netns.DialTransparent(ctx, nil, a, dst, o)
 		}
 	}
 	// The pod has no address of the destination's family: what its own kernel would say.

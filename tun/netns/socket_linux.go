@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -23,9 +24,14 @@ type SocketOptions struct {
 	NotSentLowat int
 	// Mark is the socket's SO_MARK, 0 for none. It needs CAP_NET_ADMIN.
 	Mark uint32
+	// Ports is the range from which a dialed socket's local port is drawn; zero leaves it to the kernel.
+	Ports PortRange
 	// KeepAlive replaces ztunnel's keepalive when it is not the zero value; Enable false in a non-zero value turns keepalive off.
 	KeepAlive net.KeepAliveConfig
 }
+
+// PortRange is a range of ports, both ends included.
+type PortRange struct{ Min, Max uint16 }
 
 // backlog is how many completed connections may wait to be accepted, ztunnel's value.
 const backlog = 1024
@@ -125,12 +131,12 @@ func setBacklog(l *net.TCPListener) error {
 	return errors.Join(err, inner)
 }
 
-// DialTransparent connects to dst from the address src, which need not be the host's own, in ns (nil: the process's namespace). The kernel draws the
-// source port at connect (IP_BIND_ADDRESS_NO_PORT), so that the number of connections is bounded per destination, not per source. src and dst must be
-// of one family; an IPv4 address mapped into IPv6 counts as IPv4.
+// DialTransparent connects to dst from the address src, which need not be the host's own, in ns (nil: the process's namespace). The number of
+// connections is bounded per destination, not per source: the kernel draws the source port at connect (IP_BIND_ADDRESS_NO_PORT), or we do from
+// o.Ports, where one port serves many destinations. src and dst must be of one family; an IPv4 address mapped into IPv6 counts as IPv4.
 //
-// Errors are *net.OpError as from net.Dialer and keep their errno for errors.Is (ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT...); when ctx ends
-// first, the error matches ctx.Err().
+// Errors are *net.OpError as from net.Dialer and keep their errno for errors.Is (ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT...; EADDRNOTAVAIL when
+// the ports towards dst are used up, with those of connections that ended in the last minute); when ctx ends first, the error matches ctx.Err().
 func DialTransparent(ctx context.Context, ns *NS, src netip.Addr, dst netip.AddrPort, o SocketOptions) (*net.TCPConn, error) {
 	src, dst = src.Unmap(), netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
 	fail := func(err error) error {
@@ -142,15 +148,12 @@ func DialTransparent(ctx context.Context, ns *NS, src netip.Addr, dst netip.Addr
 	if err := ctx.Err(); err != nil {
 		return nil, fail(err)
 	}
-	file, err := newSocket(ns, src, o)
+	file, err := connectFrom(ctx, ns, src, dst, o)
 	if err != nil {
 		return nil, fail(err)
 	}
 	// net.FileConn works on a duplicate, so the file is ours to close in any case.
 	defer file.Close()
-	if err := connect(ctx, file, dst); err != nil {
-		return nil, fail(err)
-	}
 	conn, err := net.FileConn(file)
 	if err != nil {
 		return nil, fail(err)
@@ -163,10 +166,45 @@ func DialTransparent(ctx context.Context, ns *NS, src netip.Addr, dst netip.Addr
 	return tcp, nil
 }
 
-// newSocket makes a nonblocking TCP socket in ns, bound to src with no port yet.
-func newSocket(ns *NS, src netip.Addr, o SocketOptions) (*os.File, error) {
+// maxPortTries bounds how many ports of a range are tried for one connection: each costs a few microseconds, and with nine tenths of the range
+// in use the first ten or so find one.
+const maxPortTries = 1024
+
+// connectFrom makes a socket and connects it, by the first port of o.Ports that is free towards dst, beginning anywhere in the range.
+func connectFrom(ctx context.Context, ns *NS, src netip.Addr, dst netip.AddrPort, o SocketOptions) (*os.File, error) {
+	size := int(o.Ports.Max) - int(o.Ports.Min) + 1
+	if o.Ports == (PortRange{}) || size < 1 {
+		return connectOnce(ctx, ns, netip.AddrPortFrom(src, 0), dst, o)
+	}
+	start := rand.IntN(size)
+	for i := range min(size, maxPortTries) {
+		port := o.Ports.Min + uint16((start+i)%size)
+		file, err := connectOnce(ctx, ns, netip.AddrPortFrom(src, port), dst, o)
+		// Somebody listens on the port for any address, or has this very connection.
+		if errors.Is(err, unix.EADDRINUSE) || errors.Is(err, unix.EADDRNOTAVAIL) {
+			continue
+		}
+		return file, err
+	}
+	return nil, fmt.Errorf("%w: the local ports %d-%d are used up towards this destination", unix.EADDRNOTAVAIL, o.Ports.Min, o.Ports.Max)
+}
+
+func connectOnce(ctx context.Context, ns *NS, src, dst netip.AddrPort, o SocketOptions) (*os.File, error) {
+	file, err := newSocket(ns, src, o)
+	if err != nil {
+		return nil, err
+	}
+	if err := connect(ctx, file, dst); err != nil {
+		file.Close()
+		return nil, err
+	}
+	return file, nil
+}
+
+// newSocket makes a nonblocking TCP socket in ns, bound to src; with port 0 the kernel draws the port when it is connected.
+func newSocket(ns *NS, src netip.AddrPort, o SocketOptions) (*os.File, error) {
 	family := unix.AF_INET
-	if src.Is6() {
+	if src.Addr().Is6() {
 		family = unix.AF_INET6
 	}
 	fd := -1
@@ -181,10 +219,16 @@ func newSocket(ns *NS, src netip.Addr, o SocketOptions) (*os.File, error) {
 		if err := o.set(fd, family == unix.AF_INET6); err != nil {
 			return err
 		}
-		if err := sockopt(fd, unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1, "IP_BIND_ADDRESS_NO_PORT"); err != nil {
+		if src.Port() == 0 {
+			err = sockopt(fd, unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1, "IP_BIND_ADDRESS_NO_PORT")
+		} else {
+			// One port for connections to many destinations: connect(2) sees to it that no two are the same.
+			err = sockopt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1, "SO_REUSEADDR")
+		}
+		if err != nil {
 			return err
 		}
-		return os.NewSyscallError("bind", unix.Bind(fd, sockaddr(netip.AddrPortFrom(src, 0))))
+		return os.NewSyscallError("bind", unix.Bind(fd, sockaddr(src)))
 	}()
 	if err != nil {
 		unix.Close(fd)

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -157,6 +158,54 @@ func TestManySourcePorts(t *testing.T) {
 			t.Fatalf("connection %d: %v", i, err)
 		}
 		defer c.Close()
+	}
+}
+
+// TestPortRange: local ports come from the range, one serves several destinations, a port on which somebody listens is passed over, and only when all are taken
+// towards a destination is there an error, which says so.
+func TestPortRange(t *testing.T) {
+	ns := anyIP(t)
+	l := listen(t, ns.NS, 15008, true, netns.SocketOptions{})
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			t.Cleanup(func() { c.Close() })
+		}
+	}()
+	listen(t, ns.NS, 61002, true, netns.SocketOptions{})
+	o := netns.SocketOptions{Ports: netns.PortRange{Min: 61000, Max: 61003}}
+	for _, dst := range []string{"10.55.0.101", "10.55.0.102", "fd55::101"} {
+		src, dst := netip.MustParseAddr("10.55.0.1"), netip.AddrPortFrom(netip.MustParseAddr(dst), 15008)
+		if dst.Addr().Is6() {
+			src = netip.MustParseAddr("fd55::1")
+		}
+		seen := map[int]bool{}
+		for i := range 3 {
+			c, err := netns.DialTransparent(t.Context(), ns.NS, src, dst, o)
+			if err != nil {
+				t.Fatalf("connection %d to %s: %v", i, dst, err)
+			}
+			defer c.Close()
+			p := c.LocalAddr().(*net.TCPAddr).Port
+			if p < 61000 || p > 61003 || p == 61002 || seen[p] {
+				t.Errorf("connection %d to %s from port %d", i, dst, p)
+			}
+			seen[p] = true
+		}
+		c, err := netns.DialTransparent(t.Context(), ns.NS, src, dst, o)
+		if !errors.Is(err, unix.EADDRNOTAVAIL) || !strings.Contains(err.Error(), "61000-61003") {
+			t.Errorf("one more to %s: %v", dst, err)
+		}
+		if err == nil {
+			c.Close()
+		}
+	}
+	// No other error is taken for a port in use.
+	if _, err := netns.DialTransparent(t.Context(), ns.NS, netip.MustParseAddr("10.55.0.1"), netip.MustParseAddrPort("10.55.0.103:1"), o); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("a closed port: %v", err)
 	}
 }
 

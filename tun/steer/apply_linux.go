@@ -30,24 +30,30 @@ func Apply(ctx context.Context, p Plan, ns Namespaces) error {
 		return err
 	}
 	var undo []func() error
-	for _, s := range p.Steps {
-		err := ctx.Err()
-		if err == nil {
-			var back func() error
-			if back, err = w.at(s.Where).do(s.Do); back != nil {
-				undo = append(undo, back)
-			}
-		}
-		if err == nil {
-			continue
-		}
-		err = stepError(s, err)
+	fail := func(err error) error {
 		for _, back := range slices.Backward(undo) {
 			if uerr := back(); uerr != nil && !gone(uerr) {
 				err = fmt.Errorf("%w; and while taking back what was done: %w", err, uerr)
 			}
 		}
 		return err
+	}
+	for _, s := range p.Steps {
+		if err := ctx.Err(); err != nil {
+			return fail(stepError(s, err))
+		}
+		back, err := w.at(s.Where).do(s.Do)
+		if back != nil {
+			undo = append(undo, back)
+		}
+		if err != nil {
+			return fail(stepError(s, err))
+		}
+	}
+	for _, pl := range w.places {
+		if err := pl.dropStale(p); err != nil {
+			return fail(fmt.Errorf("in the %s's namespace: %w", pl.where, err))
+		}
 	}
 	return nil
 }

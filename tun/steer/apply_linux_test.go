@@ -24,6 +24,9 @@ import (
 
 const patience = 20 * time.Second
 
+// meshCalls are the options of the mesh's own calls: the rules know their answers by the local port.
+var meshCalls = netns.SocketOptions{Ports: netns.PortRange{Min: steer.MeshPortMin, Max: steer.MeshPortMax}}
+
 // node is an isolated node with its TUN and listener, as the daemon makes it; pod is a pod of it.
 type node struct {
 	*nslab.NS
@@ -206,7 +209,7 @@ func hbone(t *testing.T, name string, from, to *pod, f int, l *net.TCPListener) 
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	out, err := netns.DialTransparent(ctx, from.node.NS.NS, from.addrs[f], netip.AddrPortFrom(to.addrs[f], 15008), netns.SocketOptions{})
+	out, err := netns.DialTransparent(ctx, from.node.NS.NS, from.addrs[f], netip.AddrPortFrom(to.addrs[f], 15008), meshCalls)
 	if err != nil {
 		t.Errorf("%s: %v", name, err)
 		return

@@ -23,13 +23,19 @@
 //   - link-local addresses, router solicitations and duplicate address detection are turned off on our devices: nobody is there to answer.
 //
 // Limits: with IPv6, forwarding must be turned on for the whole namespace, and a namespace that takes its own default route from router advertisements then
-// loses it unless its accept_ra is 2: a node that does so is to be set up for it by its owner. TCP port 15008 outside the mesh cannot be reached
-// through the node's TUN, since the rules take that port's traffic for the mesh.
+// loses it unless its accept_ra is 2: a node that does so is to be set up for it by its owner. An application's port between MeshPortMin and
+// MeshPortMax cannot be reached by a plaintext client whose own port is 15008: to the rules that is an answer to a call of the mesh's.
 //
 // Decisions:
 //   - 2026-11-23: Undo leaves ip_forward, IPv6 forwarding and `lo up` as they are: we cannot know who else has come to rely on them since, and a
 //     restarted daemon does not know what was there before. Per-device sysctls go with their device.
 //   - 2026-11-23: a route or rule in our place that is not ours is an error, never replaced.
+//   - 2026-11-28: the rule for answers matches the mesh's port and the local ports of our own calls. By the source port alone, anybody who calls from
+//     port 15008 reached the node's own services at a pod's IPv6 address, and answers from port 15008 of hosts outside the mesh never reached the
+//     pod's stack. The range is fixed and not the kernel's ip_local_port_range: IP_LOCAL_PORT_RANGE (Linux 6.3) narrows that one and
+//     cannot leave it, and the node's own sockets are not to compete for it.
+//   - 2026-11-28: a process of the node's own gets its source address for port 15008 by a rule for sockets without one, rather than by `src` on the
+//     local routes: the kernel deletes a route when its `src` is no longer the node's (a new DHCP lease), and the pod would be cut off.
 //   - 2026-11-23: in a pod's namespace a default route by another device is refused: it would be a way around the mesh (isolated mode means lo and
 //     the TUN only).
 package steer

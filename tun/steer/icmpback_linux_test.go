@@ -124,6 +124,9 @@ func TestMarks(t *testing.T) {
 	if netstack.ReturnTOS != steer.ReturnTOS {
 		t.Errorf("netstack writes %#x, the rule knows %#x", netstack.ReturnTOS, steer.ReturnTOS)
 	}
+	if netstack.MeshPortMin != steer.MeshPortMin {
+		t.Errorf("netstack takes the ports from %d for the mesh's, the rule those from %d", netstack.MeshPortMin, steer.MeshPortMin)
+	}
 }
 
 // TestUnreachable: a mesh dial to where nobody is fails when the network says so, not at its deadline: a router's word, and the node's own. Whatever the host thinks of
@@ -145,7 +148,7 @@ func TestUnreachable(t *testing.T) {
 				before := m.uplink.Stats().RxReturned
 				ctx, cancel := context.WithTimeout(t.Context(), patience)
 				start := time.Now()
-				conn, err := netns.DialTransparent(ctx, n1.NS.NS, p.addrs[c.f], netip.MustParseAddrPort(net.JoinHostPort(c.dst, "15008")), netns.SocketOptions{})
+				conn, err := netns.DialTransparent(ctx, n1.NS.NS, p.addrs[c.f], netip.MustParseAddrPort(net.JoinHostPort(c.dst, "15008")), meshCalls)
 				took := time.Since(start)
 				cancel()
 				if err == nil {
@@ -194,7 +197,7 @@ func TestReturnedOnce(t *testing.T) {
 	n1.IP(t, "-6", "route", "flush", "table", "15008")
 	for f, dst := range []string{"10.2.99.7", "fd02:0:0:0:99::7"} {
 		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
-		conn, err := netns.DialTransparent(ctx, n1.NS.NS, p.addrs[f], netip.AddrPortFrom(netip.MustParseAddr(dst), 15008), netns.SocketOptions{})
+		conn, err := netns.DialTransparent(ctx, n1.NS.NS, p.addrs[f], netip.AddrPortFrom(netip.MustParseAddr(dst), 15008), meshCalls)
 		cancel()
 		if err == nil {
 			conn.Close()

@@ -12,6 +12,7 @@ import (
 const (
 	TableMain  = unix.RT_TABLE_MAIN
 	TableHBONE = 15008 // one local route per attached pod; the rules below lead to it
+	PrefSource = 8     // rule: which source a process of the node's own gets towards the HBONE port
 	PrefReturn = 9     // rule: ICMP errors that the node's TUN gives back
 	PrefDport  = 10    // rule: to the HBONE port
 	PrefSport  = 11    // rule: from the HBONE port
@@ -25,7 +26,16 @@ const (
 
 	// PortHBONE is the mesh's port on every pod's address.
 	PortHBONE = 15008
+
+	// MeshPortMin and MeshPortMax are the local ports of the mesh's own calls (netns.SocketOptions.Ports). What comes from the HBONE port to one of
+	// them is an answer to the node's sockets; what comes from it to any other port is a packet like others, for the pod's stack, which
+	// calls from other ports (netstack.Config.PortMax). Above Linux' default ip_local_port_range, so that no listener of the node gets one by chance;
+	// no kernel takes a rule whose range ends at 65535.
+	MeshPortMin, MeshPortMax = 61000, 65534
 )
+
+// MeshPorts is the range from MeshPortMin to MeshPortMax.
+func MeshPorts() Ports { return Ports{MeshPortMin, MeshPortMax} }
 
 // NodeConfig describes the namespace of an isolated node.
 type NodeConfig struct {
@@ -48,6 +58,10 @@ type PodConfig struct {
 //
 // Which ICMP errors are about the mesh's port no rule can tell: they come out of the node's TUN, and netstack writes these back, marked and with the
 // last hop of their TTL, so that what finds no local route in the table (a pod just removed) ends instead of coming out of the TUN once more.
+//
+// A process of the node's own that calls a pod's mesh port asks the routes for a source address first. A local route offers the destination itself, with
+// which IPv4 then refuses to send (ENETUNREACH; IPv6 looks for a better one), so that question is answered by the main table: the source is the
+// one that any other port of the pod would see. The packets, which have a source, go by the table of captured pods like all others.
 func NodePlan(c NodeConfig) Plan {
 	var p Plan
 	add := func(a Action) { p.Steps = append(p.Steps, Step{Node, a}) }
@@ -65,14 +79,15 @@ func NodePlan(c NodeConfig) Plan {
 		add(s)
 	}
 	add(Link{Dev: c.TUN, MTU: c.MTU})
+	add(Rule{Pref: PrefSource, Unbound: true, Iif: "lo", Proto: unix.IPPROTO_TCP, Dport: port(PortHBONE), Table: TableMain})
 	for _, v6 := range families(c.IPv6) {
 		icmp := uint8(unix.IPPROTO_ICMP)
 		if v6 {
 			icmp = unix.IPPROTO_ICMPV6
 		}
 		add(Rule{V6: v6, Pref: PrefReturn, Iif: c.TUN, TOS: ReturnTOS, Proto: icmp, Table: TableHBONE})
-		add(Rule{V6: v6, Pref: PrefDport, Proto: unix.IPPROTO_TCP, Dport: PortHBONE, Table: TableHBONE})
-		add(Rule{V6: v6, Pref: PrefSport, Proto: unix.IPPROTO_TCP, Sport: PortHBONE, Table: TableHBONE})
+		add(Rule{V6: v6, Pref: PrefDport, Proto: unix.IPPROTO_TCP, Dport: port(PortHBONE), Table: TableHBONE})
+		add(Rule{V6: v6, Pref: PrefSport, Proto: unix.IPPROTO_TCP, Sport: port(PortHBONE), Dport: MeshPorts(), Table: TableHBONE})
 	}
 	return p
 }

@@ -91,11 +91,26 @@ type Route struct {
 type Rule struct {
 	V6           bool
 	Pref         int
-	Iif          string // the device that it comes from, "" is any
+	Unbound      bool   // IPv4: only the question of a socket that has no source address yet, "from 0.0.0.0/32"
+	Iif          string // the device that it comes from, "" is any; "lo" is what this host sends itself
 	Proto        uint8  // unix.IPPROTO_TCP, IPPROTO_ICMP, IPPROTO_ICMPV6
 	TOS          uint8  // the DS field, 0 is any; bits of 0x1c only
-	Sport, Dport uint16 // TCP only, 0 is any
+	Sport, Dport Ports  // TCP only
 	Table        int
+}
+
+// Ports is a range of ports, both ends included. The zero value is any port.
+type Ports struct{ Min, Max uint16 }
+
+// port is the range of one port.
+func port(p uint16) Ports { return Ports{p, p} }
+
+// String returns "PORT" or "MIN-MAX", as ip(8) takes it.
+func (p Ports) String() string {
+	if p.Min == p.Max {
+		return fmt.Sprint(p.Min)
+	}
+	return fmt.Sprintf("%d-%d", p.Min, p.Max)
 }
 
 func (Sysctl) action() {}
@@ -170,6 +185,9 @@ func (r Rule) String() string {
 		b.WriteString("-6 ")
 	}
 	fmt.Fprintf(&b, "rule add pref %d", r.Pref)
+	if r.Unbound {
+		fmt.Fprintf(&b, " from %s", host(netip.IPv4Unspecified()))
+	}
 	if r.Iif != "" {
 		b.WriteString(" iif " + r.Iif)
 	}
@@ -186,13 +204,17 @@ func (r Rule) String() string {
 	default:
 		fmt.Fprintf(&b, " ipproto %d", r.Proto)
 	}
-	if r.Sport != 0 {
-		fmt.Fprintf(&b, " sport %d", r.Sport)
+	if r.Sport != (Ports{}) {
+		fmt.Fprintf(&b, " sport %s", r.Sport)
 	}
-	if r.Dport != 0 {
-		fmt.Fprintf(&b, " dport %d", r.Dport)
+	if r.Dport != (Ports{}) {
+		fmt.Fprintf(&b, " dport %s", r.Dport)
 	}
-	fmt.Fprintf(&b, " lookup %d protocol %d", r.Table, Protocol)
+	table := fmt.Sprint(r.Table)
+	if r.Table == TableMain {
+		table = "main"
+	}
+	fmt.Fprintf(&b, " lookup %s protocol %d", table, Protocol)
 	return b.String()
 }
 
