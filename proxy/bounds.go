@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"net"
 	"net/netip"
 	"sync/atomic"
 
@@ -25,19 +26,21 @@ type bounds struct {
 	refusals *fair.Lines // access lines of connections that were turned down
 	warnings *fair.Lines // all other lines that outsiders can cause
 
+	pod    string
+	report *fair.Report
 	turned atomic.Uint64
 }
 
 func newBounds(o *Options) *bounds {
 	b := &bounds{
+		pod: o.Info.Namespace + "/" + o.Info.Name, report: o.Report,
 		refusals: fair.NewLines(fair.LinesOptions{Log: o.Access, PerSecond: 2, Burst: 50}),
 		warnings: fair.NewLines(fair.LinesOptions{Log: o.Log, PerSecond: 2, Burst: 20}),
 	}
-	pod := o.Info.Namespace + "/" + o.Info.Name
 	ledger := func(resource string, limit, perSource int64) *fair.Ledger[netip.Addr] {
 		return fair.NewLedger(fair.LedgerOptions[netip.Addr]{Limit: limit, PerSource: perSource, Turned: func(source netip.Addr, evicted bool) {
 			b.turned.Add(1)
-			o.Report.Turned(resource, pod, source.String(), evicted)
+			b.report.Turned(resource, b.pod, source.String(), evicted)
 		}})
 	}
 	b.newcomers = ledger("connections to port 15008 without a stream", maxNewcomers, maxPerSource)
@@ -45,6 +48,12 @@ func newBounds(o *Options) *bounds {
 	b.greetings = ledger("SOCKS5 handshakes", int64(o.Config.MaxMeshHandshake), 0)
 	b.requests = ledger("requests on port 15008", maxRequests, 0)
 	return b
+}
+
+// calmed is for a peer whose tunnel was ended for what it sent: floods of frames that serve nothing, answers unread.
+func (b *bounds) calmed(peer net.Addr) {
+	b.turned.Add(1)
+	b.report.Turned("frames of one tunnel", b.pod, addrPort(peer).Addr().String(), true)
 }
 
 // close says what lines were left out.

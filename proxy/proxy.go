@@ -83,6 +83,7 @@ type Proxy struct {
 	conns   conns
 	proofs  sync.Map // net.Conn -> proof: handshakes whose tunnel the pool is about to make
 	bounds  *bounds
+	tunnels hbone.Stats        // of both directions
 	labels  [3]context.Context // pprof labels by direction
 	illegal []uint16           // ports that no connection may be steered to
 
@@ -96,6 +97,7 @@ func New(o Options) *Proxy {
 	}
 	p := &Proxy{o: o, mesh: map[*hbone.ServerConn]struct{}{}, illegal: route.IllegalPorts(o.Config.SOCKS5)}
 	p.bounds = newBounds(&o)
+	p.o.Config.HBONE.Stats, p.o.Config.HBONE.Calmed = &p.tunnels, p.bounds.calmed
 	if p.o.Policies == nil {
 		p.o.Policies = NewUnknownPolicies(false, o.Log)
 	}
@@ -106,7 +108,7 @@ func New(o Options) *Proxy {
 		p.labels[dir] = pprof.WithLabels(context.Background(), pprof.Labels("role", "worker", "pod", pod, "dir", name))
 	}
 	p.pool = hbone.NewPool(hbone.PoolOptions{
-		Dial: p.dialTunnel, MaxStreams: o.Config.PoolMaxStreams, Unused: o.Config.PoolUnused, Config: o.Config.HBONE, Opened: p.opened,
+		Dial: p.dialTunnel, MaxStreams: o.Config.PoolMaxStreams, Unused: o.Config.PoolUnused, Config: p.o.Config.HBONE, Opened: p.opened,
 	})
 	return p
 }
@@ -286,11 +288,14 @@ func (p *Proxy) recheckIn(d time.Duration) {
 // Stats are figures of one pod's data plane.
 type Stats struct {
 	Pool       hbone.PoolStats
+	Tunnels    hbone.Counts
 	Overloaded uint64 // connections and requests that lost their place, or got none, at a bound of the proxy
 }
 
 // Stats returns the figures of this moment.
-func (p *Proxy) Stats() Stats { return Stats{Pool: p.pool.Stats(), Overloaded: p.bounds.turned.Load()} }
+func (p *Proxy) Stats() Stats {
+	return Stats{Pool: p.pool.Stats(), Tunnels: p.tunnels.Counts(), Overloaded: p.bounds.turned.Load()}
+}
 
 // Connection is one live connection, as /config_dump lists it.
 type Connection struct {

@@ -27,6 +27,7 @@ func (c *dataplaneCollector) Collect(ch chan<- prometheus.Metric) {
 		ps := p.proxy.Stats()
 		emit(ch, "ztun_proxy_", ps, "pod", name)
 		emit(ch, "ztun_pool_", ps.Pool, "pod", name)
+		emit(ch, "ztun_tunnel_", ps.Tunnels, "pod", name)
 	}
 	ch <- prometheus.MustNewConstMetric(
 		prometheus.NewDesc("ztun_mesh_unknown_destination_total", "Connections to port 15008 of an address that no attached pod has.", nil, nil),

@@ -99,7 +99,7 @@ func (c *conn) openable() error {
 		return &ConnError{c.err}
 	case c.goneAway || c.leaving || c.nextID > 1<<31-3:
 		return ErrGoAway
-	case len(c.streams) >= c.maxStreams():
+	case len(c.streams) >= c.maxStreams(), c.ownResets > maxQueuedReplies/2: // or the server does not read our resets
 		return ErrSaturated
 	}
 	return nil
@@ -197,15 +197,15 @@ func (c *conn) takeAnswer(f *http2.MetaHeadersFrame) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s := c.streams[f.StreamID]
-	if s == nil {
-		return nil // reset by us meanwhile
+	if s == nil { // reset by us meanwhile, or so it should be
+		return c.overdue(f.StreamID, http2.FrameHeaders, int(listSize(f)))
 	}
 	if s.gotEnd {
 		c.rejectLocked(s, http2.ErrCodeStreamClosed)
 		return nil
 	}
 	if s.answered { // trailers: they end the stream (CONNECT has none to speak of)
-		if !f.StreamEnded() {
+		if !f.StreamEnded() || len(f.PseudoFields()) > 0 {
 			c.rejectLocked(s, http2.ErrCodeProtocol)
 			return nil
 		}
@@ -214,17 +214,16 @@ func (c *conn) takeAnswer(f *http2.MetaHeadersFrame) error {
 	}
 	text := f.PseudoValue("status")
 	status, err := strconv.Atoi(text)
-	if len(text) != 3 || err != nil || status < 100 || f.Truncated || f.PseudoValue("method") != "" {
+	if len(text) != 3 || err != nil || status < 100 || status == 101 || f.Truncated || listSize(f) > c.cfg.MaxHeaderList || f.PseudoValue("method") != "" {
 		c.rejectLocked(s, http2.ErrCodeProtocol)
 		return nil
 	}
 	if status < 200 { // informational: the answer is still to come
 		if f.StreamEnded() {
 			c.rejectLocked(s, http2.ErrCodeProtocol)
-		} else if !c.nuisances.take() {
-			return violation(http2.ErrCodeEnhanceYourCalm, "too many informational responses")
+			return nil
 		}
-		return nil
+		return c.nuisance("informational HEADERS")
 	}
 	resp := Response{Status: status}
 	for _, h := range f.RegularFields() {

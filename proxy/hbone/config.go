@@ -2,6 +2,7 @@ package hbone
 
 import (
 	"log/slog"
+	"net"
 	"sync/atomic"
 	"time"
 )
@@ -38,9 +39,12 @@ type Config struct {
 	// Resets is how many streams a client may reset before they were answered, and how many stream errors it may
 	// cause, in a burst (200; refilled with a quarter of it per second) before ENHANCE_YOUR_CALM.
 	Resets int
-	// ControlFrames is how many PING, SETTINGS, PRIORITY, unknown and empty DATA frames a peer may send in a burst
-	// (1000; refilled with a tenth of it per second) before ENHANCE_YOUR_CALM.
+	// ControlFrames is how many frames that serve nothing a peer may send in a burst (PING, SETTINGS, PRIORITY, unknown
+	// ones, empty DATA, WINDOW_UPDATE beyond what our DATA explains, frames on streams that are over beyond what can
+	// have been on its way; 1000, refilled with a tenth of it per second) before ENHANCE_YOUR_CALM.
 	ControlFrames int
+	// Calmed is told of each peer whose connection was ended with ENHANCE_YOUR_CALM. Locks are held: it returns at once.
+	Calmed func(peer net.Addr)
 
 	// Stats counts what bounds turned away, of all connections that were given the same; nil: nobody looks.
 	Stats *Stats
@@ -109,12 +113,27 @@ type Stats struct {
 	StreamsRejected atomic.Uint64
 	// Violations counts connections ended for one, ENHANCE_YOUR_CALM included.
 	Violations atomic.Uint64
+	// Calmed counts those ended with ENHANCE_YOUR_CALM: floods, and answers that nobody read.
+	Calmed atomic.Uint64
 	// PingTimeouts counts connections given up because the peer fell silent.
 	PingTimeouts atomic.Uint64
 	// Compacted counts received pieces that were copied because too many large blocks were pinned.
 	Compacted atomic.Uint64
 	// Lingered counts closed streams whose last bytes were dropped because the peer gave no window for them.
 	Lingered atomic.Uint64
+}
+
+// Counts are the figures of a Stats at one moment.
+type Counts struct {
+	StreamsRefused, StreamsRejected, Violations, Calmed, PingTimeouts, Compacted, Lingered uint64
+}
+
+// Counts reads them.
+func (s *Stats) Counts() Counts {
+	return Counts{
+		StreamsRefused: s.StreamsRefused.Load(), StreamsRejected: s.StreamsRejected.Load(), Violations: s.Violations.Load(), Calmed: s.Calmed.Load(),
+		PingTimeouts: s.PingTimeouts.Load(), Compacted: s.Compacted.Load(), Lingered: s.Lingered.Load(),
+	}
 }
 
 // bucket is a token bucket: what a peer may do often, but not all the time.

@@ -61,6 +61,7 @@ type conn struct {
 	henc       *hpack.Encoder
 	hbuf       bytes.Buffer
 	replies    int // of ctrl: frames that the peer provoked
+	ownResets  int // client, of ctrl: RST_STREAMs of streams that our users gave up
 	flushing   bool
 	flusher    *Stream // whose goroutine flushes, if it is a stream's user
 	light      streamList
@@ -95,10 +96,14 @@ type conn struct {
 	// Receiving.
 	recvWin int64 // what the peer may still send on the connection
 
-	ping      pinger
-	probed    time.Time // when probe last asked
+	ping   pinger
+	probed time.Time // when probe last asked
+	// What the peer may send that serves nothing (limits.go). nuisances is the reader's alone.
 	resets    bucket
 	nuisances bucket
+	updates   int
+	late      int64
+	gone      goneStreams
 
 	rd reader
 }
@@ -242,6 +247,12 @@ func (c *conn) leaveLocked(code http2.ErrCode, err error) {
 	if code != http2.ErrCodeNo {
 		c.cfg.Stats.Violations.Add(1)
 	}
+	if code == http2.ErrCodeEnhanceYourCalm {
+		c.cfg.Stats.Calmed.Add(1)
+		if c.cfg.Calmed != nil {
+			c.cfg.Calmed(c.nc.RemoteAddr())
+		}
+	}
 	c.ping.stop()
 	c.unavailable()
 	orderly := len(c.streams) == 0
@@ -293,7 +304,7 @@ func (c *conn) spawn(f func()) {
 
 // reply accounts for a frame that the peer made us send; too many unread ones end the connection. mu is held.
 func (c *conn) reply() {
-	if c.replies++; c.replies > maxQueuedReplies {
+	if c.replies++; c.replies > c.maxReplies() {
 		c.leaveLocked(http2.ErrCodeEnhanceYourCalm, &protocolError{http2.ErrCodeEnhanceYourCalm, "peer does not read the answers that it provokes"})
 	}
 }
@@ -305,6 +316,7 @@ func (c *conn) forgetLocked(s *Stream) {
 	}
 	s.gone = true
 	delete(c.streams, s.id)
+	c.remember(s)
 	if s.onGone != nil {
 		s.onGone()
 		s.onGone = nil

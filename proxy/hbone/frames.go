@@ -15,10 +15,19 @@ func (r *reader) malformed(se http2.StreamError) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.log.Debug("malformed frame", "peer", c.nc.RemoteAddr(), "stream", se.StreamID, "error", se.Cause)
-	if s := c.streams[se.StreamID]; s != nil {
+	switch s := c.streams[se.StreamID]; {
+	case s != nil:
 		c.rejectLocked(s, se.Code)
-	} else if r.fresh {
+	case r.fresh:
 		c.refuseLocked(se.StreamID, se.Code)
+	case c.isIdle(se.StreamID):
+		return violation(se.Code, "malformed frame on stream %d, which is idle", se.StreamID)
+	default:
+		typ := http2.FrameHeaders
+		if http2.FrameType(r.head[3]) == http2.FrameWindowUpdate {
+			typ = http2.FrameWindowUpdate
+		}
+		return c.overdue(se.StreamID, typ, len(r.ctl))
 	}
 	return nil
 }
@@ -34,6 +43,7 @@ func (c *conn) refuseLocked(id uint32, code http2.ErrCode) {
 		c.cfg.Stats.StreamsRejected.Add(1)
 	}
 	c.framer.WriteRSTStream(id, code)
+	c.rememberRefused(id)
 	c.blame()
 	c.reply()
 	c.wantFlush()
@@ -45,6 +55,9 @@ func (c *conn) takeSettings(f *http2.SettingsFrame) error {
 	if f.IsAck() {
 		c.acked = true
 		return nil
+	}
+	if n := f.NumSettings(); n > maxSettings {
+		return violation(http2.ErrCodeEnhanceYourCalm, "SETTINGS of %d entries", n)
 	}
 	first := !c.gotSettings
 	c.gotSettings = true
@@ -112,6 +125,9 @@ func (c *conn) takePing(f *http2.PingFrame) error {
 func (c *conn) takeWindowUpdate(id uint32, inc int64) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if err := c.updated(); err != nil {
+		return err
+	}
 	if id == 0 {
 		if c.sendWin += inc; c.sendWin > 1<<31-1 {
 			return violation(http2.ErrCodeFlowControl, "connection window overflows")
@@ -138,8 +154,9 @@ func (c *conn) takeReset(id uint32, code http2.ErrCode) error {
 	}
 	s := c.streams[id]
 	if s == nil {
-		return nil
+		return c.overdue(id, http2.FrameRSTStream, 0)
 	}
+	s.peerReset = true
 	if !c.client && !s.answered {
 		c.blame() // rapid reset (CVE-2023-44487)
 	}

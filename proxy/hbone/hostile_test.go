@@ -2,10 +2,12 @@ package hbone
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -51,7 +53,7 @@ func TestRequestSyntax(t *testing.T) {
 			}
 			if got == id {
 				if !strings.HasSuffix(text, want) {
-					t.Errorf("%q: %s", fields, text)
+					t.Errorf("%.200q: %s, want %s", fields, text, want)
 				}
 				break
 			}
@@ -87,7 +89,25 @@ func TestRequestSyntax(t *testing.T) {
 	try(bad, ":method", "GET", ":path", "/", ":authority", "h:1")
 	try(bad, ":method", "GET", ":scheme", "http", ":authority", "h:1")
 	try(bad, ":method", "GET", ":scheme", "http", ":path", "", ":authority", "h:1")
-	try(bad, append(c, "huge", strings.Repeat("x", 65536))...) // the accepted header list
+	for _, v := range []string{"", "x", "-1", "+1", "1.5", "0x1", "1,2", "1,", "99999999999999999999"} {
+		try(bad, append(c, "content-length", v)...)
+	}
+	try(bad, append(c, "content-length", "1", "content-length", "2")...)
+	try(ok, append(c, "content-length", "7")...) // says nothing of a tunnel
+	try(ok, append(c, "content-length", "7, 7", "content-length", "7")...)
+	for _, n := range []int{65536, 70000, 128 << 10, 200 << 10} { // more than the accepted header list
+		try(":status=431", append(c, "huge", strings.Repeat("x", n))...)
+		try(":status=431", append(c, "huge", strings.Repeat("\x7e", n))...) // without Huffman's help
+	}
+	try(":status=431", append(c, manyFields(2000)...)...)
+	try(ok, c...)
+}
+
+func manyFields(n int) (out []string) {
+	for i := range n {
+		out = append(out, fmt.Sprintf("field-%d", i), "value")
+	}
+	return out
 }
 
 // TestGetWithEnd: without a body to come there is nothing to reset.
@@ -138,6 +158,37 @@ func TestViolations(t *testing.T) {
 			p.fr.WriteWindowUpdate(1, 1<<30)
 			p.fr.WriteSettings(http2.Setting{ID: 4, Val: 1<<31 - 1})
 		}, "FLOW_CONTROL_ERROR"},
+		"decreasing stream id": {func(p *rawPeer) { p.connect(5); p.connect(3) }, "PROTOCOL_ERROR"},
+		"stream id again": {func(p *rawPeer) {
+			p.connect(1)
+			p.fr.WriteRSTStream(1, http2.ErrCodeCancel)
+			p.connect(1)
+		}, "PROTOCOL_ERROR"},
+		"DATA after the end": {func(p *rawPeer) {
+			p.headers(1, true, "huge", strings.Repeat("x", 5000)) // refused by the reader itself: at once
+			p.fr.WriteData(1, false, []byte("x"))
+		}, "STREAM_CLOSED"},
+		"trailers after the end": {func(p *rawPeer) {
+			p.headers(1, true, "huge", strings.Repeat("x", 5000)) // refused by the reader itself: at once
+			p.headers(1, true, "a", "b")
+		}, "STREAM_CLOSED"},
+		"DATA on a skipped stream":        {func(p *rawPeer) { p.connect(5); p.fr.WriteData(3, false, []byte("x")) }, "STREAM_CLOSED"},
+		"PRIORITY length":                 {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FramePriority, 0, 1, make([]byte, 4)) }, "FRAME_SIZE_ERROR"},
+		"PRIORITY on stream 0":            {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FramePriority, 0, 0, make([]byte, 5)) }, "PROTOCOL_ERROR"},
+		"WINDOW_UPDATE of zero, idle":     {func(p *rawPeer) { p.connect(1); p.fr.WriteRawFrame(http2.FrameWindowUpdate, 0, 9, make([]byte, 4)) }, "PROTOCOL_ERROR"},
+		"WINDOW_UPDATE length":            {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameWindowUpdate, 0, 0, make([]byte, 5)) }, "FRAME_SIZE_ERROR"},
+		"GOAWAY on a stream":              {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameGoAway, 0, 1, make([]byte, 8)) }, "PROTOCOL_ERROR"},
+		"GOAWAY length":                   {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameGoAway, 0, 0, make([]byte, 7)) }, "FRAME_SIZE_ERROR"},
+		"PING on a stream":                {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FramePing, 0, 1, make([]byte, 8)) }, "PROTOCOL_ERROR"},
+		"RST_STREAM on stream 0":          {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameRSTStream, 0, 0, make([]byte, 4)) }, "PROTOCOL_ERROR"},
+		"acknowledgement that says a lot": {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameSettings, http2.FlagSettingsAck, 0, make([]byte, 6)) }, "FRAME_SIZE_ERROR"},
+		"HEADERS of padding": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FrameHeaders, http2.FlagHeadersEndHeaders|http2.FlagHeadersPadded, 1, append([]byte{200}, p.block(":method", "CONNECT")...))
+		}, "PROTOCOL_ERROR"},
+		"long SETTINGS": {func(p *rawPeer) { p.fr.WriteSettings(make([]http2.Setting, maxSettings+1)...) }, "ENHANCE_YOUR_CALM"},
+		"huge header": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FrameHeaders, 0, 1, make([]byte, 300<<10))
+		}, "ENHANCE_YOUR_CALM"},
 		"PUSH_PROMISE":       {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FramePushPromise, 4, 1, make([]byte, 8)) }, "PROTOCOL_ERROR"},
 		"frame too large":    {func(p *rawPeer) { p.fr.WriteRawFrame(99, 0, 0, make([]byte, 1<<20+1)) }, "FRAME_SIZE_ERROR"},
 		"CONTINUATION alone": {func(p *rawPeer) { p.fr.WriteContinuation(1, true, nil) }, "PROTOCOL_ERROR"},
@@ -188,10 +239,54 @@ func TestViolations(t *testing.T) {
 		"refused flood": {flood(5000, func(p *rawPeer, i int) error {
 			return p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: uint32(2*i + 1), BlockFragment: p.block(":method", "CONNECT", ":authority", "x:1"), EndHeaders: true})
 		}), "ENHANCE_YOUR_CALM"},
-		"PING flood":     {flood(5000, func(p *rawPeer, i int) error { return p.fr.WritePing(false, [8]byte{1}) }), "ENHANCE_YOUR_CALM"},
-		"SETTINGS flood": {flood(5000, func(p *rawPeer, i int) error { return p.fr.WriteSettings() }), "ENHANCE_YOUR_CALM"},
-		"PRIORITY flood": {flood(5000, func(p *rawPeer, i int) error { return p.fr.WritePriority(1, http2.PriorityParam{StreamDep: 3}) }), "ENHANCE_YOUR_CALM"},
-		"unknown flood":  {flood(5000, func(p *rawPeer, i int) error { return p.fr.WriteRawFrame(77, 0, 0, nil) }), "ENHANCE_YOUR_CALM"},
+		"PING flood":          {flood(5000, func(p *rawPeer, i int) error { return p.fr.WritePing(false, [8]byte{1}) }), "ENHANCE_YOUR_CALM"},
+		"SETTINGS flood":      {flood(5000, func(p *rawPeer, i int) error { return p.fr.WriteSettings() }), "ENHANCE_YOUR_CALM"},
+		"PRIORITY flood":      {flood(5000, func(p *rawPeer, i int) error { return p.fr.WritePriority(1, http2.PriorityParam{StreamDep: 3}) }), "ENHANCE_YOUR_CALM"},
+		"unknown flood":       {flood(5000, func(p *rawPeer, i int) error { return p.fr.WriteRawFrame(77, 0, 0, nil) }), "ENHANCE_YOUR_CALM"},
+		"WINDOW_UPDATE flood": {flood(5000, func(p *rawPeer, i int) error { return p.fr.WriteWindowUpdate(0, 1) }), "ENHANCE_YOUR_CALM"},
+		"WINDOW_UPDATE flood, stream": {func(p *rawPeer) {
+			p.connect(1)
+			flood(5000, func(p *rawPeer, i int) error { return p.fr.WriteWindowUpdate(1, 1) })(p)
+		}, "ENHANCE_YOUR_CALM"},
+		"WINDOW_UPDATE flood, late": {func(p *rawPeer) {
+			p.connect(1)
+			p.fr.WriteRSTStream(1, http2.ErrCodeCancel)
+			flood(5000, func(p *rawPeer, i int) error { return p.fr.WriteWindowUpdate(1, 1) })(p)
+		}, "ENHANCE_YOUR_CALM"},
+		"RST_STREAM flood": {func(p *rawPeer) {
+			p.connect(1)
+			flood(5000, func(p *rawPeer, i int) error { return p.fr.WriteRSTStream(1, http2.ErrCodeCancel) })(p)
+		}, "ENHANCE_YOUR_CALM"},
+		"DATA flood after RST_STREAM": {func(p *rawPeer) {
+			p.connect(1)
+			p.fr.WriteRSTStream(1, http2.ErrCodeCancel)
+			flood(5000, func(p *rawPeer, i int) error { return p.fr.WriteData(1, false, []byte("x")) })(p)
+		}, "ENHANCE_YOUR_CALM"},
+		"DATA flood on a refused stream": {func(p *rawPeer) {
+			p.headers(1, false, ":method", "CONNECT", ":authority", "") // reset at once
+			flood(50000, func(p *rawPeer, i int) error { return p.fr.WriteData(1, false, []byte("x")) })(p)
+		}, "ENHANCE_YOUR_CALM"},
+		"trailer flood": {func(p *rawPeer) {
+			p.headers(1, false, ":method", "CONNECT", ":authority", "") // reset at once
+			b := p.block("a", "b")
+			flood(50000, func(p *rawPeer, i int) error {
+				return p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: b, EndHeaders: true, EndStream: true})
+			})(p)
+		}, "ENHANCE_YOUR_CALM"},
+		"GOAWAY flood": {func(p *rawPeer) {
+			p.connect(1)
+			flood(5000, func(p *rawPeer, i int) error { return p.fr.WriteGoAway(0, 0, nil) })(p)
+		}, "ENHANCE_YOUR_CALM"},
+		"flood of DATA that is padding": {func(p *rawPeer) {
+			p.connect(1)
+			flood(5000, func(p *rawPeer, i int) error { return p.fr.WriteDataPadded(1, false, nil, make([]byte, 3)) })(p)
+		}, "ENHANCE_YOUR_CALM"},
+		"flood of large headers": {func(p *rawPeer) {
+			b := p.block(append([]string{":method", "CONNECT", ":authority", "x:1"}, "huge", strings.Repeat("x", 5000))...)
+			flood(3000, func(p *rawPeer, i int) error {
+				return p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: uint32(2*i + 1), BlockFragment: b, EndHeaders: true})
+			})(p)
+		}, "ENHANCE_YOUR_CALM"},
 		"empty DATA flood": {func(p *rawPeer) {
 			p.connect(1)
 			flood(5000, func(p *rawPeer, i int) error { return p.fr.WriteData(1, false, nil) })(p)
@@ -199,7 +294,9 @@ func TestViolations(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			p, _, stop := serve(t, Config{}, func(ss *ServerStream) {
+			var stats Stats
+			var calmed atomic.Int32
+			p, _, stop := serve(t, Config{ControlFrames: 200, MaxHeaderList: 4096, Stats: &stats, Calmed: func(net.Addr) { calmed.Add(1) }}, func(ss *ServerStream) {
 				if ss.Authority() != "slow:1" {
 					ss.Accept(&Response{Status: 200})
 				}
@@ -220,7 +317,14 @@ func TestViolations(t *testing.T) {
 			}()
 			tc.do(p)
 			if got := <-read; !strings.HasSuffix(got, tc.want) {
-				t.Errorf("%s, want %s", got, tc.want)
+				t.Errorf("%.300s, want %s", got, tc.want)
+			}
+			want := int32(0)
+			if tc.want == "ENHANCE_YOUR_CALM" {
+				want = 1
+			}
+			if n := calmed.Load(); n != want || stats.Calmed.Load() != uint64(want) || stats.Violations.Load() != 1 {
+				t.Error(n, "calmed,", stats.Calmed.Load(), stats.Violations.Load())
 			}
 		})
 	}
@@ -287,13 +391,26 @@ func TestStreamFaults(t *testing.T) {
 	p.fr.WriteData(1, false, []byte("late"))
 	p.fr.WriteRSTStream(1, http2.ErrCodeCancel)
 	p.fr.WriteWindowUpdate(3, 1)
-	p.headers(5, true, "late", "trailers")
+	p.headers(7, true, "late", "trailers")
+	p.fr.WriteRawFrame(http2.FramePriority, 0, 1, make([]byte, 5))
 	p.connect(11)
 	p.expect("HEADERS 11 :status=200")
 	// Trailers that end the stream do so.
 	p.headers(11, true, "a", "b")
 	p.connect(13)
 	p.expect("HEADERS 13 :status=200")
+	p.headers(13, true, ":path", "/")
+	p.expect("RST_STREAM 13 PROTOCOL_ERROR") // no trailers have pseudo-headers
+	p.connect(15)
+	p.fr.WriteRawFrame(http2.FramePriority, 0, 15, make([]byte, 4))
+	p.expect("RST_STREAM 15 FRAME_SIZE_ERROR")
+	// After its own RST_STREAM a peer has nothing to say on a stream.
+	p.connect(17)
+	p.fr.WriteRSTStream(17, http2.ErrCodeCancel)
+	p.fr.WriteData(17, false, []byte("x"))
+	p.expect("RST_STREAM 17 STREAM_CLOSED")
+	p.connect(19)
+	p.expect("HEADERS 19 :status=200")
 }
 
 // TestStarvedReader: a peer that reads nothing cannot make us hold more than a bounded queue of answers.

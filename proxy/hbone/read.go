@@ -12,8 +12,8 @@ import (
 )
 
 const (
-	// maxContinuations bounds the frames of one header block; with an encoded size of at most twice the accepted
-	// header list that is what is left of a CONTINUATION flood.
+	// maxContinuations bounds the frames of one header block; together with its encoded size (maxBlock) that is what
+	// is left of a CONTINUATION flood.
 	maxContinuations = 32
 	// maxControlLen bounds a control frame other than HEADERS and CONTINUATION, in bytes.
 	maxControlLen = 4 << 10
@@ -60,7 +60,8 @@ func (r *reader) init(c *conn) {
 	r.c = c
 	r.fr = http2.NewFramer(nil, &r.src)
 	r.fr.SetMaxReadFrameSize(c.cfg.FrameSize)
-	r.fr.MaxHeaderListSize = c.cfg.MaxHeaderList
+	// The Framer's bound ends the connection. Ours is below it, and costs the stream alone.
+	r.fr.MaxHeaderListSize = uint32(c.maxBlock())
 	r.fr.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
 	if !c.client {
 		r.state = atPreface
@@ -177,6 +178,11 @@ func (r *reader) parse(off, end int) error {
 			r.left -= 1 + r.pad
 			r.state = atData
 			if r.left == 0 {
+				if !r.end {
+					if err := r.c.nuisance("empty DATA"); err != nil {
+						return err
+					}
+				}
 				r.endData()
 			}
 		case atData:
@@ -228,7 +234,7 @@ func (r *reader) begin() error {
 	if !c.gotSettings && (typ != http2.FrameSettings || flags.Has(http2.FlagSettingsAck)) {
 		return violation(http2.ErrCodeProtocol, "first frame is %v, not SETTINGS", typ)
 	}
-	r.left = n
+	r.left, r.fresh = n, r.fresh && typ == http2.FrameContinuation
 	limit := maxControlLen
 	switch typ {
 	case http2.FrameData:
@@ -238,7 +244,7 @@ func (r *reader) begin() error {
 			return err
 		}
 		r.pieces = 0
-		limit = 2 * int(c.cfg.MaxHeaderList)
+		limit = c.maxBlock()
 		if !flags.Has(http2.FlagHeadersEndHeaders) {
 			r.blockOf = id
 		}
@@ -249,20 +255,25 @@ func (r *reader) begin() error {
 		if r.pieces++; r.pieces > maxContinuations {
 			return violation(http2.ErrCodeEnhanceYourCalm, "more than %d CONTINUATION frames", maxContinuations)
 		}
-		limit = 2*int(c.cfg.MaxHeaderList) - len(r.ctl)
+		limit = c.maxBlock() - len(r.ctl)
 		if flags.Has(http2.FlagContinuationEndHeaders) {
 			r.blockOf = 0
 		}
-	case http2.FrameSettings, http2.FramePing:
-		if !c.nuisances.take() {
-			return violation(http2.ErrCodeEnhanceYourCalm, "too many %v frames", typ)
+	case http2.FrameSettings, http2.FramePing, http2.FrameGoAway:
+		if err := c.nuisance(typ); err != nil {
+			return err
 		}
-	case http2.FrameRSTStream, http2.FrameGoAway, http2.FrameWindowUpdate:
+	case http2.FrameRSTStream, http2.FrameWindowUpdate: // see their accounts
 	case http2.FramePushPromise:
 		return violation(http2.ErrCodeProtocol, "PUSH_PROMISE")
 	default: // PRIORITY and what we do not know
-		if !c.nuisances.take() {
-			return violation(http2.ErrCodeEnhanceYourCalm, "too many %v frames", typ)
+		if err := c.nuisance(typ); err != nil {
+			return err
+		}
+		if typ == http2.FramePriority {
+			if err := c.checkPriority(id, n); err != nil {
+				return err
+			}
 		}
 		if n > 0 {
 			r.state = atSkip
@@ -276,6 +287,26 @@ func (r *reader) begin() error {
 	r.state = atControl
 	if n == 0 {
 		return r.control()
+	}
+	return nil
+}
+
+// maxBlock bounds a header block, encoded and decoded, in bytes: a list that is larger than accepted is still taken in,
+// for the compression's sake, to be refused on its stream alone. Beyond that the connection ends.
+func (c *conn) maxBlock() int { return 4 * int(min(c.cfg.MaxHeaderList, 1<<24)) }
+
+// checkPriority looks at the head of a PRIORITY frame; its content is of no interest (RFC 9113, 5.3.2 and 6.3).
+func (c *conn) checkPriority(id uint32, n int) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case id == 0:
+		return violation(http2.ErrCodeProtocol, "PRIORITY on stream 0")
+	case n == 5:
+	case c.streams[id] != nil:
+		c.rejectLocked(c.streams[id], http2.ErrCodeFrameSize)
+	default: // a stream that does not exist cannot be reset
+		return violation(http2.ErrCodeFrameSize, "PRIORITY of %d bytes", n)
 	}
 	return nil
 }
@@ -315,8 +346,10 @@ func (r *reader) beginData(n int, flags http2.Flags, id uint32) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	r.end = flags.Has(http2.FlagDataEndStream)
-	if n == 0 && !r.end && !c.nuisances.take() {
-		return violation(http2.ErrCodeEnhanceYourCalm, "too many empty DATA frames")
+	if n == 0 && !r.end {
+		if err := c.nuisance("empty DATA"); err != nil {
+			return err
+		}
 	}
 	if c.isIdle(id) {
 		return violation(http2.ErrCodeProtocol, "DATA on stream %d, which is idle", id)
@@ -326,7 +359,10 @@ func (r *reader) beginData(n int, flags http2.Flags, id uint32) error {
 	}
 	s := c.streams[id]
 	switch {
-	case s == nil: // finished or reset by us a moment ago
+	case s == nil: // finished or reset by us a moment ago, or so it should be
+		if err := c.overdue(id, http2.FrameData, n); err != nil {
+			return err
+		}
 	case s.gotEnd:
 		c.rejectLocked(s, http2.ErrCodeStreamClosed)
 		s = nil
@@ -387,7 +423,7 @@ func (c *conn) peerEnded(s *Stream) {
 	if s.gotEnd {
 		return
 	}
-	s.gotEnd = true
+	s.gotEnd, s.peerEnd = true, true
 	s.endReading(io.EOF)
 	if s.sentEnd {
 		c.forgetLocked(s)
@@ -431,6 +467,10 @@ func (r *reader) control() error {
 	switch {
 	case err == nil:
 	case errors.As(err, &se):
+		if http2.FrameType(r.head[3]) != http2.FrameWindowUpdate && se.Cause == nil {
+			// The padding is longer than the frame (RFC 9113, 6.2), and the block was not decoded.
+			return violation(http2.ErrCodeProtocol, "HEADERS with more padding than frame")
+		}
 		return r.malformed(se)
 	case errors.As(err, &ce):
 		return violation(http2.ErrCode(ce), "%v", errors.Join(err, r.fr.ErrorDetail()))

@@ -3,6 +3,8 @@ package hbone
 import (
 	"context"
 	"net"
+	"net/http"
+	"strconv"
 	"strings"
 	"time"
 
@@ -172,6 +174,7 @@ func (ss *ServerStream) answer(resp *Response, end bool) error {
 	}
 	s.answered = true
 	c.writeResponse(s.id, resp, end)
+	c.reply()
 	if end {
 		s.wantEnd, s.sentEnd = true, true
 		if s.gotEnd {
@@ -189,11 +192,15 @@ func (c *conn) takeRequest(f *http2.MetaHeadersFrame, fresh bool) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !fresh {
+		request := len(f.PseudoFields()) > 0
 		switch s := c.streams[f.StreamID]; {
+		case s == nil && request: // RFC 9113, 5.1.1: who asks here waits for an answer that nobody gives
+			return violation(http2.ErrCodeProtocol, "request on stream %d after stream %d", f.StreamID, c.lastID)
 		case s == nil: // trailers of a stream that is over
+			return c.overdue(f.StreamID, http2.FrameHeaders, int(listSize(f)))
 		case s.gotEnd:
 			c.rejectLocked(s, http2.ErrCodeStreamClosed)
-		case !f.StreamEnded():
+		case request || !f.StreamEnded():
 			c.rejectLocked(s, http2.ErrCodeProtocol)
 		default:
 			c.peerEnded(s)
@@ -206,6 +213,9 @@ func (c *conn) takeRequest(f *http2.MetaHeadersFrame, fresh bool) error {
 	if f.StreamID > c.leftAt || len(c.streams) >= int(c.cfg.MaxStreams) || c.running >= 2*int(c.cfg.MaxStreams) {
 		c.refuseLocked(f.StreamID, http2.ErrCodeRefusedStream)
 		return nil
+	}
+	if f.Truncated || listSize(f) > c.cfg.MaxHeaderList {
+		return c.tooLarge(f)
 	}
 	req, ok := parseRequest(f)
 	if !ok {
@@ -227,12 +237,22 @@ func (c *conn) takeRequest(f *http2.MetaHeadersFrame, fresh bool) error {
 	return nil
 }
 
+// tooLarge refuses a request for its header list: 431, and the tunnel's other streams go on. mu is held.
+func (c *conn) tooLarge(f *http2.MetaHeadersFrame) error {
+	c.cfg.Stats.StreamsRejected.Add(1)
+	c.writeResponse(f.StreamID, &Response{Status: http.StatusRequestHeaderFieldsTooLarge}, true)
+	if !f.StreamEnded() {
+		c.framer.WriteRSTStream(f.StreamID, http2.ErrCodeNo)
+		c.rememberRefused(f.StreamID)
+	}
+	c.reply()
+	c.wantFlush()
+	return c.nuisance("too large HEADERS")
+}
+
 // parseRequest checks the pseudo-headers (RFC 9113, 8.3.1 and 8.5; the h2 library's rules) and picks out what we
 // know of the rest.
 func parseRequest(f *http2.MetaHeadersFrame) (*request, bool) {
-	if f.Truncated {
-		return nil, false
-	}
 	req := &request{}
 	var scheme, path, authority, hasAuthority bool
 	for _, h := range f.PseudoFields() {
@@ -254,6 +274,9 @@ func parseRequest(f *http2.MetaHeadersFrame) (*request, bool) {
 		default: // :protocol: extended CONNECT was not offered; :status is no request's
 			return nil, false
 		}
+	}
+	if !validLength(f) {
+		return nil, false
 	}
 	isConnect := req.method == "CONNECT"
 	if req.method == "" || hasAuthority && !authority || isConnect == scheme || isConnect && path || !isConnect && !path {
@@ -284,6 +307,25 @@ func parseRequest(f *http2.MetaHeadersFrame) (*request, bool) {
 		}
 	}
 	return req, true
+}
+
+// validLength reports whether content-length, if there is one, is one number (RFC 9110, 8.6: a list of the same is, too).
+// What it says does not matter: a tunnel has no content (RFC 9110, 9.3.6).
+func validLength(f *http2.MetaHeadersFrame) bool {
+	first := ""
+	for _, h := range f.RegularFields() {
+		if h.Name != "content-length" {
+			continue
+		}
+		for v := range strings.SplitSeq(h.Value, ",") {
+			v = strings.Trim(v, " \t")
+			if _, err := strconv.ParseUint(v, 10, 63); err != nil || v[0] == '+' || first != "" && v != first {
+				return false
+			}
+			first = v
+		}
+	}
+	return true
 }
 
 // validAuthority reports whether a is made of what RFC 3986 allows in an authority; not whether it makes sense.

@@ -40,6 +40,8 @@ type Stream struct {
 	wantEnd    bool // CloseWrite was called
 	sentEnd    bool // our END_STREAM or RST_STREAM is on its way
 	gotEnd     bool // so is the peer's
+	peerEnd    bool // by its END_STREAM
+	peerReset  bool // by its RST_STREAM
 	lingering  bool // closed: RST_STREAM follows what was written, unless both sides ended in good order
 	closed     bool
 	gone       bool
@@ -72,6 +74,7 @@ func newStream(c *conn, id uint32) *Stream {
 	if !c.acked {
 		s.recvWin = max(s.recvWin, 65535) // the peer may not know better yet
 	}
+	c.updates = min(c.updates+updatesPerStream, maxUpdates)
 	s.wcond.L = &c.mu
 	s.rcond.L = &s.rmu
 	return s
@@ -354,6 +357,11 @@ func (c *conn) resetLocked(s *Stream, code http2.ErrCode) {
 	}
 	s.sentEnd, s.gotEnd = true, true
 	c.forgetLocked(s)
+	if c.client {
+		c.ownResets++ // openable looks
+	} else {
+		c.reply()
+	}
 	c.wantFlush()
 }
 

@@ -203,7 +203,7 @@ func (c *conn) assemble() bool {
 		return false
 	}
 	c.ctrl, c.spareCtrl = c.spareCtrl[:0], c.ctrl
-	c.replies = 0
+	c.replies, c.ownResets = 0, 0
 	c.scratch = append(c.scratch[:0], c.spareCtrl...)
 	budget := c.cfg.Batch - len(c.scratch)
 	for budget > 0 {
@@ -237,6 +237,7 @@ func (c *conn) emit(s *Stream) int {
 		s.sendWin -= int64(e.n)
 		c.sendWin -= int64(e.n)
 		s.sent += int64(e.n)
+		c.earn(e.n)
 		size = headLen + e.n
 		if f.off < f.end {
 			f.sealing = true
