@@ -40,7 +40,8 @@ func wantLines(t *testing.T, body string, lines ...string) {
 
 func TestXDSMetrics(t *testing.T) {
 	const url = "type.googleapis.com/istio.workload.Address"
-	s := XDSStats{Errors: 2, Reconnects: 1, Connected: true, Messages: map[string]uint64{url: 7}, Bytes: map[string]uint64{url: 4096}, Rejected: map[string]uint64{url: 3}}
+	s := XDSStats{Errors: 2, Reconnects: 1, Connected: true, Messages: map[string]uint64{url: 7}, Bytes: map[string]uint64{url: 4096},
+		Refused: map[string]uint64{url: 3}, Rejected: map[string]int{url: 2}, LookupsWaiting: 4, LookupsFull: 5, LookupsUnanswered: 6, LookupsRecalled: 7}
 	c := []prometheus.Collector{XDSCollector(func() XDSStats { return s })}
 	body := shown(t, c, nil)
 	wantLines(t, body,
@@ -52,6 +53,12 @@ func TestXDSMetrics(t *testing.T) {
 		`# UNIT istio_xds_message_bytes bytes`,
 		`istio_xds_message_bytes_total{url="`+url+`"} 4096`,
 		`ztun_xds_rejected_resources_total{url="`+url+`"} 3`,
+		`# TYPE ztun_xds_rejected_resources counter`,
+		`ztun_xds_rejected_now{url="`+url+`"} 2`,
+		`ztun_xds_lookups_total{outcome="full"} 5`,
+		`ztun_xds_lookups_total{outcome="unanswered"} 6`,
+		`ztun_xds_lookups_total{outcome="recalled"} 7`,
+		`ztun_xds_lookups_waiting 4`,
 		`ztun_xds_connected 1`)
 	if strings.Contains(body, "Complete") {
 		t.Error("a reason that never occurred is shown")

@@ -38,7 +38,11 @@ type ClientOptions struct {
 	// Trouble is called on the client's goroutine with why a stream has ended, or what a response was refused for. May
 	// be nil.
 	Trouble func(error)
-	Logger  *slog.Logger // may be nil
+	// Connected is called on the client's goroutine with the first response of every stream. May be nil.
+	Connected func()
+	// Turned is told of each Demand that made way for another pod's (evicted) or found no room. May be nil.
+	Turned func(source string, evicted bool)
+	Logger *slog.Logger // may be nil
 }
 
 // Client keeps one delta xDS stream to a control plane and turns what arrives
@@ -87,11 +91,8 @@ func NewClient(o ClientOptions) *Client {
 		limits: limits{open: 30 * time.Second, send: time.Minute, first: 2 * time.Minute, silence: time.Hour, demand: demandWait},
 		pause:  sleep,
 		wanted: map[string]bool{}, unheard: map[string]bool{},
-		demands: demands{
-			kick: make(chan struct{}, 1), waiters: map[string]*waiter{},
-			answered: map[string]struct{}{}, aliases: map[string][]string{},
-		},
-		stats: newClientStats(),
+		demands: newDemands(o.Turned),
+		stats:   newClientStats(),
 	}
 	for _, t := range types {
 		if t != TypeAddress || !o.OnDemand {

@@ -201,7 +201,7 @@ func TestNACK(t *testing.T) {
 	default:
 	}
 	st := r.Stats()
-	if st.Nacks != 2 || st.Refused != 5 || st.Rejected[TypeAddress][pod(1).Name] == "" || !slices.Equal(st.Pending, []string{TypeAddress}) {
+	if st.Nacks != 2 || st.Refused[TypeAddress] != 5 || st.Rejected[TypeAddress][pod(1).Name] == "" || !slices.Equal(st.Pending, []string{TypeAddress}) {
 		t.Errorf("%+v", st)
 	}
 
@@ -224,6 +224,9 @@ func TestNACK(t *testing.T) {
 	st = r.Stats()
 	if _, still := st.Rejected[TypeAddress][pod(1).Name]; still || st.Rejected[TypeAddress][pod(0).Name] == "" {
 		t.Errorf("%+v", st.Rejected)
+	}
+	if st.Refused[TypeAddress] != 6 {
+		t.Error("a counter that falls, or does not count:", st.Refused)
 	}
 	s.end(nil)
 	_, addr, _ = a.begin()

@@ -14,10 +14,10 @@ type ClientStats struct {
 	Terminations map[string]uint64 // by reason: ConnectionError, Error, Reconnect, Complete
 	Messages     map[string]uint64 // responses by type url; beyond a few unknown ones "other"
 	MessageBytes map[string]uint64 // payload of their resources
+	Refused      map[string]uint64 // resources refused, ever, by type
 
 	Streams      uint64    // opened or tried
 	Nacks        uint64    // responses of which something was refused
-	Refused      uint64    // resources refused, ever
 	Damaged      uint64    // policies received that had lost an entry
 	UnknownTypes uint64    // responses of types that were not asked for
 	Panics       uint64    // contained
@@ -35,11 +35,12 @@ type ClientStats struct {
 	Waiting           int    // names that Demand waits for
 	DemandsFull       uint64 // Demands turned away
 	DemandsUnanswered uint64 // Demands that ended without an answer
+	DemandsRecalled   uint64 // Demands answered by what was said a moment ago: there is no such thing
 }
 
 func newClientStats() ClientStats {
 	return ClientStats{
-		Terminations: map[string]uint64{}, Messages: map[string]uint64{}, MessageBytes: map[string]uint64{},
+		Terminations: map[string]uint64{}, Messages: map[string]uint64{}, MessageBytes: map[string]uint64{}, Refused: map[string]uint64{},
 		Retained: map[string]int{}, Rejected: map[string]map[string]string{},
 	}
 }
@@ -51,6 +52,7 @@ func (c *Client) Stats() ClientStats {
 	s.Terminations = maps.Clone(s.Terminations)
 	s.Messages = maps.Clone(s.Messages)
 	s.MessageBytes = maps.Clone(s.MessageBytes)
+	s.Refused = maps.Clone(s.Refused)
 	s.Retained = maps.Clone(s.Retained)
 	s.Rejected = maps.Clone(s.Rejected) // the inner maps are never written to
 	s.Pending = slices.Clone(s.Pending)
@@ -58,7 +60,7 @@ func (c *Client) Stats() ClientStats {
 
 	d := &c.demands
 	d.mu.Lock()
-	s.Waiting, s.DemandsFull, s.DemandsUnanswered = len(d.waiters), d.full, d.unanswered
+	s.Waiting, s.DemandsFull, s.DemandsUnanswered, s.DemandsRecalled = len(d.waiters), d.full, d.unanswered, d.recalled
 	d.mu.Unlock()
 	return s
 }
@@ -92,7 +94,9 @@ func (c *Client) took(typeURL string, a *applied) {
 	if a.nack != "" {
 		s.Nacks++
 	}
-	s.Refused += uint64(a.refused)
+	if a.refused > 0 {
+		s.Refused[typeURL] += uint64(a.refused)
+	}
 	s.Damaged += uint64(a.damaged)
 	s.Retained[typeURL] = k.len()
 	if len(k.refused) == 0 {
@@ -123,7 +127,16 @@ func (c *Client) ended(e ending, wait time.Duration) {
 	}
 }
 
+// connected notes that the control plane answers on a new stream.
+func (c *Client) connected() {
+	c.demands.connected()
+	if c.o.Connected != nil {
+		c.o.Connected()
+	}
+}
+
 func (c *Client) disconnected() {
+	c.demands.disconnected()
 	c.mu.Lock()
 	if c.stats.Connected {
 		c.stats.Connected, c.stats.Since = false, time.Now()

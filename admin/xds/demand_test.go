@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -27,7 +28,7 @@ func onDemand(c *Client) {
 // ask calls Demand and returns where its answer will be.
 func (r *runningClient) ask(ctx context.Context, key string) <-chan error {
 	c := make(chan error, 1)
-	go func() { c <- r.Demand(ctx, key) }()
+	go func() { c <- r.Demand(ctx, "ns/pod", key) }()
 	return c
 }
 
@@ -44,6 +45,13 @@ func (r *runningClient) answered(c <-chan error) error {
 
 func subscribe(names ...string) *discoverypb.DeltaDiscoveryRequest {
 	return &discoverypb.DeltaDiscoveryRequest{TypeUrl: TypeAddress, ResourceNamesSubscribe: names}
+}
+
+// exchanged is a request that lets names go and subscribes to one.
+func exchanged(drop []string, name string) *discoverypb.DeltaDiscoveryRequest {
+	r := subscribe(name)
+	r.ResourceNamesUnsubscribe = drop
+	return r
 }
 
 func (s *adsStream) asked(want *discoverypb.DeltaDiscoveryRequest) {
@@ -65,7 +73,7 @@ func goneMessage(names ...string) *discoverypb.DeltaDiscoveryResponse {
 // In wildcard mode everything is pushed: Demand does not wait.
 func TestDemandWildcard(t *testing.T) {
 	c := NewClient(ClientOptions{})
-	if err := c.Demand(context.Background(), "/10.0.0.1"); err != nil {
+	if err := c.Demand(context.Background(), "", "/10.0.0.1"); err != nil {
 		t.Fatal(err)
 	}
 	if !slices.Equal(c.Stats().Pending, types[:]) {
@@ -142,21 +150,40 @@ func TestDemand(t *testing.T) {
 	// Once the resource is gone the alias is asked for again, and let go before.
 	s.accepted(goneMessage(host.Uid))
 	c = r.ask(bg, "net1/10.0.0.4")
-	s.asked(&discoverypb.DeltaDiscoveryRequest{TypeUrl: TypeAddress, ResourceNamesUnsubscribe: []string{"net1/10.0.0.4"}})
-	s.asked(subscribe("net1/10.0.0.4"))
-	// There is no such thing: an answer too.
+	s.asked(exchanged([]string{"net1/10.0.0.4"}, nothing))
+	s.asked(exchanged([]string{nothing}, "net1/10.0.0.4"))
+	s.accepted(goneMessage(nothing))
+	// There is no such thing: an answer too, and one that is remembered.
 	s.accepted(goneMessage("net1/10.0.0.4"))
+	for range 3 {
+		if err := r.answered(c); err != nil {
+			t.Error(err)
+		}
+		c = r.ask(bg, "net1/10.0.0.4")
+	}
 	if err := r.answered(c); err != nil {
 		t.Error(err)
 	}
-	// Refused: an answer as well.
+	s.quiet()
+	if n := r.Stats().DemandsRecalled; n != 3 {
+		t.Error(n, "answers from memory")
+	}
+	// Refused: it is in the mesh, and what it is nobody can say.
 	c = r.ask(bg, pod(5).Name)
+	c2 := r.ask(bg, pod(5).Name)
 	s.asked(subscribe(pod(5).Name))
+	r.within("two wait for one name", func() bool {
+		r.demands.mu.Lock()
+		defer r.demands.mu.Unlock()
+		return r.demands.waiters[pod(5).Name].n == 2
+	})
 	if s.exchange(addresses(badPod(5))).ErrorDetail == nil {
 		t.Error("accepted")
 	}
-	if err := r.answered(c); err != nil {
-		t.Error(err)
+	for _, c := range []<-chan error{c, c2} {
+		if err := r.answered(c); !errors.Is(err, ErrUnusable) || !strings.Contains(err.Error(), "tunnel_protocol") {
+			t.Error(err)
+		}
 	}
 	// The caller's patience.
 	ctx, cancel := context.WithCancel(bg)
@@ -167,7 +194,7 @@ func TestDemand(t *testing.T) {
 		t.Error(err)
 	}
 	for _, bad := range []string{"*", "", "name", strings.Repeat("x/", maxKey), "a/\xff"} {
-		if err := r.Demand(bg, bad); err == nil || !strings.Contains(err.Error(), "none of network/ip") {
+		if err := r.Demand(bg, "", bad); err == nil || !strings.Contains(err.Error(), "none of network/ip") {
 			t.Errorf("%q: %v", bad, err)
 		}
 	}
@@ -205,27 +232,75 @@ func TestDemandUnanswered(t *testing.T) {
 		t.Error(err)
 	}
 
-	c2 := NewClient(ClientOptions{OnDemand: true}) // not running
+	// The names that wait are bounded, and the pod with the most of them makes room.
+	var turned atomic.Int32
+	c2 := NewClient(ClientOptions{OnDemand: true, Turned: func(source string, evicted bool) {
+		if turned.Add(1); source != "ns/greedy" || !evicted {
+			t.Error("made way:", source, evicted)
+		}
+	}}) // not running
 	ctx, cancel := context.WithCancel(context.Background())
-	waits := make(chan error, maxUnsent+1)
-	for i := range maxUnsent {
-		go func() { waits <- c2.Demand(ctx, fmt.Sprint("n/", i)) }()
+	greedy := make(chan error, maxWaiting)
+	for i := range maxWaiting {
+		go func() { greedy <- c2.Demand(ctx, "ns/greedy", fmt.Sprint("n/", i)) }()
 	}
-	for c2.Stats().Waiting < maxUnsent {
-		time.Sleep(time.Millisecond)
+	r.within("all wait", func() bool { return c2.Stats().Waiting == maxWaiting })
+	modest := make(chan error, 2)
+	for i := range 2 {
+		go func() { modest <- c2.Demand(ctx, "ns/modest", fmt.Sprint("one/more", i)) }()
 	}
-	if err := c2.Demand(ctx, "one/more"); !errors.Is(err, ErrDemandFull) {
-		t.Error(err)
-	}
-	go func() { waits <- c2.Demand(ctx, "n/0") }() // one that is queued already has room
-	cancel()
-	for range maxUnsent + 1 {
-		if err := <-waits; !errors.Is(err, context.Canceled) {
+	for range 2 {
+		if err := <-greedy; !errors.Is(err, ErrDemandFull) {
 			t.Error(err)
 		}
 	}
-	if st := c2.Stats(); st.Waiting != 0 || st.DemandsFull != 1 || len(c2.demands.unsent) != 0 {
+	go func() { greedy <- c2.Demand(ctx, "ns/greedy", "and/more") }()
+	if err := <-greedy; !errors.Is(err, ErrDemandFull) {
+		t.Error(err)
+	}
+	cancel()
+	for range maxWaiting - 2 {
+		if err := <-greedy; !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	}
+	for range 2 {
+		if err := <-modest; !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	}
+	if st := c2.Stats(); st.Waiting != 0 || st.DemandsFull != 3 || turned.Load() != 3 || len(c2.demands.unsent) != 0 || c2.demands.shares.Used() != 0 {
 		t.Errorf("%+v", st)
+	}
+}
+
+// TestDemandRider: of two pods that wait for one name, the one that did not ask first goes on when the other makes way.
+func TestDemandRider(t *testing.T) {
+	c := NewClient(ClientOptions{OnDemand: true}) // not running
+	r := &runningClient{Client: c, t: t}
+	ctx, cancel := context.WithCancel(context.Background())
+	first, second := make(chan error, 1), make(chan error, 1)
+	go func() { first <- c.Demand(ctx, "ns/first", "a/name") }()
+	r.within("one waits", func() bool { return c.Stats().Waiting == 1 })
+	go func() { second <- c.Demand(ctx, "ns/second", "a/name") }()
+	r.within("two wait", func() bool {
+		c.demands.mu.Lock()
+		defer c.demands.mu.Unlock()
+		return c.demands.waiters["a/name"].n == 2
+	})
+	c.demands.evict("a/name", c.demands.waiters["a/name"])
+	if err := <-first; !errors.Is(err, ErrDemandFull) {
+		t.Error(err)
+	}
+	r.within("the second waits for itself", func() bool {
+		c.demands.mu.Lock()
+		defer c.demands.mu.Unlock()
+		w := c.demands.waiters["a/name"]
+		return w != nil && w.source == "ns/second"
+	})
+	cancel()
+	if err := <-second; !errors.Is(err, context.Canceled) {
+		t.Error(err)
 	}
 }
 

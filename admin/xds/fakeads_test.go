@@ -270,7 +270,12 @@ func (r *runningClient) waited() []time.Duration {
 // eventually waits until something is so.
 func (r *runningClient) eventually(what string, f func(ClientStats) bool) {
 	r.t.Helper()
-	for end := time.Now().Add(soon); !f(r.Stats()); time.Sleep(time.Millisecond) {
+	r.within(what, func() bool { return f(r.Stats()) })
+}
+
+func (r *runningClient) within(what string, f func() bool) {
+	r.t.Helper()
+	for end := time.Now().Add(soon); !f(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			r.t.Fatalf("%s: %+v", what, r.Stats())
 		}

@@ -28,7 +28,7 @@ type session struct {
 	c        *Client
 	cancel   context.CancelCauseFunc
 	stream   grpc.ClientStream
-	asked    map[string]struct{} // names subscribed to one by one
+	asked    map[string]struct{} // names that the server watches for us beside those of resources that are held
 	messages int
 	large    bool // the first request may be more than the server takes
 }
@@ -176,6 +176,7 @@ func (s *session) initial() error {
 				if _, ok := r.InitialResourceVersions[name]; !ok {
 					r.InitialResourceVersions[name] = ""
 				}
+				s.asked[name] = struct{}{}
 			}
 		}
 		s.large = s.large || !s.c.o.OnDemand && proto.Size(r) > maxRequest
@@ -186,29 +187,72 @@ func (s *session) initial() error {
 	return s.ask()
 }
 
-// ask sends the names that Demand waits for. A name that was asked for on this
-// stream before is let go first, or the server takes it for known and is silent.
+const (
+	// maxAsked is how many names may be subscribed to one by one before those that nobody needs are let go.
+	maxAsked = 10_000
+	// nothing is a name that nothing can have (RFC 2606).
+	nothing = "ztun/nothing.invalid"
+)
+
+// ask sends the names that Demand waits for, all in one request. A name that was
+// asked for on this stream before is let go first, or the server takes it for
+// known and is silent. No request lets names go without subscribing to one:
+// istiod would answer that everything is gone.
 func (s *session) ask() error {
+	var fresh, again []string
 	for _, name := range s.c.demands.take() {
-		if _, again := s.asked[name]; again {
-			if err := s.send(&discoverypb.DeltaDiscoveryRequest{TypeUrl: TypeAddress, ResourceNamesUnsubscribe: []string{name}}); err != nil {
-				return err
-			}
-		} else if len(s.asked) >= cacheMax {
-			clear(s.asked)
-		}
-		s.asked[name] = struct{}{}
-		if err := s.send(&discoverypb.DeltaDiscoveryRequest{TypeUrl: TypeAddress, ResourceNamesSubscribe: []string{name}}); err != nil {
-			return err
+		if _, ok := s.asked[name]; ok {
+			again = append(again, name)
+		} else {
+			fresh = append(fresh, name)
 		}
 	}
-	return nil
+	if len(fresh)+len(again) == 0 {
+		return nil
+	}
+	drop := again
+	if len(s.asked)+len(fresh) > maxAsked {
+		drop = append(s.idle(), again...)
+	}
+	r := &discoverypb.DeltaDiscoveryRequest{TypeUrl: TypeAddress, ResourceNamesSubscribe: fresh, ResourceNamesUnsubscribe: drop}
+	if len(fresh) == 0 {
+		r.ResourceNamesSubscribe = []string{nothing}
+	}
+	for _, name := range drop {
+		delete(s.asked, name)
+	}
+	for _, names := range [...][]string{fresh, again} {
+		for _, name := range names {
+			s.asked[name] = struct{}{}
+		}
+	}
+	if err := s.send(r); err != nil || len(again) == 0 {
+		return err
+	}
+	r = &discoverypb.DeltaDiscoveryRequest{TypeUrl: TypeAddress, ResourceNamesSubscribe: again}
+	if len(fresh) == 0 {
+		r.ResourceNamesUnsubscribe = []string{nothing}
+	}
+	return s.send(r)
+}
+
+// idle are the names that were asked for and are neither waited for nor what something is called.
+func (s *session) idle() (names []string) {
+	for name := range s.asked {
+		if !s.c.store.kept[TypeAddress].has(name) && !s.c.demands.waited(name) {
+			names = append(names, name)
+		}
+	}
+	return names
 }
 
 // response takes over one message, publishes and acknowledges. The error ends
 // the stream.
 func (s *session) response(raw []byte) error {
 	c := s.c
+	if s.messages == 1 {
+		c.connected()
+	}
 	m, err := parseMessage(raw)
 	if err != nil {
 		return status.Error(codes.Internal, err.Error())
@@ -244,7 +288,13 @@ func (s *session) response(raw []byte) error {
 	}
 	err = s.send(reply)
 	if c.o.OnDemand && m.typeURL == TypeAddress {
-		c.demands.answer(&m)
+		c.demands.answer(&m, a.lost, s.asked)
+		// The server goes on to watch them for us: asked for by name, it would be silent.
+		m.eachRemoved(func(name string) {
+			if name != nothing {
+				s.asked[name] = struct{}{}
+			}
+		})
 	}
 	switch {
 	case a.nack == "" && !m.more:

@@ -80,6 +80,7 @@ type applied struct {
 	damaged  int    // policies that lost an entry
 	nack     string // "": everything was accepted
 	warnings []string
+	lost     map[string]error // by name: refused, and nothing older is held
 }
 
 // maxNack bounds the text of a NACK, in bytes: the server must be able to
@@ -119,6 +120,12 @@ func (s *store) apply(m *message) (a applied) {
 			return
 		}
 		a.refused++
+		if !k.has(r.name) {
+			if a.lost == nil {
+				a.lost = map[string]error{}
+			}
+			a.lost[r.name] = err
+		}
 		var wire *wireError
 		if errors.As(err, &wire) {
 			undecodable.add(r.name, err)

@@ -334,7 +334,8 @@ func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup) *pr
 	c := d.c
 	var demand func(context.Context, string) error
 	if c.XDSOnDemand && d.xds != nil {
-		demand = d.xds.Demand
+		source := refOf(spec).String()
+		demand = func(ctx context.Context, key string) error { return d.xds.Demand(ctx, source, key) }
 	}
 	return proxy.New(proxy.Options{
 		Info:    state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount},

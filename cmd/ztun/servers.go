@@ -71,14 +71,15 @@ func (d *daemon) xdsStats() admin.XDSStats {
 		return admin.XDSStats{}
 	}
 	s := d.xds.Stats()
-	rejected := map[string]uint64{}
+	rejected := map[string]int{}
 	for url, names := range s.Rejected {
-		rejected[url] = uint64(len(names))
+		rejected[url] = len(names)
 	}
 	return admin.XDSStats{
 		ConnectionErrors: s.Terminations["ConnectionError"], Errors: s.Terminations["Error"],
 		Reconnects: s.Terminations["Reconnect"], Completes: s.Terminations["Complete"],
-		Messages: s.Messages, Bytes: s.MessageBytes, Rejected: rejected, Connected: s.Connected,
+		Messages: s.Messages, Bytes: s.MessageBytes, Refused: s.Refused, Rejected: rejected, Connected: s.Connected,
+		LookupsWaiting: s.Waiting, LookupsFull: s.DemandsFull, LookupsUnanswered: s.DemandsUnanswered, LookupsRecalled: s.DemandsRecalled,
 	}
 }
 
