@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"slices"
 	"time"
@@ -17,12 +18,13 @@ const (
 )
 
 // asking calls try with view. If on-demand look-ups are on and try misses a key, the control plane is
-// asked for it once, and try is called again with what is known then. It gives up silently after wait:
-// what is known decides, as it does with on-demand look-ups off.
-func (p *Proxy) asking(ctx context.Context, wait time.Duration, view *state.View, try func(view *state.View, missed *string)) {
+// asked for it once, and try is called again with what is known then. An error means that something which try
+// missed is not known to be in the mesh or not: what try made of it must not be used, or what belongs in the
+// mesh goes out in plaintext.
+func (p *Proxy) asking(ctx context.Context, wait time.Duration, view *state.View, try func(view *state.View, missed *string)) error {
 	if p.o.Demand == nil {
 		try(view, nil)
-		return
+		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
@@ -30,13 +32,15 @@ func (p *Proxy) asking(ctx context.Context, wait time.Duration, view *state.View
 	for {
 		missed := ""
 		try(view, &missed)
-		if missed == "" || len(asked) == maxDemanded || slices.Contains(asked, missed) {
-			return
+		if missed == "" || slices.Contains(asked, missed) {
+			return nil
+		}
+		if len(asked) == maxDemanded {
+			return fail(kindLookup, fmt.Errorf("%q is one name more than a connection may ask for, after %q", missed, asked))
 		}
 		asked = append(asked, missed)
 		if err := p.o.Demand(ctx, missed); err != nil {
-			p.o.Log.Debug("on-demand look-up failed", "key", missed, "error", err)
-			return
+			return fail(kindLookup, err)
 		}
 		view = p.o.Knowledge.View()
 	}
@@ -45,7 +49,7 @@ func (p *Proxy) asking(ctx context.Context, wait time.Duration, view *state.View
 // peer is the workload that a connection comes from, or nil.
 func (p *Proxy) peer(ctx context.Context, view *state.View, addr netip.Addr) (w *state.Workload) {
 	network := p.o.Config.NetworkName
-	p.asking(ctx, labelWait, view, func(view *state.View, missed *string) {
+	_ = p.asking(ctx, labelWait, view, func(view *state.View, missed *string) { // labels are not worth a connection
 		if w = view.WorkloadByAddr(network, addr); w == nil && missed != nil {
 			*missed = state.NetworkAddress{Network: network, Addr: addr}.String()
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"strings"
 	"sync/atomic"
@@ -112,20 +113,50 @@ func TestDemandBounds(t *testing.T) {
 		defer p.Close()
 		start := time.Now()
 		n := 0
-		p.asking(t.Context(), demandWait, know.View(), func(_ *state.View, missed *string) { n++; *missed = "/10.0.0.1" })
-		if d := time.Since(start); d != demandWait || n != 1 {
-			t.Errorf("%v, %d tries", d, n)
+		err := p.asking(t.Context(), demandWait, know.View(), func(_ *state.View, missed *string) { n++; *missed = "/10.0.0.1" })
+		if d := time.Since(start); d != demandWait || n != 1 || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%v, %d tries, %v", d, n, err)
 		}
 		n = 0
 		p.o.Demand = func(context.Context, string) error { return nil }
-		p.asking(t.Context(), demandWait, know.View(), func(_ *state.View, missed *string) { n++; *missed = fmt.Sprint(n) })
-		if n != maxDemanded+1 {
-			t.Errorf("%d tries", n)
+		err = p.asking(t.Context(), demandWait, know.View(), func(_ *state.View, missed *string) { n++; *missed = fmt.Sprint(n) })
+		if n != maxDemanded+1 || err == nil || !strings.Contains(err.Error(), `"5" is one name more`) {
+			t.Errorf("%d tries, %v", n, err)
 		}
 		if w := p.peer(t.Context(), know.View(), netip.MustParseAddr("10.0.0.1")); w != nil {
 			t.Error(w)
 		}
 	})
+}
+
+// TestDemandUnanswered: what cannot be looked up is refused, with a reset and at once when the error comes; it may be in
+// the mesh, and nothing of it may go out in plaintext.
+func TestDemandUnanswered(t *testing.T) {
+	for what, failure := range map[string]error{"silence": fmt.Errorf("no answer: %w", context.DeadlineExceeded), "full": errors.New("too many names wait")} {
+		var asked atomic.Int32
+		w := newWorldWith(t, func(_ *world, i int, o *Options) {
+			if i == 0 {
+				o.Demand = func(context.Context, string) error { asked.Add(1); return failure }
+			}
+		})
+		outside := netip.MustParseAddrPort("192.0.2.1:80")
+		var plain atomic.Int32
+		w.listen(outside, func(c net.Conn) { plain.Add(1); echo(c) })
+		if _, _, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, outside.String()); err != errRefused {
+			t.Errorf("%s: %v", what, err)
+		}
+		w.settle()
+		w.stop()
+		if plain.Load() != 0 || asked.Load() != 1 {
+			t.Errorf("%s: %d plaintext connections, asked %d times", what, plain.Load(), asked.Load())
+		}
+		if l := strings.Join(w.lines(0), "\n"); !strings.Contains(l, `error="failed to look up the destination, which may be in the mesh: `) {
+			t.Error(what, l)
+		}
+	}
+	if r := fail(kindLookup, context.DeadlineExceeded).Refusal(); r != RefuseReset {
+		t.Error("not refused but left waiting:", r)
+	}
 }
 
 // TestOnDemandDNS: checklist 39, and the counter's labels.

@@ -39,4 +39,6 @@
 //     leaves its application waiting.
 //   - 2026-11-28: the loss of one side ends the other at once (tearAfter), also while the copying waits for a reader
 //     who may never read: until then 160 streams kept 590 MiB as long as their application lived.
+//   - 2026-11-28: a connection whose look-up has no answer is reset. What is not known may be in the mesh, and
+//     before it went out in plaintext.
 package proxy

@@ -36,6 +36,7 @@ type kind uint8
 const (
 	kindIO kind = iota
 	kindUnknownWorkload
+	kindLookup
 	kindRoute
 	kindNetworkPolicy
 	kindTLS
@@ -59,6 +60,7 @@ type reason struct {
 var reasons = [...]reason{
 	kindIO:              {prefix: "io error: ", flag: FlagConnect, status: 503, refuse: RefuseReset},
 	kindUnknownWorkload: {prefix: "failed to fetch information about local workload: ", flag: FlagNone, status: 503, refuse: RefuseReset},
+	kindLookup:          {prefix: "failed to look up the destination, which may be in the mesh: ", flag: FlagNone, status: 503, refuse: RefuseReset},
 	kindRoute:           {prefix: "", flag: FlagConnect, status: 503, refuse: RefuseReset},
 	kindNetworkPolicy:   {prefix: "connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: ", flag: FlagNetworkPolicy, status: 503, refuse: RefuseSilent},
 	// ztunnel reports a failed tunnel handshake as an I/O error with the flag CONNECT (spec 2.10).
@@ -96,7 +98,7 @@ func (e *Error) Flag() Flag { return reasons[e.kind].flag }
 // Refusal is what the application is told. The cause decides where it knows better than the kind.
 func (e *Error) Refusal() Refusal {
 	switch {
-	case e.cause == nil || e.kind == kindDenied || e.kind == kindStatus:
+	case e.cause == nil || e.kind == kindDenied || e.kind == kindStatus || e.kind == kindLookup:
 	case errors.Is(e.cause, syscall.EHOSTUNREACH):
 		return RefuseHostUnreachable
 	case errors.Is(e.cause, syscall.ENETUNREACH), errors.Is(e.cause, syscall.EAFNOSUPPORT): // the pod has no address of that family

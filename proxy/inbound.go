@@ -234,10 +234,12 @@ func (p *Proxy) receive(ctx context.Context, t *tunnel, s *hbone.ServerStream) (
 		ForwardedHost: hbone.ParseForwardedHost(s.Forwarded()), Illegal: p.illegal,
 	}
 	var in route.InboundDecision
-	p.asking(ctx, demandWait, view, func(newest *state.View, missed *string) {
+	if unknown := p.asking(ctx, demandWait, view, func(newest *state.View, missed *string) {
 		view, q.Missed = newest, missed
 		in, err = route.Inbound(view, q)
-	})
+	}); unknown != nil {
+		err = unknown
+	}
 	return view, local, in, err
 }
 

@@ -90,10 +90,12 @@ func (p *Proxy) decide(src, dst netip.AddrPort) (d route.Decision, local *state.
 		return d, nil, err
 	}
 	q := route.Question{Network: p.o.Config.NetworkName, Source: local, SrcIP: src.Addr(), Dst: dst, Rand: p.o.Random}
-	p.asking(p.ctx, demandWait, view, func(view *state.View, missed *string) {
+	if unknown := p.asking(p.ctx, demandWait, view, func(view *state.View, missed *string) {
 		q.Missed = missed
 		d, err = route.Decide(view, q)
-	})
+	}); unknown != nil {
+		return d, local, unknown
+	}
 	if err == nil {
 		d, err = p.resolve(local, d)
 	}

@@ -54,7 +54,8 @@ type Options struct {
 	// SOCKS5 takes addresses only (as ztunnel without its DNS proxy).
 	Names func(ctx context.Context, host string) ([]netip.Addr, error)
 	// Demand asks the control plane for a key ("network/ip" or "namespace/hostname") and returns when it is
-	// answered, or ctx ends; a View with the answer is published by then. nil: on-demand look-ups are off.
+	// answered, or ctx ends; a View with the answer is published by then. An error says that it is not known whether there
+	// is such a thing. nil: on-demand look-ups are off.
 	Demand      func(ctx context.Context, key string) error
 	OnDemandDNS *OnDemandDNS     // of all pods; nil: not counted
 	Policies    *UnknownPolicies // of all pods; nil: the proxy's own

@@ -100,4 +100,20 @@
 // with the caller's context; aliases that were answered are remembered as long as
 // their resource lives, because istiod does not answer for them twice; a name that
 // was asked for on the same stream is let go before it is asked for again.
+//
+// 2026-11-28: no request lets names go without subscribing to one. istiod answers
+// a request that subscribes to nothing with the removal of all that it watches for
+// the node, and the node was empty. A name that nothing can have is subscribed to
+// where there is no better one. Names that wait go in one request: istiod looks
+// through its whole mesh for each.
+//
+// 2026-11-28: "there is no such thing" is believed for 10 s, of some 4,000 to 8,000
+// names, and asked for anew then, since istiod does not tell when a pod gets an
+// address that was asked for in vain (it looks at names only). A push of such a
+// thing ends the belief at once, and so does a new stream; while there is none the
+// belief holds, as all that the control plane said. What was never answered is
+// unknown, not absent: Demand's error has the connection refused.
+//
+// 2026-11-28: a resource that is refused while nothing older is held ends a Demand
+// with an error: it is in the mesh, in a way that we do not understand.
 package xds

@@ -138,6 +138,7 @@ func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
 			ready.Done()
 		},
 		Trouble: ready.Fail,
+		Turned:  func(pod string, evicted bool) { d.report.Turned("on-demand look-ups", pod, pod, evicted) },
 	})
 	d.admin(ctx, "xds", d.xds.Run)
 	return nil

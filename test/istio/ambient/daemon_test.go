@@ -337,6 +337,51 @@ func TestCertificateRefused(t *testing.T) {
 	m.reaches("client", m.client.NS, late.V4(), 9000)
 }
 
+// checkOutside: connections to addresses that nothing in the mesh has, again and again: at the second istiod used to be told to forget a name and
+// nothing else, which it answers with the removal of everything it knows that the node has.
+func checkOutside(t *testing.T, m *mesh) {
+	stranger, err := m.AddHost(m.N2, "stranger")
+	must(t, err)
+	m.serve(stranger.NS)
+	before := m.dump(m.N1)
+	lookups := func() float64 {
+		metrics, err := m.N1.Daemon.Metrics(m.ctx)
+		must(t, err)
+		return metrics.Sum("istio_xds_message_total", "url="+addressType)
+	}
+	must(t, m.ask(m.client.NS, stranger.V4(), 9000))
+	n := lookups()
+	for range 20 {
+		must(t, m.ask(m.client.NS, stranger.V4(), 9000))
+	}
+	if asked := lookups() - n; asked > 2 {
+		t.Errorf("istiod answered %v times for one address", asked)
+	}
+	time.Sleep(11 * time.Second) // what was said is believed for 10 s
+	for range 3 {
+		must(t, m.ask(m.client.NS, stranger.V4(), 9000))
+		must(t, m.ask(m.client.NS, stranger.V6(), 9000))
+	}
+	if lookups() == n {
+		t.Error("what istiod said of an address is believed for ever")
+	}
+	after := m.dump(m.N1)
+	for _, name := range strings.Fields(before.names()) {
+		if !strings.Contains(after.names(), " "+name+" ") {
+			t.Errorf("n1 does not know %s any more:%s", name, after.names())
+		}
+	}
+	if len(after.Certificates) < len(before.Certificates) {
+		t.Errorf("n1 had %d certificates and has %d", len(before.Certificates), len(after.Certificates))
+	}
+	m.reaches("client", m.client.NS, m.server.V4(), 9000)
+	must(t, m.ask(m.client.NS, serverVIP, 80))
+	// What comes after its address was asked for in vain is found when that is not believed any more.
+	late := m.pod(m.N2, "came")
+	must(t, m.Attach(m.ctx, late))
+	m.reaches("client", m.client.NS, late.V4(), 9000)
+}
+
 // TestOnDemand: a daemon that asks for addresses as they are needed has the same mesh, and does not know what nobody asked for (checklist 21).
 func TestOnDemand(t *testing.T) {
 	m := prepare(t)
@@ -364,11 +409,21 @@ func TestOnDemand(t *testing.T) {
 	if have := d.names(); strings.Contains(have, "/far") || !strings.Contains(have, " Kubernetes//Pod/default/server ") {
 		t.Errorf("n1 knows%s", have)
 	}
+	t.Run("outside the mesh", func(t *testing.T) { checkOutside(t, m) })
 	// What was asked for follows its changes, also over a reconnection, and policies are not on demand.
 	m.Apply(denyYAML("default", "deny", "server", "cluster.local/ns/default/sa/other"))
 	m.refused("other", m.other.NS, m.server.V4(), 9000)
 	m.istiod.Kill()
 	m.reaches("client", m.client.NS, serverVIP, 80)
+	must(t, m.ask(m.client.NS, m.outside.V4(), 9000)) // of which istiod has said that it is not captured
+	// What nobody can be asked about may be in the mesh: it is refused, not sent in plaintext.
+	late := m.pod(m.N2, "late")
+	if err := m.askWithin(8*time.Second, m.client.NS, late.V4(), 9000); err == nil || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a pod that cannot be looked up: %v, want a refusal", err)
+	}
+	if log := m.N1.Daemon.Log(); !strings.Contains(log, "failed to look up the destination") {
+		t.Error("the log does not say why")
+	}
 	fakeistiod.Delete(m.Cluster, &corev1.Service{}, "default", "server")
 	fakeistiod.Delete(m.Cluster, &securityv1.AuthorizationPolicy{}, "default", "deny")
 	m.startIstiod()

@@ -136,7 +136,11 @@ func target(ns *lab.NS, ip netip.Addr, port uint16) load.Target {
 
 // ask makes one new connection and has one answer over it.
 func (m *mesh) ask(ns *lab.NS, ip netip.Addr, port uint16) error {
-	ctx, cancel := context.WithTimeout(m.ctx, gone)
+	return m.askWithin(gone, ns, ip, port)
+}
+
+func (m *mesh) askWithin(limit time.Duration, ns *lab.NS, ip netip.Addr, port uint16) error {
+	ctx, cancel := context.WithTimeout(m.ctx, limit)
 	defer cancel()
 	_, err := load.WhoAmI(ctx, target(ns, ip, port))
 	return err
