@@ -71,12 +71,12 @@ func TestSlowReaderGetsTheRest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const sent = 1 << 20
+	const sent = 32 << 10 // what a kernel takes at once; more may wait in the sender's socket, whose reset drops it
 	if _, err := s.Write(make([]byte, sent)); err != nil {
 		t.Fatal(err)
 	}
 	s.Close() // after what was written, and without END_STREAM
-	if n := <-got; n < sent/2 {
+	if n := <-got; n != sent {
 		t.Errorf("%d of %d bytes arrived before the reset", n, sent)
 	}
 	w.settle()

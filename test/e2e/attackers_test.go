@@ -199,6 +199,26 @@ func (m *mesh) synFlood(ctx context.Context, ns *lab.NS, spoof netip.Prefix, rat
 	return sent
 }
 
+// fragmentFlood sends first fragments of TCP packets at a rate from random IPv4 addresses of spoof; no second one follows. It tells how many went out.
+func (m *mesh) fragmentFlood(ctx context.Context, ns *lab.NS, spoof netip.Prefix, rate float64, to netip.Addr) (sent int64) {
+	raw := m.rawSocket(ns, true)
+	defer unix.Close(raw)
+	payload := make([]byte, 1400) // a multiple of 8, as RFC 791 wants of all but the last
+	paced(ctx, rate, func(int) bool {
+		src := nth(spoof, int(rand.Int32()))
+		p := append(ipHeader(src, to, len(payload)), payload...)
+		binary.BigEndian.PutUint16(p[4:], uint16(rand.Uint32()))
+		p[6] = 0x20 // more fragments
+		p[10], p[11] = 0, 0
+		binary.BigEndian.PutUint16(p[10:], checksum(p[:20]))
+		if unix.Sendto(raw, p, 0, sockaddr(netip.AddrPortFrom(to, 0))) == nil {
+			sent++
+		}
+		return true
+	})
+	return sent
+}
+
 // rawSocket sends whole packets, their headers included, from inside a namespace.
 func (m *mesh) rawSocket(ns *lab.NS, v4 bool) (fd int) {
 	m.t.Helper()
