@@ -150,7 +150,6 @@ var families = []family{
 type joined struct {
 	client, server *Stack
 	flows          chan *Flow
-	wait           chan struct{} // one value ends one OnFlow
 }
 
 // join makes two stacks. Flows arrive on j.flows; OnFlow returns when decide says so.

@@ -23,14 +23,13 @@ func id(name string) identity.ID {
 type fakeSigner struct {
 	latency time.Duration
 
-	mu      sync.Mutex
-	order   []string // service accounts in order of arrival
-	at      []time.Time
-	now     int // calls under way
-	most    int
-	fail    error
-	answer  func(id identity.ID, csr []byte, ttl time.Duration) ([]*x509.Certificate, []*x509.Certificate, error)
-	entered chan struct{} // if not nil: one message per call
+	mu     sync.Mutex
+	order  []string // service accounts in order of arrival
+	at     []time.Time
+	now    int // calls under way
+	most   int
+	fail   error
+	answer func(id identity.ID, csr []byte, ttl time.Duration) ([]*x509.Certificate, []*x509.Certificate, error)
 }
 
 func (f *fakeSigner) set(err error) {

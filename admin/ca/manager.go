@@ -283,7 +283,7 @@ func (m *Manager) get(ctx context.Context, id identity.ID, prio priority) (*iden
 		return nil, err
 	}
 	for {
-		cert, err, ready := m.outcome(e)
+		cert, ready, err := m.outcome(e)
 		m.mu.Unlock()
 		if ready == nil {
 			return cert, err
@@ -299,19 +299,19 @@ func (m *Manager) get(ctx context.Context, id identity.ID, prio priority) (*iden
 }
 
 // outcome says what a caller gets now, or what it has to wait for.
-func (m *Manager) outcome(e *entry) (*identity.Certificate, error, <-chan struct{}) {
+func (m *Manager) outcome(e *entry) (*identity.Certificate, <-chan struct{}, error) {
 	cert := e.valid(time.Now())
 	switch {
 	case e.gone:
-		return nil, ErrForgotten, nil
+		return nil, nil, ErrForgotten
 	case cert != nil:
 		return cert, nil, nil
 	case e.err != nil:
-		return nil, e.err, nil
+		return nil, nil, e.err
 	case m.stopped:
-		return nil, ErrStopped, nil
+		return nil, nil, ErrStopped
 	}
-	return nil, nil, e.ready
+	return nil, e.ready, nil
 }
 
 // Prefetch asks for id's certificate ahead of need, without waiting. It does nothing if the identity is known; if the

@@ -108,7 +108,7 @@ func (l *Local) check(r *http.Request) (code int, err error) {
 // foreign says why a request may be a web page's that is not our own; nil: it is not.
 func foreign(r *http.Request) error {
 	if host, _ := hostname(r.Host); host != "" && !loopbackName(host) {
-		return fmt.Errorf("Host %q is not this server's: ask for localhost, 127.0.0.1 or [::1]", clip(r.Host))
+		return fmt.Errorf("the host %q is not this server's: ask for localhost, 127.0.0.1 or [::1]", clip(r.Host))
 	}
 	// A browser says itself where the request comes from. "none" is the user's own doing, at the address bar.
 	for _, v := range r.Header.Values("Sec-Fetch-Site") {

@@ -86,6 +86,7 @@ func parseHeaders(headers [][2]string) (metadata.MD, error) {
 		case strings.ContainsFunc(key, func(r rune) bool {
 			return !(r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '-' || r == '_' || r == '.')
 		}):
+			//lint:ignore ST1005 the dot is the last of the list
 			return nil, fmt.Errorf("header %q: a name consists of letters, digits, -, _ and .", h[0])
 		case slices.Contains(taken, key) || strings.HasPrefix(key, "grpc-"):
 			return nil, fmt.Errorf("header %q: the name is HTTP's or gRPC's own", h[0])

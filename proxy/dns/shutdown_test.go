@@ -60,7 +60,6 @@ type packetConn struct {
 	net.PacketConn // nil
 	in             chan []byte
 	out            chan []byte
-	mu             sync.Mutex
 	end            chan struct{}
 	once           sync.Once
 }

@@ -38,7 +38,6 @@ type reader struct {
 	used  int
 	owed  []*Stream // whose users are to be woken for what was pushed
 	state int
-	after int // state that follows atSkip
 
 	head    [headLen]byte
 	nhead   int

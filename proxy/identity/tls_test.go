@@ -195,7 +195,8 @@ func TestClientHello(t *testing.T) {
 
 func TestServerTLSIsShared(t *testing.T) {
 	c := newTestCA(t, "root").issue(t, []string{uriA}, nil)
-	if ServerTLS(c) != ServerTLS(c) || ServerTLS(c) == ServerTLSWith(c, Params{TLS12: true}) {
+	first, again := ServerTLS(c), ServerTLS(c)
+	if first != again || ServerTLS(c) == ServerTLSWith(c, Params{TLS12: true}) {
 		t.Fatal("made anew, or mixed up")
 	}
 	if n := testing.AllocsPerRun(100, func() { ServerTLS(c) }); n != 0 {

@@ -205,9 +205,7 @@ func (o *oracle) policiesFor(w *Workload) (l []string) {
 			l = append(l, p.Key)
 		}
 	}
-	for _, key := range w.AuthorizationPolicies {
-		l = append(l, key)
-	}
+	l = append(l, w.AuthorizationPolicies...)
 	slices.Sort(l)
 	return l
 }

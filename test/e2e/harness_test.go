@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -35,7 +34,6 @@ type meshOptions struct {
 	policies  []lab.Policy
 	noStart   bool // no daemons, nothing attached
 	noServers bool
-	logs      io.Writer
 }
 
 func newMesh(t testing.TB, o meshOptions) *mesh {

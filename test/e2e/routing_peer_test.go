@@ -128,6 +128,7 @@ func openTunnel(ctx context.Context, ns *lab.NS, to netip.AddrPort, authority st
 		return nil, err
 	}
 	tc := tls.Client(raw, conf)
+	//lint:ignore SA1019 net/http has no client on a connection that is given
 	cc, err := (&http2.Transport{DisableCompression: true}).NewClientConn(tc)
 	if err != nil {
 		raw.Close()

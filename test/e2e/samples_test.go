@@ -73,15 +73,6 @@ type accessLine struct {
 	fields         []field
 }
 
-func (l accessLine) get(key string) string {
-	for _, f := range l.fields {
-		if f.key == key {
-			return f.value
-		}
-	}
-	return ""
-}
-
 // String is the line with accidents taken out: source ports, byte counts (none or some), times.
 func (l accessLine) String() string {
 	var b strings.Builder

@@ -53,7 +53,6 @@ var doors = map[string][]string{
 	"golang.zx2c4.com/wireguard":     {"tun"},
 	"google.golang.org/grpc":         {"admin"},
 	"github.com/miekg/dns":           {"proxy/dns"},
-	"github.com/pires/go-proxyproto": {"proxy"},
 	"github.com/spf13/cobra":         {"cmd"},
 	"github.com/fsnotify/fsnotify":   {"admin"},
 }

@@ -47,7 +47,8 @@ func OpenLoop(ctx context.Context, t Target, conns int, rate float64, size int, 
 		}
 		cs = append(cs, c)
 		// One exchange before the clock starts: connection set-up is not what is measured.
-		if _, err := c.Write([]byte{1}); err == nil {
+		_, err = c.Write([]byte{1})
+		if err == nil {
 			_, err = io.ReadFull(c, make([]byte, 1))
 		}
 		if err != nil {
