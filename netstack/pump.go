@@ -32,6 +32,8 @@ type pump struct {
 	// back takes what is not for a stack at all; nil for an App device. See
 	// icmpback.go.
 	back func(bufs [][]byte, n int) bool
+	// fragments bounds those for all pods; nil for an App device, whose only victim is the pod that sends them.
+	fragments *fragmentBudget
 
 	tx txQueue
 
@@ -44,7 +46,7 @@ type pump struct {
 type rxStats struct {
 	packets, bytes                             atomic.Uint64
 	malformed, notTCP, badChecksum, unknownDst atomic.Uint64
-	returned                                   atomic.Uint64
+	returned, overFragments                    atomic.Uint64
 }
 
 func newPump(dev tun.Device, log *slog.Logger) *pump {
@@ -135,6 +137,10 @@ func (p *pump) reader() error {
 		if to == nil {
 			if to = p.route(&pk); to == nil {
 				p.rx.unknownDst.Add(1)
+				continue
+			}
+			if pk.part && !p.fragments.allow(pk.dst, time.Now()) {
+				p.rx.overFragments.Add(1)
 				continue
 			}
 		}

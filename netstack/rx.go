@@ -45,6 +45,7 @@ type rxPacket struct {
 	hdrLen int // IP and TCP or UDP headers; the whole packet (at most headSize) for what is neither
 	ipLen  int
 	tcp    bool
+	part   bool   // a fragment
 	dport  uint16 // of a UDP packet
 }
 
@@ -54,6 +55,7 @@ func parseHead(head []byte, n int, p *rxPacket) verdict {
 	if len(head) < header.IPv4MinimumSize {
 		return rxMalformed
 	}
+	p.part = false
 	switch head[0] >> 4 {
 	case 4:
 		h := header.IPv4(head)
@@ -65,7 +67,7 @@ func parseHead(head []byte, n int, p *rxPacket) verdict {
 		p.dst = netip.AddrFrom4([4]byte(head[16:20]))
 		// A fragment has no TCP header worth reading; gVisor reassembles.
 		if h.More() || h.FragmentOffset() != 0 {
-			p.tcp, p.hdrLen = false, min(n, headSize)
+			p.tcp, p.part, p.hdrLen = false, true, min(n, headSize)
 			return rxDeliver
 		}
 		return parseL4(head, n, h.Protocol(), p)
@@ -83,12 +85,30 @@ func parseHead(head []byte, n int, p *rxPacket) verdict {
 		case uint8(header.IPv6HopByHopOptionsExtHdrIdentifier), uint8(header.IPv6RoutingExtHdrIdentifier),
 			uint8(header.IPv6FragmentExtHdrIdentifier), uint8(header.IPv6DestinationOptionsExtHdrIdentifier):
 			// Rare enough: gVisor walks the extension headers.
-			p.tcp, p.hdrLen = false, min(n, headSize)
+			p.tcp, p.part, p.hdrLen = false, isPart(head, h.NextHeader()), min(n, headSize)
 			return rxDeliver
 		}
 		return parseL4(head, n, h.NextHeader(), p)
 	}
 	return rxMalformed
+}
+
+// isPart reports whether one of an IPv6 packet's extension headers makes it a fragment; also if they reach beyond head.
+func isPart(head []byte, next uint8) bool {
+	for at := header.IPv6MinimumSize; ; {
+		switch next {
+		case uint8(header.IPv6FragmentExtHdrIdentifier):
+			return true
+		case uint8(header.IPv6HopByHopOptionsExtHdrIdentifier), uint8(header.IPv6RoutingExtHdrIdentifier),
+			uint8(header.IPv6DestinationOptionsExtHdrIdentifier):
+			if at+2 > len(head) {
+				return true
+			}
+			next, at = head[at], at+8+8*int(head[at+1])
+		default:
+			return false
+		}
+	}
 }
 
 func parseL4(head []byte, n int, proto uint8, p *rxPacket) verdict {

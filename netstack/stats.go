@@ -12,7 +12,9 @@ type LinkStats struct {
 	// RxReturned were ICMP errors about connections of the kernel's, written to
 	// the device again for it (uplink only); the transmit queue may still have
 	// dropped them.
-	RxReturned         uint64
+	RxReturned uint64
+	// RxOverFragments were fragments beyond what a pod or all pods may get in a second (uplink only).
+	RxOverFragments    uint64
 	TxPackets, TxBytes uint64
 	// TxDropped were refused because the transmit queue was full or closed;
 	// TxErrors failed in the device.
@@ -79,8 +81,8 @@ func (p *pump) stats() LinkStats {
 		RxPackets: p.rx.packets.Load(), RxBytes: p.rx.bytes.Load(),
 		RxMalformed: p.rx.malformed.Load(), RxNotTCP: p.rx.notTCP.Load(),
 		RxBadChecksum: p.rx.badChecksum.Load(), RxUnknownDst: p.rx.unknownDst.Load(),
-		RxReturned: p.rx.returned.Load(),
-		TxPackets:  p.tx.packets.Load(), TxBytes: p.tx.sent.Load(),
+		RxReturned: p.rx.returned.Load(), RxOverFragments: p.rx.overFragments.Load(),
+		TxPackets: p.tx.packets.Load(), TxBytes: p.tx.sent.Load(),
 		TxDropped: p.tx.dropped.Load(), TxErrors: p.tx.errors.Load(),
 		Offload: p.gso,
 	}

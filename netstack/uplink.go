@@ -39,6 +39,7 @@ func NewUplink(dev tun.Device, log *slog.Logger) *Uplink {
 	u.table.Store(&map[netip.Addr]*port{})
 	u.pump.route = func(p *rxPacket) *port { return (*u.table.Load())[p.dst] }
 	u.pump.back = u.giveBack
+	u.pump.fragments = newFragmentBudget()
 	return u
 }
 

@@ -28,7 +28,7 @@ admin/pb/workloadpb  ->
 admin/xds            -> admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch proxy/fair proxy/rbac proxy/state
 admin/watch          ->
 admin/zlog           ->
-netstack             -> tun
+netstack             -> proxy/fair tun
 proxy                -> proxy/fair proxy/hbone proxy/identity proxy/rbac proxy/route proxy/socks proxy/state
 proxy/dns            -> proxy/state
 proxy/fair           ->
