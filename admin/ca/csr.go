@@ -26,22 +26,28 @@ type Signer interface {
 // NewRequest makes a fresh P-256 key and a certificate request for id as ztunnel's: SHA-256, empty subject, one
 // requested extension, subjectAltName, critical, with the SPIFFE URI alone (spec/dataplane.md 8.1). csr is DER.
 func NewRequest(id identity.ID) (key crypto.Signer, csr []byte, err error) {
-	san, err := identity.SANExtension(id)
-	if err != nil {
-		return nil, nil, err
-	}
 	key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, nil, fmt.Errorf("key for %s: %w", id, err)
 	}
-	csr, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
-		SignatureAlgorithm: x509.ECDSAWithSHA256,
-		ExtraExtensions:    []pkix.Extension{san},
-	}, key)
+	csr, err = requestFor(id, key)
 	if err != nil {
-		return nil, nil, fmt.Errorf("certificate request for %s: %w", id, err)
+		return nil, nil, err
 	}
 	return key, csr, nil
+}
+
+// requestFor is NewRequest for a key that is there.
+func requestFor(id identity.ID, key crypto.Signer) (csr []byte, err error) {
+	san, err := identity.SANExtension(id)
+	if err != nil {
+		return nil, err
+	}
+	csr, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{ExtraExtensions: []pkix.Extension{san}}, key)
+	if err != nil {
+		return nil, fmt.Errorf("certificate request for %s: %w", id, err)
+	}
+	return csr, nil
 }
 
 // checkRequest parses a request and insists on NewRequest's shape, for id. The key may be of any type of P-256.

@@ -2,6 +2,8 @@ package control
 
 import (
 	"context"
+	"crypto/x509"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -20,6 +22,7 @@ type places struct {
 	// bound the greediest source loses its oldest: an honest handshake and its first call take milliseconds.
 	strangers *fair.Ledger[netip.Addr]
 	nodes     *fair.Ledger[string] // never evicted: each has a few
+	watches   *fair.Ledger[string] // of the revocation list; the same
 }
 
 func newPlaces(l limits, c *counters, report *fair.Report) *places {
@@ -31,6 +34,9 @@ func newPlaces(l limits, c *counters, report *fair.Report) *places {
 		nodes: fair.NewLedger(fair.LedgerOptions[string]{Limit: int64(l.connections), PerSource: int64(l.connsOfNode), Turned: func(node string, evicted bool) {
 			c.connectionsRefused.Add(1)
 			report.Turned("control_nodes", "", node, evicted)
+		}}),
+		watches: fair.NewLedger(fair.LedgerOptions[string]{Limit: int64(l.streams), PerSource: int64(l.streamsOfNode), Turned: func(node string, evicted bool) {
+			report.Turned("control_revocation_streams", "", node, evicted)
 		}}),
 	}
 }
@@ -124,12 +130,14 @@ func (c *boundedConn) Close() error {
 // connCredentials let a call find its connection.
 type connCredentials struct {
 	credentials.TransportCredentials
+	clients *x509.CertPool // who certifies clients
 }
 
 // connInfo is what a call knows of its connection.
 type connInfo struct {
 	credentials.TLSInfo
-	conn *boundedConn
+	conn    *boundedConn
+	certErr error // why the client's certificate does not count
 }
 
 // ServerHandshake is TLS's.
@@ -144,7 +152,23 @@ func (c connCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Au
 		conn.Close()
 		return nil, nil, fmt.Errorf("a connection of an unknown kind: %T, %T", info, raw)
 	}
-	return conn, connInfo{t, b}, nil
+	return conn, connInfo{t, b, verifyClient(t.State.PeerCertificates, c.clients)}, nil
+}
+
+// verifyClient judges what a client shows of itself, as crypto/tls would. None is no error.
+func verifyClient(certs []*x509.Certificate, roots *x509.CertPool) error {
+	if len(certs) == 0 {
+		return nil
+	}
+	if certs[0].IsCA {
+		return errors.New("it is a CA's")
+	}
+	o := x509.VerifyOptions{Roots: roots, Intermediates: x509.NewCertPool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
+	for _, c := range certs[1:] {
+		o.Intermediates.AddCert(c)
+	}
+	_, err := certs[0].Verify(o)
+	return err
 }
 
 // connOf is the connection of a call, which always has one.

@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/structpb"
 
+	"ztun/admin/ca"
 	"ztun/admin/pb/discoverypb"
 	"ztun/admin/xds"
 	"ztun/proxy/state"
@@ -119,7 +120,7 @@ func (w *world) write(name, text string) {
 	w.t.Helper()
 	path := filepath.Join(w.dir, meshDir, name)
 	check(w.t, os.MkdirAll(filepath.Dir(path), 0o755))
-	check(w.t, replaceFile(path, 0o644, []byte(text)))
+	check(w.t, ca.WriteFile(path, 0o644, []byte(text)))
 }
 
 func (w *world) creds(node string) string { return filepath.Join(w.dir, "creds", node) }

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/big"
 	"os"
 	"path/filepath"
 	"time"
@@ -103,7 +104,7 @@ func Init(dir, trustDomain string) error {
 	if l, err := os.ReadDir(mesh); err != nil || len(l) > 0 {
 		return err // a mesh that is there already
 	}
-	return replaceFile(filepath.Join(mesh, "example.yaml"), 0o644, fmt.Appendf(nil, example, trustDomain))
+	return ca.WriteFile(filepath.Join(mesh, "example.yaml"), 0o644, fmt.Appendf(nil, example, trustDomain))
 }
 
 // JoinOptions say who joins.
@@ -153,12 +154,10 @@ func Join(ctx context.Context, o JoinOptions) error {
 	}
 	token := base64.RawURLEncoding.EncodeToString(secret)
 	tokenHash, keyHash := sha256.Sum256([]byte(token)), sha256.Sum256(chain[0].RawSubjectPublicKeyInfo)
-	record, err := json.MarshalIndent(nodeFile{
-		Node: o.Node, Created: time.Now().UTC().Truncate(time.Second), Expires: chain[0].NotAfter,
-		Token: hex.EncodeToString(tokenHash[:]), Key: hex.EncodeToString(keyHash[:]),
-	}, "", "  ")
-	if err != nil {
-		return err
+	now := time.Now()
+	record := nodeFile{
+		Node: o.Node, Created: now.UTC().Truncate(time.Second), Expires: chain[0].NotAfter,
+		Token: hex.EncodeToString(tokenHash[:]), Key: hex.EncodeToString(keyHash[:]), Serial: chain[0].SerialNumber.Text(16),
 	}
 	if err := os.MkdirAll(o.Out, 0o700); err != nil {
 		return err
@@ -176,16 +175,46 @@ func Join(ctx context.Context, o JoinOptions) error {
 		{filepath.Join(o.Out, CertFile), 0o644, encodeCerts(chain)},
 		{filepath.Join(o.Out, KeyFile), 0o600, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})},
 		{filepath.Join(o.Out, TokenFile), 0o600, []byte(token)},
-		{path, 0o600, append(record, '\n')},
 	} {
-		if err := replaceFile(f.path, f.mode, f.data); err != nil {
+		if err := ca.WriteFile(f.path, f.mode, f.data); err != nil {
 			return err
 		}
 	}
-	return nil
+	if err := replaced(o.Dir, o.Node, now); err != nil {
+		return err
+	}
+	if err := writeNode(filepath.Join(o.Dir, nodesDir), record); err != nil {
+		return err
+	}
+	return appendSigned(filepath.Join(o.Dir, issuedDir), o.Node, signed{string(chain[0].SerialNumber.Bytes()), chain[0].NotAfter.Unix()})
 }
 
-// Leave ends the credentials of a node. A running control plane ends the node's streams within seconds.
+// replaced revokes the client certificate of a node that joins anew. Its workloads' certificates stay: they are renewed
+// with the new credentials.
+func replaced(dir, node string, now time.Time) error {
+	data, err := os.ReadFile(filepath.Join(dir, nodesDir, node+".json"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var old nodeFile
+	serial := new(big.Int)
+	if json.Unmarshal(data, &old) != nil {
+		return nil // what cannot be read has been reported, and is what --renew is for
+	}
+	if _, ok := serial.SetString(old.Serial, 16); !ok || old.Expires.Before(now) {
+		return nil
+	}
+	if err := os.MkdirAll(filepath.Join(dir, issuedDir), 0o700); err != nil {
+		return err
+	}
+	return writeSigned(leftPath(filepath.Join(dir, issuedDir), node, now), []signed{{string(serial.Bytes()), old.Expires.Unix()}})
+}
+
+// Leave ends the credentials of a node. A running control plane ends the node's streams within seconds, and revokes what
+// certificates the node has: the other nodes learn of it by the revocation list that they follow.
 func Leave(dir, node string) error {
 	if err := checkNodeName(node); err != nil {
 		return err
@@ -194,7 +223,10 @@ func Leave(dir, node string) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("node %s has not joined: %w", node, err)
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return revokeIssued(dir, node, time.Now())
 }
 
 // checkNodeName takes what can be both a Kubernetes node and a file.
@@ -215,21 +247,4 @@ func encodeCerts(certs []*x509.Certificate) []byte {
 		out = append(out, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})...)
 	}
 	return out
-}
-
-// replaceFile writes a file so that a reader sees the old content or the new, and never with another mode.
-func replaceFile(path string, mode fs.FileMode, data []byte) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // 0600
-	if err != nil {
-		return err
-	}
-	_, werr := f.Write(data)
-	err = errors.Join(werr, f.Chmod(mode), f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
-	}
-	return nil
 }

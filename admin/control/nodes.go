@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc/metadata"
+
+	"ztun/admin/ca"
 )
 
 // Bounds of the credentials.
@@ -33,7 +35,8 @@ type nodeFile struct {
 	Created time.Time `json:"created"`
 	Token   string    `json:"tokenSHA256"`         // hex, of the token's text
 	Key     string    `json:"publicKeySHA256"`     // hex, of the client certificate's SubjectPublicKeyInfo
-	Expires time.Time `json:"certificateNotAfter"` // for people
+	Expires time.Time `json:"certificateNotAfter"` // for people, and how long a renewed one lives
+	Serial  string    `json:"certificateSerial"`   // hex, of the client certificate that Join made
 }
 
 type hash [sha256.Size]byte
@@ -49,6 +52,7 @@ type nodeStore struct {
 	byToken  map[hash]string      // -> node
 	byKey    map[hash]string
 	problems []Problem
+	unread   bool          // the last scan could not read the directory
 	changed  chan struct{} // closed when a credential has gone
 }
 
@@ -69,6 +73,39 @@ func (s *nodeStore) rescan() {
 	s.rescanLocked(time.Now())
 }
 
+// rescanChanged is rescan, if files have come or gone.
+func (s *nodeStore) rescanChanged() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.modified().Equal(s.dirTime) {
+		s.rescanLocked(time.Now())
+	}
+}
+
+// renewed notes the end of a node's new client certificate, whose key is the old one's.
+func (s *nodeStore) renewed(node string, notAfter time.Time) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f, ok := s.files[node+".json"]
+	if !ok || !f.ok {
+		return fmt.Errorf("node %s has left", node)
+	}
+	f.node.Expires = notAfter
+	if err := writeNode(s.dir, f.node); err != nil {
+		return err
+	}
+	s.rescanLocked(time.Now())
+	return nil
+}
+
+func writeNode(dir string, f nodeFile) error {
+	record, err := json.MarshalIndent(f, "", "  ")
+	if err != nil {
+		return err
+	}
+	return ca.WriteFile(filepath.Join(dir, f.Node+".json"), 0o600, append(record, '\n'))
+}
+
 func (s *nodeStore) rescanLocked(now time.Time) {
 	s.scanned, s.dirTime = now, s.modified()
 	if now.Sub(s.dirTime) < 100*time.Millisecond { // more than what its clock tells apart
@@ -77,11 +114,11 @@ func (s *nodeStore) rescanLocked(now time.Time) {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
 		// Not a reason to turn every node away: keep what is known.
-		s.problems = []Problem{{File: "nodes", Text: plain(err).Error()}}
+		s.problems, s.unread = []Problem{{File: "nodes", Text: plain(err).Error()}}, true
 		return
 	}
 	files := make(map[string]nodeEntry, len(entries))
-	s.problems = nil
+	s.problems, s.unread = nil, false
 	for _, e := range entries {
 		if filepath.Ext(e.Name()) != ".json" || strings.HasPrefix(e.Name(), ".") {
 			continue
@@ -182,17 +219,39 @@ func (s *nodeStore) watch() <-chan struct{} {
 	return s.changed
 }
 
-// joined lists the nodes that have credentials.
-func (s *nodeStore) joined() (names []string, problems []Problem) {
+// members are the nodes that have a file, be it a good one; false if that cannot be told.
+func (s *nodeStore) members() (map[string]bool, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.unread || len(s.files) >= maxNodes {
+		return nil, false
+	}
+	m := make(map[string]bool, len(s.files))
+	for name := range s.files {
+		m[strings.TrimSuffix(name, ".json")] = true
+	}
+	return m, true
+}
+
+// joined lists the nodes that have credentials, by name.
+func (s *nodeStore) joined() (nodes []nodeFile, problems []Problem) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, f := range s.files {
 		if f.ok {
-			names = append(names, f.node.Node)
+			nodes = append(nodes, f.node)
 		}
 	}
-	slices.Sort(names)
-	return names, slices.Clone(s.problems)
+	slices.SortFunc(nodes, func(a, b nodeFile) int { return strings.Compare(a.Node, b.Node) })
+	return nodes, slices.Clone(s.problems)
+}
+
+// file is what is kept of a node.
+func (s *nodeStore) file(node string) (nodeFile, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f := s.files[node+".json"]
+	return f.node, f.ok
 }
 
 // caller is who makes a call.
@@ -203,6 +262,7 @@ type caller struct {
 	key      hash
 	hasToken bool
 	hasKey   bool
+	certErr  error // why the client certificate that it showed does not count; its token does
 }
 
 // valid reports whether the credentials that the caller showed are still those of its node.
@@ -221,7 +281,13 @@ func (s *nodeStore) authenticate(ctx context.Context, md metadata.MD) (*caller, 
 			return nil, errors.New("the token is unknown (was the node removed, or joined anew?)")
 		}
 	}
-	if cert := clientCert(ctx); cert != nil {
+	cert, err := clientCert(ctx, time.Now())
+	switch {
+	case err != nil && !c.hasToken:
+		return nil, fmt.Errorf("the client certificate does not count (%w) and there is no token: run ztun control join --renew for this node", err)
+	case err != nil:
+		c.certErr = err
+	case cert != nil:
 		c.key = sha256.Sum256(cert.RawSubjectPublicKeyInfo)
 		node, ok := s.find(c.key, true)
 		switch {
@@ -249,11 +315,17 @@ func bearer(md metadata.MD) (string, bool) {
 	return "", false
 }
 
-// clientCert returns the verified certificate of the connection, if any.
-func clientCert(ctx context.Context) *x509.Certificate {
-	chains := infoOf(ctx).State.VerifiedChains
-	if len(chains) == 0 {
-		return nil
+// clientCert returns the connection's client certificate, nil if it has none, or why it does not count. TLS has seen that
+// the client has its key; whose it is and until when is looked at here, so that a token can stand in.
+func clientCert(ctx context.Context, now time.Time) (*x509.Certificate, error) {
+	i := infoOf(ctx)
+	switch {
+	case len(i.State.PeerCertificates) == 0:
+		return nil, nil
+	case now.After(i.State.PeerCertificates[0].NotAfter):
+		return nil, fmt.Errorf("it expired at %s", stampText(i.State.PeerCertificates[0].NotAfter))
+	case i.certErr != nil:
+		return nil, i.certErr
 	}
-	return chains[0][0]
+	return i.State.PeerCertificates[0], nil
 }

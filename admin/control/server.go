@@ -38,7 +38,9 @@ type Options struct {
 	Hosts  []string // names and addresses by which nodes know this machine, besides those found; none: the host name
 	Admin  string   // HTTP with the status, a loopback address; "": none
 	Socket string   // with the status; "": control.sock in Dir
-	Logger *slog.Logger
+	// MaxLife is how long a workload's certificate lives at most, whatever its node asks for; 0: DefaultMaxLife.
+	MaxLife time.Duration
+	Logger  *slog.Logger
 }
 
 // DefaultListen is where istiod serves both of its services.
@@ -56,6 +58,7 @@ type limits struct {
 	signBurst     int           // a node with thousands of pods starts
 	signRate      int           // per second
 	signOfNode    int           // certificates asked for at once; a request may be as large as receive
+	certsOfNode   int           // that have not expired: what leaving revokes
 	handshake     time.Duration // TLS, and HTTP/2's first frames
 	firstRequest  time.Duration // of a stream; and until a connection has made a call that is admitted
 	rescan        time.Duration // until a node that left is noticed
@@ -64,7 +67,7 @@ type limits struct {
 func defaultLimits() limits {
 	return limits{
 		message: 3 << 20, receive: 32 << 20, connections: 4096, strangers: 2048, streams: 2048, streamsOfNode: 4, connsOfNode: 32,
-		signBurst: 2000, signRate: 50, signOfNode: 16, handshake: 5 * time.Second, firstRequest: 30 * time.Second, rescan: 2 * time.Second,
+		signBurst: 2000, signRate: 50, signOfNode: 16, certsOfNode: 20_000, handshake: 5 * time.Second, firstRequest: 30 * time.Second, rescan: 2 * time.Second,
 	}
 }
 
@@ -83,11 +86,14 @@ type Server struct {
 	authority *authority
 	cert      *serverCert
 	nodes     *nodeStore
+	issued    *issuedStore
+	maxLife   time.Duration
 	source    *source
 	feed      *feed
 	rates     *rates
 	places    *places
 	report    *fair.Report
+	tokens    *fair.Lines   // of nodes whose certificate does not count
 	signing   chan struct{} // one element per signature being made
 	counters  counters
 	refused   atomic.Int64 // when a refused call was logged last, Unix nanoseconds
@@ -126,6 +132,12 @@ func newServer(ctx context.Context, o Options, l limits) (s *Server, err error) 
 	if o.Socket == "" {
 		o.Socket = filepath.Join(o.Dir, socketName)
 	}
+	if o.MaxLife == 0 {
+		o.MaxLife = DefaultMaxLife
+	}
+	if o.MaxLife < minLife || o.MaxLife > maxTTL {
+		return nil, fmt.Errorf("the longest life of a certificate, %v, is not between %v and %v", o.MaxLife, minLife, maxTTL)
+	}
 	if len(o.Listen) == 0 {
 		o.Listen = []string{DefaultListen}
 	}
@@ -135,9 +147,10 @@ func newServer(ctx context.Context, o Options, l limits) (s *Server, err error) 
 		}
 	}
 	s = &Server{
-		limits: l, logger: o.Logger, feed: newFeed(), nodes: newNodeStore(filepath.Join(o.Dir, nodesDir)),
+		limits: l, logger: o.Logger, maxLife: o.MaxLife, feed: newFeed(), nodes: newNodeStore(filepath.Join(o.Dir, nodesDir)),
 		rates: newRates(l.signBurst, l.signRate, l.signOfNode), signing: make(chan struct{}, 4), streams: make(map[*stream]struct{}),
 		report: fair.NewReport(o.Logger), local: guard.NewLocal(guard.LocalOptions{Logger: o.Logger}),
+		tokens: fair.NewLines(fair.LinesOptions{Log: o.Logger, PerSecond: 1.0 / 3600, Burst: 1}),
 	}
 	s.places = newPlaces(l, &s.counters, s.report)
 	defer func() {
@@ -150,10 +163,11 @@ func newServer(ctx context.Context, o Options, l limits) (s *Server, err error) 
 		return s, fmt.Errorf("%w; ztun control init makes the directory of a control plane", err)
 	}
 	s.source = newSource(o.Mesh, s.authority.TrustDomain(), l.message, o.Logger, s.feed)
-	s.nodes.rescan()
 	if err = s.takeLock(o.Dir); err != nil {
 		return s, err
 	}
+	s.issued = newIssuedStore(o.Dir, l.certsOfNode, s.authority)
+	s.revoke()
 	for _, addr := range o.Listen {
 		l, err := net.Listen("tcp", addr)
 		if err != nil {
@@ -181,7 +195,7 @@ func newServer(ctx context.Context, o Options, l limits) (s *Server, err error) 
 		return s, fmt.Errorf("the server's certificate: %w", err)
 	}
 	s.grpc = grpc.NewServer(
-		grpc.Creds(connCredentials{credentials.NewTLS(s.cert.config())}),
+		grpc.Creds(connCredentials{credentials.NewTLS(s.cert.config()), s.authority.pool()}),
 		grpc.InTapHandle(s.admit),
 		grpc.MaxRecvMsgSize(l.receive),
 		grpc.MaxConcurrentStreams(64),
@@ -193,6 +207,7 @@ func newServer(ctx context.Context, o Options, l limits) (s *Server, err error) 
 	)
 	discoverypb.RegisterAggregatedDiscoveryServiceServer(s.grpc, adsServer{Server: s})
 	s.grpc.RegisterService(caServiceDesc(), caServer{Server: s})
+	s.grpc.RegisterService(revocationsDesc(), s)
 	bounds := guard.NewConns(guard.ConnsOptions{Resource: "control_status_connections", Report: s.report})
 	s.http = &http.Server{Handler: s.local.Handler(s.handler()), ConnState: bounds.Change, ReadHeaderTimeout: 2 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
 	return s, nil
@@ -264,7 +279,7 @@ func (s *Server) rescan(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			s.nodes.rescan()
+			s.revoke()
 		}
 	}
 }
@@ -280,6 +295,7 @@ func (s *Server) Close() {
 			_ = s.http.Close()
 		}
 		s.local.Close()
+		s.tokens.Close()
 		for _, l := range slices.Concat(s.listeners, s.admin) {
 			_ = l.Close() // once more, if it has been served
 		}
@@ -300,6 +316,9 @@ func (s *Server) admit(ctx context.Context, info *tap.Info) (context.Context, er
 			s.counters.connectionsRefused.Add(1)
 			s.refusal("call refused", "method", clip(info.FullMethodName, 100), "error", err.Error())
 			return nil, status.Error(codes.ResourceExhausted, err.Error())
+		}
+		if c.certErr != nil {
+			s.tokens.Log(ctx, slog.LevelWarn, c.node, "a node's client certificate does not count, its token does", slog.String("node", c.node), slog.String("error", c.certErr.Error()))
 		}
 		return context.WithValue(ctx, callerKey{}, c), nil
 	}

@@ -3,7 +3,9 @@ package control
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -175,7 +177,7 @@ func TestAuthentication(t *testing.T) {
 	workload := w.tls("")
 	workload.Certificates = []tls.Certificate{{Certificate: chain, PrivateKey: key}}
 	begin(w.open(w.dial(workload), ctx, "node-a")).fails(codes.Unauthenticated, "not one that ztun control join made")
-	// One of another CA does not get through the handshake.
+	// One of another CA is none.
 	other := filepath.Join(t.TempDir(), "other")
 	check(t, Init(other, "cluster.local"))
 	check(t, Join(t.Context(), JoinOptions{Dir: other, Node: "node-a", Out: filepath.Join(other, "out")}))
@@ -189,7 +191,16 @@ func TestAuthentication(t *testing.T) {
 	if err == nil { // in TLS 1.3 the client is done before the server has looked at its certificate
 		_, err = rpc.Recv()
 	}
-	wantStatus(t, err, codes.Unavailable, "")
+	wantStatus(t, err, codes.Unauthenticated, "the client certificate does not count (x509: certificate signed by unknown authority")
+	// Nor is a CA's own.
+	caPair, err := tls.LoadX509KeyPair(filepath.Join(w.dir, caDir, certFile), filepath.Join(w.dir, caDir, caKeyFile))
+	if errors.Is(err, fs.ErrNotExist) { // the root signs
+		caPair, err = tls.LoadX509KeyPair(filepath.Join(w.dir, caDir, RootFile), filepath.Join(w.dir, caDir, caKeyFile))
+	}
+	check(t, err)
+	authority := w.tls("")
+	authority.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &caPair, nil }
+	begin(w.open(w.dial(authority), ctx, "node-a")).fails(codes.Unauthenticated, "it is a CA's")
 	// TLS 1.2 is refused.
 	old := w.tls("")
 	old.MaxVersion = tls.VersionTLS12
@@ -197,7 +208,7 @@ func TestAuthentication(t *testing.T) {
 		conn.Close()
 		t.Fatal("TLS 1.2 was accepted")
 	}
-	if n := w.srv.Status().Counters; n["unauthenticated"] != 4 || n["denied"] != 4 {
+	if n := w.srv.Status().Counters; n["unauthenticated"] != 6 || n["denied"] != 4 {
 		t.Fatal(n)
 	}
 }

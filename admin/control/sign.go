@@ -2,6 +2,9 @@ package control
 
 import (
 	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
 	"encoding/pem"
 	"fmt"
 	"maps"
@@ -16,10 +19,13 @@ import (
 	"ztun/proxy/identity"
 )
 
-// Lives of workload certificates: istiod's.
+// Lives of certificates. What is asked for beyond maxTTL is refused, as by istiod; what is longer than Options.MaxLife is
+// shortened: who asks for a week can live with a day, and a node that has left is to lose what it has.
 const (
-	defaultTTL = 24 * time.Hour
-	maxTTL     = 2160 * time.Hour
+	defaultTTL     = 24 * time.Hour
+	maxTTL         = 2160 * time.Hour
+	minLife        = time.Minute
+	DefaultMaxLife = 24 * time.Hour
 )
 
 // caServer is istiod's certificate service.
@@ -76,9 +82,10 @@ func (s caServer) CreateCertificate(ctx context.Context, req *citadelpb.IstioCer
 
 func (s caServer) sign(ctx context.Context, c *caller, req *citadelpb.IstioCertificateRequest) (*citadelpb.IstioCertificateResponse, error) {
 	id := nodeIdentity(s.authority.TrustDomain())
-	if v := req.GetMetadata().GetFields()["ImpersonatedIdentity"].GetStringValue(); v != "" {
+	impersonated := req.GetMetadata().GetFields()["ImpersonatedIdentity"].GetStringValue()
+	if impersonated != "" {
 		var err error
-		if id, err = identity.Parse(v); err != nil {
+		if id, err = identity.Parse(impersonated); err != nil {
 			return nil, status.Errorf(codes.Unauthenticated, "request impersonation authentication failure: %v", err)
 		}
 		snap := s.feed.get()
@@ -89,16 +96,23 @@ func (s caServer) sign(ctx context.Context, c *caller, req *citadelpb.IstioCerti
 			return nil, status.Errorf(codes.Unauthenticated, "request impersonation authentication failure: no workload of %s has node %q", id, c.node)
 		}
 	}
-	ttl := time.Duration(min(max(req.ValidityDuration, 0), 1<<32)) * time.Second
-	switch {
-	case ttl == 0:
-		ttl = defaultTTL
-	case ttl > maxTTL:
-		return nil, status.Errorf(codes.InvalidArgument, "CSR signing error (requested TTL %v is greater than the max allowed TTL %v)", ttl, maxTTL)
-	}
 	block, _ := pem.Decode([]byte(req.Csr))
 	if block == nil {
 		return nil, status.Error(codes.InvalidArgument, "CSR signing error (the CSR is not PEM)")
+	}
+	// A node that renews its client certificate gets one that lives as long as join's: it opens nothing that the node's
+	// token or key would not.
+	joinCert := impersonated == "" && s.ownKey(c, block.Bytes)
+	ttl := time.Duration(min(max(req.ValidityDuration, 0), 1<<32)) * time.Second
+	switch {
+	case ttl == 0:
+		ttl = min(defaultTTL, s.maxLife)
+	case joinCert:
+		ttl = min(ttl, DefaultLife)
+	case ttl > maxTTL:
+		return nil, status.Errorf(codes.InvalidArgument, "CSR signing error (requested TTL %v is greater than the max allowed TTL %v)", ttl, maxTTL)
+	default:
+		ttl = min(ttl, s.maxLife)
 	}
 	select {
 	case s.signing <- struct{}{}:
@@ -110,12 +124,35 @@ func (s caServer) sign(ctx context.Context, c *caller, req *citadelpb.IstioCerti
 	if err != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "CSR signing error (%v)", err)
 	}
+	if err := s.issued.add(c.node, chain[0], time.Now()); err != nil {
+		return nil, status.Errorf(codes.ResourceExhausted, "the certificate could not be noted for the day that the node leaves (%v)", err)
+	}
+	// Noted first, looked at second: who leaves meanwhile gets nothing, or what will be revoked.
+	if s.nodes.rescanChanged(); !s.nodes.valid(c) {
+		return nil, status.Error(codes.Unauthenticated, "the node's credentials have been replaced or removed")
+	}
+	if joinCert {
+		if err := s.nodes.renewed(c.node, chain[0].NotAfter); err != nil {
+			s.refusal("a node has a new client certificate, and the status may show the end of the old one", "node", c.node, "error", err.Error())
+		}
+	}
 	out := &citadelpb.IstioCertificateResponse{}
 	for _, cert := range chain {
 		out.CertChain = append(out.CertChain, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw})))
 	}
 	out.CertChain = append(out.CertChain, s.authority.rootsPEM())
 	return out, nil
+}
+
+// ownKey reports whether a request is for the key of the node's client certificate: the node renews that.
+func (s caServer) ownKey(c *caller, csr []byte) bool {
+	r, err := x509.ParseCertificateRequest(csr)
+	f, ok := s.nodes.file(c.node)
+	if err != nil || !ok {
+		return false
+	}
+	sum := sha256.Sum256(r.RawSubjectPublicKeyInfo)
+	return f.Key == hex.EncodeToString(sum[:])
 }
 
 // rates is a token bucket and a number of calls per node. Nodes are those with credentials, so the table is bounded.

@@ -23,6 +23,7 @@ type Status struct {
 	Listen      []string          `json:"listen"`
 	Snapshot    SnapshotStatus    `json:"snapshot"`
 	Certificate CertificateStatus `json:"certificate"`
+	Revoked     RevocationStatus  `json:"revoked"`
 	Nodes       []NodeStatus      `json:"nodes"`
 	Problems    []Problem         `json:"problems,omitempty"` // with the nodes' credentials
 	Counters    map[string]uint64 `json:"counters"`
@@ -72,6 +73,9 @@ type NodeStatus struct {
 	Identity  string       `json:"identity,omitempty"`
 	ID        string       `json:"id,omitempty"` // as the node names itself
 	Types     []TypeStatus `json:"types,omitempty"`
+	// CertificateNotAfter is the end of the client certificate that it has from join, or from renewing that.
+	CertificateNotAfter time.Time `json:"certificateNotAfter,omitzero"`
+	CertificateProblem  string    `json:"certificateProblem,omitempty"` // why what it showed does not count; its token does
 }
 
 // TypeStatus is one type on a stream. Versions are those of snapshots.
@@ -130,6 +134,9 @@ func (st *stream) status(now time.Time, version uint64) NodeStatus {
 		Node: st.caller.node, Connected: true, Since: st.since.UTC(), Peer: st.remote, Auth: st.caller.how,
 		Identity: nodeIdentity(st.authority.TrustDomain()).String(), ID: st.nodeID, Types: slices.Clone(st.shown),
 	}
+	if err := st.caller.certErr; err != nil {
+		n.CertificateProblem = err.Error()
+	}
 	for i := range n.Types {
 		t := &n.Types[i]
 		t.Lag = version - min(version, t.Synced)
@@ -181,11 +188,17 @@ func (s *Server) Status() Status {
 	}
 	joined, problems := s.nodes.joined()
 	out.Problems = problems
-	for _, name := range joined {
-		if !connected[name] {
-			out.Nodes = append(out.Nodes, NodeStatus{Node: name})
+	expires := make(map[string]time.Time, len(joined))
+	for _, f := range joined {
+		expires[f.Node] = f.Expires.UTC()
+		if !connected[f.Node] {
+			out.Nodes = append(out.Nodes, NodeStatus{Node: f.Node})
 		}
 	}
+	for i := range out.Nodes {
+		out.Nodes[i].CertificateNotAfter = expires[out.Nodes[i].Node]
+	}
+	out.Revoked = s.issued.status()
 	slices.SortFunc(out.Nodes, func(a, b NodeStatus) int {
 		return cmp.Or(cmp.Compare(a.Node, b.Node), a.Since.Compare(b.Since))
 	})
@@ -250,9 +263,15 @@ func (st *Status) WriteTable(out io.Writer) error {
 	for _, p := range st.Problems {
 		fmt.Fprintf(w, "credentials: %s\n", printable(p.String()))
 	}
+	if n := st.Revoked.Certificates; n > 0 {
+		fmt.Fprintf(w, "revoked: %d certificates of nodes that have left\n", n)
+	}
+	if st.Revoked.Problem != "" {
+		fmt.Fprintf(w, "revocation: %s\n", printable(st.Revoked.Problem))
+	}
 	fmt.Fprintln(w)
 	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
-	fmt.Fprintln(t, "NODE\tSINCE\tPEER\tAUTH\tTYPE\tSENT\tACKED\tSTATE\tLAG\tNACKS")
+	fmt.Fprintln(t, "NODE\tSINCE\tPEER\tAUTH\tCERT\tTYPE\tSENT\tACKED\tSTATE\tLAG\tNACKS")
 	for _, n := range st.Nodes {
 		if len(n.Types) == 0 {
 			state := "not connected"
@@ -260,15 +279,22 @@ func (st *Status) WriteTable(out io.Writer) error {
 			if n.Connected {
 				state, since = "no request yet", age(st.Now, n.Since)
 			}
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t-\t-\t-\t%s\t-\t-\n", printable(n.Node), since, or(n.Peer, "-"), or(n.Auth, "-"), state)
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t-\t-\t-\t%s\t-\t-\n", printable(n.Node), since, or(n.Peer, "-"), or(n.Auth, "-"), n.certificateLeft(st.Now), state)
 		}
 		for _, y := range n.Types {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\n", printable(n.Node), age(st.Now, n.Since), n.Peer, n.Auth,
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\n", printable(n.Node), age(st.Now, n.Since), n.Peer, n.Auth, n.certificateLeft(st.Now),
 				printable(y.Type), or(y.SentNonce, "-"), or(y.AckedNonce, "-"), y.state(), y.lagText(), y.NACKs)
 		}
 	}
 	if err := t.Flush(); err != nil {
 		return err
+	}
+	said := make(map[string]bool) // nodes may have several streams
+	for _, n := range st.Nodes {
+		if text := n.certificateText(st.Now); text != "" && !said[n.Node] {
+			said[n.Node] = true
+			fmt.Fprintf(w, "\n%s: %s\n", printable(n.Node), printable(text))
+		}
 	}
 	for _, n := range st.Nodes {
 		for _, y := range n.Types {
@@ -278,6 +304,37 @@ func (st *Status) WriteTable(out io.Writer) error {
 		}
 	}
 	return w.err
+}
+
+// expiresSoon is when people are told: a daemon that runs has renewed its certificate long before.
+const expiresSoon = 30 * 24 * time.Hour
+
+// certificateLeft is what is left of the life of a node's client certificate.
+func (n *NodeStatus) certificateLeft(now time.Time) string {
+	left := n.CertificateNotAfter.Sub(now)
+	switch {
+	case n.CertificateNotAfter.IsZero():
+		return "-"
+	case left <= 0:
+		return "expired"
+	}
+	return duration(left.Seconds())
+}
+
+// certificateText says what is to be known of a node's client certificate; "": nothing.
+func (n *NodeStatus) certificateText(now time.Time) string {
+	left := n.CertificateNotAfter.Sub(now)
+	switch {
+	case n.CertificateNotAfter.IsZero():
+		return ""
+	case left <= 0:
+		return fmt.Sprintf("its client certificate expired at %s: it needs its token, or ztun control join --renew", stampText(n.CertificateNotAfter))
+	case n.CertificateProblem != "":
+		return "the client certificate that it shows does not count, its token does: " + n.CertificateProblem
+	case left < expiresSoon:
+		return fmt.Sprintf("its client certificate expires at %s, in %s", stampText(n.CertificateNotAfter), duration(left.Seconds()))
+	}
+	return ""
 }
 
 func (s *SnapshotStatus) write(w io.Writer, now time.Time) {

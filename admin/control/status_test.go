@@ -28,9 +28,10 @@ func TestStatusTable(t *testing.T) {
 			WarningCount: 1, Warnings: []Problem{{File: "a.yaml", Line: 4, Key: "workloads[1].waypoint", Text: `there is no service or workload "ns/wp.host"`}},
 		},
 		Certificate: CertificateStatus{NotAfter: now.Add(time.Hour), Error: "the CA expired"},
+		Revoked:     RevocationStatus{Certificates: 3, ListedAt: now, Problem: "no key\x1b"},
 		Problems:    []Problem{{File: "nodes/x.json", Text: "cannot be used"}},
 		Nodes: []NodeStatus{
-			{Node: "node-a", Connected: true, Since: now.Add(-49 * time.Hour), Peer: "10.0.0.1:4711", Auth: "token", Types: []TypeStatus{
+			{Node: "node-a", Connected: true, Since: now.Add(-49 * time.Hour), Peer: "10.0.0.1:4711", Auth: "token", CertificateNotAfter: now.Add(200 * 24 * time.Hour), Types: []TypeStatus{
 				{Type: "Address", SentNonce: "v7-31", AckedNonce: "v7-31", Synced: 7},
 				{Type: "Authorization", SentNonce: "v6-3", AckedNonce: "v5-2", Synced: 6, Lag: 1, LagSeconds: 75, NACKs: 2, Rejecting: true, LastNACK: "shop/p: bad\nname", LastNACKAt: now.Add(-4200 * time.Millisecond)},
 			}},
@@ -38,7 +39,9 @@ func TestStatusTable(t *testing.T) {
 				{Type: "Address", SentNonce: "v7-1", Waiting: true, Lag: 7, LagSeconds: 59.96},
 			}},
 			{Node: "node-c", Connected: true, Since: now, Peer: "10.0.0.3:4713", Auth: "token"},
-			{Node: "node-d"},
+			{Node: "node-d", CertificateNotAfter: now.Add(50 * time.Hour)},
+			{Node: "node-da", Connected: true, Since: now, Peer: "10.0.0.6:1", Auth: "token", CertificateNotAfter: now.Add(-time.Hour), CertificateProblem: "it expired"},
+			{Node: "node-db", Connected: true, Since: now, Peer: "10.0.0.7:1", Auth: "token", CertificateNotAfter: now.Add(999 * time.Hour), CertificateProblem: "of another CA"},
 			{Node: "node-e", Connected: true, Since: now, Peer: "10.0.0.5:4715", Auth: "token", Types: []TypeStatus{{Type: "Address"}}}, // nothing is published, say
 		},
 	}

@@ -37,6 +37,7 @@ func controlCommand() *cobra.Command {
 	f.StringSliceVar(&o.Listen, "listen", []string{control.DefaultListen}, "TLS addresses for the daemons")
 	f.StringSliceVar(&o.Hosts, "host", nil, "names and addresses in the server's certificate, besides localhost and the addresses it listens on (default the host name)")
 	f.StringVar(&o.Admin, "admin", "127.0.0.1:15014", `loopback address of the status over HTTP: /status, /healthz/ready ("": none)`)
+	f.DurationVar(&o.MaxLife, "max-life", control.DefaultMaxLife, "longest life of a workload's certificate; nodes that ask for more get this")
 	f.StringVar(&logLevel, "log", "info", "log levels, as RUST_LOG of ztun proxy")
 	f.StringVar(&logFormat, "log-format", "plain", "plain or json")
 	cmd.AddCommand(controlInitCommand(), controlJoinCommand(&o.Dir), controlLeaveCommand(&o.Dir), controlCheckCommand(&o), controlStatusCommand(&o))
@@ -129,7 +130,7 @@ func controlLeaveCommand(dir *string) *cobra.Command {
 			if err := control.Leave(*dir, node); err != nil {
 				return err
 			}
-			fmt.Printf("node %s has left; certificates of its workloads stay valid until they expire\n", node)
+			fmt.Printf("node %s has left; the control plane revokes its certificates and tells the nodes that follow it (crl.pem in %s for others)\n", node, *dir)
 			return nil
 		},
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"path/filepath"
 
 	"ztun/admin"
 	"ztun/admin/ca"
@@ -48,16 +49,35 @@ func (d *daemon) signer(ctx context.Context) (ca.Signer, error) {
 	}
 	d.remoteCA = ca.NewRemote(ca.RemoteOptions{Connector: conn, Impersonate: true, Logger: d.log.Logger("ca")})
 	d.admin(ctx, "certificate authority", d.remoteCA.Run)
+	if c.ControlDir != "" {
+		d.followControl(ctx, conn)
+	}
 	return d.remoteCA, nil
+}
+
+// followControl takes from `ztun control` what istiod has not: the list of what is revoked, and a newer client certificate
+// of this node when its own nears its end.
+func (d *daemon) followControl(ctx context.Context, conn *istiod.Connector) {
+	c, log := d.c, d.log.Logger("ca")
+	if c.ClientCert != "" && filepath.Dir(c.ClientCert) == filepath.Clean(c.ControlDir) {
+		d.admin(ctx, "own certificate", ca.NewOwn(ca.OwnOptions{Connector: conn, CertFile: c.ClientCert, KeyFile: c.ClientKey, Logger: log}).Run)
+	}
+	path := filepath.Join(c.StateDir, "control-crl.pem")
+	d.crl = ca.NewCRLFile(c.CRLPath, &d.revoked, d.log.Logger("crl"))
+	d.crl.Also(path)
+	follow := ca.NewRevocations(ca.RevocationsOptions{Connector: conn, Path: path, Put: func() { d.crl.Load() }, Logger: d.log.Logger("crl")})
+	d.admin(ctx, "revocations of the control plane", follow.Run)
 }
 
 // revocation reads CRL_PATH. A list that cannot be read at start only warns, as in ztunnel: a pod that does not come up
 // is worse than one whose list comes late.
 func (d *daemon) revocation(ctx context.Context) {
-	if d.c.CRLPath == "" {
+	if d.crl == nil && d.c.CRLPath == "" {
 		return
 	}
-	d.crl = ca.NewCRLFile(d.c.CRLPath, &d.revoked, d.log.Logger("crl"))
+	if d.crl == nil {
+		d.crl = ca.NewCRLFile(d.c.CRLPath, &d.revoked, d.log.Logger("crl"))
+	}
 	d.crl.Load() // it says itself what is wrong
 	d.admin(ctx, "revocation list", d.crl.Run)
 }

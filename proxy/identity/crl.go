@@ -77,6 +77,25 @@ func ParseCRL(data []byte) (*CRL, error) {
 	return c, nil
 }
 
+// MergeCRL is the union of sets; nil ones are empty.
+func MergeCRL(sets ...*CRL) *CRL {
+	all := &CRL{lists: map[string][]*crlList{}}
+	for _, c := range sets {
+		if c == nil {
+			continue
+		}
+		for name, lists := range c.lists {
+			all.lists[name] = append(all.lists[name], lists...)
+		}
+		all.n += c.n
+		all.entries += c.entries
+		if all.nextUpdate.IsZero() || !c.nextUpdate.IsZero() && c.nextUpdate.Before(all.nextUpdate) {
+			all.nextUpdate = c.nextUpdate
+		}
+	}
+	return all
+}
+
 // add takes one list in DER.
 func (c *CRL) add(der []byte) error {
 	list, err := x509.ParseRevocationList(der)

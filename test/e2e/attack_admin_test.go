@@ -7,6 +7,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -232,4 +233,69 @@ func TestAttackControl(t *testing.T) {
 			return
 		}
 	}
+}
+
+// TestAttackLeave: the certificates of a node that has left are good for nothing within seconds, on nodes that were not restarted: its pods' open
+// tunnels are cut and new ones refused, and the control plane hears it no more. The other node's connections go on.
+func TestAttackLeave(t *testing.T) {
+	c := newControlled(t, false, nil)
+	echo := func(from *lab.NS) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(c.ctx, 5*time.Second)
+		defer cancel()
+		conn, err := from.Dial(ctx, "tcp", lab.HostPort(c.c.V4(), 9100))
+		if err != nil {
+			return nil, err
+		}
+		if err := ping(conn); err != nil {
+			conn.Close()
+			return nil, err
+		}
+		return conn, nil
+	}
+	c.echoServer(c.c.NS, ":9100")
+	kept, err := echo(c.a.NS)
+	must(t, err)
+	defer kept.Close()
+	bystander, err := echo(c.h2.NS)
+	must(t, err)
+	defer bystander.Close()
+	request := c.nodeRequest(c.N1)
+	must(t, request(c.ctx))
+
+	out, err := c.Ztun(c.ctx, nil, "control", "leave", "--dir", c.dir, "--node", c.N1.Name)
+	must(t, err)
+	left := time.Now()
+	t.Log(strings.TrimSpace(out))
+	eventually(t, 20*time.Second, func() error {
+		if ping(kept) == nil {
+			time.Sleep(50 * time.Millisecond)
+			return errors.New("a connection of a pod of the node that has left goes on")
+		}
+		return nil
+	})
+	t.Logf("cut after %v", time.Since(left).Round(time.Millisecond))
+	if conn, err := echo(c.a.NS); err == nil {
+		conn.Close()
+		t.Error("a pod of the node that has left makes new connections")
+	}
+	if err := request(c.ctx); err == nil {
+		t.Error("the node that has left gets a certificate")
+	}
+	must(t, ping(bystander))
+	conn, err := echo(c.h2.NS)
+	must(t, err)
+	conn.Close()
+	must(t, c.nodeRequest(c.N2)(c.ctx))
+}
+
+// ping sends a byte and waits for it.
+func ping(c net.Conn) error {
+	if err := c.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		return err
+	}
+	if _, err := c.Write([]byte("x")); err != nil {
+		return err
+	}
+	_, err := io.ReadFull(c, make([]byte, 1))
+	return err
 }

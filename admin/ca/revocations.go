@@ -1,0 +1,148 @@
+package ca
+
+import (
+	"bytes"
+	"context"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"ztun/proxy/identity"
+)
+
+// How `ztun control` tells its nodes what is revoked: a stream that answers an empty request (google.protobuf.Empty) with
+// the revocation list in DER (google.protobuf.BytesValue), as it is now and after each change.
+const (
+	RevocationsService = "ztun.control.v1.Revocations"
+	RevocationsWatch   = "Watch"
+)
+
+// RevocationsOptions configure a Revocations.
+type RevocationsOptions struct {
+	Connector Connector
+	Path      string // where the list is kept, so that it is in force after a restart as well
+	Put       func() // called when Path has a new list
+	Logger    *slog.Logger
+}
+
+// Revocations follows the revocation list of `ztun control` and keeps it in a file, which CRLFile reads.
+type Revocations struct {
+	o    RevocationsOptions
+	wait struct{ first, most time.Duration } // between attempts
+}
+
+// NewRevocations makes a Revocations; let Run run.
+func NewRevocations(o RevocationsOptions) *Revocations {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	r := &Revocations{o: o}
+	r.wait.first, r.wait.most = time.Second, 30*time.Second
+	return r
+}
+
+// Run follows the list until ctx ends and returns nil. While the control plane cannot be reached, what is known stays.
+func (r *Revocations) Run(ctx context.Context) error {
+	wait, last := r.wait.first, ""
+	for {
+		got, err := r.follow(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if got {
+			wait, last = r.wait.first, ""
+		}
+		if status.Code(err) == codes.Unimplemented {
+			// An older control plane, or istiod.
+			r.o.Logger.Info("the control plane has no revocation list", "address", r.o.Connector.Address())
+			wait = r.wait.most
+		} else if text := clip(err.Error()); text != last {
+			r.o.Logger.Warn("the control plane's revocation list cannot be followed, what is known stays in force", "address", r.o.Connector.Address(), "error", text)
+			last = text
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return nil
+		}
+		wait = min(2*wait, r.wait.most)
+	}
+}
+
+// follow takes lists over one connection until that ends; got tells whether one came.
+func (r *Revocations) follow(ctx context.Context) (got bool, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if ctx, err = r.o.Connector.Context(ctx); err != nil {
+		return false, err
+	}
+	conn, err := r.o.Connector.Dial()
+	if err != nil {
+		return false, err
+	}
+	defer conn.Close()
+	st, err := conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, "/"+RevocationsService+"/"+RevocationsWatch,
+		grpc.MaxCallRecvMsgSize(identity.MaxCRL+1024))
+	if err != nil {
+		return false, err
+	}
+	if err := errors.Join(st.SendMsg(&emptypb.Empty{}), st.CloseSend()); err != nil {
+		return false, err
+	}
+	for {
+		var m wrapperspb.BytesValue
+		if err := st.RecvMsg(&m); err != nil {
+			return got, err
+		}
+		got = true
+		if err := r.put(m.Value); err != nil {
+			r.o.Logger.Warn("the control plane's revocation list is not used, what is known stays in force", "error", err.Error())
+		}
+	}
+}
+
+// put keeps a list, if it is one.
+func (r *Revocations) put(der []byte) error {
+	if _, err := identity.ParseCRL(der); err != nil {
+		return err
+	}
+	text := pem.EncodeToMemory(&pem.Block{Type: crlBlock, Bytes: der})
+	if old, err := os.ReadFile(r.o.Path); err == nil && bytes.Equal(old, text) {
+		return nil
+	}
+	if err := WriteFile(r.o.Path, 0o600, text); err != nil {
+		return err
+	}
+	r.o.Put()
+	return nil
+}
+
+const crlBlock = "X509 CRL"
+
+// WriteFile replaces a file, so that a reader sees the old content or the new.
+func WriteFile(path string, mode fs.FileMode, data []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // 0600
+	if err != nil {
+		return fmt.Errorf("cannot replace %s: %w", path, err)
+	}
+	_, werr := f.Write(data)
+	err = errors.Join(werr, f.Chmod(mode), f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	return nil
+}
