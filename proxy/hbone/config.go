@@ -146,6 +146,17 @@ func newBucket(size int, perSecond float64) bucket {
 	return bucket{size: float64(size), perSecond: perSecond, left: float64(size)}
 }
 
+// reserve takes another one, allowed or not yet, and returns how long it has to wait for that.
+func (b *bucket) reserve() time.Duration {
+	now := time.Now()
+	if !b.at.IsZero() {
+		b.left = min(b.size, b.left+now.Sub(b.at).Seconds()*b.perSecond)
+	}
+	b.at = now
+	b.left--
+	return time.Duration(-b.left / b.perSecond * float64(time.Second))
+}
+
 // take reports whether another one is allowed.
 func (b *bucket) take() bool {
 	if b.left < 1 {

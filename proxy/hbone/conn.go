@@ -99,6 +99,7 @@ type conn struct {
 	ping   pinger
 	probed time.Time // when probe last asked
 	// What the peer may send that serves nothing (limits.go). nuisances is the reader's alone.
+	refusals  bucket
 	resets    bucket
 	nuisances bucket
 	updates   int
@@ -116,6 +117,7 @@ func newConn(nc net.Conn, cfg Config, client bool) *conn {
 		streams: make(map[uint32]*Stream), nextID: 1,
 		sendWin: 65535, peerInitial: 65535, peerMaxFrame: 16384, peerMaxStream: 1<<32 - 1,
 		recvWin: int64(cfg.ConnWindow), leftAt: 1<<32 - 1,
+		refusals:  newBucket(refusalBurst, refusalsPerSecond),
 		resets:    newBucket(cfg.Resets, float64(cfg.Resets)/4),
 		nuisances: newBucket(cfg.ControlFrames, float64(cfg.ControlFrames)/10),
 	}

@@ -1,6 +1,8 @@
 package hbone
 
 import (
+	"time"
+
 	"golang.org/x/net/http2"
 )
 
@@ -31,6 +33,11 @@ const (
 	lateFrames = 8
 	// maxLate bounds what can be saved up, in bytes: 256 full windows.
 	maxLate = 1 << 30
+
+	// refusalBurst is how many requests a connection has refused at once, refusalsPerSecond how many in the long run;
+	// further ones wait for their answer.
+	refusalBurst      = 1000
+	refusalsPerSecond = 500
 
 	// maxSettings bounds the entries of one SETTINGS frame: each may touch every stream. There are nine kinds.
 	maxSettings = 64
@@ -130,6 +137,24 @@ func (c *conn) overdue(id uint32, typ http2.FrameType, n int) error {
 		}
 	}
 	return nil
+}
+
+// pace holds a refusal back while the connection has more of them than are honest: refusing costs a goroutine, a look
+// at the policies and an answer. The streams that wait fill up the table, so a client that heeds the limit slows down,
+// and one that does not is refused by the reader, and blamed.
+func (c *conn) pace() {
+	c.mu.Lock()
+	wait := c.refusals.reserve()
+	c.mu.Unlock()
+	if wait <= 0 {
+		return
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-c.done:
+	}
 }
 
 // nuisance takes from the account of frames that serve nothing.

@@ -74,7 +74,7 @@ func TestLateFramesAreHonest(t *testing.T) {
 		p, _, stop := serve(t, Config{Stats: &stats, ControlFrames: 20}, func(ss *ServerStream) { ss.Refuse(503) })
 		defer stop()
 		p.preface()
-		for id := uint32(1); id < 6000; id += 2 {
+		for id := uint32(1); id < 2000; id += 2 {
 			p.connect(id)
 			for text := ""; !strings.HasPrefix(text, "RST_STREAM"); {
 				var ok bool
@@ -173,6 +173,41 @@ func TestUnreadAnswers(t *testing.T) {
 			a.Close()
 		})
 	}
+}
+
+// TestRefusalsArePaced: a client that keeps to the limit of streams is refused no faster than is honest, and not cut
+// off for it; one that does not is.
+func TestRefusalsArePaced(t *testing.T) {
+	var stats Stats
+	p, _, stop := serve(t, Config{Stats: &stats, MaxStreams: 50}, func(ss *ServerStream) { ss.Refuse(401) })
+	defer stop()
+	p.preface()
+	start, id, open, refused := time.Now(), uint32(1), 0, 0
+	for refused < refusalBurst+refusalsPerSecond {
+		for ; open < 40; open++ {
+			p.connect(id)
+			id += 2
+		}
+		text, _, ok := p.next()
+		if !ok {
+			t.Fatal(text)
+		}
+		if strings.HasPrefix(text, "RST_STREAM") {
+			open--
+			refused++
+			if !strings.HasSuffix(text, "NO_ERROR") {
+				t.Fatal(text)
+			}
+		}
+	}
+	if d := time.Since(start); d < 800*time.Millisecond || stats.Violations.Load() != 0 {
+		t.Error(refused, "refusals in", d, stats.Violations.Load())
+	}
+	for ; open < 2000; open++ { // too many at once
+		p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: p.block(":method", "CONNECT", ":authority", "h:1"), EndHeaders: true})
+		id += 2
+	}
+	p.expect("ENHANCE_YOUR_CALM")
 }
 
 // TestUnreadRequests is the client's side: a server that reads nothing gets no more streams.

@@ -44,6 +44,12 @@ const (
 	maxUseless = 16
 	// rekeyAfter is how many records one key seals: below the 2^24.5 of RFC 8446, 5.5.
 	rekeyAfter = 1 << 24
+	// firstRekey is how many the first key of a connection seals. So few, so that changing keys is what every longer
+	// connection does, with every kind of peer, and not what happens after 256 GiB for the first time.
+	firstRekey = 100
+	// keyUpdates is how many times a peer may change its key in a burst (and a sixteenth of it per second): each costs us
+	// as much as some ten records.
+	keyUpdates = 256
 )
 
 // half is one direction's keys.
@@ -53,6 +59,7 @@ type half struct {
 	aead   cipher.AEAD
 	iv     [12]byte
 	seq    uint64
+	keys   uint64 // how many there were before this one
 	turn   turn
 }
 
@@ -108,6 +115,7 @@ func (h *half) update() error {
 	if h.secret, err = expandLabel(hash, h.secret, "traffic upd", hash().Size()); err != nil {
 		return err
 	}
+	h.keys++
 	return h.derive()
 }
 
@@ -131,7 +139,9 @@ func (h *half) nonce(to *[12]byte) {
 // records is the transport of TLS 1.3. One goroutine opens (wait, fill), one at a time seals; turn watches over it.
 type records struct {
 	*wire
+	client     bool
 	in, out    *half
+	updates    bucket // of the peer's key
 	adopted    bool   // by a ClientConn or ServerConn
 	hand       []byte // an unfinished handshake message
 	useless    int
@@ -140,7 +150,11 @@ type records struct {
 	fatal      atomic.Uint32 // the alert for a violation that we found
 	inNonce    [12]byte
 	outNonce   [12]byte
-	rekeyAfter uint64 // 0: the constant; tests choose
+	rekeyAfter uint64 // 0: the constants; tests choose
+}
+
+func newRecords(w *wire, in, out *half, client bool) *records {
+	return &records{wire: w, in: in, out: out, client: client, updates: newBucket(keyUpdates, keyUpdates/16)}
 }
 
 func (r *records) adopt(b *Buffers) {
@@ -293,6 +307,9 @@ func (r *records) handshake(b []byte) error {
 		r.hand = r.hand[n:]
 		switch msg[0] {
 		case messageNewSessionTicket:
+			if !r.client {
+				return localAlert(alertUnexpectedMessage)
+			}
 		case messageKeyUpdate:
 			if n != 5 {
 				return localAlert(alertDecodeError)
@@ -302,6 +319,9 @@ func (r *records) handshake(b []byte) error {
 			}
 			if msg[4] > 1 {
 				return localAlert(alertIllegalParameter)
+			}
+			if !r.updates.take() {
+				return localAlert(alertUnexpectedMessage)
 			}
 			if err := r.in.update(); err != nil {
 				return err
@@ -351,6 +371,9 @@ func (r *records) rekey(out *[]byte) error {
 	limit := r.rekeyAfter
 	if limit == 0 {
 		limit = rekeyAfter
+		if r.out.keys == 0 {
+			limit = firstRekey
+		}
 	}
 	if r.out.seq < limit && !r.answer.Swap(false) {
 		return nil

@@ -119,7 +119,8 @@ func memoryRecords(t testing.TB, suite uint16, secretLen int) (seal, open *recor
 	}
 	a, b := net.Pipe()
 	t.Cleanup(func() { a.Close(); b.Close() })
-	return &records{wire: newWire(a, new(Buffers)), in: mk(), out: mk()}, &records{wire: newWire(b, new(Buffers)), in: mk(), out: mk()}
+
+	return newRecords(newWire(a, new(Buffers)), mk(), mk(), false), newRecords(newWire(b, new(Buffers)), mk(), mk(), true)
 }
 
 func (r *records) feed(b []byte) { r.end += copy(r.take(), b) }

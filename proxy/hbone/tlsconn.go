@@ -114,7 +114,7 @@ func takeOver(raw net.Conn, state tls.ConnectionState, keys *keyLog, lock *locks
 	if !client {
 		in, out = out, in
 	}
-	return &records{in: in, out: out, wire: newWire(raw, new(Buffers))}
+	return newRecords(newWire(raw, new(Buffers)), in, out, client)
 }
 
 // lockstep sits beneath crypto/tls during the handshake and never lets it read beyond the record that it is at:

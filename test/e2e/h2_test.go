@@ -2,9 +2,12 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"fmt"
 	"net"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -138,6 +141,41 @@ func (h *h2Client) reset(stream uint32) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.fr.WriteRSTStream(stream, http2.ErrCodeCancel)
+}
+
+// flood sends what f writes, again and again, as many frames to a record as go into it, until the peer has enough; it returns how many frames that were.
+func (h *h2Client) flood(ctx context.Context, f func(*http2.Framer) error) (sent int) {
+	var b bytes.Buffer
+	fr := http2.NewFramer(&b, nil)
+	fr.AllowIllegalWrites = true
+	n := 0
+	for ; b.Len() < 16000; n++ {
+		if err := f(fr); err != nil {
+			return 0
+		}
+	}
+	for ctx.Err() == nil && sent < 1<<18 {
+		h.mu.Lock()
+		_, err := h.conn.Write(b.Bytes())
+		h.mu.Unlock()
+		if err != nil {
+			break
+		}
+		sent += n
+	}
+	return sent
+}
+
+// calmed waits for the end of the connection, and reports whether it came with ENHANCE_YOUR_CALM.
+func (h *h2Client) calmed() bool {
+	select {
+	case <-h.done:
+	case <-time.After(3 * time.Second):
+	}
+	got, _ := h.of(0)
+	return slices.ContainsFunc(got, func(s string) bool {
+		return strings.HasPrefix(s, "GOAWAY") && strings.HasSuffix(s, "ENHANCE_YOUR_CALM")
+	})
 }
 
 // of returns what came for a stream so far (0: the connection), and the error that ended the connection, if any.
