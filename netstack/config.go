@@ -41,9 +41,14 @@ type Config struct {
 	// Logger for what counters cannot say; nil discards.
 	Logger *slog.Logger
 
-	// MaxInFlight bounds flows that await a verdict (default 1024).
+	// OnBound, if set, is told of every flow and query that a bound turned away: evicted after it had its place, or not taken.
+	// source is whom it was charged to. It must not wait.
+	OnBound func(resource, source string, evicted bool)
+
+	// MaxInFlight bounds flows that await a verdict or their client's part of the handshake (default 4096), in each of the two
+	// directions for itself; half of them are for parties that have answered lately.
 	MaxInFlight int
-	// MaxInFlightPerDst bounds them per destination address and port (default 256).
+	// MaxInFlightPerDst bounds them per destination address and port, or per client of what comes from the network (default 2048).
 	MaxInFlightPerDst int
 	// MaxDNS bounds the calls of OnDNS that have not returned (default 1024; their
 	// payloads are bounded to 4 MiB). Packets beyond are dropped and counted.
@@ -76,8 +81,9 @@ type Config struct {
 
 // Defaults, each with its reason.
 const (
-	defaultMaxInFlight       = 1024
-	defaultMaxInFlightPerDst = 256
+	// A burst of 2,000 connects, to one destination or to as many, passes without a SYN being sent again.
+	defaultMaxInFlight       = 4096
+	defaultMaxInFlightPerDst = 2048
 	defaultMaxDNS            = 1024
 
 	// ztunnel's socket defaults (KEEPALIVE_TIME, KEEPALIVE_INTERVAL, KEEPALIVE_RETRIES).

@@ -110,6 +110,10 @@ func (d *dnsTap) handle(h *hop, id stack.TransportEndpointID, pkt *stack.PacketB
 		d.stray.Add(1)
 		return true
 	}
+	if !d.s.mayCall(h, src.Addr(), false) {
+		d.s.flows.foreign.Add(1)
+		return true
+	}
 	u := header.UDP(pkt.TransportHeader().Slice())
 	n := int(u.Length()) - header.UDPMinimumSize
 	if n < 0 || n > pkt.Data().Size() || src.Port() == 0 || !answerable(src.Addr()) || !answerable(dst.Addr()) {

@@ -367,7 +367,7 @@ func TestDialUDPByUplink(t *testing.T) {
 	s.up.mu.Unlock()
 
 	// The far side is a stack too: it fragments.
-	far := startStack(t, Config{App: network, Addrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, OnDNS: func(q *DNSQuery) { q.Reply(bytes.Repeat(q.Payload(), 4000)) }})
+	far := startStack(t, Config{App: network, Addrs: []netip.Addr{pod}, OnDNS: func(q *DNSQuery) { q.Reply(bytes.Repeat(q.Payload(), 4000)) }})
 	if got := exchange(t, s, dnsServers[0], []byte("q")); len(got) != 4000 {
 		t.Errorf("%d bytes", len(got))
 	}

@@ -9,7 +9,6 @@ import (
 	"runtime"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -104,7 +103,7 @@ func TestFlowDecidedOnce(t *testing.T) {
 	done := make(chan struct{})
 	a, b := memPair(1500, true)
 	client := startStack(t, Config{Addrs: []netip.Addr{families[0].client.Addr()}, App: a})
-	startStack(t, Config{Addrs: []netip.Addr{families[0].server.Addr()}, App: b, OnFlow: func(f *Flow) {
+	startStack(t, Config{Addrs: []netip.Addr{families[0].client.Addr()}, App: b, OnFlow: func(f *Flow) {
 		f.Refuse(Reset)
 		f.Refuse(HostUnreachable)
 		_, second = f.Accept()
@@ -123,14 +122,16 @@ func TestFlowDecidedOnce(t *testing.T) {
 func TestFlowUndecided(t *testing.T) {
 	a, b := memPair(1500, true)
 	client := startStack(t, Config{Addrs: []netip.Addr{families[0].client.Addr()}, App: a})
-	startStack(t, Config{Addrs: []netip.Addr{families[0].server.Addr()}, App: b, OnFlow: func(*Flow) {}})
+	startStack(t, Config{Addrs: []netip.Addr{families[0].client.Addr()}, App: b, OnFlow: func(*Flow) {}})
 	if _, err := client.DialApp(context.Background(), families[0].client, families[0].server); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("dial: %v", err)
 	}
 }
 
 func TestInbound(t *testing.T) {
-	j := join(t, true, nil)
+	j := join(t, true, func(_, server *Config) {
+		server.Addrs, server.UplinkIsApp = append(server.Addrs, families[0].server.Addr(), families[1].server.Addr()), true
+	})
 	for _, tc := range []struct {
 		dst  string
 		want bool
@@ -150,49 +151,6 @@ func TestInbound(t *testing.T) {
 		if _, err := j.client.DialApp(context.Background(), src, dst); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("dial: %v", err)
 		}
-	}
-}
-
-// Beyond the bounds SYNs are ignored and counted, and places are given back.
-func TestBounds(t *testing.T) {
-	a, b := memPair(1500, true)
-	client := startStack(t, Config{Addrs: []netip.Addr{families[0].client.Addr()}, App: a})
-	release := make(chan struct{})
-	var started atomic.Int32
-	server := startStack(t, Config{Addrs: []netip.Addr{families[0].server.Addr()}, App: b, MaxInFlight: 5, MaxInFlightPerDst: 3,
-		OnFlow: func(f *Flow) {
-			started.Add(1)
-			<-release
-			f.Refuse(Reset)
-		}})
-	ctx, cancel := context.WithCancel(context.Background())
-	var wg sync.WaitGroup
-	dial := func(dst string) {
-		wg.Go(func() { client.DialApp(ctx, families[0].client, netip.MustParseAddrPort(dst)) })
-	}
-	waitFor := func(what string, ok func(Stats) bool) {
-		t.Helper()
-		for end := time.Now().Add(10 * time.Second); !ok(server.Stats()); time.Sleep(5 * time.Millisecond) {
-			if time.Now().After(end) {
-				t.Fatalf("%s: %+v", what, server.Stats())
-			}
-		}
-	}
-	for range 4 {
-		dial("10.9.0.1:80")
-	}
-	waitFor("per destination", func(s Stats) bool { return s.InFlight == 3 && s.OverDestination >= 1 })
-	for i := range 4 {
-		dial(fmt.Sprintf("10.9.0.%d:80", 2+i))
-	}
-	waitFor("per pod", func(s Stats) bool { return s.InFlight == 5 && s.OverPod >= 2 })
-	close(release)
-	// The SYNs that were ignored come again and now find room.
-	waitFor("all served", func(s Stats) bool { return s.Flows == 8 && s.InFlight == 0 })
-	cancel()
-	wg.Wait()
-	if n := started.Load(); n != 8 {
-		t.Errorf("started %d", n)
 	}
 }
 
@@ -242,7 +200,7 @@ func TestStackClose(t *testing.T) {
 	}
 	conns := make(chan *Conn, 8)
 	stop := make(chan struct{})
-	server, err := New(Config{Addrs: []netip.Addr{families[0].server.Addr()}, App: b, OnFlow: func(f *Flow) {
+	server, err := New(Config{Addrs: []netip.Addr{families[0].client.Addr()}, App: b, OnFlow: func(f *Flow) {
 		entered <- struct{}{}
 		if f.Dst().Port() == 1 { // stays undecided
 			<-stop

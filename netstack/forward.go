@@ -11,21 +11,28 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"ztun/proxy/fair"
 )
 
 // forwarder turns SYNs that no endpoint claims into Flows, within bounds.
 type forwarder struct {
 	s *Stack
+	// opened are the places of flows that the pod opens, arriving of those that are opened to it: neither direction can take
+	// the other's.
+	opened, arriving *places
 
 	mu      sync.Mutex
 	pending map[flowKey]*Flow
-	perDst  map[netip.AddrPort]int
-	stopped bool
-	active  int           // OnFlow goroutines
-	none    chan struct{} // closed when stopped and active == 0
+	// unanswered are SYNs that were refused by silence: what comes again is the same attempt.
+	unanswered lately[synKey]
+	late       int // SYNs that wait for an older connection to go
+	stopped    bool
+	active     int           // OnFlow goroutines, and late SYNs
+	none       chan struct{} // closed when stopped and active == 0
 
-	flows, duplicates, overPod, overDst atomic.Uint64
-	accepted, failed, refused           atomic.Uint64
+	flows, duplicates, foreign, evicted, over, delayed atomic.Uint64
+	accepted, failed, refused                          atomic.Uint64
 }
 
 // flowKey tells flows apart; the two hops may see the same addresses.
@@ -34,12 +41,46 @@ type flowKey struct {
 	id stack.TransportEndpointID
 }
 
+// synKey tells a SYN from all others of the same ports: a retransmission has its sequence number.
+type synKey struct {
+	flowKey
+	seq uint32
+}
+
+const (
+	// unansweredSpan outlives the longest pause between two SYNs of one connect on Linux (32 s, the sixth of tcp_syn_retries).
+	unansweredSpan  = time.Minute
+	unansweredLimit = 4096
+)
+
 func newForwarder(s *Stack) *forwarder {
-	return &forwarder{
-		s:       s,
-		pending: make(map[flowKey]*Flow),
-		perDst:  make(map[netip.AddrPort]int),
-		none:    make(chan struct{}),
+	f := &forwarder{
+		s:          s,
+		pending:    make(map[flowKey]*Flow),
+		unanswered: lately[synKey]{span: unansweredSpan, limit: unansweredLimit},
+		none:       make(chan struct{}),
+	}
+	f.opened = newPlaces(s.cfg.MaxInFlight, s.cfg.MaxInFlightPerDst, f.turned("connects"))
+	f.arriving = newPlaces(s.cfg.MaxInFlight, s.cfg.MaxInFlightPerDst, f.turned("arriving connections"))
+	return f
+}
+
+// turned counts and reports what a bound turned away.
+func (f *forwarder) turned(resource string) func(netip.AddrPort, bool) {
+	return func(party netip.AddrPort, evicted bool) {
+		if evicted {
+			f.evicted.Add(1)
+		} else {
+			f.over.Add(1)
+		}
+		if f.s.cfg.OnBound == nil {
+			return
+		}
+		source := party.String()
+		if party.Port() == 0 { // a client
+			source = party.Addr().String()
+		}
+		f.s.cfg.OnBound(resource, source, evicted)
 	}
 }
 
@@ -47,49 +88,62 @@ func newForwarder(s *Stack) *forwarder {
 // connection. False makes gVisor answer with a reset.
 func (f *forwarder) handle(h *hop, id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	th := header.TCP(pkt.TransportHeader().Slice())
-	if fl := th.Flags(); !fl.Contains(header.TCPFlagSyn) || fl&(header.TCPFlagAck|header.TCPFlagRst|header.TCPFlagFin) != 0 {
-		return false
+	if !opens(th.Flags()) {
+		return f.s.probes.answer(h, id, th)
 	}
-	key, dst := flowKey{h, id}, addrPort(id.LocalAddress, id.LocalPort)
+	fl := &Flow{
+		f:     f,
+		src:   addrPort(id.RemoteAddress, id.RemotePort),
+		dst:   addrPort(id.LocalAddress, id.LocalPort),
+		key:   flowKey{h, id},
+		seq:   th.SequenceNumber(),
+		start: time.Now(),
+	}
+	fl.inbound = f.s.isOwn(fl.dst.Addr())
+	if !f.s.mayCall(h, fl.src.Addr(), fl.inbound) {
+		f.foreign.Add(1)
+		return true
+	}
+	if fl.inbound {
+		fl.places, fl.party = f.arriving, netip.AddrPortFrom(fair.Group(fl.src.Addr()), 0)
+	} else {
+		fl.places, fl.party = f.opened, fl.dst
+	}
 
 	f.mu.Lock()
 	switch {
 	case f.stopped:
 		f.mu.Unlock()
 		return false
-	case f.pending[key] != nil:
+	case f.pending[fl.key] != nil:
 		f.mu.Unlock()
 		f.duplicates.Add(1)
 		return true
-	case len(f.pending) >= f.s.cfg.MaxInFlight:
-		f.mu.Unlock()
-		f.overPod.Add(1)
-		return true // silence: the client tries again in a second
-	case f.perDst[dst] >= f.s.cfg.MaxInFlightPerDst:
-		f.mu.Unlock()
-		f.overDst.Add(1)
-		return true
 	}
-	fl := &Flow{
-		f:       f,
-		src:     addrPort(id.RemoteAddress, id.RemotePort),
-		dst:     dst,
-		inbound: f.s.isOwn(dst.Addr()),
-		key:     key,
-		// What an ICMP error quotes; the packet itself is not kept.
-		syn: slices.Concat(pkt.NetworkHeader().Slice(), th),
-	}
-	f.pending[key] = fl
-	f.perDst[dst]++
+	fl.again = f.unanswered.has(synKey{fl.key, fl.seq}, fl.start)
+	f.pending[fl.key] = fl
 	f.active++
 	f.mu.Unlock()
 
+	// Not with f.mu held: who loses its place for this one is told here.
+	if fl.place = fl.places.take(fl.party, fl.evict); fl.place == nil {
+		f.forget(fl)
+		f.done()
+		return true // silence: the client tries again in a second
+	}
+	// What an ICMP error quotes; the packet itself is not kept.
+	fl.syn = slices.Concat(pkt.NetworkHeader().Slice(), th)
 	if !h.fwd.HandlePacket(id, pkt) {
 		// A TCP header that gVisor does not accept.
 		f.forget(fl)
 		f.done()
 	}
 	return true
+}
+
+// opens reports whether a packet with these flags asks for a connection.
+func opens(fl header.TCPFlags) bool {
+	return fl.Contains(header.TCPFlagSyn) && fl&(header.TCPFlagAck|header.TCPFlagRst|header.TCPFlagFin) == 0
 }
 
 // serve returns what gVisor runs in a goroutine of its own for every flow of h.
@@ -115,10 +169,8 @@ func (f *forwarder) serve(h *hop) func(*tcp.ForwarderRequest) {
 func (f *forwarder) forget(fl *Flow) {
 	f.mu.Lock()
 	delete(f.pending, fl.key)
-	if f.perDst[fl.dst]--; f.perDst[fl.dst] <= 0 {
-		delete(f.perDst, fl.dst)
-	}
 	f.mu.Unlock()
+	fl.place.Release()
 }
 
 func (f *forwarder) done() {
@@ -177,4 +229,15 @@ func fromAddr(a netip.Addr) (tcpip.Address, tcpip.NetworkProtocolNumber) {
 		return tcpip.AddrFrom4(a.As4()), header.IPv4ProtocolNumber
 	}
 	return tcpip.AddrFrom16(a.As16()), header.IPv6ProtocolNumber
+}
+
+// unansweredBy remembers a SYN that was refused by silence. A destination that did not answer is none of the known ones any more; a
+// client is not blamed, as anybody can send in its name.
+func (f *forwarder) unansweredBy(fl *Flow) {
+	if !fl.inbound {
+		fl.places.silent(fl.party)
+	}
+	f.mu.Lock()
+	f.unanswered.note(synKey{fl.key, fl.seq}, time.Now())
+	f.mu.Unlock()
 }

@@ -43,7 +43,24 @@ type hop struct {
 func newHop(s *Stack, name string, p *pump, network bool) *hop {
 	h := &hop{s: s, name: name, port: newPort(p, s.cfg.MTU), network: network}
 	h.port.first = func() { h.stack() }
+	h.port.wait = h.wait
 	return h
+}
+
+// endpoint returns the TCP endpoint that packets with this id go to, nil if there is none.
+func (h *hop) endpoint(id stack.TransportEndpointID) *tcp.Endpoint {
+	h.mu.Lock()
+	gs := h.gs
+	h.mu.Unlock()
+	if gs == nil {
+		return nil
+	}
+	proto := header.IPv6ProtocolNumber
+	if id.LocalAddress.Len() == header.IPv4AddressSize {
+		proto = header.IPv4ProtocolNumber
+	}
+	ep, _ := gs.FindTransportEndpoint(proto, tcp.ProtocolNumber, id, nic).(*tcp.Endpoint)
+	return ep
 }
 
 // stack returns the gVisor stack and makes it first if need be: an idle one

@@ -25,6 +25,8 @@ type port struct {
 	dns bool
 	// first makes the stack when the first packet comes.
 	first func()
+	// wait takes a SYN that an older connection of the same ports stands in the way of; see late.go.
+	wait func(syn synID, p *rxPacket, pkt *stack.PacketBuffer) bool
 }
 
 var (

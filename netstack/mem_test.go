@@ -152,18 +152,15 @@ type joined struct {
 	flows          chan *Flow
 }
 
-// join makes two stacks. Flows arrive on j.flows; OnFlow returns when decide says so.
+// join makes two stacks: client is the pod's kernel, server our stack for the pod, so that both have the pod's addresses. Flows
+// arrive on j.flows; OnFlow returns when they are decided.
 func join(t testing.TB, offload bool, mod func(client, server *Config)) *joined {
 	a, b := memPair(1500, offload)
 	j := &joined{flows: make(chan *Flow, 64)}
-	var addrsC, addrsS []netip.Addr
-	for _, f := range families {
-		addrsC = append(addrsC, f.client.Addr())
-		addrsS = append(addrsS, f.server.Addr())
-	}
+	addrs := func() []netip.Addr { return []netip.Addr{families[0].client.Addr(), families[1].client.Addr()} }
 	stop := make(chan struct{})
-	cc := Config{Addrs: addrsC, App: a}
-	sc := Config{Addrs: addrsS, App: b, OnFlow: func(f *Flow) {
+	cc := Config{Addrs: addrs(), App: a}
+	sc := Config{Addrs: addrs(), App: b, OnFlow: func(f *Flow) {
 		j.flows <- f
 		// Whoever took the flow decides; undecided ones end with the test.
 		for !f.decided.Load() {

@@ -149,7 +149,7 @@ func FuzzReceive(f *testing.F) {
 		f.Add(udpPacket(netip.AddrPortFrom(families[i].client.Addr(), 4000), dst, []byte("query")))
 	}
 	a, b := memPair(1500, true)
-	startStack(f, Config{App: a, Addrs: []netip.Addr{netip.MustParseAddr("10.2.0.3")}, OnFlow: func(fl *Flow) { fl.Refuse(HostUnreachable) }, OnDNS: func(q *DNSQuery) { q.Reply(q.Payload()) }})
+	startStack(f, Config{App: a, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("10.2.0.3")}, UplinkIsApp: true, OnFlow: func(fl *Flow) { fl.Refuse(HostUnreachable) }, OnDNS: func(q *DNSQuery) { q.Reply(q.Payload()) }})
 	startStack(f, Config{App: b, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2")}})
 	f.Fuzz(func(t *testing.T, packet []byte) {
 		if len(packet) > 65535 {

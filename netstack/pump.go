@@ -34,6 +34,8 @@ type pump struct {
 	back func(bufs [][]byte, n int) bool
 	// fragments bounds those for all pods; nil for an App device, whose only victim is the pod that sends them.
 	fragments *fragmentBudget
+	// unreachable looks at what is no TCP, in search of ICMP errors about probes; nil for an uplink.
+	unreachable func(head []byte)
 
 	tx txQueue
 
@@ -94,6 +96,7 @@ func (p *pump) reader() error {
 		bufs rxBuffers
 		vh   tun.VNetHdr
 		pk   rxPacket
+		syn  synID
 	)
 	defer bufs.release()
 	vnet := p.dev.Offload().VNetHdr
@@ -132,6 +135,9 @@ func (p *pump) reader() error {
 				continue
 			}
 			knownICMP6(iov[0][:min(n, headSize)])
+			if p.unreachable != nil {
+				p.unreachable(iov[0][:min(n, headSize)])
+			}
 		}
 		to := p.only
 		if to == nil {
@@ -144,7 +150,14 @@ func (p *pump) reader() error {
 				continue
 			}
 		}
-		to.deliver(pk.proto, bufs.packet(n, &pk))
+		if pk.syn {
+			syn = synOf(iov[0], &pk)
+		}
+		pkt := bufs.packet(n, &pk)
+		if pk.syn && to.wait(syn, &pk, pkt) {
+			continue
+		}
+		to.deliver(pk.proto, pkt)
 	}
 }
 

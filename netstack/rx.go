@@ -46,12 +46,14 @@ type rxPacket struct {
 	ipLen  int
 	tcp    bool
 	part   bool   // a fragment
+	syn    bool   // a TCP packet that asks for a connection
 	dport  uint16 // of a UDP packet
 }
 
 // parseHead looks at the first bytes of a packet of n bytes in all. head holds
 // min(n, headSize) of them.
 func parseHead(head []byte, n int, p *rxPacket) verdict {
+	p.syn = false
 	if len(head) < header.IPv4MinimumSize {
 		return rxMalformed
 	}
@@ -122,6 +124,7 @@ func parseL4(head []byte, n int, proto uint8, p *rxPacket) verdict {
 			return rxMalformed
 		}
 		p.tcp, p.hdrLen = true, p.ipLen+off
+		p.syn = opens(header.TCP(head[p.ipLen:]).Flags())
 		if p.hdrLen > len(head) { // 60 bytes of IPv4 and 60 of TCP options are 120
 			return rxMalformed
 		}

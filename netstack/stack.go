@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // Stack is one pod's TCP/IP stack: the far end of everything that the pod's
@@ -21,6 +22,11 @@ type Stack struct {
 	own   map[netip.Addr]struct{}
 	flows *forwarder
 	dns   *dnsTap
+
+	probes probes
+
+	handshakePatience time.Duration // of Flow.Accept; tests are less patient
+
 	conns connList
 	lent  sync.Pool // of *lent
 
@@ -43,6 +49,8 @@ func New(cfg Config) (*Stack, error) {
 		own:     make(map[netip.Addr]struct{}, len(cfg.Addrs)),
 		closed:  make(chan struct{}),
 		runDone: make(chan struct{}),
+
+		handshakePatience: handshakePatience,
 	}
 	s.lent.New = func() any { return &lent{pieces: make([][]byte, 0, 64)} }
 	for _, a := range cfg.Addrs {
@@ -54,6 +62,7 @@ func New(cfg Config) (*Stack, error) {
 	s.app = newHop(s, "app", s.pump, false)
 	s.app.port.dns = cfg.OnDNS != nil
 	s.pump.only = s.app.port
+	s.pump.unreachable = s.probes.unreachable
 	if _, err := s.app.stack(); err != nil {
 		return nil, err
 	}
@@ -138,6 +147,15 @@ func (s *Stack) shutdown() {
 func (s *Stack) isOwn(a netip.Addr) bool {
 	_, ok := s.own[a.Unmap()]
 	return ok
+}
+
+// mayCall reports whether a packet from src that came by h may open something: the pod speaks in its own name and in nobody else's,
+// and only the network speaks to the pod.
+func (s *Stack) mayCall(h *hop, src netip.Addr, inbound bool) bool {
+	if h == s.app && (!inbound || !s.cfg.UplinkIsApp) {
+		return s.isOwn(src)
+	}
+	return true
 }
 
 // ownAddr returns the pod's first address of a's family.

@@ -29,9 +29,11 @@ type Stats struct {
 
 	// Flows by outcome. Duplicates are retransmitted SYNs of a pending flow.
 	Flows, Duplicates, Accepted, AcceptFailed, Refused uint64
-	// SYNs ignored because a bound was reached: of the pod, of one destination.
-	OverPod, OverDestination uint64
-	InFlight, Conns          int
+	// Evicted flows lost their place to others, Over were SYNs ignored because there was no place for them. Foreign were
+	// SYNs and DNS queries from addresses that are not the pod's own, dropped. Delayed SYNs waited for an older
+	// connection of the same ports to go.
+	Evicted, Over, Foreign, Delayed uint64
+	InFlight, Conns                 int
 
 	// UDP packets to port 53 handed to OnDNS; dropped because a bound was reached
 	// or the stack closes; dropped because their header contradicts itself or they
@@ -53,7 +55,7 @@ func (s *Stack) Stats() Stats {
 		App:        s.pump.stats(),
 		Flows:      f.flows.Load(),
 		Duplicates: f.duplicates.Load(), Accepted: f.accepted.Load(), AcceptFailed: f.failed.Load(), Refused: f.refused.Load(),
-		OverPod: f.overPod.Load(), OverDestination: f.overDst.Load(),
+		Evicted: f.evicted.Load(), Over: f.over.Load(), Foreign: f.foreign.Load(), Delayed: f.delayed.Load(),
 		InFlight: f.inFlight(), Conns: s.conns.len(),
 	}
 	st.DNSQueries, st.DNSOver, st.DNSMalformed = s.dns.queries.Load(), s.dns.over.Load(), s.dns.malformed.Load()

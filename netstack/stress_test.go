@@ -37,7 +37,7 @@ func TestStress(t *testing.T) {
 			}
 			client := startStack(t, Config{Addrs: []netip.Addr{families[0].client.Addr(), families[1].client.Addr()}, App: a})
 			server := startStack(t, Config{
-				Addrs: []netip.Addr{families[0].server.Addr(), families[1].server.Addr()}, App: b,
+				Addrs: []netip.Addr{families[0].client.Addr(), families[1].client.Addr()}, App: b,
 				OnFlow: func(f *Flow) {
 					c, err := f.Accept()
 					if err != nil {
@@ -145,7 +145,7 @@ func TestStressClose(t *testing.T) {
 			return s
 		}
 		client := mk(Config{Addrs: []netip.Addr{families[0].client.Addr()}, App: a, OnFlow: func(*Flow) {}})
-		server := mk(Config{Addrs: []netip.Addr{families[0].server.Addr()}, App: b, OnFlow: func(f *Flow) {
+		server := mk(Config{Addrs: []netip.Addr{families[0].client.Addr()}, App: b, OnFlow: func(f *Flow) {
 			switch rand.IntN(5) {
 			case 0:
 				f.Refuse(Refusal(rand.IntN(5)))

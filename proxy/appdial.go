@@ -55,6 +55,13 @@ func (p *Proxy) dialApp(ctx context.Context, a appDial) (Conn, error) {
 	return up, nil
 }
 
+// probeApp asks whether the application could be reached, within the connect timeout.
+func (p *Proxy) probeApp(ctx context.Context, src netip.Addr, dst netip.AddrPort) error {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	return p.o.Network.ProbeApp(ctx, src, dst)
+}
+
 // tlvIdentity is the TLV that carries the caller's SPIFFE id. Istio's waypoints look for it.
 const tlvIdentity = 0xd0
 

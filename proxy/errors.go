@@ -48,6 +48,7 @@ const (
 	kindPolicyChange
 	kindDrain
 	kindRevoked
+	kindCrowded
 )
 
 type reason struct {
@@ -73,6 +74,7 @@ var reasons = [...]reason{
 	kindPolicyChange: {prefix: "connection closed due to policy change", flag: FlagDeny, status: 401, refuse: RefuseReset},
 	kindRevoked:      {prefix: "connection closed: peer certificate revoked by CRL", flag: FlagCertRevoked, status: 503, refuse: RefuseReset},
 	kindDrain:        {prefix: "connection closed due to connection drain", flag: FlagNone, status: 503, refuse: RefuseReset},
+	kindCrowded:      {prefix: "too many connections of this pod await an answer (ZTUN_MAX_INFLIGHT)", flag: FlagConnect, status: 503, refuse: RefuseSilent},
 }
 
 // Error is a failed connection: a row of the table above and the cause.

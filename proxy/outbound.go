@@ -28,18 +28,22 @@ func (p *Proxy) ServeOutbound(f Flow) {
 func (v *visit) outbound(f Flow, start time.Time) {
 	p := v.p
 	src, dst := canonical(f.Src()), canonical(f.Dst())
-	d, local, err := p.decide(src, dst)
+	ctx, stop := context.WithCancel(p.ctx)
+	defer stop()
+	f.OnGone(stop)
+	d, local, err := p.decide(ctx, src, dst)
 	if err != nil {
-		p.deny(true, src, dst, err)
+		if ctx.Err() == nil || p.ctx.Err() != nil { // not turned away by a bound, which is said elsewhere
+			p.deny(true, src, dst, err)
+		}
 		refuse(f, err)
 		v.leave()
 		return
 	}
 
-	ctx, stop := context.WithCancel(p.ctx)
-	defer stop()
 	l := &live{src: src, originalDst: dst, actualDst: d.Actual, protocol: d.Protocol.String(), stop: stop}
 	v.register(l)
+	f.OnGone(func() { l.sever(fail(kindCrowded, nil)) })
 
 	in := connectionInput{outbound: true, src: src, dst: d.Actual, source: local, dest: d.Workload, service: d.Service, start: start}
 	if d.Protocol != route.TCP {
@@ -50,22 +54,40 @@ func (v *visit) outbound(f Flow, start time.Time) {
 	var c *connection
 	var up Conn
 	var failed *Error
-	if d.Protocol == route.DoubleHBONE {
+	switch {
+	case d.Protocol == route.DoubleHBONE:
 		// Counted only now: it is the far end that says who it is (spec 10.3).
 		up, in.farEnd, failed = v.connectDouble(ctx, local, src, d)
-		c = p.open(in)
-	} else {
+	case f.Again():
+		// Counted already, unless something comes of it this time: one connect of the application is one connection,
+		// however often its kernel sends the SYN.
+		up, failed = p.connect(ctx, local, src, d)
+	default:
 		c = p.open(in)
 		up, failed = p.connect(ctx, local, src, d)
 	}
 	if failed != nil {
 		failed = l.instead(failed)
-		refuse(f, failed)
-		c.record(failed)
-		v.leave()
+		v.turnDown(c, in, f, failed)
 		return
 	}
+	if c == nil {
+		c = p.open(in)
+	}
 	v.accept(c, f, up)
+}
+
+// turnDown refuses the flow of a failed connection and keeps the books: c, or if it was not counted yet one of its own, unless it
+// fails by silence once more.
+func (v *visit) turnDown(c *connection, in connectionInput, f Flow, failed *Error) {
+	refuse(f, failed)
+	if c == nil && !(f.Again() && failed.Refusal() == RefuseSilent) {
+		c = v.p.open(in)
+	}
+	if c != nil {
+		c.record(failed)
+	}
+	v.leave()
 }
 
 // refuse turns a flow down. One that can tell its client more than a SYN's answer can is given the reason.
@@ -81,16 +103,16 @@ func refuse(f Flow, err error) {
 }
 
 // decide finds the way of an outbound connection. An error is an early denial: nothing is counted.
-func (p *Proxy) decide(src, dst netip.AddrPort) (d route.Decision, local *state.Workload, err error) {
+func (p *Proxy) decide(ctx context.Context, src, dst netip.AddrPort) (d route.Decision, local *state.Workload, err error) {
 	if err := route.CheckOutbound(dst, p.illegal); err != nil {
 		return d, nil, err
 	}
-	view, local, err := p.localWorkload(p.ctx)
+	view, local, err := p.localWorkload(ctx)
 	if err != nil {
 		return d, nil, err
 	}
 	q := route.Question{Network: p.o.Config.NetworkName, Source: local, SrcIP: src.Addr(), Dst: dst, Rand: p.o.Random}
-	if unknown := p.asking(p.ctx, demandWait, view, func(view *state.View, missed *string) {
+	if unknown := p.asking(ctx, demandWait, view, func(view *state.View, missed *string) {
 		q.Missed = missed
 		d, err = route.Decide(view, q)
 	}); unknown != nil {
@@ -142,7 +164,7 @@ func (p *Proxy) connectHBONE(ctx context.Context, local *state.Workload, src net
 	rctx, cancel := context.WithTimeout(ctx, connectTimeout+handshakeTimeout+responseTimeout)
 	defer cancel()
 	stream, _, err := p.pool.Open(rctx, hbone.Key{
-		Source: local.Identity(), Dest: identity.Join(d.SANs()), Addr: d.Actual, SrcIP: src.Addr(),
+		Source: local.Identity(), Dest: identity.Join(d.SANs()), Addr: d.Actual,
 	}, &req)
 	if err != nil {
 		return nil, tunnelError(err)

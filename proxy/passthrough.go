@@ -19,12 +19,17 @@ func (p *Proxy) ServePassthrough(f Flow) {
 		return
 	}
 	src, dst := canonical(f.Src()), canonical(f.Dst())
+	ctx, stop := context.WithCancel(p.ctx)
+	defer stop()
+	f.OnGone(stop)
 	refuse := func(err error) {
-		p.deny(false, src, dst, err)
+		if ctx.Err() == nil || p.ctx.Err() != nil { // not turned away by a bound, which is said elsewhere
+			p.deny(false, src, dst, err)
+		}
 		f.Refuse(RefuseReset)
 		v.leave()
 	}
-	view, local, err := p.localWorkload(p.ctx)
+	view, local, err := p.localWorkload(ctx)
 	if err != nil {
 		refuse(err)
 		return
@@ -34,31 +39,43 @@ func (p *Proxy) ServePassthrough(f Flow) {
 		refuse(err)
 		return
 	}
-	source := p.peer(p.ctx, view, src.Addr())
-	ctx, stop := context.WithCancel(p.ctx)
-	defer stop()
+	ci := connectionInput{
+		src: src, dst: dst, derived: &derived{},
+		source:  p.peer(ctx, view, src.Addr()),
+		dest:    local,
+		service: in.Service,
+		start:   start,
+	}
 	l := &live{
 		inbound: true, src: src, originalDst: dst, actualDst: dst, protocol: route.TCP.String(), stop: stop,
 		policy: rbac.Conn{Src: src.Addr(), Dst: dst},
 	}
 	v.register(l)
+	f.OnGone(func() { l.sever(fail(kindCrowded, nil)) })
 	failed := p.admit(ctx, p.policyLog(src, ""), local, l)
-	c := p.open(connectionInput{
-		src: src, dst: dst, derived: &derived{},
-		source:  source,
-		dest:    local,
-		service: in.Service,
-		start:   start,
-	})
-	var up Conn
 	if failed == nil {
-		up, failed = p.reach(ctx, l, appDial{src: netip.AddrPortFrom(src.Addr(), 0), dst: dst})
+		if err := p.probeApp(ctx, src.Addr(), dst); err != nil {
+			failed = l.instead(fail(kindApp, err))
+		}
 	}
 	if failed != nil {
-		f.Refuse(failed.Refusal())
+		v.turnDown(nil, ci, f, failed)
+		return
+	}
+	// Anybody can send a SYN in anybody's name: only whoever has ended the handshake is a client, which is counted and which the
+	// application sees. From here on a failure is a reset of what the client takes for connected.
+	down, err := f.Accept()
+	if err != nil {
+		v.leave()
+		return
+	}
+	c := p.open(ci)
+	up, failed := p.reach(ctx, l, appDial{src: netip.AddrPortFrom(src.Addr(), 0), dst: dst})
+	if failed != nil {
+		abort(down)
 		c.record(failed)
 		v.leave()
 		return
 	}
-	v.accept(c, f, up)
+	v.carry(c, down, up)
 }

@@ -19,6 +19,11 @@ type Flow interface {
 	Accept() (Conn, error)
 	// Refuse answers the SYN the way r calls for.
 	Refuse(r Refusal)
+	// Again reports whether this is the sender's next SYN of an attempt that was refused with RefuseSilent before.
+	Again() bool
+	// OnGone has f called once when the flow loses its place to others before it is accepted or refused, at once if it has: what
+	// is under way for it is to end. f must not wait. A later f takes the place of an earlier one.
+	OnGone(f func())
 }
 
 // Refusal is how a SYN is turned down.
@@ -47,6 +52,8 @@ type Conn interface {
 type Network interface {
 	// DialApp connects to the pod's application at dst; it sees src.Addr() as its client (the port is ours).
 	DialApp(ctx context.Context, src, dst netip.AddrPort) (Conn, error)
+	// ProbeApp asks whether DialApp would reach somebody, without the application noticing. Its errors are DialApp's.
+	ProbeApp(ctx context.Context, src netip.Addr, dst netip.AddrPort) error
 	// DialMesh connects to a peer's HBONE port from the pod's own address.
 	DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn, error)
 	// DialPlain connects to a destination outside the mesh from the pod's own address.

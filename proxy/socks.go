@@ -53,6 +53,10 @@ type socksFlow struct {
 	src, dst netip.AddrPort
 }
 
+// Again and OnGone: a request comes once, and has no place to lose.
+func (f *socksFlow) Again() bool   { return false }
+func (f *socksFlow) OnGone(func()) {}
+
 // negotiate reads the request and finds the address that it means. It is bounded in time and in number.
 func (f *socksFlow) negotiate(p *Proxy) error {
 	place := p.bounds.greetings.Take(fair.Group(f.src.Addr()), 1, func() { abort(f.conn) })

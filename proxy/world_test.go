@@ -38,6 +38,7 @@ type world struct {
 	apps    map[netip.AddrPort]func(net.Conn) // what listens in the pods and outside
 	stop    func()
 	mu      sync.Mutex
+	probes  int                           // of applications
 	clients map[netip.AddrPort]netip.Addr // what the applications saw as their client, by destination
 	certs   *ca.Manager
 
@@ -203,6 +204,16 @@ func (n *fakeNetwork) DialApp(ctx context.Context, src, dst netip.AddrPort) (Con
 	return n.w.dial(src.Addr(), dst)
 }
 
+func (n *fakeNetwork) ProbeApp(_ context.Context, _ netip.Addr, dst netip.AddrPort) error {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	n.w.probes++
+	if n.w.apps[dst] == nil && n.w.dialApp == nil {
+		return &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
+	}
+	return nil
+}
+
 func (n *fakeNetwork) DialPlain(ctx context.Context, dst netip.AddrPort) (Conn, error) {
 	return n.w.dial(n.self, dst)
 }
@@ -256,15 +267,38 @@ type fakeFlow struct {
 	decided  chan struct{}
 	app      *net.TCPConn
 	refusal  Refusal
+	again    bool
+	silent   bool // its client does not end the handshake
+
+	mu   sync.Mutex
+	gone func()
 }
 
 func (f *fakeFlow) Src() netip.AddrPort { return f.src }
 func (f *fakeFlow) Dst() netip.AddrPort { return f.dst }
 func (f *fakeFlow) Accept() (Conn, error) {
+	if f.silent {
+		close(f.decided)
+		return nil, os.NewSyscallError("accept", syscall.ETIMEDOUT)
+	}
 	ours, app := tcpPair(f.t)
 	f.app = app
 	close(f.decided)
 	return ours, nil
+}
+func (f *fakeFlow) Again() bool { return f.again }
+func (f *fakeFlow) OnGone(gone func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.gone = gone
+}
+
+// evict takes the flow's place away.
+func (f *fakeFlow) evict() {
+	f.mu.Lock()
+	gone := f.gone
+	f.mu.Unlock()
+	gone()
 }
 func (f *fakeFlow) Refuse(r Refusal) { f.refusal = r; close(f.decided) }
 

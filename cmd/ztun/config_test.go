@@ -132,7 +132,7 @@ func TestBadValuesNameTheVariable(t *testing.T) {
 		{"ZTUNNEL_CPU_LIMIT", "500m", "decimal"},
 		{"ZTUN_MTU", "100", "1280"},
 		{"ZTUN_NODE_TUN", "a-name-that-is-too-long", "15 characters"},
-		{"ZTUN_MAX_INFLIGHT", "0", "from 1"},
+		{"ZTUN_MAX_INFLIGHT", "1", "from 2"},
 		{"HTTP2_CONNECTION_WINDOW_SIZE", "65535", "HTTP2_STREAM_WINDOW_SIZE"},
 	} {
 		t.Run(tc.name+"="+tc.value, func(t *testing.T) {

@@ -39,6 +39,13 @@ func (n *podNetwork) DialApp(ctx context.Context, src, dst netip.AddrPort) (prox
 	return c, nil
 }
 
+func (n *podNetwork) ProbeApp(ctx context.Context, src netip.Addr, dst netip.AddrPort) error {
+	if src == dst.Addr() {
+		return nil // the stack cannot ask in the pod's own name; DialApp will tell
+	}
+	return n.stack.ProbeApp(ctx, src, dst)
+}
+
 func (n *podNetwork) DialPlain(ctx context.Context, dst netip.AddrPort) (proxy.Conn, error) {
 	c, err := n.stack.DialPlain(ctx, dst)
 	if err != nil {

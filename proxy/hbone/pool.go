@@ -11,7 +11,8 @@ import (
 	"ztun/proxy/identity"
 )
 
-// Key says which tunnels may carry a request (spec 3.1). The authority is not part of it.
+// Key says which tunnels may carry a request (spec 3.1). The authority is not part of it, nor is the address that a tunnel comes
+// from: a pool is one pod's, whose tunnels all leave from its own address of the server's family.
 type Key struct {
 	// Source is the identity that the tunnel's certificate is for.
 	Source identity.ID
@@ -19,8 +20,6 @@ type Key struct {
 	Dest string
 	// Addr is the server's HBONE port.
 	Addr netip.AddrPort
-	// SrcIP is the address that the tunnel comes from.
-	SrcIP netip.Addr
 }
 
 // PoolOptions is what a Pool is told; zero values mean the defaults given here.

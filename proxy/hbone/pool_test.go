@@ -18,7 +18,7 @@ import (
 func testKey(n int) Key {
 	return Key{
 		Source: identity.ID{TrustDomain: "td", Namespace: "ns", ServiceAccount: "sa"}, Dest: "spiffe://td/ns/ns/sa/b",
-		Addr: netip.MustParseAddrPort("10.0.0.1:15008"), SrcIP: netip.AddrFrom4([4]byte{10, 1, 0, byte(n)}),
+		Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(n)}), 15008),
 	}
 }
 

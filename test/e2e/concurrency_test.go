@@ -13,7 +13,7 @@ import (
 // TestHalfClose: 1,000 connections at once through both nodes, each way round: send, shut the write side down, and only then receive a reply
 // that is computed from all that was sent.
 func TestHalfClose(t *testing.T) {
-	m := newMesh(t, meshOptions{env: map[string]string{"ZTUN_MAX_INFLIGHT": "4096", "ZTUN_MAX_INFLIGHT_PER_DESTINATION": "4096"}})
+	m := newMesh(t, meshOptions{})
 	for _, d := range []struct {
 		name     string
 		from, to *lab.Pod
@@ -105,7 +105,7 @@ func showCounters(m *mesh) {
 // TestNothingLeaks: 2,000 connections at once with random sizes and random closers (half-closes, resets and abrupt closes from both ends): every byte is
 // accounted for at both ends, and afterwards both daemons hold what they held before.
 func TestNothingLeaks(t *testing.T) {
-	m := newMesh(t, meshOptions{env: map[string]string{"ZTUN_MAX_INFLIGHT": "8192", "ZTUN_MAX_INFLIGHT_PER_DESTINATION": "8192",
+	m := newMesh(t, meshOptions{env: map[string]string{
 		// A RST is sent once. When the queue of a pod's device overflows and loses it, only keepalive finds the dead connection: in seconds here, not in minutes.
 		"KEEPALIVE_TIME": "3s", "KEEPALIVE_INTERVAL": "1s", "KEEPALIVE_RETRIES": "3"}})
 	t.Cleanup(func() {

@@ -30,6 +30,9 @@ func (n *network) DialApp(ctx context.Context, src, dst netip.AddrPort) (proxy.C
 	return conn(dial(ctx, src.Addr(), dst))
 }
 
+// ProbeApp leaves it to DialApp to find out.
+func (n *network) ProbeApp(context.Context, netip.Addr, netip.AddrPort) error { return nil }
+
 func (n *network) DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn, error) {
 	n.dialled.add(1)
 	c, err := dial(ctx, n.self, dst)
@@ -74,6 +77,8 @@ func (f *flow) Accept() (proxy.Conn, error) {
 	return conn(ours, err)
 }
 
+func (f *flow) Again() bool            { return false }
+func (f *flow) OnGone(func())          {}
 func (f *flow) Refuse(r proxy.Refusal) { f.verdict <- &RefusedError{r} }
 
 func pair() (a, b *net.TCPConn, err error) {

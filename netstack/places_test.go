@@ -1,0 +1,619 @@
+package netstack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+
+	"ztun/tun"
+)
+
+// wire is the far end of a stack's device in the hands of the test.
+type wire struct {
+	t   testing.TB
+	dev *memDevice
+}
+
+// newWire gives a stack for the pod 10.1.0.2, fd00:1::2, and the other end of its device.
+func newWire(t testing.TB, cfg Config) (*Stack, wire) {
+	dev, far := memPair(1500, false)
+	cfg.App, cfg.Addrs = dev, []netip.Addr{families[0].client.Addr(), families[1].client.Addr()}
+	return startStack(t, cfg), wire{t, far}
+}
+
+// send sends a TCP packet without data.
+func (w wire) send(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint32) {
+	s, proto := fromAddr(src.Addr())
+	d, _ := fromAddr(dst.Addr())
+	const l4 = header.TCPMinimumSize
+	ipLen := header.IPv4MinimumSize
+	if proto == header.IPv6ProtocolNumber {
+		ipLen = header.IPv6MinimumSize
+	}
+	b := make([]byte, ipLen+l4)
+	if proto == header.IPv6ProtocolNumber {
+		header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: l4, TransportProtocol: header.TCPProtocolNumber, HopLimit: 64, SrcAddr: s, DstAddr: d})
+	} else {
+		h := header.IPv4(b)
+		h.Encode(&header.IPv4Fields{TotalLength: uint16(len(b)), TTL: 64, Protocol: uint8(header.TCPProtocolNumber), SrcAddr: s, DstAddr: d})
+		h.SetChecksum(^h.CalculateChecksum())
+	}
+	th := header.TCP(b[ipLen:])
+	th.Encode(&header.TCPFields{SrcPort: src.Port(), DstPort: dst.Port(), SeqNum: seq, AckNum: ack, DataOffset: l4, Flags: flags, WindowSize: 65000})
+	th.SetChecksum(^checksum.Checksum(th, header.PseudoHeaderChecksum(header.TCPProtocolNumber, s, d, l4)))
+	w.dev.inject(b)
+}
+
+// syn asks for a connection.
+func (w wire) syn(src, dst string, seq uint32) {
+	w.send(netip.MustParseAddrPort(src), netip.MustParseAddrPort(dst), header.TCPFlagSyn, seq, 0)
+}
+
+// next is the next TCP packet that the stack sends within d, nil if there is none.
+func (w wire) next(d time.Duration) (src, dst netip.AddrPort, th header.TCP) {
+	w.t.Helper()
+	buf := make([]byte, 1<<16)
+	end := time.After(d)
+	for {
+		select {
+		case <-end:
+			return src, dst, nil
+		case p := <-w.dev.in:
+			b := buf[:copy(buf, p.b)]
+			var pk rxPacket
+			if parseHead(b[:min(len(b), headSize)], len(b), &pk) != rxDeliver || !pk.tcp {
+				continue
+			}
+			th = header.TCP(b[pk.ipLen:])
+			if b[0]>>4 == 4 {
+				h := header.IPv4(b)
+				return addrPort(h.SourceAddress(), th.SourcePort()), addrPort(h.DestinationAddress(), th.DestinationPort()), th
+			}
+			h := header.IPv6(b)
+			return addrPort(h.SourceAddress(), th.SourcePort()), addrPort(h.DestinationAddress(), th.DestinationPort()), th
+		}
+	}
+}
+
+// hang is an OnFlow that waits for answers which never come, except from the given destinations, which are refused at once. What
+// is evicted ends.
+func hang(stop <-chan struct{}, live ...string) func(*Flow) {
+	answers := map[netip.AddrPort]bool{}
+	for _, l := range live {
+		answers[netip.MustParseAddrPort(l)] = true
+	}
+	return func(f *Flow) {
+		if answers[f.Dst()] {
+			f.Refuse(Reset)
+			return
+		}
+		gone := make(chan struct{})
+		f.OnGone(func() { close(gone) })
+		select {
+		case <-gone:
+		case <-stop:
+		}
+		f.Refuse(Silent)
+	}
+}
+
+// More connects than there are places to destinations that do not answer, one each: one that answers has its answer at once, be it
+// new or known. At the bound somebody is told.
+func TestDeadDestinations(t *testing.T) {
+	stop := make(chan struct{})
+	var mu sync.Mutex
+	bounded := map[bool]int{}
+	s, w := newWire(t, Config{MaxInFlight: 64, OnFlow: hang(stop, "10.8.0.1:80", "10.8.0.2:80"),
+		OnBound: func(resource, source string, evicted bool) {
+			mu.Lock()
+			defer mu.Unlock()
+			if _, err := netip.ParseAddrPort(source); err != nil || resource != "connects" {
+				t.Errorf("bounded: %q of %q", resource, source)
+			}
+			bounded[evicted]++
+		}})
+	defer close(stop)
+	answered := func(what, src, dst string) {
+		t.Helper()
+		w.syn(src, dst, 1)
+		for {
+			from, _, th := w.next(900 * time.Millisecond) // a client would try again after a second
+			if th == nil {
+				t.Fatalf("%s: no answer", what)
+			}
+			if from.String() == dst {
+				return
+			}
+		}
+	}
+	port := 1000
+	dead := func(n int) {
+		for range n {
+			port++
+			w.syn(fmt.Sprintf("10.1.0.2:%d", port), fmt.Sprintf("10.9.%d.%d:80", port/250, port%250+1), 1)
+		}
+	}
+	answered("calm", "10.1.0.2:500", "10.8.0.1:80")
+	dead(200)
+	eventually(t, "bound", func() bool { return s.Stats().InFlight == 32 })
+	for i := range 20 {
+		answered("known", fmt.Sprintf("10.1.0.2:%d", 501+i), "10.8.0.1:80")
+		dead(2)
+	}
+	answered("new", "10.1.0.2:600", "10.8.0.2:80")
+	if st := s.Stats(); st.Over != 0 || st.Evicted < 200 {
+		t.Errorf("over %d, evicted %d", st.Over, st.Evicted)
+	}
+	mu.Lock()
+	if bounded[true] < 200 || bounded[false] != 0 {
+		t.Errorf("told of %v", bounded)
+	}
+	mu.Unlock()
+	if held := s.flows.opened.known.Used() + s.flows.opened.strange.Used(); held > 64 {
+		t.Errorf("%d places", held)
+	}
+}
+
+// A destination that has answered keeps its places however many others do not answer: it is not counted among them.
+func TestKnownKeepsPlaces(t *testing.T) {
+	stop, release := make(chan struct{}), make(chan struct{})
+	busy := netip.MustParseAddrPort("10.8.0.1:80")
+	var first sync.Once
+	held := hang(stop)
+	s, w := newWire(t, Config{MaxInFlight: 64, OnFlow: func(f *Flow) {
+		if f.Dst() != busy {
+			held(f)
+			return
+		}
+		quick := false
+		first.Do(func() { quick = true })
+		if !quick {
+			<-release
+		}
+		f.Refuse(Reset)
+	}})
+	defer close(stop)
+	w.syn("10.1.0.2:500", busy.String(), 1)
+	if _, _, th := w.next(5 * time.Second); th == nil {
+		t.Fatal("no answer")
+	}
+	for i := range 20 {
+		w.syn(fmt.Sprintf("10.1.0.2:%d", 501+i), busy.String(), 1)
+	}
+	for i := range 200 {
+		w.syn(fmt.Sprintf("10.1.0.2:%d", 1001+i), fmt.Sprintf("10.9.0.%d:80", 1+i), 1)
+	}
+	eventually(t, "bound", func() bool { return s.Stats().Evicted >= 168 && s.Stats().InFlight == 52 })
+	close(release)
+	for range 20 {
+		if from, _, th := w.next(5 * time.Second); th == nil || from != busy {
+			t.Fatalf("answer from %v, want %v", from, busy)
+		}
+	}
+	// One that falls silent is none of the known any more.
+	if p := s.flows.opened; !p.answered.has(busy, time.Now()) {
+		t.Error("a destination that answered is not known")
+	} else if p.silent(busy); p.answered.has(busy, time.Now()) {
+		t.Error("a destination that fell silent is still known")
+	}
+}
+
+// The places of either direction are its own, and a client that does not end its handshake loses its place after a while, or at
+// once to others when there is none left.
+func TestHandshakeBounds(t *testing.T) {
+	errs := make(chan error, 100)
+	s, w := newWire(t, Config{MaxInFlight: 16, UplinkIsApp: true, OnFlow: func(f *Flow) {
+		if !f.Inbound() {
+			f.Refuse(Reset)
+			return
+		}
+		c, err := f.Accept()
+		if err == nil {
+			c.Close()
+		}
+		errs <- err
+	}})
+	for i := range 40 {
+		w.syn(fmt.Sprintf("192.0.2.%d:4000", 1+i), "10.1.0.2:8080", 1)
+	}
+	for range 32 { // half of the places are for those who are known
+		if err := <-errs; !errors.Is(err, errEvicted) {
+			t.Errorf("evicted: %v", err)
+		}
+	}
+	eventually(t, "bound", func() bool { return s.Stats().InFlight == 8 })
+	// The other direction has its places.
+	w.syn("10.1.0.2:500", "192.0.2.1:80", 1)
+	for {
+		from, _, th := w.next(5 * time.Second)
+		if th == nil {
+			t.Fatal("no answer for the pod itself")
+		}
+		if from.Port() == 80 {
+			break
+		}
+	}
+	// Whoever answers gets in.
+	client, server := netip.MustParseAddrPort("192.0.2.200:4000"), netip.MustParseAddrPort("10.1.0.2:8080")
+	w.send(client, server, header.TCPFlagSyn, 7, 0)
+	for {
+		_, to, th := w.next(5 * time.Second)
+		if th == nil {
+			t.Fatal("no SYN-ACK")
+		}
+		if to == client && th.Flags() == header.TCPFlagSyn|header.TCPFlagAck {
+			w.send(client, server, header.TCPFlagAck, 8, th.SequenceNumber()+1)
+			break
+		}
+	}
+	var evicted, accepted int
+	for range 2 {
+		switch err := <-errs; {
+		case err == nil:
+			accepted++
+		case errors.Is(err, errEvicted):
+			evicted++
+		default:
+			t.Error(err)
+		}
+	}
+	if evicted != 1 || accepted != 1 {
+		t.Errorf("%d evicted, %d accepted", evicted, accepted)
+	}
+	if p := netip.AddrPortFrom(client.Addr(), 0); !s.flows.arriving.answered.has(p, time.Now()) {
+		t.Error("a client that ended its handshake is not known")
+	}
+}
+
+func TestHandshakePatience(t *testing.T) {
+	errs := make(chan error, 1)
+	s, w := newWire(t, Config{UplinkIsApp: true, OnFlow: func(f *Flow) {
+		_, err := f.Accept()
+		errs <- err
+	}})
+	s.handshakePatience = 50 * time.Millisecond // read by flows that come later
+	w.syn("192.0.2.1:4000", "10.1.0.2:8080", 1)
+	select {
+	case err := <-errs:
+		if !errors.Is(err, syscall.ETIMEDOUT) {
+			t.Errorf("accept: %v", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("the handshake is still awaited")
+	}
+	if st := s.Stats(); st.InFlight != 0 || st.AcceptFailed != 1 || s.app.gs.Stats().TCP.CurrentConnected.Value() != 0 || len(s.app.gs.RegisteredEndpoints()) != 0 {
+		t.Errorf("left over: %+v", st)
+	}
+}
+
+// The pod speaks in its own name only, to the network and to name servers, and nobody but the network speaks to the pod.
+func TestForeignSource(t *testing.T) {
+	for _, steered := range []bool{false, true} {
+		got := make(chan *Flow, 10)
+		queries := make(chan *DNSQuery, 10)
+		s, w := newWire(t, Config{UplinkIsApp: steered, OnDNS: func(q *DNSQuery) { queries <- q },
+			OnFlow: func(f *Flow) { got <- f; f.Refuse(Silent) }})
+		w.syn("10.1.0.3:1", "10.2.0.3:80", 1)
+		w.syn("[fd00:1::3]:1", "[fd00:2::3]:80", 1)
+		w.syn("[fe80::1]:1", "[fd00:2::3]:80", 1)
+		w.dev.inject(udpPacket(netip.MustParseAddrPort("10.1.0.3:1"), dnsServers[0], []byte("q")))
+		w.dev.inject(udpPacket(netip.MustParseAddrPort("[fd00:1::3]:1"), dnsServers[1], []byte("q")))
+		want := uint64(5)
+		if !steered {
+			w.syn("192.0.2.1:1", "10.1.0.2:80", 1)
+			want++
+		}
+		eventually(t, "foreign", func() bool { return s.Stats().Foreign == want })
+		w.syn("10.1.0.2:1", "10.2.0.3:80", 1)
+		w.syn("[fd00:1::2]:1", "[fd00:2::3]:80", 1)
+		w.dev.inject(udpPacket(netip.MustParseAddrPort("10.1.0.2:1"), dnsServers[0], []byte("q")))
+		for range 2 {
+			if f := <-got; !s.isOwn(f.Src().Addr()) {
+				t.Errorf("a flow from %v", f.Src())
+			}
+		}
+		if q := <-queries; !s.isOwn(q.Src().Addr()) {
+			t.Errorf("a query from %v", q.Src())
+		}
+		if n := s.Stats().Foreign; n != want {
+			t.Errorf("%d foreign, want %d", n, want)
+		}
+		if from, _, th := w.next(20 * time.Millisecond); th != nil {
+			t.Errorf("an answer from %v", from)
+		}
+	}
+}
+
+// A SYN that comes again after it was refused by silence is the same attempt; one of another connect from that port is not.
+func TestAgain(t *testing.T) {
+	again := make(chan bool, 10)
+	_, w := newWire(t, Config{OnFlow: func(f *Flow) {
+		again <- f.Again()
+		f.Refuse(Refusal(int(Silent) * int(f.Dst().Port()%2)))
+	}})
+	for i, tc := range []struct {
+		dst  string
+		seq  uint32
+		want bool
+	}{
+		{"10.2.0.3:81", 5, false}, {"10.2.0.3:81", 5, true}, {"10.2.0.3:81", 5, true}, {"10.2.0.3:81", 6, false}, {"10.2.0.3:83", 5, false},
+		{"10.2.0.3:80", 5, false}, {"10.2.0.3:80", 5, false}, // a reset is an answer
+	} {
+		w.syn("10.1.0.2:4000", tc.dst, tc.seq)
+		if got := <-again; got != tc.want {
+			t.Errorf("%d: again %v, want %v", i, got, tc.want)
+		}
+		time.Sleep(5 * time.Millisecond) // the verdict
+	}
+}
+
+func TestLately(t *testing.T) {
+	l := lately[int]{span: time.Minute, limit: 10}
+	now := time.Now()
+	l.note(1, now)
+	l.note(2, now)
+	l.forget(2)
+	if !l.has(1, now) || l.has(2, now) || l.has(3, now) {
+		t.Error("at once")
+	}
+	if now = now.Add(59 * time.Second); !l.has(1, now) {
+		t.Error("forgotten too early")
+	}
+	l.note(4, now)
+	if now = now.Add(59 * time.Second); !l.has(4, now) {
+		t.Error("forgotten before its span")
+	}
+	if now = now.Add(2 * time.Minute); l.has(1, now) || l.has(4, now) {
+		t.Error("remembered for ever")
+	}
+	for i := range 1000 {
+		l.note(i, now)
+	}
+	if n := len(l.young) + len(l.old); n > 20 || !l.has(999, now) || !l.has(991, now) || l.has(900, now) {
+		t.Errorf("%d remembered", n)
+	}
+}
+
+// One client, one source port, again and again: reset by the client, closed by our side first, given up while it waits.
+func TestSamePort(t *testing.T) {
+	for _, fam := range families {
+		src, dst := netip.AddrPortFrom(fam.client.Addr(), 4000), fam.server
+		conns := make(chan *Conn, 10)
+		waiting, stop := make(chan struct{}, 10), make(chan struct{})
+		s, w := newWire(t, Config{OnFlow: func(f *Flow) {
+			if f.Dst().Port() == 9 {
+				gone := make(chan struct{})
+				f.OnGone(func() { close(gone) })
+				waiting <- struct{}{}
+				select {
+				case <-gone:
+				case <-stop:
+				}
+				f.Refuse(Reset)
+				return
+			}
+			c, err := f.Accept()
+			if err != nil {
+				t.Error(err)
+			}
+			conns <- c
+		}})
+		connect := func(seq uint32) (c *Conn, ack uint32) {
+			t.Helper()
+			w.send(src, dst, header.TCPFlagSyn, seq, 0)
+			for {
+				_, _, th := w.next(900 * time.Millisecond) // before a client would send again
+				if th == nil {
+					t.Fatal("no SYN-ACK")
+				}
+				switch fl := th.Flags(); {
+				case fl.Contains(header.TCPFlagRst):
+					t.Fatal("refused")
+				case fl == header.TCPFlagSyn|header.TCPFlagAck && th.AckNumber() == seq+1:
+					w.send(src, dst, header.TCPFlagAck, seq+1, th.SequenceNumber()+1)
+					return <-conns, th.SequenceNumber() + 1
+				}
+			}
+		}
+		for i := range uint32(50) {
+			c, _ := connect(1000 * (i + 1))
+			w.send(src, dst, header.TCPFlagRst, 1000*(i+1)+1, 0)
+			defer c.Close()
+		}
+		if s.Stats().Delayed == 0 {
+			t.Log("no SYN met an older connection")
+		}
+		// Closed by us first: TIME_WAIT.
+		c, ack := connect(100_000)
+		c.Close()
+		w.send(src, dst, header.TCPFlagAck|header.TCPFlagFin, 100_001, ack+1)
+		eventually(t, "TIME_WAIT", func() bool { return s.Stats().Conns <= 50 })
+		c, _ = connect(200_000)
+		w.send(src, dst, header.TCPFlagRst, 200_001, 0)
+		c.Close()
+		// The client gives up while its SYN is held, and opens again.
+		dst = netip.AddrPortFrom(dst.Addr(), 9)
+		w.send(src, dst, header.TCPFlagSyn, 1, 0)
+		<-waiting
+		w.send(src, dst, header.TCPFlagSyn, 2, 0)
+		select {
+		case <-waiting:
+		case <-time.After(900 * time.Millisecond):
+			t.Fatal("the second attempt did not take the first one's place")
+		}
+		w.send(src, dst, header.TCPFlagSyn, 3, 0)
+		<-waiting
+		w.send(src, dst, header.TCPFlagSyn, 3, 0) // sent again: nothing new
+		eventually(t, "duplicate", func() bool { return s.Stats().Duplicates >= 1 })
+		close(stop)
+		s.Close()
+	}
+}
+
+// A SYN on a living connection ends nothing: it is answered by gVisor's challenge, if late.
+func TestSYNOnLiving(t *testing.T) {
+	conns := make(chan *Conn, 1)
+	s, w := newWire(t, Config{OnFlow: func(f *Flow) {
+		c, err := f.Accept()
+		if err != nil {
+			t.Error(err)
+		}
+		conns <- c
+	}})
+	src, dst := netip.MustParseAddrPort("10.1.0.2:4000"), netip.MustParseAddrPort("10.2.0.3:80")
+	w.send(src, dst, header.TCPFlagSyn, 1, 0)
+	_, _, th := w.next(5 * time.Second)
+	ack := th.SequenceNumber() + 1
+	w.send(src, dst, header.TCPFlagAck, 2, ack)
+	c := <-conns
+	defer c.Close()
+	w.send(src, dst, header.TCPFlagSyn, 500, 0)
+	for {
+		_, _, th = w.next(5 * time.Second)
+		if th == nil {
+			t.Fatal("no challenge")
+		}
+		if th.Flags() == header.TCPFlagAck && th.AckNumber() == 2 {
+			break
+		}
+	}
+	if st := s.Stats(); st.Delayed != 1 || st.Conns != 1 || st.InFlight != 0 {
+		t.Errorf("%+v", st)
+	}
+	// Beyond the bound nothing waits.
+	for i := range maxLate + 50 {
+		w.send(src, dst, header.TCPFlagSyn, uint32(600+i), 0)
+	}
+	eventually(t, "all delivered", func() bool {
+		s.flows.mu.Lock()
+		defer s.flows.mu.Unlock()
+		if s.flows.late > maxLate {
+			t.Errorf("%d wait", s.flows.late)
+		}
+		return s.flows.late == 0
+	})
+}
+
+// The kernel's answer to a probe is the port's, and its application sees nothing of it.
+func TestTUNProbe(t *testing.T) {
+	l := newLab(t, false, func(f *Flow) { f.Refuse(Reset) })
+	for _, tc := range []struct{ dst, src, closed, filtered string }{
+		{"10.1.0.2:8080", "192.0.2.7", "10.1.0.2:9", "10.1.0.2:10"},
+		{"[fd00:1::2]:8080", "2001:db8::7", "[fd00:1::2]:9", "[fd00:1::2]:10"},
+	} {
+		ln := l.listen(t, tc.dst)
+		src, dst := netip.MustParseAddr(tc.src), netip.MustParseAddrPort(tc.dst)
+		before := len(l.s.app.gs.RegisteredEndpoints())
+		for range 20 {
+			if err := l.s.ProbeApp(context.Background(), src, dst); err != nil {
+				t.Fatal(err)
+			}
+			l.s.probes.learn(dst, false, time.Now()) // ask again
+		}
+		if err := l.s.ProbeApp(context.Background(), src, netip.MustParseAddrPort(tc.closed)); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("closed port: %v", err)
+		}
+		// The next who is accepted is the first who connected.
+		c, err := l.s.DialApp(context.Background(), netip.AddrPortFrom(src, 0), dst)
+		if err != nil {
+			t.Fatal(err)
+		}
+		k, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := k.RemoteAddr().String(); got != c.LocalAddr().String() {
+			t.Errorf("the application sees %v before %v", got, c.LocalAddr())
+		}
+		k.Close()
+		c.Close()
+		// What was found holds for a while, and no longer.
+		if err := l.s.ProbeApp(context.Background(), src, dst); err != nil {
+			t.Fatal(err)
+		}
+		ln.Close()
+		if !l.s.probes.isOpen(dst, time.Now()) || l.s.probes.isOpen(dst, time.Now().Add(probeFresh)) {
+			t.Error("what was found is not kept, or for too long")
+		}
+		eventually(t, "closed", func() bool {
+			return errors.Is(l.s.ProbeApp(context.Background(), src, dst), syscall.ECONNREFUSED)
+		})
+		if n := l.s.probes.n.Load(); n != 0 || len(l.s.app.gs.RegisteredEndpoints()) > before+1 {
+			t.Errorf("left over: %d probes, %d endpoints", n, len(l.s.app.gs.RegisteredEndpoints()))
+		}
+	}
+}
+
+// What a packet filter may say to a probe, or nothing.
+func TestProbeAnswers(t *testing.T) {
+	for _, fam := range families {
+		s, w := newWire(t, Config{})
+		dst := netip.AddrPortFrom(fam.client.Addr(), 8080)
+		probe := func() (netip.AddrPort, []byte, chan error) {
+			got := make(chan error, 1)
+			go func() { got <- s.ProbeApp(context.Background(), fam.server.Addr(), dst) }()
+			p := <-w.dev.in
+			return addrPort2(t, p.b), p.b, got
+		}
+		for _, tc := range []struct {
+			r    Refusal
+			want error
+		}{{HostUnreachable, syscall.EHOSTUNREACH}, {AdminProhibited, syscall.EHOSTUNREACH}} {
+			_, syn, got := probe()
+			w.dev.WritePacket(&tun.VNetHdr{}, [][]byte{icmpError(syn, tc.r)})
+			if err := <-got; !errors.Is(err, tc.want) {
+				t.Errorf("%v: %v", tc.r, err)
+			}
+		}
+		// An answer to something else counts for nothing.
+		src, syn, got := probe()
+		seq := header.TCP(syn[len(syn)-24:]).SequenceNumber()
+		w.send(dst, src, header.TCPFlagRst|header.TCPFlagAck, 0, seq)
+		w.send(dst, src, header.TCPFlagSyn|header.TCPFlagAck, 0, seq+2)
+		select {
+		case err := <-got:
+			t.Fatalf("answered: %v", err)
+		case <-time.After(20 * time.Millisecond):
+		}
+		w.send(dst, src, header.TCPFlagSyn|header.TCPFlagAck, 99, seq+1)
+		if err := <-got; err != nil {
+			t.Error(err)
+		}
+		for {
+			_, to, th := w.next(5 * time.Second)
+			if th == nil {
+				t.Fatal("the kernel's half is not taken back")
+			}
+			if to == dst && th.Flags().Contains(header.TCPFlagRst) && th.SequenceNumber() == seq+1 {
+				break
+			}
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
+		if err := s.ProbeApp(ctx, fam.server.Addr(), netip.AddrPortFrom(dst.Addr(), 1)); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("no answer: %v", err)
+		}
+		cancel()
+		if err := s.ProbeApp(context.Background(), netip.IPv6Unspecified(), netip.MustParseAddrPort("10.1.0.2:1")); !errors.Is(err, syscall.EINVAL) {
+			t.Errorf("two families: %v", err)
+		}
+	}
+}
+
+// addrPort2 is where a TCP packet comes from.
+func addrPort2(t *testing.T, b []byte) netip.AddrPort {
+	t.Helper()
+	var p rxPacket
+	if parseHead(b, len(b), &p) != rxDeliver || !p.syn {
+		t.Fatal("no SYN")
+	}
+	id := synOf(b, &p).id
+	return addrPort(id.RemoteAddress, id.RemotePort)
+}

@@ -1,0 +1,235 @@
+package netstack
+
+import (
+	"context"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/ports"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+)
+
+const (
+	// probeFresh is how long one answer serves all who ask for the same port. A listener that goes away is told to the client after
+	// its connect, by a reset, for no longer than this.
+	probeFresh = 100 * time.Millisecond
+	// maxOpenPorts bounds how many open ports are remembered.
+	maxOpenPorts = 1024
+)
+
+// probePauses are those between the SYNs of a probe. The pod's kernel answers at once, or drops SYNs because the listener's queue
+// is full.
+var probePauses = [...]time.Duration{200 * time.Millisecond, time.Second, 3 * time.Second, 5 * time.Second}
+
+// ProbeApp asks whether the pod's application would take a connection from src to dst, without one: it sends a SYN as src would,
+// and takes it back by a reset when it is answered. An application sees nothing of that, since its kernel hands it connections
+// only when the client's acknowledgement has come. Nil means that somebody listens; ECONNREFUSED, EHOSTUNREACH that the kernel
+// said no; ETIMEDOUT that it did not answer within 9.2 s; or ctx's error.
+func (s *Stack) ProbeApp(ctx context.Context, src netip.Addr, dst netip.AddrPort) error {
+	src, dst = src.Unmap(), netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
+	from := netip.AddrPortFrom(src, 0)
+	if src.Is4() != dst.Addr().Is4() || !src.IsValid() || dst.Port() == 0 {
+		return dialError(from, dst, os.NewSyscallError("connect", syscall.EINVAL))
+	}
+	if s.probes.isOpen(dst, time.Now()) {
+		return nil
+	}
+	if err := s.probe(ctx, src, dst); err != nil {
+		return dialError(from, dst, err)
+	}
+	return nil
+}
+
+func (s *Stack) probe(ctx context.Context, src netip.Addr, dst netip.AddrPort) error {
+	gs, err := s.app.stack()
+	if err != nil {
+		return err
+	}
+	local, proto := fromAddr(src)
+	remote, _ := fromAddr(dst.Addr())
+	r, terr := gs.FindRoute(nic, local, remote, proto, false)
+	if terr != nil {
+		return toError(terr, "connect")
+	}
+	defer r.Release()
+	// The port is reserved, lest a dial draws it meanwhile.
+	res := ports.Reservation{Networks: []tcpip.NetworkProtocolNumber{proto}, Transport: tcp.ProtocolNumber, Addr: local}
+	if res.Port, terr = gs.ReservePort(gs.SecureRNG(), res, nil); terr != nil {
+		return toError(terr, "bind")
+	}
+	defer gs.ReleasePort(res)
+
+	id := stack.TransportEndpointID{LocalAddress: local, LocalPort: res.Port, RemoteAddress: remote, RemotePort: dst.Port()}
+	p := &probe{seq: rand.Uint32(), answer: make(chan error, 1)}
+	s.probes.add(id, p)
+	defer s.probes.remove(id)
+	for _, pause := range probePauses {
+		if terr := p.send(r, id); terr != nil {
+			return toError(terr, "connect")
+		}
+		t := time.NewTimer(pause)
+		select {
+		case err := <-p.answer:
+			t.Stop()
+			s.probes.learn(dst, err == nil, time.Now())
+			return err
+		case <-ctx.Done():
+			t.Stop()
+			return ctx.Err()
+		case <-t.C:
+		}
+	}
+	return os.NewSyscallError("connect", syscall.ETIMEDOUT)
+}
+
+// probe is a SYN that awaits its answer.
+type probe struct {
+	seq    uint32
+	answer chan error // capacity 1
+}
+
+func (p *probe) tell(err error) {
+	select {
+	case p.answer <- err:
+	default:
+	}
+}
+
+// send sends the SYN.
+func (p *probe) send(r *stack.Route, id stack.TransportEndpointID) tcpip.Error {
+	const size = header.TCPMinimumSize + header.TCPOptionMSSLength
+	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{ReserveHeaderBytes: size + int(r.MaxHeaderLength())})
+	defer pkt.DecRef()
+	pkt.TransportProtocolNumber = tcp.ProtocolNumber
+	h := header.TCP(pkt.TransportHeader().Push(size))
+	h.Encode(&header.TCPFields{
+		SrcPort: id.LocalPort, DstPort: id.RemotePort, SeqNum: p.seq, DataOffset: size, Flags: header.TCPFlagSyn, WindowSize: 0xffff,
+	})
+	header.EncodeMSSOption(header.TCPDefaultMSS, h[header.TCPMinimumSize:])
+	h.SetChecksum(^h.CalculateChecksum(header.PseudoHeaderChecksum(tcp.ProtocolNumber, id.LocalAddress, id.RemoteAddress, size)))
+	return r.WritePacket(stack.NetworkHeaderParams{Protocol: tcp.ProtocolNumber, TTL: r.DefaultTTL()}, pkt)
+}
+
+// probes are the probes under way of one stack, and what they have found.
+type probes struct {
+	n  atomic.Int32 // under way
+	mu sync.Mutex
+	by map[stack.TransportEndpointID]*probe
+	// open are the ports that were found open, until when that is believed.
+	open map[netip.AddrPort]time.Time
+}
+
+func (ps *probes) add(id stack.TransportEndpointID, p *probe) {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	if ps.by == nil {
+		ps.by = make(map[stack.TransportEndpointID]*probe)
+	}
+	ps.by[id] = p
+	ps.n.Add(1)
+}
+
+func (ps *probes) remove(id stack.TransportEndpointID) {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	delete(ps.by, id)
+	ps.n.Add(-1)
+}
+
+func (ps *probes) find(id stack.TransportEndpointID) *probe {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	return ps.by[id]
+}
+
+func (ps *probes) isOpen(dst netip.AddrPort, now time.Time) bool {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	return now.Before(ps.open[dst])
+}
+
+// learn remembers what is known of dst.
+func (ps *probes) learn(dst netip.AddrPort, open bool, now time.Time) {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	if !open {
+		delete(ps.open, dst)
+		return
+	}
+	if ps.open == nil || len(ps.open) >= maxOpenPorts {
+		ps.open = make(map[netip.AddrPort]time.Time)
+	}
+	ps.open[dst] = now.Add(probeFresh)
+}
+
+// answer takes a packet that belongs to no connection and may answer a probe. False has gVisor reset what is not a reset itself:
+// that takes a probe that was answered back.
+func (ps *probes) answer(h *hop, id stack.TransportEndpointID, th header.TCP) bool {
+	if ps.n.Load() == 0 || h != h.s.app {
+		return false
+	}
+	p := ps.find(id)
+	if p == nil || !th.Flags().Contains(header.TCPFlagAck) || th.AckNumber() != p.seq+1 {
+		return false
+	}
+	switch {
+	case th.Flags().Contains(header.TCPFlagRst):
+		p.tell(os.NewSyscallError("connect", syscall.ECONNREFUSED))
+	case th.Flags().Contains(header.TCPFlagSyn):
+		p.tell(nil)
+	}
+	return false
+}
+
+// unreachable looks for an ICMP error about a probe in a packet of which head is the beginning. A pod's own packet filter may
+// refuse so.
+func (ps *probes) unreachable(head []byte) {
+	if ps.n.Load() == 0 || len(head) < header.IPv4MinimumSize {
+		return
+	}
+	var id stack.TransportEndpointID
+	var quoted header.TCP
+	errno := syscall.ECONNREFUSED
+	if head[0]>>4 == 4 {
+		l4, ok := l4IPv4(head, uint8(header.ICMPv4ProtocolNumber))
+		if !ok || len(l4) < header.ICMPv4MinimumSize || header.ICMPv4(l4).Type() != header.ICMPv4DstUnreachable {
+			return
+		}
+		if c := header.ICMPv4(l4).Code(); c != header.ICMPv4PortUnreachable && c != header.ICMPv4ProtoUnreachable {
+			errno = syscall.EHOSTUNREACH
+		}
+		ip := l4[header.ICMPv4MinimumSize:]
+		if quoted, ok = l4IPv4(ip, uint8(header.TCPProtocolNumber)); !ok {
+			return
+		}
+		id.LocalAddress, id.RemoteAddress = header.IPv4(ip).SourceAddress(), header.IPv4(ip).DestinationAddress()
+	} else {
+		l4, ok := l4IPv6(head, uint8(header.ICMPv6ProtocolNumber))
+		if !ok || len(l4) < header.ICMPv6DstUnreachableMinimumSize || header.ICMPv6(l4).Type() != header.ICMPv6DstUnreachable {
+			return
+		}
+		if header.ICMPv6(l4).Code() != header.ICMPv6PortUnreachable {
+			errno = syscall.EHOSTUNREACH
+		}
+		ip := l4[header.ICMPv6DstUnreachableMinimumSize:]
+		if quoted, ok = l4IPv6(ip, uint8(header.TCPProtocolNumber)); !ok {
+			return
+		}
+		id.LocalAddress, id.RemoteAddress = header.IPv6(ip).SourceAddress(), header.IPv6(ip).DestinationAddress()
+	}
+	if len(quoted) < 8 { // ports and sequence number, which is all that a router must quote
+		return
+	}
+	id.LocalPort, id.RemotePort = quoted.SourcePort(), quoted.DestinationPort()
+	if p := ps.find(id); p != nil && quoted.SequenceNumber() == p.seq {
+		p.tell(os.NewSyscallError("connect", errno))
+	}
+}
