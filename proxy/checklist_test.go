@@ -264,7 +264,7 @@ services:
 	app, done := w.socks("\x05\x01\x00\x01\x0a\x60\x01\x01\x00\x50", "\x05\x00\x05\x00\x00\x01\x00\x00\x00\x00\x00\x00")
 	roundTrip(t, app)
 	add(app, done)
-	dials("70: by SOCKS5", 4)
+	dials("70: by SOCKS5", 3)
 	for i, app := range open {
 		app.Close()
 		<-over[i]

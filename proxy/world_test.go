@@ -39,6 +39,8 @@ type world struct {
 	stop    func()
 	mu      sync.Mutex
 	probes  int                           // of applications
+	probed  func() error                  // answers them; nil: by apps
+	stale   bool                          // they find every port open
 	clients map[netip.AddrPort]netip.Addr // what the applications saw as their client, by destination
 	certs   *ca.Manager
 
@@ -208,6 +210,12 @@ func (n *fakeNetwork) ProbeApp(_ context.Context, _ netip.Addr, dst netip.AddrPo
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
 	n.w.probes++
+	switch {
+	case n.w.probed != nil:
+		return n.w.probed()
+	case n.w.stale:
+		return nil
+	}
 	if n.w.apps[dst] == nil && n.w.dialApp == nil {
 		return &net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
 	}

@@ -313,7 +313,7 @@ func (d *daemon) socketOptions() netns.SocketOptions {
 
 func (d *daemon) newPod(ctx context.Context, spec admin.PodSpec) (*pod, error) {
 	parts := &podParts{c: d.c, log: d.log.Logger("pods"), uplink: d.uplink, sock: d.socketOptions(), node: d.node, proxy: d.newProxy,
-		know: d.know, nameservers: d.nameservers, dnsMetrics: d.dnsMetrics, dnsLog: d.log.Logger("dns")}
+		know: d.know, nameservers: d.nameservers, dnsMetrics: d.dnsMetrics, dnsLog: d.log.Logger("dns"), report: d.report}
 	return newPod(ctx, parts, spec, d.pods.steerConfig(spec))
 }
 

@@ -15,6 +15,7 @@ import (
 	"ztun/netstack"
 	"ztun/proxy"
 	"ztun/proxy/dns"
+	"ztun/proxy/fair"
 	"ztun/proxy/state"
 	"ztun/tun"
 	"ztun/tun/netns"
@@ -59,6 +60,7 @@ type podParts struct {
 	proxy  func(spec admin.PodSpec, n proxy.Network, names lookup) *proxy.Proxy
 	sock   netns.SocketOptions
 	node   *netns.NS
+	report *fair.Report
 
 	know        dns.Knowledge
 	nameservers []netip.AddrPort // of the daemon's resolv.conf
@@ -99,12 +101,16 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 			p.log.Warn("a device may be left in the pod's namespace", "pod", refOf(spec).String(), "device", podTUN, "error", err)
 		}
 	})
+	ref := refOf(spec).String()
 	config := netstack.Config{
 		Addrs: spec.IPs, MTU: sc.MTU, App: p.dev, Uplink: parts.uplink, Logger: parts.log,
 		MaxInFlight: parts.c.MaxInFlight, MaxInFlightPerDst: parts.c.MaxInFlightPerDestination,
 		KeepaliveOff: !parts.c.KeepaliveEnabled, UserTimeout: parts.c.userTimeout(),
 		KeepaliveIdle: parts.c.KeepaliveTime, KeepaliveInterval: parts.c.KeepaliveInterval, KeepaliveCount: int(parts.c.KeepaliveRetries),
 		OnFlow: p.serve,
+		OnBound: func(resource, source string, evicted bool) {
+			parts.report.Turned(resource, ref, source, evicted)
+		},
 	}
 	if parts.c.DNSProxy {
 		config.OnDNS = p.query
