@@ -161,7 +161,7 @@ func (d *daemon) start(ctx context.Context) error {
 	for _, w := range c.Warnings {
 		d.logger.Warn(w)
 	}
-	raiseFileLimit(d.logger)
+	files := raiseFileLimit(d.logger)
 	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
 		return &configError{"ZTUN_STATE_DIR", c.StateDir, err}
 	}
@@ -192,6 +192,7 @@ func (d *daemon) start(ctx context.Context) error {
 	d.loop = admin.NewLoop(admin.LoopOptions{Published: d.know.published, Handle: d.handle, Logger: d.log.Logger("admin")})
 	d.know.view = d.loop.View
 	d.pods = newPodManager(c, d.log.Logger("pods"))
+	d.pods.fds = newDescriptors(files, d.report)
 	d.admin(ctx, "admin loop", func(ctx context.Context) error { return d.loop.Run(ctx) })
 	d.admin(ctx, "certificates", func(ctx context.Context) error { return d.certs.Run(ctx) })
 	d.admin(ctx, "re-check", func(ctx context.Context) error { d.know.follow(ctx, d.newState); return nil })
@@ -218,7 +219,9 @@ func (d *daemon) start(ctx context.Context) error {
 	d.registry.MustRegister(&dataplaneCollector{d: d})
 	proxyReady.Done()
 	d.pods.new, d.pods.changed, d.pods.sweep, d.pods.known = d.newPod, d.know.poke, d.sweep, d.known
-	d.pods.adopt(ctx)
+	if err := d.pods.adopt(ctx); err != nil {
+		return err
+	}
 	if err := d.sweep(d.pods.addresses()); err != nil {
 		d.logger.Warn("routes of an earlier run may be left", "error", err)
 	}
@@ -312,7 +315,7 @@ func (d *daemon) socketOptions() netns.SocketOptions {
 }
 
 func (d *daemon) newPod(ctx context.Context, spec admin.PodSpec) (*pod, error) {
-	parts := &podParts{c: d.c, log: d.log.Logger("pods"), uplink: d.uplink, sock: d.socketOptions(), node: d.node, proxy: d.newProxy,
+	parts := &podParts{c: d.c, log: d.log.Logger("pods"), uplink: d.uplink, sock: d.socketOptions(), fds: d.pods.fds, node: d.node, proxy: d.newProxy,
 		know: d.know, nameservers: d.nameservers, dnsMetrics: d.dnsMetrics, dnsLog: d.log.Logger("dns"), report: d.report}
 	return newPod(ctx, parts, spec, d.pods.steerConfig(spec))
 }
@@ -420,14 +423,18 @@ func (d *daemon) askToQuit(reason string) {
 	}
 }
 
-// raiseFileLimit lifts the soft limit of open files to the hard one: every connection takes two.
-func raiseFileLimit(log *slog.Logger) {
+// raiseFileLimit lifts the soft limit of open files to the hard one, every tunnel takes one, and returns the limit.
+func raiseFileLimit(log *slog.Logger) uint64 {
 	var l syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &l); err != nil {
-		return
+		log.Warn("the limit of open files is not known, 1024 is taken for it", "error", err)
+		return 1024
 	}
+	soft := l.Cur
 	l.Cur = l.Max
 	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &l); err != nil {
 		log.Warn("the limit of open files could not be raised", "error", err)
+		return soft
 	}
+	return l.Cur
 }

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"syscall"
 
+	"ztun/admin"
 	"ztun/netstack"
 	"ztun/proxy"
 	"ztun/tun/netns"
@@ -19,6 +20,8 @@ type podNetwork struct {
 	addrs []netip.Addr
 	ns    *netns.NS // the pod's
 	sock  netns.SocketOptions
+	ref   admin.PodRef
+	fds   *descriptors
 }
 
 func (n *podNetwork) DialApp(ctx context.Context, src, dst netip.AddrPort) (proxy.Conn, error) {
@@ -26,7 +29,7 @@ func (n *podNetwork) DialApp(ctx context.Context, src, dst netip.AddrPort) (prox
 		// A pod that reaches itself through a service, or an application tunnel on its loopback. Its kernel takes
 		// no packet from outside that claims its own address, and would answer one over its loopback; so the pod's
 		// own TCP does it (spec 1: "self-load-balancing").
-		c, err := netns.DialTransparent(ctx, n.ns, src.Addr(), dst, n.sock)
+		c, err := n.dialKernel(ctx, n.ns, src.Addr(), dst, n.sock)
 		if err != nil {
 			return nil, err
 		}
@@ -68,11 +71,32 @@ func (n *podNetwork) DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn
 		if a.Is4() == dst.Addr().Is4() {
 			o := n.sock
 			o.Ports = netns.PortRange{Min: steer.MeshPortMin, Max: steer.MeshPortMax} // the node's rule knows the answers by them
-			return netns.DialTransparent(ctx, nil, a, dst, o)
+			c, err := n.dialKernel(ctx, nil, a, dst, o)
+			if err != nil {
+				return nil, err
+			}
+			return c, nil
 		}
 	}
 	// The pod has no address of the destination's family: what its own kernel would say.
 	return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: syscall.ENETUNREACH}
+}
+
+// dialKernel is DialTransparent within the pod's share of descriptors: without a place there it fails with EMFILE.
+func (n *podNetwork) dialKernel(ctx context.Context, ns *netns.NS, src netip.Addr, dst netip.AddrPort, o netns.SocketOptions) (*net.TCPConn, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	place := n.fds.outbound(n.ref, cancel)
+	if place == nil {
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: errNoDescriptor}
+	}
+	c, err := netns.DialTransparent(ctx, ns, src, dst, o)
+	if err != nil {
+		place.release()
+		return nil, err
+	}
+	n.fds.opened(place, c)
+	return c, nil
 }
 
 // podFlow is a netstack flow as the proxy wants it.

@@ -37,6 +37,7 @@ type pod struct {
 	socks []net.Listener // SOCKS5; none unless it is on
 	steer steer.PodConfig
 	plan  steer.Plan
+	fds   *place // what the pod itself takes of the daemon's descriptors
 	log   *slog.Logger
 
 	// built is closed when what flows and queries go to stands, or never will (proxy is nil then): the node's TUN may bring
@@ -59,6 +60,7 @@ type podParts struct {
 	uplink *netstack.Uplink
 	proxy  func(spec admin.PodSpec, n proxy.Network, names lookup) *proxy.Proxy
 	sock   netns.SocketOptions
+	fds    *descriptors
 	node   *netns.NS
 	report *fair.Report
 
@@ -80,8 +82,12 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 			}
 		}
 	}()
+	if p.fds = parts.fds.forPod(refOf(spec)); p.fds == nil {
+		return nil, fmt.Errorf("%w: %w", admin.ErrPodUnavailable, errNoDescriptor)
+	}
+	undo = append(undo, p.fds.release)
 	if p.ns, err = netns.Open(spec.NetNS); err != nil {
-		return nil, fmt.Errorf("%w: %w", admin.ErrPodInvalid, err)
+		return nil, namespaceError(err)
 	}
 	undo = append(undo, func() { p.ns.Close() })
 	if p.ns.Same(parts.node) {
@@ -143,7 +149,7 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 		}
 		names = p.dns.Lookup
 	}
-	p.proxy = parts.proxy(spec, &podNetwork{stack: p.stack, addrs: spec.IPs, ns: p.ns, sock: parts.sock}, names)
+	p.proxy = parts.proxy(spec, &podNetwork{stack: p.stack, addrs: spec.IPs, ns: p.ns, sock: parts.sock, ref: refOf(spec), fds: parts.fds}, names)
 	undo = append(undo, p.proxy.Close)
 	if parts.c.SOCKS5 {
 		if err = p.serveSOCKS(parts); err != nil {
@@ -252,6 +258,7 @@ func (p *pod) remove(ctx context.Context) error {
 		tun.Remove(p.ns, podTUN),
 	)
 	p.ns.Close()
+	p.fds.release()
 	return err
 }
 

@@ -54,7 +54,7 @@ func newPodLab(t *testing.T) *podLab {
 	b.InsertWorkload(&state.Workload{UID: "p", Name: info.Name, Namespace: info.Namespace, ServiceAccount: info.ServiceAccount, Addresses: l.spec.IPs})
 	know := onePod{b.Build()}
 	quiet := slog.New(slog.DiscardHandler)
-	l.parts = &podParts{c: c, log: quiet, dnsLog: quiet, uplink: uplink, node: l.node.NS, know: know,
+	l.parts = &podParts{c: c, log: quiet, dnsLog: quiet, uplink: uplink, fds: newDescriptors(1024, nil), node: l.node.NS, know: know,
 		proxy: func(spec admin.PodSpec, n proxy.Network, names lookup) *proxy.Proxy {
 			if l.proxy != nil {
 				l.proxy(n)

@@ -31,6 +31,7 @@ type podManager struct {
 	// changed is told after a pod was attached or detached.
 	changed func()
 	known   func(state.WorkloadInfo) bool // whether the control side has a record of a pod
+	fds     *descriptors
 	// sweep removes the node's routes of all addresses but keep.
 	sweep func(keep []netip.Addr) error
 
@@ -45,6 +46,7 @@ type podManager struct {
 	byAddr atomic.Pointer[map[netip.Addr]*pod]
 
 	started, stopped atomic.Uint64
+	traces           atomic.Bool   // something of a pod that is gone could not be removed from the node: to be swept
 	leaving          atomic.Bool   // new mesh connections are reset
 	unknown          atomic.Uint64 // mesh connections for an address that no pod has
 }
@@ -107,12 +109,12 @@ func (m *podManager) attach(ctx context.Context, spec admin.PodSpec) error {
 	if err := steer.CheckPod(attached, m.steerConfig(spec)); err != nil {
 		return fmt.Errorf("%w: %w", admin.ErrPodConflict, err)
 	}
-	if ns, err := netns.Open(spec.NetNS); err == nil {
-		owner := m.owner(ns)
-		ns.Close()
-		if owner != nil {
-			return fmt.Errorf("%w: network namespace %s belongs to pod %s", admin.ErrPodConflict, spec.NetNS, refOf(owner.spec))
-		}
+	dev, ino, err := netns.Identify(spec.NetNS)
+	if err != nil {
+		return namespaceError(err)
+	}
+	if owner := m.owner(dev, ino); owner != nil {
+		return fmt.Errorf("%w: network namespace %s belongs to pod %s", admin.ErrPodConflict, spec.NetNS, refOf(owner.spec))
 	}
 	p, err := m.new(ctx, spec)
 	if err != nil {
@@ -129,14 +131,22 @@ func (m *podManager) attach(ctx context.Context, spec admin.PodSpec) error {
 	return nil
 }
 
-// owner is the attached pod that lives in ns, nil if there is none.
-func (m *podManager) owner(ns *netns.NS) *pod {
+// owner is the attached pod that lives in a namespace, nil if there is none.
+func (m *podManager) owner(dev, ino uint64) *pod {
 	for _, p := range m.all() {
-		if p.ns.Same(ns) {
+		if d, i := p.ns.ID(); d == dev && i == ino {
 			return p
 		}
 	}
 	return nil
+}
+
+// namespaceError says whose fault it is that a namespace could not be found or entered: the request's only if there surely is none.
+func namespaceError(err error) error {
+	if errors.Is(err, netns.ErrNotExist) || errors.Is(err, netns.ErrNotNamespace) {
+		return fmt.Errorf("%w: %w", admin.ErrPodInvalid, err)
+	}
+	return fmt.Errorf("%w: %w", admin.ErrPodUnavailable, err)
 }
 
 func (m *podManager) steerConfig(spec admin.PodSpec) steer.PodConfig {
@@ -199,9 +209,11 @@ func (m *podManager) detach(ctx context.Context, ref admin.PodRef, only *pod) er
 	delete(m.pods, ref)
 	m.index()
 	m.mu.Unlock()
+	m.fds.forget(ref)
 	m.stopped.Add(1)
 	m.changed()
 	if err != nil {
+		m.traces.Store(true)
 		return fmt.Errorf("pod %s is detached, but traces of it may be left: %w", ref, err)
 	}
 	m.log.Info("pod detached", "pod", ref.String())
@@ -274,19 +286,21 @@ func (m *podManager) save() error {
 }
 
 // adopt attaches the pods of an earlier life again. A pod whose namespace is gone is dropped; one that
-// cannot be attached for another reason stays pending and is tried again.
-func (m *podManager) adopt(ctx context.Context) {
+// cannot be attached for another reason stays pending and is tried again. A list that cannot be read is an error: it may be
+// read the next time, and the next change of it would overwrite it. One that is no list is kept aside.
+func (m *podManager) adopt(ctx context.Context) error {
 	b, err := os.ReadFile(m.stateFile())
 	if errors.Is(err, os.ErrNotExist) {
-		return
-	}
-	var specs []savedPod
-	if err == nil {
-		err = json.Unmarshal(b, &specs)
+		return nil
 	}
 	if err != nil {
-		m.log.Error("the list of pods cannot be read; add the pods again", "file", m.stateFile(), "error", err)
-		return
+		return fmt.Errorf("the list of pods cannot be read: %w", err)
+	}
+	var specs []savedPod
+	if err := json.Unmarshal(b, &specs); err != nil {
+		aside := m.stateFile() + ".bad"
+		m.log.Error("the list of pods cannot be read; add the pods again", "file", m.stateFile(), "kept_as", aside, "error", errors.Join(err, os.Rename(m.stateFile(), aside)))
+		return nil
 	}
 	m.op.Lock()
 	defer m.op.Unlock()
@@ -296,6 +310,7 @@ func (m *podManager) adopt(ctx context.Context) {
 	if err := m.save(); err != nil {
 		m.log.Error("saving the list of pods", "error", err)
 	}
+	return nil
 }
 
 // addresses are those of all pods, attached or pending.
@@ -327,14 +342,14 @@ func (m *podManager) retry(ctx context.Context, s savedPod) bool {
 	return true
 }
 
-// gone says why the namespace is not the one that was saved; nil if it is.
+// gone says why there surely is no namespace any more that is the one saved; nil if there is, and nil if that cannot be told: a pod is not
+// given up for a shortage of the daemon's.
 func (s *savedPod) gone() error {
-	ns, err := netns.Open(s.NetNS)
-	if err != nil {
+	dev, ino, err := netns.Identify(s.NetNS)
+	switch {
+	case errors.Is(err, netns.ErrNotExist), errors.Is(err, netns.ErrNotNamespace):
 		return err
-	}
-	defer ns.Close()
-	if dev, ino := ns.ID(); s.Ino != 0 && (dev != s.Dev || ino != s.Ino) {
+	case err == nil && s.Ino != 0 && (dev != s.Dev || ino != s.Ino):
 		return fmt.Errorf("%s is another network namespace now", s.NetNS)
 	}
 	return nil
@@ -346,7 +361,7 @@ func (m *podManager) clean(s savedPod) error {
 	if s.Ino != 0 && s.gone() == nil { // its own namespace, surely: not one where we have made nothing
 		ns, err := netns.Open(s.NetNS)
 		if err == nil {
-			if m.owner(ns) == nil {
+			if m.owner(ns.ID()) == nil {
 				err = tun.Remove(ns, podTUN) // the pod's addresses and routes go with it
 			}
 			ns.Close()
@@ -371,9 +386,24 @@ func (m *podManager) watch(ctx context.Context) {
 			return
 		case <-check.C:
 			m.dropVanished()
+			m.fds.collect()
 		case <-again.C:
 			m.retryPending(ctx)
+			m.sweepTraces()
 		}
+	}
+}
+
+// sweepTraces tries again to remove from the node what is left of pods that are gone.
+func (m *podManager) sweepTraces() {
+	if !m.traces.Swap(false) {
+		return
+	}
+	m.op.Lock()
+	defer m.op.Unlock()
+	if err := m.sweep(m.addresses()); err != nil {
+		m.traces.Store(true)
+		m.log.Warn("traces of pods that are gone may be left", "error", err)
 	}
 }
 
@@ -445,18 +475,25 @@ func (m *podManager) shutdown(ctx context.Context) {
 	stop() // a pod that was being attached
 }
 
+// acceptWait is the longest pause of an accept loop after failures: long enough not to burn a processor, short enough that nobody who
+// waits in the listener's queue repeats his SYN meanwhile.
+const acceptWait = 500 * time.Millisecond
+
 // serveMesh accepts HBONE connections for all pods until the listener is closed.
 func (m *podManager) serveMesh(ln *net.TCPListener) error {
-	delay := time.Duration(0)
+	delay, said := time.Duration(0), time.Time{}
 	for {
 		conn, err := ln.AcceptTCP()
 		if errors.Is(err, net.ErrClosed) {
 			return nil
 		}
 		if err != nil {
-			// Out of file descriptors, mostly: accepting again at once would only burn the processor.
-			delay = min(max(2*delay, 5*time.Millisecond), time.Second)
-			m.log.Warn("accept on port 15008 failed", "error", err, "retry_in", delay)
+			// Out of file descriptors, mostly (the machine's: ours are shared out): accepting again at once would only burn the processor.
+			delay = min(max(2*delay, 5*time.Millisecond), acceptWait)
+			if now := time.Now(); now.Sub(said) > 10*time.Second {
+				said = now
+				m.log.Warn("accept on port 15008 failed, will be tried again", "error", err)
+			}
 			time.Sleep(delay)
 			continue
 		}
@@ -471,6 +508,15 @@ func (m *podManager) serveMesh(ln *net.TCPListener) error {
 			conn.Close()
 			continue
 		}
-		go p.proxy.ServeMesh(conn)
+		place := m.fds.inbound(refOf(p.spec), conn)
+		if place == nil {
+			conn.SetLinger(0)
+			conn.Close()
+			continue
+		}
+		go func() {
+			defer place.release()
+			p.proxy.ServeMesh(conn)
+		}()
 	}
 }

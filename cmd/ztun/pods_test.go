@@ -23,6 +23,7 @@ func testManager(t *testing.T, saved ...savedPod) (*podManager, *int) {
 	swept := 0
 	m.new = func(context.Context, admin.PodSpec) (*pod, error) { return nil, errors.New("no devices here") }
 	m.changed = func() {}
+	m.fds = newDescriptors(1024, nil)
 	m.sweep = func([]netip.Addr) error { swept++; return nil }
 	b, err := json.Marshal(saved)
 	if err != nil {
@@ -31,7 +32,9 @@ func testManager(t *testing.T, saved ...savedPod) (*podManager, *int) {
 	if err := os.WriteFile(m.stateFile(), b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	m.adopt(t.Context())
+	if err := m.adopt(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	return m, &swept
 }
 

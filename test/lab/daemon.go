@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"slices"
 	"sort"
 	"strings"
 	"syscall"
@@ -26,6 +27,7 @@ const (
 type DaemonOptions struct {
 	Env       map[string]string // added to, or replacing, what StartDaemon sets; a value of Unset removes the variable
 	Bin       string            // default: the world's
+	Wrap      []string          // a program that executes the daemon in its own place, and its arguments: prlimit, setpriv
 	NoWait    bool              // do not wait for readiness
 	ReadyWait time.Duration     // default 30 s
 }
@@ -127,7 +129,7 @@ func (w *World) StartDaemon(ctx context.Context, n *Node, o DaemonOptions) (*Dae
 	if bin == "" {
 		bin = w.opt.Bin
 	}
-	if d.Process, err = w.Start(n.NS, Cmd{Args: []string{bin, "proxy"}, Env: envv, Dir: w.Dir, Stdout: logf, Stderr: logf}); err != nil {
+	if d.Process, err = w.Start(n.NS, Cmd{Args: append(slices.Clone(o.Wrap), bin, "proxy"), Env: envv, Dir: w.Dir, Stdout: logf, Stderr: logf}); err != nil {
 		return nil, err
 	}
 	n.Daemon = d

@@ -19,6 +19,9 @@ const Dir = "/var/run/netns"
 // ErrNotExist is what Open, OpenPath, OpenName and OpenPID return (wrapped) when there is no such namespace. It matches fs.ErrNotExist too.
 var ErrNotExist = fmt.Errorf("no such network namespace: %w", os.ErrNotExist)
 
+// ErrNotNamespace is what Open, OpenPath, OpenName and Identify return (wrapped) when the path names something else.
+var ErrNotNamespace = errors.New("not a network namespace")
+
 // NS is an open network namespace. Holding it keeps the namespace alive in the kernel, also after its name and its last process are gone. It is
 // safe for concurrent use.
 type NS struct {
@@ -50,6 +53,39 @@ func Open(ref string) (*NS, error) {
 		return ns, err
 	}
 	return nil, fmt.Errorf("%w: %q: is it a path, a name in %s or a pid?", ErrNotExist, ref, Dir)
+}
+
+// Identify tells which namespace a reference means, as Open takes it, without a descriptor: also when the process has none left. ErrNotExist and
+// ErrNotNamespace say that there is none; every other error says nothing about it.
+func Identify(ref string) (dev, ino uint64, err error) {
+	var paths []string
+	switch pid, perr := strconv.Atoi(ref); {
+	case ref == "":
+	case strings.ContainsRune(ref, '/'):
+		paths = []string{ref}
+	case ref == "." || ref == "..":
+	case perr == nil && pid > 0:
+		paths = []string{filepath.Join(Dir, ref), fmt.Sprintf("/proc/%d/ns/net", pid)}
+	default:
+		paths = []string{filepath.Join(Dir, ref)}
+	}
+	for _, path := range paths {
+		var fs unix.Statfs_t
+		var st unix.Stat_t
+		if err = unix.Statfs(path, &fs); err == nil {
+			err = unix.Stat(path, &st)
+		}
+		switch {
+		case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ESRCH):
+			continue
+		case err != nil:
+			return 0, 0, fmt.Errorf("cannot look at network namespace %s: %w", path, err)
+		case int64(fs.Type) != unix.NSFS_MAGIC:
+			return 0, 0, fmt.Errorf("%s is %w (a name that `ip netns` left behind, or some other file)", path, ErrNotNamespace)
+		}
+		return uint64(st.Dev), st.Ino, nil
+	}
+	return 0, 0, fmt.Errorf("%w: %q", ErrNotExist, ref)
 }
 
 // OpenName opens a namespace by the name that `ip netns` gave it.
@@ -107,11 +143,11 @@ func fromFile(file *os.File, path string) (*NS, error) {
 		}
 		// A name whose bind mount is gone is an empty file of another file system; setns would say EINVAL, which helps nobody.
 		if int64(fs.Type) != unix.NSFS_MAGIC {
-			inner = fmt.Errorf("%s is not a network namespace (a name that `ip netns` left behind, or some other file)", path)
+			inner = fmt.Errorf("%s is %w (a name that `ip netns` left behind, or some other file)", path, ErrNotNamespace)
 			return
 		}
 		if kind, err := unix.IoctlRetInt(int(fd), unix.NS_GET_NSTYPE); err == nil && kind != unix.CLONE_NEWNET {
-			inner = fmt.Errorf("%s is a namespace, but not a network namespace", path)
+			inner = fmt.Errorf("%s is a namespace, but %w", path, ErrNotNamespace)
 			return
 		}
 		var st unix.Stat_t
