@@ -2,11 +2,16 @@ package e2e
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"ztun/test/lab"
 	"ztun/test/load"
@@ -117,4 +122,112 @@ func TestNodeProcess(t *testing.T) {
 func nodeOwns(n *lab.Node, s string) bool {
 	a, err := netip.ParseAddr(s)
 	return err == nil && (a == n.Addr4 || a == n.Addr6 || a == n.PodNet4.Addr().Next() || a == n.PodNet6.Addr().Next())
+}
+
+// TestAttackDescriptors: mesh members open more tunnels to the pods of a node than its daemon has descriptors. They lose their own oldest ones; the
+// daemon accepts, calls and looks after its pods as before.
+func TestAttackDescriptors(t *testing.T) {
+	m := newMesh(t, meshOptions{noStart: true})
+	d, err := m.StartDaemon(m.ctx, m.N1, lab.DaemonOptions{Wrap: []string{"prlimit", "--nofile=300"}})
+	must(t, err)
+	m.start(m.N2, nil)
+	for _, p := range m.Pods() {
+		must(t, m.Attach(m.ctx, p))
+	}
+	for _, ns := range []*lab.NS{m.a.NS, m.b.NS, m.c.NS} {
+		m.serve(ns)
+	}
+	m.attack(attackOptions{Name: "more tunnels than descriptors", Attack: func(ctx context.Context) {
+		var open []*h2Client
+		defer func() {
+			for _, h := range open {
+				h.close()
+			}
+		}()
+		paced(ctx, 80, func(i int) bool {
+			to := []*lab.Pod{m.a, m.b}[i%2]
+			h, err := m.member(m.h1.NS, mesh15008(to), "spiffe://cluster.local/ns/default/sa/c")
+			if err == nil {
+				open = append(open, h)
+				_ = h.connect(1, lab.HostPort(to.V4(), 9000))
+			}
+			return true
+		})
+		if len(open) < 200 {
+			t.Errorf("%d tunnels are no attack", len(open))
+		}
+	}})
+	x, err := d.Metrics(m.ctx)
+	must(t, err)
+	if x.Sum("ztun_bounded_total", "resource=descriptors") == 0 {
+		t.Errorf("no bound was met: the attack proves nothing: %v", x.Find("ztun_bounded_total"))
+	}
+	m.stillAttached(m.N1, "a", "b")
+}
+
+// TestDescriptorShortage: for some seconds the daemon can open nothing at all. Its pods stay attached and remembered, what stands goes on, and who comes meanwhile
+// waits and is served.
+func TestDescriptorShortage(t *testing.T) {
+	m := newMesh(t, meshOptions{})
+	idle, err := load.Idle(m.ctx, target(m.b.NS, m.c.V4()), 3)
+	must(t, err)
+	defer idle.Close()
+	pid := m.N1.Daemon.Pid()
+	var old unix.Rlimit
+	must(t, unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &old))
+	must(t, unix.Prlimit(pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: old.Max}, nil))
+	waiting := make(chan error, 1)
+	go func() {
+		h, err := m.member(m.h1.NS, mesh15008(m.a), "spiffe://cluster.local/ns/default/sa/c")
+		if err == nil {
+			h.close()
+		}
+		waiting <- err
+	}()
+	time.Sleep(5 * time.Second) // two looks at the pods' namespaces
+	must(t, idle.Check())
+	select {
+	case err := <-waiting:
+		t.Errorf("served without a descriptor: %v", err)
+	default:
+	}
+	must(t, unix.Prlimit(pid, unix.RLIMIT_NOFILE, &old, nil))
+	select {
+	case err := <-waiting:
+		must(t, err)
+	case <-time.After(5 * time.Second):
+		t.Error("who waited is not served")
+	}
+	m.stillAttached(m.N1, "a", "b")
+	if _, err := load.WhoAmI(m.ctx, target(m.a.NS, m.c.V4())); err != nil {
+		t.Error(err)
+	}
+	// A pod whose namespace does go is let go of.
+	must(t, m.RemoveNS(m.b.NS))
+	eventually(t, 10*time.Second, func() error {
+		if out, err := m.PodCmd(m.ctx, m.N1, "list"); err != nil || strings.Contains(out, "default  b ") || strings.Contains(out, "/b") {
+			return fmt.Errorf("still there: %s (%w)", out, err)
+		}
+		return nil
+	})
+}
+
+// stillAttached checks that the daemon of a node has pods and remembers them.
+func (m *mesh) stillAttached(n *lab.Node, names ...string) {
+	m.t.Helper()
+	saved, err := os.ReadFile(n.Daemon.StateDir + "/pods.json")
+	must(m.t, err)
+	out, err := m.PodCmd(m.ctx, n, "list")
+	must(m.t, err)
+	for _, name := range names {
+		if !strings.Contains(string(saved), `"name": "`+name+`"`) {
+			m.t.Errorf("pod %s is not remembered: %s", name, saved)
+		}
+		if !strings.Contains(out, name) || strings.Contains(out, "Pending") {
+			m.t.Errorf("pod %s is not attached: %s", name, out)
+		}
+	}
+	if strings.Contains(n.Daemon.Log(), "vanished") {
+		m.t.Errorf("a pod was taken for vanished")
+	}
 }
