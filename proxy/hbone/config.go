@@ -9,9 +9,12 @@ import (
 
 // Config is what a connection is told; zero values mean the defaults given here, which are ztunnel's where it has them.
 type Config struct {
-	// StreamWindow is the receive window of a stream in bytes (SETTINGS_INITIAL_WINDOW_SIZE, 4 MiB).
+	// StreamWindow is the largest receive window of a stream in bytes (4 MiB), and the first one
+	// (SETTINGS_INITIAL_WINDOW_SIZE) while a connection has few streams; then windows grow as their users read
+	// (window.go).
 	StreamWindow uint32
-	// ConnWindow is the receive window of the connection in bytes (16 MiB). It bounds what a peer can make us hold unread.
+	// ConnWindow is the receive window of the connection in bytes (16 MiB), and what the windows of its streams may
+	// have grown by together. A peer can make us hold twice as much unread.
 	ConnWindow uint32
 	// FrameSize is the largest frame that the peer may send, in bytes (SETTINGS_MAX_FRAME_SIZE, 1 MiB).
 	FrameSize uint32
@@ -119,6 +122,12 @@ type Stats struct {
 	PingTimeouts atomic.Uint64
 	// Compacted counts received pieces that were copied because too many large blocks were pinned.
 	Compacted atomic.Uint64
+	// Withheld counts received pieces for which the connection's window was not given back at once, because too much
+	// was unread.
+	Withheld atomic.Uint64
+	// Rotated counts connections that a server ended gracefully (GOAWAY) because streams whose readers have stopped
+	// held most of the client's window.
+	Rotated atomic.Uint64
 	// Lingered counts closed streams whose last bytes were dropped because the peer gave no window for them.
 	Lingered atomic.Uint64
 }

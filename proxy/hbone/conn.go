@@ -42,6 +42,7 @@ type conn struct {
 
 	pinned   atomic.Int64  // large blocks in use
 	unread   atomic.Int64  // payload bytes received and not consumed
+	withheld atomic.Int64  // of unread: bytes for which the connection's window is given back when they are consumed
 	uncredit atomic.Int64  // consumed bytes whose credit was not given back yet
 	arrived  atomic.Uint64 // counts reads from the socket; PING looks whether anything came at all
 
@@ -72,8 +73,10 @@ type conn struct {
 	carry      []byte  // sealed bytes that an interrupted write left
 	carryBuf   *[]byte // the pooled buffer of carry
 	sendWin    int64
-	last       bool // close the socket when everything is flushed
-	said       bool // that was done
+	sendTop    int64        // the largest sendWin so far
+	lowSince   atomic.Int64 // since when less than half of sendTop is left; 0: it is not. Unix ns
+	last       bool         // close the socket when everything is flushed
+	said       bool         // that was done
 	readerGone bool
 	linger     linger // how long the reader still listens after our last byte
 	broken     error  // a write to the socket failed with this
@@ -93,8 +96,12 @@ type conn struct {
 	drainTimer    *time.Timer
 	drainWanted   bool // GoAway came before Serve
 
-	// Receiving.
+	// Receiving (window.go).
 	recvWin int64 // what the peer may still send on the connection
+	grown   int64 // by how much streams' windows exceed the least one, together
+	first   int64 // of new streams
+	crowded bool  // the peer was told so
+	acks    int   // of our SETTINGS
 
 	ping   pinger
 	probed time.Time // when probe last asked
@@ -115,8 +122,8 @@ func newConn(nc net.Conn, cfg Config, client bool) *conn {
 		cfg: cfg, client: client, nc: nc, raw: nc, bufs: cfg.Buffers, log: cfg.Logger,
 		done:    make(chan struct{}),
 		streams: make(map[uint32]*Stream), nextID: 1,
-		sendWin: 65535, peerInitial: 65535, peerMaxFrame: 16384, peerMaxStream: 1<<32 - 1,
-		recvWin: int64(cfg.ConnWindow), leftAt: 1<<32 - 1,
+		sendWin: 65535, sendTop: 65535, peerInitial: 65535, peerMaxFrame: 16384, peerMaxStream: 1<<32 - 1,
+		recvWin: int64(cfg.ConnWindow), first: int64(cfg.StreamWindow), leftAt: 1<<32 - 1,
 		refusals:  newBucket(refusalBurst, refusalsPerSecond),
 		resets:    newBucket(cfg.Resets, float64(cfg.Resets)/4),
 		nuisances: newBucket(cfg.ControlFrames, float64(cfg.ControlFrames)/10),
@@ -319,6 +326,7 @@ func (c *conn) forgetLocked(s *Stream) {
 	s.gone = true
 	delete(c.streams, s.id)
 	c.remember(s)
+	c.narrow(s)
 	if s.onGone != nil {
 		s.onGone()
 		s.onGone = nil

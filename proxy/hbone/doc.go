@@ -14,7 +14,7 @@
 // gives credit back. Idle connections have one goroutine and no buffer, idle streams have neither.
 //
 // Files: config, errors, buffer | wire (bytes from the socket), record and tlsconn (TLS 1.3 records) | conn (life and
-// death), read, frames, write, ping | stream, recv, copy, sock | client, server, pool, stale | headers.
+// death), read, frames, write, ping | stream, recv, copy, window, sock | client, server, pool, stale | headers.
 //
 // Decisions (2026-11-23):
 //   - No net/http: its server cannot half-close a CONNECT tunnel, and it costs half as much again as TLS itself.
@@ -44,6 +44,11 @@
 //   - 2026-11-28: a request that a tunnel from before leaves without an answer is sent once more, on a tunnel that is
 //     newer than the failure (so that ten stale ones cost one failure, not ten). Silence is told from slowness by a
 //     PING (stale.go): the peer may take its whole connect timeout to answer, a black hole costs 1.3 s.
-//   - Not better: as in ztunnel, four streams whose readers have stopped hold the connection's whole window
-//     (16 MiB against 4 MiB each), and the others wait.
+//   - 2026-11-28: a reader who pauses stalls itself only (window.go). In ztunnel, and here before, four of them held
+//     the connection's whole window (16 MiB against 4 MiB each) and all others of the tunnel waited. SETTINGS still
+//     announce ztunnel's 4 MiB; once 1 MiB lies unread and there are more than three streams they are followed by
+//     64 KiB, and windows grow with their readers. Towards peers that keep such windows, a stream leaves as much of
+//     the connection's window as it uses; a client opens new streams on another tunnel when half of it is away, and
+//     a server says GOAWAY so that its client does. What remains: streams that are open on such a tunnel already
+//     when more than some eight of its readers pause at a ztunnel peer wait with them.
 package hbone

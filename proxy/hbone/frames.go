@@ -53,7 +53,7 @@ func (c *conn) takeSettings(f *http2.SettingsFrame) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if f.IsAck() {
-		c.acked = true
+		c.acknowledged()
 		return nil
 	}
 	if n := f.NumSettings(); n > maxSettings {
@@ -129,7 +129,7 @@ func (c *conn) takeWindowUpdate(id uint32, inc int64) error {
 		return err
 	}
 	if id == 0 {
-		if c.sendWin += inc; c.sendWin > 1<<31-1 {
+		if c.credited(inc); c.sendWin > 1<<31-1 {
 			return violation(http2.ErrCodeFlowControl, "connection window overflows")
 		}
 		c.revive()
@@ -137,6 +137,10 @@ func (c *conn) takeWindowUpdate(id uint32, inc int64) error {
 		if s.sendWin += inc; s.sendWin > 1<<31-1 {
 			c.rejectLocked(s, http2.ErrCodeFlowControl)
 			return nil
+		}
+		s.debt = max(s.debt-inc, 0)
+		if s.list == &c.starved {
+			c.starved.remove(s)
 		}
 		c.schedule(s)
 	} else if c.isIdle(id) {

@@ -209,9 +209,9 @@ func TestViolations(t *testing.T) {
 			p.fr.WritePing(false, [8]byte{})
 		}, "PROTOCOL_ERROR"},
 		"connection window": {func(p *rawPeer) {
-			// Nobody reads: five streams of almost 4 MiB are more than 16.
+			// Nobody reads: thirteen streams of almost 4 MiB are more than the 32 that may lie unread and 16 on the way.
 			buf := make([]byte, 1<<20-1)
-			for id := uint32(1); id < 11; id += 2 {
+			for id := uint32(1); id < 27; id += 2 {
 				p.connect(id)
 				for range 4 {
 					if p.fr.WriteData(id, false, buf) != nil {

@@ -187,7 +187,7 @@ func (p *Pool) checkout(ctx context.Context, key Key, after uint64) (*tunnel, er
 			p.keys[key] = ts
 		}
 		for _, t := range ts.list {
-			if t.active < t.limit && t.number > after {
+			if t.active < t.limit && t.number > after && !t.cc.c.stuck() {
 				t.use()
 				return t, nil
 			}

@@ -188,6 +188,8 @@ func (r *reader) parse(off, end int) error {
 			n := min(len(b), r.left)
 			if r.stream == nil || !r.stream.push(r.k, off, off+n) {
 				r.c.creditConn(n)
+			} else {
+				r.c.received(n)
 			}
 			off += n
 			if r.left -= n; r.left == 0 {
@@ -373,6 +375,7 @@ func (r *reader) beginData(n int, flags http2.Flags, id uint32) error {
 			c.rejectLocked(s, http2.ErrCodeFlowControl)
 			s = nil
 		}
+		c.crowd()
 	}
 	r.stream = s
 	switch {

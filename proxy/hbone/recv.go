@@ -113,8 +113,7 @@ func (s *Stream) stopReading() {
 	s.rdl.stop()
 	s.rcond.Broadcast()
 	s.rmu.Unlock()
-	s.c.unread.Add(int64(-n))
-	s.c.creditConn(n)
+	s.c.settleConn(n)
 }
 
 // await waits until there is something to read, or nothing any more. rmu is held, but given up meanwhile.
@@ -228,34 +227,5 @@ func (s *Stream) WriteTo(dst io.Writer) (total int64, err error) {
 		if err != nil {
 			return total, &SinkError{err}
 		}
-	}
-}
-
-// consumed gives the peer credit back, in batches of a quarter of the windows.
-func (s *Stream) consumed(n int) {
-	c := s.c
-	c.unread.Add(int64(-n))
-	if s.uncredit.Add(int64(n)) >= int64(c.cfg.StreamWindow/4) {
-		c.mu.Lock()
-		if inc := s.uncredit.Swap(0); inc > 0 && !s.gotEnd && !c.isOver() {
-			s.recvWin += inc
-			c.framer.WriteWindowUpdate(s.id, uint32(inc))
-			c.wantFlush()
-		}
-		c.mu.Unlock()
-	}
-	c.creditConn(n)
-}
-
-// creditConn gives the connection's credit for n bytes back.
-func (c *conn) creditConn(n int) {
-	if n > 0 && c.uncredit.Add(int64(n)) >= int64(c.cfg.ConnWindow/4) {
-		c.mu.Lock()
-		if inc := c.uncredit.Swap(0); inc > 0 && !c.isOver() {
-			c.recvWin += inc
-			c.framer.WriteWindowUpdate(0, uint32(inc))
-			c.wantFlush()
-		}
-		c.mu.Unlock()
 	}
 }

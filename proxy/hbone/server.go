@@ -228,6 +228,10 @@ func (c *conn) takeRequest(f *http2.MetaHeadersFrame, fresh bool) error {
 	if f.StreamEnded() {
 		c.peerEnded(s)
 	}
+	if c.stuck() && !c.leaving {
+		c.cfg.Stats.Rotated.Add(1)
+		c.drainLocked() // the client's next streams get a connection that has a window
+	}
 	c.running++
 	c.spawn(func() {
 		c.handler(s, req)

@@ -27,7 +27,10 @@ type Stream struct {
 	// The sending half and the life cycle; c.mu guards them.
 	sendWin    int64 // what the peer's window lets us send
 	recvWin    int64 // what our window lets the peer send
-	sent       int64
+	debt       int64 // sent, and not given back by the peer's WINDOW_UPDATE
+	eaten      int64 // consumed since eatenAt, see widen
+	eatenAt    time.Time
+	small      bool // its window began small, or was made so
 	pend       *frame
 	list       *streamList
 	prev, next *Stream
@@ -56,6 +59,7 @@ type Stream struct {
 	class uint8      // size class of the next frame; by wlock
 
 	uncredit atomic.Int64 // consumed bytes whose credit was not given back yet
+	window   atomic.Int64 // the receive window in force; c.mu to change it
 
 	// The receiving half; rmu guards it. Lock order: c.mu, rmu.
 	rmu     sync.Mutex
@@ -70,7 +74,8 @@ type Stream struct {
 }
 
 func newStream(c *conn, id uint32) *Stream {
-	s := &Stream{c: c, id: id, sendWin: c.peerInitial, recvWin: int64(c.cfg.StreamWindow)}
+	s := &Stream{c: c, id: id, sendWin: c.peerInitial}
+	c.begin(s)
 	if !c.acked {
 		s.recvWin = max(s.recvWin, 65535) // the peer may not know better yet
 	}

@@ -66,7 +66,7 @@ func (c *conn) schedule(s *Stream) {
 		n := s.pend.end - s.pend.off
 		switch {
 		case s.sendWin <= 0: // its WINDOW_UPDATE schedules it again
-		case c.sendWin <= 0:
+		case c.sendable(s) <= 0:
 			c.starved.push(s)
 		case n <= lightLen:
 			c.light.push(s)
@@ -80,13 +80,14 @@ func (c *conn) schedule(s *Stream) {
 
 // revive schedules what waited for the connection's window. mu is held.
 func (c *conn) revive() {
-	for c.sendWin > 0 {
-		s := c.starved.head
-		if s == nil {
+	for s, last := c.starved.head, c.starved.tail; s != nil && c.sendWin > 0; {
+		next := s.next
+		c.starved.remove(s)
+		c.schedule(s) // perhaps to the end of the same list
+		if s == last {
 			return
 		}
-		c.starved.remove(s)
-		c.schedule(s)
+		s = next
 	}
 }
 
@@ -227,16 +228,14 @@ func (c *conn) emit(s *Stream) int {
 	e := emission{id: s.id}
 	size := 0
 	if f := s.pend; f != nil {
-		e.n = min(f.end-f.off, int(min(s.sendWin, c.sendWin, int64(c.peerMaxFrame))))
+		e.n = min(f.end-f.off, int(min(c.sendable(s), int64(c.peerMaxFrame))))
 		if e.n <= 0 {
 			c.schedule(s) // to where it waits for window
 			return 0
 		}
 		e.f, e.off = f, f.off
 		f.off += e.n
-		s.sendWin -= int64(e.n)
-		c.sendWin -= int64(e.n)
-		s.sent += int64(e.n)
+		c.spend(s, int64(e.n))
 		c.earn(e.n)
 		size = headLen + e.n
 		if f.off < f.end {
