@@ -15,12 +15,15 @@ import (
 const minTimer = 8 * time.Millisecond
 
 // clock is the standard clock with timers of at least minTimer.
-type clock struct{ tcpip.Clock }
+type clock struct {
+	tcpip.Clock
+	s *Stack // that a panic in one of its timers ends
+}
 
-func newClock() tcpip.Clock { return clock{tcpip.NewStdClock()} }
+func newClock(s *Stack) tcpip.Clock { return clock{tcpip.NewStdClock(), s} }
 
 func (c clock) AfterFunc(d time.Duration, f func()) tcpip.Timer {
-	return timer{c.Clock.AfterFunc(max(d, minTimer), f)}
+	return timer{c.Clock.AfterFunc(max(d, minTimer), c.s.cfg.Panics.Func("a timer of gVisor's", f, c.s.crash))}
 }
 
 type timer struct{ tcpip.Timer }

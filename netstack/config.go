@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"time"
 
+	"ztun/proxy/rescue"
 	"ztun/tun"
 )
 
@@ -38,6 +39,10 @@ type Config struct {
 	// block (the query counts against MaxDNS until it returns). TCP to port 53
 	// is a Flow like any other. Nil: such packets are dropped like other UDP.
 	OnDNS func(*DNSQuery)
+	// Panics catches those of the stack's goroutines; nil: nobody does. One in a
+	// connection's ends that, one in the stack's own work ends the stack (Run says
+	// so). gVisor starts goroutines of its own, whose panics cannot be caught.
+	Panics *rescue.Panics
 	// Logger for what counters cannot say; nil discards.
 	Logger *slog.Logger
 

@@ -131,10 +131,10 @@ func (d *dnsTap) handle(h *hop, id stack.TransportEndpointID, pkt *stack.PacketB
 	d.mu.Unlock()
 	d.queries.Add(1)
 	q := &DNSQuery{h: h, src: src, dst: dst, payload: pkt.Data().AsRange().ToSlice()[:n]}
-	go func() {
+	go d.s.cfg.Panics.Func("a DNS query", func() {
 		defer d.done(n)
 		d.s.cfg.OnDNS(q)
-	}()
+	}, nil)()
 	return true
 }
 

@@ -142,11 +142,11 @@ func (fl *Flow) cutHandshake() {
 		return
 	}
 	// The endpoint is about to be registered, or has just done its part.
-	time.AfterFunc(time.Millisecond, func() {
+	time.AfterFunc(time.Millisecond, fl.f.s.cfg.Panics.Func("a handshake's end", func() {
 		fl.mu.Lock()
 		defer fl.mu.Unlock()
 		fl.cutHandshake()
-	})
+	}, fl.f.s.crash))
 }
 
 // decide takes the right to decide.
@@ -198,7 +198,7 @@ func (fl *Flow) handshake(c *Conn) (tcpip.Endpoint, tcpip.Error) {
 	if gone {
 		return nil, &tcpip.ErrAborted{}
 	}
-	patience := time.AfterFunc(fl.f.s.handshakePatience, fl.tire)
+	patience := time.AfterFunc(fl.f.s.handshakePatience, fl.f.s.cfg.Panics.Func("a handshake's end", fl.tire, fl.f.s.crash))
 	ep, terr := fl.req.CreateEndpoint(&c.wq)
 	patience.Stop()
 	fl.mu.Lock()

@@ -161,7 +161,7 @@ func (f *forwarder) serve(h *hop) func(*tcp.ForwarderRequest) {
 				fl.refuse(Reset)
 			}
 		}()
-		f.s.cfg.OnFlow(fl)
+		f.s.cfg.Panics.Run("a connection's beginning", func() { f.s.cfg.OnFlow(fl) }, nil)
 	}
 }
 

@@ -44,6 +44,7 @@ func newHop(s *Stack, name string, p *pump, network bool) *hop {
 	h := &hop{s: s, name: name, port: newPort(p, s.cfg.MTU), network: network}
 	h.port.first = func() { h.stack() }
 	h.port.wait = h.wait
+	h.port.crashed = s.crash
 	return h
 }
 
@@ -85,7 +86,7 @@ func (h *hop) stack() (*stack.Stack, error) {
 		// A packet from the pod to the pod's own address must leave by a link,
 		// not loop inside: with spoofing every address would count as local.
 		HandleLocal: false,
-		Clock:       newClock(),
+		Clock:       newClock(h.s),
 	})
 	if err := h.configure(gs); err != nil {
 		gs.Destroy()

@@ -53,14 +53,14 @@ func (h *hop) wait(syn synID, p *rxPacket, pkt *stack.PacketBuffer) bool {
 }
 
 func (h *hop) deliverLate(syn synID, proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer, pause time.Duration, tries int) {
-	time.AfterFunc(pause, func() {
+	time.AfterFunc(pause, h.s.cfg.Panics.Func("a SYN that waited", func() {
 		if tries > 1 && h.taken(syn) {
 			h.deliverLate(syn, proto, pkt, 2*pause, tries-1)
 			return
 		}
 		defer h.s.flows.endLate()
 		h.port.deliver(proto, pkt)
-	})
+	}, h.s.crash))
 }
 
 // taken reports whether something older stands in the way of a SYN: an endpoint, or a flow that awaits its verdict though its

@@ -27,6 +27,8 @@ type port struct {
 	first func()
 	// wait takes a SYN that an older connection of the same ports stands in the way of; see late.go.
 	wait func(syn synID, p *rxPacket, pkt *stack.PacketBuffer) bool
+	// crashed is told of a panic while a packet was delivered.
+	crashed func(error)
 }
 
 var (
@@ -43,6 +45,7 @@ func newPort(p *pump, mtu int) *port {
 // deliver hands an incoming packet to the stack and consumes the caller's
 // reference. Everything up to the segment queue of the endpoint happens inline.
 func (l *port) deliver(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer) {
+	defer pkt.DecRef()
 	d := l.disp.Load()
 	if d == nil {
 		l.first()
@@ -51,7 +54,6 @@ func (l *port) deliver(proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffe
 	if d != nil { // nil on a stack that is closing
 		(*d).DeliverNetworkPacket(proto, pkt)
 	}
-	pkt.DecRef()
 }
 
 // WritePackets queues; see pump for who writes. It never blocks: the endpoint's

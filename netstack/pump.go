@@ -11,6 +11,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
+	"ztun/proxy/rescue"
 	"ztun/tun"
 )
 
@@ -24,6 +25,13 @@ type pump struct {
 	dev tun.Device
 	log *slog.Logger
 	gso bool
+
+	panics *rescue.Panics
+	// at is the port that the reader is delivering to; nil: none. For who clears
+	// up after a panic.
+	at *port
+	// fault is why the pump ends, if not because of its device.
+	fault atomic.Pointer[error]
 
 	// only is the one port of an App device; nil for an uplink, whose reader
 	// asks route.
@@ -51,11 +59,11 @@ type rxStats struct {
 	returned, overFragments                    atomic.Uint64
 }
 
-func newPump(dev tun.Device, log *slog.Logger) *pump {
+func newPump(dev tun.Device, log *slog.Logger, panics *rescue.Panics) *pump {
 	o := dev.Offload()
 	return &pump{
-		dev:  dev,
-		log:  log,
+		dev: dev,
+		log: log, panics: panics,
 		gso:  o.VNetHdr && o.CSum && o.TSO4 && o.TSO6,
 		tx:   txQueue{wake: make(chan struct{}, 1)},
 		stop: make(chan struct{}),
@@ -65,9 +73,11 @@ func newPump(dev tun.Device, log *slog.Logger) *pump {
 // run reads until the device is closed; it owns the writer goroutine.
 func (p *pump) run() error {
 	var wg sync.WaitGroup
-	wg.Go(p.writer)
+	wg.Go(p.panics.Func("a device's writer", p.writer, p.fail))
 	err := p.reader()
-	if errors.Is(err, os.ErrClosed) {
+	if fault := p.fault.Load(); fault != nil {
+		err = *fault
+	} else if errors.Is(err, os.ErrClosed) {
 		err = nil
 	} else if err != nil {
 		err = fmt.Errorf("netstack: reading %s: %w", p.dev.Name(), err)
@@ -76,6 +86,12 @@ func (p *pump) run() error {
 	wg.Wait()
 	p.tx.close()
 	return err
+}
+
+// fail ends the pump: run returns err.
+func (p *pump) fail(err error) {
+	p.fault.CompareAndSwap(nil, &err)
+	p.close()
 }
 
 // writer is the only writer of the device.
@@ -90,8 +106,29 @@ func (p *pump) writer() {
 	}
 }
 
-// reader is the only reader of the device.
-func (p *pump) reader() error {
+// reader is the only reader of the device. A panic at a packet ends the stack that
+// the packet was for: of the node's device that is one pod's, and the others go on.
+func (p *pump) reader() (err error) {
+	for again := true; again; {
+		again = false
+		p.panics.Run("a device's reader", func() { err = p.read() }, func(cause error) {
+			at := p.at
+			p.at = nil
+			switch {
+			case at != nil:
+				at.crashed(cause)
+				again = at != p.only
+			case p.only == nil:
+				again = true // a packet of nobody's: it is dropped
+			}
+			err = cause
+		})
+	}
+	return err
+}
+
+// read reads packets and delivers them.
+func (p *pump) read() error {
 	var (
 		bufs rxBuffers
 		vh   tun.VNetHdr
@@ -154,10 +191,11 @@ func (p *pump) reader() error {
 			syn = synOf(iov[0], &pk)
 		}
 		pkt := bufs.packet(n, &pk)
-		if pk.syn && to.wait(syn, &pk, pkt) {
-			continue
+		p.at = to
+		if !pk.syn || !to.wait(syn, &pk, pkt) {
+			to.deliver(pk.proto, pkt)
 		}
-		to.deliver(pk.proto, pkt)
+		p.at = nil
 	}
 }
 
@@ -174,7 +212,9 @@ func (p *pump) readUDP(bufs *rxBuffers, n int, pk *rxPacket, vh *tun.VNetHdr) {
 	case !(p.dev.Offload().VNetHdr && vouched(vh)) && !checksumValid(bufs.iov[:], n, pk):
 		p.rx.badChecksum.Add(1)
 	default:
+		p.at = to
 		to.deliver(pk.proto, bufs.packet(n, pk))
+		p.at = nil
 	}
 }
 

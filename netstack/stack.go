@@ -58,7 +58,7 @@ func New(cfg Config) (*Stack, error) {
 	}
 	s.flows = newForwarder(s)
 	s.dns = newDNSTap(s)
-	s.pump = newPump(cfg.App, s.log)
+	s.pump = newPump(cfg.App, s.log, cfg.Panics)
 	s.app = newHop(s, "app", s.pump, false)
 	s.app.port.dns = cfg.OnDNS != nil
 	s.pump.only = s.app.port
@@ -88,15 +88,25 @@ func (s *Stack) Run(ctx context.Context) error {
 	}
 	defer close(s.runDone)
 	closing := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
+	stop := context.AfterFunc(ctx, s.cfg.Panics.Func("the end of a stack", func() {
 		defer close(closing)
 		s.shutdown()
-	})
+	}, nil))
 	err := s.pump.run()
 	if !stop() {
 		<-closing
 	}
 	return err
+}
+
+// crash ends a stack whose own work has panicked, with locks of gVisor's held
+// perhaps: nothing of the network reaches it any more, so that nobody who serves
+// other pods waits for those locks, and Run returns the error.
+func (s *Stack) crash(err error) {
+	if s.cfg.Uplink != nil {
+		s.cfg.Uplink.detach(s.cfg.Addrs, s.up.port)
+	}
+	s.pump.fail(err)
 }
 
 // Close resets every connection and pending flow, waits for the OnFlow

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"ztun/proxy/rescue"
 	"ztun/tun"
 )
 
@@ -35,13 +36,17 @@ func NewUplink(dev tun.Device, log *slog.Logger) *Uplink {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	u := &Uplink{pump: newPump(dev, log), runDone: make(chan struct{})}
+	u := &Uplink{pump: newPump(dev, log, nil), runDone: make(chan struct{})}
 	u.table.Store(&map[netip.Addr]*port{})
 	u.pump.route = func(p *rxPacket) *port { return (*u.table.Load())[p.dst] }
 	u.pump.back = u.giveBack
 	u.pump.fragments = newFragmentBudget()
 	return u
 }
+
+// Rescue has p catch panics: one at a pod's packet then ends that pod's stack. It is to
+// be called before Run.
+func (u *Uplink) Rescue(p *rescue.Panics) { u.pump.panics = p }
 
 // Run moves packets until Close, until ctx ends (which closes the Uplink) or
 // until the device fails, whose error it returns. At most once.
@@ -50,7 +55,7 @@ func (u *Uplink) Run(ctx context.Context) error {
 		return errors.New("netstack: Uplink.Run called twice")
 	}
 	defer close(u.runDone)
-	defer context.AfterFunc(ctx, u.pump.close)()
+	defer context.AfterFunc(ctx, u.pump.panics.Func("the end of the uplink", u.pump.close, nil))()
 	return u.pump.run()
 }
 

@@ -102,12 +102,12 @@ func (t *conns) add(l *live) {
 
 func (t *conns) remove(l *live) {
 	t.mu.Lock()
+	defer t.mu.Unlock()
 	delete(t.all, l)
 	if len(t.all) == 0 && t.idle != nil {
 		close(t.idle)
 		t.idle = nil
 	}
-	t.mu.Unlock()
 }
 
 // severAll cuts every connection, and from now on every new one.

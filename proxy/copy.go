@@ -26,7 +26,8 @@ type session struct {
 	c        *connection
 	down, up Conn // the side that asked for the connection, and the side that we connected to
 
-	left        atomic.Int32 // directions that have not ended
+	left        atomic.Int32          // directions that have not ended
+	crash       atomic.Pointer[Error] // that a direction has panicked
 	forth, back error
 
 	mu    sync.Mutex
@@ -58,11 +59,11 @@ func (s *session) lose(err error) {
 	}
 	s.lost = err
 	s.v.p.work.Add(1) // beside the visit's own, which is held until ended is set
-	s.tear = time.AfterFunc(tearAfter, func() {
+	s.tear = time.AfterFunc(tearAfter, s.v.p.o.Panics.Func("the end of a connection", func() {
 		defer s.v.p.work.Done()
 		abort(s.down)
 		abort(s.up)
-	})
+	}, nil))
 }
 
 // accept completes the handshake of a flow whose upstream stands, and starts copying.
@@ -72,7 +73,6 @@ func (v *visit) accept(c *connection, f Flow, up Conn) {
 		// The application has given up meanwhile; nothing was asked of the far side but to be there.
 		abort(up)
 		c.record(nil)
-		v.leave()
 		return
 	}
 	v.carry(c, down, up)
@@ -80,7 +80,7 @@ func (v *visit) accept(c *connection, f Flow, up Conn) {
 
 // carry starts copying and returns.
 func (v *visit) carry(c *connection, down, up Conn) {
-	c.carried = true
+	c.carried, v.carried = true, true
 	s := &session{v: v, c: c, down: down, up: up}
 	if cut := v.live.attach(down, up); cut != nil {
 		cancel(down)
@@ -91,8 +91,8 @@ func (v *visit) carry(c *connection, down, up Conn) {
 	s.left.Store(2)
 	s.watch(down)
 	s.watch(up)
-	go s.copyToUpstream()
-	go s.copyToDownstream()
+	go s.v.p.o.Panics.Func("copying to upstream", s.copyToUpstream, s.crashed)()
+	go s.v.p.o.Panics.Func("copying to downstream", s.copyToDownstream, s.crashed)()
 }
 
 // copyToUpstream and copyToDownstream are named so that goroutine dumps read well.
@@ -112,10 +112,27 @@ func (s *session) done() {
 	}
 }
 
+// crashed ends the session of a direction that has panicked. Its ends may be locked for ever: nobody waits for them.
+func (s *session) crashed(err error) {
+	s.crash.CompareAndSwap(nil, fail(kindIO, err))
+	for _, c := range []Conn{s.down, s.up} {
+		go s.v.p.o.Panics.Func("the end of a connection", func() {
+			if t, ok := c.(*hbone.Stream); ok {
+				t.Crashed(err)
+				return
+			}
+			abort(c)
+		}, nil)()
+	}
+	s.done()
+}
+
 // end keeps the books. The error of the way to upstream is the one that is reported if there are two.
 func (s *session) end() {
-	s.up.Close()
-	s.down.Close()
+	if s.crash.Load() == nil { // else they are being closed
+		s.up.Close()
+		s.down.Close()
+	}
 	err := s.forth
 	if err == nil {
 		err = s.back
@@ -129,6 +146,9 @@ func (s *session) end() {
 		err = &copyError{"receive: ", s.lost}
 	}
 	s.mu.Unlock()
+	if crash := s.crash.Load(); crash != nil {
+		err = crash
+	}
 	if cut := s.v.live.reason(); cut != nil {
 		err = cut
 	}

@@ -71,15 +71,17 @@ func (p *Proxy) ServeMesh(raw net.Conn) {
 	p.mesh[server] = struct{}{}
 	draining := p.draining
 	p.mu.Unlock()
+	defer func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		delete(p.mesh, server)
+	}()
 	if draining {
 		server.GoAway()
 	}
 	if err := server.Serve(p.ctx); err != nil {
 		p.o.Log.Debug("HBONE connection ended", "target", "inbound", "peer", t.src, "error", err)
 	}
-	p.mu.Lock()
-	delete(p.mesh, server)
-	p.mu.Unlock()
 }
 
 // meet waits for the peer's first byte and has both sides prove who they are.
@@ -108,7 +110,7 @@ func (p *Proxy) awaitByte(raw net.Conn) error {
 	}
 	raw.SetReadDeadline(time.Now().Add(handshakeTimeout))
 	defer raw.SetReadDeadline(time.Time{})
-	defer context.AfterFunc(p.ctx, func() { raw.SetReadDeadline(time.Unix(1, 0)) })()
+	defer context.AfterFunc(p.ctx, p.o.Panics.Func("the end of a handshake", func() { raw.SetReadDeadline(time.Unix(1, 0)) }, nil))()
 	var b [1]byte
 	var n int
 	var rerr error
@@ -177,13 +179,15 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	}
 	p.work.Add(1) // beside the tunnel's own, which is held as long as this runs
 	v := &visit{p: p}
+	var c *connection
+	defer v.settle(&c)
 	v.register(l)
 	failed := p.admit(ctx, p.policyLog(t.src, s.Traceparent()), local, l)
 	der := &derived{id: t.peer, hasID: t.hasPeer}
 	if p.o.Config.ResponseBaggage && failed == nil {
 		der.baggage = hbone.ParseBaggage(s.Baggage()) // what a peer that policy refuses says of itself is not listened to
 	}
-	c := p.open(connectionInput{
+	c = p.open(connectionInput{
 		src: t.src, dst: t.dst, hbone: s.Authority(), mtls: true, derived: der,
 		source: source, dest: local, service: in.Service, start: start,
 	})
@@ -200,7 +204,6 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 		} else {
 			c.record(failed)
 		}
-		v.leave()
 		return
 	}
 	resp := &hbone.Response{Status: http.StatusOK}
@@ -211,7 +214,6 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	if err != nil {
 		abort(up)
 		c.record(nil) // the peer gave its stream up before we could answer
-		v.leave()
 		return
 	}
 	t.place.Release()

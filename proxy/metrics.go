@@ -84,17 +84,12 @@ var families = [...]struct {
 // get finds or makes the series of l, for one user more until release. claimant is whose claims some of the labels
 // are, and claims which; no claimant, no claims.
 func (m *Metrics) get(l labels, claimant string, claims labelSet) *series {
-	m.mu.RLock()
-	s := m.series[l]
-	if s != nil {
-		s.users.Add(1) // under the lock: what expires has no users
-	}
-	m.mu.RUnlock()
-	if s != nil {
+	if s := m.find(l); s != nil {
 		return s
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	var s *series
 	if claimant != "" && m.series[l] == nil {
 		size := 0
 		for i := range l {
@@ -121,6 +116,17 @@ func (m *Metrics) get(l labels, claimant string, claims labelSet) *series {
 		s = m.insert(l)
 	}
 	s.users.Add(1)
+	return s
+}
+
+// find is get for a series that exists.
+func (m *Metrics) find(l labels) *series {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	s := m.series[l]
+	if s != nil {
+		s.users.Add(1) // under the lock: what expires has no users
+	}
 	return s
 }
 

@@ -26,6 +26,8 @@ func (p *Proxy) ServeOutbound(f Flow) {
 
 // outbound is the rest of an outbound connection, captured or asked for by SOCKS5.
 func (v *visit) outbound(f Flow, start time.Time) {
+	var c *connection
+	defer v.settle(&c)
 	p := v.p
 	src, dst := canonical(f.Src()), canonical(f.Dst())
 	ctx, stop := context.WithCancel(p.ctx)
@@ -37,7 +39,6 @@ func (v *visit) outbound(f Flow, start time.Time) {
 			p.deny(true, src, dst, err)
 		}
 		refuse(f, err)
-		v.leave()
 		return
 	}
 
@@ -51,7 +52,6 @@ func (v *visit) outbound(f Flow, start time.Time) {
 		in.hbone = d.Authority()
 		in.derived = &derived{id: local.Identity(), hasID: true}
 	}
-	var c *connection
 	var up Conn
 	var failed *Error
 	switch {

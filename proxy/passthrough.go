@@ -18,6 +18,8 @@ func (p *Proxy) ServePassthrough(f Flow) {
 		f.Refuse(RefuseReset)
 		return
 	}
+	var c *connection
+	defer v.settle(&c)
 	src, dst := canonical(f.Src()), canonical(f.Dst())
 	ctx, stop := context.WithCancel(p.ctx)
 	defer stop()
@@ -27,7 +29,6 @@ func (p *Proxy) ServePassthrough(f Flow) {
 			p.deny(false, src, dst, err)
 		}
 		f.Refuse(RefuseReset)
-		v.leave()
 	}
 	view, local, err := p.localWorkload(ctx)
 	if err != nil {
@@ -69,12 +70,11 @@ func (p *Proxy) ServePassthrough(f Flow) {
 		v.leave()
 		return
 	}
-	c := p.open(ci)
+	c = p.open(ci)
 	up, failed := p.reach(ctx, l, appDial{src: netip.AddrPortFrom(src.Addr(), 0), dst: dst})
 	if failed != nil {
 		abort(down)
 		c.record(failed)
-		v.leave()
 		return
 	}
 	v.carry(c, down, up)

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -9,12 +10,14 @@ import (
 	"runtime/pprof"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"ztun/proxy/fair"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
 	"ztun/proxy/rbac"
+	"ztun/proxy/rescue"
 	"ztun/proxy/route"
 	"ztun/proxy/state"
 )
@@ -59,6 +62,7 @@ type Options struct {
 	Demand      func(ctx context.Context, key string) error
 	OnDemandDNS *OnDemandDNS     // of all pods; nil: not counted
 	Policies    *UnknownPolicies // of all pods; nil: the proxy's own
+	Panics      *rescue.Panics   // catches those of the proxy's goroutines; nil: nobody does
 	Report      *fair.Report     // of what bounds turn away; nil: nobody is told
 	Metrics     *Metrics
 	Access      *slog.Logger // target "access"
@@ -96,6 +100,7 @@ func New(o Options) *Proxy {
 	if o.Config.MaxMeshHandshake == 0 {
 		o.Config.MaxMeshHandshake = maxHandshakes
 	}
+	o.Config.HBONE.Panics = o.Panics
 	p := &Proxy{o: o, mesh: map[*hbone.ServerConn]struct{}{}, illegal: route.IllegalPorts(o.Config.SOCKS5)}
 	p.bounds = newBounds(&o)
 	p.o.Config.HBONE.Stats, p.o.Config.HBONE.Calmed = &p.tunnels, p.bounds.calmed
@@ -128,8 +133,10 @@ type visit struct {
 	live     *live  // nil until the connection is registered
 	// inner is the connection's own tunnel within a gateway's, where there is one. It ends with its only
 	// stream; the visit waits for that.
-	inner  *hbone.ClientConn
-	forget func() // ends the watch over the inner peer's revocation; nil without inner
+	inner   *hbone.ClientConn
+	forget  func() // ends the watch over the inner peer's revocation; nil without inner
+	carried bool   // its bytes are being copied
+	left    atomic.Bool
 }
 
 // enter lets a connection in; nil when the proxy drains and takes nothing new. The goroutine, and those
@@ -159,8 +166,25 @@ func (v *visit) register(l *live) {
 	v.p.conns.add(l)
 }
 
-// leave ends the visit.
+// settle ends a visit whose connection is not being copied when its beginning returns: it was refused, or something
+// panicked. c is its books, if there are any by then.
+func (v *visit) settle(c **connection) {
+	if v.carried {
+		return
+	}
+	if *c != nil {
+		(*c).record(fail(kindIO, errUnfinished)) // no news if it was recorded
+	}
+	v.leave()
+}
+
+var errUnfinished = errors.New("internal error")
+
+// leave ends the visit; only the first call counts.
 func (v *visit) leave() {
+	if v.left.Swap(true) {
+		return
+	}
 	if v.live != nil {
 		v.p.conns.remove(v.live)
 	}
@@ -274,7 +298,7 @@ func (p *Proxy) recheckIn(d time.Duration) {
 		return
 	}
 	p.work.Add(1)
-	p.recheck = time.AfterFunc(d, func() {
+	p.recheck = time.AfterFunc(d, p.o.Panics.Func("a re-check of policies", func() {
 		defer p.work.Done()
 		p.mu.Lock()
 		p.recheck = nil
@@ -283,7 +307,7 @@ func (p *Proxy) recheckIn(d time.Duration) {
 		if !draining {
 			p.Recheck()
 		}
-	})
+	}, nil))
 }
 
 // Stats are figures of one pod's data plane.
@@ -335,14 +359,14 @@ func (p *Proxy) Shutdown(ctx context.Context) {
 		p.conns.severAll(fail(kindDrain, nil)) // before their tunnels go: the reason is ours
 	}
 	// And what is no connection yet, such as a request that waits for the pod's record.
-	defer context.AfterFunc(ctx, p.stop)()
+	defer context.AfterFunc(ctx, p.o.Panics.Func("the end of a drain", p.stop, nil))()
 	// A connection leaves the table when its last bytes and its end are queued, not when they are sent; and
 	// a peer that has not read our GOAWAY yet may have opened one more. Both end with their tunnel.
 	var flushed sync.WaitGroup
 	for _, s := range mesh {
-		flushed.Go(func() { s.Shutdown(ctx) })
+		flushed.Go(p.o.Panics.Func("draining a tunnel", func() { s.Shutdown(ctx) }, nil))
 	}
-	flushed.Go(func() { p.pool.Shutdown(ctx) })
+	flushed.Go(p.o.Panics.Func("draining the pool", func() { p.pool.Shutdown(ctx) }, nil))
 	flushed.Wait()
 	p.Close()
 }
@@ -366,7 +390,9 @@ func (p *Proxy) Close() {
 		s.Close()
 	}
 	p.pool.Close()
-	p.work.Wait()
+	if !p.o.Panics.Wait(&p.work) {
+		p.o.Log.Warn("connections are left that wait for what a panic left undone", "pod", p.o.Info.Namespace+"/"+p.o.Info.Name)
+	}
 	p.bounds.close()
 }
 

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"ztun/proxy/fair"
+	"ztun/proxy/rescue"
 	"ztun/proxy/route"
 	"ztun/proxy/socks"
 )
@@ -32,17 +33,22 @@ func (p *Proxy) ServeSOCKS(raw net.Conn) {
 		}
 		return
 	}
-	f := &socksFlow{conn: c, ctx: p.ctx, src: addrPort(raw.RemoteAddr())}
+	f := &socksFlow{conn: c, ctx: p.ctx, panics: p.o.Panics, src: addrPort(raw.RemoteAddr())}
+	agreed := false
+	defer func() {
+		if !agreed {
+			raw.Close()
+			v.leave()
+		}
+	}()
 	if err := f.negotiate(p); err != nil {
 		if reply, ok := socks.ReplyOf(err); ok {
 			p.bounds.warnings.Log(context.Background(), slog.LevelWarn, "socks", "SOCKS5 handshake failed", slog.Any("client", f.src), slog.Any("error", err))
 			f.end(reply)
-		} else {
-			raw.Close()
 		}
-		v.leave()
 		return
 	}
+	agreed = true
 	v.outbound(f, start)
 }
 
@@ -50,6 +56,7 @@ func (p *Proxy) ServeSOCKS(raw net.Conn) {
 type socksFlow struct {
 	conn     Conn
 	ctx      context.Context // the proxy's
+	panics   *rescue.Panics
 	src, dst netip.AddrPort
 }
 
@@ -65,7 +72,7 @@ func (f *socksFlow) negotiate(p *Proxy) error {
 	}
 	defer place.Release()
 	f.conn.SetDeadline(time.Now().Add(handshakeTimeout))
-	cut := context.AfterFunc(f.ctx, func() { f.conn.SetDeadline(time.Unix(1, 0)) })
+	cut := context.AfterFunc(f.ctx, p.o.Panics.Func("the end of a SOCKS5 handshake", func() { f.conn.SetDeadline(time.Unix(1, 0)) }, nil))
 	req, err := socks.Negotiate(f.conn)
 	if !cut() {
 		return net.ErrClosed // the proxy is closing
@@ -141,7 +148,7 @@ func (f *socksFlow) RefuseFor(err error) { f.end(socksReply(err)) }
 // overtake the answer: the client gets a moment to read it.
 func (f *socksFlow) end(r socks.Reply) {
 	f.conn.SetDeadline(time.Now().Add(goodbye))
-	defer context.AfterFunc(f.ctx, func() { f.conn.SetDeadline(time.Unix(1, 0)) })()
+	defer context.AfterFunc(f.ctx, f.panics.Func("the end of a SOCKS5 handshake", func() { f.conn.SetDeadline(time.Unix(1, 0)) }, nil))()
 	if socks.WriteReply(f.conn, r) == nil && f.conn.CloseWrite() == nil {
 		io.Copy(io.Discard, io.LimitReader(f.conn, 64<<10))
 	}

@@ -30,6 +30,9 @@ func (c *dataplaneCollector) Collect(ch chan<- prometheus.Metric) {
 		emit(ch, "ztun_tunnel_", ps.Tunnels, "pod", name)
 	}
 	ch <- prometheus.MustNewConstMetric(
+		prometheus.NewDesc("ztun_panics_total", "Panics of the data plane that were caught; each ended a connection or a pod's stack. The log has their stacks.", nil, nil),
+		prometheus.CounterValue, float64(c.d.panics.Total()))
+	ch <- prometheus.MustNewConstMetric(
 		prometheus.NewDesc("ztun_mesh_unknown_destination_total", "Connections to port 15008 of an address that no attached pod has.", nil, nil),
 		prometheus.CounterValue, float64(c.d.pods.unknown.Load()))
 }

@@ -33,6 +33,7 @@ import (
 	"ztun/proxy/fair"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
+	"ztun/proxy/rescue"
 	"ztun/proxy/resolve"
 	"ztun/proxy/state"
 	"ztun/tun"
@@ -61,8 +62,9 @@ type daemon struct {
 	node     *netns.NS
 	dev      tun.Device
 	uplink   *netstack.Uplink
-	buffers  hbone.Buffers // shared by the tunnels of all pods
-	report   *fair.Report  // of what bounds turned away
+	buffers  hbone.Buffers  // shared by the tunnels of all pods
+	panics   *rescue.Panics // of the data plane
+	report   *fair.Report   // of what bounds turned away
 
 	// What hostnames of workloads resolve to, and names that the mesh does not know: in our own namespace, as ztunnel does.
 	resolve     *resolve.Cache
@@ -94,7 +96,7 @@ func runProxy(ctx context.Context, c *Config) error {
 	}
 	log := zlog.New(zlog.Options{Writer: os.Stdout, JSON: c.LogFormat == "json", Control: zlog.NewControl(filter)})
 	defer log.Close(context.Background())
-	d := &daemon{c: c, log: log, logger: log.Logger("ztun"), report: fair.NewReport(log.Logger("bounds")), quit: make(chan string, 1)}
+	d := &daemon{c: c, log: log, logger: log.Logger("ztun"), report: fair.NewReport(log.Logger("bounds")), panics: rescue.New(log.Logger("ztun")), quit: make(chan string, 1)}
 
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
@@ -294,6 +296,7 @@ func (d *daemon) openNode(ctx context.Context) (err error) {
 		d.logger.Warn("the TUN device runs without offload, which costs most of its speed", "reason", why)
 	}
 	d.uplink = netstack.NewUplink(d.dev, d.log.Logger("netstack"))
+	d.uplink.Rescue(d.panics)
 	plan := steer.NodePlan(steer.NodeConfig{TUN: c.NodeTUN, MTU: c.MTU, IPv6: c.IPv6})
 	if err := steer.Apply(ctx, plan, steer.Namespaces{Node: d.node}); err != nil {
 		return err
@@ -315,7 +318,7 @@ func (d *daemon) socketOptions() netns.SocketOptions {
 }
 
 func (d *daemon) newPod(ctx context.Context, spec admin.PodSpec) (*pod, error) {
-	parts := &podParts{c: d.c, log: d.log.Logger("pods"), uplink: d.uplink, sock: d.socketOptions(), fds: d.pods.fds, node: d.node, proxy: d.newProxy,
+	parts := &podParts{c: d.c, log: d.log.Logger("pods"), uplink: d.uplink, sock: d.socketOptions(), fds: d.pods.fds, node: d.node, panics: d.panics, proxy: d.newProxy,
 		know: d.know, nameservers: d.nameservers, dnsMetrics: d.dnsMetrics, dnsLog: d.log.Logger("dns"), report: d.report}
 	return newPod(ctx, parts, spec, d.pods.steerConfig(spec))
 }
@@ -342,7 +345,7 @@ func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup) *pr
 	}
 	return proxy.New(proxy.Options{
 		Info:    state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount},
-		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: d.resolve, Metrics: d.metrics, Report: d.report, Policies: d.policies, OnDemandDNS: d.onDemandDNS, Demand: demand, Names: names,
+		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: d.resolve, Metrics: d.metrics, Panics: d.panics, Report: d.report, Policies: d.policies, OnDemandDNS: d.onDemandDNS, Demand: demand, Names: names,
 		Access: d.log.Logger("access"), Log: d.log.Logger("proxy"), Random: mrand.Uint64N,
 		Config: proxy.Config{
 			NetworkName: c.Network, ResponseBaggage: c.ResponseBaggage,

@@ -16,6 +16,7 @@ import (
 	"ztun/proxy"
 	"ztun/proxy/dns"
 	"ztun/proxy/fair"
+	"ztun/proxy/rescue"
 	"ztun/proxy/state"
 	"ztun/tun"
 	"ztun/tun/netns"
@@ -27,18 +28,19 @@ const podTUN = "ztun0"
 
 // pod is what one attached pod consists of.
 type pod struct {
-	spec  admin.PodSpec
-	ns    *netns.NS // the pod's
-	node  *netns.NS // the daemon's
-	dev   tun.Device
-	stack *netstack.Stack
-	proxy *proxy.Proxy
-	dns   *dns.Server    // nil: DNS capture is off
-	socks []net.Listener // SOCKS5; none unless it is on
-	steer steer.PodConfig
-	plan  steer.Plan
-	fds   *place // what the pod itself takes of the daemon's descriptors
-	log   *slog.Logger
+	spec   admin.PodSpec
+	ns     *netns.NS // the pod's
+	node   *netns.NS // the daemon's
+	panics *rescue.Panics
+	dev    tun.Device
+	stack  *netstack.Stack
+	proxy  *proxy.Proxy
+	dns    *dns.Server    // nil: DNS capture is off
+	socks  []net.Listener // SOCKS5; none unless it is on
+	steer  steer.PodConfig
+	plan   steer.Plan
+	fds    *place // what the pod itself takes of the daemon's descriptors
+	log    *slog.Logger
 
 	// built is closed when what flows and queries go to stands, or never will (proxy is nil then): the node's TUN may bring
 	// packets as soon as there is a stack, by the routes that a killed daemon has left.
@@ -63,6 +65,7 @@ type podParts struct {
 	fds    *descriptors
 	node   *netns.NS
 	report *fair.Report
+	panics *rescue.Panics
 
 	know        dns.Knowledge
 	nameservers []netip.AddrPort // of the daemon's resolv.conf
@@ -72,7 +75,7 @@ type podParts struct {
 
 // newPod attaches a pod. What it has made is unmade when a later step fails.
 func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.PodConfig) (_ *pod, err error) {
-	p := &pod{spec: spec, steer: sc, plan: steer.PodPlan(sc), log: parts.log, node: parts.node, built: make(chan struct{})}
+	p := &pod{spec: spec, steer: sc, plan: steer.PodPlan(sc), log: parts.log, node: parts.node, panics: parts.panics, built: make(chan struct{})}
 	var undo []func()
 	defer func() {
 		close(p.built)
@@ -109,7 +112,7 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 	})
 	ref := refOf(spec).String()
 	config := netstack.Config{
-		Addrs: spec.IPs, MTU: sc.MTU, App: p.dev, Uplink: parts.uplink, Logger: parts.log,
+		Addrs: spec.IPs, MTU: sc.MTU, App: p.dev, Uplink: parts.uplink, Panics: parts.panics, Logger: parts.log,
 		MaxInFlight: parts.c.MaxInFlight, MaxInFlightPerDst: parts.c.MaxInFlightPerDestination,
 		KeepaliveOff: !parts.c.KeepaliveEnabled, UserTimeout: parts.c.userTimeout(),
 		KeepaliveIdle: parts.c.KeepaliveTime, KeepaliveInterval: parts.c.KeepaliveInterval, KeepaliveCount: int(parts.c.KeepaliveRetries),
@@ -159,12 +162,12 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 
 	run, stop := context.WithCancel(context.Background())
 	p.stopRun = stop
-	p.running.Go(func() {
+	p.running.Go(parts.panics.Func("a pod's stack", func() {
 		if err := p.stack.Run(run); err != nil && run.Err() == nil {
 			p.failure.Store(&err)
 			p.log.Error("the pod's device failed; `ztun pod del` and `add` the pod again", "pod", refOf(spec).String(), "error", err)
 		}
-	})
+	}, nil))
 	undo = append(undo, stop)
 	// The pod's own routes come last in the plan: nothing leaves it before all else stands.
 	if err = steer.Apply(ctx, p.plan, steer.Namespaces{Node: parts.node, Pod: p.ns}); err != nil {
@@ -220,13 +223,14 @@ func (p *pod) stop(ctx context.Context) {
 	p.once.Do(func() {
 		p.stopping.Store(true)
 		drained := make(chan struct{})
-		go func() {
+		var draining sync.WaitGroup
+		draining.Go(p.panics.Func("the drain of a pod", func() {
 			defer close(drained)
 			var wg sync.WaitGroup // at the same time: a query that nobody answers must not keep the connections from draining
-			wg.Go(func() { p.closeLoopback(ctx) })
+			wg.Go(p.panics.Func("the end of a pod's servers", func() { p.closeLoopback(ctx) }, nil))
 			p.proxy.Shutdown(ctx)
 			wg.Wait()
-		}()
+		}, nil))
 		select {
 		case <-drained:
 			// What was copied in full may still wait in the stack for its reader.
@@ -240,10 +244,15 @@ func (p *pod) stop(ctx context.Context) {
 			case <-time.After(cutGrace):
 			}
 		}
-		p.stack.Close()
-		<-drained
+		// What a panic left locked must not keep the others from ending: after one, nobody is waited for without end.
+		var closed sync.WaitGroup
+		closed.Go(p.panics.Func("the end of a stack", func() { p.stack.Close() }, nil))
+		whole := p.panics.Wait(&closed)
+		whole = p.panics.Wait(&draining) && whole
 		p.stopRun()
-		p.running.Wait()
+		if whole = p.panics.Wait(&p.running) && whole; !whole {
+			p.log.Error("goroutines of the pod are left that wait for what a panic left undone", "pod", refOf(p.spec).String())
+		}
 	})
 }
 

@@ -90,13 +90,13 @@ func (p *pod) serveNames(parts *podParts) error {
 	p.dns, err = dns.New(dns.Config{
 		Client: p.info(), Knowledge: parts.know, Upstream: podUpstream{p.stack}, Nameservers: parts.nameservers,
 		Options: dns.Options{ClusterDomain: c.ClusterDomain, PreferredNamespace: c.PreferredServiceNamespace, IPv6: c.IPv6},
-		Packets: ps, Listeners: ls, Metrics: parts.dnsMetrics, Logger: parts.dnsLog,
+		Packets: ps, Listeners: ls, Panics: parts.panics, Metrics: parts.dnsMetrics, Logger: parts.dnsLog,
 	})
 	if err != nil {
 		closeAll(ls, ps)
 		return err
 	}
-	p.running.Go(func() { p.dns.Run(context.Background()) })
+	p.running.Go(parts.panics.Func("a DNS proxy", func() { p.dns.Run(context.Background()) }, nil))
 	return nil
 }
 
@@ -119,7 +119,7 @@ func (p *pod) serveSOCKS(parts *podParts) error {
 	}
 	p.socks = ls
 	for _, l := range ls {
-		p.running.Go(func() {
+		p.running.Go(parts.panics.Func("a SOCKS5 listener", func() {
 			for {
 				conn, err := l.Accept()
 				switch {
@@ -128,10 +128,10 @@ func (p *pod) serveSOCKS(parts *podParts) error {
 				case err != nil: // out of descriptors, or the like
 					time.Sleep(100 * time.Millisecond)
 				default:
-					p.running.Go(func() { p.proxy.ServeSOCKS(conn) })
+					p.running.Go(parts.panics.Func("a SOCKS5 connection", func() { p.proxy.ServeSOCKS(conn) }, nil))
 				}
 			}
-		})
+		}, nil))
 	}
 	return nil
 }

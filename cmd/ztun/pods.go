@@ -465,7 +465,7 @@ func (m *podManager) shutdown(ctx context.Context) {
 	stop := func() {
 		var wg sync.WaitGroup
 		for _, p := range m.all() {
-			wg.Go(func() { p.stop(ctx) })
+			wg.Go(p.panics.Func("the end of a pod", func() { p.stop(ctx) }, nil))
 		}
 		wg.Wait()
 	}
@@ -514,9 +514,9 @@ func (m *podManager) serveMesh(ln *net.TCPListener) error {
 			conn.Close()
 			continue
 		}
-		go func() {
+		go p.panics.Func("a connection to port 15008", func() {
 			defer place.release()
 			p.proxy.ServeMesh(conn)
-		}()
+		}, nil)()
 	}
 }

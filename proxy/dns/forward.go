@@ -70,7 +70,7 @@ func (s *Server) relayUDP(ctx context.Context, q *query) ([]byte, error) {
 			return nil, err
 		}
 		defer c.Close()
-		defer context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })()
+		defer context.AfterFunc(ctx, s.cfg.Panics.Func("the end of a DNS query", func() { c.SetDeadline(time.Unix(1, 0)) }, nil))()
 		if _, err := c.Write(q.raw); err != nil {
 			return nil, err
 		}

@@ -18,11 +18,11 @@ func (s *Server) Lookup(ctx context.Context, host string) ([]netip.Addr, error) 
 	}
 	ask := func(qtype uint16) <-chan result {
 		c := make(chan result, 1)
-		go func() { // ends with the query, which is bounded in time
+		go s.cfg.Panics.Func("a look-up", func() { // ends with the query, which is bounded in time
 			var r result
 			r.addrs, r.why = s.lookup(host, qtype)
 			c <- r
-		}()
+		}, func(err error) { c <- result{why: err.Error()} })()
 		return c
 	}
 	var all []netip.Addr

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"ztun/proxy/rescue"
 	"ztun/proxy/state"
 )
 
@@ -40,8 +41,9 @@ type Config struct {
 	Packets   []net.PacketConn
 	Listeners []net.Listener
 
-	Metrics *Metrics     // of the node; nil: counted for nobody
-	Logger  *slog.Logger // nil discards; target "dns" has a line per query at level debug
+	Panics  *rescue.Panics // catches those of the server's goroutines; nil: nobody does
+	Metrics *Metrics       // of the node; nil: counted for nobody
+	Logger  *slog.Logger   // nil discards; target "dns" has a line per query at level debug
 
 	// MaxQueries bounds the queries at work that came to Packets (default 1024),
 	// MaxConns the TCP clients (default 256), MaxForwards the queries that wait for
@@ -135,16 +137,16 @@ func (s *Server) Run(ctx context.Context) error {
 	ended, cancel := context.WithCancel(context.Background())
 	cancel()
 	aborted := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
+	stop := context.AfterFunc(ctx, s.cfg.Panics.Func("the end of a DNS proxy", func() {
 		defer close(aborted)
 		s.Shutdown(ended)
-	})
+	}, nil))
 	var wg sync.WaitGroup
 	for _, pc := range s.cfg.Packets {
-		wg.Go(func() { s.servePackets(pc) })
+		wg.Go(s.cfg.Panics.Func("a DNS socket", func() { s.servePackets(pc) }, nil))
 	}
 	for _, ln := range s.cfg.Listeners {
-		wg.Go(func() { s.serveListener(ln) })
+		wg.Go(s.cfg.Panics.Func("a DNS listener", func() { s.serveListener(ln) }, nil))
 	}
 	<-s.done
 	wg.Wait()
@@ -179,10 +181,10 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	s.mu.Unlock()
 
 	idle := make(chan struct{})
-	go func() { // ends with the last query, at the latest soon after abort
-		s.work.Wait()
+	go s.cfg.Panics.Func("the end of a DNS proxy", func() { // ends with the last query, at the latest soon after abort
+		s.cfg.Panics.Wait(&s.work)
 		close(idle)
-	}()
+	}, nil)()
 	var err error
 	select {
 	case <-idle:
@@ -256,13 +258,13 @@ func (s *Server) servePackets(pc net.PacketConn) {
 			continue
 		}
 		raw := bytes.Clone(buf[:n])
-		go func() {
+		go s.cfg.Panics.Func("a DNS query", func() {
 			defer s.work.Done()
 			defer func() { <-s.queries }()
 			if reply := s.serve(s.ctx, &query{raw: raw}, s.relayUDP); reply != nil {
 				pc.WriteTo(reply, from) // a client that cannot be reached asks again or not
 			}
-		}()
+		}, nil)()
 	}
 }
 
@@ -277,7 +279,7 @@ func (s *Server) serveListener(ln net.Listener) {
 			continue
 		}
 		if s.admit(c) {
-			go s.serveConn(c, netip.AddrPort{})
+			go s.cfg.Panics.Func("a DNS connection", func() { s.serveConn(c, netip.AddrPort{}) }, func(error) { c.Close() })()
 		}
 	}
 }

@@ -102,7 +102,7 @@ func (s *Server) transfer(ctx context.Context, c net.Conn, up *upstreamTCP, q *q
 	}
 	defer up.close()
 	conn := up.conn
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	defer context.AfterFunc(ctx, s.cfg.Panics.Func("the end of a transfer", func() { conn.Close() }, nil))()
 	conn.SetWriteDeadline(time.Now().Add(s.cfg.IdleTimeout))
 	if err := writeMessage(conn, q.raw); err != nil {
 		return err
@@ -110,7 +110,7 @@ func (s *Server) transfer(ctx context.Context, c net.Conn, up *upstreamTCP, q *q
 	// The client is most often silent from here on: upstream's pace decides.
 	c.SetReadDeadline(time.Time{})
 	var wg sync.WaitGroup
-	wg.Go(func() {
+	wg.Go(s.cfg.Panics.Func("a transfer", func() {
 		_, err := copyIdle(conn, c, 0, s.cfg.IdleTimeout)
 		half, ok := conn.(interface{ CloseWrite() error })
 		switch {
@@ -120,7 +120,7 @@ func (s *Server) transfer(ctx context.Context, c net.Conn, up *upstreamTCP, q *q
 		default:
 			conn.Close()
 		}
-	})
+	}, func(error) { conn.Close() }))
 	n, _ := copyIdle(c, conn, s.cfg.IdleTimeout, s.cfg.IdleTimeout)
 	c.SetReadDeadline(time.Unix(1, 0))
 	wg.Wait()

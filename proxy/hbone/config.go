@@ -5,6 +5,8 @@ import (
 	"net"
 	"sync/atomic"
 	"time"
+
+	"ztun/proxy/rescue"
 )
 
 // Config is what a connection is told; zero values mean the defaults given here, which are ztunnel's where it has them.
@@ -49,6 +51,8 @@ type Config struct {
 	// Calmed is told of each peer whose connection was ended with ENHANCE_YOUR_CALM. Locks are held: it returns at once.
 	Calmed func(peer net.Addr)
 
+	// Panics catches those of the connection's goroutines, which then end the connection; nil: nobody does.
+	Panics *rescue.Panics
 	// Stats counts what bounds turned away, of all connections that were given the same; nil: nobody looks.
 	Stats *Stats
 	// Buffers are shared by all connections that were given the same; nil: the connection's own.

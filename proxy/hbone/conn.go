@@ -14,6 +14,8 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"ztun/proxy/rescue"
 )
 
 // maxQueuedReplies bounds what a peer can make us queue (acknowledgements, RST_STREAMs) without reading it.
@@ -53,7 +55,9 @@ type conn struct {
 	streams map[uint32]*Stream
 	nextID  uint32 // client: of the next stream
 	lastID  uint32 // server: highest id that the peer opened
-	running int    // server: handlers under way
+	// flushAlone is the goroutine that flushes where no user does; made once.
+	flushAlone func()
+	running    atomic.Int64 // server: handlers under way
 
 	// Sending (write.go).
 	ctrl       []byte // encoded control frames, in order, not flushed yet
@@ -135,6 +139,11 @@ func newConn(nc net.Conn, cfg Config, client bool) *conn {
 		c.tr = plain{newWire(nc, c.bufs)}
 		_, c.inline = nc.(*net.TCPConn)
 	}
+	c.flushAlone = cfg.Panics.Func("an HBONE writer", func() {
+		defer c.work.Done()
+		c.mu.Lock()
+		c.flush(nil)
+	}, c.crash)
 	setNotSentLowat(c.raw, cfg.NotSentLowat)
 	c.sock = c.raw
 	if w := newSockWriter(c.raw); w != nil {
@@ -182,7 +191,7 @@ func (c *conn) start() {
 	// The peer's preface and SETTINGS have to come in time; the reader lifts the deadline when they did.
 	c.raw.SetReadDeadline(time.Now().Add(c.cfg.PrefaceTimeout))
 	c.work.Add(1)
-	go c.readLoop()
+	go c.cfg.Panics.Func("an HBONE reader", c.readLoop, c.readerCrashed)()
 	c.ping.start(c)
 	if c.drainWanted {
 		c.drainLocked()
@@ -302,13 +311,34 @@ func (c *conn) unavailable() {
 	}
 }
 
-// spawn runs f as one of the connection's goroutines.
-func (c *conn) spawn(f func()) {
-	c.work.Add(1)
-	go func() {
-		defer c.work.Done()
-		f()
-	}()
+// crash ends a connection one of whose goroutines has panicked, with the connection's lock held perhaps. A goroutine
+// that may have held a stream's as well calls that stream's Crashed. Nothing that is deferred in such a goroutine may
+// take one of these locks: it would wait for itself.
+func (c *conn) crash(err error) {
+	c.raw.Close() // whoever waits for the network waits no longer
+	rescue.Seize(&c.mu)
+	defer c.mu.Unlock()
+	c.endLocked(err)
+}
+
+// Crashed is to be told by whoever has panicked while it used the stream: the tunnel ends with all its streams, since
+// what it was in the middle of is not known.
+func (s *Stream) Crashed(err error) {
+	// First: who waits for it may hold the connection's.
+	rescue.Seize(&s.rmu)
+	s.rmu.Unlock()
+	s.c.crash(err)
+}
+
+// readerCrashed is crash for the reader, which works on many streams.
+func (c *conn) readerCrashed(err error) {
+	for _, s := range append(c.rd.owed, c.rd.stream) {
+		if s != nil {
+			rescue.Seize(&s.rmu)
+			s.rmu.Unlock()
+		}
+	}
+	c.crash(err)
 }
 
 // reply accounts for a frame that the peer made us send; too many unread ones end the connection. mu is held.
@@ -380,7 +410,7 @@ func (c *conn) reason() error {
 func (c *conn) close() error {
 	c.hasten()
 	<-c.done
-	c.work.Wait()
+	c.cfg.Panics.Wait(&c.work)
 	return nil
 }
 

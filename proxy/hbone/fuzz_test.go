@@ -147,7 +147,7 @@ func FuzzClient(f *testing.F) {
 // sound checks the books of a connection that is over.
 func sound(t *testing.T, c *conn) {
 	c.work.Wait()
-	if len(c.streams) != 0 || c.running != 0 || c.light.head != nil || c.bulk.head != nil || c.starved.head != nil {
-		t.Error("left behind:", len(c.streams), c.running, c.light, c.bulk, c.starved)
+	if len(c.streams) != 0 || c.running.Load() != 0 || c.light.head != nil || c.bulk.head != nil || c.starved.head != nil {
+		t.Error("left behind:", len(c.streams), c.running.Load(), c.light, c.bulk, c.starved)
 	}
 }

@@ -23,7 +23,7 @@ var drainData = [8]byte{'z', 't', 'u', 'n', 'b', 'y', 'e', '!'}
 func (p *pinger) start(c *conn) {
 	p.c = c
 	if c.cfg.PingEvery > 0 {
-		p.timer = time.AfterFunc(c.cfg.PingEvery, p.tick)
+		p.timer = time.AfterFunc(c.cfg.PingEvery, c.cfg.Panics.Func("an HBONE ping", p.tick, c.crash))
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"ztun/proxy/identity"
+	"ztun/proxy/rescue"
 )
 
 // Key says which tunnels may carry a request (spec 3.1). The authority is not part of it, nor is the address that a tunnel comes
@@ -230,12 +231,12 @@ func (t *tunnel) use() {
 func (p *Pool) startDial(ctx context.Context, ts *tunnels) *dial {
 	// The first who asks may give up before the others: the dial lives as long as anybody waits.
 	dctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	stop := context.AfterFunc(p.ctx, cancel)
+	stop := context.AfterFunc(p.ctx, p.panics().Func("an HBONE dial's end", cancel, nil))
 	d := &dial{done: make(chan struct{}), cancel: cancel}
 	ts.dial = d
 	p.stats.Dials++
 	p.work.Add(1)
-	go func() {
+	go p.panics().Func("an HBONE dial", func() {
 		defer p.work.Done()
 		defer stop()
 		c, err := p.o.Dial(dctx, ts.key)
@@ -276,9 +277,29 @@ func (p *Pool) startDial(ctx context.Context, ts *tunnels) *dial {
 		if evicted != nil {
 			evicted.cc.c.drain()
 		}
-	}()
+	}, func(err error) { p.dialCrashed(ts, d, err) })()
 	return d
 }
+
+// dialCrashed tells those who wait for a dial that it has panicked.
+func (p *Pool) dialCrashed(ts *tunnels, d *dial, err error) {
+	rescue.Seize(&p.mu)
+	defer p.mu.Unlock()
+	select {
+	case <-d.done: // it came after all that they wait for
+		return
+	default:
+	}
+	d.err = err
+	if ts.dial == d {
+		ts.dial = nil
+		p.stats.DialFailures++
+		p.forget(ts)
+	}
+	close(d.done)
+}
+
+func (p *Pool) panics() *rescue.Panics { return p.o.Config.Panics }
 
 // newTunnel puts HTTP/2 on a fresh connection. Nothing is sent before watch.
 func (p *Pool) newTunnel(c net.Conn) *tunnel {
@@ -286,8 +307,8 @@ func (p *Pool) newTunnel(c net.Conn) *tunnel {
 	t.release = t.streamGone
 	t.cc.c.onEnd = func() { // with conn.mu held
 		p.mu.Lock()
+		defer p.mu.Unlock()
 		p.remove(t)
-		p.mu.Unlock()
 	}
 	if p.o.Opened != nil {
 		t.ended = p.o.Opened(c, t.cc)
@@ -300,10 +321,10 @@ func (p *Pool) newTunnel(c net.Conn) *tunnel {
 func (t *tunnel) watch() {
 	p := t.pool
 	p.work.Add(1)
-	go func() {
+	go p.panics().Func("the end of an HBONE tunnel", func() {
 		defer p.work.Done()
 		<-t.cc.c.done
-		t.cc.c.work.Wait()
+		p.panics().Wait(&t.cc.c.work)
 		if t.ended != nil {
 			t.ended()
 		}
@@ -311,7 +332,7 @@ func (t *tunnel) watch() {
 		p.remove(t)
 		delete(p.all, t)
 		p.mu.Unlock()
-	}()
+	}, nil)()
 }
 
 // streamGone is called when one of t's streams is over, with its conn.mu held.
@@ -360,7 +381,7 @@ func (t *tunnel) rest() {
 		return
 	}
 	if t.idle == nil {
-		t.idle = time.AfterFunc(p.o.Unused, t.expire)
+		t.idle = time.AfterFunc(p.o.Unused, p.panics().Func("the end of an unused tunnel", t.expire, t.cc.c.crash))
 	} else {
 		t.idle.Reset(p.o.Unused)
 	}
@@ -451,10 +472,10 @@ func (p *Pool) Shutdown(ctx context.Context) error {
 		t.cc.c.drain()
 	}
 	over := make(chan struct{})
-	go func() {
-		p.work.Wait()
+	go p.panics().Func("the end of a pool", func() {
+		p.panics().Wait(&p.work)
 		close(over)
-	}()
+	}, nil)()
 	select {
 	case <-over:
 		return nil
@@ -470,7 +491,7 @@ func (p *Pool) Close() error {
 	for _, t := range p.stop() {
 		t.cc.c.hasten()
 	}
-	p.work.Wait()
+	p.panics().Wait(&p.work)
 	return nil
 }
 

@@ -38,10 +38,10 @@ func ServeConn(ctx context.Context, c net.Conn, cfg Config, h func(*ServerStream
 // ends, the connection is closed with GOAWAY and streams fail.
 func (sc *ServerConn) Serve(ctx context.Context) error {
 	c := sc.c
-	stop := context.AfterFunc(ctx, c.hasten)
+	stop := context.AfterFunc(ctx, c.cfg.Panics.Func("an HBONE connection's end", c.hasten, c.crash))
 	c.start()
 	<-c.done
-	c.work.Wait()
+	c.cfg.Panics.Wait(&c.work)
 	stop()
 	if err := c.reason(); err != ErrClosed && err != ErrGoAway {
 		return err
@@ -211,7 +211,7 @@ func (c *conn) takeRequest(f *http2.MetaHeadersFrame, fresh bool) error {
 	if c.isOver() {
 		return nil
 	}
-	if f.StreamID > c.leftAt || len(c.streams) >= int(c.cfg.MaxStreams) || c.running >= 2*int(c.cfg.MaxStreams) {
+	if f.StreamID > c.leftAt || len(c.streams) >= int(c.cfg.MaxStreams) || c.running.Load() >= 2*int64(c.cfg.MaxStreams) {
 		c.refuseLocked(f.StreamID, http2.ErrCodeRefusedStream)
 		return nil
 	}
@@ -232,13 +232,13 @@ func (c *conn) takeRequest(f *http2.MetaHeadersFrame, fresh bool) error {
 		c.cfg.Stats.Rotated.Add(1)
 		c.drainLocked() // the client's next streams get a connection that has a window
 	}
-	c.running++
-	c.spawn(func() {
+	c.running.Add(1)
+	c.work.Add(1)
+	go c.cfg.Panics.Func("an HBONE request", func() {
+		defer c.work.Done()
+		defer c.running.Add(-1)
 		c.handler(s, req)
-		c.mu.Lock()
-		c.running--
-		c.mu.Unlock()
-	})
+	}, s.Crashed)()
 	return nil
 }
 
@@ -371,11 +371,11 @@ func (c *conn) drainLocked() {
 	c.framer.WriteGoAway(1<<31-1, http2.ErrCodeNo, nil)
 	c.framer.WritePing(false, drainData)
 	c.wantFlush()
-	c.drainTimer = time.AfterFunc(time.Second, func() {
+	c.drainTimer = time.AfterFunc(time.Second, c.cfg.Panics.Func("an HBONE drain", func() {
 		c.mu.Lock()
+		defer c.mu.Unlock()
 		c.drained()
-		c.mu.Unlock()
-	})
+	}, c.crash))
 }
 
 // drained is the answer to drain's PING: every stream that the client opened before it knew is here. mu is held.

@@ -105,8 +105,8 @@ type deadline struct {
 	expired bool
 }
 
-// set arranges for fire to be called, under mu, when t has come. mu is held.
-func (d *deadline) set(t time.Time, mu sync.Locker, fire func()) {
+// set arranges for fire to be called, under mu, which is s's or its connection's, when t has come. mu is held.
+func (d *deadline) set(t time.Time, s *Stream, mu sync.Locker, fire func()) {
 	d.stop()
 	d.expired = false
 	if t.IsZero() {
@@ -119,14 +119,14 @@ func (d *deadline) set(t time.Time, mu sync.Locker, fire func()) {
 		return
 	}
 	gen := d.gen
-	d.timer = time.AfterFunc(wait, func() {
+	d.timer = time.AfterFunc(wait, s.c.cfg.Panics.Func("an HBONE stream's deadline", func() {
 		mu.Lock()
 		defer mu.Unlock()
 		if d.gen == gen {
 			d.expired = true
 			fire()
 		}
-	})
+	}, s.Crashed))
 }
 
 func (d *deadline) stop() {
@@ -155,7 +155,7 @@ func (s *Stream) SetReadDeadline(t time.Time) error {
 	if s.rclosed {
 		return net.ErrClosed
 	}
-	s.rdl.set(t, &s.rmu, s.rcond.Broadcast)
+	s.rdl.set(t, s, &s.rmu, s.rcond.Broadcast)
 	return nil
 }
 
@@ -167,7 +167,7 @@ func (s *Stream) SetWriteDeadline(t time.Time) error {
 	if s.closed {
 		return net.ErrClosed
 	}
-	s.wdl.set(t, &c.mu, func() {
+	s.wdl.set(t, s, &c.mu, func() {
 		s.wcond.Broadcast()
 		c.callOff(s)
 	})
@@ -316,10 +316,10 @@ func (s *Stream) Close() error {
 		s.lingering = true
 		if s.pend != nil {
 			// The peer may never give window for the rest.
-			s.linger = time.AfterFunc(c.cfg.Linger, func() {
+			s.linger = time.AfterFunc(c.cfg.Linger, c.cfg.Panics.Func("an HBONE stream's end", func() {
 				c.cfg.Stats.Lingered.Add(1)
 				s.Reset(http2.ErrCodeCancel)
-			})
+			}, s.Crashed))
 		}
 		c.schedule(s)
 		c.wantFlush()

@@ -111,10 +111,8 @@ func (c *conn) wantFlush() {
 // dispatch has a goroutine of its own flush. mu is held, flushing is set.
 func (c *conn) dispatch() {
 	c.flusher = nil
-	c.spawn(func() {
-		c.mu.Lock()
-		c.flush(nil)
-	})
+	c.work.Add(1)
+	go c.flushAlone()
 }
 
 // appoint makes a stream user the flusher who waits for his frame to go out anyway. mu is held, flushing is set.

@@ -14,7 +14,7 @@ import (
 // allowed is the whole drawing: package, and the packages of ours that it imports. A new arrow is a
 // decision: draw it here, and say why in the package's doc.go.
 const allowed = `
-cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/xds admin/zlog netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/resolve proxy/state tun tun/netns tun/steer
+cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/xds admin/zlog netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state tun tun/netns tun/steer
 admin                -> admin/guard proxy/fair proxy/state
 admin/ca             -> admin/istiod admin/pb/citadelpb admin/watch proxy/identity
 admin/control        -> admin/ca admin/guard admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch admin/xds proxy/fair proxy/identity proxy/rbac proxy/state
@@ -28,13 +28,14 @@ admin/pb/workloadpb  ->
 admin/xds            -> admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch proxy/fair proxy/rbac proxy/state
 admin/watch          ->
 admin/zlog           ->
-netstack             -> proxy/fair tun
-proxy                -> proxy/fair proxy/hbone proxy/identity proxy/rbac proxy/route proxy/socks proxy/state
-proxy/dns            -> proxy/state
+netstack             -> proxy/fair proxy/rescue tun
+proxy                -> proxy/fair proxy/hbone proxy/identity proxy/rbac proxy/rescue proxy/route proxy/socks proxy/state
+proxy/dns            -> proxy/rescue proxy/state
 proxy/fair           ->
-proxy/hbone          -> proxy/identity
+proxy/hbone          -> proxy/identity proxy/rescue
 proxy/identity       ->
 proxy/rbac           -> proxy/identity
+proxy/rescue         -> proxy/fair
 proxy/resolve        ->
 proxy/route          -> proxy/identity proxy/state
 proxy/socks          ->
