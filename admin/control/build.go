@@ -69,8 +69,12 @@ func (r *report) at(p place, field, format string, args ...any) {
 
 // build makes a snapshot of files, sharing with prev (nil at first) what has not changed; prev itself if nothing has.
 // With errors there is no snapshot. trustDomain is the CA's ("": it signs for any), limit the largest resource in bytes.
-func build(files []*file, prev *snapshot, trustDomain string, limit int) (s *snapshot, errors, warnings report) {
-	b := &builder{trustDomain: trustDomain, limit: limit, names: make(map[string]place), policies: make(map[string]place)}
+// joined are the nodes that there are; nil: workloads' nodes are not looked at.
+func build(files []*file, prev *snapshot, trustDomain string, limit int, joined map[string]bool) (s *snapshot, errors, warnings report) {
+	b := &builder{
+		trustDomain: trustDomain, limit: limit, names: make(map[string]place), policies: make(map[string]place),
+		joined: joined, selected: make(map[string]bool), addresses: make(map[state.NetworkAddress]place),
+	}
 	for _, f := range files {
 		if f.local == nil {
 			for _, p := range f.problems {
@@ -84,6 +88,13 @@ func build(files []*file, prev *snapshot, trustDomain string, limit int) (s *sna
 	}
 	if b.errors.count > 0 {
 		return nil, b.errors, b.warnings
+	}
+	for _, p := range b.order {
+		if w := p.resource().workload; w != nil {
+			for _, key := range w.AuthorizationPolicies {
+				b.selected[key] = true
+			}
+		}
 	}
 	for _, p := range b.order {
 		b.check(p)
@@ -103,6 +114,9 @@ type builder struct {
 	policies         map[string]place
 	hostnames        map[state.ServiceKey]struct{}      // of workloads; made when first needed
 	extra            map[string][]state.WorkloadService // uid -> services that name it as an endpoint
+	joined           map[string]bool                    // nodes; nil: not looked at
+	selected         map[string]bool                    // policies that a workload lists
+	addresses        map[state.NetworkAddress]place     // of workloads and services
 	errors, warnings report
 }
 
@@ -170,13 +184,21 @@ func (b *builder) check(p place) {
 		}
 		for _, key := range w.AuthorizationPolicies {
 			if q, ok := b.policies[key]; !ok {
-				b.warnings.at(p, "authorizationPolicies", "there is no policy %q: nodes reject all connections to %s", key, r.name)
+				b.warnings.at(p, "authorizationPolicies", "there is no policy %q: nodes hold connections to %s for a while and then decide without it, or refuse them with ZTUN_UNKNOWN_POLICY=deny", key, r.name)
 			} else if q.resource().policy.Scope != rbac.ScopeWorkloadSelector {
 				b.warnings.at(p, "authorizationPolicies", "policy %q is not of scope WorkloadSelector", key)
 			}
 		}
 		b.gateway(p, "waypoint", w.Waypoint)
 		b.gateway(p, "networkGateway", w.NetworkGateway)
+		if w.Node != "" && b.joined != nil && !b.joined[w.Node] {
+			b.warnings.at(p, "node", "no node %q has joined: nobody serves %s or gets its certificate", w.Node, r.name)
+		}
+		if w.NetworkMode != state.HostNetwork { // those have their node's addresses
+			for _, a := range w.Addresses {
+				b.claim(p, "workloadIps", state.NetworkAddress{Network: w.Network, Addr: a})
+			}
+		}
 	case r.service != nil:
 		b.gateway(p, "waypoint", r.service.Waypoint)
 		for i := range r.service.WeightedWaypoints {
@@ -185,7 +207,85 @@ func (b *builder) check(p place) {
 		for _, e := range r.service.Endpoints {
 			b.endpoint(p, r.service, e)
 		}
+		for _, a := range r.service.VIPs {
+			b.claim(p, "vips", a)
+		}
+	default:
+		if r.policy.Scope == rbac.ScopeWorkloadSelector && !b.selected[r.name] {
+			b.warnings.at(p, "", "no workload lists %q in its authorizationPolicies: a policy of scope WorkloadSelector has no effect then", r.name)
+		}
+		b.principals(p, r.policy)
 	}
+}
+
+// claim warns of an address that another entry has: nodes know one owner of each.
+func (b *builder) claim(p place, field string, a state.NetworkAddress) {
+	first, taken := b.addresses[a]
+	if !taken {
+		b.addresses[a] = p
+		return
+	}
+	if first != p {
+		b.warnings.at(p, field, "%s is %s's as well, in %s: nodes take it for one of the two", a, first.resource().title(), first.where())
+	}
+}
+
+// principals warns of what no peer's identity can match.
+func (b *builder) principals(p place, policy *rbac.Policy) {
+	for i, r := range policy.Rules {
+		for k, c := range r {
+			for n, m := range c {
+				for j, s := range slices.Concat(m.Principals, m.NotPrincipals) {
+					name := "principals"
+					if j >= len(m.Principals) {
+						name = "notPrincipals"
+					}
+					if why := neverPrincipal(s); why != "" {
+						b.warnings.at(p, fmt.Sprintf("rules[%d][%d][%d].%s", i, k, n, name), "%q can never match: %s", s.Value, why)
+					}
+				}
+			}
+		}
+	}
+}
+
+// principalParts is what an identity looks like to a policy: "spiffe://" is not part of it. "" stands for any text.
+var principalParts = [...]string{"", "ns", "", "sa", ""}
+
+// neverPrincipal says why no identity can match; "": one can.
+func neverPrincipal(m rbac.StringMatch) string {
+	const want = "want TRUSTDOMAIN/ns/NAMESPACE/sa/SERVICEACCOUNT"
+	if m.Kind == rbac.Presence || m.Value == "" {
+		return ""
+	}
+	if strings.HasPrefix(m.Value, "spiffe://") {
+		return `principals are compared without "spiffe://": ` + want
+	}
+	parts, last := strings.Split(m.Value, "/"), len(principalParts)-1
+	if len(parts) > len(principalParts) || m.Kind == rbac.Exact && len(parts) < len(principalParts) {
+		return want
+	}
+	for i, part := range parts {
+		at, cut := i, false // cut: the text may begin or end within this part
+		switch m.Kind {
+		case rbac.Prefix:
+			cut = i == len(parts)-1
+		case rbac.Suffix:
+			at, cut = last-len(parts)+1+i, i == 0
+		}
+		fixed := principalParts[at]
+		switch {
+		case fixed == "" && (part != "" || cut):
+		case fixed == "":
+			return want + ", none of them empty"
+		case part == fixed:
+		case cut && m.Kind == rbac.Prefix && strings.HasPrefix(fixed, part):
+		case cut && m.Kind == rbac.Suffix && strings.HasSuffix(fixed, part):
+		default:
+			return want
+		}
+	}
+	return ""
 }
 
 func (b *builder) service(k state.ServiceKey) *state.Service {

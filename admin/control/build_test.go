@@ -11,6 +11,8 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"ztun/admin/pb/workloadpb"
+	"ztun/proxy/identity"
+	"ztun/proxy/rbac"
 	"ztun/proxy/state"
 )
 
@@ -24,7 +26,7 @@ func readDir(t *testing.T, files map[string]string, limit int) (s *snapshot, err
 		check(t, os.WriteFile(path, []byte(text), 0o644))
 	}
 	list, problems := r.read()
-	s, e, w := build(list, nil, "cluster.local", limit)
+	s, e, w := build(list, nil, "cluster.local", limit, map[string]bool{"n": true})
 	for _, p := range problems {
 		p.Text = strings.ReplaceAll(p.Text, r.root, "ROOT")
 		e.add(p)
@@ -101,11 +103,45 @@ policies:
 			`a.yaml:3: workloads[0].services: there is no service "ns/gone.host"
 a.yaml:4: workloads[1].trustDomain: "other" is not the CA's "cluster.local": v gets no certificate
 a.yaml:4: workloads[1].workloadType: "replicaset" is not one of deployment, cronjob, pod, job: sent as deployment
-a.yaml:4: workloads[1].authorizationPolicies: there is no policy "ns/gone": nodes reject all connections to v
+a.yaml:4: workloads[1].authorizationPolicies: there is no policy "ns/gone": nodes hold connections to v for a while and then decide without it, or refuse them with ZTUN_UNKNOWN_POLICY=deny
 a.yaml:4: workloads[1].authorizationPolicies: policy "ns/all" is not of scope WorkloadSelector
 a.yaml:4: workloads[1].waypoint: there is no service or workload "ns/wp.host"
 a.yaml:14: services[0].weightedWaypoints: there is no service or workload "ns/wp2.host"
 a.yaml:14: services[0].endpoints: there is no workload "gone": left out`},
+		{"policies without effect", map[string]string{"a.yaml": `
+workloads:
+- {uid: u, namespace: ns, workloadIps: [], services: {}, authorizationPolicies: [ns/used]}
+policies:
+- {name: used, namespace: ns, scope: WorkloadSelector, action: Allow, dryRun: false, rules: []}
+- {name: unused, namespace: ns, scope: WorkloadSelector, action: Deny, dryRun: false, rules: []}
+- {name: all, namespace: ns, scope: Namespace, action: Deny, dryRun: false, rules: []}
+- name: p
+  namespace: ns
+  scope: Global
+  action: Deny
+  dryRun: false
+  rules:
+  - - - principals: [!Exact cluster.local/ns/ns/sa/x, !Exact "spiffe://cluster.local/ns/ns/sa/x", !Prefix cluster.local/ns/n, !Presence []]
+    - - notPrincipals: [!Exact ns/x, !Suffix /sa/x]
+`}, "",
+			`a.yaml:6: policies[1]: no workload lists "ns/unused" in its authorizationPolicies: a policy of scope WorkloadSelector has no effect then
+a.yaml:8: policies[3].rules[0][0][0].principals: "spiffe://cluster.local/ns/ns/sa/x" can never match: principals are compared without "spiffe://": want TRUSTDOMAIN/ns/NAMESPACE/sa/SERVICEACCOUNT
+a.yaml:8: policies[3].rules[0][1][0].notPrincipals: "ns/x" can never match: want TRUSTDOMAIN/ns/NAMESPACE/sa/SERVICEACCOUNT`},
+		{"addresses of two", map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:n", "y:10.0.0.2:n"), "b.yaml": `
+workloads:
+- {uid: v, namespace: ns, workloadIps: [10.0.0.2, 10.0.0.3], services: {}}
+- {uid: w, namespace: ns, network: other, workloadIps: [10.0.0.3], services: {}}
+- {uid: h1, namespace: ns, networkMode: HostNetwork, workloadIps: [10.9.0.1], services: {}}
+- {uid: h2, namespace: ns, networkMode: HostNetwork, workloadIps: [10.9.0.1], services: {}}
+services:
+- {name: s, namespace: ns, hostname: s.host, vips: [/10.0.0.3, /10.1.0.1], ports: {}}
+- {name: t, namespace: ns, hostname: t.host, vips: [/10.1.0.1, other/10.1.0.1], ports: {}}
+`}, "",
+			`b.yaml:3: workloads[0].workloadIps: /10.0.0.2 is workload "u/y"'s as well, in a.yaml:3: nodes take it for one of the two
+b.yaml:8: services[0].vips: /10.0.0.3 is workload "v"'s as well, in b.yaml:3: nodes take it for one of the two
+b.yaml:9: services[1].vips: /10.1.0.1 is service "ns/s.host"'s as well, in b.yaml:8: nodes take it for one of the two`},
+		{"unknown nodes", map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:n", "y:10.0.0.2:typo")}, "",
+			`a.yaml:3: workloads[1].node: no node "typo" has joined: nobody serves u/y or gets its certificate`},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			s, errors, warnings := readDir(t, test.files, 4096)
@@ -115,6 +151,48 @@ a.yaml:14: services[0].endpoints: there is no workload "gone": left out`},
 				equal(t, "a snapshot", s != nil, test.errors == "")
 			}
 		})
+	}
+}
+
+// TestNeverPrincipal holds what check says of a pattern to what the policy engine does with it.
+func TestNeverPrincipal(t *testing.T) {
+	var ids []identity.ID
+	for _, text := range []string{"cluster.local/ns/shop/sa/front", "a/ns/b/sa/c", "ns/ns/sa/sa/ns", "x.y/ns/sa/sa/sa"} {
+		id, err := identity.Parse("spiffe://" + text)
+		check(t, err)
+		ids = append(ids, id)
+	}
+	matches := func(m rbac.StringMatch) bool {
+		p := &rbac.Policy{Key: "ns/p", Name: "p", Namespace: "ns", Action: rbac.Deny, Rules: []rbac.Rule{{{{Principals: []rbac.StringMatch{m}}}}}}
+		for _, id := range ids {
+			if !rbac.Evaluate([]*rbac.Policy{p}, rbac.Conn{ID: id, HasID: true}).Allowed {
+				return true
+			}
+		}
+		return false
+	}
+	for _, kind := range []rbac.StringKind{rbac.Exact, rbac.Prefix, rbac.Suffix, rbac.Presence} {
+		for _, id := range ids {
+			text := strings.TrimPrefix(id.String(), "spiffe://")
+			for i := range len(text) + 1 {
+				for j := i; j <= len(text); j++ {
+					m := rbac.StringMatch{Kind: kind, Value: text[i:j]}
+					if why := neverPrincipal(m); why != "" && matches(m) {
+						t.Fatalf("%v %q matches, and check says: %s", kind, m.Value, why)
+					}
+				}
+			}
+		}
+	}
+	for _, m := range []rbac.StringMatch{
+		{Kind: rbac.Exact, Value: "shop/front"}, {Kind: rbac.Exact, Value: "cluster.local/ns/shop"}, {Kind: rbac.Exact, Value: "cluster.local/ns/shop/sa/"},
+		{Kind: rbac.Exact, Value: "cluster.local/ns/shop/sa/front/x"}, {Kind: rbac.Exact, Value: "cluster.local/sa/shop/ns/front"}, {Kind: rbac.Exact, Value: "*"},
+		{Kind: rbac.Prefix, Value: "spiffe://"}, {Kind: rbac.Prefix, Value: "cluster.local/shop"}, {Kind: rbac.Prefix, Value: "/ns/"}, {Kind: rbac.Prefix, Value: "a/ns/b/sb"},
+		{Kind: rbac.Suffix, Value: "shop/front"}, {Kind: rbac.Suffix, Value: "/sa/"}, {Kind: rbac.Suffix, Value: "x/b/sa/front"},
+	} {
+		if why := neverPrincipal(m); why == "" || matches(m) {
+			t.Errorf("%v %q: %q", m.Kind, m.Value, why)
+		}
 	}
 }
 
@@ -128,7 +206,7 @@ func TestManyProblems(t *testing.T) {
 		check(t, os.WriteFile(filepath.Join(r.root, name), []byte(workloadsYAML(specs...)), 0o644))
 	}
 	files, _ := r.read()
-	_, errs, _ := build(files, nil, "", 1<<20)
+	_, errs, _ := build(files, nil, "", 1<<20, nil)
 	equal(t, "counted", errs.count, 500)
 	equal(t, "listed", len(errs.list), maxReported)
 	equal(t, "the last of them", errs.list[99].String(), `b.yaml:101: workloads[99]: workload "u/w99" is already in a.yaml:101`)

@@ -281,7 +281,7 @@ func TestSubscriptionConverges(t *testing.T) {
 			if err := f.encode(""); err != nil {
 				t.Fatal(err)
 			}
-			next, errs, _ := build([]*file{f}, snap, "", 1<<20)
+			next, errs, _ := build([]*file{f}, snap, "", 1<<20, nil)
 			if errs.count > 0 {
 				t.Fatal(errs.list)
 			}

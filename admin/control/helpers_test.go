@@ -321,7 +321,7 @@ func fromLocal(t testing.TB, name string, l *xds.Local) *file {
 // snapshotOf builds a snapshot that has to be good.
 func snapshotOf(t testing.TB, prev *snapshot, files ...*file) *snapshot {
 	t.Helper()
-	s, errs, _ := build(files, prev, defaultTrustDomain, 3<<20)
+	s, errs, _ := build(files, prev, defaultTrustDomain, 3<<20, nil)
 	if errs.count > 0 {
 		t.Fatal(errs.list)
 	}

@@ -466,6 +466,13 @@ func TestStart(t *testing.T) {
 	check(t, err)
 	equal(t, "errors and warnings", st.ErrorCount+st.WarningCount, 0)
 	equal(t, "workloads", st.Workloads, 2)
+	// Once there are nodes, others are doubtful.
+	check(t, Join(t.Context(), JoinOptions{Dir: dir, Node: "node-a", Out: t.TempDir()}))
+	st, err = Check(dir, "")
+	check(t, err)
+	if len(st.Warnings) != 1 || !strings.Contains(st.Warnings[0].String(), `no node "node-b" has joined`) {
+		t.Fatal(st.Warnings)
+	}
 	check(t, os.WriteFile(filepath.Join(dir, socketName), nil, 0o600))
 	if _, err := New(t.Context(), Options{Dir: dir, Listen: []string{"127.0.0.1:0"}}); err == nil || !strings.Contains(err.Error(), "not a socket") {
 		t.Fatal(err)

@@ -19,8 +19,9 @@ import (
 // source keeps the newest good snapshot of a directory published.
 type source struct {
 	reader      reader
-	trustDomain string // the CA's
-	limit       int    // bytes of one resource
+	trustDomain string          // the CA's
+	limit       int             // bytes of one resource
+	joined      map[string]bool // nodes to compare workloads' with, for Check; the status does that by itself
 	settle      time.Duration
 	poll        time.Duration
 	logger      *slog.Logger
@@ -81,7 +82,7 @@ func (s *source) load() {
 	}
 	s.attempts++
 	s.last = files
-	next, errs, warnings := build(files, s.snap, s.trustDomain, s.limit)
+	next, errs, warnings := build(files, s.snap, s.trustDomain, s.limit, s.joined)
 	for _, p := range problems {
 		errs.add(p)
 	}
@@ -149,6 +150,11 @@ func Check(dir, mesh string) (SnapshotStatus, error) {
 		mesh = filepath.Join(dir, meshDir)
 	}
 	s := newSource(mesh, authority.TrustDomain(), defaultLimits().message, slog.New(slog.DiscardHandler), newFeed())
+	nodes := newNodeStore(filepath.Join(dir, nodesDir))
+	nodes.rescan()
+	if joined, ok := nodes.members(); ok && len(joined) > 0 { // without any it goes without saying
+		s.joined = joined
+	}
 	s.load()
 	return s.snapshotStatus(), nil
 }

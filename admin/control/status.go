@@ -25,7 +25,8 @@ type Status struct {
 	Certificate CertificateStatus `json:"certificate"`
 	Revoked     RevocationStatus  `json:"revoked"`
 	Nodes       []NodeStatus      `json:"nodes"`
-	Problems    []Problem         `json:"problems,omitempty"` // with the nodes' credentials
+	NotJoined   []string          `json:"notJoined,omitempty"` // nodes that workloads name and that have no credentials; at most 100
+	Problems    []Problem         `json:"problems,omitempty"`  // with the nodes' credentials
 	Counters    map[string]uint64 `json:"counters"`
 }
 
@@ -199,6 +200,15 @@ func (s *Server) Status() Status {
 		out.Nodes[i].CertificateNotAfter = expires[out.Nodes[i].Node]
 	}
 	out.Revoked = s.issued.status()
+	if snap := s.feed.get(); snap != nil {
+		for name := range snap.nodes {
+			if _, ok := expires[name]; !ok {
+				out.NotJoined = append(out.NotJoined, name)
+			}
+		}
+		slices.Sort(out.NotJoined)
+		out.NotJoined = out.NotJoined[:min(len(out.NotJoined), maxReported)]
+	}
 	slices.SortFunc(out.Nodes, func(a, b NodeStatus) int {
 		return cmp.Or(cmp.Compare(a.Node, b.Node), a.Since.Compare(b.Since))
 	})
@@ -262,6 +272,9 @@ func (st *Status) WriteTable(out io.Writer) error {
 	}
 	for _, p := range st.Problems {
 		fmt.Fprintf(w, "credentials: %s\n", printable(p.String()))
+	}
+	if len(st.NotJoined) > 0 {
+		fmt.Fprintf(w, "not joined, and named by workloads: %s\n", printable(strings.Join(st.NotJoined, ", ")))
 	}
 	if n := st.Revoked.Certificates; n > 0 {
 		fmt.Fprintf(w, "revoked: %d certificates of nodes that have left\n", n)

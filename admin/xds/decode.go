@@ -65,7 +65,7 @@ func (d *decoder) workload(name string, x *workloadpb.Workload) (*state.Workload
 	}
 	w := &state.Workload{
 		UID: x.Uid, Name: x.Name, Namespace: d.str(x.Namespace),
-		TrustDomain: d.str(cmp.Or(x.TrustDomain, "cluster.local")), ServiceAccount: d.str(cmp.Or(x.ServiceAccount, "default")),
+		TrustDomain: d.str(cmp.Or(x.TrustDomain, defaultTrustDomain)), ServiceAccount: d.str(cmp.Or(x.ServiceAccount, "default")),
 		Network: d.str(x.Network), WorkloadName: d.str(x.WorkloadName), WorkloadType: workloadType(x.WorkloadType),
 		CanonicalName: d.str(x.CanonicalName), CanonicalRevision: d.str(x.CanonicalRevision),
 		Hostname: d.str(x.Hostname), Node: d.str(x.Node), ClusterID: d.str(cmp.Or(x.ClusterId, "Kubernetes")),

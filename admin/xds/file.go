@@ -1,6 +1,7 @@
 package xds
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"fmt"
@@ -21,6 +22,8 @@ type File struct {
 	Path   string // watched; or
 	Inline string // read if Path is ""
 	Logger *slog.Logger
+	// TrustDomain is what a workload has that names none: the CA's; "": cluster.local, as from a control plane.
+	TrustDomain string
 
 	// Settle is how long the file has to be left alone after a change before it is
 	// read; 0: 200 ms. A file that keeps changing is read after five times that.
@@ -45,8 +48,14 @@ func (f *File) parse(data []byte) (*Local, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", f.name(), err)
 	}
+	for _, w := range l.Workloads {
+		w.TrustDomain = cmp.Or(w.TrustDomain, f.TrustDomain, defaultTrustDomain)
+	}
 	return l, nil
 }
+
+// defaultTrustDomain is that of a workload for which nobody names one.
+const defaultTrustDomain = "cluster.local"
 
 func (f *File) name() string {
 	if f.Path == "" {

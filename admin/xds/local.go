@@ -47,7 +47,8 @@ func (l *Local) View(node string) *state.View {
 //
 // The defaults that xDS applies to omitted fields (trust domain, service
 // account, cluster, workload type) are not applied: omitted is empty, as in
-// ztunnel. Workloads are state.Workload.Unlisted.
+// ztunnel. The trust domain's is added by who reads a file, since it is the
+// CA's (File, package control). Workloads are state.Workload.Unlisted.
 func ParseLocal(data []byte) (l *Local, err error) {
 	doc, err := parseYAML(data)
 	if err != nil {

@@ -199,7 +199,7 @@ func (d *daemon) start(ctx context.Context) error {
 	d.admin(ctx, "certificates", func(ctx context.Context) error { return d.certs.Run(ctx) })
 	d.admin(ctx, "re-check", func(ctx context.Context) error { d.know.follow(ctx, d.newState); return nil })
 	d.admin(ctx, "series", func(ctx context.Context) error { d.metrics.Run(ctx, d.present); return nil })
-	d.file = &xds.File{Path: c.LocalXDSPath, Inline: c.LocalXDS, Logger: d.log.Logger("xds")}
+	d.file = &xds.File{Path: c.LocalXDSPath, Inline: c.LocalXDS, TrustDomain: trustDomain(signer, c.TrustDomain), Logger: d.log.Logger("xds")}
 	d.static = xds.NewStatic(d.file)
 	if err := d.bindAdmin(); err != nil {
 		return err
@@ -333,7 +333,7 @@ func (d *daemon) sweep(keep []netip.Addr) error {
 	return err
 }
 
-// known reports whether the control side knows a pod; until then its connections are refused.
+// known reports whether the control side knows a pod; until then its connections wait, and are refused after 5 s.
 func (d *daemon) known(i state.WorkloadInfo) bool { return d.loop.View().WorkloadByInfo(i) != nil }
 
 func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup) *proxy.Proxy {

@@ -228,7 +228,7 @@ func (m *podManager) List() []admin.PodStatus {
 	for _, p := range m.pods {
 		s := p.status()
 		if s.Error == "" && !m.known(p.info()) {
-			s.Error = fmt.Sprintf("no workload record of name %s, namespace %s, service account %s: its connections are refused", s.Name, s.Namespace, s.ServiceAccount)
+			s.Error = fmt.Sprintf("no workload record of name %s, namespace %s, service account %s yet: its connections wait for it for up to 5s each and are refused then", s.Name, s.Namespace, s.ServiceAccount)
 		}
 		out = append(out, s)
 	}

@@ -55,6 +55,14 @@ func (d *daemon) signer(ctx context.Context) (ca.Signer, error) {
 	return d.remoteCA, nil
 }
 
+// trustDomain is that of workloads of a file that name none: the local CA's, else this proxy's own.
+func trustDomain(signer ca.Signer, own string) string {
+	if local, ok := signer.(*ca.Local); ok && local.TrustDomain() != "" {
+		return local.TrustDomain()
+	}
+	return own
+}
+
 // followControl takes from `ztun control` what istiod has not: the list of what is revoked, and a newer client certificate
 // of this node when its own nears its end.
 func (d *daemon) followControl(ctx context.Context, conn *istiod.Connector) {
