@@ -18,6 +18,7 @@
 //	dial.go     connections that start here: to the application, to the network
 //	conn.go     an established connection; wait.go how it waits, writeto.go how it lends
 //	tx.go       the transmit queue and who writes it
+//	orphan.go   connections of the pod that a killed daemon left
 //	stats.go    what was turned away, and where
 //
 // Who calls it: the composition root makes an Uplink per node and a Stack per

@@ -160,6 +160,11 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 		}
 	}
 
+	// Listed before the stack runs: what it is going to know is not among them.
+	left, err := orphans(p.ns, spec.IPs)
+	if err != nil {
+		p.log.Warn("the pod's connections of an earlier run cannot be listed", "pod", refOf(spec).String(), "error", err)
+	}
 	run, stop := context.WithCancel(context.Background())
 	p.stopRun = stop
 	p.running.Go(parts.panics.Func("a pod's stack", func() {
@@ -172,6 +177,9 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 	// The pod's own routes come last in the plan: nothing leaves it before all else stands.
 	if err = steer.Apply(ctx, p.plan, steer.Namespaces{Node: parts.node, Pod: p.ns}); err != nil {
 		return nil, err
+	}
+	if len(left) > 0 {
+		p.running.Go(parts.panics.Func("a pod's connections of an earlier run", func() { p.endOrphans(run, left) }, nil))
 	}
 	return p, nil
 }

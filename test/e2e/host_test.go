@@ -2,12 +2,14 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -230,4 +232,60 @@ func (m *mesh) stillAttached(n *lab.Node, names ...string) {
 	if strings.Contains(n.Daemon.Log(), "vanished") {
 		m.t.Errorf("a pod was taken for vanished")
 	}
+}
+
+// TestKill9IdleConnections: connections over which nothing is said when the daemon dies. After the restart every one of the node's pods has ended with a reset: the
+// clients that only read, and the servers whose clients only wait, to mesh peers, to a pod of the same node and to hosts outside, in both families.
+func TestKill9IdleConnections(t *testing.T) {
+	m := newMesh(t, meshOptions{})
+	var idle []net.Conn
+	var names []string
+	for _, v4 := range []bool{true, false} {
+		for _, c := range []struct {
+			from *lab.NS
+			to   []netip.Addr
+		}{{m.a.NS, m.c.IPs}, {m.a.NS, m.h2.IPs}, {m.a.NS, m.b.IPs}, {m.c.NS, m.a.IPs}, {m.h2.NS, m.a.IPs}} {
+			for range 2 {
+				conn, err := c.from.Dial(m.ctx, "tcp", lab.HostPort(pick(c.to, v4), 9000))
+				must(t, err)
+				defer conn.Close()
+				if c.from == m.a.NS {
+					idle, names = append(idle, conn), append(names, fmt.Sprintf("%s to %s", conn.LocalAddr(), conn.RemoteAddr()))
+				}
+			}
+		}
+	}
+	count := func(ns *lab.NS) (n int) {
+		for _, f := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
+			b, err := ns.ReadFile(f)
+			must(t, err)
+			for line := range strings.Lines(string(b)) {
+				if x := strings.Fields(line); len(x) > 3 && (x[3] == "01" || x[3] == "05" || x[3] == "08") {
+					n++
+				}
+			}
+		}
+		return n
+	}
+	if n := count(m.a.NS); n != 20 {
+		t.Errorf("pod a has %d connections, want 20", n)
+	}
+	m.N1.Daemon.Kill()
+	time.Sleep(500 * time.Millisecond)
+	if n := count(m.a.NS); n == 0 {
+		t.Error("no connection is left without a daemon: this proves nothing")
+	}
+	m.start(m.N1, nil)
+	for i, c := range idle {
+		c.SetReadDeadline(time.Now().Add(5 * time.Second))
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("%s: a client that only reads: %v, want a reset", names[i], err)
+		}
+	}
+	eventually(t, 5*time.Second, func() error {
+		if a, b := count(m.a.NS), count(m.b.NS); a != 0 || b != 0 {
+			return fmt.Errorf("pods a and b still have %d and %d connections", a, b)
+		}
+		return nil
+	})
 }

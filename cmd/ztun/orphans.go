@@ -1,0 +1,168 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"ztun/tun/netns"
+)
+
+// Connections of the pod's kernel that no stack knows: a daemon that was killed had their other ends. What has something to send finds
+// out by itself; a client that only reads, or a server whose client is gone, would wait for ever.
+
+// orphan is such a connection, as the pod's kernel sees it.
+type orphan struct{ local, remote netip.AddrPort }
+
+const (
+	// orphanRounds, orphanWait: a kernel lets itself be asked once in half a second per connection, and a packet may be lost.
+	orphanRounds = 5
+	orphanWait   = 600 * time.Millisecond
+	// orphanBatch are asked at once, between pauses: fewer than the device's queue holds.
+	orphanBatch = 256
+)
+
+// orphans lists the connections of a pod's namespace that would go through its device: from the pod's addresses to any but its own.
+func orphans(ns *netns.NS, own []netip.Addr) ([]orphan, error) {
+	var files []*os.File
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
+	// A table belongs to the namespace in which it was opened; it is read outside.
+	err := ns.Do(func() error {
+		for _, name := range []string{"tcp", "tcp6"} {
+			f, err := os.Open("/proc/thread-self/net/" + name)
+			if os.IsNotExist(err) && name == "tcp6" {
+				continue // a kernel without IPv6
+			}
+			if err != nil {
+				return err
+			}
+			files = append(files, f)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	var all []orphan
+	for _, f := range files {
+		found, err := parseTCPTable(f)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", f.Name(), err)
+		}
+		for _, o := range found {
+			if slices.Contains(own, o.local.Addr()) && !slices.Contains(own, o.remote.Addr()) {
+				all = append(all, o)
+			}
+		}
+	}
+	return all, nil
+}
+
+// The states in which a connection may rest for ever (include/net/tcp_states.h): the others repeat themselves, or end by a timer.
+const (
+	tcpEstablished = 1
+	tcpFinWait2    = 5
+	tcpCloseWait   = 8
+)
+
+// parseTCPTable reads /proc/net/tcp or tcp6 and returns the connections that may rest for ever.
+func parseTCPTable(r io.Reader) ([]orphan, error) {
+	var out []orphan
+	lines := bufio.NewScanner(r)
+	lines.Scan() // the headings
+	for lines.Scan() {
+		f := strings.Fields(lines.Text())
+		if len(f) < 4 {
+			return nil, fmt.Errorf("%q is no line of a table of connections", lines.Text())
+		}
+		state, err := strconv.ParseUint(f[3], 16, 8)
+		if err != nil {
+			return nil, err
+		}
+		if state != tcpEstablished && state != tcpFinWait2 && state != tcpCloseWait {
+			continue
+		}
+		var o orphan
+		if o.local, err = parseTCPAddr(f[1]); err == nil {
+			o.remote, err = parseTCPAddr(f[2])
+		}
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, o)
+	}
+	return out, lines.Err()
+}
+
+// parseTCPAddr reads ADDRESS:PORT in hexadecimal, the address in words of 32 bits of the host's byte order.
+func parseTCPAddr(s string) (netip.AddrPort, error) {
+	host, port, _ := strings.Cut(s, ":")
+	b, err := hex.DecodeString(host)
+	if err != nil || len(b) != 4 && len(b) != 16 {
+		return netip.AddrPort{}, fmt.Errorf("%q is no address of a table of connections", s)
+	}
+	for w := b; len(w) > 0; w = w[4:] {
+		binary.NativeEndian.PutUint32(w, binary.BigEndian.Uint32(w))
+	}
+	n, err := strconv.ParseUint(port, 16, 16)
+	if err != nil {
+		return netip.AddrPort{}, fmt.Errorf("%q is no address of a table of connections: %w", s, err)
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return netip.AddrPortFrom(a.Unmap(), uint16(n)), nil
+}
+
+// endOrphans resets connections that were there before the pod's stack was, until none is left or ctx ends.
+func (p *pod) endOrphans(ctx context.Context, found []orphan) {
+	ref, left := refOf(p.spec).String(), found
+	for range orphanRounds {
+		for i, o := range left {
+			p.stack.EndOrphan(o.local, o.remote)
+			if i%orphanBatch == orphanBatch-1 && !pause(ctx, 5*time.Millisecond) {
+				return
+			}
+		}
+		if !pause(ctx, orphanWait) {
+			return
+		}
+		now, err := orphans(p.ns, p.spec.IPs)
+		if err != nil {
+			p.log.Warn("the pod's connections of an earlier run cannot be listed", "pod", ref, "error", err)
+			return
+		}
+		still := make(map[orphan]bool, len(now))
+		for _, o := range now {
+			still[o] = true
+		}
+		left = slices.DeleteFunc(slices.Clone(left), func(o orphan) bool { return !still[o] })
+		if len(left) == 0 {
+			break
+		}
+	}
+	p.log.Info("reset connections of an earlier run", "pod", ref, "count", len(found)-len(left), "left", len(left))
+}
+
+// pause waits; false: ctx has ended.
+func pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
