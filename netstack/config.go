@@ -59,6 +59,10 @@ type Config struct {
 	// payloads are bounded to 4 MiB). Packets beyond are dropped and counted.
 	MaxDNS int
 
+	// DNSRate bounds the packets to port 53 per second (default 1000; at once twice as many). What is beyond is dropped where it
+	// is read, and counted with what MaxDNS drops.
+	DNSRate int
+
 	// Keepalive of every connection (ztunnel's defaults: 180 s, 180 s, 9).
 	KeepaliveIdle     time.Duration
 	KeepaliveInterval time.Duration
@@ -90,6 +94,8 @@ const (
 	defaultMaxInFlight       = 4096
 	defaultMaxInFlightPerDst = 2048
 	defaultMaxDNS            = 1024
+	// A query that is passed on costs some 100 us of processor in all: a tenth of one processor.
+	defaultDNSRate = 1000
 
 	// ztunnel's socket defaults (KEEPALIVE_TIME, KEEPALIVE_INTERVAL, KEEPALIVE_RETRIES).
 	defaultKeepaliveIdle     = 180 * time.Second
@@ -149,6 +155,7 @@ func (c *Config) fill() error {
 	orInt(&c.MaxInFlight, defaultMaxInFlight)
 	orInt(&c.MaxInFlightPerDst, defaultMaxInFlightPerDst)
 	orInt(&c.MaxDNS, defaultMaxDNS)
+	orInt(&c.DNSRate, defaultDNSRate)
 	orInt(&c.KeepaliveCount, defaultKeepaliveCount)
 	orInt(&c.ReceiveBuffer, defaultReceiveBuffer)
 	orInt(&c.MaxReceiveBuffer, max(defaultMaxReceiveBuffer, c.ReceiveBuffer))

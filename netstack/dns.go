@@ -13,6 +13,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
+
+	"ztun/proxy/fair"
 )
 
 const (
@@ -88,7 +90,8 @@ func (q *DNSQuery) reply(payload []byte) error {
 // dnsTap takes the pod's UDP packets to port 53 out of its traffic and hands
 // them to Config.OnDNS, within bounds.
 type dnsTap struct {
-	s *Stack
+	s    *Stack
+	rate *fair.Rate[struct{}] // the pod's
 
 	mu      sync.Mutex
 	stopped bool
@@ -99,7 +102,26 @@ type dnsTap struct {
 	queries, over, malformed, stray atomic.Uint64
 }
 
-func newDNSTap(s *Stack) *dnsTap { return &dnsTap{s: s, none: make(chan struct{})} }
+func newDNSTap(s *Stack) *dnsTap {
+	return &dnsTap{s: s, rate: fair.NewRate[struct{}](float64(s.cfg.DNSRate), 2*s.cfg.DNSRate, 1), none: make(chan struct{})}
+}
+
+// allow is asked by the reader before anything is made of a packet to port 53.
+func (d *dnsTap) allow() bool {
+	if d.rate.Allow(struct{}{}) {
+		return true
+	}
+	d.turnedAway()
+	return false
+}
+
+// turnedAway counts a query that was dropped because of a bound.
+func (d *dnsTap) turnedAway() {
+	d.over.Add(1)
+	if d.s.cfg.OnBound != nil {
+		d.s.cfg.OnBound("DNS queries", "the pod", false)
+	}
+}
 
 // handle is called inline by the reader for every UDP packet that no socket of
 // DialUDP claims. It always takes the packet: a refusal would be an ICMP error
@@ -122,8 +144,13 @@ func (d *dnsTap) handle(h *hop, id stack.TransportEndpointID, pkt *stack.PacketB
 	}
 	d.mu.Lock()
 	if d.stopped || d.active >= d.s.cfg.MaxDNS || d.bytes+n > maxDNSBytes {
+		stopped := d.stopped
 		d.mu.Unlock()
-		d.over.Add(1)
+		if stopped {
+			d.over.Add(1)
+		} else {
+			d.turnedAway()
+		}
 		return true
 	}
 	d.active++

@@ -172,7 +172,7 @@ func TestDNSBounds(t *testing.T) {
 
 func TestDNSBytesBound(t *testing.T) {
 	release := make(chan struct{})
-	j := askers(t, true, func(*DNSQuery) { <-release }, nil)
+	j := askers(t, true, func(*DNSQuery) { <-release }, func(c *Config) { c.DNSRate = 1e6 }) // each query is 23 fragments
 	defer close(release)
 	c, err := j.client.DialUDP(context.Background(), dnsServers[1])
 	if err != nil {

@@ -19,10 +19,10 @@ type port struct {
 	pump *pump
 	mtu  atomic.Uint32
 	disp atomic.Pointer[stack.NetworkDispatcher]
-	// udp counts the sockets of DialUDP on this link; dns says that the DNS tap
-	// is on. Without either UDP packets are dropped unread.
+	// udp counts the sockets of DialUDP on this link; dns is the DNS tap if
+	// it is on. Without either UDP packets are dropped unread.
 	udp atomic.Int32
-	dns bool
+	dns *dnsTap
 	// first makes the stack when the first packet comes.
 	first func()
 	// wait takes a SYN that an older connection of the same ports stands in the way of; see late.go.

@@ -617,3 +617,57 @@ func addrPort2(t *testing.T, b []byte) netip.AddrPort {
 	id := synOf(b, &p).id
 	return addrPort(id.RemoteAddress, id.RemotePort)
 }
+
+// Queries beyond a pod's rate are dropped by the reader, in one piece or in several, and told of; TCP is not touched by that.
+func TestDNSRate(t *testing.T) {
+	var mu sync.Mutex
+	asked, told := 0, 0
+	s, w := newWire(t, Config{DNSRate: 10, OnDNS: func(q *DNSQuery) {
+		mu.Lock()
+		defer mu.Unlock()
+		asked++
+	}, OnBound: func(resource, source string, evicted bool) {
+		mu.Lock()
+		defer mu.Unlock()
+		if told++; resource != "DNS queries" || evicted {
+			t.Errorf("%s of %s, evicted %v", resource, source, evicted)
+		}
+	}})
+	pod := netip.MustParseAddrPort("10.1.0.2:4000")
+	begin := time.Now()
+	for range 300 {
+		w.dev.inject(udpPacket(pod, dnsServers[0], []byte("q")))
+		for _, part := range fragments(udpPacket(pod, dnsServers[0], make([]byte, 64))) {
+			w.dev.inject(part)
+		}
+	}
+	w.syn("10.1.0.2:1", "10.2.0.3:80", 1)
+	if _, _, th := w.next(5 * time.Second); th == nil {
+		t.Fatal("no answer to a connect")
+	}
+	eventually(t, "no query in flight", func() bool { return s.Stats().DNSInFlight == 0 })
+	mu.Lock()
+	defer mu.Unlock()
+	if most := 20 + int(10*time.Since(begin).Seconds()) + 1; asked > most || asked < 5 {
+		t.Errorf("%d queries taken, at most %d", asked, most)
+	}
+	if st := s.Stats(); int(st.DNSOver) != told || told < 800 {
+		t.Errorf("over %d, told of %d", st.DNSOver, told)
+	}
+}
+
+// fragments cuts an IPv4 packet in two.
+func fragments(b []byte) (parts [][]byte) {
+	const cut = header.IPv4MinimumSize + 40
+	for i, p := range [][]byte{b[header.IPv4MinimumSize:cut], b[cut:]} {
+		f := append(append([]byte{}, b[:header.IPv4MinimumSize]...), p...)
+		h := header.IPv4(f)
+		h.SetTotalLength(uint16(len(f)))
+		h.SetID(7)
+		h.SetFlagsFragmentOffset(uint8(1-i), uint16(i)*40)
+		h.SetChecksum(0)
+		h.SetChecksum(^h.CalculateChecksum())
+		parts = append(parts, f)
+	}
+	return parts
+}

@@ -187,6 +187,9 @@ func (p *pump) read() error {
 				continue
 			}
 		}
+		if pk.part && p.only != nil && to.dns != nil && !to.dns.allow() {
+			continue // what it is a part of may be a query
+		}
 		if pk.syn {
 			syn = synOf(iov[0], &pk)
 		}
@@ -211,6 +214,7 @@ func (p *pump) readUDP(bufs *rxBuffers, n int, pk *rxPacket, vh *tun.VNetHdr) {
 		p.rx.notTCP.Add(1)
 	case !(p.dev.Offload().VNetHdr && vouched(vh)) && !checksumValid(bufs.iov[:], n, pk):
 		p.rx.badChecksum.Add(1)
+	case to.asksDNS(pk) && !to.dns.allow(): // counted there
 	default:
 		p.at = to
 		to.deliver(pk.proto, bufs.packet(n, pk))

@@ -60,7 +60,9 @@ func New(cfg Config) (*Stack, error) {
 	s.dns = newDNSTap(s)
 	s.pump = newPump(cfg.App, s.log, cfg.Panics)
 	s.app = newHop(s, "app", s.pump, false)
-	s.app.port.dns = cfg.OnDNS != nil
+	if cfg.OnDNS != nil {
+		s.app.port.dns = s.dns
+	}
 	s.pump.only = s.app.port
 	s.pump.unreachable = s.probes.unreachable
 	if _, err := s.app.stack(); err != nil {

@@ -84,8 +84,11 @@ var _ net.Conn = (*UDPConn)(nil)
 // takesUDP reports whether anybody waits for a UDP packet that came by this
 // link. Everybody else's is dropped before a stack is made for it.
 func (l *port) takesUDP(p *rxPacket) bool {
-	return l.udp.Load() > 0 || l.dns && p.dport == dnsPort
+	return l.udp.Load() > 0 || l.asksDNS(p)
 }
+
+// asksDNS reports whether a UDP packet is for the DNS tap.
+func (l *port) asksDNS(p *rxPacket) bool { return l.dns != nil && p.dport == dnsPort }
 
 // NotifyEvent is gVisor's: called with its locks held, it only wakes.
 func (c *UDPConn) NotifyEvent(waiter.EventMask) { c.rd.wake() }

@@ -82,6 +82,8 @@ type Config struct {
 	AdminToken                             string // file
 	MTU                                    int
 	MaxInFlight, MaxInFlightPerDestination int
+	DNSRate                                int
+	DNSSearch                              []string
 	GCSet                                  bool // GOGC is the operator's
 	TUNPlain, AdaptiveProcessors           bool
 

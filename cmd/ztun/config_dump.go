@@ -90,7 +90,7 @@ func (c *Config) dumpOwn() map[string]any {
 	return map[string]any{
 		"adaptiveProcessors": c.AdaptiveProcessors, "authzPolicyInfoLogging": c.AuthzInfo, "clientCert": orNull(c.ClientCert),
 		"controlCredentials": orNull(c.ControlDir), "localCaDir": orNull(c.LocalCADir), "localXdsPath": orNull(c.LocalXDSPath),
-		"maxInFlight": c.MaxInFlight, "maxInFlightPerDestination": c.MaxInFlightPerDestination, "mtu": c.MTU, "nodeTun": c.NodeTUN,
+		"maxInFlight": c.MaxInFlight, "maxInFlightPerDestination": c.MaxInFlightPerDestination, "dnsRate": c.DNSRate, "dnsSearch": c.DNSSearch, "mtu": c.MTU, "nodeTun": c.NodeTUN,
 		"pqc": c.PQC, "socket": c.Socket, "stateDir": c.StateDir, "tls12": c.TLS12, "tokenFile": orNull(c.TokenFile), "tunPlain": c.TUNPlain,
 		"denyUnknownPolicy": c.DenyUnknownPolicy,
 	}
@@ -191,6 +191,22 @@ func parseResolvConf(text string) resolver {
 func (r resolver) addrs() (all []netip.AddrPort) {
 	for _, s := range r.nameservers {
 		all = append(all, netip.AddrPortFrom(netip.MustParseAddr(s), dnsPort))
+	}
+	return all
+}
+
+// searchDomains are what pods append to names besides the cluster's own domains: what is configured, or what the daemon's own
+// resolver appends, since kubelet adds the node's search list to every pod's. A daemon that is a pod has domains of its own
+// namespace there, which are no other pod's.
+func (c *Config) searchDomains(r resolver) (all []string) {
+	if len(c.DNSSearch) > 0 {
+		return c.DNSSearch
+	}
+	for _, d := range r.search {
+		d = strings.Trim(strings.ToLower(d), ".")
+		if d != "" && d != c.ClusterDomain && !strings.HasSuffix(d, "."+c.ClusterDomain) {
+			all = append(all, d)
+		}
 	}
 	return all
 }

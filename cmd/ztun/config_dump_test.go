@@ -137,3 +137,17 @@ func TestParseResolvConf(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 }
+
+func TestSearchDomains(t *testing.T) {
+	r := resolver{search: []string{"istio-system.svc.cluster.local", "svc.cluster.local", "Cluster.local.", "corp.example.", "lab", "."}}
+	if got := fmt.Sprint((&Config{ClusterDomain: "cluster.local"}).searchDomains(r)); got != "[corp.example lab]" {
+		t.Errorf("of the daemon's resolver: %v", got)
+	}
+	c := &Config{ClusterDomain: "cluster.local"}
+	if err := domains(&c.DNSSearch)(" a.example. ,,b"); err != nil || fmt.Sprint(c.searchDomains(r)) != "[a.example b]" {
+		t.Errorf("configured: %v, %v", c.searchDomains(r), err)
+	}
+	if domains(&c.DNSSearch)("a b") == nil || domains(&c.DNSSearch)("http://a") == nil {
+		t.Error("no domain is taken for one")
+	}
+}

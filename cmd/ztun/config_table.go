@@ -110,6 +110,8 @@ func variables(c *Config, l *loader) []variable {
 		{"ZTUN_MTU", "1500", "MTU of the TUN devices, bytes", ranged(&c.MTU, 1280, 65535)},
 		{"ZTUN_MAX_INFLIGHT", "4096", "connections of one pod that may wait for their verdict, in each direction; half of them for who has answered lately", ranged(&c.MaxInFlight, 2, 1<<20)},
 		{"ZTUN_MAX_INFLIGHT_PER_DESTINATION", "2048", "the same, to one destination or from one client", ranged(&c.MaxInFlightPerDestination, 1, 1<<20)},
+		{"ZTUN_DNS_RATE", "1000", "DNS queries of one pod per second; twice as many at once", ranged(&c.DNSRate, 1, 1<<20)},
+		{"ZTUN_DNS_SEARCH", "", "search domains of pods beside the cluster's three, comma separated (default: those of the daemon's resolv.conf, as kubelet has it)", domains(&c.DNSSearch)},
 		{"ZTUN_TUN_PLAIN", "false", "use the portable TUN path without offload", boolean(&c.TUNPlain)},
 		{"ZTUN_ADAPTIVE_PROCESSORS", "true", "use as many processors as the work needs, up to the worker threads plus one; false: always that many", boolean(&c.AdaptiveProcessors)},
 		{"ZTUN_ADMIN_TOKEN_FILE", "", "file with a token (read at each request): /quitquitquit and /logging then want it as Authorization: Bearer", tokenFile(&c.AdminToken)},

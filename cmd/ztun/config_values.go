@@ -195,3 +195,21 @@ func deviceName(p *string) func(string) error {
 		return nil
 	}
 }
+
+// domains is a list of DNS domains, separated by commas.
+func domains(p *[]string) func(string) error {
+	return func(s string) error {
+		*p = nil
+		for _, d := range strings.Split(s, ",") {
+			d = strings.Trim(strings.TrimSpace(d), ".")
+			if d == "" {
+				continue
+			}
+			if strings.ContainsAny(d, " \t/:") || len(d) > 253 {
+				return fmt.Errorf("%q is no domain", d)
+			}
+			*p = append(*p, d)
+		}
+		return nil
+	}
+}

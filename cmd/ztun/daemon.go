@@ -69,6 +69,7 @@ type daemon struct {
 	// What hostnames of workloads resolve to, and names that the mesh does not know: in our own namespace, as ztunnel does.
 	resolve     *resolve.Cache
 	nameservers []netip.AddrPort
+	search      []string
 	dnsMetrics  *dns.Metrics // nil: the DNS proxy is off
 	onDemandDNS *proxy.OnDemandDNS
 
@@ -189,7 +190,8 @@ func (d *daemon) start(ctx context.Context) error {
 		d.dnsMetrics = dns.NewMetrics()
 	}
 	d.resolve = resolve.New(resolve.Options{IPv4Only: !c.IPv6})
-	d.nameservers = resolvConf().addrs()
+	resolver := resolvConf()
+	d.nameservers, d.search = resolver.addrs(), c.searchDomains(resolver)
 	d.know = newKnowledge()
 	d.loop = admin.NewLoop(admin.LoopOptions{Published: d.know.published, Handle: d.handle, Logger: d.log.Logger("admin")})
 	d.know.view = d.loop.View
@@ -319,7 +321,7 @@ func (d *daemon) socketOptions() netns.SocketOptions {
 
 func (d *daemon) newPod(ctx context.Context, spec admin.PodSpec) (*pod, error) {
 	parts := &podParts{c: d.c, log: d.log.Logger("pods"), uplink: d.uplink, sock: d.socketOptions(), fds: d.pods.fds, node: d.node, panics: d.panics, proxy: d.newProxy,
-		know: d.know, nameservers: d.nameservers, dnsMetrics: d.dnsMetrics, dnsLog: d.log.Logger("dns"), report: d.report}
+		know: d.know, nameservers: d.nameservers, search: d.search, dnsMetrics: d.dnsMetrics, dnsLog: d.log.Logger("dns"), report: d.report}
 	return newPod(ctx, parts, spec, d.pods.steerConfig(spec))
 }
 

@@ -69,6 +69,7 @@ type podParts struct {
 
 	know        dns.Knowledge
 	nameservers []netip.AddrPort // of the daemon's resolv.conf
+	search      []string         // search domains of the pods beside the cluster's own
 	dnsMetrics  *dns.Metrics
 	dnsLog      *slog.Logger
 }
@@ -116,7 +117,7 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 		MaxInFlight: parts.c.MaxInFlight, MaxInFlightPerDst: parts.c.MaxInFlightPerDestination,
 		KeepaliveOff: !parts.c.KeepaliveEnabled, UserTimeout: parts.c.userTimeout(),
 		KeepaliveIdle: parts.c.KeepaliveTime, KeepaliveInterval: parts.c.KeepaliveInterval, KeepaliveCount: int(parts.c.KeepaliveRetries),
-		OnFlow: p.serve,
+		OnFlow: p.serve, DNSRate: parts.c.DNSRate,
 		OnBound: func(resource, source string, evicted bool) {
 			parts.report.Turned(resource, ref, source, evicted)
 		},

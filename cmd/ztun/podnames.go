@@ -89,8 +89,8 @@ func (p *pod) serveNames(parts *podParts) error {
 	}
 	p.dns, err = dns.New(dns.Config{
 		Client: p.info(), Knowledge: parts.know, Upstream: podUpstream{p.stack}, Nameservers: parts.nameservers,
-		Options: dns.Options{ClusterDomain: c.ClusterDomain, PreferredNamespace: c.PreferredServiceNamespace, IPv6: c.IPv6},
-		Packets: ps, Listeners: ls, Panics: parts.panics, Metrics: parts.dnsMetrics, Logger: parts.dnsLog,
+		Options: dns.Options{ClusterDomain: c.ClusterDomain, PreferredNamespace: c.PreferredServiceNamespace, IPv6: c.IPv6, ExtraSearch: parts.search},
+		Packets: ps, Listeners: ls, Rate: c.DNSRate, Panics: parts.panics, Metrics: parts.dnsMetrics, Logger: parts.dnsLog,
 	})
 	if err != nil {
 		closeAll(ls, ps)

@@ -21,6 +21,8 @@ type Options struct {
 	// SearchDomains are what the pod's resolver appends to names, in its order;
 	// nil means the three that Kubernetes gives to a pod.
 	SearchDomains []string
+	// ExtraSearch are further ones, after those.
+	ExtraSearch []string
 	// Shuffle orders the addresses of an answer, as rand.Shuffle does; nil leaves
 	// them in the order of the View.
 	Shuffle func(n int, swap func(i, j int))
@@ -32,13 +34,19 @@ func (o Options) normalized() Options {
 	if o.ClusterDomain == "" {
 		o.ClusterDomain = "cluster.local"
 	}
-	for i, d := range o.SearchDomains {
-		if i == 0 {
-			o.SearchDomains = append([]string{}, o.SearchDomains...)
-		}
-		o.SearchDomains[i] = normal(d)
-	}
+	o.SearchDomains, o.ExtraSearch = normalAll(o.SearchDomains), normalAll(o.ExtraSearch)
 	return o
+}
+
+// normalAll leaves nil nil, and its argument as it is.
+func normalAll(names []string) (out []string) {
+	if names != nil {
+		out = make([]string, 0, len(names))
+	}
+	for _, n := range names {
+		out = append(out, normal(n))
+	}
+	return out
 }
 
 // Decision is what becomes of a query.
@@ -54,6 +62,8 @@ type Decision struct {
 	Alias string
 	// Addrs are of the family that was asked for.
 	Addrs []netip.Addr
+	// Pointer, if not "", is what the PTR record of Owner says.
+	Pointer string
 	// Serial is of the SOA record of a negative answer.
 	Serial uint32
 	// Result is ztunnel's word for it in the log.
@@ -72,7 +82,8 @@ const (
 //
 // Source: ztunnel's algorithm, spec controlplane 5.3. A message that is not a
 // query, or asks for anything but addresses of class IN, is to be forwarded; one
-// that does not ask exactly one question is an error.
+// that does not ask exactly one question is an error. Names that mean the same
+// everywhere are answered before the mesh is asked (special.go).
 func Answer(view *state.View, client *state.Workload, o *Options, q *dns.Msg) Decision {
 	if q.Opcode != dns.OpcodeQuery {
 		return Decision{Forward: true}
@@ -81,6 +92,12 @@ func Answer(view *state.View, client *state.Workload, o *Options, q *dns.Msg) De
 		return Decision{Rcode: dns.RcodeServerFailure}
 	}
 	question := q.Question[0]
+	if d, ok := special(question, o.IPv6); ok {
+		if rcode := ednsError(q); rcode != dns.RcodeSuccess {
+			return Decision{Rcode: rcode}
+		}
+		return d
+	}
 	v6 := question.Qtype == dns.TypeAAAA
 	if !v6 && question.Qtype != dns.TypeA || question.Qclass != dns.ClassINET && question.Qclass != dns.ClassANY {
 		return Decision{Forward: true}
@@ -125,6 +142,7 @@ func find(view *state.View, ns string, o *Options, name string) (*state.Service,
 	if search == nil {
 		search = searchDomains(ns, o.ClusterDomain)
 	}
+	search = append(search[:len(search):len(search)], o.ExtraSearch...)
 	for _, a := range aliases(name, ns, o.ClusterDomain, search) {
 		if s := choose(view.ServicesByHost(a.name), ns, o); s != nil {
 			return s, a

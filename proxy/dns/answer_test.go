@@ -113,6 +113,65 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
+// Names that are no network's business, whatever the mesh knows, and names that only look like them.
+func TestSpecialNames(t *testing.T) {
+	view := build(append(vectors(), service("localhost", "blue", "n1/10.96.0.66"), service("*.invalid", "blue", "n1/10.96.0.67"))...)
+	const reverse = "1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.ip6.arpa"
+	missing := func(name string) string {
+		return "NXDOMAIN qr aa rd ra; " + name + " 30 SOA minimum 30"
+	}
+	for _, tc := range [][2]string{
+		{"A localhost", ok + "; localhost. 30 A 127.0.0.1"},
+		{"A LocalHost", ok + "; localhost. 30 A 127.0.0.1"},
+		{"AAAA localhost", ok + "; localhost. 30 AAAA ::1"},
+		{"A a.b.localhost", ok + "; a.b.localhost. 30 A 127.0.0.1"},
+		{"ANY localhost", ok + "; localhost. 30 A 127.0.0.1; localhost. 30 AAAA ::1"},
+		{"MX localhost", nothing("localhost.")},
+		{"A invalid", missing("invalid.")},
+		{"MX x.invalid", missing("x.invalid.")},
+		{"PTR 1.0.0.127.in-addr.arpa", ok + "; 1.0.0.127.in-addr.arpa. 30 PTR localhost."},
+		{"A 1.0.0.127.in-addr.arpa", nothing("1.0.0.127.in-addr.arpa.")},
+		{"PTR 2.0.0.127.in-addr.arpa", missing("2.0.0.127.in-addr.arpa.")},
+		{"SOA 127.in-addr.arpa", nothing("127.in-addr.arpa.")},
+		{"PTR " + reverse, ok + "; " + reverse + ". 30 PTR localhost."},
+		{"PTR 0" + reverse[1:], "forward"},
+		{"A notlocalhost", "forward"},
+		{`A x\.localhost`, "forward"},
+		{"A localhost.acme.org", "forward"},
+		{"PTR 1.0.0.128.in-addr.arpa", "forward"},
+	} {
+		if got := said(view, blueClient, Options{IPv6: true}, ask(tc[0])); got != tc[1] {
+			t.Errorf("%s\n got %s\nwant %s", tc[0], got, tc[1])
+		}
+	}
+	if got := said(view, blueClient, Options{}, ask("AAAA localhost")); got != nothing("localhost.") {
+		t.Errorf("without IPv6: %s", got)
+	}
+	q := ask("A localhost")
+	q.Question[0].Qclass = dns.ClassCHAOS
+	if d := Answer(view, blueClient, &Options{}, q); !d.Forward {
+		t.Errorf("class CHAOS: %+v", d)
+	}
+}
+
+// Search domains besides the cluster's three are stripped after those, with a CNAME as they are.
+func TestExtraSearch(t *testing.T) {
+	view := build(vectors()...)
+	o := Options{IPv6: true, ExtraSearch: []string{"Corp.Example.", "lab"}}
+	for _, tc := range [][2]string{
+		{"A api.acme.test.corp.example", ok + "; api.acme.test.corp.example. 30 CNAME api.acme.test.; api.acme.test. 30 A 203.0.113.5"},
+		{"A pay.green.svc.cluster.local.lab", ok + "; pay.green.svc.cluster.local.lab. 30 CNAME pay.green.svc.cluster.local.; pay.green.svc.cluster.local. 30 A 10.96.0.20"},
+		{"A pay.green.blue.svc.cluster.local", ok + "; pay.green.blue.svc.cluster.local. 30 CNAME pay.green.; pay.green. 30 A 10.96.0.20"},
+		{"A cart.corp.example", ok + "; cart.corp.example. 30 CNAME cart.; cart. 30 A 10.96.0.10"},
+		{"A corp.example", "forward"},
+		{"A api.acme.test.other.example", "forward"},
+	} {
+		if got := said(view, blueClient, o, ask(tc[0])); got != tc[1] {
+			t.Errorf("%s\n got %s\nwant %s", tc[0], got, tc[1])
+		}
+	}
+}
+
 // The question comes back letter by letter, also where owners are lower case.
 func TestQuestionVerbatim(t *testing.T) {
 	q := ask("A CART.Blue.svc.cluster.local")

@@ -7,6 +7,7 @@
 //	query.go    one message: parsed, decided, answered or passed on; counted, logged
 //	names.go    which hostnames a name may stand for
 //	answer.go   Answer: what the mesh says to a question. Pure
+//	special.go  localhost and others that are no network's business
 //	message.go  a Decision as the bytes of a reply, within the client's limits
 //	forward.go  what is not ours, relayed byte for byte
 //	metrics.go  istio_dns_*
@@ -39,6 +40,21 @@
 // pod's namespace unless Config names others, and names of single pods of a
 // headless service are passed on, to be answered by the cluster's DNS (12.5-6;
 // spec 5.7 has it so).
+//
+// 2026-11-28: the search domains of the daemon's resolv.conf, which kubelet gives
+// to pods after the cluster's three, are stripped as those are (ZTUN_DNS_SEARCH for
+// others). A pod's own dnsConfig is not read: its resolv.conf is in another mount
+// namespace, of processes that may not exist yet. Stripping whatever follows a
+// known hostname instead would take names such as example.com.cdn.net away from
+// their owners.
+//
+// 2026-11-28: localhost, invalid (RFC 6761) and loopback's reverse names (RFC 6303)
+// are answered here: the nameserver of a pod is a machine of the network, whose
+// localhost is another one.
+//
+// 2026-11-28: datagrams have a rate per pod besides the bound on queries at work
+// (Config.Rate; netstack has its own for what is captured): a flood of queries
+// that are answered at once takes no places but a processor.
 //
 // 2026-11-23: istio_dns_upstream_failures counts what ztunnel's resolver calls an
 // error: no reply, an rcode other than NOERROR, and NOERROR without any answer.

@@ -23,6 +23,7 @@ func (d *Decision) reply(q *dns.Msg) *dns.Msg {
 	// AD is never set: nothing of ours is signed (RFC 4035 section 3.2.3).
 	m.RecursionDesired, m.CheckingDisabled, m.RecursionAvailable = q.RecursionDesired, q.CheckingDisabled, true
 	m.Rcode = d.Rcode
+	missing := d.Rcode == dns.RcodeNameError && d.Owner != ""
 	if len(q.Question) == 1 {
 		m.Question = q.Question // as asked, letter by letter
 	}
@@ -32,7 +33,7 @@ func (d *Decision) reply(q *dns.Msg) *dns.Msg {
 		opt.SetDo(o.Do())
 		m.Extra = append(m.Extra, opt)
 	}
-	if d.Rcode != dns.RcodeSuccess || len(q.Question) != 1 {
+	if d.Rcode != dns.RcodeSuccess && !missing || len(q.Question) != 1 {
 		return m
 	}
 	m.Authoritative = true
@@ -48,6 +49,9 @@ func (d *Decision) reply(q *dns.Msg) *dns.Msg {
 		} else {
 			m.Answer = append(m.Answer, &dns.AAAA{Hdr: hdr(d.Owner, dns.TypeAAAA), AAAA: a.AsSlice()})
 		}
+	}
+	if d.Pointer != "" {
+		m.Answer = append(m.Answer, &dns.PTR{Hdr: hdr(d.Owner, dns.TypePTR), Ptr: d.Pointer})
 	}
 	if len(m.Answer) == 0 {
 		// RFC 2308 section 3: what allows a client to cache that there is nothing.

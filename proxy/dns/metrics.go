@@ -29,11 +29,12 @@ const (
 	dropQueries                       // Config.MaxQueries reached
 	dropConnections                   // Config.MaxConns reached
 	dropForwards                      // Config.MaxForwards reached
+	dropRate                          // Config.Rate exceeded
 	nDropReasons
 )
 
 func (r dropReason) String() string {
-	return [...]string{"malformed", "queries", "connections", "forwards"}[r]
+	return [...]string{"malformed", "queries", "connections", "forwards", "rate"}[r]
 }
 
 // Metrics holds the DNS metrics of all pods (spec controlplane 7.2). It is a

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"ztun/proxy/fair"
 	"ztun/proxy/rescue"
 	"ztun/proxy/state"
 )
@@ -49,6 +50,9 @@ type Config struct {
 	// MaxConns the TCP clients (default 256), MaxForwards the queries that wait for
 	// upstream, whatever way they came (default 512).
 	MaxQueries, MaxConns, MaxForwards int
+	// Rate bounds the datagrams that come to Packets, per second (default 1000; at once twice as many). What is beyond is
+	// dropped before it is looked at.
+	Rate int
 	// Timeout is how long upstream has for an answer, IdleTimeout how long a TCP
 	// client may be silent or take to receive, ClientWait how long a query waits
 	// for the pod's record to arrive (default 5 s each, as ztunnel).
@@ -59,6 +63,7 @@ const (
 	defaultMaxQueries  = 1024
 	defaultMaxConns    = 256
 	defaultMaxForwards = 512
+	defaultRate        = 1000
 	defaultTimeout     = 5 * time.Second
 	retryAfter         = 50 * time.Millisecond // after an error of a socket, such as no memory
 )
@@ -71,6 +76,7 @@ type Server struct {
 
 	queries  chan struct{} // a token for each query at work that came to Packets
 	forwards chan struct{} // a token for each query that waits for upstream
+	rate     *fair.Rate[struct{}]
 
 	ctx    context.Context // ended by the hard end of Shutdown
 	cancel context.CancelFunc
@@ -109,6 +115,7 @@ func New(cfg Config) (*Server, error) {
 	orDefault(&cfg.MaxQueries, defaultMaxQueries)
 	orDefault(&cfg.MaxConns, defaultMaxConns)
 	orDefault(&cfg.MaxForwards, defaultMaxForwards)
+	orDefault(&cfg.Rate, defaultRate)
 	orDefault(&cfg.Timeout, defaultTimeout)
 	orDefault(&cfg.IdleTimeout, defaultTimeout)
 	orDefault(&cfg.ClientWait, defaultTimeout)
@@ -117,6 +124,7 @@ func New(cfg Config) (*Server, error) {
 		access:   cfg.Logger.With("target", "dns"),
 		queries:  make(chan struct{}, cfg.MaxQueries),
 		forwards: make(chan struct{}, cfg.MaxForwards),
+		rate:     fair.NewRate[struct{}](float64(cfg.Rate), 2*cfg.Rate, 1),
 		done:     make(chan struct{}),
 		conns:    make(map[net.Conn]struct{}),
 	}
@@ -245,6 +253,10 @@ func (s *Server) servePackets(pc net.PacketConn) {
 			if s.failed("DNS socket", err) {
 				return
 			}
+			continue
+		}
+		if !s.rate.Allow(struct{}{}) {
+			s.cfg.Metrics.dropped[dropRate].Add(1)
 			continue
 		}
 		if !s.enter() {

@@ -109,6 +109,34 @@ func TestPacketBound(t *testing.T) {
 	})
 }
 
+// Datagrams beyond the rate are dropped unread; a second later there is room again.
+func TestPacketRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m, pc := NewMetrics(), newPacketConn()
+		start(t, Config{Metrics: m, Rate: 10, Packets: []net.PacketConn{pc}, Upstream: &upstream{}})
+		answers := 0
+		flood := func() {
+			for range 50 {
+				pc.in <- mustPack(ask("A cart"))
+				synctest.Wait()
+				select {
+				case <-pc.out:
+					answers++
+				default:
+				}
+			}
+		}
+		flood()
+		if n := m.dropped[dropRate].Load(); n != 30 || answers != 20 {
+			t.Errorf("%d dropped, %d answered, want 30 and 20", n, answers)
+		}
+		time.Sleep(time.Second)
+		if flood(); answers != 30 {
+			t.Errorf("%d answered, want 30", answers)
+		}
+	})
+}
+
 // Shutdown lets what is under way finish and takes nothing new; its context ends
 // it; and so does Run's.
 func TestShutdown(t *testing.T) {

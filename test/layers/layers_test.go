@@ -30,7 +30,7 @@ admin/watch          ->
 admin/zlog           ->
 netstack             -> proxy/fair proxy/rescue tun
 proxy                -> proxy/fair proxy/hbone proxy/identity proxy/rbac proxy/rescue proxy/route proxy/socks proxy/state
-proxy/dns            -> proxy/rescue proxy/state
+proxy/dns            -> proxy/fair proxy/rescue proxy/state
 proxy/fair           ->
 proxy/hbone          -> proxy/identity proxy/rescue
 proxy/identity       ->
