@@ -266,6 +266,7 @@ func (c *conn) leaveLocked(code http2.ErrCode, err error) {
 		c.cfg.Stats.Violations.Add(1)
 	}
 	if code == http2.ErrCodeEnhanceYourCalm {
+		c.linger.brief = true
 		c.cfg.Stats.Calmed.Add(1)
 		if c.cfg.Calmed != nil {
 			c.cfg.Calmed(c.nc.RemoteAddr())

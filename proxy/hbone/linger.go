@@ -24,6 +24,7 @@ const (
 type linger struct {
 	on       atomic.Bool // our side has ended: the reader throws everything away
 	hurried  bool
+	brief    bool // the peer has flooded us: the first look comes early
 	end      time.Time
 	progress time.Time
 	unacked  int
@@ -42,7 +43,11 @@ func (l *linger) start(raw net.Conn) bool {
 	}
 	l.unacked = unacknowledged(raw)
 	l.on.Store(true)
-	raw.SetReadDeadline(now.Add(lingerStep))
+	step := lingerStep
+	if l.brief {
+		step /= 10
+	}
+	raw.SetReadDeadline(now.Add(step))
 	return true
 }
 

@@ -1,0 +1,172 @@
+package hbone
+
+import (
+	"errors"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+)
+
+// TestRapidResetIsBlamed: requests that are reset before their answer are counted, even if each is over and done with
+// before the next one comes.
+func TestRapidResetIsBlamed(t *testing.T) {
+	began, ended := make(chan struct{}), make(chan struct{})
+	var stats Stats
+	p, sc, stop := serve(t, Config{Resets: 20, Stats: &stats}, func(ss *ServerStream) {
+		ctx, release := ss.Context(t.Context())
+		began <- struct{}{}
+		<-ctx.Done()
+		release()
+		ended <- struct{}{}
+	})
+	defer stop()
+	p.preface()
+	for i := range uint32(100) {
+		p.connect(2*i + 1)
+		select {
+		case <-began:
+		case <-sc.Done():
+			if i < 20 || i > 30 || stats.Calmed.Load() != 1 {
+				t.Error("ended after", i, stats.Calmed.Load())
+			}
+			return
+		}
+		p.fr.WriteRSTStream(2*i+1, http2.ErrCodeCancel)
+		<-ended
+		eventually(t, func() bool { sc.c.mu.Lock(); defer sc.c.mu.Unlock(); return sc.c.running == 0 })
+	}
+	t.Error("no end to it")
+}
+
+// TestRunningHandlers: handlers that outlive their streams count, too.
+func TestRunningHandlers(t *testing.T) {
+	const most = 3
+	proceed := make(chan struct{})
+	p, sc, stop := serve(t, Config{MaxStreams: most}, func(ss *ServerStream) {
+		ss.Accept(&Response{Status: 200})
+		<-proceed
+	})
+	defer stop()
+	p.preface()
+	id := uint32(1)
+	for range 2 * most {
+		p.connect(id)
+		p.expect("HEADERS")
+		p.fr.WriteRSTStream(id, http2.ErrCodeCancel) // after the answer: nothing to blame
+		id += 2
+	}
+	eventually(t, func() bool { return sc.Streams() == 0 })
+	p.connect(id)
+	p.expect("REFUSED_STREAM")
+	close(proceed)
+	eventually(t, func() bool { sc.c.mu.Lock(); defer sc.c.mu.Unlock(); return sc.c.running == 0 })
+	p.connect(id + 2)
+	p.expect(":status=200")
+}
+
+// TestGoAwayLeavesStreamsUnprocessed: streams above the last one of a GOAWAY may be asked for elsewhere, those up to it
+// may not: they go on.
+func TestGoAwayLeavesStreamsUnprocessed(t *testing.T) {
+	a, b := tcpPair(t)
+	cc, err := NewClientConn(a, Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cc.Close()
+	defer b.Close()
+	p := newRawPeer(t, b)
+	io.ReadFull(b, make([]byte, len(http2.ClientPreface)))
+	p.preface2()
+	opened := make([]chan error, 3)
+	for i := range opened {
+		opened[i] = make(chan error, 1)
+		go func() {
+			_, _, err := cc.Open(t.Context(), &Request{Authority: "h:1"})
+			opened[i] <- err
+		}()
+		p.expect("HEADERS")
+	}
+	p.fr.WriteGoAway(3, http2.ErrCodeNo, nil)
+	var se *StreamError
+	if err := <-opened[2]; !errors.As(err, &se) || !se.Unprocessed || !se.Remote {
+		t.Errorf("above the last: %v", err)
+	}
+	for i := range 2 {
+		p.headers(uint32(2*i+1), false, ":status", "200")
+		if err := <-opened[i]; err != nil {
+			t.Errorf("stream %d: %v", 2*i+1, err)
+		}
+	}
+	if _, _, err := cc.Open(t.Context(), &Request{Authority: "h:1"}); !errors.Is(err, ErrGoAway) {
+		t.Error(err)
+	}
+}
+
+// nowhere is a connection that is never used.
+type nowhere struct{ net.Conn }
+
+// TestBulkIsNotStarved: however many small frames wait, bulk gets half of each batch; and small ones come first.
+func TestBulkIsNotStarved(t *testing.T) {
+	c := newConn(nowhere{}, Config{}, true)
+	add := func(n int) *Stream {
+		s := newStream(c, c.nextID)
+		c.nextID += 2
+		c.streams[s.id] = s
+		s.sendWin = 1 << 30
+		s.pend = c.bufs.frame(classFor(n))
+		s.pend.end += n
+		c.schedule(s)
+		return s
+	}
+	c.sendWin = 1 << 30
+	bulk := map[uint32]bool{}
+	for range 12 { // more than four batches take
+		bulk[add(60000).id] = true
+	}
+	for range 1000 {
+		add(lightLen)
+	}
+	for round := range 4 {
+		if !c.assemble() {
+			t.Fatal("nothing to send")
+		}
+		light, heavy := 0, 0
+		for i, e := range c.plan {
+			if bulk[e.id] {
+				heavy += e.n
+			} else if light += e.n; heavy > 0 {
+				t.Errorf("round %d: a small frame behind bulk, at %d", round, i)
+			}
+			c.plan[i].f = nil
+		}
+		if light < c.cfg.Batch/2-2*lightLen || heavy == 0 {
+			t.Errorf("round %d: %d bytes of small frames, %d of bulk", round, light, heavy)
+		}
+	}
+}
+
+// TestFloodEndsSoon: who was told to calm down is not listened to for half a second, as others are.
+func TestFloodEndsSoon(t *testing.T) {
+	var took time.Duration
+	for range 5 { // the machine may be busy
+		p, sc, stop := serve(t, Config{ControlFrames: 10}, nil)
+		p.preface()
+		start := time.Now()
+		for p.fr.WritePing(false, [8]byte{1}) == nil {
+		}
+		<-sc.Done()
+		took = time.Since(start)
+		stop()
+		if err := sc.Err(); err == nil || !strings.Contains(err.Error(), "ENHANCE_YOUR_CALM") {
+			t.Error(err)
+		}
+		if took < lingerStep*4/5 {
+			return
+		}
+	}
+	t.Error("listened to for", took)
+}
