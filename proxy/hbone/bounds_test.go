@@ -37,7 +37,7 @@ func TestRapidResetIsBlamed(t *testing.T) {
 		}
 		p.fr.WriteRSTStream(2*i+1, http2.ErrCodeCancel)
 		<-ended
-		eventually(t, func() bool { sc.c.mu.Lock(); defer sc.c.mu.Unlock(); return sc.c.running == 0 })
+		eventually(t, func() bool { return sc.c.running.Load() == 0 })
 	}
 	t.Error("no end to it")
 }
@@ -63,7 +63,7 @@ func TestRunningHandlers(t *testing.T) {
 	p.connect(id)
 	p.expect("REFUSED_STREAM")
 	close(proceed)
-	eventually(t, func() bool { sc.c.mu.Lock(); defer sc.c.mu.Unlock(); return sc.c.running == 0 })
+	eventually(t, func() bool { return sc.c.running.Load() == 0 })
 	p.connect(id + 2)
 	p.expect(":status=200")
 }
