@@ -41,4 +41,7 @@
 //     who may never read: until then 160 streams kept 590 MiB as long as their application lived.
 //   - 2026-11-28: a connection whose look-up has no answer is reset. What is not known may be in the mesh, and
 //     before it went out in plaintext.
+//   - 2026-11-28: while the SYN is held another endpoint of the service is tried, 3 at most, when one cannot be
+//     reached, is somebody else by now, or cannot reach its application (503): not when it refuses (401, 400), nor
+//     after a waypoint's answer. An endpoint that failed is avoided for 10 s where there are others. ztunnel tries one.
 package proxy

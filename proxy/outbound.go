@@ -33,7 +33,7 @@ func (v *visit) outbound(f Flow, start time.Time) {
 	ctx, stop := context.WithCancel(p.ctx)
 	defer stop()
 	f.OnGone(stop)
-	d, local, err := p.decide(ctx, src, dst)
+	d, local, err := p.decide(ctx, src, dst, nil)
 	if err != nil {
 		if ctx.Err() == nil || p.ctx.Err() != nil { // not turned away by a bound, which is said elsewhere
 			p.deny(true, src, dst, err)
@@ -42,50 +42,52 @@ func (v *visit) outbound(f Flow, start time.Time) {
 		return
 	}
 
-	l := &live{src: src, originalDst: dst, actualDst: d.Actual, protocol: d.Protocol.String(), stop: stop}
-	v.register(l)
-	f.OnGone(func() { l.sever(fail(kindCrowded, nil)) })
+	a := attempts{v: v, local: local, src: src, dst: dst}
+	for {
+		l := &live{src: src, originalDst: dst, actualDst: d.Actual, protocol: d.Protocol.String(), stop: stop}
+		v.register(l)
+		f.OnGone(func() { l.sever(fail(kindCrowded, nil)) })
 
-	in := connectionInput{outbound: true, src: src, dst: d.Actual, source: local, dest: d.Workload, service: d.Service, start: start}
-	if d.Protocol != route.TCP {
-		in.mtls = true
-		in.hbone = d.Authority()
-		in.derived = &derived{id: local.Identity(), hasID: true}
-	}
-	var up Conn
-	var failed *Error
-	switch {
-	case d.Protocol == route.DoubleHBONE:
-		// Counted only now: it is the far end that says who it is (spec 10.3).
-		up, in.farEnd, failed = v.connectDouble(ctx, local, src, d)
-	case f.Again():
-		// Counted already, unless something comes of it this time: one connect of the application is one connection,
-		// however often its kernel sends the SYN.
-		up, failed = p.connect(ctx, local, src, d)
-	default:
+		in := connectionInput{outbound: true, src: src, dst: d.Actual, source: local, dest: d.Workload, service: d.Service, start: start}
+		if d.Protocol != route.TCP {
+			in.mtls = true
+			in.hbone = d.Authority()
+			in.derived = &derived{id: local.Identity(), hasID: true}
+		}
+		tctx, cancel := a.context(ctx, &d)
+		var up Conn
+		var failed *Error
+		if d.Protocol == route.DoubleHBONE {
+			up, in.farEnd, failed = v.connectDouble(tctx, local, src, d)
+		} else {
+			up, failed = p.connect(tctx, local, src, d)
+		}
+		cancel()
+		if failed != nil {
+			if l.reason() == nil {
+				if next, ok := a.another(ctx, d, failed); ok {
+					p.conns.remove(l)
+					d = next
+					continue
+				}
+			}
+			v.turnDown(in, f, l.instead(failed))
+			return
+		}
+		// Counted only now, when it is known where it goes: one connect of the application is one connection, however
+		// many endpoints were tried for it, and however often its kernel sends the SYN. And a far end beyond a gateway
+		// says itself who it is (spec 10.3).
 		c = p.open(in)
-		up, failed = p.connect(ctx, local, src, d)
-	}
-	if failed != nil {
-		failed = l.instead(failed)
-		v.turnDown(c, in, f, failed)
+		v.accept(c, f, up)
 		return
 	}
-	if c == nil {
-		c = p.open(in)
-	}
-	v.accept(c, f, up)
 }
 
-// turnDown refuses the flow of a failed connection and keeps the books: c, or if it was not counted yet one of its own, unless it
-// fails by silence once more.
-func (v *visit) turnDown(c *connection, in connectionInput, f Flow, failed *Error) {
+// turnDown refuses the flow of a failed connection and keeps its books, unless it fails by silence once more: then it was counted.
+func (v *visit) turnDown(in connectionInput, f Flow, failed *Error) {
 	refuse(f, failed)
-	if c == nil && !(f.Again() && failed.Refusal() == RefuseSilent) {
-		c = v.p.open(in)
-	}
-	if c != nil {
-		c.record(failed)
+	if !f.Again() || failed.Refusal() != RefuseSilent {
+		v.p.open(in).record(failed)
 	}
 	v.leave()
 }
@@ -102,8 +104,9 @@ func refuse(f Flow, err error) {
 	}
 }
 
-// decide finds the way of an outbound connection. An error is an early denial: nothing is counted.
-func (p *Proxy) decide(ctx context.Context, src, dst netip.AddrPort) (d route.Decision, local *state.Workload, err error) {
+// decide finds the way of an outbound connection, past endpoints that were tried. An error is an early denial: nothing is
+// counted.
+func (p *Proxy) decide(ctx context.Context, src, dst netip.AddrPort, tried []*state.Workload) (d route.Decision, local *state.Workload, err error) {
 	if err := route.CheckOutbound(dst, p.illegal); err != nil {
 		return d, nil, err
 	}
@@ -114,7 +117,7 @@ func (p *Proxy) decide(ctx context.Context, src, dst netip.AddrPort) (d route.De
 	q := route.Question{Network: p.o.Config.NetworkName, Source: local, SrcIP: src.Addr(), Dst: dst, Rand: p.o.Random}
 	if unknown := p.asking(ctx, demandWait, view, func(view *state.View, missed *string) {
 		q.Missed = missed
-		d, err = route.Decide(view, q)
+		d, err = p.choose(view, q, tried)
 	}); unknown != nil {
 		return d, local, unknown
 	}

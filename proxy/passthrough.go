@@ -60,7 +60,7 @@ func (p *Proxy) ServePassthrough(f Flow) {
 		}
 	}
 	if failed != nil {
-		v.turnDown(nil, ci, f, failed)
+		v.turnDown(ci, f, failed)
 		return
 	}
 	// Anybody can send a SYN in anybody's name: only whoever has ended the handshake is a client, which is counted and which the

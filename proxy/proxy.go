@@ -88,6 +88,8 @@ type Proxy struct {
 	conns   conns
 	proofs  sync.Map // net.Conn -> proof: handshakes whose tunnel the pool is about to make
 	bounds  *bounds
+	ailing  ailing
+	retried atomic.Uint64      // connections that went to another endpoint than the first
 	tunnels hbone.Stats        // of both directions
 	labels  [3]context.Context // pprof labels by direction
 	illegal []uint16           // ports that no connection may be steered to
@@ -313,13 +315,14 @@ func (p *Proxy) recheckIn(d time.Duration) {
 // Stats are figures of one pod's data plane.
 type Stats struct {
 	Pool       hbone.PoolStats
+	Retried    uint64 // attempts at another endpoint of a service, because one could not be reached
 	Tunnels    hbone.Counts
 	Overloaded uint64 // connections and requests that lost their place, or got none, at a bound of the proxy
 }
 
 // Stats returns the figures of this moment.
 func (p *Proxy) Stats() Stats {
-	return Stats{Pool: p.pool.Stats(), Tunnels: p.tunnels.Counts(), Overloaded: p.bounds.turned.Load()}
+	return Stats{Pool: p.pool.Stats(), Tunnels: p.tunnels.Counts(), Overloaded: p.bounds.turned.Load(), Retried: p.retried.Load()}
 }
 
 // Connection is one live connection, as /config_dump lists it.

@@ -46,7 +46,7 @@ type balancer struct {
 // pick draws an endpoint by capacity among the candidates of the highest rank.
 // It scans twice, first for the weight of that group, then for the one drawn.
 func (b *balancer) pick() (*state.Endpoint, *state.Workload) {
-	if b.s.Uniform() && b.targetPort > 0 {
+	if b.s.Uniform() && b.targetPort > 0 && b.r.q.Avoid == nil {
 		i := uint64(0)
 		if n := uint64(len(b.s.Endpoints)); n > 1 {
 			i = b.r.q.Rand(n)
@@ -106,7 +106,7 @@ func (b *balancer) pick() (*state.Endpoint, *state.Workload) {
 // rank; nil and -1 if it may not.
 func (b *balancer) candidate(e *state.Endpoint) (*state.Workload, int) {
 	w := b.r.v.EndpointWorkload(e)
-	if w == nil {
+	if w == nil || b.r.q.Avoid != nil && b.r.q.Avoid(w) {
 		return nil, -1
 	}
 	if len(w.Addresses) == 0 && w.Hostname == "" && (w.Network == b.r.q.Source.Network || w.NetworkGateway == nil) {

@@ -45,6 +45,9 @@ type Question struct {
 	// Rand returns a number below n, n > 0; as rand.Uint64N. It is asked only
 	// where there is something to choose.
 	Rand func(n uint64) uint64
+	// Avoid, if not nil, tells the endpoints that are not to be chosen where a service
+	// has several: those that could not be reached.
+	Avoid func(w *state.Workload) bool
 	// Missed, if not nil, is set to the first key that was looked up in vain
 	// ("network/ip" or "namespace/hostname"), for a caller that can ask a control
 	// plane for it and then decide again. "" if all that was needed is known.
@@ -129,6 +132,9 @@ func (d *Decision) SANs() []identity.ID {
 // Passthrough reports whether the destination is unknown to the mesh: plain
 // TCP to where the application wanted to go.
 func (d *Decision) Passthrough() bool { return d.Workload == nil }
+
+// Alternatives reports whether the next hop was one of several endpoints.
+func (d *Decision) Alternatives() bool { return d.via != nil && len(d.via.Endpoints) > 1 }
 
 // CheckOutbound refuses connections to our own ports on loopback.
 func CheckOutbound(dst netip.AddrPort, illegal []uint16) error {

@@ -342,3 +342,46 @@ func TestDecideAllocatesNothing(t *testing.T) {
 		}
 	}
 }
+
+// TestAvoid: endpoints that are to be avoided are not chosen, whether any is as good as any other or not; when none is left there is none.
+func TestAvoid(t *testing.T) {
+	for _, uniform := range []bool{true, false} {
+		b := state.NewBuilder("")
+		src := &state.Workload{UID: "src", Name: "src", Namespace: "n", Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1")}, Capacity: 1}
+		b.InsertWorkload(src)
+		key := state.ServiceKey{Namespace: "n", Hostname: "s"}
+		ports := state.SortPorts([]state.PortPair{{Service: 80, Target: 8080}})
+		b.InsertService(&state.Service{Name: "s", Namespace: "n", Hostname: "s", Ports: ports,
+			VIPs: []state.NetworkAddress{{Addr: netip.MustParseAddr("10.9.0.1")}}})
+		uids := []string{"e0", "e1", "e2"}
+		for i, uid := range uids {
+			w := &state.Workload{UID: uid, Name: uid, Namespace: "n", Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 1, byte(i)})}, Capacity: 1,
+				Services: []state.WorkloadService{{Service: key, Ports: ports}}}
+			if !uniform && i == 0 {
+				w.Capacity = 2
+			}
+			b.InsertWorkload(w)
+		}
+		avoided := map[string]bool{}
+		q := route.Question{Source: src, SrcIP: src.Addresses[0], Dst: netip.MustParseAddrPort("10.9.0.1:80"), Rand: rand.Uint64N,
+			Avoid: func(w *state.Workload) bool { return avoided[w.UID] }}
+		v := b.Build()
+		for range uids {
+			for range 20 {
+				d, err := route.Decide(v, q)
+				if err != nil || avoided[d.Workload.UID] || !d.Alternatives() {
+					t.Fatalf("uniform %v, avoiding %v: %+v, %v", uniform, avoided, d.Workload, err)
+				}
+			}
+			d, _ := route.Decide(v, q)
+			avoided[d.Workload.UID] = true
+		}
+		if d, err := route.Decide(v, q); !errors.Is(err, &route.Error{Code: route.NoHealthyUpstream}) {
+			t.Errorf("uniform %v, all avoided: %+v, %v", uniform, d.Workload, err)
+		}
+		q.Dst = netip.MustParseAddrPort("10.0.1.0:8080")
+		if d, err := route.Decide(v, q); err != nil || d.Workload.UID != "e0" || d.Alternatives() {
+			t.Errorf("called by its own address: %+v, %v", d.Workload, err)
+		}
+	}
+}
