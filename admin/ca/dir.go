@@ -22,7 +22,7 @@ import (
 // The files of a CA directory. The last two are optional and of Istio's plug-in layout.
 const (
 	rootFile  = "root-cert.pem"  // one or more roots, readable by all
-	keyFile   = "ca-key.pem"     // the signing key, 0600
+	keyFile   = "ca-key.pem"     // the signing key, which should be 0600
 	certFile  = "ca-cert.pem"    // the signing certificate, if it is not among the roots
 	chainFile = "cert-chain.pem" // what leads from it to a root
 )
@@ -106,19 +106,24 @@ func writeNew(dir, name string, mode fs.FileMode, content []byte) (err error) {
 	return nil
 }
 
-// LoadDir reads a CA directory made by InitDir, or one of Istio's plug-in layout. The key must not be readable by
-// others than owner and group, nor writable by the group. Errors name the file, what is wrong and what to do; that of
-// a missing file wraps fs.ErrNotExist.
+// LoadDir reads a CA directory made by InitDir, one of Istio's plug-in layout, or any other with a root-cert.pem and a
+// ca-key.pem, such as the test root of ztunnel's sources. The key may be EC or RSA, as PKCS#8, SEC 1 or PKCS#1. A key that
+// others than owner and group may read, or the group may write, is taken with a warning (Local.Warnings): such
+// directories come out of version control and images. Errors name the file, what is wrong and what to do; that of a
+// missing file wraps fs.ErrNotExist.
 func LoadDir(dir string) (*Local, error) {
 	roots, err := readCerts(dir, rootFile)
 	if err != nil {
 		return nil, err
 	}
-	key, err := readKey(dir)
+	key, open, err := readKey(dir)
 	if err != nil {
 		return nil, err
 	}
 	l := &Local{key: key, roots: roots}
+	if open != "" {
+		l.warnings = append(l.warnings, open)
+	}
 	own, err := readCerts(dir, certFile)
 	switch {
 	case err == nil:
@@ -222,20 +227,20 @@ func readCerts(dir, name string) ([]*x509.Certificate, error) {
 	return certs, nil
 }
 
-func readKey(dir string) (crypto.Signer, error) {
+// readKey reads the signing key; open says who else may read or write it that should not.
+func readKey(dir string) (key crypto.Signer, open string, err error) {
 	b, info, err := readFile(dir, keyFile)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	// Others may not read it, the group may not write it: a group that shares the key (Kubernetes' fsGroup) may read.
+	// Others should not read it, the group not write it: a group that shares the key (Kubernetes' fsGroup) may read.
 	if mode := info.Mode().Perm(); mode&0o027 != 0 {
-		return nil, fmt.Errorf("%s: permissions %04o are too open for a CA key: run chmod 600", filepath.Join(dir, keyFile), mode)
+		open = fmt.Sprintf("%s: permissions %04o are too open for a CA key, unless everybody knows it: run chmod 600", filepath.Join(dir, keyFile), mode)
 	}
-	key, err := parseKey(b)
-	if err != nil {
-		return nil, dirError(dir, keyFile, err)
+	if key, err = parseKey(b); err != nil {
+		return nil, "", dirError(dir, keyFile, err)
 	}
-	return key, nil
+	return key, open, nil
 }
 
 // parseKey takes the first private key of a PEM text: PKCS#8, or what openssl writes by default.

@@ -159,7 +159,7 @@ func TestInitRace(t *testing.T) {
 	}
 }
 
-// TestBrokenDirs: each file missing, empty, garbage, of another CA, too open: an error that names it and says what to do.
+// TestBrokenDirs: each file missing, empty, garbage, of another CA: an error that names it and says what to do.
 func TestBrokenDirs(t *testing.T) {
 	foreign := initDir(t, "cluster.local")
 	ended := func(dir string) {
@@ -208,8 +208,6 @@ func TestBrokenDirs(t *testing.T) {
 			write(t, d, keyFile, 0o600, []byte("-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n"))
 		}, keyFile, "the key is encrypted"},
 		{"another CA's key", func(d string) { write(t, d, keyFile, 0o600, read(t, foreign, keyFile)) }, keyFile, "is not the key of any certificate in root-cert.pem"},
-		{"key readable by all", func(d string) { write(t, d, keyFile, 0o644, read(t, d, keyFile)) }, keyFile, "permissions 0644 are too open for a CA key: run chmod 600"},
-		{"key writable by the group", func(d string) { write(t, d, keyFile, 0o660, read(t, d, keyFile)) }, keyFile, "permissions 0660 are too open"},
 		{"root is a directory", func(d string) {
 			os.Remove(filepath.Join(d, rootFile))
 			os.Mkdir(filepath.Join(d, rootFile), 0o755)
@@ -235,11 +233,20 @@ func TestBrokenDirs(t *testing.T) {
 			}
 		})
 	}
-	// A group that shares the key may read it.
-	dir := initDir(t, "cluster.local")
-	write(t, dir, keyFile, 0o640, read(t, dir, keyFile))
-	if _, err := LoadDir(dir); err != nil {
-		t.Error(err)
+}
+
+// TestOpenKeys: a key that too many may read or write is taken, with a warning; a group that shares it may read it.
+func TestOpenKeys(t *testing.T) {
+	for mode, want := range map[fs.FileMode]string{0o600: "", 0o640: "", 0o400: "", 0o644: "permissions 0644 are too open", 0o660: "permissions 0660 are too open"} {
+		dir := initDir(t, "cluster.local")
+		write(t, dir, keyFile, mode, read(t, dir, keyFile))
+		l, err := LoadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Join(l.Warnings(), "\n"); (got == "") != (want == "") || !strings.Contains(got, want) {
+			t.Errorf("%04o: %q", mode, got)
+		}
 	}
 }
 

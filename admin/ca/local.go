@@ -25,6 +25,7 @@ type Local struct {
 	roots       []*x509.Certificate
 	trustDomain string // "": signs for any
 	fake        bool
+	warnings    []string
 }
 
 //go:embed fake/cert.pem
@@ -57,6 +58,12 @@ func (l *Local) TrustDomain() string { return l.trustDomain }
 
 // Roots are the certificates to trust in peers, as every certificate from this CA is delivered with. Do not modify.
 func (l *Local) Roots() []*x509.Certificate { return l.roots }
+
+// Certificate is what it signs with. Do not modify.
+func (l *Local) Certificate() *x509.Certificate { return l.cert }
+
+// Warnings are what is doubtful about the directory that it was read from.
+func (l *Local) Warnings() []string { return l.warnings }
 
 // Sign issues a certificate for id to the key of csr, which must have NewRequest's shape. It is valid from two minutes
 // ago (istiod's allowance for clock skew) until ttl from now or the end of the CA, whichever is first; usable by both

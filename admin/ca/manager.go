@@ -50,6 +50,8 @@ type Manager struct {
 	queue   queue
 	running int
 	stats   Stats
+	failing int // entries whose last attempt failed
+	roots   rootSet
 }
 
 // entry is all that is known of one identity. It is guarded by Manager.mu and is in exactly one of three places:
@@ -64,6 +66,10 @@ type entry struct {
 	gone     bool
 	task     *task
 	cancel   context.CancelFunc
+	began    time.Time       // of the last attempt
+	tried    time.Time       // when it ended
+	retried  chan struct{}   // not nil while callers wait for another attempt; closed when it ends
+	trust    [sha256Len]byte // the roots that came with cert
 }
 
 // waiting reports whether callers wait for the entry: neither a certificate nor an error can be had.
@@ -78,6 +84,10 @@ func (e *entry) waiting() bool {
 
 // settle lets the waiting callers go.
 func (e *entry) settle() {
+	if e.retried != nil {
+		close(e.retried)
+		e.retried = nil
+	}
 	if e.waiting() {
 		close(e.ready)
 	}
@@ -186,7 +196,7 @@ func (m *Manager) startDue(ctx context.Context, signers *sync.WaitGroup, limit t
 		}
 		m.running++
 		ctx, cancel := context.WithTimeout(ctx, m.opts.SignTimeout)
-		e.cancel = cancel
+		e.cancel, e.began = cancel, now
 		signers.Go(func() {
 			defer cancel()
 			cert, err := m.fetch(ctx, e.id)
@@ -233,21 +243,31 @@ func (m *Manager) finish(ctx context.Context, e *entry, cert *identity.Certifica
 	default:
 	}
 	now := time.Now()
+	e.tried = now
+	failed := e.err != nil
 	switch {
 	case e.gone:
 		m.stats.Discarded++
 		return
 	case err == nil:
 		m.stats.Signed++
+		if failed {
+			m.failing--
+		}
 		e.cert, e.err, e.failures, e.step = cert, nil, 0, 0
 		due := renewAt(now, cert.Leaf.NotBefore, cert.Leaf.NotAfter, m.opts.Rand())
 		m.queue.push(e, background, due, now)
 		m.log.Debug("certificate received", "identity", e.id.String(), "notAfter", cert.Leaf.NotAfter.UTC(), "renewal", due.UTC())
+		m.recall(now)
+		m.trusted(e, now)
 	case errors.Is(ctx.Err(), context.Canceled): // not forgotten, so Run is ending: nobody failed
 		m.queue.push(e, background, now, now)
 		return
 	default:
 		m.stats.Failed++
+		if !failed {
+			m.failing++
+		}
 		e.err = err
 		e.failures++
 		e.step++
@@ -268,8 +288,9 @@ func (m *Manager) finish(ctx context.Context, e *entry, cert *identity.Certifica
 }
 
 // Certificate returns id's certificate, fetching it with the highest priority if there is none; concurrent callers
-// share the fetch. After a failed fetch it returns that error at once (until a retry in the background succeeds), but while
-// an older certificate is valid it returns that one. Other errors: ErrForgotten, ErrBusy, ErrStopped, ctx's.
+// share the fetch. After a failed fetch it waits up to 2 s for another attempt, unless the last one was a moment ago, and
+// returns its error; but while an older certificate is valid it returns that one. Other errors: ErrForgotten, ErrBusy,
+// ErrStopped, ctx's.
 func (m *Manager) Certificate(ctx context.Context, id identity.ID) (*identity.Certificate, error) {
 	return m.get(ctx, id, realTime)
 }
@@ -282,14 +303,22 @@ func (m *Manager) get(ctx context.Context, id identity.ID, prio priority) (*iden
 		m.mu.Unlock()
 		return nil, err
 	}
+	var patience <-chan time.Time
 	for {
 		cert, ready, err := m.outcome(e)
+		if ready == nil && cert == nil && e.err != nil && prio == realTime && patience == nil {
+			ready = m.again(e, time.Now())
+			timer := time.NewTimer(retryPatience)
+			defer timer.Stop()
+			patience = timer.C
+		}
 		m.mu.Unlock()
 		if ready == nil {
 			return cert, err
 		}
 		select {
 		case <-ready:
+		case <-patience:
 		case <-ctx.Done():
 			return nil, fmt.Errorf("waiting for the certificate of %s: %w", id, context.Cause(ctx))
 		}
@@ -381,6 +410,9 @@ func (m *Manager) Forget(id identity.ID) {
 	}
 	delete(m.entries, id)
 	e.gone = true
+	if e.err != nil {
+		m.failing--
+	}
 	m.queue.remove(e)
 	if e.cancel != nil {
 		e.cancel()

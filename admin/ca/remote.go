@@ -62,7 +62,9 @@ type RemoteOptions struct {
 	// Impersonate: ask for others' identities by name, and insist on getting them (shared mode). Without it the CA
 	// decides by the token whose certificate it is (dedicated mode), and a Manager takes what comes.
 	Impersonate bool
-	Logger      *slog.Logger
+	// Changed is called by Run when one of the connector's files has changed: the CA may have been replaced. May be nil.
+	Changed func()
+	Logger  *slog.Logger
 }
 
 // Remote is the Signer of machines with istiod: IstioCertificateService/CreateCertificate (spec/controlplane.md 2.7)
@@ -114,17 +116,27 @@ func NewRemote(o RemoteOptions) *Remote {
 func (r *Remote) Run(ctx context.Context) error {
 	defer r.Close()
 	if files := r.o.Connector.Files(); len(files) > 0 {
+		start := true // for what has changed before it watched
 		watch(ctx, files, maxTrustFile, r.log, r.wait.settle, r.wait.poll, func() {
-			r.mu.Lock()
-			defer r.mu.Unlock()
-			if r.ch != nil { // otherwise the first call will read them
-				r.stale = true
-				r.log.Info("the next request uses a new connection to the CA: its files may have changed", "address", r.o.Connector.Address())
+			r.renew()
+			if !start && r.o.Changed != nil {
+				r.o.Changed()
 			}
+			start = false
 		})
 	}
 	<-ctx.Done()
 	return nil
+}
+
+// renew has the next request make a channel of its own.
+func (r *Remote) renew() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.ch != nil { // otherwise the first call will read them
+		r.stale = true
+		r.log.Info("the next request uses a new connection to the CA: its files may have changed", "address", r.o.Connector.Address())
+	}
 }
 
 // maxTrustFile bounds what is read of a root or certificate file to see whether it has changed, in bytes.
