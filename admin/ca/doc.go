@@ -39,4 +39,13 @@
 //     unlike ztunnel's it is read as soon as it is mended; later failures keep what is in force.
 //   - 2026-11-23: LoadDir also takes Istio's plug-in layout (ca-cert.pem, cert-chain.pem beside ca-key.pem and
 //     root-cert.pem) and several roots in root-cert.pem, so that a root can be rotated.
+//   - 2026-11-28: pauses between attempts end early when somebody wants the certificate (but not within a second of the
+//     last attempt, nor a tenth of the pause that is due, at most 5 s), when any identity gets one after a failure, and
+//     when the control plane is connected again: an outage was felt up to 150 s after its end. The caller waits up to 2 s.
+//   - 2026-11-28: a certificate that comes with other roots than the newest before has all others renewed, spread over
+//     5 s, as has a file of the way to the CA, or of LOCAL_CA_DIR, that changed. Until half-life, half a day, part of the
+//     mesh did not believe the other part. At most one such round per minute: of two CAs behind one name each brings
+//     others. With every new stream of the control plane one certificate is renewed, to see.
+//   - 2026-11-28: LOCAL_CA_DIR is read again when it changes. A key that others may read is warned about, not refused:
+//     test roots that two implementations share come out of version control so.
 package ca

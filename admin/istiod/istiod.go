@@ -172,6 +172,28 @@ func (c *Connector) Dial() (*grpc.ClientConn, error) {
 	)
 }
 
+// Probe connects once and looks at what the server shows: whether the control plane can be reached and trusted. It does
+// not show our token. Errors are those of Dial and of the connection.
+func (c *Connector) Probe(ctx context.Context) error {
+	cfg, err := c.tls()
+	if err != nil {
+		return fmt.Errorf("control plane %s: %w", c.Address(), err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
+	defer cancel()
+	raw, err := dial(ctx, c.Address())
+	if err != nil {
+		return fmt.Errorf("control plane %s: %w", c.Address(), err)
+	}
+	defer raw.Close()
+	cfg.NextProtos = []string{"h2"}
+	conn := tls.Client(raw, cfg)
+	if err := conn.HandshakeContext(ctx); err != nil {
+		return fmt.Errorf("control plane %s: %w", c.Address(), err)
+	}
+	return conn.Close()
+}
+
 // dial opens the TCP connection. A failure to resolve the name says whom to suspect.
 func dial(ctx context.Context, address string) (net.Conn, error) {
 	d := net.Dialer{

@@ -24,18 +24,17 @@ type ending struct {
 	reason   string
 	step     step
 	err      error
-	messages int // that arrived
+	messages int  // that arrived
+	healthy  bool // every type was answered
 	lived    time.Duration
 }
 
 const (
 	backoffMin = 10 * time.Millisecond
 	backoffMax = 15 * time.Second
-	// healthy is the life of a session that makes earlier failures forgotten.
-	healthy = time.Minute
-	// brief is the life of a session that ends in a good way but achieves nothing.
-	// A few of them are followed by waits as after failures: a server that accepts
-	// and hangs up must not be called without pause.
+	// brief is the life of a session that achieves nothing, however well it begins
+	// or ends. A few of them are followed by waits as after failures: a server that
+	// accepts, or even answers, and hangs up must not be called without pause.
 	brief    = time.Second
 	maxBrief = 3
 )
@@ -43,7 +42,8 @@ const (
 // backoff says how long to wait (spec controlplane 2.5): 20, 40, ... 15000 ms
 // after failures, 10 ms or nothing after other ends. A quarter is added at
 // random, or taken away at the maximum, so that the nodes of a cluster do not
-// come back in step.
+// come back in step. A session in which every type was answered makes earlier
+// failures forgotten, unless there were several brief ones before it.
 type backoff struct {
 	cur    time.Duration
 	briefs int
@@ -53,14 +53,14 @@ type backoff struct {
 func newBackoff(random func(int64) int64) backoff { return backoff{cur: backoffMin, random: random} }
 
 func (b *backoff) next(e ending) time.Duration {
-	if e.messages > 0 && e.lived >= healthy {
-		b.cur = backoffMin
-	}
 	switch {
 	case e.lived >= brief:
 		b.briefs = 0
-	case e.step != stepFailed:
+	case e.step != stepFailed || e.healthy:
 		b.briefs++
+	}
+	if e.healthy && b.briefs <= maxBrief {
+		b.cur = backoffMin
 	}
 	switch {
 	case e.step == stepFailed || b.briefs > maxBrief:

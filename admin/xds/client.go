@@ -53,7 +53,7 @@ type Client struct {
 	store   *store
 	backoff backoff
 	limits  limits
-	pause   func(context.Context, time.Duration) // sleeps, or less if ctx ends
+	pause   func(ctx context.Context, d time.Duration, wake <-chan struct{}) // sleeps, or less if ctx ends or somebody wants an answer
 
 	wanted  map[string]bool // types that Synced waits for
 	unheard map[string]bool // types without a response since the start or a reset
@@ -123,11 +123,11 @@ func (c *Client) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			break
 		}
-		e.lived = time.Since(start)
+		e.lived, e.healthy = time.Since(start), e.messages > 0 && len(c.unheard) == 0
 		wait := c.backoff.next(e)
 		c.ended(e, wait)
 		if wait > 0 {
-			c.pause(ctx, wait)
+			c.pause(ctx, wait, c.demands.kick)
 		}
 	}
 	c.disconnected()
@@ -178,11 +178,27 @@ func listed(set map[string]bool) (l []string) {
 	return l
 }
 
-func sleep(ctx context.Context, d time.Duration) {
+// Retry ends the wait for the next attempt to connect: somebody needs the control plane now.
+func (c *Client) Retry() { c.demands.poke() }
+
+// wokenPause is the shortest wait that somebody's need makes of a longer one.
+const wokenPause = time.Second
+
+func sleep(ctx context.Context, d time.Duration, wake <-chan struct{}) {
 	t := time.NewTimer(d)
 	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-ctx.Done():
+	start := time.Now()
+	for {
+		select {
+		case <-t.C:
+			return
+		case <-ctx.Done():
+			return
+		case <-wake:
+			wake = nil
+			if left := wokenPause - time.Since(start); left < d-time.Since(start) {
+				t.Reset(max(left, 0))
+			}
+		}
 	}
 }

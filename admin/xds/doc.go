@@ -69,8 +69,13 @@
 // 2026-11-23: a policy that arrives unchanged is no change, since istiod sends all
 // of them at every reconnect and a change has connections checked again.
 //
+// 2026-11-28: an answer to every type resets the waits between streams; it was a
+// minute of life, and after an outage a control plane that restarted once more was
+// waited for as if it had never been back. A Demand, or a pod that is not known yet
+// (Retry), ends a wait after a second.
+//
 // 2026-11-23: waits between streams are ztunnel's plus up to a quarter at random
-// (minus, at the maximum); a minute of healthy life resets them; an unreadable root
+// (minus, at the maximum); an unreadable root
 // file waits like a failure (12.21, 12.22). Streams that end well within a second
 // are followed by such waits from the fourth on.
 //

@@ -211,11 +211,11 @@ func run(t testing.TB, a *ads, change ...func(*Client)) *runningClient {
 		Publish: func(v *state.View, policies bool) { r.views <- published{v, policies} },
 		Synced:  func() { r.synced <- struct{}{} },
 	})
-	r.pause = func(ctx context.Context, d time.Duration) {
+	r.pause = func(ctx context.Context, d time.Duration, _ <-chan struct{}) {
 		r.mu.Lock()
 		r.pauses = append(r.pauses, d)
 		r.mu.Unlock()
-		sleep(ctx, time.Millisecond)
+		sleep(ctx, time.Millisecond, nil)
 	}
 	r.backoff.random = func(int64) int64 { return 0 }
 	for _, f := range change {

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/goleak"
@@ -96,7 +97,7 @@ func TestNotAServer(t *testing.T) {
 			var pauses atomic.Int32
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
-			c.pause = func(context.Context, time.Duration) {
+			c.pause = func(context.Context, time.Duration, <-chan struct{}) {
 				if pauses.Add(1) == 3 {
 					cancel()
 				}
@@ -137,7 +138,7 @@ func TestServerDoesNotRead(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	c.pause = func(context.Context, time.Duration) { cancel() }
+	c.pause = func(context.Context, time.Duration, <-chan struct{}) { cancel() }
 	if err := c.Run(ctx); err != nil {
 		t.Fatal(err)
 	}
@@ -390,7 +391,7 @@ func TestRunEnds(t *testing.T) {
 	} {
 		a := newADS(t)
 		r := run(t, a, func(c *Client) {
-			c.pause = func(ctx context.Context, _ time.Duration) { sleep(ctx, time.Hour) }
+			c.pause = func(ctx context.Context, _ time.Duration, _ <-chan struct{}) { sleep(ctx, time.Hour, nil) }
 		})
 		until(a, r)
 		r.cancel()
@@ -398,5 +399,31 @@ func TestRunEnds(t *testing.T) {
 			t.Error(name, "still connected")
 		}
 		a.srv.Stop()
+	}
+}
+
+// TestWokenPause: who needs the control plane now does not wait for the end of a long pause, and cannot make it a short
+// one either.
+func TestWokenPause(t *testing.T) {
+	for _, c := range []struct {
+		name           string
+		pause, at, end time.Duration
+	}{
+		{"nobody", backoffMax, -1, backoffMax},
+		{"at once", backoffMax, 0, wokenPause},
+		{"later", backoffMax, 7 * time.Second, 7 * time.Second},
+		{"a short one", 20 * time.Millisecond, time.Millisecond, 20 * time.Millisecond},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			client := NewClient(ClientOptions{})
+			if c.at >= 0 {
+				time.AfterFunc(c.at, client.Retry)
+			}
+			start := time.Now()
+			client.pause(t.Context(), c.pause, client.demands.kick)
+			if d := time.Since(start); d != c.end {
+				t.Errorf("%s: %v, want %v", c.name, d, c.end)
+			}
+		})
 	}
 }

@@ -54,6 +54,7 @@ type daemon struct {
 	static   *xds.Static
 	xds      *xds.Client // nil: workloads come from a file
 	remoteCA *ca.Remote  // nil: certificates are signed here
+	probeCA  func(context.Context) error
 	crl      *ca.CRLFile // nil: CRL_PATH is not set
 	revoked  identity.Revocation
 	metrics  *proxy.Metrics
@@ -173,15 +174,16 @@ func (d *daemon) start(ctx context.Context) error {
 	stateReady := d.ready.Register("state manager")
 	proxyReady := d.ready.Register("proxy")
 	podsReady := d.ready.Register("workload proxy manager")
+	certsReady := d.ready.Register("certificates")
 	if err := d.bindReadiness(); err != nil {
 		return err
 	}
+	d.admin(ctx, "readiness", func(ctx context.Context) error { sayReady(ctx, d.ready, d.logger.With("node", c.NodeName)); return nil })
 
-	signer, err := d.signer(ctx)
+	err := d.authority(ctx)
 	if err != nil {
 		return err
 	}
-	d.certs = ca.NewManager(ca.ManagerOptions{Signer: signer, TTL: c.SecretTTL, Logger: d.log.Logger("ca")})
 	d.revocation(ctx)
 	d.metrics = proxy.NewMetrics()
 	d.policies = proxy.NewUnknownPolicies(c.DenyUnknownPolicy, d.log.Logger("proxy"))
@@ -222,7 +224,7 @@ func (d *daemon) start(ctx context.Context) error {
 	}
 	d.registry.MustRegister(&dataplaneCollector{d: d})
 	proxyReady.Done()
-	d.pods.new, d.pods.changed, d.pods.sweep, d.pods.known = d.newPod, d.know.poke, d.sweep, d.known
+	d.pods.new, d.pods.changed, d.pods.sweep, d.pods.known = d.newPod, d.podsChanged, d.sweep, d.known
 	if err := d.pods.adopt(ctx); err != nil {
 		return err
 	}
@@ -232,7 +234,8 @@ func (d *daemon) start(ctx context.Context) error {
 	d.serve("control socket", d.control.Serve)
 	d.admin(ctx, "pod watch", func(ctx context.Context) error { d.pods.watch(ctx); return nil })
 	podsReady.Done()
-	d.logger.Info("ready", "node", c.NodeName, "workers", c.WorkerThreads, "offload", d.dev.Offload().VNetHdr)
+	d.logger.Info("started", "node", c.NodeName, "workers", c.WorkerThreads, "offload", d.dev.Offload().VNetHdr)
+	d.admin(ctx, "certificate check", func(ctx context.Context) error { d.checkCertificates(ctx, certsReady); return nil })
 	return nil
 }
 
@@ -261,6 +264,14 @@ func (d *daemon) newState() {
 		if !used[c.Identity] {
 			d.certs.Forget(c.Identity)
 		}
+	}
+}
+
+// podsChanged is called when a pod came or went: one that is new needs its record, and the control plane may be waited for.
+func (d *daemon) podsChanged() {
+	d.know.poke()
+	if d.xds != nil {
+		d.xds.Retry()
 	}
 }
 

@@ -29,30 +29,43 @@ func (d *daemon) connector(name, address string, roots RootSource, alt string, h
 	return conn, nil
 }
 
-// signer is where certificates come from: istiod or `ztun control`, a local CA, or the fake one.
-func (d *daemon) signer(ctx context.Context) (ca.Signer, error) {
+// authority makes the Signer, istiod or `ztun control`, a local CA, or the fake one, and the Manager of its certificates.
+func (d *daemon) authority(ctx context.Context) error {
 	c := d.c
+	options := ca.ManagerOptions{TTL: c.SecretTTL, Logger: d.log.Logger("ca")}
+	var dir *ca.Dir
 	switch {
 	case c.FakeCA:
-		d.logger.Warn("FAKE_CA=true: certificates are signed with a key that everybody knows; for tests only")
-		return ca.NewFake(), nil
+		fake := ca.NewFake()
+		d.logger.Warn("FAKE_CA=true: certificates are signed with a key that everybody knows, and that is not ztunnel's; for tests only",
+			"root", ca.Describe(fake.Certificate()))
+		options.Signer = fake
 	case c.LocalCADir != "":
-		signer, err := ca.LoadDir(c.LocalCADir)
-		if err != nil {
-			return nil, &configError{"LOCAL_CA_DIR", c.LocalCADir, err}
+		var err error
+		if dir, err = ca.OpenDir(c.LocalCADir, d.log.Logger("ca")); err != nil {
+			return &configError{"LOCAL_CA_DIR", c.LocalCADir, err}
 		}
-		return signer, nil
+		options.Signer = dir
+	default:
+		conn, err := d.connector("CA_ADDRESS", c.CAAddress, c.CARoots, c.AltCAHostname, c.CAHeaders, 0)
+		if err != nil {
+			return err
+		}
+		d.remoteCA = ca.NewRemote(ca.RemoteOptions{Connector: conn, Impersonate: true, Logger: d.log.Logger("ca"), Changed: func() { d.certs.Renew() }})
+		d.probeCA = conn.Probe
+		options.Signer = d.remoteCA
+		if c.ControlDir != "" {
+			d.followControl(ctx, conn)
+		}
 	}
-	conn, err := d.connector("CA_ADDRESS", c.CAAddress, c.CARoots, c.AltCAHostname, c.CAHeaders, 0)
-	if err != nil {
-		return nil, err
+	d.certs = ca.NewManager(options)
+	if d.remoteCA != nil {
+		d.admin(ctx, "certificate authority", d.remoteCA.Run)
 	}
-	d.remoteCA = ca.NewRemote(ca.RemoteOptions{Connector: conn, Impersonate: true, Logger: d.log.Logger("ca")})
-	d.admin(ctx, "certificate authority", d.remoteCA.Run)
-	if c.ControlDir != "" {
-		d.followControl(ctx, conn)
+	if dir != nil {
+		d.admin(ctx, "certificate authority", func(ctx context.Context) error { return dir.Run(ctx, d.certs.Renew) })
 	}
-	return d.remoteCA, nil
+	return nil
 }
 
 // trustDomain is that of workloads of a file that name none: the local CA's, else this proxy's own.
@@ -165,8 +178,8 @@ func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
 			d.log.Logger("xds").Info("first state", "source", conn.Address(), "workloads", w, "services", s, "policies", p)
 			ready.Done()
 		},
-		Trouble: ready.Fail,
-		Turned:  func(pod string, evicted bool) { d.report.Turned("on-demand look-ups", pod, pod, evicted) },
+		Trouble: ready.Fail, Connected: d.certs.Retry,
+		Turned: func(pod string, evicted bool) { d.report.Turned("on-demand look-ups", pod, pod, evicted) },
 	})
 	d.admin(ctx, "xds", d.xds.Run)
 	return nil

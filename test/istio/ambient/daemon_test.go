@@ -302,9 +302,52 @@ func TestRefusedByIstiod(t *testing.T) {
 	if err != nil || status != 500 || !strings.Contains(body, "state manager") {
 		t.Errorf("readiness says %d %q %v, want 500 and the state manager as pending", status, body, err) // checklist 80
 	}
+	if log := d.Log(); saysReady(log) {
+		t.Error("the log says ready and 15021 does not:", log)
+	}
 	must(t, os.WriteFile(token+".new", good, 0o600))
 	must(t, os.Rename(token+".new", token))
 	must(t, d.WaitReady(m.ctx, 40*time.Second))
+	eventually(t, time.Second, func() error {
+		if !saysReady(d.Log()) {
+			return errors.New("15021 says ready and the log does not")
+		}
+		return nil
+	})
+}
+
+func saysReady(log string) bool {
+	for line := range strings.Lines(log) {
+		if f := strings.Split(line, "\t"); len(f) > 3 && strings.TrimSpace(f[3]) == "ready" {
+			return true
+		}
+	}
+	return false
+}
+
+// TestNoCA: a node that has its state and cannot reach the CA is not ready, and says why; with a pod that wants a certificate it says that of the pod.
+func TestNoCA(t *testing.T) {
+	m := prepare(t)
+	env := m.env(m.N1)
+	env["CA_ADDRESS"] = "https://" + lab.HostPort(m.outside.V4(), 1)
+	d, err := m.StartDaemon(m.ctx, m.N1, lab.DaemonOptions{Env: env, NoWait: true})
+	must(t, err)
+	says := func(want string) {
+		t.Helper()
+		eventually(t, 20*time.Second, func() error {
+			status, body, err := d.Get(m.ctx, lab.ReadyPort, "/healthz/ready?verbose")
+			if err != nil || status != 500 || !strings.HasPrefix(body, "not ready, pending: certificates\n") || !strings.Contains(body, want) {
+				return fmt.Errorf("readiness says %d %q %v, want 500 and %q", status, body, err, want)
+			}
+			return nil
+		})
+	}
+	says("connection refused")
+	must(t, m.Attach(m.ctx, m.client))
+	says("spiffe://cluster.local/ns/default/sa/client: ")
+	if saysReady(d.Log()) {
+		t.Error("the log says ready and 15021 does not")
+	}
 }
 
 // TestCertificateRefused: while istiod refuses certificates the daemon says why, the pods that have one go on, and one that has none is refused rather than let
