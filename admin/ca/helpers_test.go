@@ -50,7 +50,7 @@ func (f *fakeSigner) Sign(ctx context.Context, id identity.ID, csr []byte, ttl t
 	f.at = append(f.at, time.Now())
 	f.now++
 	f.most = max(f.most, f.now)
-	fail, answer := f.fail, f.answer
+	fail, answer, latency := f.fail, f.answer, f.latency
 	f.mu.Unlock()
 	defer func() {
 		f.mu.Lock()
@@ -58,7 +58,7 @@ func (f *fakeSigner) Sign(ctx context.Context, id identity.ID, csr []byte, ttl t
 		f.mu.Unlock()
 	}()
 	select {
-	case <-time.After(f.latency):
+	case <-time.After(latency):
 	case <-ctx.Done():
 		return nil, nil, ctx.Err()
 	}

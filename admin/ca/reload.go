@@ -53,6 +53,9 @@ func (d *Dir) load() (changed bool, err error) {
 	return true, nil
 }
 
+// TrustDomain is that of Local.
+func (d *Dir) TrustDomain() string { return d.now.Load().TrustDomain() }
+
 // Sign is that of the Local that the directory holds, or held when it was last in order.
 func (d *Dir) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time.Duration) (chain, roots []*x509.Certificate, err error) {
 	return d.now.Load().Sign(ctx, id, csr, ttl)

@@ -78,7 +78,9 @@ func TestDemandRetries(t *testing.T) {
 		if _, err := m.Certificate(t.Context(), id("b")); err == nil {
 			t.Fatal("a certificate")
 		}
+		f.mu.Lock()
 		f.latency = 15 * time.Second
+		f.mu.Unlock()
 		time.Sleep(time.Hour)
 		start = time.Now()
 		if _, err := m.Certificate(t.Context(), id("b")); !errors.Is(err, errDown) || time.Since(start) > retryPatience {

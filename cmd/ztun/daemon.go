@@ -180,7 +180,7 @@ func (d *daemon) start(ctx context.Context) error {
 	}
 	d.admin(ctx, "readiness", func(ctx context.Context) error { sayReady(ctx, d.ready, d.logger.With("node", c.NodeName)); return nil })
 
-	err := d.authority(ctx)
+	signer, err := d.authority(ctx)
 	if err != nil {
 		return err
 	}

@@ -24,7 +24,7 @@ func TestReadyIsSaidOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ready := admin.NewReady(time.Now)
 		one, two := ready.Register("one"), ready.Register("two")
-		var b bytes.Buffer // read when sayReady sleeps
+		var b logged
 		ctx, cancel := context.WithCancel(t.Context())
 		var work sync.WaitGroup
 		work.Go(func() { sayReady(ctx, ready, slog.New(slog.NewTextHandler(&b, nil))) })
@@ -32,7 +32,7 @@ func TestReadyIsSaidOnce(t *testing.T) {
 			t.Helper()
 			synctest.Wait()
 			var got []string
-			for _, l := range strings.Split(strings.TrimSpace(b.String()), "\n") {
+			for _, l := range b.take() {
 				if _, m, ok := strings.Cut(l, "level="); ok {
 					got = append(got, m)
 				}
@@ -40,7 +40,6 @@ func TestReadyIsSaidOnce(t *testing.T) {
 			if strings.Join(got, "\n") != want {
 				t.Errorf("%q, want %q", got, want)
 			}
-			b.Reset()
 		}
 		one.Done()
 		two.Fail(errors.New("cannot reach it"))
@@ -60,6 +59,25 @@ func TestReadyIsSaidOnce(t *testing.T) {
 		cancel()
 		work.Wait()
 	})
+}
+
+// logged is what was logged since it was last taken, line by line.
+type logged struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logged) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logged) take() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	defer l.b.Reset()
+	return strings.Split(strings.TrimSpace(l.b.String()), "\n")
 }
 
 // failing is a CA that refuses until it is told not to.

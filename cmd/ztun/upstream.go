@@ -30,7 +30,7 @@ func (d *daemon) connector(name, address string, roots RootSource, alt string, h
 }
 
 // authority makes the Signer, istiod or `ztun control`, a local CA, or the fake one, and the Manager of its certificates.
-func (d *daemon) authority(ctx context.Context) error {
+func (d *daemon) authority(ctx context.Context) (ca.Signer, error) {
 	c := d.c
 	options := ca.ManagerOptions{TTL: c.SecretTTL, Logger: d.log.Logger("ca")}
 	var dir *ca.Dir
@@ -43,13 +43,13 @@ func (d *daemon) authority(ctx context.Context) error {
 	case c.LocalCADir != "":
 		var err error
 		if dir, err = ca.OpenDir(c.LocalCADir, d.log.Logger("ca")); err != nil {
-			return &configError{"LOCAL_CA_DIR", c.LocalCADir, err}
+			return nil, &configError{"LOCAL_CA_DIR", c.LocalCADir, err}
 		}
 		options.Signer = dir
 	default:
 		conn, err := d.connector("CA_ADDRESS", c.CAAddress, c.CARoots, c.AltCAHostname, c.CAHeaders, 0)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		d.remoteCA = ca.NewRemote(ca.RemoteOptions{Connector: conn, Impersonate: true, Logger: d.log.Logger("ca"), Changed: func() { d.certs.Renew() }})
 		d.probeCA = conn.Probe
@@ -65,12 +65,12 @@ func (d *daemon) authority(ctx context.Context) error {
 	if dir != nil {
 		d.admin(ctx, "certificate authority", func(ctx context.Context) error { return dir.Run(ctx, d.certs.Renew) })
 	}
-	return nil
+	return options.Signer, nil
 }
 
 // trustDomain is that of workloads of a file that name none: the local CA's, else this proxy's own.
 func trustDomain(signer ca.Signer, own string) string {
-	if local, ok := signer.(*ca.Local); ok && local.TrustDomain() != "" {
+	if local, ok := signer.(interface{ TrustDomain() string }); ok && local.TrustDomain() != "" {
 		return local.TrustDomain()
 	}
 	return own
