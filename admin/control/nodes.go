@@ -27,6 +27,7 @@ const (
 	maxNodes       = 10_000
 	maxToken       = 4096 // bytes of an authorization header
 	rescanInterval = 250 * time.Millisecond
+	maxNodeFile    = 64 << 10 // bytes
 )
 
 // nodeFile is nodes/NAME.json: what is kept of a node's credentials. Hashes alone: who reads it cannot use it.
@@ -136,8 +137,10 @@ func (s *nodeStore) rescanLocked(now time.Time) {
 			s.problems = append(s.problems, Problem{File: "nodes/" + name, Text: "cannot be used: run ztun control join --renew for this node"})
 			continue
 		}
-		enter(byToken, f.node.Token, f.node.Node)
-		enter(byKey, f.node.Key, f.node.Node)
+		token, key := enter(byToken, f.node.Token, f.node.Node), enter(byKey, f.node.Key, f.node.Node)
+		if !token || !key {
+			s.problems = append(s.problems, Problem{File: "nodes/" + name, Text: "has a credential of another node, for which it counts: run ztun control join --renew for this node"})
+		}
 	}
 	lost := lacks(byToken, s.byToken) || lacks(byKey, s.byKey)
 	s.files, s.byToken, s.byKey = files, byToken, byKey
@@ -167,16 +170,49 @@ func (s *nodeStore) load(e fs.DirEntry) nodeEntry {
 		return old
 	}
 	f := nodeEntry{stamp: now}
+	if now.size > maxNodeFile {
+		return f
+	}
 	data, err := os.ReadFile(filepath.Join(s.dir, e.Name()))
-	f.ok = err == nil && json.Unmarshal(data, &f.node) == nil && f.node.Node+".json" == e.Name()
+	if err == nil {
+		f.node, f.ok = parseNode(e.Name(), data)
+	}
 	return f
 }
 
-func enter(m map[hash]string, text, node string) {
-	var h hash
-	if n, err := hex.Decode(h[:], []byte(text)); err == nil && n == len(h) && len(text) == 2*n {
-		m[h] = node
+// parseNode reads the file of a node, whose name must be that of the node; one without a credential is none.
+func parseNode(name string, data []byte) (nodeFile, bool) {
+	var f nodeFile
+	if json.Unmarshal(data, &f) != nil || f.Node+".json" != name || checkNodeName(f.Node) != nil {
+		return nodeFile{}, false
 	}
+	for _, text := range []string{f.Token, f.Key} {
+		if _, ok := parseHash(text); !ok && text != "" {
+			return nodeFile{}, false
+		}
+	}
+	return f, f.Token != "" || f.Key != ""
+}
+
+func parseHash(text string) (h hash, ok bool) {
+	if len(text) != 2*len(h) {
+		return h, false
+	}
+	_, err := hex.Decode(h[:], []byte(text))
+	return h, err == nil
+}
+
+// enter notes whose a credential is; false: another node has it.
+func enter(m map[hash]string, text, node string) bool {
+	h, ok := parseHash(text)
+	if !ok {
+		return true // there is none
+	}
+	if _, taken := m[h]; taken {
+		return false
+	}
+	m[h] = node
+	return true
 }
 
 // lacks reports whether something of old is not in m.

@@ -1,12 +1,13 @@
 package main
 
 import (
-	"bufio"
+	"io"
 	"net/netip"
 	"os"
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"ztun/proxy/identity"
 )
@@ -144,28 +145,40 @@ type resolver struct {
 	ndots, timeout, attempts int // timeout in seconds
 }
 
+// Bounds of resolv.conf, far beyond what resolvers take (three nameservers, six domains, 256 bytes).
+const (
+	maxResolvConf  = 256 << 10 // bytes
+	maxNameservers = 16
+	maxSearch      = 64
+)
+
 func resolvConf() resolver {
-	b, _ := os.ReadFile("/etc/resolv.conf") // a missing one is an empty one
+	f, err := os.Open("/etc/resolv.conf")
+	if err != nil {
+		return parseResolvConf("") // a missing one is an empty one
+	}
+	defer f.Close()
+	b, _ := io.ReadAll(io.LimitReader(f, maxResolvConf))
 	return parseResolvConf(string(b))
 }
 
 // parseResolvConf reads what is well formed and skips the rest, as resolvers do.
 func parseResolvConf(text string) resolver {
 	r := resolver{search: []string{}, ndots: 1, timeout: 5, attempts: 2}
-	for in := bufio.NewScanner(strings.NewReader(text)); in.Scan(); {
-		f := strings.Fields(in.Text())
-		if len(f) < 2 {
+	for line := range strings.Lines(text) {
+		f := strings.Fields(line)
+		if len(f) < 2 || !utf8.ValidString(line) {
 			continue
 		}
 		switch f[0] {
 		case "nameserver":
-			if _, err := netip.ParseAddr(f[1]); err == nil {
+			if _, err := netip.ParseAddr(f[1]); err == nil && len(r.nameservers) < maxNameservers {
 				r.nameservers = append(r.nameservers, f[1])
 			}
 		case "domain":
 			r.domain = f[1]
 		case "search":
-			r.search = f[1:]
+			r.search = f[1:min(len(f), 1+maxSearch)]
 		case "options":
 			for _, o := range f[1:] {
 				name, value, _ := strings.Cut(o, ":")
@@ -190,7 +203,7 @@ func parseResolvConf(text string) resolver {
 // addrs are the nameservers to ask.
 func (r resolver) addrs() (all []netip.AddrPort) {
 	for _, s := range r.nameservers {
-		all = append(all, netip.AddrPortFrom(netip.MustParseAddr(s), dnsPort))
+		all = append(all, netip.AddrPortFrom(netip.MustParseAddr(s).Unmap(), dnsPort))
 	}
 	return all
 }

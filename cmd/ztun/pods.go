@@ -285,9 +285,39 @@ func (m *podManager) save() error {
 	return os.Rename(tmp, m.stateFile())
 }
 
+// readSaved reads what save wrote. What is wrong with one pod is no reason to forget the others: the error is about those that
+// are left out.
+func readSaved(b []byte) (specs []savedPod, bad error) {
+	var raw []json.RawMessage
+	if err := json.Unmarshal(b, &raw); err != nil {
+		return nil, err
+	}
+	seen := map[admin.PodRef]bool{}
+	var errs []error
+	for i, r := range raw {
+		var s savedPod
+		err := json.Unmarshal(r, &s)
+		if err == nil {
+			err = s.Validate()
+		}
+		if ref := refOf(s.PodSpec); err == nil && seen[ref] {
+			err = fmt.Errorf("%s is there twice", ref)
+		}
+		if err != nil {
+			if len(errs) < 10 {
+				errs = append(errs, fmt.Errorf("pod %d of %d: %w", i+1, len(raw), err))
+			}
+			continue
+		}
+		seen[refOf(s.PodSpec)] = true
+		specs = append(specs, s)
+	}
+	return specs, errors.Join(errs...)
+}
+
 // adopt attaches the pods of an earlier life again. A pod whose namespace is gone is dropped; one that
 // cannot be attached for another reason stays pending and is tried again. A list that cannot be read is an error: it may be
-// read the next time, and the next change of it would overwrite it. One that is no list is kept aside.
+// read the next time, and the next change of it would overwrite it. One that is no list, or has a pod that is none, is kept aside.
 func (m *podManager) adopt(ctx context.Context) error {
 	b, err := os.ReadFile(m.stateFile())
 	if errors.Is(err, os.ErrNotExist) {
@@ -296,11 +326,11 @@ func (m *podManager) adopt(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("the list of pods cannot be read: %w", err)
 	}
-	var specs []savedPod
-	if err := json.Unmarshal(b, &specs); err != nil {
+	specs, bad := readSaved(b)
+	if bad != nil {
 		aside := m.stateFile() + ".bad"
-		m.log.Error("the list of pods cannot be read; add the pods again", "file", m.stateFile(), "kept_as", aside, "error", errors.Join(err, os.Rename(m.stateFile(), aside)))
-		return nil
+		m.log.Error("the list of pods cannot be read as a whole; add the pods again that are missing", "file", m.stateFile(), "kept_as", aside,
+			"error", errors.Join(bad, os.Rename(m.stateFile(), aside)))
 	}
 	m.op.Lock()
 	defer m.op.Unlock()
