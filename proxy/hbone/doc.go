@@ -51,4 +51,14 @@
 //     the connection's window as it uses; a client opens new streams on another tunnel when half of it is away, and
 //     a server says GOAWAY so that its client does. What remains: streams that are open on such a tunnel already
 //     when more than some eight of its readers pause at a ztunnel peer wait with them.
+//   - 2026-11-28: one goroutine at a time seals, and one opens; a guard at each key checks it at run time (turn.go:
+//     panic in tests, an error in life). The first key of a connection seals 100 records only, so that changing keys
+//     is in daily use with every kind of peer. FuzzRecordsOracle compares the reader with crypto/tls, TestOpenSSL
+//     both suites with OpenSSL.
+//   - 2026-11-28: frames that serve nothing have accounts (limits.go) which honest peers cannot overdraw:
+//     WINDOW_UPDATEs are earned by our DATA, frames on streams that are over by what their windows had left. Refusals
+//     beyond 1,000 wait for their turn instead of ending the tunnel: other pods' streams are on it. A header list that
+//     is too large is 431 on its stream, up to four times the bound; beyond that decoding it costs too much.
+//   - 2026-11-28: content-length on CONNECT has to be a number and is not compared with anything (as nghttp2 does; the
+//     h2 library compares): a tunnel has no content.
 package hbone

@@ -84,6 +84,7 @@ type outcome struct {
 	clean  bool  // close_notify, or for crypto/tls also an end between two records
 	alert  uint8 // the one that it sent, if it found a fault
 	remote bool  // the other side's alert ended it
+	idle   bool  // ours: too many records in a row without data
 	err    error
 }
 
@@ -125,7 +126,7 @@ func readOurs(t testing.TB, o *oracle, wire []byte, client bool) (out outcome) {
 	out.clean = out.err == io.EOF
 	var oe *net.OpError
 	out.remote = errors.As(out.err, &oe) && oe.Op == "remote error"
-	out.alert = uint8(r.fatal.Load())
+	out.alert, out.idle = uint8(r.fatal.Load()), r.useless > maxUseless
 	return out
 }
 
@@ -256,6 +257,8 @@ func FuzzRecordsOracle(f *testing.F) {
 		theirs := o.read(wire)
 		ours := readOurs(t, o, wire, client)
 		switch {
+		case ours.idle && ours.alert == alertUnexpectedMessage && bytes.HasPrefix(theirs.data, ours.data):
+			return // crypto/tls begins to count anew with each handshake message; we do with data
 		case !bytes.Equal(ours.data, theirs.data):
 			t.Errorf("%d bytes, the oracle has %d", len(ours.data), len(theirs.data))
 		case ours.clean && !theirs.clean, ours.alert != theirs.alert && agreed[[2]uint8{ours.alert, theirs.alert}] == "", ours.remote != theirs.remote:
