@@ -42,27 +42,40 @@ func Run(ctx context.Context, o Options, look func(Cause)) {
 	} else {
 		o.Log.Warn("cannot watch for changes, looking at intervals only", "error", err.Error())
 	}
-	said := map[string]bool{} // directories that could not be watched
-	add := func() {
+	said, watched := map[string]bool{}, map[string]bool{} // directories that could not be watched, and those that are
+	// add tells whether there is a directory that was not watched before: what has happened there nobody has reported.
+	add := func() (fresh bool) {
 		if watcher == nil {
-			return
+			return false
 		}
+		now := map[string]bool{}
 		for _, dir := range o.Dirs() {
 			err := watcher.Add(dir) // one that is watched already is no error
+			if err == nil {
+				now[dir] = true
+				fresh = fresh || !watched[dir]
+			}
 			if err != nil && !said[dir] {
 				o.Log.Warn("cannot watch a directory for changes, looking at intervals only", "dir", dir, "error", err.Error())
 			}
 			said[dir] = err != nil
 		}
+		watched = now
+		return fresh
 	}
 	// Watching begins before looking, so that no change falls in between.
 	add()
 	look(Start)
-	add()
 	poll := time.NewTicker(o.Poll)
 	defer poll.Stop()
 	var timer <-chan time.Time // runs while a change settles
 	var since time.Time        // the first change not looked at yet
+	lookAgain := func() {
+		if add() {
+			timer, since = time.After(o.Settle), time.Now()
+		}
+	}
+	lookAgain()
 	for {
 		cause := Reported
 		select {
@@ -101,7 +114,7 @@ func Run(ctx context.Context, o Options, look func(Cause)) {
 			cause = Polled
 		}
 		look(cause)
-		add()
+		lookAgain()
 	}
 }
 

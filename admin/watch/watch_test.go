@@ -118,7 +118,8 @@ func TestPolled(t *testing.T) {
 	}
 }
 
-// A directory that is not there yet is watched once it is found.
+// A directory that is not there yet is watched once it is found. What happens in it between the look that finds it and the
+// watch is looked at, too.
 func TestDirectoryComesLater(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "later")
 	file := filepath.Join(dir, "file")
@@ -126,8 +127,14 @@ func TestDirectoryComesLater(t *testing.T) {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	next(t, looks) // polled: from here on it is watched
-	write(t, file, "a")
-	for next(t, looks) != Reported {
+	reported := func(what string) {
+		for end := time.Now().Add(20 * time.Second); next(t, looks) != Reported; {
+			if time.Now().After(end) {
+				t.Fatalf("%s was not reported", what)
+			}
+		}
 	}
+	reported("the directory")
+	write(t, file, "a")
+	reported("the file")
 }
