@@ -11,8 +11,11 @@
 //	icmpback.go ICMP errors about the mesh's sockets, which go back to the kernel
 //	link.go     the device as gVisor's link endpoint
 //	hop.go      one gVisor stack and its options, each with its reason
-//	forward.go  a SYN that nobody knows -> Flow, within bounds
+//	late.go     a SYN that meets an older connection of the same ports
+//	forward.go  a SYN that nobody knows -> Flow
+//	places.go   within which bounds, and whose flow loses its place; lately.go what is remembered for a while
 //	flow.go     Accept or Refuse, once; icmp.go builds the refusals that are errors
+//	probe.go    whether the application would take a connection, without its noticing
 //	dns.go      UDP to port 53 -> DNSQuery, within bounds, and its answer
 //	udp.go      UDP sockets to the network, for the queries that are passed on
 //	dial.go     connections that start here: to the application, to the network

@@ -2,9 +2,13 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"net/netip"
+	"strings"
 	"sync"
+	"syscall"
 	"testing"
+	"time"
 
 	"ztun/test/lab"
 )
@@ -62,4 +66,93 @@ func TestAttackPodUDP(t *testing.T) {
 			t.Errorf("%d datagrams are no flood", n)
 		}
 	}})
+}
+
+// TestAttackSYNFlood: spoofed SYNs from the network to the open plaintext ports of a pod, whose answers go nowhere. Its own connections and its clients
+// notice nothing, and its application sees none of them.
+func TestAttackSYNFlood(t *testing.T) {
+	m := newMesh(t, meshOptions{})
+	spoof := netip.MustParsePrefix("10.200.0.0/16")
+	must(t, m.IP(m.ctx, m.N2.NS, "route add "+spoof.String()+" via "+m.N1.Addr4.String()))
+	must(t, m.IP(m.ctx, m.N1.NS, "route add blackhole "+spoof.String()))
+	flood := func(ctx context.Context) {
+		n := m.synFlood(ctx, m.N1.NS, spoof, 500, netip.AddrPortFrom(m.c.V4(), 9000), netip.AddrPortFrom(m.c.V4(), 9001))
+		t.Logf("%d SYNs", n)
+		if n < 1500 {
+			t.Errorf("%d SYNs are no flood", n)
+		}
+		out, err := m.Run(m.ctx, m.c.NS, "ss", "-Htn", "dst", spoof.String())
+		if strings.TrimSpace(out) != "" || err != nil {
+			t.Errorf("the application's kernel has connections of the attacker: %s %v", out, err)
+		}
+	}
+	const calm, beside = 2 * time.Second, 5 * time.Second
+	m.attack(attackOptions{Name: "SYN flood at plaintext ports", Calm: calm, Beside: beside, From: m.c, To: m.b, Attack: flood})
+	m.attack(attackOptions{Name: "SYN flood at plaintext ports, beside a client", Calm: calm, Beside: beside, From: &lab.Pod{NS: m.h1.NS, IPs: m.h1.IPs}, To: m.c, Attack: flood})
+	// Truth for those who mean it: a port that nobody listens on refuses.
+	if c, err := m.h1.NS.Dial(m.ctx, "tcp", lab.HostPort(m.c.V4(), 9)); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("closed port: %v %v", c, err)
+	}
+}
+
+// TestAttackDeadTargets: a pod connects to thousands of addresses that do not answer (a crawler, a scraper with a stale list); its other connections go on.
+func TestAttackDeadTargets(t *testing.T) {
+	m := newMesh(t, meshOptions{})
+	dead := netip.MustParsePrefix("10.93.0.0/16")
+	must(t, m.IP(m.ctx, m.N1.NS, "route add blackhole "+dead.String()))
+	m.attack(attackOptions{Name: "dead targets", From: m.a, Attack: func(ctx context.Context) {
+		stood, _ := m.hold(ctx, m.a.NS, opener{To: func(i int) netip.AddrPort { return netip.AddrPortFrom(nth(dead, i), 80) }, Rate: 800, Max: 6000, First: []byte("x")})
+		if stood != 0 {
+			t.Errorf("%d of the dead answer", stood)
+		}
+	}})
+	x, err := m.N1.Daemon.Metrics(m.ctx)
+	must(t, err)
+	if n := x.Sum("ztun_bounded_total", "resource=connects", "outcome=evicted"); n < 1000 {
+		t.Errorf("%v connects were turned away: the bound was not reached, or nobody is told", n)
+	}
+}
+
+// TestAttackSources: a pod calls from addresses that it invents. Nothing of that leaves it, and no tunnel is made for it.
+func TestAttackSources(t *testing.T) {
+	m := newMesh(t, meshOptions{})
+	for _, p := range []struct {
+		invented string
+		to       netip.Addr
+	}{{"10.77.0.0/16", m.c.V4()}, {"fd77::/64", m.c.V6()}} {
+		prefix := netip.MustParsePrefix(p.invented)
+		m.invent(m.a.NS, prefix)
+		m.attack(attackOptions{Name: "invented sources " + p.invented, Calm: 2 * time.Second, Beside: 5 * time.Second, Attack: func(ctx context.Context) {
+			stood, _ := m.hold(ctx, m.a.NS, opener{
+				To:   always(netip.AddrPortFrom(p.to, 9000)),
+				From: func(i int) netip.AddrPort { return netip.AddrPortFrom(nth(prefix, i), 0) },
+				Rate: 300, Max: 3000, First: []byte("x"),
+			})
+			if stood != 0 {
+				t.Errorf("%d connections from invented addresses stood", stood)
+			}
+		}})
+	}
+	x, err := m.N1.Daemon.Metrics(m.ctx)
+	must(t, err)
+	if n := x.Sum("ztun_stack_foreign_total", "pod=default/a"); n < 2000 {
+		t.Errorf("%v packets from invented addresses were counted", n)
+	}
+}
+
+// TestAttackDNSFlood: a pod sends queries for random names as fast as a few thousand a second and more.
+func TestAttackDNSFlood(t *testing.T) {
+	m := newMesh(t, meshOptions{})
+	m.attack(attackOptions{Name: "DNS flood from a pod", Attack: func(ctx context.Context) {
+		n := m.udpFlood(ctx, m.a.NS, netip.AddrPortFrom(m.h2.V4(), 53), 20000, dnsQuery)
+		t.Logf("%d queries", n)
+		if n < 20000 {
+			t.Errorf("%d queries are no flood", n)
+		}
+	}})
+	x, err := m.N1.Daemon.Metrics(m.ctx)
+	must(t, err)
+	if n := x.Sum("ztun_bounded_total", "resource=DNS queries", "outcome=refused"); n < 10000 {
+		t.Errorf("%v queries were turned away", n)
+	}
 }
