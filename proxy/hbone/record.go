@@ -310,6 +310,9 @@ func (r *records) handshake(b []byte) error {
 			if !r.client {
 				return localAlert(alertUnexpectedMessage)
 			}
+			if !validTicket(msg[4:]) {
+				return localAlert(alertDecodeError)
+			}
 		case messageKeyUpdate:
 			if n != 5 {
 				return localAlert(alertDecodeError)
@@ -337,6 +340,45 @@ func (r *records) handshake(b []byte) error {
 		r.hand = nil
 	}
 	return nil
+}
+
+// validTicket reports whether b has the form of a NewSessionTicket (RFC 8446, 4.6.1).
+func validTicket(b []byte) bool {
+	vector := func(prefix int) (v []byte, ok bool) {
+		if len(b) < prefix {
+			return nil, false
+		}
+		n := int(b[0])
+		if prefix == 2 {
+			n = n<<8 | int(b[1])
+		}
+		if b = b[prefix:]; len(b) < n {
+			return nil, false
+		}
+		v, b = b[:n], b[n:]
+		return v, true
+	}
+	if len(b) < 8 { // lifetime and age
+		return false
+	}
+	b = b[8:]
+	_, ok1 := vector(1)
+	_, ok2 := vector(2)
+	extensions, ok3 := vector(2)
+	if !ok1 || !ok2 || !ok3 || len(b) != 0 {
+		return false
+	}
+	for b = extensions; len(b) > 0; {
+		if len(b) < 2 {
+			return false
+		}
+		early := b[0] == 0 && b[1] == 42
+		b = b[2:]
+		if data, ok := vector(2); !ok || early && len(data) != 4 {
+			return false
+		}
+	}
+	return true
 }
 
 // localAlert is a violation that we found.

@@ -167,6 +167,7 @@ func TestRecordsBothSuites(t *testing.T) {
 // TestRecordsHostile is one fault per case; the alert must be the right one, and stick.
 func TestRecordsHostile(t *testing.T) {
 	good := func(r *records, typ byte, plain string) []byte { return r.sealRecord(nil, spare(plain), typ) }
+	const ticket = "\x04\x00\x00\x0elifetime\x00\x00\x01t\x00\x00"
 	cases := map[string]struct {
 		wire  func(r *records) []byte
 		alert uint8
@@ -202,6 +203,12 @@ func TestRecordsHostile(t *testing.T) {
 			}
 			return b
 		}, alertUnexpectedMessage},
+		"short ticket":       {func(r *records) []byte { return good(r, typeHandshake, "\x04\x00\x00\x04abcd") }, alertDecodeError},
+		"long ticket":        {func(r *records) []byte { return good(r, typeHandshake, "\x04\x00\x00\x0f"+ticket[4:]+"x") }, alertDecodeError},
+		"ticket's extension": {func(r *records) []byte { return good(r, typeHandshake, "\x04\x00\x00\x11"+ticket[4:16]+"\x00\x03abc") }, alertDecodeError},
+		"ticket's early data": {func(r *records) []byte {
+			return good(r, typeHandshake, "\x04\x00\x00\x13"+ticket[4:16]+"\x00\x05\x00\x2a\x00\x01x")
+		}, alertDecodeError},
 		"odd alert": {func(r *records) []byte { return good(r, typeAlert, "\x01") }, alertUnexpectedMessage},
 	}
 	for name, tc := range cases {
@@ -220,9 +227,9 @@ func TestRecordsHostile(t *testing.T) {
 	}
 	seal, open := memoryRecords(t, tls.TLS_AES_128_GCM_SHA256, 32)
 	for _, b := range [][]byte{
-		good(seal, typeAlert, "\x01\x5a"),                                // user_canceled
-		good(seal, typeHandshake, "\x04\x00\x00\x04ab"),                  // a ticket in two records
-		good(seal, typeHandshake, "cd\x04\x00\x00\x00\x04\x00\x00\x01x"), // and two more
+		good(seal, typeAlert, "\x01\x5a"),                   // user_canceled
+		good(seal, typeHandshake, ticket[:7]),               // a ticket in two records
+		good(seal, typeHandshake, ticket[7:]+ticket+ticket), // and two more
 		good(seal, typeApplicationData, ""),
 		good(seal, 0, "padded\x17\x00\x00\x00"),
 	} {
