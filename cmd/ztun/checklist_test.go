@@ -205,7 +205,7 @@ func TestRevocationCounter(t *testing.T) {
 	work.Wait()
 
 	ch := make(chan prometheus.Metric, 100)
-	(&controlCollector{d: d}).Collect(ch)
+	(&controlCollector{d: d, tables: newMetricTables()}).Collect(ch)
 	close(ch)
 	var got []string
 	for m := range ch {

@@ -222,7 +222,7 @@ func (d *daemon) start(ctx context.Context) error {
 	if err := d.openNode(ctx); err != nil {
 		return err
 	}
-	d.registry.MustRegister(&dataplaneCollector{d: d})
+	d.registry.MustRegister(&dataplaneCollector{d: d, tables: newMetricTables()})
 	proxyReady.Done()
 	d.pods.new, d.pods.changed, d.pods.sweep, d.pods.known = d.newPod, d.podsChanged, d.sweep, d.known
 	if err := d.pods.adopt(ctx); err != nil {

@@ -47,7 +47,7 @@ func (d *daemon) bindAdmin() error {
 		admin.GoCollector(),
 		admin.RuntimeCollector(admin.RuntimeSources{Workers: d.c.WorkerThreads, AdminTasks: func() int { return int(d.tasks.Load()) }, Servers: d.servers}),
 		admin.XDSCollector(d.xdsStats),
-		&controlCollector{d: d},
+		&controlCollector{d: d, tables: newMetricTables()},
 		admin.SelfCollector(admin.SelfSources{Loop: d.loop, Servers: d.servers, Log: func() admin.LogStats {
 			s := d.log.Stats()
 			return admin.LogStats{Queued: s.Queued, Lines: s.Lines, Batches: s.Batches, Waits: s.Waits, Dropped: s.Dropped, WriteErrors: s.WriteErrors}
