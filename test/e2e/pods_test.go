@@ -282,3 +282,58 @@ func contextFor(t testing.TB, m *mesh, d time.Duration) context.Context {
 	t.Cleanup(cancel)
 	return ctx
 }
+
+// TestPodWithoutRecord: what `ztun pod` says of a pod that nothing is known of yet is true: its connections wait for the record, and go through when it
+// comes in time. A record without a trust domain is of the CA's, so that its pod speaks and is spoken to in the mesh.
+func TestPodWithoutRecord(t *testing.T) {
+	m := newMesh(t, meshOptions{noStart: true})
+	full := m.DefaultWorld()
+	for i := range full.Workloads {
+		full.Workloads[i].TrustDomain = ""
+	}
+	without := full
+	without.Workloads = nil
+	for _, w := range full.Workloads {
+		if w.Name != "a" {
+			without.Workloads = append(without.Workloads, w)
+		}
+	}
+	must(t, m.WriteWorld(without))
+	for _, n := range m.Nodes() {
+		m.start(n, nil)
+	}
+	for _, p := range m.Pods() {
+		must(t, m.Attach(m.ctx, p))
+	}
+	m.serve(m.c.NS)
+	list, err := m.PodCmd(m.ctx, m.N1, "list")
+	must(t, err)
+	const says = "no workload record of name a, namespace default, service account a yet: its connections wait for it for up to 5s each and are refused then"
+	if strings.Count(list, says) != 1 || strings.Count(list, "no workload record") != 1 {
+		t.Errorf("ztun pod list:\n%s", list)
+	}
+	dial := func() (time.Duration, error) {
+		start := time.Now()
+		c, err := m.a.NS.Dial(m.ctx, "tcp", lab.HostPort(m.c.V4(), 9000))
+		if err == nil {
+			c.Close()
+		}
+		return time.Since(start), err
+	}
+	if took, err := dial(); err == nil || took < 4*time.Second {
+		t.Errorf("without a record: %v after %v", err, took)
+	}
+	time.AfterFunc(time.Second, func() {
+		if err := m.WriteWorld(full); err != nil {
+			t.Error(err)
+		}
+	})
+	if took, err := dial(); err != nil || took < time.Second {
+		t.Errorf("when the record comes: %v after %v", err, took)
+	}
+	_, dump, err := m.N1.Daemon.Get(m.ctx, lab.AdminPort, "/config_dump")
+	must(t, err)
+	if !strings.Contains(dump, "spiffe://cluster.local/ns/default/sa/a") || strings.Contains(dump, "spiffe:///") {
+		t.Error("the identity of a workload without trustDomain is not the CA's")
+	}
+}
