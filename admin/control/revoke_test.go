@@ -141,9 +141,10 @@ func TestLeaveRevokes(t *testing.T) {
 	check(t, os.Remove(filepath.Join(w.dir, nodesDir, "node-a.json")))
 	want = sorted(first, a1, a2, second, a3, third)
 	eventually(t, "removed by hand", func() bool { return strings.Join(w.serials(again.path), " ") == want })
-	if _, err := w.sign(w.dial(w.tls("")), "node-b", signRequest("", y, 0)); err == nil {
-		t.Fatal("no CSR was signed")
-	}
+	// Left and joined again before anybody has looked.
+	check(t, Leave(w.dir, "node-b"))
+	w.join("node-b")
+	eventually(t, "left for a moment", func() bool { return slices.Contains(w.serials(filepath.Join(w.dir, crlFile)), b1) })
 }
 
 // A directory of nodes that cannot be read is no reason to revoke what they have; a file that cannot, neither.
@@ -157,7 +158,15 @@ func TestUnreadableNodesKeepTheirs(t *testing.T) {
 	eventually(t, "noticed", func() bool { p := w.srv.Status().Problems; return len(p) == 1 && p[0].File == "nodes" })
 	time.Sleep(quiet)
 	equal(t, "revoked", w.srv.Status().Revoked.Certificates, 0)
+	check(t, w.stop())
+	l := defaultLimits()
+	l.rescan = 10 * time.Millisecond
+	w.serve(l, w.addr)
+	time.Sleep(quiet)
+	equal(t, "revoked after a start", w.srv.Status().Revoked.Certificates, 0)
 	check(t, os.Rename(dir+".away", dir))
+	check(t, Leave(w.dir, "node-a"))
+	eventually(t, "revoked", func() bool { return w.srv.Status().Revoked.Certificates == 2 })
 }
 
 func TestIssuedStore(t *testing.T) {
