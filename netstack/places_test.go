@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -167,6 +168,7 @@ func TestKnownKeepsPlaces(t *testing.T) {
 	stop, release := make(chan struct{}), make(chan struct{})
 	busy := netip.MustParseAddrPort("10.8.0.1:80")
 	var first sync.Once
+	var answer atomic.Uint32 // Reset
 	held := hang(stop)
 	s, w := newWire(t, Config{MaxInFlight: 64, OnFlow: func(f *Flow) {
 		if f.Dst() != busy {
@@ -178,7 +180,7 @@ func TestKnownKeepsPlaces(t *testing.T) {
 		if !quick {
 			<-release
 		}
-		f.Refuse(Reset)
+		f.Refuse(Refusal(answer.Load()))
 	}})
 	defer close(stop)
 	w.syn("10.1.0.2:500", busy.String(), 1)
@@ -199,11 +201,18 @@ func TestKnownKeepsPlaces(t *testing.T) {
 		}
 	}
 	// One that falls silent is none of the known any more.
-	if p := s.flows.opened; !p.answered.has(busy, time.Now()) {
-		t.Error("a destination that answered is not known")
-	} else if p.silent(busy); p.answered.has(busy, time.Now()) {
-		t.Error("a destination that fell silent is still known")
+	known := func() bool {
+		p := s.flows.opened
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.answered.has(busy, time.Now())
 	}
+	if !known() {
+		t.Error("a destination that answered is not known")
+	}
+	answer.Store(uint32(Silent))
+	w.syn("10.1.0.2:600", busy.String(), 1)
+	eventually(t, "unknown", func() bool { return !known() })
 }
 
 // The places of either direction are its own, and a client that does not end its handshake loses its place after a while, or at
