@@ -131,6 +131,11 @@ func startStack(t testing.TB, cfg Config) *Stack {
 		case <-time.After(10 * time.Second):
 			t.Error("Run did not return after Close")
 		}
+		for _, p := range []*places{s.flows.opened, s.flows.arriving} {
+			if n := p.known.Used() + p.strange.Used(); n != int64(s.flows.inFlight()) {
+				t.Errorf("%d places are taken, for %d flows", n, s.flows.inFlight())
+			}
+		}
 	})
 	return s
 }

@@ -102,7 +102,7 @@ func hang(stop <-chan struct{}, live ...string) func(*Flow) {
 		case <-gone:
 		case <-stop:
 		}
-		f.Refuse(Silent)
+		f.Refuse(Reset) // which nobody is to see of what is gone
 	}
 }
 
