@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"strings"
 	"sync"
@@ -75,8 +76,15 @@ func TestAttackSYNFlood(t *testing.T) {
 	spoof := netip.MustParsePrefix("10.200.0.0/16")
 	must(t, m.IP(m.ctx, m.N2.NS, "route add "+spoof.String()+" via "+m.N1.Addr4.String()))
 	must(t, m.IP(m.ctx, m.N1.NS, "route add blackhole "+spoof.String()))
+	var open []netip.AddrPort
+	for _, port := range []uint16{9000, 9100, 9200} {
+		if port != 9000 {
+			m.background(m.c.NS, `"listening"`, bins.ztload, "serve", "-listen", fmt.Sprintf(":%d", port), "-byte", fmt.Sprintf(":%d", port+1))
+		}
+		open = append(open, netip.AddrPortFrom(m.c.V4(), port), netip.AddrPortFrom(m.c.V4(), port+1))
+	}
 	flood := func(ctx context.Context) {
-		n := m.synFlood(ctx, m.N1.NS, spoof, 500, netip.AddrPortFrom(m.c.V4(), 9000), netip.AddrPortFrom(m.c.V4(), 9001))
+		n := m.synFlood(ctx, m.N1.NS, spoof, 500, open...)
 		t.Logf("%d SYNs", n)
 		if n < 1500 {
 			t.Errorf("%d SYNs are no flood", n)
