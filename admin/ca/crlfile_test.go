@@ -252,3 +252,43 @@ func TestWatchPolls(t *testing.T) {
 		eventually(t, "the list", func() bool { return rev.CRL() != nil && rev.CRL().Entries() == 1 })
 	}
 }
+
+// TestCRLOfTwoFiles: the operator's list and the control plane's are in force together, each comes and goes wrong by itself.
+func TestCRLOfTwoFiles(t *testing.T) {
+	one, two := fakeCertificate(t, "a"), fakeCertificate(t, "b")
+	dir := t.TempDir()
+	operators, controls := filepath.Join(dir, "a.pem"), filepath.Join(dir, "b.pem")
+	rev := &identity.Revocation{}
+	f, log := newCRLFile(operators, rev)
+	f.Also(controls)
+	writeFile(t, operators, fakeCRL(t, time.Hour, one.Leaf))
+	for _, step := range []struct {
+		name, path string
+		put        []byte
+		entries    int
+		err        bool
+	}{
+		{"the other is not there yet", "", nil, 1, false},
+		{"both", controls, fakeCRL(t, time.Hour, two.Leaf), 2, false},
+		{"the operator's is broken", operators, []byte("garbage"), 2, true},
+		{"the control plane's changes beside it", controls, fakeCRL(t, time.Hour, one.Leaf, two.Leaf), 3, true},
+		{"the operator's is good again", operators, fakeCRL(t, time.Hour), 2, false},
+		{"the control plane's is broken", controls, []byte("garbage"), 2, true},
+	} {
+		if step.path != "" {
+			writeFile(t, step.path, step.put)
+		}
+		if err := f.Load(); (err != nil) != step.err || rev.CRL().Entries() != step.entries {
+			t.Fatalf("%s: %v, %d entries", step.name, err, rev.CRL().Entries())
+		}
+	}
+	if n := strings.Count(log.String(), "lists loaded"); n != 4 {
+		t.Errorf("%d loads:\n%s", n, log.String())
+	}
+	// Without an operator's file there is nothing to be missed.
+	f, log = newCRLFile("", &identity.Revocation{})
+	f.Also(filepath.Join(dir, "none"))
+	if err := f.Load(); err != nil || log.String() != "" {
+		t.Errorf("%v %s", err, log.String())
+	}
+}

@@ -48,4 +48,8 @@
 //     others. With every new stream of the control plane one certificate is renewed, to see.
 //   - 2026-11-28: LOCAL_CA_DIR is read again when it changes. A key that others may read is warned about, not refused:
 //     test roots that two implementations share come out of version control so.
+//   - 2026-11-28: what `ztun control` has revoked arrives by a stream and is kept in a file (Revocations), which CRLFile
+//     reads beside the operator's: the list is in force after a restart before the control plane answers, and a fault of
+//     one file leaves the other in force. Own renews the client certificate that `ztun control join` made, in place and
+//     for the same key, by which the control plane knows the node.
 package ca

@@ -63,13 +63,13 @@ func (r *Revocations) Run(ctx context.Context) error {
 		if got {
 			wait, last = r.wait.first, ""
 		}
-		if status.Code(err) == codes.Unimplemented {
-			// An older control plane, or istiod.
-			r.o.Logger.Info("the control plane has no revocation list", "address", r.o.Connector.Address())
-			wait = r.wait.most
-		} else if text := clip(err.Error()); text != last {
-			r.o.Logger.Warn("the control plane's revocation list cannot be followed, what is known stays in force", "address", r.o.Connector.Address(), "error", text)
+		if text := clip(err.Error()); text != last {
 			last = text
+			say := "the control plane's revocation list cannot be followed, what is known stays in force"
+			if status.Code(err) == codes.Unimplemented {
+				say = "the control plane has no revocation list: is it older than this ztun?"
+			}
+			r.o.Logger.Warn(say, "address", r.o.Connector.Address(), "error", text)
 		}
 		select {
 		case <-time.After(wait):

@@ -70,8 +70,9 @@ func (s *Server) revoke() {
 		return // the directory cannot be read: nobody has left for that
 	}
 	before, _ := s.issued.current()
-	if err := s.issued.refresh(func(node string) bool { return joined[node] }, time.Now()); err != nil {
-		s.refusal("what was signed for nodes that have left may not be revoked", "error", err.Error())
+	problem := s.issued.status().Problem
+	if err := s.issued.refresh(func(node string) bool { return joined[node] }, time.Now()); err != nil && err.Error() != problem {
+		s.logger.Error("what was signed for nodes that have left may not be revoked", "error", err.Error())
 	}
 	if now, _ := s.issued.current(); before != nil && string(now) != string(before) {
 		s.logger.Info("a new revocation list is served", "certificates", s.issued.status().Certificates)

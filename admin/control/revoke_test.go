@@ -273,6 +273,23 @@ func TestExpiredClientCertificate(t *testing.T) {
 	wantStatus(t, err, codes.InvalidArgument, "greater than the max allowed TTL 2160h0m0s")
 }
 
+// A certificate whose life has just begun is left alone.
+func TestOwnCertificateNotDue(t *testing.T) {
+	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a")}, nil)
+	dir := w.creds("node-a")
+	before, err := os.ReadFile(filepath.Join(dir, CertFile))
+	check(t, err)
+	own := ca.NewOwn(ca.OwnOptions{Connector: w.nodeConnector("node-a"), CertFile: filepath.Join(dir, CertFile), KeyFile: filepath.Join(dir, KeyFile)})
+	ctx, cancel := context.WithTimeout(t.Context(), quiet)
+	defer cancel()
+	check(t, own.Run(ctx))
+	after, err := os.ReadFile(filepath.Join(dir, CertFile))
+	check(t, err)
+	if string(before) != string(after) || w.srv.Status().Counters["signed"] != 0 {
+		t.Fatal("it was renewed")
+	}
+}
+
 // expire replaces a node's client certificate by one for the same key that has expired.
 func (w *world) expire(node string) {
 	w.t.Helper()
