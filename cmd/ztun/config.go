@@ -86,6 +86,9 @@ type Config struct {
 	DNSSearch                              []string
 	GCSet                                  bool // GOGC is the operator's
 	TUNPlain, AdaptiveProcessors           bool
+	DropCapabilities                       bool
+	Held                                   capSet // what is left of the capabilities
+	ShutOut                                string // a path for which CAP_DAC_OVERRIDE is among them
 
 	Warnings []string // what is to be logged at the start
 }

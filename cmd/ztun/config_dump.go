@@ -93,7 +93,7 @@ func (c *Config) dumpOwn() map[string]any {
 		"controlCredentials": orNull(c.ControlDir), "localCaDir": orNull(c.LocalCADir), "localXdsPath": orNull(c.LocalXDSPath),
 		"maxInFlight": c.MaxInFlight, "maxInFlightPerDestination": c.MaxInFlightPerDestination, "dnsRate": c.DNSRate, "dnsSearch": c.DNSSearch, "mtu": c.MTU, "nodeTun": c.NodeTUN,
 		"pqc": c.PQC, "socket": c.Socket, "stateDir": c.StateDir, "tls12": c.TLS12, "tokenFile": orNull(c.TokenFile), "tunPlain": c.TUNPlain,
-		"denyUnknownPolicy": c.DenyUnknownPolicy,
+		"denyUnknownPolicy": c.DenyUnknownPolicy, "dropCapabilities": c.DropCapabilities,
 	}
 }
 

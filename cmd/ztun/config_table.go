@@ -114,6 +114,7 @@ func variables(c *Config, l *loader) []variable {
 		{"ZTUN_DNS_SEARCH", "", "search domains of pods beside the cluster's three, comma separated (default: those of the daemon's resolv.conf, as kubelet has it)", domains(&c.DNSSearch)},
 		{"ZTUN_TUN_PLAIN", "false", "use the portable TUN path without offload", boolean(&c.TUNPlain)},
 		{"ZTUN_ADAPTIVE_PROCESSORS", "true", "use as many processors as the work needs, up to the worker threads plus one; false: always that many", boolean(&c.AdaptiveProcessors)},
+		{"ZTUN_DROP_CAPABILITIES", "true", "keep only the capabilities that the configuration needs, and never get new ones; the process executes itself once for it", boolean(&c.DropCapabilities)},
 		{"ZTUN_ADMIN_TOKEN_FILE", "", "file with a token (read at each request): /quitquitquit and /logging then want it as Authorization: Bearer", tokenFile(&c.AdminToken)},
 		{"ZTUN_READINESS_PORT", "15021", "readiness port (fixed in ztunnel; for several daemons in one namespace)", uint16v(&c.ReadinessPort, 0)},
 	}

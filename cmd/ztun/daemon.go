@@ -162,6 +162,16 @@ func (d *daemon) start(ctx context.Context) error {
 	if c.AdaptiveProcessors {
 		d.admin(ctx, "processors", func(ctx context.Context) error { procs.run(ctx); return nil })
 	}
+	if c.DropCapabilities {
+		for _, n := range needs(c) {
+			if c.Held&capsOf(n.cap) != 0 {
+				d.logger.Debug("capability held", "capability", capsOf(n.cap).String(), "for", n.why)
+			}
+		}
+		if c.ShutOut != "" {
+			d.logger.Warn("CAP_DAC_OVERRIDE is kept: without it the daemon may not use a path of its configuration", "path", c.ShutOut)
+		}
+	}
 	for _, w := range c.Warnings {
 		d.logger.Warn(w)
 	}

@@ -57,6 +57,13 @@ func proxyCommand() *cobra.Command {
 				return err
 			}
 			c.ProxyArgs = strings.Join(append([]string{"proxy"}, args...), " ")
+			if c.DropCapabilities {
+				held, err := dropPrivileges(c)
+				if err != nil {
+					c.Warnings = append(c.Warnings, fmt.Sprintf("capabilities that are not needed could not be given up: %v", err))
+				}
+				c.Held = held
+			}
 			return runProxy(cmd.Context(), c)
 		},
 	}
