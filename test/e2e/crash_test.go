@@ -111,7 +111,7 @@ func TestKill9OfTheServersNode(t *testing.T) {
 	if err := ic.Check(); err == nil {
 		t.Error("connections through a dead proxy are alive")
 	}
-	ctx, cancel := context.WithTimeout(m.ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(m.ctx, 12*time.Second)
 	defer cancel()
 	if r := load.DialOnce(ctx, target(m.a.NS, m.c.V4())); r.OK {
 		t.Errorf("connect through a dead proxy: %+v", r)
