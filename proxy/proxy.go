@@ -60,15 +60,39 @@ type Options struct {
 	// answered, or ctx ends; a View with the answer is published by then. An error says that it is not known whether there
 	// is such a thing. nil: on-demand look-ups are off.
 	Demand      func(ctx context.Context, key string) error
-	OnDemandDNS *OnDemandDNS     // of all pods; nil: not counted
-	Policies    *UnknownPolicies // of all pods; nil: the proxy's own
-	Panics      *rescue.Panics   // catches those of the proxy's goroutines; nil: nobody does
-	Report      *fair.Report     // of what bounds turn away; nil: nobody is told
+	OnDemandDNS *OnDemandDNS        // of all pods; nil: not counted
+	Policies    *UnknownPolicies    // of all pods; nil: the proxy's own
+	Panics      *rescue.Panics      // catches those of the proxy's goroutines; nil: nobody does
+	Report      *fair.Report        // of what bounds turn away; nil: nobody is told
+	Handshakes  *fair.Turns[Crypto] // of all pods: leave to compute handshakes; nil: whenever they like
 	Metrics     *Metrics
 	Access      *slog.Logger // target "access"
 	Log         *slog.Logger
 	Config      Config
 	Random      func(n uint64) uint64 // uniform in [0, n)
+}
+
+// Crypto is whose handshake it is: a pod, and who calls it. The pod's own calls have no source.
+type Crypto struct {
+	Pod    state.WorkloadInfo
+	Source netip.Addr
+}
+
+// turn is leave to compute for one handshake.
+type turn struct {
+	turns *fair.Turns[Crypto]
+	of    Crypto
+}
+
+func (t turn) Take() { t.turns.Take(t.of) }
+func (t turn) Give() { t.turns.Give() }
+
+// turn is what a handshake with source computes by.
+func (p *Proxy) turn(source netip.Addr) hbone.Turn {
+	if p.o.Handshakes == nil {
+		return nil
+	}
+	return turn{p.o.Handshakes, Crypto{p.o.Info, source}}
 }
 
 // Proxy is one pod's data plane.
@@ -253,7 +277,7 @@ func (p *Proxy) dialTunnel(ctx context.Context, key hbone.Key) (net.Conn, error)
 	}
 	hctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
-	conn, cs, err := hbone.Client(hctx, raw, identity.ClientTLSWith(cert, want, p.o.Config.TLS))
+	conn, cs, err := hbone.ClientInTurn(hctx, raw, identity.ClientTLSWith(cert, want, p.o.Config.TLS), p.turn(netip.Addr{}))
 	if err != nil {
 		raw.Close()
 		return nil, fail(kindTLS, err)

@@ -66,6 +66,8 @@ type daemon struct {
 	buffers  hbone.Buffers  // shared by the tunnels of all pods
 	panics   *rescue.Panics // of the data plane
 	report   *fair.Report   // of what bounds turned away
+	// handshakes compute half of the worker threads at a time, so that the other half is left to those who move bytes.
+	handshakes *fair.Turns[proxy.Crypto]
 
 	// What hostnames of workloads resolve to, and names that the mesh does not know: in our own namespace, as ztunnel does.
 	resolve     *resolve.Cache
@@ -98,7 +100,8 @@ func runProxy(ctx context.Context, c *Config) error {
 	}
 	log := zlog.New(zlog.Options{Writer: os.Stdout, JSON: c.LogFormat == "json", Control: zlog.NewControl(filter)})
 	defer log.Close(context.Background())
-	d := &daemon{c: c, log: log, logger: log.Logger("ztun"), report: fair.NewReport(log.Logger("bounds")), panics: rescue.New(log.Logger("ztun")), quit: make(chan string, 1)}
+	d := &daemon{c: c, log: log, logger: log.Logger("ztun"), report: fair.NewReport(log.Logger("bounds")),
+		handshakes: fair.NewTurns[proxy.Crypto](c.WorkerThreads/2, 250*time.Microsecond, 500*time.Microsecond), panics: rescue.New(log.Logger("ztun")), quit: make(chan string, 1)}
 
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
@@ -368,7 +371,7 @@ func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup) *pr
 	}
 	return proxy.New(proxy.Options{
 		Info:    state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount},
-		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: d.resolve, Metrics: d.metrics, Panics: d.panics, Report: d.report, Policies: d.policies, OnDemandDNS: d.onDemandDNS, Demand: demand, Names: names,
+		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: d.resolve, Metrics: d.metrics, Panics: d.panics, Report: d.report, Handshakes: d.handshakes, Policies: d.policies, OnDemandDNS: d.onDemandDNS, Demand: demand, Names: names,
 		Access: d.log.Logger("access"), Log: d.log.Logger("proxy"), Random: mrand.Uint64N,
 		Config: proxy.Config{
 			NetworkName: c.Network, ResponseBaggage: c.ResponseBaggage,

@@ -41,15 +41,32 @@ type Conn struct {
 // Client does the TLS handshake as a client on raw, within ctx. On failure raw is closed. The result is a *Conn, or
 // a *tls.Conn where the record layer cannot be taken over (not TLS 1.3 with AES-GCM, FIPS 140 mode).
 func Client(ctx context.Context, raw net.Conn, cfg *tls.Config) (net.Conn, tls.ConnectionState, error) {
-	return handshake(ctx, raw, cfg, true)
+	return ClientInTurn(ctx, raw, cfg, nil)
 }
 
 // Server does the TLS handshake as a server on raw; see Client. Session tickets are off.
 func Server(ctx context.Context, raw net.Conn, cfg *tls.Config) (net.Conn, tls.ConnectionState, error) {
-	return handshake(ctx, raw, cfg, false)
+	return ServerInTurn(ctx, raw, cfg, nil)
 }
 
-func handshake(ctx context.Context, raw net.Conn, cfg *tls.Config, client bool) (net.Conn, tls.ConnectionState, error) {
+// Turn is leave to compute. A handshake has it while it computes, half a millisecond in all, and never while it waits
+// for its peer: so a crowd of them does not stand before everything else in the scheduler's queue.
+type Turn interface {
+	Take()
+	Give()
+}
+
+// ClientInTurn is Client with a Turn; nil: whenever it likes.
+func ClientInTurn(ctx context.Context, raw net.Conn, cfg *tls.Config, turn Turn) (net.Conn, tls.ConnectionState, error) {
+	return handshake(ctx, raw, cfg, turn, true)
+}
+
+// ServerInTurn is Server with a Turn; nil: whenever it likes.
+func ServerInTurn(ctx context.Context, raw net.Conn, cfg *tls.Config, turn Turn) (net.Conn, tls.ConnectionState, error) {
+	return handshake(ctx, raw, cfg, turn, false)
+}
+
+func handshake(ctx context.Context, raw net.Conn, cfg *tls.Config, turn Turn, client bool) (net.Conn, tls.ConnectionState, error) {
 	keys := &keyLog{next: cfg.KeyLogWriter}
 	cfg = cfg.Clone()
 	cfg.KeyLogWriter = keys
@@ -66,14 +83,14 @@ func handshake(ctx context.Context, raw net.Conn, cfg *tls.Config, client bool) 
 			return chosen, err
 		}
 	}
-	lock := &lockstep{Conn: raw}
+	lock := &lockstep{Conn: raw, turn: turn}
 	var t *tls.Conn
 	if client {
 		t = tls.Client(lock, cfg)
 	} else {
 		t = tls.Server(lock, cfg)
 	}
-	if err := t.HandshakeContext(ctx); err != nil {
+	if err := lock.inTurn(func() error { return t.HandshakeContext(ctx) }); err != nil {
 		if !client {
 			lingerClose(raw)
 		}
@@ -122,6 +139,7 @@ func takeOver(raw net.Conn, state tls.ConnectionState, keys *keyLog, lock *locks
 type lockstep struct {
 	net.Conn
 	free atomic.Bool // crypto/tls keeps the connection: pass everything on
+	turn Turn        // held but while waiting for the peer; nil after the handshake
 
 	head  [5]byte
 	nhead int // bytes of the header that came from the connection
@@ -129,7 +147,33 @@ type lockstep struct {
 	left  int // bytes of the record's body to come
 }
 
+// inTurn does the handshake, on the calling goroutine.
+func (l *lockstep) inTurn(handshake func() error) error {
+	if l.turn == nil {
+		return handshake()
+	}
+	l.turn.Take()
+	defer func() { l.turn.Give(); l.turn = nil }()
+	return handshake()
+}
+
 func (l *lockstep) Read(p []byte) (int, error) {
+	if l.turn != nil {
+		l.turn.Give()
+		defer l.turn.Take()
+	}
+	return l.read(p)
+}
+
+func (l *lockstep) Write(p []byte) (int, error) {
+	if l.turn != nil {
+		l.turn.Give()
+		defer l.turn.Take()
+	}
+	return l.Conn.Write(p)
+}
+
+func (l *lockstep) read(p []byte) (int, error) {
 	if l.free.Load() && l.given == l.nhead && l.left == 0 {
 		return l.Conn.Read(p)
 	}

@@ -20,8 +20,7 @@ import (
 // TestAttackMeshSYNFlood: spoofed SYNs to a pod's 15008, which one socket of the kernel's answers for all pods of the node.
 func TestAttackMeshSYNFlood(t *testing.T) {
 	m := newMesh(t, meshOptions{})
-	d := m.pod(m.N2, "d")
-	must(t, m.Attach(m.ctx, d))
+	d := m.another(m.N2, "d")
 	m.attack(attackOptions{Name: "SYN flood at 15008", Attack: func(ctx context.Context) {
 		n := m.synFlood(ctx, m.N1.NS, netip.MustParsePrefix("10.200.0.0/16"), 3000, mesh15008(d))
 		t.Logf("%d SYNs", n)
@@ -35,8 +34,7 @@ func TestAttackMeshSYNFlood(t *testing.T) {
 // device, as the bystander's plaintext connections to another pod do.
 func TestAttackUDPFlood(t *testing.T) {
 	m := newMesh(t, meshOptions{})
-	d := m.pod(m.N2, "d")
-	must(t, m.Attach(m.ctx, d))
+	d := m.another(m.N2, "d")
 	junk := make([]byte, 1200)
 	plain := &lab.Pod{NS: m.h1.NS, IPs: m.h1.IPs}
 	m.attack(attackOptions{Name: "UDP and fragments from the network", From: plain, Attack: func(ctx context.Context) {

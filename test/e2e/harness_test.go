@@ -78,6 +78,15 @@ func (m *mesh) pod(n *lab.Node, name string) *lab.Pod {
 	return p
 }
 
+// another adds a pod to the running mesh.
+func (m *mesh) another(n *lab.Node, name string) *lab.Pod {
+	m.t.Helper()
+	p := m.pod(n, name)
+	must(m.t, m.WriteWorld(m.DefaultWorld()))
+	must(m.t, m.Attach(m.ctx, p))
+	return p
+}
+
 func (m *mesh) host(n *lab.Node, name string) *lab.Host {
 	m.t.Helper()
 	h, err := m.AddHost(n, name)
