@@ -145,3 +145,20 @@ func TestStaleRules(t *testing.T) {
 		t.Errorf("after IPv6 was turned off:\n%s", got)
 	}
 }
+
+// TestUndoTakesAddresses: a device that outlives its pod (a persistent TUN) has no address of it any more, and the namespace no route by it.
+func TestUndoTakesAddresses(t *testing.T) {
+	n := newNode(t)
+	n.open(t)
+	p := newPod(t, n, "10.1.0.2", "fd01::2")
+	p.open(t, false)
+	if err := steer.Undo(p.plan, p.namespaces()); err != nil {
+		t.Fatal(err)
+	}
+	if got := p.IP(t, "addr", "show", "dev", "ztun0"); strings.Contains(got, "10.1.0.2") || strings.Contains(got, "fd01::2") {
+		t.Errorf("addresses are left: %s", got)
+	}
+	if got := p.IP(t, "route", "show", "table", "all") + p.IP(t, "-6", "route", "show", "table", "all"); strings.Contains(got, "default") {
+		t.Errorf("a way out is left: %s", got)
+	}
+}

@@ -22,29 +22,39 @@ func Sweep(node *netns.NS, keep []netip.Addr) ([]netip.Addr, error) {
 	var swept []netip.Addr
 	var errs []error
 	for _, fam := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		// The table of captured traffic first, and the `unreachable` routes last: see PodPlan.
-		var mine []netlink.Route
-		for _, table := range []int{TableHBONE, TableMain} {
+		var all []netlink.Route
+		for _, table := range []int{TableMain, TableHBONE} {
 			routes, err := p.table(fam, table)
 			if err != nil {
 				errs = append(errs, err)
 				continue
 			}
-			slices.SortFunc(routes, func(a, b netlink.Route) int { return a.Priority - b.Priority })
-			mine = append(mine, routes...)
+			all = append(all, routes...)
 		}
-		for _, r := range mine {
-			dst := prefix(r)
-			if r.Protocol != Protocol || !dst.IsSingleIP() || slices.Contains(keep, dst.Addr()) {
-				continue
-			}
+		for _, r := range leftovers(all, keep) {
 			if err := p.h.RouteDel(&r); err != nil && !gone(err) {
 				errs = append(errs, fmt.Errorf("cannot remove %s: %w", p.describe(r), err))
 				continue
 			}
-			swept = append(swept, dst.Addr())
+			swept = append(swept, prefix(r).Addr())
 		}
 	}
 	slices.SortFunc(swept, netip.Addr.Compare)
 	return slices.Compact(swept), errors.Join(errs...)
+}
+
+// leftovers picks our routes to addresses not in keep, in the order in which they are to go: the table of captured traffic first and the
+// `unreachable` routes, which have the largest metric, last (see PodPlan).
+func leftovers(all []netlink.Route, keep []netip.Addr) []netlink.Route {
+	mine := slices.DeleteFunc(slices.Clone(all), func(r netlink.Route) bool {
+		dst := prefix(r)
+		return r.Protocol != Protocol || !dst.IsSingleIP() || slices.Contains(keep, dst.Addr())
+	})
+	slices.SortStableFunc(mine, func(a, b netlink.Route) int {
+		if hbone := a.Table == TableHBONE; hbone != (b.Table == TableHBONE) {
+			return map[bool]int{true: -1, false: 1}[hbone]
+		}
+		return a.Priority - b.Priority
+	})
+	return mine
 }
