@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"time"
 
+	"ztun/proxy/fair"
 	"ztun/proxy/rescue"
 	"ztun/tun"
 )
@@ -43,6 +44,8 @@ type Config struct {
 	// connection's ends that, one in the stack's own work ends the stack (Run says
 	// so). gVisor starts goroutines of its own, whose panics cannot be caught.
 	Panics *rescue.Panics
+	// Memory is charged with what connections hold (Weigh). While it is tight their buffers are small. nil: no bound.
+	Memory *fair.Budget
 	// Logger for what counters cannot say; nil discards.
 	Logger *slog.Logger
 
@@ -114,8 +117,14 @@ const (
 	defaultMaxReceiveBuffer = 2 << 20
 	crowdedReceiveBuffer    = 512 << 10
 	fewConns                = 4
-	defaultSendBuffer       = 512 << 10
-	defaultMaxSendBuffer    = 2 << 20
+	// Beyond so many connections a new one begins with small buffers and has to earn larger ones: what reads nothing
+	// costs little then (2,000 such connections: 0.45 MiB each before).
+	manyConns  = 64
+	manyBuffer = 64 << 10
+	// What a connection has while memory is tight.
+	tightBuffer          = 32 << 10
+	defaultSendBuffer    = 512 << 10
+	defaultMaxSendBuffer = 2 << 20
 
 	defaultPortMin, defaultPortMax = 16384, MeshPortMin - 1
 

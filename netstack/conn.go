@@ -57,6 +57,10 @@ type Conn struct {
 	purge bool
 
 	prev, next *Conn // in connList
+	// Of memory.go, guarded by connList.mu: its buffers were made small; how large the send buffer was while somebody
+	// waits for room.
+	squeezed bool
+	full     int64
 }
 
 var (
@@ -469,6 +473,8 @@ type connList struct {
 	first  *Conn
 	n      int
 	closed bool
+	// squeezed is set while there may be connections whose buffers were made small.
+	squeezed bool
 }
 
 func (l *connList) add(c *Conn) bool {

@@ -20,6 +20,7 @@
 //	udp.go      UDP sockets to the network, for the queries that are passed on
 //	dial.go     connections that start here: to the application, to the network
 //	conn.go     an established connection; wait.go how it waits, writeto.go how it lends
+//	memory.go   how large buffers are, by the number of connections and the pod's memory
 //	tx.go       the transmit queue and who writes it
 //	orphan.go   connections of the pod that a killed daemon left
 //	stats.go    what was turned away, and where

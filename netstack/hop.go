@@ -32,7 +32,7 @@ type hop struct {
 	// network is set on the hop to the network.
 	network bool
 
-	rcvMax atomic.Int64 // the limit of receive buffers in force
+	sizes atomic.Int32 // the sizes of buffers in force (memory.go)
 
 	mu     sync.Mutex
 	gs     *stack.Stack // nil until it is first needed
@@ -211,24 +211,4 @@ func (h *hop) stats() tcpip.Stats {
 		return tcpip.Stats{}.FillIn()
 	}
 	return h.gs.Stats()
-}
-
-// fit bounds how far receive buffers may grow, by how many connections the pod has. Buffers that have
-// grown stay as they are.
-func (h *hop) fit(conns int) {
-	cfg := &h.s.cfg
-	limit := cfg.MaxReceiveBuffer
-	if conns > fewConns {
-		limit = min(limit, max(crowdedReceiveBuffer, cfg.ReceiveBuffer))
-	}
-	if int64(limit) == h.rcvMax.Swap(int64(limit)) {
-		return
-	}
-	h.mu.Lock()
-	gs := h.gs
-	h.mu.Unlock()
-	if gs != nil {
-		rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: cfg.ReceiveBuffer, Max: limit}
-		gs.SetTransportProtocolOption(tcp.ProtocolNumber, &rcv) // fails only for ranges that contradict themselves
-	}
 }

@@ -28,7 +28,12 @@ type Stack struct {
 	handshakePatience time.Duration // of Flow.Accept; tests are less patient
 
 	conns connList
-	lent  sync.Pool // of *lent
+
+	weighing   sync.Mutex
+	weight     int64 // what Config.Memory is charged with
+	weightless bool  // the stack is closed
+
+	lent sync.Pool // of *lent
 
 	closeOnce sync.Once
 	closed    chan struct{} // closed when Close has finished
@@ -130,6 +135,7 @@ func (s *Stack) shutdown() {
 		s.flows.stop() // no new flows from here on
 		s.dns.stop()
 		s.conns.close()
+		s.unweigh()
 		s.app.abort()
 		if s.up != nil {
 			s.up.abort()

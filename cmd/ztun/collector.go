@@ -23,11 +23,13 @@ func (c *dataplaneCollector) Collect(ch chan<- prometheus.Metric) {
 		name := refOf(p.spec).String()
 		c.tables.device.emit(ch, s.App, name)
 		c.tables.stack.emit(ch, s, name)
+		emitBudget(ch, name, p.memory)
 		ps := p.proxy.Stats()
 		c.tables.proxy.emit(ch, ps, name)
 		c.tables.pool.emit(ch, ps.Pool, name)
 		c.tables.tunnel.emit(ch, ps.Tunnels, name)
 	}
+	emitBudget(ch, "", c.d.memory.all)
 	ch <- prometheus.MustNewConstMetric(
 		prometheus.NewDesc("ztun_panics_total", "Panics of the data plane that were caught; each ended a connection or a pod's stack. The log has their stacks.", nil, nil),
 		prometheus.CounterValue, float64(c.d.panics.Total()))

@@ -84,7 +84,8 @@ type Config struct {
 	MaxInFlight, MaxInFlightPerDestination int
 	DNSRate                                int
 	DNSSearch                              []string
-	GCSet                                  bool // GOGC is the operator's
+	MemoryLimit, PodMemory                 int64 // bytes; 0: not set
+	GCSet                                  bool  // GOGC is the operator's
 	TUNPlain, AdaptiveProcessors           bool
 	DropCapabilities                       bool
 	Held                                   capSet // what is left of the capabilities

@@ -112,6 +112,8 @@ func variables(c *Config, l *loader) []variable {
 		{"ZTUN_MAX_INFLIGHT_PER_DESTINATION", "2048", "the same, to one destination or from one client", ranged(&c.MaxInFlightPerDestination, 1, 1<<20)},
 		{"ZTUN_DNS_RATE", "1000", "DNS queries of one pod per second; twice as many at once", ranged(&c.DNSRate, 1, 1<<20)},
 		{"ZTUN_DNS_SEARCH", "", "search domains of pods beside the cluster's three, comma separated (default: those of the daemon's resolv.conf, as kubelet has it)", domains(&c.DNSSearch)},
+		{"ZTUN_MEMORY_LIMIT", "", "memory of the daemon (default the cgroup's limit): half of it is for bytes under way, and GOMEMLIMIT is nine tenths of it unless set", size(&c.MemoryLimit, 32<<20)},
+		{"ZTUN_POD_MEMORY", "", "bytes that may be under way for one pod (default half of what all have); nearing it, its buffers and windows stay small", size(&c.PodMemory, 1<<20)},
 		{"ZTUN_TUN_PLAIN", "false", "use the portable TUN path without offload", boolean(&c.TUNPlain)},
 		{"ZTUN_ADAPTIVE_PROCESSORS", "true", "use as many processors as the work needs, up to the worker threads plus one; false: always that many", boolean(&c.AdaptiveProcessors)},
 		{"ZTUN_DROP_CAPABILITIES", "true", "keep only the capabilities that the configuration needs, and never get new ones; the process executes itself once for it", boolean(&c.DropCapabilities)},

@@ -65,6 +65,7 @@ type daemon struct {
 	uplink   *netstack.Uplink
 	buffers  hbone.Buffers  // shared by the tunnels of all pods
 	panics   *rescue.Panics // of the data plane
+	memory   *memory        // what lies here for the pods
 	report   *fair.Report   // of what bounds turned away
 	// handshakes compute half of the worker threads at a time, so that the other half is left to those who move bytes.
 	handshakes *fair.Turns[proxy.Crypto]
@@ -160,6 +161,8 @@ func (d *daemon) start(ctx context.Context) error {
 	if !c.GCSet {
 		debug.SetGCPercent(gcSmall)
 	}
+	d.memory = newMemory("/", c.MemoryLimit, c.PodMemory)
+	d.memory.tellRuntime()
 	procs := &processors{limit: c.WorkerThreads + 1, gc: !c.GCSet}
 	procs.set(procs.limit)
 	if c.AdaptiveProcessors {
@@ -245,6 +248,7 @@ func (d *daemon) start(ctx context.Context) error {
 		d.logger.Warn("routes of an earlier run may be left", "error", err)
 	}
 	d.serve("control socket", d.control.Serve)
+	d.admin(ctx, "memory", d.weigh)
 	d.admin(ctx, "pod watch", func(ctx context.Context) error { d.pods.watch(ctx); return nil })
 	podsReady.Done()
 	d.logger.Info("started", "node", c.NodeName, "workers", c.WorkerThreads, "offload", d.dev.Offload().VNetHdr)
@@ -345,7 +349,7 @@ func (d *daemon) socketOptions() netns.SocketOptions {
 
 func (d *daemon) newPod(ctx context.Context, spec admin.PodSpec) (*pod, error) {
 	parts := &podParts{c: d.c, log: d.log.Logger("pods"), uplink: d.uplink, sock: d.socketOptions(), fds: d.pods.fds, node: d.node, panics: d.panics, proxy: d.newProxy,
-		know: d.know, nameservers: d.nameservers, search: d.search, dnsMetrics: d.dnsMetrics, dnsLog: d.log.Logger("dns"), report: d.report}
+		know: d.know, nameservers: d.nameservers, search: d.search, dnsMetrics: d.dnsMetrics, dnsLog: d.log.Logger("dns"), report: d.report, memory: d.memory}
 	return newPod(ctx, parts, spec, d.pods.steerConfig(spec))
 }
 
@@ -362,7 +366,7 @@ func (d *daemon) sweep(keep []netip.Addr) error {
 // known reports whether the control side knows a pod; until then its connections wait, and are refused after 5 s.
 func (d *daemon) known(i state.WorkloadInfo) bool { return d.loop.View().WorkloadByInfo(i) != nil }
 
-func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup) *proxy.Proxy {
+func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup, memory *fair.Budget) *proxy.Proxy {
 	c := d.c
 	var demand func(context.Context, string) error
 	if c.XDSOnDemand && d.xds != nil {
@@ -375,7 +379,7 @@ func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup) *pr
 		Access: d.log.Logger("access"), Log: d.log.Logger("proxy"), Random: mrand.Uint64N,
 		Config: proxy.Config{
 			NetworkName: c.Network, ResponseBaggage: c.ResponseBaggage,
-			HBONE:          hbone.Config{StreamWindow: c.StreamWindow, ConnWindow: c.ConnWindow, FrameSize: c.FrameSize, Buffers: &d.buffers, Logger: d.log.Logger("hbone")},
+			HBONE:          hbone.Config{StreamWindow: c.StreamWindow, ConnWindow: c.ConnWindow, FrameSize: c.FrameSize, Memory: memory, Buffers: &d.buffers, Logger: d.log.Logger("hbone")},
 			PoolMaxStreams: int(c.PoolMaxStreams), PoolUnused: c.PoolUnused,
 			TLS:    d.tls(),
 			SOCKS5: c.SOCKS5, LocalhostAppTunnel: c.LocalhostAppTunnel, PolicyInfoLogging: c.AuthzInfo,

@@ -29,8 +29,9 @@ const podTUN = "ztun0"
 // pod is what one attached pod consists of.
 type pod struct {
 	spec   admin.PodSpec
-	ns     *netns.NS // the pod's
-	node   *netns.NS // the daemon's
+	memory *fair.Budget // of what lies here for its connections
+	ns     *netns.NS    // the pod's
+	node   *netns.NS    // the daemon's
 	panics *rescue.Panics
 	dev    tun.Device
 	stack  *netstack.Stack
@@ -60,11 +61,12 @@ type podParts struct {
 	c      *Config
 	log    *slog.Logger
 	uplink *netstack.Uplink
-	proxy  func(spec admin.PodSpec, n proxy.Network, names lookup) *proxy.Proxy
+	proxy  func(spec admin.PodSpec, n proxy.Network, names lookup, memory *fair.Budget) *proxy.Proxy
 	sock   netns.SocketOptions
 	fds    *descriptors
 	node   *netns.NS
 	report *fair.Report
+	memory *memory // nil: without bound
 	panics *rescue.Panics
 
 	know        dns.Knowledge
@@ -76,7 +78,7 @@ type podParts struct {
 
 // newPod attaches a pod. What it has made is unmade when a later step fails.
 func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.PodConfig) (_ *pod, err error) {
-	p := &pod{spec: spec, steer: sc, plan: steer.PodPlan(sc), log: parts.log, node: parts.node, panics: parts.panics, built: make(chan struct{})}
+	p := &pod{memory: parts.memory.forPod(), spec: spec, steer: sc, plan: steer.PodPlan(sc), log: parts.log, node: parts.node, panics: parts.panics, built: make(chan struct{})}
 	var undo []func()
 	defer func() {
 		close(p.built)
@@ -114,6 +116,7 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 	ref := refOf(spec).String()
 	config := netstack.Config{
 		Addrs: spec.IPs, MTU: sc.MTU, App: p.dev, Uplink: parts.uplink, Panics: parts.panics, Logger: parts.log,
+		Memory:      p.memory,
 		MaxInFlight: parts.c.MaxInFlight, MaxInFlightPerDst: parts.c.MaxInFlightPerDestination,
 		KeepaliveOff: !parts.c.KeepaliveEnabled, UserTimeout: parts.c.userTimeout(),
 		KeepaliveIdle: parts.c.KeepaliveTime, KeepaliveInterval: parts.c.KeepaliveInterval, KeepaliveCount: int(parts.c.KeepaliveRetries),
@@ -153,7 +156,7 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 		}
 		names = p.dns.Lookup
 	}
-	p.proxy = parts.proxy(spec, &podNetwork{stack: p.stack, addrs: spec.IPs, ns: p.ns, sock: parts.sock, ref: refOf(spec), fds: parts.fds}, names)
+	p.proxy = parts.proxy(spec, &podNetwork{stack: p.stack, addrs: spec.IPs, ns: p.ns, sock: parts.sock, ref: refOf(spec), fds: parts.fds}, names, p.memory)
 	undo = append(undo, p.proxy.Close)
 	if parts.c.SOCKS5 {
 		if err = p.serveSOCKS(parts); err != nil {

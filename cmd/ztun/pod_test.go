@@ -14,6 +14,7 @@ import (
 	"ztun/admin"
 	"ztun/netstack"
 	"ztun/proxy"
+	"ztun/proxy/fair"
 	"ztun/proxy/state"
 	"ztun/tun"
 	"ztun/tun/steer"
@@ -55,7 +56,7 @@ func newPodLab(t *testing.T) *podLab {
 	know := onePod{b.Build()}
 	quiet := slog.New(slog.DiscardHandler)
 	l.parts = &podParts{c: c, log: quiet, dnsLog: quiet, uplink: uplink, fds: newDescriptors(1024, nil), node: l.node.NS, know: know,
-		proxy: func(spec admin.PodSpec, n proxy.Network, names lookup) *proxy.Proxy {
+		proxy: func(spec admin.PodSpec, n proxy.Network, names lookup, _ *fair.Budget) *proxy.Proxy {
 			if l.proxy != nil {
 				l.proxy(n)
 			}

@@ -4,7 +4,8 @@
 // who was turned away.
 //
 // What flows through it: Ledger gives out places of a bounded resource, Rate is a budget per second,
-// Lines bounds log lines, Report counts and says what the bounds did. Who calls it: whoever owns a
+// Lines bounds log lines, Report counts and says what the bounds did;
+// Budget counts bytes, which are not turned away: whoever holds them takes less when it is tight. Who calls it: whoever owns a
 // resource (netstack, the proxy, the admin servers, the control plane); the composition root makes one
 // Report and lends it. What it never does: know what the resource is, start goroutines, wait.
 //
@@ -14,5 +15,9 @@
 //     claims another source, what goes is what has waited longest, and a newcomer always gets in.
 //   - 2026-11-28: the newcomer counts as if it had its place already. A source that would become the
 //     greediest makes room itself.
+//   - 2026-11-28: memory is a Budget and no Ledger: a connection whose bytes were taken away would be broken. At
+//     three quarters windows and buffers become small, flows go on slowly, and what comes on top is bounded by the
+//     number of connections, which has bounds of its own. What sockets hold is weighed twice a second (a count per
+//     packet would cost every packet); what tunnels hold is counted as it comes.
 //   - 2026-11-28: a source is what an outsider cannot multiply for free: an IPv4 address, an IPv6 /64 (Group).
 package fair

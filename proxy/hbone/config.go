@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"ztun/proxy/fair"
 	"ztun/proxy/rescue"
 )
 
@@ -53,6 +54,9 @@ type Config struct {
 
 	// Panics catches those of the connection's goroutines, which then end the connection; nil: nobody does.
 	Panics *rescue.Panics
+	// Memory is charged with what is received and not read. While it is tight windows are small, of all streams. nil: no
+	// bound beyond the windows.
+	Memory *fair.Budget
 	// Stats counts what bounds turned away, of all connections that were given the same; nil: nobody looks.
 	Stats *Stats
 	// Buffers are shared by all connections that were given the same; nil: the connection's own.

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
+	"ztun/proxy/fair"
 	"ztun/proxy/rescue"
 )
 
@@ -43,7 +44,7 @@ type conn struct {
 	onEnd   func() // the connection takes no streams any more; called with mu held (the pool listens)
 
 	pinned   atomic.Int64  // large blocks in use
-	unread   atomic.Int64  // payload bytes received and not consumed
+	unread   fair.Account  // payload bytes received and not consumed
 	withheld atomic.Int64  // of unread: bytes for which the connection's window is given back when they are consumed
 	uncredit atomic.Int64  // consumed bytes whose credit was not given back yet
 	arrived  atomic.Uint64 // counts reads from the socket; PING looks whether anything came at all
@@ -149,6 +150,7 @@ func newConn(nc net.Conn, cfg Config, client bool) *conn {
 	if w := newSockWriter(c.raw); w != nil {
 		c.sock = w
 	}
+	c.unread.Open(cfg.Memory)
 	c.framer = http2.NewFramer((*ctrlWriter)(c), nil)
 	c.henc = hpack.NewEncoder(&c.hbuf)
 	c.rd.init(c)

@@ -41,10 +41,14 @@ func (c *conn) begin(s *Stream) {
 	c.grown += c.first - c.leastWindow()
 }
 
-// crowd looks whether readers leave so much unread that windows have to be small: first ones from now on, and those
+// crowd looks whether readers leave so much unread, or memory is so short, that windows have to be small: first ones from now on, and those
 // that are large already when the peer has acknowledged it. mu is held.
 func (c *conn) crowd() {
-	if c.crowded || len(c.streams) <= fewStreams || c.unread.Load() < int64(c.cfg.StreamWindow)/pileUp || c.isOver() {
+	if c.crowded || c.isOver() {
+		return
+	}
+	piled := len(c.streams) > fewStreams && c.unread.Load() >= int64(c.cfg.StreamWindow)/pileUp
+	if !piled && !c.cfg.Memory.Tight() {
 		return
 	}
 	c.crowded = true
@@ -114,12 +118,12 @@ func (c *conn) widen(s *Stream, n int64) int64 {
 	extra := window - c.leastWindow()
 	var d int64
 	switch {
+	case c.cfg.Memory.Tight(), took > fallsBehind:
+		d = -min(n, extra)
 	case took <= keepsUp:
 		// As much at most as is left for the others.
 		left := int64(c.cfg.ConnWindow) - c.grown - extra
 		d = max(min(window, int64(c.cfg.StreamWindow)-window, left), 0)
-	case took > fallsBehind:
-		d = -min(n, extra)
 	}
 	c.grown += d
 	s.window.Store(window + d)

@@ -12,6 +12,8 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"ztun/proxy/fair"
 )
 
 // TestPausedReaders: readers who pause, many more than fill the connection's window, stall themselves only, hold little,
@@ -314,4 +316,41 @@ func TestServerRotates(t *testing.T) {
 	if sc.c.cfg.Stats.Rotated.Load() != 1 {
 		t.Error("not counted")
 	}
+}
+
+// TestTightWindows: what nobody reads is charged to the pod's memory; while that is tight, windows are small from the
+// first stream on and do not grow, all bytes arrive all the same, and in the end nothing is charged.
+func TestTightWindows(t *testing.T) {
+	budget := fair.NewBudget(nil, 1<<20)
+	a, b := tcpPair(t)
+	cc, sc, reqs, stop := link(t, a, b, Config{Memory: budget})
+	defer stop()
+	const each = 8 << 20
+	var wg sync.WaitGroup
+	var readers []*Stream
+	fill := func() {
+		w, r := pair(t, cc, reqs)
+		readers = append(readers, r)
+		wg.Go(func() {
+			io.Copy(w, io.LimitReader(neverending{}, each))
+			w.CloseWrite()
+		})
+	}
+	fill()
+	eventually(t, budget.Tight)
+	eventually(t, func() bool { sc.c.mu.Lock(); defer sc.c.mu.Unlock(); return sc.c.acks == 2 })
+	for range 10 {
+		fill()
+	}
+	time.Sleep(100 * time.Millisecond)
+	if held := sc.c.unread.Load(); held > 4<<20+10*leastWindow {
+		t.Errorf("%d bytes are held", held)
+	}
+	for i, r := range readers {
+		if n, err := io.Copy(io.Discard, r); n != each || err != nil {
+			t.Errorf("reader %d got %d bytes: %v", i, n, err)
+		}
+	}
+	wg.Wait()
+	eventually(t, func() bool { return budget.Used() == 0 })
 }

@@ -32,7 +32,7 @@ netstack             -> proxy/fair proxy/rescue tun
 proxy                -> proxy/fair proxy/hbone proxy/identity proxy/rbac proxy/rescue proxy/route proxy/socks proxy/state
 proxy/dns            -> proxy/fair proxy/rescue proxy/state
 proxy/fair           ->
-proxy/hbone          -> proxy/identity proxy/rescue
+proxy/hbone          -> proxy/fair proxy/identity proxy/rescue
 proxy/identity       ->
 proxy/rbac           -> proxy/identity
 proxy/rescue         -> proxy/fair
