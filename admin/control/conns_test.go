@@ -114,6 +114,7 @@ func TestSilentCrowd(t *testing.T) {
 	if n := w.srv.report.Counts(); len(n) != 1 || n[0].Resource != "control_strangers" || n[0].Evicted < 800 {
 		t.Errorf("reported: %+v", n)
 	}
+	equal(t, "shown", w.srv.Status().Counters["bounded.control_strangers.evicted"] >= 800, true)
 	w.write("b.yaml", workloadsYAML("y:10.0.0.2:node-a"))
 	equal(t, "the node's old stream", names(node.recv()), "u/y")
 }

@@ -27,7 +27,7 @@ type Status struct {
 	Nodes       []NodeStatus      `json:"nodes"`
 	NotJoined   []string          `json:"notJoined,omitempty"` // nodes that workloads name and that have no credentials; at most 100
 	Problems    []Problem         `json:"problems,omitempty"`  // with the nodes' credentials
-	Counters    map[string]uint64 `json:"counters"`
+	Counters    map[string]uint64 `json:"counters"`            // since the start; bounded.*: what each bound turned away
 }
 
 // SnapshotStatus is what is published and how the last load of the directory went.
@@ -198,6 +198,10 @@ func (s *Server) Status() Status {
 	}
 	for i := range out.Nodes {
 		out.Nodes[i].CertificateNotAfter = expires[out.Nodes[i].Node]
+	}
+	for _, c := range s.report.Counts() {
+		out.Counters["bounded."+c.Resource+".evicted"] = c.Evicted
+		out.Counters["bounded."+c.Resource+".refused"] = c.Refused
 	}
 	out.Revoked = s.issued.status()
 	if snap := s.feed.get(); snap != nil {
