@@ -1,7 +1,6 @@
 package netstack
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -13,8 +12,6 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
-
-	"ztun/tun"
 )
 
 // wire is the far end of a stack's device in the hands of the test.
@@ -24,6 +21,7 @@ type wire struct {
 }
 
 // newWire gives a stack for the pod 10.1.0.2, fd00:1::2, and the other end of its device.
+
 func newWire(t testing.TB, cfg Config) (*Stack, wire) {
 	dev, far := memPair(1500, false)
 	cfg.App, cfg.Addrs = dev, []netip.Addr{families[0].client.Addr(), families[1].client.Addr()}
@@ -31,6 +29,7 @@ func newWire(t testing.TB, cfg Config) (*Stack, wire) {
 }
 
 // send sends a TCP packet without data.
+
 func (w wire) send(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint32) {
 	s, proto := fromAddr(src.Addr())
 	d, _ := fromAddr(dst.Addr())
@@ -54,11 +53,13 @@ func (w wire) send(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint
 }
 
 // syn asks for a connection.
+
 func (w wire) syn(src, dst string, seq uint32) {
 	w.send(netip.MustParseAddrPort(src), netip.MustParseAddrPort(dst), header.TCPFlagSyn, seq, 0)
 }
 
 // next is the next TCP packet that the stack sends within d, nil if there is none.
+
 func (w wire) next(d time.Duration) (src, dst netip.AddrPort, th header.TCP) {
 	w.t.Helper()
 	buf := make([]byte, 1<<16)
@@ -85,7 +86,9 @@ func (w wire) next(d time.Duration) (src, dst netip.AddrPort, th header.TCP) {
 }
 
 // hang is an OnFlow that waits for answers which never come, except from the given destinations, which are refused at once. What
+
 // is evicted ends.
+
 func hang(stop <-chan struct{}, live ...string) func(*Flow) {
 	answers := map[netip.AddrPort]bool{}
 	for _, l := range live {
@@ -107,7 +110,9 @@ func hang(stop <-chan struct{}, live ...string) func(*Flow) {
 }
 
 // More connects than there are places to destinations that do not answer, one each: one that answers has its answer at once, be it
+
 // new or known. At the bound somebody is told.
+
 func TestDeadDestinations(t *testing.T) {
 	stop := make(chan struct{})
 	var mu sync.Mutex
@@ -164,6 +169,7 @@ func TestDeadDestinations(t *testing.T) {
 }
 
 // A destination that has answered keeps its places however many others do not answer: it is not counted among them.
+
 func TestKnownKeepsPlaces(t *testing.T) {
 	stop, release := make(chan struct{}), make(chan struct{})
 	busy := netip.MustParseAddrPort("10.8.0.1:80")
@@ -216,7 +222,9 @@ func TestKnownKeepsPlaces(t *testing.T) {
 }
 
 // The places of either direction are its own, and a client that does not end its handshake loses its place after a while, or at
+
 // once to others when there is none left.
+
 func TestHandshakeBounds(t *testing.T) {
 	errs := make(chan error, 100)
 	s, w := newWire(t, Config{MaxInFlight: 16, UplinkIsApp: true, OnFlow: func(f *Flow) {
@@ -304,6 +312,7 @@ func TestHandshakePatience(t *testing.T) {
 }
 
 // The pod speaks in its own name only, to the network and to name servers, and nobody but the network speaks to the pod.
+
 func TestForeignSource(t *testing.T) {
 	for _, steered := range []bool{false, true} {
 		got := make(chan *Flow, 10)
@@ -342,292 +351,19 @@ func TestForeignSource(t *testing.T) {
 }
 
 // A SYN that comes again after it was refused by silence is the same attempt; one of another connect from that port is not.
-func TestAgain(t *testing.T) {
-	again := make(chan bool, 10)
-	_, w := newWire(t, Config{OnFlow: func(f *Flow) {
-		again <- f.Again()
-		f.Refuse(Refusal(int(Silent) * int(f.Dst().Port()%2)))
-	}})
-	for i, tc := range []struct {
-		dst  string
-		seq  uint32
-		want bool
-	}{
-		{"10.2.0.3:81", 5, false}, {"10.2.0.3:81", 5, true}, {"10.2.0.3:81", 5, true}, {"10.2.0.3:81", 6, false}, {"10.2.0.3:83", 5, false},
-		{"10.2.0.3:80", 5, false}, {"10.2.0.3:80", 5, false}, // a reset is an answer
-	} {
-		w.syn("10.1.0.2:4000", tc.dst, tc.seq)
-		if got := <-again; got != tc.want {
-			t.Errorf("%d: again %v, want %v", i, got, tc.want)
-		}
-		time.Sleep(5 * time.Millisecond) // the verdict
-	}
-}
-
-func TestLately(t *testing.T) {
-	l := lately[int]{span: time.Minute, limit: 10}
-	now := time.Now()
-	l.note(1, now)
-	l.note(2, now)
-	l.forget(2)
-	if !l.has(1, now) || l.has(2, now) || l.has(3, now) {
-		t.Error("at once")
-	}
-	if now = now.Add(59 * time.Second); !l.has(1, now) {
-		t.Error("forgotten too early")
-	}
-	l.note(4, now)
-	if now = now.Add(59 * time.Second); !l.has(4, now) {
-		t.Error("forgotten before its span")
-	}
-	if now = now.Add(2 * time.Minute); l.has(1, now) || l.has(4, now) {
-		t.Error("remembered for ever")
-	}
-	for i := range 1000 {
-		l.note(i, now)
-	}
-	if n := len(l.young) + len(l.old); n > 20 || !l.has(999, now) || !l.has(991, now) || l.has(900, now) {
-		t.Errorf("%d remembered", n)
-	}
-}
 
 // One client, one source port, again and again: reset by the client, closed by our side first, given up while it waits.
-func TestSamePort(t *testing.T) {
-	for _, fam := range families {
-		src, dst := netip.AddrPortFrom(fam.client.Addr(), 4000), fam.server
-		conns := make(chan *Conn, 10)
-		waiting, stop := make(chan struct{}, 10), make(chan struct{})
-		s, w := newWire(t, Config{OnFlow: func(f *Flow) {
-			if f.Dst().Port() == 9 {
-				gone := make(chan struct{})
-				f.OnGone(func() { close(gone) })
-				waiting <- struct{}{}
-				select {
-				case <-gone:
-				case <-stop:
-				}
-				f.Refuse(Reset)
-				return
-			}
-			c, err := f.Accept()
-			if err != nil {
-				t.Error(err)
-			}
-			conns <- c
-		}})
-		connect := func(seq uint32) (c *Conn, ack uint32) {
-			t.Helper()
-			w.send(src, dst, header.TCPFlagSyn, seq, 0)
-			for {
-				_, _, th := w.next(900 * time.Millisecond) // before a client would send again
-				if th == nil {
-					t.Fatal("no SYN-ACK")
-				}
-				switch fl := th.Flags(); {
-				case fl.Contains(header.TCPFlagRst):
-					t.Fatal("refused")
-				case fl == header.TCPFlagSyn|header.TCPFlagAck && th.AckNumber() == seq+1:
-					w.send(src, dst, header.TCPFlagAck, seq+1, th.SequenceNumber()+1)
-					return <-conns, th.SequenceNumber() + 1
-				}
-			}
-		}
-		for i := range uint32(50) {
-			c, _ := connect(1000 * (i + 1))
-			w.send(src, dst, header.TCPFlagRst, 1000*(i+1)+1, 0)
-			defer c.Close()
-		}
-		if s.Stats().Delayed == 0 {
-			t.Log("no SYN met an older connection")
-		}
-		// Closed by us first: TIME_WAIT.
-		c, ack := connect(100_000)
-		c.Close()
-		w.send(src, dst, header.TCPFlagAck|header.TCPFlagFin, 100_001, ack+1)
-		eventually(t, "TIME_WAIT", func() bool { return s.Stats().Conns <= 50 })
-		c, _ = connect(200_000)
-		w.send(src, dst, header.TCPFlagRst, 200_001, 0)
-		c.Close()
-		// The client gives up while its SYN is held, and opens again.
-		dst = netip.AddrPortFrom(dst.Addr(), 9)
-		w.send(src, dst, header.TCPFlagSyn, 1, 0)
-		<-waiting
-		w.send(src, dst, header.TCPFlagSyn, 2, 0)
-		select {
-		case <-waiting:
-		case <-time.After(900 * time.Millisecond):
-			t.Fatal("the second attempt did not take the first one's place")
-		}
-		w.send(src, dst, header.TCPFlagSyn, 3, 0)
-		<-waiting
-		w.send(src, dst, header.TCPFlagSyn, 3, 0) // sent again: nothing new
-		eventually(t, "duplicate", func() bool { return s.Stats().Duplicates >= 1 })
-		close(stop)
-		s.Close()
-	}
-}
 
 // A SYN on a living connection ends nothing: it is answered by gVisor's challenge, if late.
-func TestSYNOnLiving(t *testing.T) {
-	conns := make(chan *Conn, 1)
-	s, w := newWire(t, Config{OnFlow: func(f *Flow) {
-		c, err := f.Accept()
-		if err != nil {
-			t.Error(err)
-		}
-		conns <- c
-	}})
-	src, dst := netip.MustParseAddrPort("10.1.0.2:4000"), netip.MustParseAddrPort("10.2.0.3:80")
-	w.send(src, dst, header.TCPFlagSyn, 1, 0)
-	_, _, th := w.next(5 * time.Second)
-	ack := th.SequenceNumber() + 1
-	w.send(src, dst, header.TCPFlagAck, 2, ack)
-	c := <-conns
-	defer c.Close()
-	w.send(src, dst, header.TCPFlagSyn, 500, 0)
-	for {
-		_, _, th = w.next(5 * time.Second)
-		if th == nil {
-			t.Fatal("no challenge")
-		}
-		if th.Flags() == header.TCPFlagAck && th.AckNumber() == 2 {
-			break
-		}
-	}
-	if st := s.Stats(); st.Delayed != 1 || st.Conns != 1 || st.InFlight != 0 {
-		t.Errorf("%+v", st)
-	}
-	// Beyond the bound nothing waits.
-	for i := range maxLate + 50 {
-		w.send(src, dst, header.TCPFlagSyn, uint32(600+i), 0)
-	}
-	eventually(t, "all delivered", func() bool {
-		s.flows.mu.Lock()
-		defer s.flows.mu.Unlock()
-		if s.flows.late > maxLate {
-			t.Errorf("%d wait", s.flows.late)
-		}
-		return s.flows.late == 0
-	})
-}
 
 // The kernel's answer to a probe is the port's, and its application sees nothing of it.
-func TestTUNProbe(t *testing.T) {
-	l := newLab(t, false, func(f *Flow) { f.Refuse(Reset) })
-	for _, tc := range []struct{ dst, src, closed, filtered string }{
-		{"10.1.0.2:8080", "192.0.2.7", "10.1.0.2:9", "10.1.0.2:10"},
-		{"[fd00:1::2]:8080", "2001:db8::7", "[fd00:1::2]:9", "[fd00:1::2]:10"},
-	} {
-		ln := l.listen(t, tc.dst)
-		src, dst := netip.MustParseAddr(tc.src), netip.MustParseAddrPort(tc.dst)
-		before := len(l.s.app.gs.RegisteredEndpoints())
-		for range 20 {
-			if err := l.s.ProbeApp(context.Background(), src, dst); err != nil {
-				t.Fatal(err)
-			}
-			l.s.probes.learn(dst, false, time.Now()) // ask again
-		}
-		if err := l.s.ProbeApp(context.Background(), src, netip.MustParseAddrPort(tc.closed)); !errors.Is(err, syscall.ECONNREFUSED) {
-			t.Errorf("closed port: %v", err)
-		}
-		// The next who is accepted is the first who connected.
-		c, err := l.s.DialApp(context.Background(), netip.AddrPortFrom(src, 0), dst)
-		if err != nil {
-			t.Fatal(err)
-		}
-		k, err := ln.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got := k.RemoteAddr().String(); got != c.LocalAddr().String() {
-			t.Errorf("the application sees %v before %v", got, c.LocalAddr())
-		}
-		k.Close()
-		c.Close()
-		// What was found holds for a while, and no longer.
-		if err := l.s.ProbeApp(context.Background(), src, dst); err != nil {
-			t.Fatal(err)
-		}
-		ln.Close()
-		if !l.s.probes.isOpen(dst, time.Now()) || l.s.probes.isOpen(dst, time.Now().Add(probeFresh)) {
-			t.Error("what was found is not kept, or for too long")
-		}
-		eventually(t, "closed", func() bool {
-			return errors.Is(l.s.ProbeApp(context.Background(), src, dst), syscall.ECONNREFUSED)
-		})
-		if n := l.s.probes.n.Load(); n != 0 || len(l.s.app.gs.RegisteredEndpoints()) > before+1 {
-			t.Errorf("left over: %d probes, %d endpoints", n, len(l.s.app.gs.RegisteredEndpoints()))
-		}
-	}
-}
 
 // What a packet filter may say to a probe, or nothing.
-func TestProbeAnswers(t *testing.T) {
-	for _, fam := range families {
-		s, w := newWire(t, Config{})
-		dst := netip.AddrPortFrom(fam.client.Addr(), 8080)
-		probe := func() (netip.AddrPort, []byte, chan error) {
-			got := make(chan error, 1)
-			go func() { got <- s.ProbeApp(context.Background(), fam.server.Addr(), dst) }()
-			p := <-w.dev.in
-			return addrPort2(t, p.b), p.b, got
-		}
-		for _, tc := range []struct {
-			r    Refusal
-			want error
-		}{{HostUnreachable, syscall.EHOSTUNREACH}, {AdminProhibited, syscall.EHOSTUNREACH}} {
-			_, syn, got := probe()
-			w.dev.WritePacket(&tun.VNetHdr{}, [][]byte{icmpError(syn, tc.r)})
-			if err := <-got; !errors.Is(err, tc.want) {
-				t.Errorf("%v: %v", tc.r, err)
-			}
-		}
-		// An answer to something else counts for nothing.
-		src, syn, got := probe()
-		seq := header.TCP(syn[len(syn)-24:]).SequenceNumber()
-		w.send(dst, src, header.TCPFlagRst|header.TCPFlagAck, 0, seq)
-		w.send(dst, src, header.TCPFlagSyn|header.TCPFlagAck, 0, seq+2)
-		select {
-		case err := <-got:
-			t.Fatalf("answered: %v", err)
-		case <-time.After(20 * time.Millisecond):
-		}
-		w.send(dst, src, header.TCPFlagSyn|header.TCPFlagAck, 99, seq+1)
-		if err := <-got; err != nil {
-			t.Error(err)
-		}
-		for {
-			_, to, th := w.next(5 * time.Second)
-			if th == nil {
-				t.Fatal("the kernel's half is not taken back")
-			}
-			if to == dst && th.Flags().Contains(header.TCPFlagRst) && th.SequenceNumber() == seq+1 {
-				break
-			}
-		}
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
-		if err := s.ProbeApp(ctx, fam.server.Addr(), netip.AddrPortFrom(dst.Addr(), 1)); !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("no answer: %v", err)
-		}
-		cancel()
-		if err := s.ProbeApp(context.Background(), netip.IPv6Unspecified(), netip.MustParseAddrPort("10.1.0.2:1")); !errors.Is(err, syscall.EINVAL) {
-			t.Errorf("two families: %v", err)
-		}
-	}
-}
 
 // addrPort2 is where a TCP packet comes from.
-func addrPort2(t *testing.T, b []byte) netip.AddrPort {
-	t.Helper()
-	var p rxPacket
-	if parseHead(b, len(b), &p) != rxDeliver || !p.syn {
-		t.Fatal("no SYN")
-	}
-	id := synOf(b, &p).id
-	return addrPort(id.RemoteAddress, id.RemotePort)
-}
 
 // Queries beyond a pod's rate are dropped by the reader, in one piece or in several, and told of; TCP is not touched by that.
+
 func TestDNSRate(t *testing.T) {
 	var mu sync.Mutex
 	asked, told := 0, 0
@@ -666,6 +402,7 @@ func TestDNSRate(t *testing.T) {
 }
 
 // fragments cuts an IPv4 packet in two.
+
 func fragments(b []byte) (parts [][]byte) {
 	const cut = header.IPv4MinimumSize + 40
 	for i, p := range [][]byte{b[header.IPv4MinimumSize:cut], b[cut:]} {

@@ -2,7 +2,9 @@ package netstack
 
 import (
 	"context"
+	"errors"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"os"
 	"sync"
@@ -39,13 +41,38 @@ func (s *Stack) ProbeApp(ctx context.Context, src netip.Addr, dst netip.AddrPort
 	if src.Is4() != dst.Addr().Is4() || !src.IsValid() || dst.Port() == 0 {
 		return dialError(from, dst, os.NewSyscallError("connect", syscall.EINVAL))
 	}
-	if s.probes.isOpen(dst, time.Now()) {
-		return nil
+	for {
+		a, mine := s.probes.ask(dst, time.Now())
+		switch {
+		case a == nil:
+			return nil
+		case mine:
+			if err := s.probeForAll(ctx, src, dst, a); err != nil {
+				return dialError(from, dst, err)
+			}
+			return nil
+		}
+		select {
+		case <-a.known:
+			if a.err == nil {
+				return nil
+			}
+			if ctx.Err() == nil && (errors.Is(a.err, context.Canceled) || errors.Is(a.err, context.DeadlineExceeded)) {
+				continue // whoever asked has given up
+			}
+			return dialError(from, dst, a.err)
+		case <-ctx.Done():
+			return dialError(from, dst, ctx.Err())
+		}
 	}
-	if err := s.probe(ctx, src, dst); err != nil {
-		return dialError(from, dst, err)
-	}
-	return nil
+}
+
+// probeForAll finds out what a is to say, and says it whatever becomes of it.
+func (s *Stack) probeForAll(ctx context.Context, src netip.Addr, dst netip.AddrPort, a *answer) (err error) {
+	err = net.ErrClosed
+	defer func() { s.probes.tell(dst, a, err, time.Now()) }()
+	err = s.probe(ctx, src, dst)
+	return err
 }
 
 func (s *Stack) probe(ctx context.Context, src netip.Addr, dst netip.AddrPort) error {
@@ -79,7 +106,6 @@ func (s *Stack) probe(ctx context.Context, src netip.Addr, dst netip.AddrPort) e
 		select {
 		case err := <-p.answer:
 			t.Stop()
-			s.probes.learn(dst, err == nil, time.Now())
 			return err
 		case <-ctx.Done():
 			t.Stop()
@@ -123,8 +149,44 @@ type probes struct {
 	n  atomic.Int32 // under way
 	mu sync.Mutex
 	by map[stack.TransportEndpointID]*probe
-	// open are the ports that were found open, until when that is believed.
-	open map[netip.AddrPort]time.Time
+	// open are the ports that were found open, until when that is believed; asking are those that are being asked, by one for
+	// all: a burst of connects is one question.
+	open   map[netip.AddrPort]time.Time
+	asking map[netip.AddrPort]*answer
+}
+
+// answer is what one probe will find for all who wait for it.
+type answer struct {
+	known chan struct{} // closed when there is err
+	err   error
+}
+
+// ask says nil if dst is known to be open; else whom to wait for, or that it is the caller's to find out and tell.
+func (ps *probes) ask(dst netip.AddrPort, now time.Time) (a *answer, mine bool) {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	if now.Before(ps.open[dst]) {
+		return nil, false
+	}
+	if a = ps.asking[dst]; a != nil {
+		return a, false
+	}
+	if ps.asking == nil {
+		ps.asking = make(map[netip.AddrPort]*answer)
+	}
+	a = &answer{known: make(chan struct{})}
+	ps.asking[dst] = a
+	return a, true
+}
+
+// tell ends what ask has begun.
+func (ps *probes) tell(dst netip.AddrPort, a *answer, err error, now time.Time) {
+	ps.learn(dst, err == nil, now)
+	ps.mu.Lock()
+	delete(ps.asking, dst)
+	ps.mu.Unlock()
+	a.err = err
+	close(a.known)
 }
 
 func (ps *probes) add(id stack.TransportEndpointID, p *probe) {
@@ -148,12 +210,6 @@ func (ps *probes) find(id stack.TransportEndpointID) *probe {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	return ps.by[id]
-}
-
-func (ps *probes) isOpen(dst netip.AddrPort, now time.Time) bool {
-	ps.mu.Lock()
-	defer ps.mu.Unlock()
-	return now.Before(ps.open[dst])
 }
 
 // learn remembers what is known of dst.
