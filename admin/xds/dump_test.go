@@ -281,6 +281,12 @@ func TestStatic(t *testing.T) {
 	if got := policies(); got != nil {
 		t.Errorf("of a file known to be broken: %v", got)
 	}
+	if err := os.Remove(f.Path); err != nil {
+		t.Fatal(err)
+	}
+	if got := policies(); got != nil {
+		t.Errorf("of a file that has gone: %v", got)
+	}
 	inline := NewStatic(&File{Inline: file("inline")})
 	s = inline
 	if got := policies(); !slices.Equal(got, []string{"inline"}) {

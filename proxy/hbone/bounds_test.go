@@ -170,3 +170,54 @@ func TestFloodEndsSoon(t *testing.T) {
 	}
 	t.Error("listened to for", took)
 }
+
+// TestConfigBounds: what a configuration asks for stays within what HTTP/2 allows, and stream users write to a socket
+// of their own accord.
+func TestConfigBounds(t *testing.T) {
+	const most = 1<<32 - 1
+	for _, client := range []bool{true, false} {
+		big := Config{StreamWindow: most, ConnWindow: most, FrameSize: most}.withDefaults(client)
+		small := Config{StreamWindow: 1, ConnWindow: 1, FrameSize: 1}.withDefaults(client)
+		if big.StreamWindow != 1<<31-1 || big.ConnWindow != 1<<31-1 || big.FrameSize != 1<<24-1 || small.StreamWindow != 1 || small.ConnWindow != 65535 || small.FrameSize != 16384 {
+			t.Errorf("%+v %+v", big, small)
+		}
+	}
+	a, b := tcpPair(t)
+	defer a.Close()
+	defer b.Close()
+	x, y := net.Pipe()
+	defer x.Close()
+	defer y.Close()
+	if !newConn(a, Config{}, true).inline || newConn(x, Config{}, true).inline {
+		t.Error("who writes?")
+	}
+}
+
+// TestInformational: any number that is sane of them may come before the answer, 101 may not.
+func TestInformational(t *testing.T) {
+	a, b := tcpPair(t)
+	cc, err := NewClientConn(a, Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cc.Close()
+	defer b.Close()
+	p := newRawPeer(t, b)
+	io.ReadFull(b, make([]byte, len(http2.ClientPreface)))
+	p.preface2()
+	for id, codes := range [][]string{{"100", "103", "199", "200"}, {"101", "200"}} {
+		opened := make(chan error, 1)
+		go func() {
+			_, _, err := cc.Open(t.Context(), &Request{Authority: "h:1"})
+			opened <- err
+		}()
+		p.expect("HEADERS")
+		for _, code := range codes {
+			p.headers(uint32(2*id+1), false, ":status", code)
+		}
+		var se *StreamError
+		if err := <-opened; id == 0 && err != nil || id == 1 && (!errors.As(err, &se) || se.Code != http2.ErrCodeProtocol) {
+			t.Error(codes, err)
+		}
+	}
+}
