@@ -122,10 +122,22 @@ func TestFailedAttachIsUndone(t *testing.T) {
 		{"the SOCKS5 port is taken", func() func() { return hold("tcp", "127.0.0.1:15080") }, []string{"SOCKS5", "127.0.0.1:15080", "in use", "UNSTABLE_ENABLE_SOCKS5"}},
 		{"the last step, the pod's routes", func() func() {
 			l.pod.IP(t, "link", "add", "v0", "type", "veth", "peer", "name", "v1")
+			// What the kernel does by and by is not to come between the two looks: no link-local addresses, and carrier.
+			l.pod.IP(t, "link", "set", "v0", "addrgenmode", "none")
+			l.pod.IP(t, "link", "set", "v1", "addrgenmode", "none")
 			l.pod.IP(t, "addr", "add", "192.0.2.5/24", "dev", "v0")
 			l.pod.IP(t, "link", "set", "v0", "up")
 			l.pod.IP(t, "link", "set", "v1", "up")
 			l.pod.IP(t, "route", "add", "default", "via", "192.0.2.1")
+			for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+				state := l.pod.State(t)
+				if !strings.Contains(state, "NO-CARRIER") && !strings.Contains(state, "linkdown") && !strings.Contains(state, "state DOWN") {
+					break
+				}
+				if time.Now().After(end) {
+					t.Fatal("the devices do not come up:", state)
+				}
+			}
 			return func() { l.pod.IP(t, "link", "del", "v0") }
 		}, []string{"v0"}},
 	} {
