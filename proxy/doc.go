@@ -44,4 +44,7 @@
 //   - 2026-11-28: while the SYN is held another endpoint of the service is tried, 3 at most, when one cannot be
 //     reached, is somebody else by now, or cannot reach its application (503): not when it refuses (401, 400), nor
 //     after a waypoint's answer. An endpoint that failed is avoided for 10 s where there are others. ztunnel tries one.
+//   - 2026-11-28: a source address that the mesh knows as another workload's, or that is a link's, was rewritten on the
+//     way (istio-cni's SNAT on the same node, masquerading): the connection stands, lists of source addresses in
+//     policies are undecided. An address that nobody has is not suspected: peers of other networks come from such.
 package proxy

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -175,7 +176,7 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	}
 	l := &live{
 		inbound: true, src: t.src, originalDst: t.dst, actualDst: in.App, protocol: route.HBONE.String(), stop: stop,
-		policy: rbac.Conn{Src: t.src.Addr(), Dst: in.App, ID: t.peer, HasID: t.hasPeer},
+		policy: rbac.Conn{Src: t.src.Addr(), Dst: in.App, ID: t.peer, HasID: t.hasPeer, SrcUnknown: p.rewritten(t, source)},
 	}
 	p.work.Add(1) // beside the tunnel's own, which is held as long as this runs
 	v := &visit{p: p}
@@ -219,6 +220,29 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	t.place.Release()
 	s.Detach()
 	v.carry(c, down, up)
+}
+
+// rewritten reports whether the tunnel's source address is surely not its peer's, and says so: the mesh knows it as
+// somebody else's (at is its record there, nil if there is none), or nobody can have it beyond a link. istio-cni does
+// that to node-side sockets on the same node (SNAT to 169.254.7.127), and masquerading does. Policy must not go by it.
+func (p *Proxy) rewritten(t *tunnel, at *state.Workload) bool {
+	src := t.src.Addr()
+	switch {
+	case !t.hasPeer:
+		return false
+	case src.IsLinkLocalUnicast():
+	case at == nil, at.NetworkMode == state.HostNetwork, // whose address several share
+		at.Namespace == t.peer.Namespace && at.ServiceAccount == t.peer.ServiceAccount:
+		return false
+	}
+	p.foreign.Add(1)
+	owner := "nobody"
+	if at != nil {
+		owner = at.UID
+	}
+	p.bounds.warnings.Log(context.Background(), slog.LevelWarn, src.String(), "the source address of a mesh connection is not its peer's: something on the way rewrites it, and policies about source addresses cannot be decided",
+		slog.Any("src", t.src), slog.String("peer", t.peer.String()), slog.String("address_of", owner))
+	return true
 }
 
 // receive validates a CONNECT and finds its next hop. An error is an early denial: nothing is counted.

@@ -114,6 +114,7 @@ type Proxy struct {
 	bounds  *bounds
 	ailing  ailing
 	retried atomic.Uint64      // connections that went to another endpoint than the first
+	foreign atomic.Uint64      // requests whose tunnel's source address is not its peer's
 	tunnels hbone.Stats        // of both directions
 	labels  [3]context.Context // pprof labels by direction
 	illegal []uint16           // ports that no connection may be steered to
@@ -338,15 +339,17 @@ func (p *Proxy) recheckIn(d time.Duration) {
 
 // Stats are figures of one pod's data plane.
 type Stats struct {
-	Pool       hbone.PoolStats
-	Retried    uint64 // attempts at another endpoint of a service, because one could not be reached
-	Tunnels    hbone.Counts
-	Overloaded uint64 // connections and requests that lost their place, or got none, at a bound of the proxy
+	Pool hbone.PoolStats
+	// SourceRewritten counts requests over tunnels whose source address is not their peer's.
+	SourceRewritten uint64
+	Retried         uint64 // attempts at another endpoint of a service, because one could not be reached
+	Tunnels         hbone.Counts
+	Overloaded      uint64 // connections and requests that lost their place, or got none, at a bound of the proxy
 }
 
 // Stats returns the figures of this moment.
 func (p *Proxy) Stats() Stats {
-	return Stats{Pool: p.pool.Stats(), Tunnels: p.tunnels.Counts(), Overloaded: p.bounds.turned.Load(), Retried: p.retried.Load()}
+	return Stats{Pool: p.pool.Stats(), Tunnels: p.tunnels.Counts(), Overloaded: p.bounds.turned.Load(), Retried: p.retried.Load(), SourceRewritten: p.foreign.Load()}
 }
 
 // Connection is one live connection, as /config_dump lists it.

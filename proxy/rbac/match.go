@@ -71,8 +71,7 @@ func (m *matcher) match(x *Match) bool {
 	}
 	return m.positive(x, FieldDestinationIPs, len(x.DestinationIPs), anyPrefix(x.DestinationIPs, m.dst)) &&
 		m.negative(x, FieldNotDestinationIPs, anyPrefix(x.NotDestinationIPs, m.dst)) &&
-		m.positive(x, FieldSourceIPs, len(x.SourceIPs), anyPrefix(x.SourceIPs, m.src)) &&
-		m.negative(x, FieldNotSourceIPs, anyPrefix(x.NotSourceIPs, m.src)) &&
+		m.source(x) &&
 		m.positive(x, FieldDestinationPorts, len(x.DestinationPorts), anyPort(x.DestinationPorts, m.c.Dst.Port())) &&
 		m.negative(x, FieldNotDestinationPorts, anyPort(x.NotDestinationPorts, m.c.Dst.Port())) &&
 		m.positive(x, FieldServiceAccounts, len(x.ServiceAccounts), m.anyAccount(x.ServiceAccounts)) &&
@@ -98,6 +97,15 @@ func (m *matcher) negative(x *Match, f Field, hit bool) bool {
 		return false
 	}
 	return x.Invalid&f == 0 || m.possibly
+}
+
+// source decides the lists of source addresses.
+func (m *matcher) source(x *Match) bool {
+	if m.c.SrcUnknown {
+		return m.possibly || len(x.SourceIPs) == 0 && len(x.NotSourceIPs) == 0 && x.Invalid&(FieldSourceIPs|FieldNotSourceIPs) == 0
+	}
+	return m.positive(x, FieldSourceIPs, len(x.SourceIPs), anyPrefix(x.SourceIPs, m.src)) &&
+		m.negative(x, FieldNotSourceIPs, anyPrefix(x.NotSourceIPs, m.src))
 }
 
 // empty reports whether x constrains nothing.

@@ -156,6 +156,10 @@ type Conn struct {
 	Dst   netip.AddrPort // the next hop: the application, or its tunnel port
 	ID    identity.ID    // the peer's identity, if HasID
 	HasID bool
+	// SrcUnknown: Src is not the peer's own, something on the way has rewritten it.
+	// Lists of source addresses are then undecided: no hit for certain, and possibly
+	// one, as with entries that were lost (Match.Invalid).
+	SrcUnknown bool
 }
 
 // Missing returns the policy that stands for a key that a workload lists and

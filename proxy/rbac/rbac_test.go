@@ -314,3 +314,33 @@ func BenchmarkEvaluate(b *testing.B) {
 		Evaluate(ps, c)
 	}
 }
+
+// A source address that is not the peer's own decides nothing: an ALLOW policy needs to match for certain, a DENY policy rejects what
+// possibly matches, and lists of other things go on as before.
+func TestUnknownSource(t *testing.T) {
+	unknown := func(c *Conn) { c.SrcUnknown = true }
+	port := Match{DestinationPorts: []uint16{80}}
+	for _, tt := range []struct {
+		name        string
+		m           Match
+		allow, deny bool
+	}{
+		{"a list that it is in", Match{SourceIPs: cidr("10.0.0.1/32")}, false, true},
+		{"a list that it is not in", Match{SourceIPs: cidr("10.9.0.0/16")}, false, true},
+		{"everything", Match{SourceIPs: cidr("0.0.0.0/0")}, false, true},
+		{"a negative list that it is in", Match{NotSourceIPs: cidr("10.0.0.1/32")}, false, true},
+		{"a negative list that it is not in", Match{NotSourceIPs: cidr("10.9.0.0/16")}, false, true},
+		{"a lost entry", Match{Invalid: FieldSourceIPs}, false, true},
+		{"a lost negative entry", Match{Invalid: FieldNotSourceIPs}, false, true},
+		{"another list, which hits", port, true, true},
+		{"another list, which misses", Match{DestinationPorts: []uint16{81}, SourceIPs: cidr("10.0.0.1/32")}, false, false},
+		{"no constraint", Match{}, false, false},
+	} {
+		for action, want := range map[Action]bool{Allow: tt.allow, Deny: tt.deny} {
+			p := &Policy{Action: action, Rules: []Rule{{{tt.m}}}}
+			if got := p.Matches(conn(unknown)); got != want {
+				t.Errorf("%s, %s: %v, want %v", tt.name, action, got, want)
+			}
+		}
+	}
+}
