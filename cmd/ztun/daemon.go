@@ -214,6 +214,7 @@ func (d *daemon) start(ctx context.Context) error {
 	d.loop = admin.NewLoop(admin.LoopOptions{Published: d.know.published, Handle: d.handle, Logger: d.log.Logger("admin")})
 	d.know.view = d.loop.View
 	d.pods = newPodManager(c, d.log.Logger("pods"))
+	d.pods.panics = d.panics
 	d.pods.fds = newDescriptors(files, d.report)
 	d.admin(ctx, "admin loop", func(ctx context.Context) error { return d.loop.Run(ctx) })
 	d.admin(ctx, "certificates", func(ctx context.Context) error { return d.certs.Run(ctx) })
@@ -250,6 +251,10 @@ func (d *daemon) start(ctx context.Context) error {
 	d.serve("control socket", d.control.Serve)
 	d.admin(ctx, "memory", d.weigh)
 	d.admin(ctx, "pod watch", func(ctx context.Context) error { d.pods.watch(ctx); return nil })
+	if s := d.newSelf(); s != nil {
+		d.pods.self.Store(s)
+		d.know.poke()
+	}
 	podsReady.Done()
 	d.logger.Info("started", "node", c.NodeName, "workers", c.WorkerThreads, "offload", d.dev.Offload().VNetHdr)
 	d.admin(ctx, "certificate check", func(ctx context.Context) error { d.checkCertificates(ctx, certsReady); return nil })
@@ -269,13 +274,23 @@ func (d *daemon) newState() {
 	for i, p := range pods {
 		infos[i] = p.info()
 	}
+	self := d.pods.self.Load()
+	if self != nil {
+		infos = append(infos, self.info())
+	}
 	d.policies.Follow(view, infos)
-	for _, p := range pods {
-		p.proxy.Recheck()
-		if w := view.WorkloadByInfo(p.info()); w != nil {
+	use := func(p *proxy.Proxy, info state.WorkloadInfo) {
+		p.Recheck()
+		if w := view.WorkloadByInfo(info); w != nil {
 			used[w.Identity()] = true
 			d.certs.Prefetch(w.Identity())
 		}
+	}
+	for i, p := range pods {
+		use(p.proxy, infos[i])
+	}
+	if self != nil {
+		use(self.proxy, self.info())
 	}
 	for _, c := range had {
 		if !used[c.Identity] {

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"ztun/admin"
+	"ztun/proxy/rescue"
 	"ztun/proxy/state"
 	"ztun/tun"
 	"ztun/tun/netns"
@@ -29,6 +30,7 @@ type podManager struct {
 	new func(ctx context.Context, spec admin.PodSpec) (*pod, error) // builds and starts one
 	// changed is told after a pod was attached or detached.
 	changed func()
+	panics  *rescue.Panics
 	known   func(state.WorkloadInfo) bool // whether the control side has a record of a pod
 	fds     *descriptors
 	// sweep removes the node's routes of all addresses but keep.
@@ -43,6 +45,7 @@ type podManager struct {
 	closed  bool
 
 	byAddr atomic.Pointer[map[netip.Addr]*pod]
+	self   atomic.Pointer[selfPod] // the daemon's own; nil: there is none, or it does not stand yet
 
 	started, stopped atomic.Uint64
 	traces           atomic.Bool   // something of a pod that is gone could not be removed from the node: to be swept
@@ -494,7 +497,10 @@ func (m *podManager) shutdown(ctx context.Context) {
 	stop := func() {
 		var wg sync.WaitGroup
 		for _, p := range m.all() {
-			wg.Go(p.panics.Func("the end of a pod", func() { p.stop(ctx) }, nil))
+			wg.Go(m.panics.Func("the end of a pod", func() { p.stop(ctx) }, nil))
+		}
+		if s := m.self.Load(); s != nil {
+			wg.Go(m.panics.Func("the end of the own pod", func() { s.proxy.Shutdown(ctx) }, nil))
 		}
 		wg.Wait()
 	}

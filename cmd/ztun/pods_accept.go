@@ -3,7 +3,11 @@ package main
 import (
 	"errors"
 	"net"
+	"net/netip"
 	"time"
+
+	"ztun/admin"
+	"ztun/proxy"
 )
 
 // acceptWait is the longest pause of an accept loop after failures: long enough not to burn a processor, short enough that nobody who
@@ -30,24 +34,35 @@ func (m *podManager) serveMesh(ln *net.TCPListener) error {
 		}
 		delay = 0
 		local := conn.LocalAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
-		p := (*m.byAddr.Load())[local]
-		if p == nil || m.leaving.Load() {
-			if p == nil {
+		to, ref, ok := m.door(local)
+		if !ok || m.leaving.Load() {
+			if !ok {
 				m.unknown.Add(1)
 			}
 			conn.SetLinger(0)
 			conn.Close()
 			continue
 		}
-		place := m.fds.inbound(refOf(p.spec), conn)
+		place := m.fds.inbound(ref, conn)
 		if place == nil {
 			conn.SetLinger(0)
 			conn.Close()
 			continue
 		}
-		go p.panics.Func("a connection to port 15008", func() {
+		go m.panics.Func("a connection to port 15008", func() {
 			defer place.release()
-			p.proxy.ServeMesh(conn)
+			to.ServeMesh(conn)
 		}, nil)()
 	}
+}
+
+// door is who serves the mesh at an address: the pod that has it, or the daemon itself.
+func (m *podManager) door(a netip.Addr) (*proxy.Proxy, admin.PodRef, bool) {
+	if p := (*m.byAddr.Load())[a]; p != nil {
+		return p.proxy, refOf(p.spec), true
+	}
+	if s := m.self.Load(); s.owns(a) {
+		return s.proxy, refOf(s.spec), true
+	}
+	return nil, admin.PodRef{}, false
 }
