@@ -120,6 +120,7 @@ func newMetricTables() *metricTables {
 		proxy: table(pod,
 			count("ztun_proxy_overloaded_total", "Connections and requests that lost their place, or got none, at a bound of the proxy.", func(s *proxy.Stats) uint64 { return s.Overloaded }),
 			count("ztun_proxy_retried_total", "Connections that were tried at another endpoint of their service.", func(s *proxy.Stats) uint64 { return s.Retried }),
+			count("ztun_proxy_source_rewritten_total", "Requests over tunnels whose source address is not their peer's: policies about source addresses are undecided for them.", func(s *proxy.Stats) uint64 { return s.SourceRewritten }),
 		),
 		pool: table(pod,
 			amount("ztun_pool_keys", "Pairs of peers that have tunnels.", func(s *hbone.PoolStats) int { return s.Keys }),

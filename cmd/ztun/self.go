@@ -33,7 +33,7 @@ func (d *daemon) newSelf() *selfPod {
 	s := &selfPod{spec: admin.PodSpec{Name: c.PodName, Namespace: c.PodNamespace, ServiceAccount: c.ServiceAccount}, view: d.loop.View}
 	s.addr, _ = netip.ParseAddr(c.InstanceIP)
 	s.addr = s.addr.Unmap()
-	s.proxy = d.newProxy(s.spec, selfNetwork{c.StatsPort}, nil)
+	s.proxy = d.newProxy(s.spec, selfNetwork{c.StatsPort}, nil, nil)
 	return s
 }
 
