@@ -97,4 +97,10 @@
 // a stack sees them. Each stack's own bound (gVisor's 4 MiB a family) is none for
 // a node: first fragments at 3,000 a second made one pod's stack hold 12 MiB, and
 // a node has hundreds. Fragments of real traffic come by the dozen.
+//
+// 2026-11-28: A connection begins with 512 KiB of buffers as long as its pod has
+// few; beyond 64 it begins with 64 KiB and earns more (memory.go). While the
+// pod's memory is tight all have 32 KiB at most. A buffer that is made smaller
+// keeps what is in it, and a window that was told is kept: nothing is lost. One
+// that is made larger again has to wake its writer, for gVisor does not.
 package netstack

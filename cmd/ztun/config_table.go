@@ -68,7 +68,7 @@ func variables(c *Config, l *loader) []variable {
 		{"PREFERED_SERVICE_NAMESPACE", "", "namespace that DNS prefers among services of one name (ztunnel's spelling)", str(&c.PreferredServiceNamespace)},
 		{"UNSTABLE_ENABLE_SOCKS5", "false", "SOCKS5 on 127.0.0.1:15080 in each pod", boolean(&c.SOCKS5)},
 
-		{"HTTP2_STREAM_WINDOW_SIZE", "4194304", "HTTP/2 window of a stream, bytes", uint32v(&c.StreamWindow, 65535, math.MaxInt32)},
+		{"HTTP2_STREAM_WINDOW_SIZE", "4194304", "HTTP/2 window of a stream, bytes; the largest one when readers are slow", uint32v(&c.StreamWindow, 65535, math.MaxInt32)},
 		{"HTTP2_CONNECTION_WINDOW_SIZE", "16777216", "HTTP/2 window of a connection, bytes", uint32v(&c.ConnWindow, 65535, math.MaxInt32)},
 		{"HTTP2_FRAME_SIZE", "1048576", "largest HTTP/2 frame accepted, bytes", uint32v(&c.FrameSize, 16384, 1<<24-1)},
 		{"POOL_MAX_STREAMS_PER_CONNECTION", "100", "streams that one tunnel carries at most", uint16v(&c.PoolMaxStreams, 1)},
