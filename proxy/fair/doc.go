@@ -4,9 +4,8 @@
 // who was turned away.
 //
 // What flows through it: Ledger gives out places of a bounded resource, Rate is a budget per second,
-// Lines bounds log lines, Report counts and says what the bounds did;
-// Budget counts bytes, which are not turned away: whoever holds them takes less when it is tight. Who calls it: whoever owns a
-// resource (netstack, the proxy, the admin servers, the control plane); the composition root makes one
+// Lines bounds log lines, Budget counts bytes (which are not turned away: whoever holds them takes less when
+// it is tight), Report counts and says what the bounds did. Who calls it: whoever owns a resource (netstack, the proxy, the admin servers, the control plane); the composition root makes one
 // Report and lends it. What it never does: know what the resource is, start goroutines, wait.
 //
 // Decisions:
