@@ -292,6 +292,10 @@ func TestStatic(t *testing.T) {
 	if got := policies(); !slices.Equal(got, []string{"inline"}) {
 		t.Errorf("inline: %v", got)
 	}
+	inline.Keep(l)
+	if got := policies(); !slices.Equal(got, []string{"kept"}) {
+		t.Errorf("inline, read again: %v", got)
+	}
 }
 
 func BenchmarkDump(b *testing.B) {

@@ -221,3 +221,34 @@ func TestInformational(t *testing.T) {
 		}
 	}
 }
+
+// TestEndOfConnection: a peer that hangs up has done so in good order if nothing was open, or if it said GOAWAY before;
+// otherwise it was cut.
+func TestEndOfConnection(t *testing.T) {
+	for _, tc := range []struct{ stream, goaway, good bool }{
+		{false, false, true}, {false, true, true}, {true, true, true}, {true, false, false},
+	} {
+		a, b := tcpPair(t)
+		sc := NewServerConn(b, Config{}, func(ss *ServerStream) {
+			ss.Accept(&Response{Status: 200})
+			<-ss.Done()
+		})
+		served := make(chan error, 1)
+		go func() { served <- sc.Serve(t.Context()) }()
+		p := newRawPeer(t, a)
+		p.preface()
+		p.expect("SETTINGS 0 ACK")
+		if tc.stream {
+			p.connect(1)
+			p.expect(":status=200")
+		}
+		if tc.goaway {
+			p.fr.WriteGoAway(0, http2.ErrCodeNo, nil)
+		}
+		a.CloseWrite()
+		if err := <-served; tc.good != (err == nil) || !tc.good && !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("%+v: %v", tc, err)
+		}
+		a.Close()
+	}
+}
