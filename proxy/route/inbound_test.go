@@ -1,0 +1,54 @@
+package route_test
+
+import (
+	"errors"
+	"net/netip"
+	"testing"
+
+	"ztun/proxy/route"
+	"ztun/proxy/state"
+)
+
+// TestInboundOwnPorts: no CONNECT reaches one of the proxy's own ports, by address or by a service whose port ends there.
+func TestInboundOwnPorts(t *testing.T) {
+	b := state.NewBuilder("")
+	key := state.ServiceKey{Namespace: "n", Hostname: "s"}
+	ports := state.SortPorts([]state.PortPair{{Service: 80, Target: 8080}, {Service: 81, Target: route.HBONEPort}, {Service: 82, Target: 15001}})
+	b.InsertService(&state.Service{Name: "s", Namespace: "n", Hostname: "s", Ports: ports})
+	local := &state.Workload{UID: "w", Name: "w", Namespace: "n", Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1")},
+		Services: []state.WorkloadService{{Service: key, Ports: ports}}}
+	b.InsertWorkload(local)
+	v := b.Build()
+	for authority, refused := range map[string]bool{
+		"10.0.0.1:8080": false, "10.0.0.1:15008": true, "10.0.0.1:15006": true, "s:80": false, "s:81": true, "s:82": true,
+	} {
+		d, err := route.Inbound(v, route.InboundQuestion{Local: local, LocalAddr: local.Addresses[0], Authority: authority, Illegal: route.IllegalPorts(false)})
+		if refused != errors.Is(err, &route.Error{Code: route.SelfCall}) || !refused && (err != nil || d.App.Port() != 8080) {
+			t.Errorf("%s: %v, %v", authority, d.App, err)
+		}
+	}
+}
+
+// TestInboundForAnother: a workload is served by its own waypoint, and by no other workload that the mesh knows.
+func TestInboundForAnother(t *testing.T) {
+	b := state.NewBuilder("")
+	add := func(uid, addr string, change func(*state.Workload)) *state.Workload {
+		w := &state.Workload{UID: uid, Name: uid, Namespace: "n", Addresses: []netip.Addr{netip.MustParseAddr(addr)}}
+		if change != nil {
+			change(w)
+		}
+		b.InsertWorkload(w)
+		return w
+	}
+	waypoint, other := add("waypoint", "10.0.0.1", nil), add("other", "10.0.0.2", nil)
+	add("target", "10.0.0.3", func(w *state.Workload) {
+		w.Waypoint = &state.GatewayAddress{Addr: state.NetworkAddress{Addr: netip.MustParseAddr("10.0.0.1")}, Port: route.HBONEPort}
+	})
+	v := b.Build()
+	for w, want := range map[*state.Workload]bool{waypoint: true, other: false} {
+		_, err := route.Inbound(v, route.InboundQuestion{Local: w, LocalAddr: w.Addresses[0], Authority: "10.0.0.3:80"})
+		if (err == nil) != want || err != nil && !errors.Is(err, &route.Error{Code: route.IPMismatch}) {
+			t.Errorf("%s asked for a workload of waypoint's: %v", w.UID, err)
+		}
+	}
+}
