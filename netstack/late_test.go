@@ -49,6 +49,10 @@ func TestLately(t *testing.T) {
 	if now = now.Add(2 * time.Minute); l.has(1, now) || l.has(4, now) {
 		t.Error("remembered for ever")
 	}
+	l.note(5, now)
+	if now = now.Add(3 * time.Minute); l.has(5, now) {
+		t.Error("remembered for three spans")
+	}
 	for i := range 1000 {
 		l.note(i, now)
 	}
