@@ -172,6 +172,7 @@ func TestAttackMemory(t *testing.T) {
 				break
 			}
 			open = append(open, c)
+			time.Sleep(3 * time.Millisecond) // it is about what they hold, not about how fast they come
 		}
 		<-ctx.Done()
 		for i, now := range m.held() {
