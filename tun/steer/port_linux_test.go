@@ -118,6 +118,7 @@ func TestStaleRules(t *testing.T) {
 	foreign := func() {
 		n.IP(t, "rule", "add", "pref", "77", "ipproto", "tcp", "sport", "15008", "lookup", "15008")
 		n.IP(t, "-6", "rule", "add", "pref", "77", "from", "2001:db8::1", "lookup", "main")
+		n.IP(t, "rule", "add", "pref", "78", "from", "192.0.2.1", "ipproto", "tcp", "dport", "15008", "lookup", "99") // of one client's alone: its owner's business
 	}
 	foreign()
 	want := n.State(t)
@@ -152,6 +153,9 @@ func TestUndoTakesAddresses(t *testing.T) {
 	n.open(t)
 	p := newPod(t, n, "10.1.0.2", "fd01::2")
 	p.open(t, false)
+	if got := p.IP(t, "addr", "show", "dev", "ztun0"); !strings.Contains(got, "fd01::2/128 scope global nodad") {
+		t.Errorf("the address may be looked for on the link: %s", got)
+	}
 	if err := steer.Undo(p.plan, p.namespaces()); err != nil {
 		t.Fatal(err)
 	}
@@ -160,5 +164,23 @@ func TestUndoTakesAddresses(t *testing.T) {
 	}
 	if got := p.IP(t, "route", "show", "table", "all") + p.IP(t, "-6", "route", "show", "table", "all"); strings.Contains(got, "default") {
 		t.Errorf("a way out is left: %s", got)
+	}
+}
+
+// TestFailureGivesBackTheMTU: a plan that fails leaves a device's MTU as it was, whether it was up or not.
+func TestFailureGivesBackTheMTU(t *testing.T) {
+	n := newNode(t)
+	n.open(t)
+	for _, state := range []string{"up", "down"} {
+		n.IP(t, "link", "set", "ztun-node", "mtu", "1400", state)
+		before := n.IP(t, "link", "show", "ztun-node")
+		plan := steer.Plan{Steps: []steer.Step{
+			{Where: steer.Node, Do: steer.Link{Dev: "ztun-node", MTU: 9000}},
+			{Where: steer.Node, Do: steer.Sysctl{Path: "net/ipv4/ip_forward", Value: "banana"}},
+		}}
+		if err := steer.Apply(t.Context(), plan, steer.Namespaces{Node: n.NS.NS}); !errors.Is(err, unix.EINVAL) {
+			t.Fatalf("the plan: %v", err)
+		}
+		same(t, state, before, n.IP(t, "link", "show", "ztun-node"))
 	}
 }
