@@ -183,8 +183,8 @@ func TestDumpIsJSON(t *testing.T) {
 
 func TestDumpEscapes(t *testing.T) {
 	for in, want := range map[string]string{
-		"": `""`, "plain": `"plain"`, "a\"b\\c": `"a\"b\\c"`, "<&>/": `"<&>/"`, "\n\r\t\b\f\x01\x1f\x7f": "\"\\n\\r\\t\\b\\f\\u0001\\u001f\x7f\"",
-		"grün \u2028 \U0001F600": "\"grün \u2028 \U0001F600\"", "\xffa\xc3": "\"\uFFFDa\uFFFD\"",
+		"": `""`, "plain": `"plain"`, "a\"b\\c": `"a\"b\\c"`, "<&>/": `"<&>/"`, "\n\r\t\b\f\x01\x1f\x7f": `"\n\r\t\b\f\u0001\u001f\u007f"`,
+		"grün \u2028 \U0001F600": "\"grün \\u2028 \U0001F600\"", "\xffa\xc3": "\"\uFFFDa\uFFFD\"",
 	} {
 		j := newJSONWriter(nil, 0)
 		j.text(in)

@@ -147,13 +147,13 @@ func (j *jsonWriter) strings(l []string) {
 
 const hexDigits = "0123456789abcdef"
 
-// appendEscaped escapes what serde_json escapes (RFC 8259 section 7) and no more; bytes that are no UTF-8
-// become U+FFFD.
+// appendEscaped escapes what serde_json escapes (RFC 8259 section 7), and what YAML folds or refuses within quotes: a
+// dump is read back as YAML. Bytes that are no UTF-8 become U+FFFD.
 func appendEscaped(b []byte, s string) []byte {
 	from := 0
 	for i := 0; i < len(s); {
 		c := s[i]
-		if c >= ' ' && c != '"' && c != '\\' && c < utf8.RuneSelf {
+		if c >= ' ' && c != '"' && c != '\\' && c < 0x7f {
 			i++
 			continue
 		}
@@ -162,6 +162,10 @@ func appendEscaped(b []byte, s string) []byte {
 			if r == utf8.RuneError && n == 1 {
 				b = append(append(b, s[from:i]...), "\uFFFD"...)
 				from = i + 1
+			} else if foreignToYAML(r) {
+				b = append(b, s[from:i]...)
+				b = append(b, '\\', 'u', hexDigits[r>>12], hexDigits[r>>8&15], hexDigits[r>>4&15], hexDigits[r&15])
+				from = i + n
 			}
 			i += n
 			continue
@@ -187,4 +191,10 @@ func appendEscaped(b []byte, s string) []byte {
 		from = i
 	}
 	return append(b, s[from:]...)
+}
+
+// foreignToYAML reports whether a rune beyond ASCII stands for something else, or is not allowed, within the quotes of
+// YAML 1.1: controls, line breaks of other scripts, byte order marks.
+func foreignToYAML(r rune) bool {
+	return r < 0xa0 || r == '\u2028' || r == '\u2029' || r == '\ufeff' || r == 0xfffe || r == 0xffff
 }
