@@ -206,7 +206,14 @@ func readCerts(dir, name string) ([]*x509.Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
-	var certs []*x509.Certificate
+	certs, err := parseCerts(b)
+	if err != nil {
+		return nil, dirError(dir, name, err)
+	}
+	return certs, nil
+}
+
+func parseCerts(b []byte) (certs []*x509.Certificate, err error) {
 	for {
 		var block *pem.Block
 		if block, b = pem.Decode(b); block == nil {
@@ -217,15 +224,17 @@ func readCerts(dir, name string) ([]*x509.Certificate, error) {
 		}
 		cert, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {
-			return nil, dirError(dir, name, fmt.Errorf("certificate %d: %w", len(certs)+1, err))
+			return nil, fmt.Errorf("certificate %d: %w", len(certs)+1, err)
 		}
 		certs = append(certs, cert)
 	}
 	if len(certs) == 0 {
-		return nil, dirError(dir, name, errors.New("no PEM certificate in it"))
+		return nil, errNoCert
 	}
 	return certs, nil
 }
+
+var errNoCert = errors.New("no PEM certificate in it")
 
 // readKey reads the signing key; open says who else may read or write it that should not.
 func readKey(dir string) (key crypto.Signer, open string, err error) {
