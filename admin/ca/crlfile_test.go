@@ -86,6 +86,7 @@ func TestCRLFile(t *testing.T) {
 	rev := &identity.Revocation{}
 	f, log := newCRLFile(path, rev)
 	var lines int
+	list := fakeCRL(t, time.Hour, one.Leaf)
 	for _, step := range []struct {
 		name    string
 		put     []byte // nil: no file
@@ -97,7 +98,8 @@ func TestCRLFile(t *testing.T) {
 		{"corrupt at the start", []byte("garbage"), "CRL, taken for DER as there is no PEM block in it: x509: malformed crl", -1, `level=WARN msg="cannot load certificate revocation lists: nothing is revoked"`},
 		{"the same again", []byte("garbage"), "CRL, taken for DER as there is no PEM block in it: x509: malformed crl", -1, ""},
 		{"empty", []byte{}, "", 0, `level=INFO msg="certificate revocation lists loaded"`},
-		{"one", fakeCRL(t, time.Hour, one.Leaf), "", 1, "lists=1 entries=1 tunnelsCut=0 nextUpdate="},
+		{"one", list, "", 1, "lists=1 entries=1 tunnelsCut=0 nextUpdate="},
+		{"one, written again", list, "", 1, ""},
 		{"corrupt", []byte("-----BEGIN X509 CRL-----\n"), "CRL: only 0 of 1 PEM blocks are whole: is the file cut short?", 1, "what was loaded before stays in force"},
 		{"missing", nil, "no such file or directory", 1, "what was loaded before stays in force, the file is read when it appears"},
 		{"two, ended", fakeCRL(t, -time.Hour, one.Leaf, two.Leaf), "", 2, "level=WARN msg=\"certificate revocation lists loaded; one is older than it wants to be, and obeyed all the same\""},

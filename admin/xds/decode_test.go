@@ -381,3 +381,22 @@ func btoi(b bool) int {
 	}
 	return 0
 }
+
+// TestMappedPrefix: a range of IPv4 addresses in IPv6 clothes, down to all of them and not beyond.
+func TestMappedPrefix(t *testing.T) {
+	mapped, plain := netip.MustParseAddr("::ffff:1.2.3.4").AsSlice(), netip.MustParseAddr("2001:db8::1").AsSlice()
+	for _, c := range []struct {
+		addr   []byte
+		length uint32
+		want   string // "": refused
+	}{
+		{mapped, 128, "1.2.3.4/32"}, {mapped, 120, "1.2.3.4/24"}, {mapped, 97, "1.2.3.4/1"}, {mapped, 96, "1.2.3.4/0"}, {mapped, 95, ""}, {mapped, 0, ""}, {mapped, 129, ""},
+		{plain, 128, "2001:db8::1/128"}, {plain, 95, "2001:db8::1/95"}, {plain, 0, "2001:db8::1/0"}, {plain, 129, ""},
+		{plain[:4], 32, "32.1.13.184/32"}, {plain[:4], 0, "32.1.13.184/0"}, {plain[:4], 33, ""}, {plain[:5], 0, ""}, {nil, 0, ""},
+	} {
+		got, err := prefix(c.addr, c.length)
+		if (err == nil) != (c.want != "") || err == nil && got.String() != c.want {
+			t.Errorf("%x/%d: %v %v, want %q", c.addr, c.length, got, err, c.want)
+		}
+	}
+}

@@ -355,3 +355,33 @@ func TestAskedIsBounded(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestRefusedIsNotAbsent: a push of something that is refused ends the belief that there is no such thing; while an older
+// version is held, that is what there is.
+func TestRefusedIsNotAbsent(t *testing.T) {
+	a := newADS(t)
+	r := run(t, a, onDemand)
+	s, _, _ := a.begin()
+	s.accepted(policies())
+	key := pod(3).Name
+	c := r.ask(t.Context(), key)
+	s.asked(subscribe(key))
+	s.accepted(goneMessage(key))
+	if err := r.answered(c); err != nil {
+		t.Fatal(err)
+	}
+	s.exchange(addresses(badPod(3)))
+	c = r.ask(t.Context(), key)
+	s.asked(exchanged([]string{key}, nothing))
+	s.asked(exchanged([]string{nothing}, key))
+	s.exchange(addresses(badPod(3)))
+	if err := r.answered(c); !errors.Is(err, ErrUnusable) {
+		t.Error(err)
+	}
+
+	st := newStore("", nil)
+	feed(t, st, addresses(pod(1)))
+	if a := feed(t, st, addresses(badPod(1), badPod(2))); a.refused != 2 || len(a.lost) != 1 || a.lost[pod(2).Name] == nil {
+		t.Errorf("lost %v", a.lost)
+	}
+}
