@@ -31,7 +31,7 @@ type world struct {
 	t       *testing.T
 	know    *fakeKnowledge
 	metrics [2]*Metrics
-	logs    [2]*bytes.Buffer
+	logs    [2]*logText
 	zlogs   [2]*zlog.Log
 	proxies [2]*Proxy // a, b
 	meshLn  net.Listener
@@ -118,7 +118,7 @@ func newWorldWith(t *testing.T, change func(w *world, i int, o *Options)) *world
 	}
 	w.meshLn = ln
 	for i, name := range []string{"a", "b"} {
-		w.logs[i] = &bytes.Buffer{}
+		w.logs[i] = &logText{}
 		w.zlogs[i] = zlog.New(zlog.Options{Writer: w.logs[i]})
 		w.metrics[i] = NewMetrics()
 		o := Options{
@@ -349,6 +349,25 @@ func (w *world) settle() {
 			w.t.Fatal("connections are left")
 		}
 	}
+}
+
+// logText is a log to be read while it is still being written.
+type logText struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logText) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+// Bytes is a copy of what was written so far.
+func (l *logText) Bytes() []byte {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return bytes.Clone(l.b.Bytes())
 }
 
 // lines are the access lines of pod i so far.
