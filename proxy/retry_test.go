@@ -146,7 +146,7 @@ func TestRefusedIsAnAnswer(t *testing.T) {
 func TestAllEndpointsFail(t *testing.T) {
 	var dials atomic.Int32
 	w := newWorldWith(t, func(w *world, i int, o *Options) {
-		w.dialMesh = func(netip.AddrPort) (net.Conn, error) { dials.Add(1); return refusing(nil) }
+		w.dialMesh = func(netip.AddrPort) (net.Conn, error) { dials.Add(1); return refusing(t.Context()) }
 	})
 	w.know.publish(loadView(t, withDead))
 	for want := int32(2); want <= 6; want += 2 { // also while all of them ail

@@ -82,7 +82,7 @@ func (d *daemon) weigh(ctx context.Context) error {
 }
 
 var memoryFamilies = [...]*prometheus.Desc{
-	prometheus.NewDesc("ztun_memory_held_bytes", "What lies in the daemon for a pod's connections; pod \"\" is all of them.", []string{"pod"}, nil),
+	prometheus.NewDesc("ztun_memory_held_bytes", "What lies in the daemon for a pod's connections; an empty pod is all of them.", []string{"pod"}, nil),
 	prometheus.NewDesc("ztun_memory_budget_bytes", "How much may: from three quarters of it on buffers and windows are small.", []string{"pod"}, nil),
 }
 

@@ -49,11 +49,10 @@ func (p *tape) SetWriteDeadline(time.Time) error { return nil }
 
 // oracle is one side of a finished handshake between crypto/tls and itself, with the secrets of both.
 type oracle struct {
-	conn              *tls.Conn
-	tape              *tape
-	suite             uint16
-	reads, writes     []byte // the secrets
-	otherEnd, ownPipe net.Conn
+	conn          *tls.Conn
+	tape          *tape
+	suite         uint16
+	reads, writes []byte // the secrets
 }
 
 func newOracle(t testing.TB, ccfg, scfg *tls.Config, client bool) *oracle {
