@@ -126,7 +126,7 @@ func (f *forwarder) handle(h *hop, id stack.TransportEndpointID, pkt *stack.Pack
 	f.mu.Unlock()
 
 	// Not with f.mu held: who loses its place for this one is told here.
-	if fl.place = fl.places.take(fl.party, fl.evict); fl.place == nil {
+	if fl.place = fl.places.take(fl.party, fl.again, fl.evict); fl.place == nil {
 		f.forget(fl)
 		f.done()
 		return true // silence: the client tries again in a second

@@ -417,3 +417,38 @@ func fragments(b []byte) (parts [][]byte) {
 	}
 	return parts
 }
+
+// A SYN that comes again after it was turned down takes no place from anybody: a dead destination is tried once, not once per
+// retransmission.
+func TestAgainTakesNobodysPlace(t *testing.T) {
+	stop := make(chan struct{})
+	s, w := newWire(t, Config{MaxInFlight: 8, OnFlow: func(f *Flow) {
+		gone := make(chan struct{})
+		f.OnGone(func() { close(gone) })
+		select {
+		case <-gone:
+		case <-stop:
+		}
+		f.Refuse(Silent)
+	}})
+	defer close(stop)
+	syn := func(i int) { w.syn(fmt.Sprintf("10.1.0.2:%d", 1000+i), fmt.Sprintf("10.9.0.%d:80", 1+i), 7) }
+	for i := range 5 {
+		syn(i)
+	}
+	eventually(t, "bound", func() bool {
+		s.flows.mu.Lock()
+		noted := len(s.flows.unanswered.young)
+		s.flows.mu.Unlock()
+		st := s.Stats()
+		return noted == 1 && st.Evicted == 1 && st.InFlight == 4 && st.Flows == 5
+	})
+	syn(0)
+	eventually(t, "the retransmission", func() bool { st := s.Stats(); return st.Over > 0 || st.Evicted > 1 })
+	if st := s.Stats(); st.Evicted != 1 || st.Over != 1 || st.InFlight != 4 || st.Flows != 5 {
+		t.Errorf("evicted %d, over %d, in flight %d of %d flows; want 1, 1, 4 of 5", st.Evicted, st.Over, st.InFlight, st.Flows)
+	}
+	// A new attempt from the same port is one.
+	w.syn("10.1.0.2:1000", "10.9.0.1:80", 8)
+	eventually(t, "new attempt", func() bool { st := s.Stats(); return st.Evicted == 2 && st.Flows == 6 })
+}

@@ -100,23 +100,7 @@ func (l *Ledger[S]) Take(source S, n int64, evict func()) *Place[S] {
 		}
 		return nil
 	}
-	l.seq++
-	p := &Place[S]{l: l, h: h, n: n, seq: l.seq, evict: evict}
-	l.used += n
-	h.held += n
-	l.holders[source] = h // evicting its own last place may have taken it off the books
-	if evict == nil {
-		p.state = settled
-	} else {
-		p.older = h.newest
-		if p.older != nil {
-			p.older.newer = p
-		} else {
-			h.oldest = p
-		}
-		h.newest = p
-	}
-	l.reorder(h)
+	p := l.enter(source, n, evict)
 	l.mu.Unlock()
 	for _, v := range out {
 		v.evict()
@@ -124,6 +108,24 @@ func (l *Ledger[S]) Take(source S, n int64, evict func()) *Place[S] {
 			l.o.Turned(v.h.source, true)
 		}
 	}
+	return p
+}
+
+// TakeFree is Take for a newcomer for whom nobody is to lose a place: nil when there is no room, which is told to nobody.
+func (l *Ledger[S]) TakeFree(source S, n int64, evict func()) *Place[S] {
+	l.mu.Lock()
+	room := l.used+n <= l.o.Limit
+	if h := l.holders[source]; h != nil {
+		room = room && h.held+n <= l.o.PerSource
+	} else {
+		room = room && n <= l.o.PerSource
+	}
+	if !room {
+		l.mu.Unlock()
+		return nil
+	}
+	p := l.enter(source, n, evict)
+	l.mu.Unlock()
 	return p
 }
 
@@ -170,6 +172,32 @@ func (l *Ledger[S]) Held(source S) int64 {
 		return h.held
 	}
 	return 0
+}
+
+// enter puts a place for which there is room on the books.
+func (l *Ledger[S]) enter(source S, n int64, evict func()) *Place[S] {
+	h := l.holders[source] // evicting its own last place may have taken it off the books
+	if h == nil {
+		h = &holder[S]{source: source, rank: -1}
+		l.holders[source] = h
+	}
+	l.seq++
+	p := &Place[S]{l: l, h: h, n: n, seq: l.seq, evict: evict}
+	l.used += n
+	h.held += n
+	if evict == nil {
+		p.state = settled
+	} else {
+		p.older = h.newest
+		if p.older != nil {
+			p.older.newer = p
+		} else {
+			h.oldest = p
+		}
+		h.newest = p
+	}
+	l.reorder(h)
+	return p
 }
 
 // remove takes a place off the books.

@@ -93,7 +93,7 @@ func TestLedgerLikeModel(t *testing.T) {
 		want := map[bool]int{}
 		for id := range rapid.IntRange(1, 60).Draw(t, "steps") {
 			source := rapid.SampledFrom([]string{"a", "b", "c", "d"}).Draw(t, "source")
-			switch rapid.SampledFrom([]string{"take", "take", "take", "release", "settle"}).Draw(t, "step") {
+			switch rapid.SampledFrom([]string{"take", "take", "take", "free", "release", "settle"}).Draw(t, "step") {
 			case "take":
 				evicted = nil
 				p := &modelPlace{source: source, n: rapid.Int64Range(1, 3).Draw(t, "n"), fixed: rapid.IntRange(0, 4).Draw(t, "fixed") == 0, id: id}
@@ -111,6 +111,17 @@ func TestLedgerLikeModel(t *testing.T) {
 					want[false]++
 				} else {
 					places[id] = got
+				}
+			case "free":
+				p := &modelPlace{source: source, n: rapid.Int64Range(1, 3).Draw(t, "n"), id: id}
+				ok := m.used()+p.n <= m.limit && m.held(source)+p.n <= m.per
+				evicted = nil
+				got := l.TakeFree(source, p.n, func() { evicted = append(evicted, id) })
+				if (got != nil) != ok || evicted != nil {
+					t.Fatalf("%d units for %s, if free: got a place %v, want %v; evicted %v", p.n, source, got != nil, ok, evicted)
+				}
+				if ok {
+					m.places, places[id] = append(m.places, p), got
 				}
 			case "release":
 				if i := len(m.places); i > 0 {
