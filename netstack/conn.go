@@ -14,6 +14,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
+
+	"ztun/proxy/grow"
 )
 
 // MaxWrite is the most bytes that leave in one super-packet. A Write of up to
@@ -259,6 +261,7 @@ func (c *Conn) fail(op string, terr tcpip.Error) error {
 // Write implements net.Conn. It returns when everything is in the send queue,
 // which holds Config.SendBuffer bytes or more.
 func (c *Conn) Write(b []byte) (int, error) {
+	grow.Stack()
 	c.wr.mu.Lock()
 	defer c.wr.mu.Unlock()
 	if len(b) == 0 {
@@ -329,6 +332,7 @@ func (c *Conn) writeError(terr tcpip.Error) error {
 
 // CloseWrite sends FIN after what is queued; reading goes on.
 func (c *Conn) CloseWrite() error {
+	grow.Stack()
 	if c.closed.Load() {
 		return c.opError("close", net.ErrClosed)
 	}
@@ -347,6 +351,7 @@ func (c *Conn) Close() error { return c.close(false) }
 func (c *Conn) Reset() error { return c.close(true) }
 
 func (c *Conn) close(reset bool) error {
+	grow.Stack()
 	if c.closed.Swap(true) {
 		return c.opError("close", net.ErrClosed)
 	}

@@ -13,6 +13,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
 	"ztun/proxy/fair"
+	"ztun/proxy/grow"
 )
 
 // forwarder turns SYNs that no endpoint claims into Flows, within bounds.
@@ -149,6 +150,7 @@ func opens(fl header.TCPFlags) bool {
 // serve returns what gVisor runs in a goroutine of its own for every flow of h.
 func (f *forwarder) serve(h *hop) func(*tcp.ForwarderRequest) {
 	return func(r *tcp.ForwarderRequest) {
+		grow.Stack()
 		defer f.done()
 		f.mu.Lock()
 		fl := f.pending[flowKey{h, r.ID()}]

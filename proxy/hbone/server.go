@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+
+	"ztun/proxy/grow"
 )
 
 // ServerConn is the server's end of a connection: it takes streams. All methods may be called at the same time.
@@ -235,6 +237,7 @@ func (c *conn) takeRequest(f *http2.MetaHeadersFrame, fresh bool) error {
 	c.running.Add(1)
 	c.work.Add(1)
 	go c.cfg.Panics.Func("an HBONE request", func() {
+		grow.Stack()
 		defer c.work.Done()
 		defer c.running.Add(-1)
 		c.handler(s, req)

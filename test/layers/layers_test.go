@@ -28,11 +28,12 @@ admin/pb/workloadpb  ->
 admin/xds            -> admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch proxy/fair proxy/rbac proxy/state
 admin/watch          ->
 admin/zlog           ->
-netstack             -> proxy/fair proxy/rescue tun
+netstack             -> proxy/fair proxy/grow proxy/rescue tun
 proxy                -> proxy/fair proxy/hbone proxy/identity proxy/rbac proxy/rescue proxy/route proxy/socks proxy/state
 proxy/dns            -> proxy/fair proxy/rescue proxy/state
 proxy/fair           ->
-proxy/hbone          -> proxy/fair proxy/identity proxy/rescue
+proxy/grow           ->
+proxy/hbone          -> proxy/fair proxy/grow proxy/identity proxy/rescue
 proxy/identity       ->
 proxy/rbac           -> proxy/identity
 proxy/rescue         -> proxy/fair
