@@ -101,6 +101,7 @@ func (f *forwarder) handle(h *hop, id stack.TransportEndpointID, pkt *stack.Pack
 		start: time.Now(),
 	}
 	fl.inbound = f.s.isOwn(fl.dst.Addr())
+	fault(fl.dst)
 	if !f.s.mayCall(h, fl.src.Addr(), fl.inbound) {
 		f.foreign.Add(1)
 		return true

@@ -170,6 +170,7 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 		s.Refuse(statusOf(err))
 		return
 	}
+	fault("stream", in.App)
 	var source *state.Workload
 	if network, ok := s.ForwardedNetwork(); !ok || strings.EqualFold(network, p.o.Config.NetworkName) {
 		source = p.peer(ctx, view, t.src.Addr())

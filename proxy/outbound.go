@@ -30,6 +30,7 @@ func (v *visit) outbound(f Flow, start time.Time) {
 	defer v.settle(&c)
 	p := v.p
 	src, dst := canonical(f.Src()), canonical(f.Dst())
+	fault("outbound", dst)
 	ctx, stop := context.WithCancel(p.ctx)
 	defer stop()
 	f.OnGone(stop)

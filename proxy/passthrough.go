@@ -21,6 +21,7 @@ func (p *Proxy) ServePassthrough(f Flow) {
 	var c *connection
 	defer v.settle(&c)
 	src, dst := canonical(f.Src()), canonical(f.Dst())
+	fault("passthrough", dst)
 	ctx, stop := context.WithCancel(p.ctx)
 	defer stop()
 	f.OnGone(stop)

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -34,13 +35,14 @@ type meshOptions struct {
 	policies  []lab.Policy
 	noStart   bool // no daemons, nothing attached
 	noServers bool
+	bin       string // in place of the usual one
 }
 
 func newMesh(t testing.TB, o meshOptions) *mesh {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Minute)
 	t.Cleanup(cancel)
-	m := &mesh{t: t, ctx: ctx, World: lab.ForTest(t, lab.Options{Bin: bins.ztun})}
+	m := &mesh{t: t, ctx: ctx, World: lab.ForTest(t, lab.Options{Bin: cmp.Or(o.bin, bins.ztun)})}
 	m.a, m.b, m.c = m.pod(m.N1, "a"), m.pod(m.N1, "b"), m.pod(m.N2, "c")
 	m.h1, m.h2 = m.host(m.N1, "h1"), m.host(m.N2, "h2")
 	f := m.DefaultWorld()
