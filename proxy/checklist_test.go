@@ -210,12 +210,12 @@ func TestOtherStatus(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			conn, _, err := hbone.Server(context.Background(), there, identity.ServerTLS(cert))
+			conn, _, err := hbone.Server(context.Background(), there, identity.ServerTLS(cert, identity.Params{}), nil)
 			if err != nil {
 				t.Error(err)
 				return
 			}
-			hbone.ServeConn(context.Background(), conn, hbone.Config{}, func(s *hbone.ServerStream) { s.Refuse(204) })
+			hbone.NewServerConn(conn, hbone.Config{}, func(s *hbone.ServerStream) { s.Refuse(204) }).Serve(context.Background())
 		})
 		return here, nil
 	}

@@ -28,7 +28,7 @@ func (v *visit) connectDouble(ctx context.Context, local *state.Workload, src ne
 		cancel(outer)
 		return nil, nil, fail(kindIdentity, err)
 	}
-	conn, cs, err := hbone.ClientInTurn(hctx, outer, identity.ClientTLSWith(cert, d.FinalSANs, p.o.Config.TLS), p.turn(netip.Addr{}))
+	conn, cs, err := hbone.Client(hctx, outer, identity.ClientTLS(cert, d.FinalSANs, p.o.Config.TLS), p.turn(netip.Addr{}))
 	if err != nil { // outer was closed
 		return nil, nil, fail(kindTLS, err)
 	}

@@ -108,14 +108,14 @@ func (g *gateway) serve(raw net.Conn) {
 		g.w.t.Error(err)
 		return
 	}
-	conn, cs, err := hbone.Server(context.Background(), raw, identity.ServerTLS(cert))
+	conn, cs, err := hbone.Server(context.Background(), raw, identity.ServerTLS(cert, identity.Params{}), nil)
 	if err != nil {
 		return // the client did not like who we are
 	}
 	if peer, _ := identity.PeerID(cs); peer.String() != "spiffe://cluster.local/ns/default/sa/a" {
 		g.w.t.Errorf("the outer tunnel is %v's", peer)
 	}
-	hbone.ServeConn(context.Background(), conn, hbone.Config{}, g.stream)
+	hbone.NewServerConn(conn, hbone.Config{}, g.stream).Serve(context.Background())
 }
 
 func (g *gateway) stream(s *hbone.ServerStream) {

@@ -139,7 +139,7 @@ func (p *Proxy) handshake(raw net.Conn, t *tunnel) (net.Conn, proof, error) {
 	if err != nil {
 		return nil, proof{}, fmt.Errorf("signing error: %w", err)
 	}
-	conn, cs, err := hbone.ServerInTurn(ctx, raw, identity.ServerTLSWith(cert, p.o.Config.TLS), p.turn(fair.Group(t.src.Addr())))
+	conn, cs, err := hbone.Server(ctx, raw, identity.ServerTLS(cert, p.o.Config.TLS), p.turn(fair.Group(t.src.Addr())))
 	if err != nil {
 		return nil, proof{}, fmt.Errorf("tls handshake error: %w", err)
 	}

@@ -33,7 +33,7 @@ func (w *world) peerOfB(src string) *hbone.ClientConn {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	conn, _, err := hbone.Client(context.Background(), raw, identity.ClientTLS(cert, []identity.ID{b.Identity()}))
+	conn, _, err := hbone.Client(context.Background(), raw, identity.ClientTLS(cert, []identity.ID{b.Identity()}, identity.Params{}), nil)
 	if err != nil {
 		w.t.Fatal(err)
 	}

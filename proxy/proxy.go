@@ -278,7 +278,7 @@ func (p *Proxy) dialTunnel(ctx context.Context, key hbone.Key) (net.Conn, error)
 	}
 	hctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
-	conn, cs, err := hbone.ClientInTurn(hctx, raw, identity.ClientTLSWith(cert, want, p.o.Config.TLS), p.turn(netip.Addr{}))
+	conn, cs, err := hbone.Client(hctx, raw, identity.ClientTLS(cert, want, p.o.Config.TLS), p.turn(netip.Addr{}))
 	if err != nil {
 		raw.Close()
 		return nil, fail(kindTLS, err)

@@ -102,7 +102,7 @@ type Options struct {
 	// MTU in bytes, 0 for DefaultMTU.
 	MTU int
 	// Persistent: the interface outlives Close and the process, with its addresses and routes but without carrier: what is sent into it
-	// is dropped (fail closed). Remove or Destroy deletes it.
+	// is dropped (fail closed). Remove deletes it.
 	Persistent bool
 	// Plain forces the plain path.
 	Plain bool

@@ -125,18 +125,6 @@ func (d *fast) Close() error {
 	return d.file.Close()
 }
 
-func (d *fast) destroy() error {
-	if d.closed.Load() {
-		return os.ErrClosed
-	}
-	var err error
-	d.rc.Control(func(fd uintptr) { err = unix.IoctlSetInt(int(fd), unix.TUNSETPERSIST, 0) })
-	if cerr := d.Close(); err == nil {
-		err = cerr
-	}
-	return err
-}
-
 // errno turns a system call's errno into what Device promises. An Errno becomes an error without allocating, since all are below 256.
 func (d *fast) errno(e syscall.Errno) error {
 	if e == unix.EBADFD {

@@ -76,7 +76,7 @@ func TestHolderKilled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := Destroy(dev); err != nil {
+	if err := errors.Join(dev.Close(), Remove(ns.NS, "zt0")); err != nil {
 		t.Error(err)
 	}
 }

@@ -62,9 +62,6 @@ func TestCloseUnblocks(t *testing.T) {
 				if err := dev.Close(); err != nil {
 					t.Errorf("second Close: %v", err)
 				}
-				if err := Destroy(dev); err != os.ErrClosed {
-					t.Errorf("Destroy after Close: %v", err)
-				}
 				if links := ns.IP(t, "link"); strings.Contains(links, "zt0") {
 					t.Fatalf("the device outlived Close: %s", links)
 				}
@@ -121,11 +118,11 @@ func TestPersistent(t *testing.T) {
 				if n, err := c.Read(buf); err != nil || string(buf[:n]) != "in" {
 					t.Errorf("received %q, %v", buf[:n], err)
 				}
-				if err := Destroy(l.dev); err != nil {
+				if err := errors.Join(l.dev.Close(), Remove(l.ns.NS, "zt0")); err != nil {
 					t.Fatal(err)
 				}
 				if links := l.ns.IP(t, "link"); strings.Contains(links, "zt0") {
-					t.Errorf("the device outlived Destroy: %s", links)
+					t.Errorf("the device outlived Remove: %s", links)
 				}
 			})
 		}

@@ -145,14 +145,6 @@ func Remove(ns *netns.NS, name string) error {
 	})
 }
 
-// Destroy closes d and deletes its interface, persistent or not. For a device that is no real one it is Close.
-func Destroy(d Device) error {
-	if x, ok := d.(interface{ destroy() error }); ok {
-		return x.destroy()
-	}
-	return d.Close()
-}
-
 // attach opens the clone device in the thread's namespace and attaches it to the interface name, which it creates if need be.
 func attach(name string, vnet bool) (*handle, error) {
 	h, err := attachFlags(name, tunFlags(vnet))

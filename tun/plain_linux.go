@@ -146,18 +146,6 @@ func (d *plain) Close() error {
 	return errors.Join(err, unix.Munmap(d.arena))
 }
 
-func (d *plain) destroy() error {
-	if d.closed.Load() {
-		return os.ErrClosed
-	}
-	var err error
-	rc, rerr := d.dev.File().SyscallConn()
-	if rerr == nil {
-		rerr = rc.Control(func(fd uintptr) { err = unix.IoctlSetInt(int(fd), unix.TUNSETPERSIST, 0) })
-	}
-	return errors.Join(rerr, err, d.Close())
-}
-
 // errBadPacket stands for wireguard's complaints about a packet's contents, which are no reason to stop.
 var errBadPacket = errors.New("tun: bad packet")
 

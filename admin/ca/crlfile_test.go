@@ -154,7 +154,7 @@ func TestCRLCutsTunnel(t *testing.T) {
 			}
 			all.Go(func() {
 				defer raw.Close()
-				conn := tls.Server(raw, identity.ServerTLS(server))
+				conn := tls.Server(raw, identity.ServerTLS(server, identity.Params{}))
 				b := make([]byte, 1)
 				for {
 					if _, err := conn.Read(b); err != nil {
@@ -170,7 +170,7 @@ func TestCRLCutsTunnel(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		conn := tls.Client(raw, identity.ClientTLSWith(client, []identity.ID{id("b")}, p))
+		conn := tls.Client(raw, identity.ClientTLS(client, []identity.ID{id("b")}, p))
 		conn.SetDeadline(time.Now().Add(20 * time.Second))
 		return conn, conn.Handshake()
 	}

@@ -29,12 +29,12 @@ func TestLiveConnectionOutlivesRotation(t *testing.T) {
 			s, c := net.Pipe()
 			done := make(chan error, 1)
 			go func() {
-				conn := tls.Server(s, identity.ServerTLS(server))
+				conn := tls.Server(s, identity.ServerTLS(server, identity.Params{}))
 				_, err := io.Copy(conn, conn)
 				done <- err
 				s.Close()
 			}()
-			conn := tls.Client(c, identity.ClientTLS(client, []identity.ID{id("b")}))
+			conn := tls.Client(c, identity.ClientTLS(client, []identity.ID{id("b")}, identity.Params{}))
 			if err := conn.HandshakeContext(t.Context()); err != nil {
 				t.Fatalf("at %v: %v", time.Now(), err)
 			}
@@ -103,8 +103,10 @@ func TestTwoDaemonsShareTheFakeCA(t *testing.T) {
 	s, c := net.Pipe()
 	defer s.Close()
 	defer c.Close()
-	go func() { _ = tls.Server(s, identity.ServerTLS(certificate(one, id("b")))).Handshake() }()
-	conn := tls.Client(c, identity.ClientTLS(certificate(two, id("a")), []identity.ID{id("b")}))
+	go func() {
+		_ = tls.Server(s, identity.ServerTLS(certificate(one, id("b")), identity.Params{})).Handshake()
+	}()
+	conn := tls.Client(c, identity.ClientTLS(certificate(two, id("a")), []identity.ID{id("b")}, identity.Params{}))
 	if err := conn.Handshake(); err != nil {
 		t.Fatal(err)
 	}

@@ -8,7 +8,6 @@ import (
 	"strings"
 
 	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/status"
 )
 
 // maxToken bounds a token, in bytes: servers refuse headers much smaller than that.
@@ -111,18 +110,6 @@ func badByte(s string) int {
 	return -1
 }
 
-// Explain puts the error of a call into words for logs: code and message of its status, and ztunnel's hint where the
-// control plane refused us (spec/controlplane.md 2.5; for names that do not resolve the message has one already). The
-// result wraps err; errors without a status, and nil, are returned as they are.
-func Explain(err error) error {
-	s, ok := status.FromError(err)
-	if err == nil || !ok {
-		return err
-	}
-	text := fmt.Sprintf("status: %s, message: %q", s.Code(), s.Message())
-	return &explained{text + Hint(s.Message()), err}
-}
-
 // Hint is what to add to a message of the control plane's; "" if nothing is known about it.
 func Hint(message string) string {
 	switch {
@@ -135,11 +122,3 @@ func Hint(message string) string {
 	}
 	return ""
 }
-
-type explained struct {
-	text string
-	err  error
-}
-
-func (e *explained) Error() string { return e.text }
-func (e *explained) Unwrap() error { return e.err }

@@ -10,6 +10,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"fmt"
 	"math/big"
 	"net"
 	"net/netip"
@@ -23,6 +24,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	"ztun/admin/pb/citadelpb"
 )
@@ -188,7 +190,16 @@ func callOn(t testing.TB, c *Connector) (string, error) {
 	}
 	resp, err := citadelpb.NewIstioCertificateServiceClient(conn).CreateCertificate(ctx, &citadelpb.IstioCertificateRequest{Csr: "csr"})
 	if err != nil {
-		return "", Explain(err)
+		return "", said{err}
 	}
 	return strings.Join(resp.CertChain, ""), nil
+}
+
+// said is a call's error in words: code and message of its status, and what we know of it.
+type said struct{ error }
+
+func (e said) Unwrap() error { return e.error }
+func (e said) Error() string {
+	s := status.Convert(e.error)
+	return fmt.Sprintf("status: %s, message: %q%s", s.Code(), s.Message(), Hint(s.Message()))
 }

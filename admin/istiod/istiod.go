@@ -145,7 +145,7 @@ func (c *Connector) Files() []string {
 
 // Dial reads the roots and the client certificate now and makes a channel that connects at its first call; the caller
 // closes it. Errors: a file that cannot be used, by name and cause. What goes wrong with the connection is the error
-// of the calls (status Unavailable; see Explain).
+// of the calls (status Unavailable).
 func (c *Connector) Dial() (*grpc.ClientConn, error) {
 	cfg, err := c.tls()
 	if err != nil {

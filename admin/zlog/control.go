@@ -1,7 +1,6 @@
 package zlog
 
 import (
-	"context"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -119,6 +118,3 @@ func levelWord(s string) bool {
 	}
 	return false
 }
-
-// Enabled reports whether logger l writes lines of level. It is l.Enabled without a context to pass.
-func Enabled(l *slog.Logger, level slog.Level) bool { return l.Enabled(context.Background(), level) }

@@ -267,7 +267,8 @@ func TestTargets(t *testing.T) {
 	log.With("target", "quiet").Error("no")
 	loud := log.With("target", "loud", "a", "b")
 	loud.Log(context.Background(), LevelTrace, "yes")
-	if !Enabled(loud, LevelTrace) || Enabled(log, LevelDebug) || !l.Enabled("loud", LevelDebug) {
+	ctx := context.Background()
+	if !loud.Enabled(ctx, LevelTrace) || log.Enabled(ctx, LevelDebug) || !l.Enabled("loud", LevelDebug) {
 		t.Error("Enabled does not say what is logged")
 	}
 	if _, err := l.Change("loud=off", false); err != nil {

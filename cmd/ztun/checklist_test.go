@@ -189,7 +189,7 @@ func TestRevocationCounter(t *testing.T) {
 	var work sync.WaitGroup
 	work.Go(func() {
 		if c, err := ln.Accept(); err == nil {
-			tls.Server(c, identity.ServerTLS(cert)).Handshake() // fails: the client hangs up
+			tls.Server(c, identity.ServerTLS(cert, identity.Params{})).Handshake() // fails: the client hangs up
 			c.Close()
 		}
 	})
@@ -197,7 +197,7 @@ func TestRevocationCounter(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := tls.Client(c, identity.ClientTLSWith(cert, []identity.ID{id}, d.tls())).Handshake(); err == nil || !strings.Contains(err.Error(), "revoked by CRL") {
+	if err := tls.Client(c, identity.ClientTLS(cert, []identity.ID{id}, d.tls())).Handshake(); err == nil || !strings.Contains(err.Error(), "revoked by CRL") {
 		t.Errorf("handshake: %v", err)
 	}
 	c.Close()

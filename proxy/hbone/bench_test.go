@@ -77,10 +77,10 @@ func tlsOver(t testing.TB, a, b net.Conn) (client, server net.Conn) {
 	done := make(chan error, 1)
 	go func() {
 		var err error
-		server, _, err = Server(ctx, b, scfg)
+		server, _, err = Server(ctx, b, scfg, nil)
 		done <- err
 	}()
-	client, _, err := Client(ctx, a, ccfg)
+	client, _, err := Client(ctx, a, ccfg, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

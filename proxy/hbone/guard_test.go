@@ -148,7 +148,7 @@ func TestOpenSSL(t *testing.T) {
 				raw, err = net.Dial("tcp", fmt.Sprint("127.0.0.1:", port))
 				return err == nil
 			})
-			c := ours(Client(ctx, raw, ccfg))
+			c := ours(Client(ctx, raw, ccfg, nil))
 			defer c.Close()
 			c.SetDeadline(time.Now().Add(20 * time.Second))
 			r := bufio.NewReader(c)
@@ -198,7 +198,7 @@ func TestOpenSSL(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			c := ours(Server(ctx, raw, scfg))
+			c := ours(Server(ctx, raw, scfg, nil))
 			defer c.Close()
 			c.SetDeadline(time.Now().Add(20 * time.Second))
 			r := bufio.NewReader(c)
@@ -343,7 +343,7 @@ func TestRefusedHandshakeLingers(t *testing.T) {
 			w := &watched{Conn: b, half: b.CloseWrite}
 			refused := make(chan time.Duration, 1)
 			go func() {
-				if _, _, err := Server(context.Background(), w, scfg); err == nil {
+				if _, _, err := Server(context.Background(), w, scfg, nil); err == nil {
 					t.Error("server took a client without certificate")
 				}
 				refused <- 0

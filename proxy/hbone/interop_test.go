@@ -35,13 +35,13 @@ func mixedTLS(t testing.TB, oursIsClient bool, tweak func(client, server *tls.Co
 			s := tls.Server(b, scfg)
 			server, err = s, s.HandshakeContext(ctx)
 		} else {
-			server, _, err = Server(ctx, b, scfg)
+			server, _, err = Server(ctx, b, scfg, nil)
 		}
 		done <- err
 	}()
 	var err error
 	if oursIsClient {
-		client, _, err = Client(ctx, a, ccfg)
+		client, _, err = Client(ctx, a, ccfg, nil)
 	} else {
 		c := tls.Client(a, ccfg)
 		client, err = c, c.HandshakeContext(ctx)
@@ -180,13 +180,13 @@ func TestFallback(t *testing.T) {
 	}
 	got := make(chan net.Conn, 1)
 	go func() {
-		c, _, err := Server(context.Background(), b, scfg)
+		c, _, err := Server(context.Background(), b, scfg, nil)
 		if err != nil {
 			t.Error(err)
 		}
 		got <- c
 	}()
-	x, _, err := Client(context.Background(), a, ccfg)
+	x, _, err := Client(context.Background(), a, ccfg, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -213,13 +213,13 @@ func TestDoubleTunnel(t *testing.T) {
 	ccfg, scfg := testTLS(t)
 	got := make(chan net.Conn, 1)
 	go func() {
-		c, _, err := Server(t.Context(), y, scfg)
+		c, _, err := Server(t.Context(), y, scfg, nil)
 		if err != nil {
 			t.Error(err)
 		}
 		got <- c
 	}()
-	ic, _, err := Client(t.Context(), x, ccfg)
+	ic, _, err := Client(t.Context(), x, ccfg, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

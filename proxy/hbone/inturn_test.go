@@ -38,7 +38,7 @@ func TestHandshakesInTurn(t *testing.T) {
 	silent, stuck := tcpPair(t)
 	failed := make(chan error, 1)
 	go func() {
-		_, _, err := ServerInTurn(t.Context(), stuck, scfg, turn)
+		_, _, err := Server(t.Context(), stuck, scfg, turn)
 		failed <- err
 	}()
 	for end := time.Now().Add(10 * time.Second); turn.taken.Load() == 0 && time.Now().Before(end); {
@@ -51,13 +51,13 @@ func TestHandshakesInTurn(t *testing.T) {
 		var both sync.WaitGroup
 		both.Go(func() {
 			var err error
-			if client, _, err = ClientInTurn(t.Context(), a, ccfg, turn); err != nil {
+			if client, _, err = Client(t.Context(), a, ccfg, turn); err != nil {
 				t.Error(err)
 			}
 		})
 		both.Go(func() {
 			var err error
-			if server, _, err = ServerInTurn(t.Context(), b, scfg, turn); err != nil {
+			if server, _, err = Server(t.Context(), b, scfg, turn); err != nil {
 				t.Error(err)
 			}
 		})

@@ -384,7 +384,7 @@ func TestBeforeServe(t *testing.T) {
 	cancel()
 	a, b = tcpPair(t)
 	defer a.Close()
-	if err := ServeConn(ctx, b, Config{}, nil); err != nil {
+	if err := NewServerConn(b, Config{}, nil).Serve(ctx); err != nil {
 		t.Error(err)
 	}
 }

@@ -338,7 +338,7 @@ func TestPoolCloseIsBounded(t *testing.T) {
 	accepted := make(chan struct{})
 	served := make(chan error, 1)
 	go func() {
-		served <- ServeConn(context.Background(), server, Config{}, func(ss *ServerStream) {
+		served <- NewServerConn(server, Config{}, func(ss *ServerStream) {
 			s, err := ss.Accept(&Response{Status: 200})
 			if err != nil {
 				t.Error(err)
@@ -347,7 +347,7 @@ func TestPoolCloseIsBounded(t *testing.T) {
 			s.CloseWrite()
 			close(accepted)
 			io.Copy(io.Discard, s)
-		})
+		}).Serve(context.Background())
 	}()
 	p := NewPool(PoolOptions{Config: Config{NotSentLowat: 1 << 20}, Dial: func(context.Context, Key) (net.Conn, error) { return a, nil }})
 	s, _, err := p.Open(context.Background(), testKey(1), &Request{Authority: "h:1"})

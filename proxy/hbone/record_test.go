@@ -85,11 +85,11 @@ func TestRecordsServerRefuses(t *testing.T) {
 	ccfg, scfg := testTLS(t)
 	ccfg.Certificates = nil
 	go func() {
-		if _, _, err := Server(context.Background(), b, scfg); err == nil {
+		if _, _, err := Server(context.Background(), b, scfg, nil); err == nil {
 			t.Error("server took a client without certificate")
 		}
 	}()
-	c, _, err := Client(context.Background(), a, ccfg)
+	c, _, err := Client(context.Background(), a, ccfg, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

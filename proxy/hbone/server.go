@@ -31,11 +31,6 @@ func NewServerConn(c net.Conn, cfg Config, h func(*ServerStream)) *ServerConn {
 	return sc
 }
 
-// ServeConn serves c until it ends; see NewServerConn and Serve.
-func ServeConn(ctx context.Context, c net.Conn, cfg Config, h func(*ServerStream)) error {
-	return NewServerConn(c, cfg, h).Serve(ctx)
-}
-
 // Serve returns when the connection has ended and all handlers have returned: nil after an orderly end. When ctx
 // ends, the connection is closed with GOAWAY and streams fail.
 func (sc *ServerConn) Serve(ctx context.Context) error {

@@ -38,17 +38,6 @@ type Conn struct {
 	carry  []byte // sealed, but not written when a deadline came: goes before anything else
 }
 
-// Client does the TLS handshake as a client on raw, within ctx. On failure raw is closed. The result is a *Conn, or
-// a *tls.Conn where the record layer cannot be taken over (not TLS 1.3 with AES-GCM, FIPS 140 mode).
-func Client(ctx context.Context, raw net.Conn, cfg *tls.Config) (net.Conn, tls.ConnectionState, error) {
-	return ClientInTurn(ctx, raw, cfg, nil)
-}
-
-// Server does the TLS handshake as a server on raw; see Client. Session tickets are off.
-func Server(ctx context.Context, raw net.Conn, cfg *tls.Config) (net.Conn, tls.ConnectionState, error) {
-	return ServerInTurn(ctx, raw, cfg, nil)
-}
-
 // Turn is leave to compute. A handshake has it while it computes, half a millisecond in all, and never while it waits
 // for its peer: so a crowd of them does not stand before everything else in the scheduler's queue.
 type Turn interface {
@@ -56,13 +45,14 @@ type Turn interface {
 	Give()
 }
 
-// ClientInTurn is Client with a Turn; nil: whenever it likes.
-func ClientInTurn(ctx context.Context, raw net.Conn, cfg *tls.Config, turn Turn) (net.Conn, tls.ConnectionState, error) {
+// Client does the TLS handshake as a client on raw, within ctx; turn nil: whenever it likes. On failure raw is closed. The result is a
+// *Conn, or a *tls.Conn where the record layer cannot be taken over (not TLS 1.3 with AES-GCM, FIPS 140 mode).
+func Client(ctx context.Context, raw net.Conn, cfg *tls.Config, turn Turn) (net.Conn, tls.ConnectionState, error) {
 	return handshake(ctx, raw, cfg, turn, true)
 }
 
-// ServerInTurn is Server with a Turn; nil: whenever it likes.
-func ServerInTurn(ctx context.Context, raw net.Conn, cfg *tls.Config, turn Turn) (net.Conn, tls.ConnectionState, error) {
+// Server does the TLS handshake as a server on raw; see Client. Session tickets are off.
+func Server(ctx context.Context, raw net.Conn, cfg *tls.Config, turn Turn) (net.Conn, tls.ConnectionState, error) {
 	return handshake(ctx, raw, cfg, turn, false)
 }
 

@@ -21,9 +21,9 @@ func BenchmarkHandshake(b *testing.B) {
 			}
 		})
 	}
-	client := func() *tls.Config { return ClientTLS(one, []ID{idB}) }
-	run("as built", ServerTLS(two), client)
-	remembering := ServerTLS(two).Clone()
+	client := func() *tls.Config { return ClientTLS(one, []ID{idB}, Params{}) }
+	run("as built", ServerTLS(two, Params{}), client)
+	remembering := ServerTLS(two, Params{}).Clone()
 	remembering.ClientAuth = tls.RequireAnyClientCert
 	var v verifier
 	v.roots = two.Pool
@@ -34,11 +34,11 @@ func BenchmarkHandshake(b *testing.B) {
 		return two.checkClient(cs, nil)
 	}
 	run("remembering server", remembering, client)
-	run("forgetful client", ServerTLS(two), func() *tls.Config {
+	run("forgetful client", ServerTLS(two, Params{}), func() *tls.Config {
 		one.peers.seen = nil
 		return client()
 	})
-	run("X25519 alone", ServerTLS(two), func() *tls.Config {
+	run("X25519 alone", ServerTLS(two, Params{}), func() *tls.Config {
 		cfg := client()
 		cfg.CurvePreferences = []tls.CurveID{tls.X25519}
 		return cfg

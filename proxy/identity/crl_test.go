@@ -157,11 +157,11 @@ func TestRevoked(t *testing.T) {
 			rev := &Revocation{}
 			p := Params{Revocation: rev}
 			// The first handshake without the list, so that the chain is remembered as verified.
-			if o := shake(t, pipe, ServerTLSWith(b, p), ClientTLSWith(a, []ID{idB}, p)); o.client != nil || o.server != nil {
+			if o := shake(t, pipe, ServerTLS(b, p), ClientTLS(a, []ID{idB}, p)); o.client != nil || o.server != nil {
 				t.Fatal(o.client, o.server)
 			}
 			rev.Replace(mustCRL(t, c.crl))
-			o := shake(t, pipe, ServerTLSWith(b, p), ClientTLSWith(a, []ID{idB}, p))
+			o := shake(t, pipe, ServerTLS(b, p), ClientTLS(a, []ID{idB}, p))
 			var got, remote error
 			var want RevocationStats
 			switch c.peer {
@@ -190,7 +190,7 @@ func TestRevoked(t *testing.T) {
 				t.Errorf("%+v, want %+v", s, want)
 			}
 			rev.Replace(nil)
-			if o := shake(t, pipe, ServerTLSWith(b, p), ClientTLSWith(a, []ID{idB}, p)); o.client != nil || o.server != nil {
+			if o := shake(t, pipe, ServerTLS(b, p), ClientTLS(a, []ID{idB}, p)); o.client != nil || o.server != nil {
 				t.Errorf("after the list was withdrawn: %v, %v", o.client, o.server)
 			}
 		})
@@ -205,7 +205,7 @@ func TestTrack(t *testing.T) {
 		rev := &Revocation{}
 		p := Params{Revocation: rev}
 		open := func(server *Certificate) outcome {
-			o := shake(t, pipe, ServerTLSWith(server, p), ClientTLSWith(a, []ID{idB}, p))
+			o := shake(t, pipe, ServerTLS(server, p), ClientTLS(a, []ID{idB}, p))
 			if o.client != nil || o.server != nil {
 				t.Fatal(o.client, o.server)
 			}

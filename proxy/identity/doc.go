@@ -3,7 +3,7 @@
 // domain, a server's SAN).
 //
 // What flows through it: a key, a chain and roots come in from admin/ca (New) and leave as an immutable Certificate;
-// a Certificate becomes a *tls.Config (ServerTLSWith, ClientTLSWith, with the process's Params); a finished handshake
+// a Certificate becomes a *tls.Config (ServerTLS, ClientTLS, with the process's Params); a finished handshake
 // becomes an ID (PeerID). A file's revocation lists become an immutable CRL (ParseCRL); Revocation holds the one in
 // force, which handshakes ask by way of Params, and the open tunnels that a new one may cut (Track, Replace).
 // Who calls it: admin/ca (New, SANExtension, ParseCRL, Replace), admin/istiod (Params.Base), proxy and proxy/hbone (the

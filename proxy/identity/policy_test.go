@@ -22,7 +22,7 @@ func TestPostQuantum(t *testing.T) {
 		cfg.GetConfigForClient, cfg.CurvePreferences = nil, []tls.CurveID{tls.X25519, tls.CurveP256, tls.CurveP384}
 		return cfg
 	}
-	tls12 := ClientTLSWith(a, []ID{idB}, Params{TLS12: true})
+	tls12 := ClientTLS(a, []ID{idB}, Params{TLS12: true})
 	tls12.MaxVersion = tls.VersionTLS12
 	for _, c := range []struct {
 		name           string
@@ -30,14 +30,14 @@ func TestPostQuantum(t *testing.T) {
 		serverErr      string // "" = accepted
 		clientErr      string
 	}{
-		{"both", ServerTLSWith(b, pqc), ClientTLSWith(a, []ID{idB}, pqc), "", ""},
-		{"server alone", ServerTLSWith(b, pqc), ClientTLS(a, []ID{idB}), "", ""},
-		{"client alone", ServerTLS(b), ClientTLSWith(a, []ID{idB}, pqc), "", ""},
-		{"classic client", ServerTLSWith(b, pqc), classic(ClientTLS(a, []ID{idB})),
+		{"both", ServerTLS(b, pqc), ClientTLS(a, []ID{idB}, pqc), "", ""},
+		{"server alone", ServerTLS(b, pqc), ClientTLS(a, []ID{idB}, Params{}), "", ""},
+		{"client alone", ServerTLS(b, Params{}), ClientTLS(a, []ID{idB}, pqc), "", ""},
+		{"classic client", ServerTLS(b, pqc), classic(ClientTLS(a, []ID{idB}, Params{})),
 			"tls: no key exchanges supported by both client and server", "remote error: tls: handshake failure"},
-		{"classic server", classic(ServerTLS(b)), ClientTLSWith(a, []ID{idB}, pqc),
+		{"classic server", classic(ServerTLS(b, Params{})), ClientTLS(a, []ID{idB}, pqc),
 			"tls: no key exchanges supported by both client and server", "remote error: tls: handshake failure"},
-		{"TLS 1.2 client, although it is allowed", ServerTLSWith(b, Params{PQC: true, TLS12: true}), tls12,
+		{"TLS 1.2 client, although it is allowed", ServerTLS(b, Params{PQC: true, TLS12: true}), tls12,
 			"tls: client offered only unsupported versions: [303]", "remote error: tls: protocol version not supported"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -88,10 +88,10 @@ func TestFIPSChild(t *testing.T) {
 	for name, p := range map[string]Params{"default": {}, "pqc": {PQC: true}, "TLS 1.2 allowed": {TLS12: true}} {
 		p.Revocation = &Revocation{}
 		p.Revocation.Replace(mustCRL(t, ca.list(t, nil)))
-		server := ServerTLSWith(b, p).Clone()
+		server := ServerTLS(b, p).Clone()
 		var hello *tls.ClientHelloInfo
 		server.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) { hello = h; return nil, nil }
-		o := shake(t, pipe, server, ClientTLSWith(a, []ID{idB}, p))
+		o := shake(t, pipe, server, ClientTLS(a, []ID{idB}, p))
 		if o.client != nil || o.server != nil {
 			t.Fatal(name, o.client, o.server)
 		}
@@ -109,7 +109,7 @@ func TestFIPSChild(t *testing.T) {
 			t.Errorf("%s: offered %v and suites %x", name, groups, hello.CipherSuites)
 		}
 		p.Revocation.Replace(mustCRL(t, ca.list(t, []*x509.Certificate{a.Leaf})))
-		if o := shake(t, pipe, server, ClientTLSWith(a, []ID{idB}, p)); o.server == nil {
+		if o := shake(t, pipe, server, ClientTLS(a, []ID{idB}, p)); o.server == nil {
 			t.Errorf("%s: a revoked client was let in", name)
 		}
 	}

@@ -23,10 +23,7 @@ type Params struct {
 	Revocation *Revocation // CRL_PATH: what handshakes and open tunnels answer to; nil: nothing is revoked
 }
 
-// ServerTLS is ServerTLSWith the default parameters.
-func ServerTLS(c *Certificate) *tls.Config { return ServerTLSWith(c, Params{}) }
-
-// ServerTLSWith returns the configuration for accepting HBONE with this certificate (spec/dataplane.md 4.1): a client
+// ServerTLS returns the configuration for accepting HBONE with this certificate (spec/dataplane.md 4.1): a client
 // certificate is required, must chain to c.Pool for client authentication, must not be a CA, and one of its SPIFFE SANs
 // must be of the trust domain of c's leaf (unless c's leaf has no SPIFFE SAN), and p.Revocation must not revoke it. ALPN
 // h2 or none; SNI is ignored; no tickets. Handshake errors: *PeerTrustDomainError, *PeerRevokedError, *PeerCAError,
@@ -34,7 +31,7 @@ func ServerTLS(c *Certificate) *tls.Config { return ServerTLSWith(c, Params{}) }
 //
 // The configuration is made once per certificate and p, and shared: calling this for every connection costs nothing, and
 // it must not be modified.
-func ServerTLSWith(c *Certificate, p Params) *tls.Config {
+func ServerTLS(c *Certificate, p Params) *tls.Config {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, s := range c.server {
@@ -66,15 +63,12 @@ func newServerTLS(c *Certificate, p Params) *tls.Config {
 	return cfg
 }
 
-// ClientTLS is ClientTLSWith the default parameters.
-func ClientTLS(c *Certificate, want []ID) *tls.Config { return ClientTLSWith(c, want, Params{}) }
-
-// ClientTLSWith returns the configuration for dialling a peer that must present one of the identities in want, in any
+// ClientTLS returns the configuration for dialling a peer that must present one of the identities in want, in any
 // of its URI SANs (spec/dataplane.md 2.8); with an empty want every peer is refused. Its chain must reach c.Pool for
 // server authentication. No SNI, ALPN h2, no resumption; our certificate is presented whatever CAs the server names.
 // Handshake errors: *PeerSANError, *PeerRevokedError, *PeerCAError, *PeerALPNError, *tls.CertificateVerificationError.
 // want is not copied: do not change it. Cheap (no parsing): call it per dial.
-func ClientTLSWith(c *Certificate, want []ID, p Params) *tls.Config {
+func ClientTLS(c *Certificate, want []ID, p Params) *tls.Config {
 	cfg := p.Base()
 	// A configured list would be filtered by the CA names in the server's request and might leave us without a
 	// certificate; rustls, like this, always presents the one it has.

@@ -43,56 +43,56 @@ func TestHandshake(t *testing.T) {
 		clientErr      string
 		alpn           string
 	}{
-		{"mutual authentication", ServerTLS(b), ClientTLS(a, want), "", "", "h2"},
-		{"second of the expected SANs", ServerTLS(b), ClientTLS(a, []ID{idA, idB}), "", "", "h2"},
-		{"expected SAN is the server's second", ServerTLS(ca.issue(t, []string{"https://x", uriA, uriB}, nil)), ClientTLS(a, want), "", "", "h2"},
-		{"two roots in both bundles, server of the other", ServerTLS(other.issue(t, []string{uriB}, both)), ClientTLS(ca.issue(t, []string{uriA}, both), want), "", "", "h2"},
-		{"two roots in both bundles, client of the other", ServerTLS(ca.issue(t, []string{uriB}, both)), ClientTLS(other.issue(t, []string{uriA}, both), want), "", "", "h2"},
-		{"no ALPN", ServerTLS(b), raw(a, protos()), "", "", ""},
-		{"ALPN http/1.1 and h2", ServerTLS(b), raw(a, protos("http/1.1", "h2")), "", "", "h2"},
-		{"client whose second SAN has the trust domain", ServerTLS(b), raw(ca.issue(t, []string{"spiffe://x/ns/n/sa/s", uriA}, nil), nil), "", "", "h2"},
-		{"server without a SPIFFE SAN checks no trust domain", ServerTLS(ca.issue(t, nil, nil)), raw(issue("spiffe://x/ns/n/sa/s"), nil), "", "", "h2"},
-		{"TLS 1.2 where it is allowed", ServerTLSWith(b, Params{TLS12: true}), raw(a, tls12), "", "", "h2"},
-		{"TLS 1.2 allowed on both sides: 1.3", ServerTLSWith(b, Params{TLS12: true}), ClientTLSWith(a, want, Params{TLS12: true}), "", "", "h2"},
+		{"mutual authentication", ServerTLS(b, Params{}), ClientTLS(a, want, Params{}), "", "", "h2"},
+		{"second of the expected SANs", ServerTLS(b, Params{}), ClientTLS(a, []ID{idA, idB}, Params{}), "", "", "h2"},
+		{"expected SAN is the server's second", ServerTLS(ca.issue(t, []string{"https://x", uriA, uriB}, nil), Params{}), ClientTLS(a, want, Params{}), "", "", "h2"},
+		{"two roots in both bundles, server of the other", ServerTLS(other.issue(t, []string{uriB}, both), Params{}), ClientTLS(ca.issue(t, []string{uriA}, both), want, Params{}), "", "", "h2"},
+		{"two roots in both bundles, client of the other", ServerTLS(ca.issue(t, []string{uriB}, both), Params{}), ClientTLS(other.issue(t, []string{uriA}, both), want, Params{}), "", "", "h2"},
+		{"no ALPN", ServerTLS(b, Params{}), raw(a, protos()), "", "", ""},
+		{"ALPN http/1.1 and h2", ServerTLS(b, Params{}), raw(a, protos("http/1.1", "h2")), "", "", "h2"},
+		{"client whose second SAN has the trust domain", ServerTLS(b, Params{}), raw(ca.issue(t, []string{"spiffe://x/ns/n/sa/s", uriA}, nil), nil), "", "", "h2"},
+		{"server without a SPIFFE SAN checks no trust domain", ServerTLS(ca.issue(t, nil, nil), Params{}), raw(issue("spiffe://x/ns/n/sa/s"), nil), "", "", "h2"},
+		{"TLS 1.2 where it is allowed", ServerTLS(b, Params{TLS12: true}), raw(a, tls12), "", "", "h2"},
+		{"TLS 1.2 allowed on both sides: 1.3", ServerTLS(b, Params{TLS12: true}), ClientTLS(a, want, Params{TLS12: true}), "", "", "h2"},
 
-		{"no client certificate", ServerTLS(b), raw(nil, nil),
+		{"no client certificate", ServerTLS(b, Params{}), raw(nil, nil),
 			"tls: client didn't provide a certificate", "remote error: tls: certificate required", ""},
-		{"other trust domain", ServerTLS(b), raw(issue("spiffe://other/ns/default/sa/a"), nil),
+		{"other trust domain", ServerTLS(b, Params{}), raw(issue("spiffe://other/ns/default/sa/a"), nil),
 			"identity verification error: peer did not present the expected trustdomain (cluster.local), got spiffe://other/ns/default/sa/a",
 			"remote error: tls: bad certificate", ""}, // ztunnel: unknown certificate
-		{"trust domain in other case", ServerTLS(b), raw(issue("spiffe://Cluster.local/ns/default/sa/a"), nil),
+		{"trust domain in other case", ServerTLS(b, Params{}), raw(issue("spiffe://Cluster.local/ns/default/sa/a"), nil),
 			"identity verification error: peer did not present the expected trustdomain (cluster.local), got spiffe://Cluster.local/ns/default/sa/a",
 			"remote error: tls: bad certificate", ""},
-		{"SAN that is no SPIFFE id", ServerTLS(b), raw(issue("https://cluster.local/ns/default/sa/a"), nil),
+		{"SAN that is no SPIFFE id", ServerTLS(b, Params{}), raw(issue("https://cluster.local/ns/default/sa/a"), nil),
 			"identity verification error: peer did not present the expected trustdomain (cluster.local), got ",
 			"remote error: tls: bad certificate", ""}, // ztunnel: unknown certificate
-		{"client certificate without SAN", ServerTLS(b), raw(ca.issue(t, nil, nil), nil), "?", "remote error: tls: bad certificate", ""},
-		{"client certificate expired", ServerTLS(b), raw(issue(uriA, valid(-time.Hour, -time.Minute)), nil), "?", "remote error: tls: expired certificate", ""},
-		{"client certificate not valid yet", ServerTLS(b), raw(issue(uriA, valid(time.Hour, 2*time.Hour)), nil), "?", "remote error: tls: expired certificate", ""},
-		{"client of another root", ServerTLS(b), raw(other.issue(t, []string{uriA}, nil), nil), "?", "remote error: tls: unknown certificate authority", ""},
-		{"client certificate for servers only", ServerTLS(b), raw(issue(uriA, usage(x509.ExtKeyUsageServerAuth)), nil), "?", "remote error: tls: bad certificate", ""},
-		{"client with a CA certificate", ServerTLS(b), raw(issue(uriA, isCA), nil),
+		{"client certificate without SAN", ServerTLS(b, Params{}), raw(ca.issue(t, nil, nil), nil), "?", "remote error: tls: bad certificate", ""},
+		{"client certificate expired", ServerTLS(b, Params{}), raw(issue(uriA, valid(-time.Hour, -time.Minute)), nil), "?", "remote error: tls: expired certificate", ""},
+		{"client certificate not valid yet", ServerTLS(b, Params{}), raw(issue(uriA, valid(time.Hour, 2*time.Hour)), nil), "?", "remote error: tls: expired certificate", ""},
+		{"client of another root", ServerTLS(b, Params{}), raw(other.issue(t, []string{uriA}, nil), nil), "?", "remote error: tls: unknown certificate authority", ""},
+		{"client certificate for servers only", ServerTLS(b, Params{}), raw(issue(uriA, usage(x509.ExtKeyUsageServerAuth)), nil), "?", "remote error: tls: bad certificate", ""},
+		{"client with a CA certificate", ServerTLS(b, Params{}), raw(issue(uriA, isCA), nil),
 			"identity verification error: peer presented a CA certificate as its own: ", "remote error: tls: bad certificate", ""},
-		{"TLS 1.2", ServerTLS(b), raw(a, tls12), "?", "remote error: tls: protocol version not supported", ""},
-		{"ALPN http/1.1", ServerTLS(b), raw(a, protos("http/1.1")), "?", "remote error: tls: no application protocol", ""},
-		{"ALPN http/1.1, TLS 1.2 allowed", ServerTLSWith(b, Params{TLS12: true}), raw(a, protos("http/1.1", "spdy/3")), "?", "remote error: tls: no application protocol", ""},
-		{"ALPN h3", ServerTLS(b), raw(a, protos("h3")), "?", "remote error: tls: no application protocol", ""},
-		{"ALPN guesses our inner name", ServerTLS(b), raw(a, protos(refuseALPN)),
+		{"TLS 1.2", ServerTLS(b, Params{}), raw(a, tls12), "?", "remote error: tls: protocol version not supported", ""},
+		{"ALPN http/1.1", ServerTLS(b, Params{}), raw(a, protos("http/1.1")), "?", "remote error: tls: no application protocol", ""},
+		{"ALPN http/1.1, TLS 1.2 allowed", ServerTLS(b, Params{TLS12: true}), raw(a, protos("http/1.1", "spdy/3")), "?", "remote error: tls: no application protocol", ""},
+		{"ALPN h3", ServerTLS(b, Params{}), raw(a, protos("h3")), "?", "remote error: tls: no application protocol", ""},
+		{"ALPN guesses our inner name", ServerTLS(b, Params{}), raw(a, protos(refuseALPN)),
 			"identity verification error: peer negotiated the application protocol ztun-refuses, not h2", "remote error: tls: bad certificate", ""},
 
-		{"server SAN not expected", ServerTLS(b), ClientTLS(a, []ID{idA, {"cluster.local", "default", "c"}}), "remote error: tls: bad certificate",
+		{"server SAN not expected", ServerTLS(b, Params{}), ClientTLS(a, []ID{idA, {"cluster.local", "default", "c"}}, Params{}), "remote error: tls: bad certificate",
 			"identity verification error: peer did not present the expected SAN (spiffe://cluster.local/ns/default/sa/a,spiffe://cluster.local/ns/default/sa/c), got spiffe://cluster.local/ns/default/sa/b", ""},
-		{"nothing expected", ServerTLS(b), ClientTLS(a, nil), "remote error: tls: bad certificate",
+		{"nothing expected", ServerTLS(b, Params{}), ClientTLS(a, nil, Params{}), "remote error: tls: bad certificate",
 			"identity verification error: peer did not present the expected SAN (), got spiffe://cluster.local/ns/default/sa/b", ""},
-		{"server of another root", ServerTLS(other.issue(t, []string{uriB}, both)), ClientTLS(a, want), "remote error: tls: bad certificate", "?", ""},
-		{"server certificate expired", ServerTLS(issue(uriB, valid(-time.Hour, -time.Minute))), ClientTLS(a, want), "remote error: tls: bad certificate", "?", ""},
-		{"server certificate for clients only", ServerTLS(issue(uriB, usage(x509.ExtKeyUsageClientAuth))), ClientTLS(a, want), "remote error: tls: bad certificate", "?", ""},
-		{"server with a CA certificate", ServerTLS(issue(uriB, isCA)), ClientTLS(a, want), "remote error: tls: bad certificate", "identity verification error: peer presented a CA certificate as its own: ", ""},
-		{"server of TLS 1.2", ServerTLSWith(b, Params{TLS12: true}).Clone(), nil, "?", "?", ""},
+		{"server of another root", ServerTLS(other.issue(t, []string{uriB}, both), Params{}), ClientTLS(a, want, Params{}), "remote error: tls: bad certificate", "?", ""},
+		{"server certificate expired", ServerTLS(issue(uriB, valid(-time.Hour, -time.Minute)), Params{}), ClientTLS(a, want, Params{}), "remote error: tls: bad certificate", "?", ""},
+		{"server certificate for clients only", ServerTLS(issue(uriB, usage(x509.ExtKeyUsageClientAuth)), Params{}), ClientTLS(a, want, Params{}), "remote error: tls: bad certificate", "?", ""},
+		{"server with a CA certificate", ServerTLS(issue(uriB, isCA), Params{}), ClientTLS(a, want, Params{}), "remote error: tls: bad certificate", "identity verification error: peer presented a CA certificate as its own: ", ""},
+		{"server of TLS 1.2", ServerTLS(b, Params{TLS12: true}).Clone(), nil, "?", "?", ""},
 	} {
 		if c.client == nil { // the last one: a server that cannot do more than 1.2
 			c.server.GetConfigForClient, c.server.MaxVersion = nil, tls.VersionTLS12
-			c.client = ClientTLS(a, want)
+			c.client = ClientTLS(a, want, Params{})
 		}
 		for name, dial := range map[string]dialer{"pipe": pipe, "loopback": loopback} {
 			t.Run(c.name+"/"+name, func(t *testing.T) {
@@ -124,18 +124,18 @@ func TestHandshake(t *testing.T) {
 func TestErrorTypes(t *testing.T) {
 	ca := newTestCA(t, "root")
 	a, b := ca.issue(t, []string{uriA}, nil), ca.issue(t, []string{uriB}, nil)
-	o := shake(t, pipe, ServerTLS(b), ClientTLS(a, []ID{idA}))
+	o := shake(t, pipe, ServerTLS(b, Params{}), ClientTLS(a, []ID{idA}, Params{}))
 	var san *PeerSANError
 	if !errors.As(o.client, &san) || !slices.Equal(san.Want, []ID{idA}) || !slices.Equal(san.Got, []ID{idB}) {
 		t.Errorf("%#v", o.client)
 	}
-	o = shake(t, pipe, ServerTLS(ca.issue(t, []string{"spiffe://x/ns/n/sa/s"}, nil)), ClientTLS(a, []ID{{"x", "n", "s"}}))
+	o = shake(t, pipe, ServerTLS(ca.issue(t, []string{"spiffe://x/ns/n/sa/s"}, nil), Params{}), ClientTLS(a, []ID{{"x", "n", "s"}}, Params{}))
 	var td *PeerTrustDomainError
 	if !errors.As(o.server, &td) || td.Want != "x" || !slices.Equal(td.Got, []ID{idA}) {
 		t.Errorf("%#v", o.server)
 	}
 	var verification *tls.CertificateVerificationError
-	o = shake(t, pipe, ServerTLS(newTestCA(t, "other").issue(t, []string{uriB}, []*testCA{ca})), ClientTLS(a, []ID{idB}))
+	o = shake(t, pipe, ServerTLS(newTestCA(t, "other").issue(t, []string{uriB}, []*testCA{ca}), Params{}), ClientTLS(a, []ID{idB}, Params{}))
 	if !errors.As(o.client, &verification) || len(verification.UnverifiedCertificates) != 1 {
 		t.Errorf("%#v", o.client)
 	}
@@ -156,11 +156,11 @@ func TestIntermediates(t *testing.T) {
 	}
 	a, b, bad := make(uriA, cert), make(uriB, cert), make(uriB)
 	for range 2 { // the second time from memory
-		if o := shake(t, pipe, ServerTLS(b), ClientTLS(a, []ID{idB})); o.client != nil || o.server != nil {
+		if o := shake(t, pipe, ServerTLS(b, Params{}), ClientTLS(a, []ID{idB}, Params{})); o.client != nil || o.server != nil {
 			t.Fatal(o.client, o.server)
 		}
 	}
-	if o := shake(t, pipe, ServerTLS(bad), ClientTLS(a, []ID{idB})); o.client == nil {
+	if o := shake(t, pipe, ServerTLS(bad, Params{}), ClientTLS(a, []ID{idB}, Params{})); o.client == nil {
 		t.Fatal("a chain without its intermediate was accepted")
 	}
 }
@@ -170,9 +170,9 @@ func TestClientHello(t *testing.T) {
 	ca := newTestCA(t, "root")
 	a, b := ca.issue(t, []string{uriA}, nil), ca.issue(t, []string{uriB}, nil)
 	var hello *tls.ClientHelloInfo
-	server := ServerTLS(b).Clone()
+	server := ServerTLS(b, Params{}).Clone()
 	server.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) { hello = h; return nil, nil }
-	client := ClientTLS(a, []ID{idB})
+	client := ClientTLS(a, []ID{idB}, Params{})
 	for range 2 { // no resumption the second time either
 		if o := shake(t, pipe, server, client); o.client != nil || o.clientState.CurveID != tls.X25519MLKEM768 || o.clientState.DidResume {
 			t.Fatal(o.client, o.clientState.CurveID, o.clientState.DidResume)
@@ -195,11 +195,11 @@ func TestClientHello(t *testing.T) {
 
 func TestServerTLSIsShared(t *testing.T) {
 	c := newTestCA(t, "root").issue(t, []string{uriA}, nil)
-	first, again := ServerTLS(c), ServerTLS(c)
-	if first != again || ServerTLS(c) == ServerTLSWith(c, Params{TLS12: true}) {
+	first, again := ServerTLS(c, Params{}), ServerTLS(c, Params{})
+	if first != again || ServerTLS(c, Params{}) == ServerTLS(c, Params{TLS12: true}) {
 		t.Fatal("made anew, or mixed up")
 	}
-	if n := testing.AllocsPerRun(100, func() { ServerTLS(c) }); n != 0 {
+	if n := testing.AllocsPerRun(100, func() { ServerTLS(c, Params{}) }); n != 0 {
 		t.Fatalf("%v allocations", n)
 	}
 }
@@ -210,7 +210,7 @@ func TestRememberedChain(t *testing.T) {
 		ca := newTestCA(t, "root")
 		a, b := ca.issue(t, []string{uriA}, nil, valid(0, 100*time.Hour)), ca.issue(t, []string{uriB}, nil)
 		try := func(server *Certificate) error {
-			return shake(t, pipe, ServerTLS(server), ClientTLS(a, []ID{idB})).client
+			return shake(t, pipe, ServerTLS(server, Params{}), ClientTLS(a, []ID{idB}, Params{})).client
 		}
 		for range 3 {
 			if err := try(b); err != nil {
@@ -221,7 +221,7 @@ func TestRememberedChain(t *testing.T) {
 			}
 		}
 		// The SAN is compared although the chain is known.
-		if o := shake(t, pipe, ServerTLS(b), ClientTLS(a, []ID{idA})); o.client == nil {
+		if o := shake(t, pipe, ServerTLS(b, Params{}), ClientTLS(a, []ID{idA}, Params{})); o.client == nil {
 			t.Fatal("another SAN was accepted")
 		}
 		time.Sleep(time.Hour + time.Second)

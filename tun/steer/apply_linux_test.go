@@ -34,6 +34,11 @@ type node struct {
 	plan steer.Plan
 }
 
+// destroy ends a device, persistent or not.
+func destroy(ns *nslab.NS, d tun.Device) error {
+	return errors.Join(d.Close(), tun.Remove(ns.NS, d.Name()))
+}
+
 type pod struct {
 	*nslab.NS
 	node  *node
@@ -187,7 +192,7 @@ func TestIsolated(t *testing.T) {
 		if err := steer.Undo(p.plan, p.namespaces()); err != nil {
 			t.Error(err)
 		}
-		if err := tun.Destroy(p.tun); err != nil {
+		if err := destroy(p.NS, p.tun); err != nil {
 			t.Error(err)
 		}
 	}
@@ -195,7 +200,7 @@ func TestIsolated(t *testing.T) {
 		if err := steer.Undo(n.plan, steer.Namespaces{Node: n.NS.NS}); err != nil {
 			t.Error(err)
 		}
-		if err := tun.Destroy(n.tun); err != nil {
+		if err := destroy(n.NS, n.tun); err != nil {
 			t.Error(err)
 		}
 	}

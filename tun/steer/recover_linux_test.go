@@ -83,14 +83,14 @@ func undoAll(t *testing.T, n *node, pods ...*pod) {
 		if err := steer.Undo(p.plan, p.namespaces()); err != nil {
 			t.Error(err)
 		}
-		if err := tun.Destroy(p.tun); err != nil {
+		if err := destroy(p.NS, p.tun); err != nil {
 			t.Error(err)
 		}
 	}
 	if err := steer.Undo(n.plan, steer.Namespaces{Node: n.NS.NS}); err != nil {
 		t.Error(err)
 	}
-	if err := tun.Destroy(n.tun); err != nil {
+	if err := destroy(n.NS, n.tun); err != nil {
 		t.Error(err)
 	}
 }
@@ -356,7 +356,7 @@ func TestPodsApart(t *testing.T) {
 		if err := steer.Undo(p.plan, p.namespaces()); err != nil {
 			t.Error(err)
 		}
-		tun.Destroy(p.tun)
+		destroy(p.NS, p.tun)
 	}
 	same(t, "node", nodeState, n.State(t))
 	same(t, "pod", podState, a.State(t))
@@ -375,7 +375,7 @@ func TestVanishedPod(t *testing.T) {
 	if err := steer.Undo(p.plan, steer.Namespaces{Node: n.NS.NS}); err != nil {
 		t.Error(err)
 	}
-	if err := tun.Destroy(p.tun); err != nil {
+	if err := destroy(p.NS, p.tun); err != nil {
 		t.Error(err)
 	}
 	same(t, "node", before, n.State(t))

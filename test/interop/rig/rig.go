@@ -274,7 +274,7 @@ func (r *Rig) Tunnel(addr string, want string, cfg hbone.Config) (*hbone.ClientC
 	if err != nil {
 		return nil, err
 	}
-	conn, _, err := hbone.Client(ctx, raw, identity.ClientTLS(r.Identity("client"), []identity.ID{ID(want)}))
+	conn, _, err := hbone.Client(ctx, raw, identity.ClientTLS(r.Identity("client"), []identity.ID{ID(want)}, identity.Params{}), nil)
 	if err != nil {
 		return nil, err
 	}
