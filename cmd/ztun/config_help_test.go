@@ -1,43 +1,64 @@
 package main
 
 import (
+	"flag"
+	"fmt"
 	"io"
 	"os"
 	"regexp"
 	"strings"
 	"testing"
 	"unicode/utf8"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // row is one line of the help: two spaces, the name, the default, the meaning, in columns.
 var row = regexp.MustCompile(`^  ([A-Z][A-Z0-9_]+\*?) +(.*)$`)
 
-// The table of the help and of README.md are one: same rows, same order, same words.
-func TestHelpIsReadme(t *testing.T) {
-	b, err := os.ReadFile("../../README.md")
+var updatePage = flag.Bool("update-page", false, "write docs/configuration.md anew")
+
+// docs/configuration.md is what the program's own table makes.
+func TestConfigurationPage(t *testing.T) {
+	const page = "../../docs/configuration.md"
+	if *updatePage {
+		if err := os.WriteFile(page, []byte(configurationPage()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b, err := os.ReadFile(page)
 	if err != nil {
 		t.Fatal(err)
 	}
-	squeeze := func(s string) string { return strings.Join(strings.Fields(s), " ") }
-	var readme, help []string
-	for _, m := range regexp.MustCompile("(?m)^\\| `([A-Z][A-Z0-9_]+\\*?)` \\| (.*) \\|$").FindAllStringSubmatch(string(b), -1) {
-		def, meaning, _ := strings.Cut(m[2], "|")
-		readme = append(readme, squeeze(m[1]+" "+strings.Trim(strings.TrimSpace(def), "`")+" "+meaning))
+	if diff := cmp.Diff(strings.Split(string(b), "\n"), strings.Split(configurationPage(), "\n")); diff != "" {
+		t.Errorf("docs/configuration.md is not the program's table; write it by -update-page (-page +program):\n%s", diff)
 	}
-	for line := range strings.Lines(helpTable()) {
-		help = append(help, squeeze(line))
-	}
-	for i := range max(len(readme), len(help)) {
-		at := func(rows []string) string {
-			if i < len(rows) {
-				return rows[i]
-			}
-			return "(no row)"
+}
+
+// configurationPage is docs/configuration.md: the same table, for readers.
+func configurationPage() string {
+	var b strings.Builder
+	b.WriteString("# Configuration\n\n" +
+		"Environment variables of `ztun proxy`; those without `ZTUN_` are ztunnel's own. A bad value, or one that does not apply to a\n" +
+		"TUN-based proxy, is one line that names the variable and says why, and exit code 2. `ztun proxy --help` prints the same table.\n\n" +
+		"A variable wins over `PROXY_CONFIG`, and that over the `defaultConfig` of the mesh configuration file. Booleans are `true` or\n" +
+		"`false`, numbers decimal, durations `1h30m`, `100ms`, `1m + 30s`, `10 * 1m` or seconds; set to nothing is a value, not the\n" +
+		"default. A control plane is on unless `XDS_ADDRESS` is set to nothing: to run from files alone, set it so.\n\n" +
+		"This page is written by `go test ./cmd/ztun -run ConfigurationPage -update-page` from the program's own table.\n\n" +
+		"| variable | default | meaning |\n|---|---|---|\n")
+	c := &Config{}
+	l := &loader{c: c}
+	for _, v := range variables(c, l) {
+		def := v.def
+		if def != "" {
+			def = "`" + def + "`"
 		}
-		if at(readme) != at(help) {
-			t.Fatalf("row %d: README.md has\n%s\nthe help\n%s", i, at(readme), at(help))
-		}
+		fmt.Fprintf(&b, "| `%s` | %s | %s |\n", v.name, def, v.help)
 	}
+	for _, p := range patterns(c, l) {
+		fmt.Fprintf(&b, "| `%s*` | | %s |\n", p.prefix, p.help)
+	}
+	return b.String()
 }
 
 // The shape of the help: aligned columns of which none is empty for a whole table, no row twice.

@@ -13,13 +13,16 @@ import (
 	"ztun/test/lab"
 )
 
-// TestReadme: the table of configuration in README.md is the table that the program prints, and every path that it names exists.
+// TestReadme: the table of docs/configuration.md is the one that the program prints, and every path that README.md names exists.
 func TestReadme(t *testing.T) {
 	root, err := lab.Root()
 	must(t, err)
 	b, err := os.ReadFile(filepath.Join(root, "README.md"))
 	must(t, err)
 	readme := string(b)
+	b, err = os.ReadFile(filepath.Join(root, "docs", "configuration.md"))
+	must(t, err)
+	page := string(b)
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	help, err := exec.CommandContext(ctx, bins.ztun, "proxy", "--help").Output()
@@ -35,18 +38,18 @@ func TestReadme(t *testing.T) {
 		t.Fatalf("`ztun proxy --help` prints %d variables", len(want))
 	}
 	got := map[string]string{}
-	for _, m := range regexp.MustCompile("(?m)^\\| `([A-Z][A-Z0-9_]+)` \\| (.*) \\|$").FindAllStringSubmatch(readme, -1) {
+	for _, m := range regexp.MustCompile("(?m)^\\| `([A-Z][A-Z0-9_]+)` \\| (.*) \\|$").FindAllStringSubmatch(page, -1) {
 		def, help, _ := strings.Cut(m[2], "|")
 		got[m[1]] = squeeze(strings.Trim(strings.TrimSpace(def), "`") + " " + help)
 	}
 	for name, w := range want {
 		if got[name] != w {
-			t.Errorf("README.md says of %s %q, the program %q", name, got[name], w)
+			t.Errorf("docs/configuration.md says of %s %q, the program %q", name, got[name], w)
 		}
 	}
 	for name := range got {
 		if _, ok := want[name]; !ok {
-			t.Errorf("README.md has %s, the program does not", name)
+			t.Errorf("docs/configuration.md has %s, the program does not", name)
 		}
 	}
 	for _, m := range regexp.MustCompile("`((?:cmd|tun|netstack|proxy|admin|test|scripts|\\.ci)/?[a-z0-9/._-]*)").FindAllStringSubmatch(readme, -1) {
