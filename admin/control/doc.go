@@ -12,7 +12,7 @@
 // Directory: ca/ (admin/ca.InitDir), mesh/ (the YAML files), nodes/ (one file per node: hashes of its credentials),
 // issued/ (which certificates each node has), crl.pem (what is revoked), control.sock (status) and control.lock.
 //
-// # Istiod's behaviour that is kept (shared/istio-peers.md, spec/controlplane.md 2.4)
+// # Istiod's behaviour that is kept (docs/istio-peers.md, spec/controlplane.md 2.4)
 //
 //   - Names are uid, namespace/hostname, namespace/name; versions the unpadded hex of the payload's 64-bit xxhash.
 //   - The first answer to a type is sent even if empty. Names of initial_resource_versions that are gone are removed,

@@ -136,7 +136,7 @@ func localListener(t *testing.T) net.Listener {
 	return ln
 }
 
-// TestRig: the control plane of these tests is what it claims to be. Every row was seen on a real istiod (shared/istio-peers.md).
+// TestRig: the control plane of these tests is what it claims to be. Every row was seen on a real istiod (docs/istio-peers.md).
 func TestRig(t *testing.T) {
 	c := fakeistiod.New(t)
 	c.Apply(namespaces + ztunnelPod("n1", "10.91.0.1") + ztunnelPod("n2", "10.91.0.2") + podYAML("default", "a", "a", "n1", "10.91.1.2") + podYAML("default", "b", "b", "n2", "10.91.2.2") + serviceYAML("default", "b", "10.92.0.1"))
