@@ -15,7 +15,7 @@
 // data plane (package proxy): what it has to show comes in as sections, collectors and functions.
 //
 // HTTP behaviour that all servers share (spec controlplane 6.1): paths match exactly, unknown ones are
-// 404 with an empty body, a request's header must arrive within 2 s and 8 KiB, connections are bounded and
+// 404 with a line that lists them, a request's header must arrive within 2 s and 8 KiB, connections are bounded and
 // shared among sources (package guard), a panic in a handler costs its connection only, and Shutdown lets requests in flight finish.
 //
 // Reading order: loop.go, event.go (knowledge); server.go, http.go, logging.go, profile.go, ready.go (the
@@ -53,4 +53,7 @@
 //   - 2026-11-23: client_golang's go_memstats_alloc_bytes is left out: in OpenMetrics it is the same family
 //     as the counter go_memstats_alloc_bytes_total, and a family that is there twice is refused.
 //   - 2026-11-23: /debug/pprof/heap/profiling always answers true: Go's allocator samples from the start.
+//   - 2026-11-28: 404 and 405 say what there is and what is wanted, where ztunnel's bodies are empty, and /logging refuses
+//     parameters that it does not know, where ztunnel answers 200 and changes nothing (admin/differences_test.go). Tools look at
+//     the status; the text is for people.
 package admin

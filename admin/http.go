@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"ztun/admin/guard"
+	"ztun/admin/suggest"
 	"ztun/proxy/fair"
 )
 
@@ -67,23 +68,34 @@ func NewAdmin(o AdminOptions) (*Server, error) {
 	return s, nil
 }
 
-// exact routes by the whole path, byte for byte; the query plays no part. Everything else is 404 with an
-// empty body, as ztunnel's. (http.ServeMux would clean paths and redirect.)
+// exact routes by the whole path, byte for byte; the query plays no part. Everything else is 404, as ztunnel's, with a
+// line that says what there is. (http.ServeMux would clean paths and redirect.)
 func exact(routes map[string]http.Handler) http.Handler {
+	paths := slices.Sorted(maps.Keys(routes))
+	shown := strings.Join(slices.DeleteFunc(slices.Clone(paths), func(p string) bool {
+		return strings.HasPrefix(p, "/debug/") && p != "/debug/pprof/" // that one lists the rest
+	}), " ")
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := routes[r.URL.Path]
 		if h == nil {
-			w.WriteHeader(http.StatusNotFound)
+			plain(w, http.StatusNotFound, fmt.Sprintf("no path %q here%s\npaths: %s\n",
+				clip(r.URL.Path, 80), suggest.DidYouMean(r.URL.Path, paths), shown))
 			return
 		}
 		h.ServeHTTP(w, r)
 	})
 }
 
+// wrongMethod answers a request whose path wants another method: 405, as ztunnel's, with a line that says which.
+func wrongMethod(w http.ResponseWriter, r *http.Request, want, what string) {
+	w.Header().Set("Allow", want)
+	plain(w, http.StatusMethodNotAllowed, fmt.Sprintf("%s wants %s, to %s (curl -X %[2]s)\n", r.URL.Path, want, what))
+}
+
 func quitHandler(quit func(string)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPost {
-			w.WriteHeader(http.StatusMethodNotAllowed)
+			wrongMethod(w, r, http.MethodPost, "shut the process down")
 			return
 		}
 		if quit != nil {
@@ -169,7 +181,7 @@ func NewReadiness(o ReadinessOptions) (*Server, error) {
 func readyHandler(ready *Ready) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodGet {
-			w.WriteHeader(http.StatusMethodNotAllowed)
+			wrongMethod(w, r, http.MethodGet, "say whether the daemon is ready")
 			return
 		}
 		pending := ready.Pending()

@@ -1,8 +1,14 @@
 package admin
 
 import (
+	"fmt"
+	"maps"
 	"net/http"
+	"net/url"
+	"slices"
 	"strings"
+
+	"ztun/admin/suggest"
 )
 
 // Logging is what /logging needs of the log; *zlog.Log has it.
@@ -28,7 +34,11 @@ func loggingHandler(l Logging) http.HandlerFunc {
 			plain(w, http.StatusMethodNotAllowed, "Invalid HTTP method\n"+loggingUsage)
 			return
 		}
-		q := r.URL.Query()
+		q, err := loggingQuery(r.URL.RawQuery)
+		if err != nil {
+			plain(w, http.StatusBadRequest, err.Error()+"\n"+loggingUsage)
+			return
+		}
 		level := colons(q.Get("level"))
 		if level == "" && !q.Has("reset") {
 			plain(w, http.StatusOK, "current log level is "+l.Filter()+"\n")
@@ -41,6 +51,25 @@ func loggingHandler(l Logging) http.HandlerFunc {
 		}
 		plain(w, http.StatusOK, "current log level is "+now+"\n")
 	}
+}
+
+// loggingQuery reads the parameters. One that is not known changes nothing, so it is refused: "level=debug" with a typing
+// error would answer 200 and the levels of before, where ztunnel does just that.
+func loggingQuery(raw string) (url.Values, error) {
+	q, err := url.ParseQuery(raw)
+	if err != nil {
+		return nil, fmt.Errorf("the query cannot be read: %w", err)
+	}
+	known := []string{"level", "reset"}
+	for _, name := range slices.Sorted(maps.Keys(q)) {
+		if !slices.Contains(known, name) {
+			return nil, fmt.Errorf("unknown parameter %q%s", clip(name, 80), suggest.DidYouMean(name, known))
+		}
+		if len(q[name]) > 1 {
+			return nil, fmt.Errorf("parameter %s is given %d times; join levels by commas", name, len(q[name]))
+		}
+	}
+	return q, nil
 }
 
 // colons turns `target:level`, which ztunnel's help text advertises, istioctl sends and ztunnel refuses

@@ -235,7 +235,26 @@ func (s *Server) handler() http.Handler {
 		}
 		fmt.Fprintln(w, "ready")
 	})
-	return mux
+	return helpful(mux)
+}
+
+// helpful answers what the mux has no handler for in a line that says what there is: 405 where the path is known for GET,
+// else 404.
+func helpful(mux *http.ServeMux) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, pattern := mux.Handler(r); pattern != "" {
+			mux.ServeHTTP(w, r)
+			return
+		}
+		get := r.Clone(r.Context())
+		get.Method = http.MethodGet
+		if _, pattern := mux.Handler(get); pattern != "" {
+			w.Header().Set("Allow", "GET, HEAD")
+			http.Error(w, "this path wants GET", http.StatusMethodNotAllowed)
+			return
+		}
+		http.Error(w, "no such path here; paths: /status /healthz/ready", http.StatusNotFound)
+	})
 }
 
 // maxStatus bounds what FetchStatus reads. Bytes.

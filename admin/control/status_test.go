@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"flag"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -106,8 +107,13 @@ func TestStatus(t *testing.T) {
 	for path, want := range map[string]int{"/status": 200, "/healthz/ready": 200, "/": 404} {
 		resp, err := http.Get(base + path)
 		check(t, err)
+		body, err := io.ReadAll(resp.Body)
+		check(t, err)
 		resp.Body.Close()
 		equal(t, path, resp.StatusCode, want)
+		if want == 404 && !strings.Contains(string(body), "/status") {
+			t.Errorf("%s: %q does not say what there is", path, body)
+		}
 	}
 	// A web page that has our address under its own name reads nothing.
 	req, err := http.NewRequest("GET", base+"/status", nil)
@@ -119,8 +125,13 @@ func TestStatus(t *testing.T) {
 	equal(t, "a foreign Host", refused.StatusCode, 403)
 	resp, err := http.Post(base+"/status", "", nil)
 	check(t, err)
+	wrong, err := io.ReadAll(resp.Body)
+	check(t, err)
 	resp.Body.Close()
 	equal(t, "POST", resp.StatusCode, 405)
+	if resp.Header.Get("Allow") != "GET, HEAD" || !strings.Contains(string(wrong), "GET") {
+		t.Errorf("%v %q does not say what is wanted", resp.Header, wrong)
+	}
 	http.DefaultClient.CloseIdleConnections()
 	check(t, w.stop())
 	if _, err := FetchStatus(context.Background(), socket); err == nil || !strings.Contains(err.Error(), "is ztun control running") {

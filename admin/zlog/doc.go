@@ -38,4 +38,6 @@
 //     second share writes and wake-ups; a lone line is written at once.
 //   - 2026-11-23: RUST_LOG="" means level error, as the library that ztunnel uses has it; an empty clause
 //     inside a list is ignored rather than read as a bare "error".
+//   - 2026-11-28: RUST_LOG=debgu is an error. ztunnel takes such a word for a target, which turns all others off: a
+//     daemon that says nothing, not even why. Words that are known as targets, and module paths (a::b), still are that.
 package zlog

@@ -5,6 +5,8 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+
+	"ztun/admin/suggest"
 )
 
 // Levels beyond slog's own four. LevelOff is only meaningful in a filter.
@@ -21,6 +23,20 @@ const (
 // so it stays although there is no hickory server here.
 const builtin = "hickory_server::server"
 
+// levels are the words for levels, in rising order of what they let through.
+func levels() []string { return []string{"off", "error", "warn", "info", "debug", "trace"} }
+
+// targets are the targets that the lines of this program have, and the first parts of the modules that filters for a
+// ztunnel name. They tell a target that stands alone (RUST_LOG=access) from a level that is misspelt (RUST_LOG=debgu),
+// which as a target would turn off everything else.
+func targets() []string {
+	return []string{
+		"access", "admin", "bounds", "ca", "control", "crl", "dns", "hbone", "inbound", "istiod", "netstack", "outbound", "pods", "proxy", "readiness",
+		"state", "stats", "xds", "ztun",
+		"h2", "hickory_proto", "hickory_resolver", "hickory_server", "hyper", "hyper_util", "rustls", "tokio", "tonic", "tower", "ztunnel",
+	}
+}
+
 // Bounds of a filter: /logging appends to the filter in force, so without them it could grow for ever.
 const (
 	maxDirectives = 128
@@ -36,7 +52,8 @@ type directive struct {
 //
 // It follows ztunnel's RUST_LOG (spec controlplane 11): a comma separated list of `level`,
 // `target=level` and `target` (meaning trace); levels are off, error, warn, info, debug, trace in any
-// case or 0 to 5; targets match by string prefix and the longest wins; what nothing matches is off.
+// case or 0 to 5; targets match by string prefix and the longest wins; what nothing matches is off. A word
+// alone that is neither a level nor a known target is an error here, where ztunnel falls silent.
 type Filter struct {
 	ds []directive // longest target first; equal lengths in reverse alphabetical order, as ztunnel prints them
 }
@@ -86,11 +103,17 @@ func parseDirective(clause string) (directive, error) {
 		if l, ok := parseLevel(clause); ok {
 			return directive{"", l}, nil
 		}
+		if !strings.Contains(clause, "::") && !slices.Contains(targets(), clause) {
+			known := append(levels(), targets()...)
+			return directive{}, fmt.Errorf("invalid log filter %q: neither a level (%s) nor a target that is known (%s=LEVEL for one that is not)%s",
+				clip(clause), strings.Join(levels(), ", "), clip(clause), suggest.DidYouMean(clause, known))
+		}
 		level = "trace"
 	}
 	l, ok := parseLevel(level)
 	if !ok {
-		return directive{}, fmt.Errorf("invalid log filter %q: %q is not one of off, error, warn, info, debug, trace", clip(clause), clip(level))
+		return directive{}, fmt.Errorf("invalid log filter %q: %q is not one of %s%s", clip(clause), clip(level),
+			strings.Join(levels(), ", "), suggest.DidYouMean(level, levels()))
 	}
 	if target == "" || len(target) > maxTarget {
 		return directive{}, fmt.Errorf("invalid log filter %q: the target must have 1 to %d characters", clip(clause), maxTarget)

@@ -1,7 +1,12 @@
 package zlog
 
 import (
+	"io/fs"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -39,6 +44,20 @@ func TestParseFilter(t *testing.T) {
 			t.Errorf("ParseFilter(%q) = %s, want an error", bad, f)
 		} else if len(err.Error()) > 400 {
 			t.Errorf("ParseFilter: error of %d bytes", len(err.Error()))
+		}
+	}
+	// A misspelt level is no target: it would turn off all that the program logs.
+	for bad, want := range map[string]string{
+		"debgu": `; did you mean "debug"?`, "inof": `; did you mean "info"?`, "info,acess": `; did you mean "access"?`, "warning": "(off, error, warn, info, debug, trace)",
+		"6": "neither a level", "access=debgu": `; did you mean "debug"?`, "all": "neither a level",
+	} {
+		if f, err := ParseFilter(bad); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("ParseFilter(%q) = %s, %v; want an error with %s", bad, f, err, want)
+		}
+	}
+	for _, good := range []string{"ztunnel", "ztunnel::xds", "a::b", "xds,warn"} {
+		if _, err := ParseFilter(good); err != nil {
+			t.Errorf("ParseFilter(%q): %v", good, err)
 		}
 	}
 	if DefaultFilter().String() != "hickory_server::server=off,info" {
@@ -140,4 +159,29 @@ func FuzzFilter(f *testing.F) {
 			t.Fatalf("%q prints %q, which parses to %v, %v", s, p, q, err)
 		}
 	})
+}
+
+// Every target that the program gives its loggers is known, so that RUST_LOG=TARGET works.
+func TestTargetsAreKnown(t *testing.T) {
+	given := regexp.MustCompile(`\.Logger\("([^"]+)"\)|Target\("([^"]+)"`)
+	n := 0
+	err := filepath.WalkDir("../..", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		for _, m := range given.FindAllStringSubmatch(string(b), -1) {
+			n++
+			if target := m[1] + m[2]; !slices.Contains(targets(), target) {
+				t.Errorf("%s: target %q is not in targets()", path, target)
+			}
+		}
+		return nil
+	})
+	if err != nil || n < 10 {
+		t.Fatalf("%d loggers: %v", n, err)
+	}
 }

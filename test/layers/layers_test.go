@@ -15,7 +15,7 @@ import (
 // decision: draw it here, and say why in the package's doc.go.
 const allowed = `
 cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/xds admin/zlog netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state tun tun/netns tun/steer
-admin                -> admin/guard proxy/fair proxy/state
+admin                -> admin/guard admin/suggest proxy/fair proxy/state
 admin/ca             -> admin/istiod admin/pb/citadelpb admin/watch proxy/identity
 admin/control        -> admin/ca admin/guard admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch admin/xds proxy/fair proxy/identity proxy/rbac proxy/state
 admin/guard          -> proxy/fair
@@ -26,8 +26,9 @@ admin/pb/discoverypb ->
 admin/pb/securitypb  ->
 admin/pb/workloadpb  ->
 admin/xds            -> admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch proxy/fair proxy/rbac proxy/state
+admin/suggest        ->
 admin/watch          ->
-admin/zlog           ->
+admin/zlog           -> admin/suggest
 netstack             -> proxy/fair proxy/grow proxy/rescue tun
 proxy                -> proxy/fair proxy/hbone proxy/identity proxy/rbac proxy/rescue proxy/route proxy/socks proxy/state
 proxy/dns            -> proxy/fair proxy/rescue proxy/state
