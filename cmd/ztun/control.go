@@ -21,7 +21,7 @@ func controlCommand() *cobra.Command {
 	var o control.Options
 	var logLevel, logFormat string
 	cmd := &cobra.Command{
-		Use: "control", Short: "run the embedded control plane, for machines without istiod", Args: cobra.NoArgs,
+		Use: "control", Short: "run the embedded control plane, for machines without istiod", Args: noArgs,
 		Long: "Serves workloads, services and policies to the daemons of all nodes, and signs their certificates, as istiod\n" +
 			"does, from a directory of YAML files in the schema of LOCAL_XDS. To begin:\n\n" +
 			"  ztun control init /etc/ztun-control\n" +
@@ -70,7 +70,7 @@ func runControl(ctx context.Context, o control.Options, logLevel, logFormat stri
 func controlInitCommand() *cobra.Command {
 	var trustDomain string
 	cmd := &cobra.Command{
-		Use: "init DIR", Short: "make the directory of a new control plane: a CA, an example of a mesh", Args: cobra.ExactArgs(1),
+		Use: "init DIR", Short: "make the directory of a new control plane: a CA, an example of a mesh", Args: oneArg("DIR"),
 		RunE: func(_ *cobra.Command, args []string) error {
 			if err := control.Init(args[0], trustDomain); err != nil {
 				return err
@@ -88,7 +88,7 @@ func controlJoinCommand(dir *string) *cobra.Command {
 	var o control.JoinOptions
 	var host string
 	cmd := &cobra.Command{
-		Use: "join", Short: "make the credentials of a node", Args: cobra.NoArgs,
+		Use: "join", Short: "make the credentials of a node", Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o.Dir = *dir
 			if err := control.Join(cmd.Context(), o); err != nil {
@@ -125,7 +125,7 @@ func controlJoinCommand(dir *string) *cobra.Command {
 func controlLeaveCommand(dir *string) *cobra.Command {
 	var node string
 	cmd := &cobra.Command{
-		Use: "leave", Short: "end the credentials of a node", Args: cobra.NoArgs,
+		Use: "leave", Short: "end the credentials of a node", Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
 			if err := control.Leave(*dir, node); err != nil {
 				return err
@@ -141,7 +141,7 @@ func controlLeaveCommand(dir *string) *cobra.Command {
 
 func controlCheckCommand(o *control.Options) *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "check", Short: "say what is wrong with the YAML files, without publishing them", Args: cobra.NoArgs,
+		Use: "check", Short: "say what is wrong with the YAML files, without publishing them", Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
 			st, err := control.Check(o.Dir, o.Mesh)
 			if err != nil {
@@ -166,7 +166,7 @@ func controlCheckCommand(o *control.Options) *cobra.Command {
 func controlStatusCommand(o *control.Options) *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use: "status", Short: "show what is published and what each node has acknowledged", Args: cobra.NoArgs,
+		Use: "status", Short: "show what is published and what each node has acknowledged", Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if o.Socket == "" {
 				o.Socket = filepath.Join(o.Dir, "control.sock")

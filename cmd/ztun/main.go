@@ -18,7 +18,7 @@ const (
 
 func main() {
 	if err := rootCommand().ExecuteContext(context.Background()); err != nil {
-		fmt.Fprintln(os.Stderr, "ztun:", err)
+		fmt.Fprintln(os.Stderr, "ztun:", err.Error()+permissionHint(err))
 		os.Exit(exitCode(err))
 	}
 }
@@ -41,6 +41,11 @@ func rootCommand() *cobra.Command {
 	}
 	root.SetVersionTemplate("{{.Version}}\n")
 	root.AddCommand(proxyCommand(), podCommand(), caCommand(), controlCommand(), versionCommand())
+	root.SetFlagErrorFunc(flagError)
+	root.SetHelpCommand(helpCommand(root))
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	strict(root)
 	return root
 }
 
@@ -50,9 +55,21 @@ func proxyCommand() *cobra.Command {
 		Short: "run the daemon of one node",
 		Long: "Runs the daemon of one node in the network namespace it is started in.\n" +
 			"It is configured by environment variables (name, default, meaning):\n\n" + helpTable(),
-		Args: cobra.ArbitraryArgs, // ztunnel's chart starts it as `proxy ztunnel`
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 1 && args[0] == "ztunnel" { // as ztunnel's chart starts it
+				return nil
+			}
+			return noArgs(cmd, args)
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := loadConfig(os.LookupEnv, os.Environ)
+			if err != nil {
+				return err
+			}
+			held, err := permitted()
+			if err == nil {
+				err = needRoot(cmd.CommandPath(), held, needs(c)[:required]...)
+			}
 			if err != nil {
 				return err
 			}

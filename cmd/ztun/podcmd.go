@@ -23,7 +23,7 @@ func podCommand() *cobra.Command {
 	var spec admin.PodSpec
 	var ips []string
 	add := &cobra.Command{
-		Use: "add", Short: "attach a pod: its namespace gets a TUN with its addresses", Args: cobra.NoArgs,
+		Use: "add", Short: "attach a pod: its namespace gets a TUN with its addresses", Args: noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			var err error
 			if spec.IPs, err = parseIPs(ips); err != nil {
@@ -57,7 +57,7 @@ func podCommand() *cobra.Command {
 
 	var name, namespace string
 	del := &cobra.Command{
-		Use: "del", Short: "detach a pod: its connections may finish, then every trace is removed", Args: cobra.NoArgs,
+		Use: "del", Short: "detach a pod: its connections may finish, then every trace is removed", Args: noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if err := client().Delete(c.Context(), namespace, name); err != nil {
 				return err
@@ -72,7 +72,7 @@ func podCommand() *cobra.Command {
 
 	var output string
 	list := &cobra.Command{
-		Use: "list", Short: "list the pods of the daemon", Args: cobra.NoArgs,
+		Use: "list", Short: "list the pods of the daemon", Args: noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			pods, err := client().List(c.Context())
 			if err != nil {

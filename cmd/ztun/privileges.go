@@ -56,7 +56,10 @@ type need struct {
 	why string
 }
 
-// needs lists what a configuration needs. What is not held is not asked for: everything but the first two does without.
+// required is how many of needs the daemon cannot do without: the first ones.
+const required = 2
+
+// needs lists what a configuration needs. What is not held is not asked for: everything but the first two (required) does without.
 func needs(c *Config) []need {
 	all := []need{
 		{unix.CAP_NET_ADMIN, "TUN devices, addresses, routes and rules, transparent sockets"},

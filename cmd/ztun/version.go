@@ -46,7 +46,7 @@ func versionText() string {
 
 func versionCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "version", Short: "print the version and end", Args: cobra.NoArgs,
+		Use: "version", Short: "print the version and end", Args: noArgs,
 		Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), versionText()) },
 	}
 }
