@@ -21,7 +21,8 @@ type AdminOptions struct {
 	Logging Logging
 	// Dump returns the sections of /config_dump by key. It is called once per dump, so that all sections
 	// can close over one snapshot.
-	Dump func() map[string]Section
+	Dump        func() map[string]Section
+	Connections ConnectionSource // of /ztun/connections and /ztun/flows
 	// Quit asks for the end of the process; it must not wait for it. reason is "/quitquitquit".
 	Quit func(reason string)
 	// Debug are additional exact paths, which must begin with /debug/.
@@ -56,6 +57,7 @@ func NewAdmin(o AdminOptions) (*Server, error) {
 	maps.Copy(routes, o.Debug)
 	routes["/"] = dashboard(slices.Sorted(maps.Keys(o.Debug)))
 	routes["/config_dump"] = dump
+	routes[connectionsPage], routes[flowsPage] = o.Connections.handler(false), o.Connections.handler(true)
 	routes["/quitquitquit"] = quitHandler(o.Quit)
 	if o.Logging != nil {
 		routes["/logging"] = loggingHandler(o.Logging)
@@ -116,6 +118,8 @@ func dashboard(extra []string) http.HandlerFunc {
 		{"config_dump", "dump the current configuration and state"},
 		{"logging", "show or change logging levels (POST)"},
 		{"debug/pprof/", "all profiles of the Go runtime"},
+		{"ztun/connections", "live connections of the pods (query: pod, peer, direction, sort, limit)"},
+		{"ztun/flows", "connections that have ended, with outcome and reason (query: outcome, since as well)"},
 	}
 	for _, p := range extra {
 		rows = append(rows, row{strings.TrimPrefix(p, "/"), "addition of ztun"})

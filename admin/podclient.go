@@ -54,6 +54,25 @@ func (c *PodClient) List(ctx context.Context) ([]PodStatus, error) {
 	return l.Pods, err
 }
 
+// Connections returns the live connections that q asks for.
+func (c *PodClient) Connections(ctx context.Context, q ConnectionQuery) (l Connections, err error) {
+	err = c.ask(ctx, connectionsPath, q, &l)
+	return l, err
+}
+
+// Flows returns the ended connections that q asks for, as far as the daemon remembers them.
+func (c *PodClient) Flows(ctx context.Context, q ConnectionQuery) (l Connections, err error) {
+	err = c.ask(ctx, flowsPath, q, &l)
+	return l, err
+}
+
+func (c *PodClient) ask(ctx context.Context, path string, q ConnectionQuery, l *Connections) error {
+	if err := q.Validate(); err != nil {
+		return err
+	}
+	return c.do(ctx, http.MethodGet, path+"?"+q.values().Encode(), nil, l)
+}
+
 // maxReply bounds what the client reads: some 10,000 pods.
 const maxReply = 16 << 20
 

@@ -33,14 +33,16 @@ const maxSocketPath = 107 - len(".new")
 
 // PodSocketOptions configure the control socket.
 type PodSocketOptions struct {
-	Path   string // ZTUN_SOCKET
-	Pods   PodManager
-	Report *fair.Report // of the bound on connections; may be nil
-	Logger *slog.Logger
+	Path string // ZTUN_SOCKET
+	Pods PodManager
+	// Connections is asked by GET /v1/connections and /v1/flows.
+	Connections ConnectionSource
+	Report      *fair.Report // of the bound on connections; may be nil
+	Logger      *slog.Logger
 }
 
-// PodSocket is the HTTP server behind `ztun pod`. Its paths are POST /v1/pods, GET /v1/pods and DELETE
-// /v1/pods/{namespace}/{name}; errors are {"error": "..."}.
+// PodSocket is the HTTP server behind `ztun pod` and whatever else asks a running daemon. Its paths are POST /v1/pods,
+// GET /v1/pods, DELETE /v1/pods/{namespace}/{name}, GET /v1/connections and GET /v1/flows; errors are {"error": "..."}.
 type PodSocket struct {
 	*Server
 	path   string
@@ -72,7 +74,7 @@ func NewPodSocket(o PodSocketOptions) (*PodSocket, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	h := &podHandler{ctx: ctx, pods: o.Pods, logger: o.Logger}
+	h := &podHandler{ctx: ctx, pods: o.Pods, connections: o.Connections, logger: o.Logger}
 	// All callers are one source, the node's own tools: what one has begun is not cut for another.
 	bounds := guard.ConnsOptions{KeepBusy: true, Report: o.Report}
 	s := &PodSocket{Server: newServer("control", []net.Listener{l}, h, o.Logger, bounds), path: o.Path, ino: ino, lock: lock, cancel: cancel}
@@ -167,15 +169,31 @@ func (s *PodSocket) release() {
 }
 
 type podHandler struct {
-	ctx    context.Context // ends at Close
-	pods   PodManager
-	logger *slog.Logger
+	ctx         context.Context // ends at Close
+	pods        PodManager
+	connections ConnectionSource
+	logger      *slog.Logger
 }
 
-const podsPath = "/v1/pods"
+const (
+	podsPath        = "/v1/pods"
+	connectionsPath = "/v1/connections"
+	flowsPath       = "/v1/flows"
+)
 
 func (h *podHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	code, body, err := h.serve(r)
+	var code int
+	var body any
+	var err error
+	switch r.URL.Path {
+	case connectionsPath, flowsPath:
+		err = h.list(w, r)
+		if err == nil {
+			return
+		}
+	default:
+		code, body, err = h.serve(r)
+	}
 	if err != nil {
 		code = podStatus(err)
 		body = podError{err.Error()}
@@ -192,6 +210,19 @@ func (h *podHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
 	json.NewEncoder(w).Encode(body)
+}
+
+// list answers what is asked of connections; an error if nothing was written.
+func (h *podHandler) list(w http.ResponseWriter, r *http.Request) error {
+	if r.Method != http.MethodGet {
+		return fmt.Errorf("%w: %s, use GET", errPodMethod, clip(r.Method, 16))
+	}
+	q, err := connectionQuery(r.URL.Query())
+	if err != nil {
+		return err
+	}
+	h.connections.Select(r.URL.Path == flowsPath, q).write(w)
+	return nil
 }
 
 type podError struct {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"ztun/proxy/fair"
+	"ztun/proxy/route"
 	"ztun/proxy/state"
 )
 
@@ -22,9 +23,11 @@ type connection struct {
 	outbound bool
 	start    time.Time
 	src, dst netip.AddrPort
-	hbone    string // the CONNECT authority; "" for plaintext
+	called   netip.AddrPort // of an outbound one
+	hbone    string         // the CONNECT authority; "" for plaintext
 	mtls     bool
-	carried  bool    // it was accepted, and bytes could flow
+	carried  bool // it was accepted, and bytes could flow
+	protocol route.Protocol
 	labels   *labels // the series' own, mostly: idle connections are to be small
 	series   *series
 	srcName  string // pod names; "" falls back to the canonical service label
@@ -34,13 +37,16 @@ type connection struct {
 	sent     atomic.Uint64 // upstream to downstream
 
 	recorded sync.Once
+	past     past // set when it is recorded
 }
 
 type connectionInput struct {
 	outbound bool
 	src, dst netip.AddrPort
+	called   netip.AddrPort
 	hbone    string
 	mtls     bool
+	protocol route.Protocol
 	derived  *derived
 	source   *state.Workload
 	dest     *state.Workload
@@ -51,7 +57,8 @@ type connectionInput struct {
 
 // open counts the connection and writes the DEBUG line "connection opened".
 func (p *Proxy) open(in connectionInput) *connection {
-	c := &connection{p: p, outbound: in.outbound, start: in.start, src: in.src, dst: in.dst, hbone: in.hbone, mtls: in.mtls}
+	c := &connection{p: p, outbound: in.outbound, start: in.start, src: in.src, dst: in.dst,
+		called: in.called, hbone: in.hbone, mtls: in.mtls, protocol: in.protocol}
 	li := labelInput{reporter: reporterDestination, security: securityUnknown, derived: in.derived, source: in.source, dest: in.dest, farEnd: in.farEnd, service: in.service}
 	if in.outbound {
 		li.reporter = reporterSource
@@ -88,7 +95,7 @@ func (p *Proxy) open(in connectionInput) *connection {
 // record closes the connection's books: metrics and the access line. Only the first call counts.
 func (c *connection) record(err error) {
 	c.recorded.Do(func() {
-		flag := FlagNone
+		flag, reason := FlagNone, ""
 		if err != nil {
 			err = revokedInstead(err)
 			flag = FlagConnect // an error that carries no flag of its own (spec 10.2)
@@ -96,8 +103,10 @@ func (c *connection) record(err error) {
 			if errors.As(err, &e) {
 				flag = e.Flag()
 			}
+			reason = err.Error()
 		}
 		c.p.o.Metrics.close(c.series, flag)
+		c.p.history.remember(c, err, reason, flag)
 		level := slog.LevelInfo
 		if err != nil {
 			level = slog.LevelError
@@ -114,7 +123,7 @@ func (c *connection) record(err error) {
 		attrs = append(attrs, slog.Uint64("bytes_sent", sent), slog.Uint64("bytes_recv", received),
 			slog.String("duration", durationText(time.Since(c.start))))
 		if err != nil {
-			attrs = append(attrs, slog.String("error", err.Error()))
+			attrs = append(attrs, slog.String("error", reason))
 		}
 		if err != nil && !c.carried {
 			// As many as somebody likes who is refused: within a budget.
@@ -150,14 +159,6 @@ func (c *connection) attrs(a []slog.Attr) []slog.Attr {
 	}
 	str("dst.cluster", c.labels[lDestinationCluster])
 	return append(a, slog.String("direction", direction(c.outbound)))
-}
-
-// deny writes the WARN line of a connection that was turned down before anything was counted
-// (spec 11, "early deny").
-func (p *Proxy) deny(outbound bool, src, dst netip.AddrPort, err error) {
-	p.bounds.refusals.Log(context.Background(), slog.LevelWarn, sourceOf(src), "connection failed",
-		slog.Any("src.addr", src), slog.Any("dst.addr", dst),
-		slog.String("direction", direction(outbound)), slog.String("error", err.Error()))
 }
 
 // sourceOf is who src is to the bounds on log lines.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/netip"
 	"sync"
+	"time"
 
 	"golang.org/x/net/http2"
 
@@ -14,16 +15,18 @@ import (
 // live is one connection that can be listed, re-checked and cut.
 type live struct {
 	inbound     bool
+	start       time.Time
 	src         netip.AddrPort
 	originalDst netip.AddrPort // zero: none
 	actualDst   netip.AddrPort
 	protocol    string // HBONE, TCP, DOUBLEHBONE
 	policy      rbac.Conn
 
-	mu   sync.Mutex
-	cut  *Error             // set once, by the first who cuts
-	ends [2]Conn            // what is aborted by a cut
-	stop context.CancelFunc // ends a dial that is still under way
+	mu    sync.Mutex
+	cut   *Error             // set once, by the first who cuts
+	books *connection        // set when bytes can flow
+	ends  [2]Conn            // what is aborted by a cut
+	stop  context.CancelFunc // ends a dial that is still under way
 }
 
 // cancel ends one side of a connection that we cut: CANCEL on a tunnel's stream, as ztunnel does, RST on TCP.
@@ -36,10 +39,10 @@ func cancel(c Conn) {
 }
 
 // attach gives the connection's ends to be aborted by a cut. It reports the cut if it has come already.
-func (l *live) attach(down, up Conn) *Error {
+func (l *live) attach(books *connection, down, up Conn) *Error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.ends = [2]Conn{down, up}
+	l.books, l.ends = books, [2]Conn{down, up}
 	l.stop = nil // nothing is under way any more: let go of the context
 	return l.cut
 }

@@ -82,7 +82,7 @@ func (v *visit) accept(c *connection, f Flow, up Conn) {
 func (v *visit) carry(c *connection, down, up Conn) {
 	c.carried, v.carried = true, true
 	s := &session{v: v, c: c, down: down, up: up}
-	if cut := v.live.attach(down, up); cut != nil {
+	if cut := v.live.attach(c, down, up); cut != nil {
 		cancel(down)
 		cancel(up)
 		s.end()

@@ -56,7 +56,7 @@ func (p *Proxy) ServeMesh(raw net.Conn) {
 	conn, shown, err := p.meet(raw, t, source, evict)
 	if err != nil {
 		if !evicted.Load() { // the report says that it was, once for many
-			p.deny(false, t.src, t.dst, err)
+			p.denyMesh(t, "", err)
 		}
 		return
 	}
@@ -64,7 +64,7 @@ func (p *Proxy) ServeMesh(raw net.Conn) {
 	forget, err := p.track(identity.ServerSide, shown, server.Abort)
 	if err != nil {
 		server.Close()
-		p.deny(false, t.src, t.dst, fmt.Errorf("tls handshake error: %w", err))
+		p.denyMesh(t, "", fmt.Errorf("tls handshake error: %w", err))
 		return
 	}
 	defer forget()
@@ -164,7 +164,7 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	}
 	if place == nil || err != nil {
 		if gone := ctx.Err() != nil && p.ctx.Err() == nil; place != nil && !gone {
-			p.deny(false, t.src, t.dst, err)
+			p.denyMesh(t, s.Authority(), err)
 		}
 		stop()
 		s.Refuse(statusOf(err))
@@ -176,7 +176,7 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 		source = p.peer(ctx, view, t.src.Addr())
 	}
 	l := &live{
-		inbound: true, src: t.src, originalDst: t.dst, actualDst: in.App, protocol: route.HBONE.String(), stop: stop,
+		inbound: true, start: start, src: t.src, originalDst: t.dst, actualDst: in.App, protocol: route.HBONE.String(), stop: stop,
 		policy: rbac.Conn{Src: t.src.Addr(), Dst: in.App, ID: t.peer, HasID: t.hasPeer, SrcUnknown: p.rewritten(t, source)},
 	}
 	p.work.Add(1) // beside the tunnel's own, which is held as long as this runs
@@ -190,7 +190,7 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 		der.baggage = hbone.ParseBaggage(s.Baggage()) // what a peer that policy refuses says of itself is not listened to
 	}
 	c = p.open(connectionInput{
-		src: t.src, dst: t.dst, hbone: s.Authority(), mtls: true, derived: der,
+		src: t.src, dst: t.dst, hbone: s.Authority(), mtls: true, protocol: route.HBONE, derived: der,
 		source: source, dest: local, service: in.Service, start: start,
 	})
 	var up Conn

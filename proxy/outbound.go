@@ -37,7 +37,7 @@ func (v *visit) outbound(f Flow, start time.Time) {
 	d, local, err := p.decide(ctx, src, dst, nil)
 	if err != nil {
 		if ctx.Err() == nil || p.ctx.Err() != nil { // not turned away by a bound, which is said elsewhere
-			p.deny(true, src, dst, err)
+			p.deny(outbound, src, dst, err)
 		}
 		refuse(f, err)
 		return
@@ -45,11 +45,11 @@ func (v *visit) outbound(f Flow, start time.Time) {
 
 	a := attempts{v: v, local: local, src: src, dst: dst}
 	for {
-		l := &live{src: src, originalDst: dst, actualDst: d.Actual, protocol: d.Protocol.String(), stop: stop}
+		l := &live{start: start, src: src, originalDst: dst, actualDst: d.Actual, protocol: d.Protocol.String(), stop: stop}
 		v.register(l)
 		f.OnGone(func() { l.sever(fail(kindCrowded, nil)) })
 
-		in := connectionInput{outbound: true, src: src, dst: d.Actual, source: local, dest: d.Workload, service: d.Service, start: start}
+		in := connectionInput{outbound: true, src: src, called: dst, dst: d.Actual, protocol: d.Protocol, source: local, dest: d.Workload, service: d.Service, start: start}
 		if d.Protocol != route.TCP {
 			in.mtls = true
 			in.hbone = d.Authority()

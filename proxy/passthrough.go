@@ -27,7 +27,7 @@ func (p *Proxy) ServePassthrough(f Flow) {
 	f.OnGone(stop)
 	refuse := func(err error) {
 		if ctx.Err() == nil || p.ctx.Err() != nil { // not turned away by a bound, which is said elsewhere
-			p.deny(false, src, dst, err)
+			p.deny(passthrough, src, dst, err)
 		}
 		f.Refuse(RefuseReset)
 	}
@@ -49,7 +49,7 @@ func (p *Proxy) ServePassthrough(f Flow) {
 		start:   start,
 	}
 	l := &live{
-		inbound: true, src: src, originalDst: dst, actualDst: dst, protocol: route.TCP.String(), stop: stop,
+		inbound: true, start: start, src: src, originalDst: dst, actualDst: dst, protocol: route.TCP.String(), stop: stop,
 		policy: rbac.Conn{Src: src.Addr(), Dst: dst},
 	}
 	v.register(l)

@@ -43,6 +43,7 @@ type Config struct {
 	// LocalhostAppTunnel (LOCALHOST_APP_TUNNEL, ztunnel's default is true): application tunnels with PROXY
 	// protocol are dialled on the pod's loopback, else at the pod's address, as the client.
 	LocalhostAppTunnel bool
+	Remember           int  // ZTUN_FLOWS: ended connections that are remembered, and as many that were turned down
 	PolicyInfoLogging  bool // AUTHZ_POLICY_INFO_LOGGING: what policy decides is logged at INFO, not DEBUG
 }
 
@@ -109,15 +110,17 @@ type Proxy struct {
 	mesh     map[*hbone.ServerConn]struct{}
 	work     sync.WaitGroup
 
-	conns   conns
-	proofs  sync.Map // net.Conn -> proof: handshakes whose tunnel the pool is about to make
-	bounds  *bounds
-	ailing  ailing
-	retried atomic.Uint64      // connections that went to another endpoint than the first
-	foreign atomic.Uint64      // requests whose tunnel's source address is not its peer's
-	tunnels hbone.Stats        // of both directions
-	labels  [3]context.Context // pprof labels by direction
-	illegal []uint16           // ports that no connection may be steered to
+	conns      conns
+	history    history
+	unlabelled labels   // of what was turned down before it was known
+	proofs     sync.Map // net.Conn -> proof: handshakes whose tunnel the pool is about to make
+	bounds     *bounds
+	ailing     ailing
+	retried    atomic.Uint64      // connections that went to another endpoint than the first
+	foreign    atomic.Uint64      // requests whose tunnel's source address is not its peer's
+	tunnels    hbone.Stats        // of both directions
+	labels     [3]context.Context // pprof labels by direction
+	illegal    []uint16           // ports that no connection may be steered to
 
 	policyLogger *slog.Logger
 }
@@ -130,6 +133,7 @@ func New(o Options) *Proxy {
 	o.Config.HBONE.Panics = o.Panics
 	p := &Proxy{o: o, mesh: map[*hbone.ServerConn]struct{}{}, illegal: route.IllegalPorts(o.Config.SOCKS5)}
 	p.bounds = newBounds(&o)
+	p.history = history{newRing(o.Config.Remember), newRing(o.Config.Remember)}
 	p.o.Config.HBONE.Stats, p.o.Config.HBONE.Calmed = &p.tunnels, p.bounds.calmed
 	if p.o.Policies == nil {
 		p.o.Policies = NewUnknownPolicies(false, o.Log)
@@ -137,7 +141,7 @@ func New(o Options) *Proxy {
 	p.policyLogger = newPolicyLogger(&o)
 	p.ctx, p.stop = context.WithCancel(context.Background())
 	pod := o.Info.Namespace + "/" + o.Info.Name
-	for dir, name := range [...]string{outbound: "outbound", inbound: "inbound", passthrough: "passthrough"} {
+	for dir, name := range directions {
 		p.labels[dir] = pprof.WithLabels(context.Background(), pprof.Labels("role", "worker", "pod", pod, "dir", name))
 	}
 	p.pool = hbone.NewPool(hbone.PoolOptions{
@@ -152,6 +156,8 @@ const (
 	inbound
 	passthrough
 )
+
+var directions = [...]string{outbound: "outbound", inbound: "inbound", passthrough: "passthrough"}
 
 // visit is one connection's stay in the proxy: from its SYN or its CONNECT, to the end of its copying.
 type visit struct {

@@ -82,6 +82,7 @@ type Config struct {
 	AdminToken                             string // file
 	MTU                                    int
 	MaxInFlight, MaxInFlightPerDestination int
+	Flows                                  int // per pod
 	DNSRate                                int
 	DNSSearch                              []string
 	MemoryLimit, PodMemory                 int64 // bytes; 0: not set

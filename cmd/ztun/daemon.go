@@ -232,7 +232,7 @@ func (d *daemon) start(ctx context.Context) error {
 
 	// Bound before anything of the node or of the list of pods is touched: its lock tells two daemons with
 	// one ZTUN_STATE_DIR apart. It is served last.
-	d.control, err = admin.NewPodSocket(admin.PodSocketOptions{Path: c.Socket, Pods: d.pods, Report: d.report, Logger: d.log.Logger("pods")})
+	d.control, err = admin.NewPodSocket(admin.PodSocketOptions{Path: c.Socket, Pods: d.pods, Connections: d.connections(), Report: d.report, Logger: d.log.Logger("pods")})
 	if err != nil {
 		return err
 	}
@@ -397,7 +397,7 @@ func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup, mem
 			HBONE:          hbone.Config{StreamWindow: c.StreamWindow, ConnWindow: c.ConnWindow, FrameSize: c.FrameSize, Memory: memory, Buffers: &d.buffers, Logger: d.log.Logger("hbone")},
 			PoolMaxStreams: int(c.PoolMaxStreams), PoolUnused: c.PoolUnused,
 			TLS:    d.tls(),
-			SOCKS5: c.SOCKS5, LocalhostAppTunnel: c.LocalhostAppTunnel, PolicyInfoLogging: c.AuthzInfo,
+			SOCKS5: c.SOCKS5, LocalhostAppTunnel: c.LocalhostAppTunnel, PolicyInfoLogging: c.AuthzInfo, Remember: c.Flows,
 		},
 	})
 }

@@ -22,7 +22,7 @@ func (d *daemon) bindReadiness() error {
 // bindAdmin starts 15000 and 15020.
 func (d *daemon) bindAdmin() error {
 	a, err := admin.NewAdmin(admin.AdminOptions{
-		Port: d.c.AdminPort, IPv6: d.c.loopbackIPv6(), Logging: d.log, Dump: d.dump, Quit: d.askToQuit,
+		Port: d.c.AdminPort, IPv6: d.c.loopbackIPv6(), Logging: d.log, Dump: d.dump, Connections: d.connections(), Quit: d.askToQuit,
 		Token: d.c.AdminToken, Report: d.report, Logger: d.log.Logger("admin"),
 	})
 	if err := d.bound("admin", a, err); err != nil {

@@ -1,0 +1,239 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"iter"
+	"log/slog"
+	"net/netip"
+	"sync/atomic"
+	"time"
+
+	"ztun/proxy/hbone"
+	"ztun/proxy/route"
+)
+
+// Party is one side of a connection, as far as it is known here.
+type Party struct {
+	Addr                netip.AddrPort
+	Workload, Namespace string
+	Identity            string // of the tunnel's certificates; "" for plaintext
+	Cluster             string
+}
+
+// ConnectionInfo is one connection as an operator sees it: what the books hold of it, while it lives and after.
+type ConnectionInfo struct {
+	Direction           string // outbound, inbound or passthrough (inbound plaintext)
+	Protocol            string // HBONE, TCP or DOUBLEHBONE
+	State               string // connecting, open or ended
+	Source, Destination Party
+	Called              netip.AddrPort // what the source called, where that is not Destination.Addr; else zero
+	Service             string         // hostname; "" if none was called
+	Authority           string         // of the CONNECT
+	// TunnelLocal and TunnelRemote are the TCP connection of the node that carries an open one, as ss shows it; zero for
+	// plaintext and for what has ended.
+	TunnelLocal, TunnelRemote netip.AddrPort
+	Start, End                time.Time // End is zero while it lives
+	Sent, Received            uint64    // bytes, turned as in the access line
+
+	// Of ended ones. Flag is the response_flags label of the metrics.
+	Outcome, Reason, Flag string
+}
+
+// Outcomes of ended connections.
+const (
+	OutcomeSuccess = "success" // it ended as its ends wanted
+	OutcomeDenied  = "denied"  // policy said no, here or at the peer (401)
+	OutcomeFailed  = "failed"  // it never stood, for another reason
+	OutcomeCut     = "cut"     // it stood, and ended in an error or because we cut it
+)
+
+// outcome says in a word how a connection ended.
+func outcome(carried bool, err error) string {
+	var e *Error
+	switch {
+	case err == nil:
+		return OutcomeSuccess
+	case carried:
+		return OutcomeCut
+	case errors.As(err, &e) && (e.kind == kindDenied || e.kind == kindStatus && e.statusIs(401)):
+		return OutcomeDenied
+	}
+	return OutcomeFailed
+}
+
+// past is how a connection ended; its books have it from then on.
+type past struct {
+	after   time.Duration // since its start
+	outcome string
+	reason  string
+	flag    Flag
+}
+
+// ring remembers the last connections that have ended. It holds on to their own books, so that remembering one costs two
+// atomic operations. A nil ring remembers nothing.
+type ring struct {
+	next  atomic.Uint64
+	slots []atomic.Pointer[connection]
+}
+
+func newRing(size int) *ring {
+	if size <= 0 {
+		return nil
+	}
+	return &ring{slots: make([]atomic.Pointer[connection], size)}
+}
+
+// add takes books that nobody writes to any more.
+func (r *ring) add(c *connection) {
+	if r != nil {
+		r.slots[(r.next.Add(1)-1)%uint64(len(r.slots))].Store(c)
+	}
+}
+
+// all are those that are remembered, in no order.
+func (r *ring) all(yield func(*connection) bool) {
+	if r == nil {
+		return
+	}
+	for i := range r.slots {
+		if c := r.slots[i].Load(); c != nil && !yield(c) {
+			return
+		}
+	}
+}
+
+// history is what one pod's connections were. Those that never stood have a ring of their own: a scan that is refused
+// a thousand times must not take the place of what really happened.
+type history struct{ carried, refused *ring }
+
+// maxReason bounds what is kept of a reason, in bytes.
+const maxReason = 512
+
+// remember keeps the books of a connection that has ended. reason is err's text.
+func (h *history) remember(c *connection, err error, reason string, flag Flag) {
+	if h.carried == nil {
+		return
+	}
+	c.past = past{time.Since(c.start), outcome(c.carried, err), clip(reason, maxReason), flag}
+	if c.carried || err == nil {
+		h.carried.add(c)
+	} else {
+		h.refused.add(c)
+	}
+}
+
+// deny keeps the books of a connection that was turned down before anything was counted (spec 11, "early deny"): a WARN line,
+// and what an operator sees of it. dir is the direction.
+func (p *Proxy) deny(dir int, src, dst netip.AddrPort, err error) {
+	c := &connection{p: p, outbound: dir == outbound, src: src, dst: dst, labels: &p.unlabelled}
+	if dir == inbound {
+		c.protocol = route.HBONE
+	}
+	p.denied(c, err)
+}
+
+// denyMesh is deny for what comes over a tunnel, whose peer may have shown who it is.
+func (p *Proxy) denyMesh(t *tunnel, authority string, err error) {
+	c := &connection{p: p, src: t.src, dst: t.dst, hbone: clip(authority, maxReason), protocol: route.HBONE, labels: &p.unlabelled}
+	if t.hasPeer {
+		c.mtls, c.labels = true, &labels{lSourcePrincipal: t.peer.String()}
+	}
+	p.denied(c, err)
+}
+
+func (p *Proxy) denied(c *connection, err error) {
+	c.start = time.Now()
+	reason := err.Error()
+	p.history.remember(c, err, reason, FlagNone)
+	p.bounds.refusals.Log(context.Background(), slog.LevelWarn, sourceOf(c.src), "connection failed",
+		slog.Any("src.addr", c.src), slog.Any("dst.addr", c.dst),
+		slog.String("direction", direction(c.outbound)), slog.String("error", reason))
+}
+
+// Live yields what is open or being opened now, in no order. No lock is held while it yields.
+func (p *Proxy) Live() iter.Seq[ConnectionInfo] {
+	return func(yield func(ConnectionInfo) bool) {
+		for _, l := range p.conns.snapshot() {
+			if !yield(l.info()) {
+				return
+			}
+		}
+	}
+}
+
+// Ended yields connections that have ended, as many as are remembered (Config.Remember), in no order.
+func (p *Proxy) Ended() iter.Seq[ConnectionInfo] {
+	return func(yield func(ConnectionInfo) bool) {
+		for _, r := range []*ring{p.history.carried, p.history.refused} {
+			for c := range r.all {
+				i := c.info()
+				i.State, i.End = "ended", c.start.Add(c.past.after)
+				i.Outcome, i.Reason, i.Flag = c.past.outcome, c.past.reason, c.past.flag.String()
+				if !yield(i) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// info is what the books hold.
+func (c *connection) info() ConnectionInfo {
+	i := ConnectionInfo{
+		Direction: directions[outbound], Protocol: c.protocol.String(), Called: c.called, Service: c.labels[lDestinationService],
+		Authority: c.hbone, Start: c.start, Sent: c.sent.Load(), Received: c.received.Load(),
+		Source:      Party{Addr: c.src, Workload: firstNonEmpty(c.srcName, c.labels[lSourceCanonicalService]), Namespace: c.labels[lSourceNamespace], Cluster: c.labels[lSourceCluster]},
+		Destination: Party{Addr: c.dst, Workload: firstNonEmpty(c.dstName, c.labels[lDestinationCanonicalService]), Namespace: c.labels[lDestinationNamespace], Cluster: c.labels[lDestinationCluster]},
+	}
+	switch {
+	case c.outbound:
+		i.Sent, i.Received = i.Received, i.Sent
+	case c.protocol == route.TCP:
+		i.Direction = directions[passthrough]
+	default:
+		i.Direction = directions[inbound]
+	}
+	if c.mtls {
+		i.Source.Identity, i.Destination.Identity = c.labels[lSourcePrincipal], c.labels[lDestinationPrincipal]
+	}
+	if i.Called == i.Destination.Addr {
+		i.Called = netip.AddrPort{}
+	}
+	return i
+}
+
+// info is what is known of a live connection; before it stands that is little.
+func (l *live) info() ConnectionInfo {
+	l.mu.Lock()
+	c, ends := l.books, l.ends
+	l.mu.Unlock()
+	if c == nil {
+		i := ConnectionInfo{Direction: directions[outbound], Protocol: l.protocol, State: "connecting", Start: l.start,
+			Source: Party{Addr: l.src}, Destination: Party{Addr: l.actualDst}}
+		if l.originalDst != l.actualDst {
+			i.Called = l.originalDst
+		}
+		if l.inbound {
+			i.Direction, i.Called = directions[inbound], netip.AddrPort{}
+			if l.policy.HasID {
+				i.Source.Identity = l.policy.ID.String()
+			}
+			if l.protocol == route.TCP.String() {
+				i.Direction = directions[passthrough]
+			}
+		}
+		return i
+	}
+	i := c.info()
+	i.State = "open"
+	if l.inbound && c.hbone != "" {
+		i.Destination.Addr = l.actualDst // the application; the books have the tunnel's address, as ztunnel's access line
+	}
+	for _, e := range ends {
+		if s, ok := e.(*hbone.Stream); ok {
+			i.TunnelLocal, i.TunnelRemote = addrPort(s.LocalAddr()), addrPort(s.RemoteAddr())
+		}
+	}
+	return i
+}
