@@ -70,7 +70,7 @@ func runControl(ctx context.Context, o control.Options, logLevel, logFormat stri
 func controlInitCommand() *cobra.Command {
 	var trustDomain string
 	cmd := &cobra.Command{
-		Use: "init DIR", Short: "make the directory of a new control plane: a CA, an example of a mesh", Args: oneArg("DIR"),
+		Use: "init DIR", Short: "make the directory of a new control plane: a CA, an example of a mesh", Args: oneArg("DIR"), ValidArgsFunction: directories,
 		RunE: func(_ *cobra.Command, args []string) error {
 			if err := control.Init(args[0], trustDomain); err != nil {
 				return err

@@ -28,6 +28,10 @@ func exitCode(err error) int {
 	if errors.As(err, &c) {
 		return exitConfig
 	}
+	var coded *codedError
+	if errors.As(err, &coded) {
+		return coded.code
+	}
 	return exitFailure
 }
 
@@ -40,12 +44,13 @@ func rootCommand() *cobra.Command {
 		Version:       versionText(),
 	}
 	root.SetVersionTemplate("{{.Version}}\n")
-	root.AddCommand(proxyCommand(), podCommand(), caCommand(), controlCommand(), versionCommand())
+	root.AddCommand(proxyCommand(), podCommand(), caCommand(), controlCommand(), versionCommand(), manCommand())
 	root.SetFlagErrorFunc(flagError)
 	root.SetHelpCommand(helpCommand(root))
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()
 	strict(root)
+	complete(root)
 	return root
 }
 

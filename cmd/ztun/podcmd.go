@@ -82,7 +82,7 @@ func podCommand() *cobra.Command {
 		},
 	}
 	list.Flags().StringVarP(&output, "output", "o", "table", "table or json")
-	cmd.AddCommand(add, del, list)
+	cmd.AddCommand(add, del, list, podExecCommand(client))
 	return cmd
 }
 

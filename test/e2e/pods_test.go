@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"sort"
 	"strings"
 	"testing"
@@ -155,6 +156,32 @@ func TestPodCommands(t *testing.T) {
 			}
 		}
 		holder.Kill()
+	})
+	t.Run("exec", func(t *testing.T) {
+		// In the pod's network, with the files that its namespace's name has, and with the command's own exit code.
+		inEtc := filepath.Join("/etc/netns", m.a.NS.Name)
+		must(t, os.MkdirAll(inEtc, 0o755))
+		t.Cleanup(func() { os.RemoveAll(inEtc); os.Remove("/etc/netns") }) // the latter only if it is empty
+		must(t, os.WriteFile(filepath.Join(inEtc, "resolv.conf"), []byte("nameserver 192.0.2.53\n"), 0o644))
+		host, err := os.ReadFile("/etc/resolv.conf")
+		must(t, err)
+		out, err := m.PodCmd(m.ctx, m.N1, "exec", "a", "--", "sh", "-c", "ip -o address show dev ztun0; cat /etc/resolv.conf; exit 7")
+		if lab.ExitCode(err) != 7 || !strings.Contains(out, m.a.V4().String()) || !strings.Contains(out, "192.0.2.53") {
+			t.Errorf("%d, %s", lab.ExitCode(err), out)
+		}
+		out, err = m.PodCmd(m.ctx, m.N1, "exec", "default/b", "ip", "-o", "address")
+		if err != nil || !strings.Contains(out, m.b.V4().String()) || strings.Contains(out, m.N1.Addr4.String()) {
+			t.Errorf("%v, %s", err, out)
+		}
+		if after, err := os.ReadFile("/etc/resolv.conf"); err != nil || string(after) != string(host) {
+			t.Errorf("the host's resolv.conf is %q, was %q, %v", after, host, err)
+		}
+		for args, want := range map[string]string{"nobody -- true": "no pod default/nobody", "a -- no-such-command": "command not found"} {
+			if _, err := m.PodCmd(m.ctx, m.N1, "exec", strings.Fields(args)...); err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("exec %s: %v", args, err)
+			}
+		}
+		unchanged(t)
 	})
 	t.Run("list", func(t *testing.T) {
 		out, err := m.PodCmd(m.ctx, m.N1, "list", "-o", "json")
