@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"net"
 	"os"
@@ -165,6 +164,7 @@ func controlCheckCommand(o *control.Options) *cobra.Command {
 
 func controlStatusCommand(o *control.Options) *cobra.Command {
 	var asJSON bool
+	var out output
 	cmd := &cobra.Command{
 		Use: "status", Short: "show what is published and what each node has acknowledged", Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -177,14 +177,16 @@ func controlStatusCommand(o *control.Options) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if !asJSON {
+			if asJSON {
+				out.format = outputJSON
+			}
+			if !out.structured() {
 				return st.WriteTable(os.Stdout)
 			}
-			e := json.NewEncoder(os.Stdout)
-			e.SetIndent("", "  ")
-			return e.Encode(st)
+			return out.write(os.Stdout, st)
 		},
 	}
-	cmd.Flags().BoolVar(&asJSON, "json", false, "print everything as JSON")
+	out.bind(cmd)
+	cmd.Flags().BoolVar(&asJSON, "json", false, "the same as -o json")
 	return cmd
 }

@@ -1,13 +1,13 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
-	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -16,9 +16,9 @@ import (
 
 func podCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "pod", Short: "attach, detach and list the pods of a running daemon"}
-	var socket string
-	cmd.PersistentFlags().StringVar(&socket, "socket", defaultSocket(os.Getenv), "control socket of the daemon (ZTUN_SOCKET)")
-	client := func() *admin.PodClient { return admin.NewPodClient(socket) }
+	var a asker
+	a.bind(cmd)
+	client := a.client
 
 	var spec admin.PodSpec
 	var ips []string
@@ -70,18 +70,21 @@ func podCommand() *cobra.Command {
 	del.Flags().StringVar(&namespace, "namespace", "default", "namespace of the pod")
 	del.MarkFlagRequired("name")
 
-	var output string
+	var o output
+	var follow bool
 	list := &cobra.Command{
 		Use: "list", Short: "list the pods of the daemon", Args: noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			pods, err := client().List(c.Context())
-			if err != nil {
-				return err
-			}
-			return printPods(pods, output)
+			return watching[admin.PodStatus]{
+				out: c.OutOrStdout(), o: &o, every: time.Second, columns: podColumns, fetch: client().List,
+				key:  func(p admin.PodStatus) string { return p.Namespace + "/" + p.Name },
+				text: func(p admin.PodStatus) string { return fmt.Sprint(p) },
+				gone: func(p admin.PodStatus) admin.PodStatus { p.State, p.Error = "Gone", ""; return p },
+			}.run(c.Context(), follow, func(all []admin.PodStatus) any { return all })
 		},
 	}
-	list.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	o.bind(list)
+	list.Flags().BoolVarP(&follow, "watch", "w", false, "go on and show what changes")
 	cmd.AddCommand(add, del, list, podExecCommand(client))
 	return cmd
 }
@@ -121,27 +124,32 @@ func absoluteNetNS(ref string) string {
 	return ref
 }
 
-func printPods(pods []admin.PodStatus, output string) error {
-	if output == "json" {
-		e := json.NewEncoder(os.Stdout)
-		e.SetIndent("", "  ")
-		return e.Encode(pods)
-	}
-	if output != "table" {
-		return fmt.Errorf("--output %s: choose table or json", output)
-	}
-	w := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
-	fmt.Fprintln(w, "NAMESPACE\tNAME\tSTATE\tADDRESSES\tNETNS\tOFFLOAD\tINBOUND\tOUTBOUND")
-	for _, p := range pods {
+var podColumns = []column[admin.PodStatus]{
+	{head: "NAMESPACE", cell: func(p admin.PodStatus) string { return p.Namespace }},
+	{head: "NAME", cell: func(p admin.PodStatus) string { return p.Name }},
+	{head: "STATE", cell: func(p admin.PodStatus) string {
+		if p.Error != "" {
+			return p.State + " (" + p.Error + ")"
+		}
+		return p.State
+	}},
+	{head: "ADDRESSES", cell: func(p admin.PodStatus) string {
 		var ips []string
 		for _, ip := range p.IPs {
 			ips = append(ips, ip.String())
 		}
-		st := p.State
-		if p.Error != "" {
-			st += " (" + p.Error + ")"
+		return strings.Join(ips, ",")
+	}},
+	{head: "NETNS", cell: func(p admin.PodStatus) string { return p.NetNS }},
+	{head: "OFFLOAD", cell: func(p admin.PodStatus) string { return p.Offload.String() }},
+	{head: "INBOUND", cell: func(p admin.PodStatus) string { return strconv.Itoa(p.Connections.Inbound) }},
+	{head: "OUTBOUND", cell: func(p admin.PodStatus) string { return strconv.Itoa(p.Connections.Outbound) }},
+	{head: "SERVICE-ACCOUNT", wide: true, cell: func(p admin.PodStatus) string { return p.ServiceAccount }},
+	{head: "DEVICE", wide: true, cell: func(p admin.PodStatus) string { return p.Device }},
+	{head: "MTU", wide: true, cell: func(p admin.PodStatus) string {
+		if p.MTU == 0 {
+			return ""
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t%d\n", p.Namespace, p.Name, st, strings.Join(ips, ","), p.NetNS, p.Offload, p.Connections.Inbound, p.Connections.Outbound)
-	}
-	return w.Flush()
+		return strconv.Itoa(p.MTU)
+	}},
 }
