@@ -74,13 +74,18 @@ func completions(cmd *cobra.Command) map[string]completion {
 			return p.Name
 		}),
 		"namespace": pods(func(p admin.PodStatus) string { return p.Namespace }),
+		"pod":       pods(func(p admin.PodStatus) string { return p.Namespace + "/" + p.Name }),
 		"netns": func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 			return namesIn(netns.Dir, ""), cobra.ShellCompDirectiveDefault // a path as well
 		},
 		"node": func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 			return namesIn(filepath.Join(flag("dir"), "nodes"), ".json"), cobra.ShellCompDirectiveNoFileComp
 		},
-		"output":     values("table", "json"),
+		"output":    values(outputTable, outputWide, outputJSON, outputYAML),
+		"direction": values("outbound", "inbound", "passthrough"),
+		"outcome":   values("success", "denied", "failed", "cut", "bad"),
+		"sort":      values("age", "bytes", "sent", "received", "pod", "peer"),
+		"peer":      nothing, "limit": nothing, "since": nothing,
 		"log-format": values("plain", "json"),
 		"log":        values("error", "warn", "info", "debug", "trace", "off"),
 		"dir":        directories, "out": directories, "mesh": directories,

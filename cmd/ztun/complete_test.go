@@ -61,7 +61,8 @@ func TestCompletion(t *testing.T) {
 		{[]string{"pod", "del", "--socket", socket, "--namespace", "shop", "--name", ""}, []string{"till", ":4"}},
 		{[]string{"pod", "del", "--socket", socket, "--namespace", ""}, []string{"default", "shop", ":4"}},
 		{[]string{"pod", "del", "--socket", "/no/such/socket", "--name", ""}, []string{":4"}},
-		{[]string{"pod", "list", "--output", ""}, []string{"table", "json", ":4"}},
+		{[]string{"pod", "list", "--output", ""}, []string{"table", "wide", "json", "yaml", ":4"}},
+		{[]string{"flows", "--socket", socket, "--pod", ""}, []string{"default/front", "shop/till", ":4"}},
 		{[]string{"control", "leave", "--dir", dir, "--node", ""}, []string{"n1", "n2", ":4"}},
 		{[]string{"control", "--log-format", ""}, []string{"plain", "json", ":4"}},
 		{[]string{"control", "init", ""}, []string{":16"}}, // directories

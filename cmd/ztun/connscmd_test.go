@@ -49,18 +49,6 @@ func fakeDaemon(t *testing.T, o admin.PodSocketOptions) string {
 	return o.Path
 }
 
-// ztun runs the program with args and returns what it wrote.
-func ztun(t *testing.T, args ...string) (string, error) {
-	t.Helper()
-	var out bytes.Buffer
-	root := rootCommand()
-	root.SetOut(&out)
-	root.SetErr(&out)
-	root.SetArgs(args)
-	err := root.ExecuteContext(t.Context())
-	return out.String(), err
-}
-
 func pastFlow(at time.Time, more func(*admin.Connection)) admin.Connection {
 	c := admin.Connection{
 		Pod: "default/a", Direction: "outbound", Protocol: "HBONE", State: "ended", Start: at, End: at.Add(1500 * time.Millisecond), Outcome: "success", Flag: "-",
@@ -142,12 +130,12 @@ connections:
 total: 1
 `},
 	} {
-		got, err := ztun(t, append(strings.Fields(c.args), "--socket", socket)...)
+		got, err := run(t, append(strings.Fields(c.args), "--socket", socket)...)
 		if err != nil || trimmed(got) != trimmed(local.Replace(c.want)) {
 			t.Errorf("%s: %v\n%s\nwant:%s", c.args, err, got, c.want)
 		}
 	}
-	got, err := ztun(t, "connections", "-o", "json", "--socket", socket)
+	got, err := run(t, "connections", "-o", "json", "--socket", socket)
 	var l admin.Connections
 	if err != nil || json.Unmarshal([]byte(got), &l) != nil || l.Total != 1 || l.Connections[0].Tunnel != live.Tunnel || l.Connections[0].Sent != 1234 {
 		t.Errorf("connections -o json: %v\n%s", err, got)
@@ -159,7 +147,7 @@ total: 1
 		"connections --limit 9999999": "between 1 and 5000",
 		"connections a":               "takes no argument",
 	} {
-		if out, err := ztun(t, append(strings.Fields(args), "--socket", socket)...); err == nil || !strings.Contains(err.Error(), want) {
+		if out, err := run(t, append(strings.Fields(args), "--socket", socket)...); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v %s, want %q", args, err, out, want)
 		}
 	}

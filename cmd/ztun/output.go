@@ -28,7 +28,6 @@ const (
 
 func (o *output) bind(cmd *cobra.Command) {
 	cmd.Flags().VarP(o, "output", "o", "table, wide, json or yaml")
-	cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{outputTable, outputWide, outputJSON, outputYAML}, cobra.ShellCompDirectiveNoFileComp))
 	o.format = outputTable
 }
 
