@@ -29,10 +29,10 @@ type attackOptions struct {
 const (
 	// bystanderRate of new connections, and of 1 KiB echoes, per second: enough for a p99, a few per cent of one processor.
 	bystanderRate = 80
-	// attackFloor is what a p99 is never held to be below: one pause of the scheduler on a busy machine of two cores.
-	attackFloor = 5 * time.Millisecond
 	// attackRounds is how often calm and attack are measured before a p99 counts as bad.
 	attackRounds = 3
+	// busyRounds is how often a machine may be too busy for that before it is left at the ceiling.
+	busyRounds = 2
 	// memoryBack is when the daemons must have given back what an attack made them take.
 	memoryBack = 30 * time.Second
 	// memorySlack is what a process may have grown by for good in resident bytes and in live heap: arenas, pools, series of metrics, the tunnels' tables.
@@ -41,7 +41,8 @@ const (
 
 // attack watches a bystander that makes new connections and echoes over kept ones, calm and then beside the attack, and wants that
 //   - no request of the bystander fails and none of its idle connections breaks, in any round;
-//   - p99 beside the attack is at most Ratio times that of calm (in the same round, so that a slow machine is slow in both; the best of three rounds counts);
+//   - p99 beside the attack is at most Ratio times that of calm in the same round, in one round of three, where the machine is quiet
+//     enough for that to mean something; and never beyond a ceiling (see judge);
 //   - the daemons live, and memory, descriptors and goroutines are back 30 s after the attacker has gone, with nobody asking for a collection.
 func (m *mesh) attack(o attackOptions) {
 	m.t.Helper()
@@ -75,6 +76,7 @@ func (m *mesh) attack(o attackOptions) {
 	if o.Witness {
 		defer m.witness(o)()
 	}
+	rounds := map[verdict]int{}
 	for round := 1; ; round++ {
 		calm := m.bystand(o, "calm", o.Calm)
 		if before == nil {
@@ -87,14 +89,20 @@ func (m *mesh) attack(o attackOptions) {
 		if m.t.Failed() {
 			return
 		}
-		ratio := max(grown(beside.Connects.P99, calm.Connects.P99), grown(beside.Echoes.P99, calm.Echoes.P99))
-		median := max(grown(beside.Connects.P50, calm.Connects.P50), grown(beside.Echoes.P50, calm.Echoes.P50))
-		if ratio <= o.Ratio && (o.Median == 0 || median <= o.Median) {
+		verdict, why := judge(calm, beside, o.Ratio, o.Median)
+		if m.t.Logf("%s, round %d: %s", o.Name, round, why); verdict == fair {
 			break
 		}
-		m.t.Logf("%s, round %d: p99 grew %.1f times (limit %.1f), p50 %.1f times (limit %.1f)", o.Name, round, ratio, o.Ratio, median, o.Median)
-		if round == attackRounds {
-			m.t.Errorf("%s: the bystander's times grew beyond the limits in each of %d rounds", o.Name, attackRounds)
+		if verdict == shutOut {
+			m.t.Errorf("%s: beside the attack the bystander waited longer than %v: %s", o.Name, attackCeiling, why)
+			break
+		}
+		if rounds[verdict]++; rounds[unfair] == attackRounds {
+			m.t.Errorf("%s: the bystander's times grew beyond the limits in each of %d rounds on a quiet machine", o.Name, attackRounds)
+			break
+		}
+		if rounds[unproven] == busyRounds {
+			m.t.Logf("%s: THE GROWTH OF p99 IS NOT JUDGED: this machine was too busy with other things in %d rounds", o.Name, busyRounds)
 			break
 		}
 	}
@@ -103,27 +111,27 @@ func (m *mesh) attack(o attackOptions) {
 	}
 }
 
-// grown is one quantile over the other, in milliseconds, neither taken below the floor.
-func grown(beside, calm float64) float64 {
-	floor := float64(attackFloor.Milliseconds())
-	return max(beside, floor) / max(calm, floor)
-}
-
 // bystand runs the bystander for d. Whatever of it fails fails the test.
-func (m *mesh) bystand(o attackOptions, phase string, d time.Duration) load.BystanderResult {
+func (m *mesh) bystand(o attackOptions, phase string, d time.Duration) seen {
 	m.t.Helper()
+	before, err := readTicks()
+	must(m.t, err)
 	r := ztload[load.BystanderResult](m, o.From.NS, "bystander", "-to", lab.HostPort(o.To.V4(), 9000), "-byte", lab.HostPort(o.To.V4(), o.Port),
 		"-rate", fmt.Sprint(bystanderRate), "-size", "1024", "-t", d.String())
-	m.t.Logf("%s, %s: connects p50 %.2f p99 %.2f max %.2f ms, echoes p50 %.2f p99 %.2f max %.2f ms, of %d and %d", o.Name, phase,
-		r.Connects.P50, r.Connects.P99, r.Connects.Max, r.Echoes.P50, r.Echoes.P99, r.Echoes.Max, r.Connects.N, r.Echoes.N)
+	after, err := readTicks()
+	must(m.t, err)
+	s := seen{r, after.since(before)}
+	m.t.Logf("%s, %s: connects p50 %.2f p99 %.2f max %.2f ms, echoes p50 %.2f p99 %.2f max %.2f ms, of %d and %d; the machine: %s",
+		o.Name, phase, r.Connects.P50, r.Connects.P99, r.Connects.Max, r.Echoes.P50, r.Echoes.P99, r.Echoes.Max, r.Connects.N, r.Echoes.N,
+		s.machine())
 	if want := uint64(math.Ceil(bystanderRate * d.Seconds())); r.Failed != 0 || r.Connects.N != want || r.Echoes.N != want {
 		m.t.Errorf("%s, %s: %d requests of the bystander failed of %d: %s", o.Name, phase, r.Failed, 2*want, strings.Join(r.Errors, "\n"))
 	}
-	return r
+	return s
 }
 
 // besideAttack runs the bystander from half a second after the attack's begin until it is over, and waits for the attacker's end.
-func (m *mesh) besideAttack(o attackOptions) load.BystanderResult {
+func (m *mesh) besideAttack(o attackOptions) seen {
 	m.t.Helper()
 	ctx, stop := context.WithCancel(m.ctx)
 	defer stop()

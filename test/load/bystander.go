@@ -13,6 +13,7 @@ import (
 type BystanderResult struct {
 	Connects Latency  `json:"connects"` // from when a connection was due to its byte and the server's close
 	Echoes   Latency  `json:"echoes"`   // from when an echo was due to its last byte
+	Machine  Latency  `json:"machine"`  // a Yardstick's, in the same seconds
 	Failed   int      `json:"failed"`   // of both, and echo connections that could not be opened
 	Errors   []string `json:"errors,omitempty"`
 	Seconds  float64  `json:"seconds"`
@@ -25,7 +26,7 @@ const bystanderPatience = 15 * time.Second
 const bystanderConns = 4
 
 // Bystander makes new connections to a ByteServer, and echoes of size bytes over a few kept connections to a Server, each rate times a second for d,
-// whether or not earlier ones are answered. A failure fails that one request; the others go on.
+// whether or not earlier ones are answered. A failure fails that one request; the others go on. A Yardstick runs beside them.
 func Bystander(ctx context.Context, one, many Target, rate float64, size int, d time.Duration) *BystanderResult {
 	r := &BystanderResult{}
 	var mu sync.Mutex
@@ -55,6 +56,12 @@ func Bystander(ctx context.Context, one, many Target, rate float64, size int, d 
 				}
 				connects.Add(time.Since(due(k)))
 			})
+		}
+	})
+	wg.Go(func() {
+		var err error
+		if r.Machine, err = Yardstick(ctx, rate, d); err != nil {
+			fail("%v", err)
 		}
 	})
 	for i := range bystanderConns {
