@@ -20,7 +20,7 @@ type BystanderResult struct {
 }
 
 // bystanderPatience is when a bystander gives a request up: longer than any retransmission that a connect may need, so that slow shows as slow.
-const bystanderPatience = 15 * time.Second
+const bystanderPatience = 30 * time.Second
 
 // bystanderConns is how many kept connections the echoes go over.
 const bystanderConns = 4
