@@ -21,9 +21,10 @@ type XDSStats struct {
 	LookupsFull, LookupsUnanswered, LookupsRecalled uint64
 }
 
-// XDSCollector has the istio_xds_* family, and ztun_xds_* beside it. get is called once per scrape. For
-// StatsOptions.Registry.
-func XDSCollector(get func() XDSStats) prometheus.Collector {
+// XDSCollector has the istio_xds_* family, and ztun_xds_* beside it. get is called once per scrape; false: there is no
+// control plane, and so no sample: an alert on ztun_xds_connected must tell a node without one from one that has lost it.
+// For StatsOptions.Registry.
+func XDSCollector(get func() (XDSStats, bool)) prometheus.Collector {
 	desc := func(name, help string, labels ...string) *prometheus.Desc {
 		return prometheus.NewDesc(name, help, labels, nil)
 	}
@@ -36,7 +37,10 @@ func XDSCollector(get func() XDSStats) prometheus.Collector {
 	waiting := desc("ztun_xds_lookups_waiting", "On-demand look-ups that wait for an answer")
 	connected := desc("ztun_xds_connected", "Whether there is a stream to the control plane")
 	return collect(func(ch chan<- prometheus.Metric) {
-		s := get()
+		s, ok := get()
+		if !ok {
+			return
+		}
 		count := func(d *prometheus.Desc, n uint64, label string) {
 			ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(n), label)
 		}

@@ -42,7 +42,8 @@ func TestXDSMetrics(t *testing.T) {
 	const url = "type.googleapis.com/istio.workload.Address"
 	s := XDSStats{Errors: 2, Reconnects: 1, Connected: true, Messages: map[string]uint64{url: 7}, Bytes: map[string]uint64{url: 4096},
 		Refused: map[string]uint64{url: 3}, Rejected: map[string]int{url: 2}, LookupsWaiting: 4, LookupsFull: 5, LookupsUnanswered: 6, LookupsRecalled: 7}
-	c := []prometheus.Collector{XDSCollector(func() XDSStats { return s })}
+	used := true
+	c := []prometheus.Collector{XDSCollector(func() (XDSStats, bool) { return s, used })}
 	body := shown(t, c, nil)
 	wantLines(t, body,
 		`# TYPE istio_xds_connection_terminations counter`,
@@ -66,6 +67,11 @@ func TestXDSMetrics(t *testing.T) {
 	s = XDSStats{}
 	if body = shown(t, c, nil); strings.Contains(body, "istio_xds") || !strings.Contains(body, "ztun_xds_connected 0") {
 		t.Errorf("of nothing: %s", body)
+	}
+	// A node whose workloads come from a file has lost no connection.
+	used = false
+	if body = shown(t, c, nil); strings.Contains(body, "xds") {
+		t.Errorf("without a control plane: %s", body)
 	}
 }
 

@@ -79,7 +79,7 @@ var absent = map[string]string{
 func TestMetricFamilies(t *testing.T) {
 	body := shown(t, []prometheus.Collector{
 		ProcessCollector(), BuildCollector(""), VersionCollector("1", "2"), GoCollector(), RuntimeCollector(RuntimeSources{Workers: 2}),
-		XDSCollector(func() XDSStats { return XDSStats{Messages: map[string]uint64{"u": 1}} }),
+		XDSCollector(func() (XDSStats, bool) { return XDSStats{Messages: map[string]uint64{"u": 1}}, true }),
 		WorkloadManagerCollector(func() WorkloadManagerStats { return WorkloadManagerStats{} }), SelfCollector(SelfSources{Loop: NewLoop(LoopOptions{})}),
 	}, nil)
 	sample, err := os.ReadFile("testdata/metrics-a.txt")

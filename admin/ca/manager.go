@@ -108,6 +108,10 @@ type Stats struct {
 	Running    int // calls of the signer under way
 	Queued     int // due, waiting for one of the Concurrency places
 
+	// FirstExpiry is when the certificate ends that ends first; zero: there is none. One that has ended is among them
+	// until it is renewed or forgotten.
+	FirstExpiry time.Time
+
 	Signed          uint64 // certificates received
 	Failed          uint64 // attempts that failed
 	Discarded       uint64 // results for identities forgotten meanwhile
@@ -429,6 +433,9 @@ func (m *Manager) Stats() Stats {
 	for _, e := range m.entries {
 		if e.waiting() {
 			s.Waiting++
+		}
+		if e.cert != nil && (s.FirstExpiry.IsZero() || e.cert.Leaf.NotAfter.Before(s.FirstExpiry)) {
+			s.FirstExpiry = e.cert.Leaf.NotAfter
 		}
 	}
 	return s

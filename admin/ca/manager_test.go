@@ -397,3 +397,24 @@ func TestWarning(t *testing.T) {
 			}
 		})
 }
+
+// TestFirstExpiry: the certificate that ends first is told, and is no longer once it is renewed or its identity forgotten.
+func TestFirstExpiry(t *testing.T) {
+	f := &fakeSigner{latency: time.Second}
+	bubble(t, ManagerOptions{Signer: f, TTL: time.Hour}, func(t *testing.T, m *Manager) {
+		if s := m.Stats(); !s.FirstExpiry.IsZero() {
+			t.Errorf("of nothing: %v", s.FirstExpiry)
+		}
+		must(t, m, "a")
+		first := m.Stats().FirstExpiry
+		time.Sleep(10 * time.Minute)
+		must(t, m, "b")
+		if got := m.Stats().FirstExpiry; !got.Equal(first) || !first.After(time.Now()) {
+			t.Errorf("%v, a's is %v", got, first)
+		}
+		m.Forget(id("a"))
+		if got := m.Stats().FirstExpiry; !got.After(first) {
+			t.Errorf("%v though a is forgotten", got)
+		}
+	})
+}

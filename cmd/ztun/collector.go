@@ -51,6 +51,8 @@ func (c *controlCollector) Describe(chan<- *prometheus.Desc) {}
 var boundedFamily = prometheus.NewDesc("ztun_bounded_total", "What a bound turned away: places that were taken from the greediest source, and newcomers that got none.",
 	[]string{"resource", "pod", "outcome"}, nil)
 
+var firstExpiry = prometheus.NewDesc("ztun_certificates_first_expiry_timestamp_seconds", "When the certificate ends that ends first, in Unix time.", nil, nil)
+
 var crlFamilies = [...]*prometheus.Desc{
 	prometheus.NewDesc("istio_crl_policy_rejections_total", "The total number of connections rejected due to CRL policy (unstable)", []string{"reporter"}, nil),
 	prometheus.NewDesc("istio_crl_untracked_connections_total", "The total number of connections not tracked for CRL enforcement (unstable)", []string{"reporter"}, nil),
@@ -65,7 +67,11 @@ func (c *controlCollector) Collect(ch chan<- prometheus.Metric) {
 			}
 		}
 	}
-	c.tables.certificates.emit(ch, c.d.certs.Stats())
+	certs := c.d.certs.Stats()
+	c.tables.certificates.emit(ch, certs)
+	if end := certs.FirstExpiry; !end.IsZero() { // no sample: the alert takes it for a time
+		ch <- prometheus.MustNewConstMetric(firstExpiry, prometheus.GaugeValue, float64(end.Unix()))
+	}
 	if c.d.policies != nil {
 		c.tables.policies.emit(ch, c.d.policies.Stats())
 	}

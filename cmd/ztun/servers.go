@@ -65,10 +65,10 @@ func (d *daemon) ordered() []prometheus.Collector {
 	return all
 }
 
-// xdsStats are the figures of the client of the control plane; without one they are zero, as ztunnel's.
-func (d *daemon) xdsStats() admin.XDSStats {
+// xdsStats are the figures of the client of the control plane; false: there is none.
+func (d *daemon) xdsStats() (admin.XDSStats, bool) {
 	if d.xds == nil {
-		return admin.XDSStats{}
+		return admin.XDSStats{}, false
 	}
 	s := d.xds.Stats()
 	rejected := map[string]int{}
@@ -80,7 +80,7 @@ func (d *daemon) xdsStats() admin.XDSStats {
 		Reconnects: s.Terminations["Reconnect"], Completes: s.Terminations["Complete"],
 		Messages: s.Messages, Bytes: s.MessageBytes, Refused: s.Refused, Rejected: rejected, Connected: s.Connected,
 		LookupsWaiting: s.Waiting, LookupsFull: s.DemandsFull, LookupsUnanswered: s.DemandsUnanswered, LookupsRecalled: s.DemandsRecalled,
-	}
+	}, true
 }
 
 func (d *daemon) bound(name string, s *admin.Server, err error) error {
