@@ -50,4 +50,6 @@
 //   - 2026-11-28: what an operator sees of connections (history.go) is their own books: a live one points at them, an
 //     ended one leaves them in a ring of the pod, without a lock or memory of its own. Those that never stood have another
 //     ring, so that a scan does not push out what really happened.
+//   - 2026-11-28: a peer of the mesh that is refused is told why (x-ztun-reason, ZTUN_SEND_REASON): the name of a policy and
+//     the application's error, 256 bytes at most. It proved who it is, and its operator would find it in our log only.
 package proxy

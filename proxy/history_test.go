@@ -167,3 +167,27 @@ func TestConnectingIsListed(t *testing.T) {
 	close(release)
 	<-over
 }
+
+// TestReasonReachesTheOtherLog: the access line of who was refused says why, unless the refuser keeps it to itself.
+func TestReasonReachesTheOtherLog(t *testing.T) {
+	for _, send := range []bool{true, false} {
+		w := newWorldWith(t, func(_ *world, _ int, o *Options) { o.Config.SendReason = send })
+		w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.2:7777") // denied by policy
+		w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.2:9001") // nobody listens
+		w.settle()
+		wants := []string{
+			`error="http status: 401 Unauthorized: connection closed due to policy rejection: explicitly denied by: default/deny-7777"`,
+			`error="http status: 503 Service Unavailable: connection failed: Connection refused (os error 111)"`,
+		}
+		if !send {
+			wants = []string{`error="http status: 401 Unauthorized"`, `error="http status: 503 Service Unavailable"`}
+		}
+		lines := w.lines(0)
+		for i, want := range wants {
+			if len(lines) != 2 || !strings.Contains(lines[i], want) {
+				t.Errorf("send %v: want %s in\n%s", send, want, strings.Join(lines, "\n"))
+			}
+		}
+		w.stop()
+	}
+}

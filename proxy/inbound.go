@@ -167,7 +167,10 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 			p.denyMesh(t, s.Authority(), err)
 		}
 		stop()
-		s.Refuse(statusOf(err))
+		if place == nil {
+			err = errCrowded
+		}
+		p.refuseStream(t, s, statusOf(err), err)
 		return
 	}
 	fault("stream", in.App)
@@ -200,7 +203,7 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	gone := ctx.Err() != nil && l.reason() == nil
 	stop()
 	if failed != nil {
-		s.Refuse(reasons[failed.kind].status)
+		p.refuseStream(t, s, reasons[failed.kind].status, failed)
 		if gone && failed.kind == kindApp {
 			c.record(nil) // the peer gave its stream up before we could answer
 		} else {
@@ -222,6 +225,18 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	s.Detach()
 	v.carry(c, down, up)
 }
+
+// refuseStream answers a request that is turned down. A peer who has proven who it is learns why, which its operator would have to
+// look up in our log otherwise (ZTUN_SEND_REASON).
+func (p *Proxy) refuseStream(t *tunnel, s *hbone.ServerStream, status int, why error) {
+	resp := &hbone.Response{Status: status}
+	if p.o.Config.SendReason && t.hasPeer {
+		resp.Reason = why.Error()
+	}
+	s.RefuseWith(resp)
+}
+
+var errCrowded = errors.New("too many requests await their answer")
 
 // rewritten reports whether the tunnel's source address is surely not its peer's, and says so: the mesh knows it as
 // somebody else's (at is its record there, nil if there is none), or nobody can have it beyond a link. istio-cni does

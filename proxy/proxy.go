@@ -43,6 +43,7 @@ type Config struct {
 	// LocalhostAppTunnel (LOCALHOST_APP_TUNNEL, ztunnel's default is true): application tunnels with PROXY
 	// protocol are dialled on the pod's loopback, else at the pod's address, as the client.
 	LocalhostAppTunnel bool
+	SendReason         bool // ZTUN_SEND_REASON
 	Remember           int  // ZTUN_FLOWS: ended connections that are remembered, and as many that were turned down
 	PolicyInfoLogging  bool // AUTHZ_POLICY_INFO_LOGGING: what policy decides is logged at INFO, not DEBUG
 }

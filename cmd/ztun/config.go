@@ -82,7 +82,8 @@ type Config struct {
 	AdminToken                             string // file
 	MTU                                    int
 	MaxInFlight, MaxInFlightPerDestination int
-	Flows                                  int // per pod
+	SendReason                             bool // to peers of the mesh
+	Flows                                  int  // per pod
 	DNSRate                                int
 	DNSSearch                              []string
 	MemoryLimit, PodMemory                 int64 // bytes; 0: not set

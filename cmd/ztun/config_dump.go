@@ -92,7 +92,7 @@ func (c *Config) dumpOwn() map[string]any {
 		"adaptiveProcessors": c.AdaptiveProcessors, "authzPolicyInfoLogging": c.AuthzInfo, "clientCert": orNull(c.ClientCert),
 		"controlCredentials": orNull(c.ControlDir), "localCaDir": orNull(c.LocalCADir), "localXdsPath": orNull(c.LocalXDSPath),
 		"memoryLimit": c.MemoryLimit, "podMemory": c.PodMemory,
-		"maxInFlight": c.MaxInFlight, "maxInFlightPerDestination": c.MaxInFlightPerDestination, "dnsRate": c.DNSRate, "flows": c.Flows, "dnsSearch": c.DNSSearch, "mtu": c.MTU, "nodeTun": c.NodeTUN,
+		"maxInFlight": c.MaxInFlight, "maxInFlightPerDestination": c.MaxInFlightPerDestination, "dnsRate": c.DNSRate, "flows": c.Flows, "sendReason": c.SendReason, "dnsSearch": c.DNSSearch, "mtu": c.MTU, "nodeTun": c.NodeTUN,
 		"pqc": c.PQC, "socket": c.Socket, "stateDir": c.StateDir, "tls12": c.TLS12, "tokenFile": orNull(c.TokenFile), "tunPlain": c.TUNPlain,
 		"denyUnknownPolicy": c.DenyUnknownPolicy, "dropCapabilities": c.DropCapabilities,
 	}

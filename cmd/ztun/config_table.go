@@ -111,6 +111,7 @@ func variables(c *Config, l *loader) []variable {
 		{"ZTUN_MAX_INFLIGHT", "4096", "connections of one pod that may wait for their verdict, in each direction; half of them for who has answered lately", ranged(&c.MaxInFlight, 2, 1<<20)},
 		{"ZTUN_MAX_INFLIGHT_PER_DESTINATION", "2048", "the same, to one destination or from one client", ranged(&c.MaxInFlightPerDestination, 1, 1<<20)},
 		{"ZTUN_FLOWS", "256", "ended connections of one pod that are remembered for `ztun flows`, and as many that were turned down; 0 for none", ranged(&c.Flows, 0, 1<<16)},
+		{"ZTUN_SEND_REASON", "true", "tell a peer of the mesh why its connection is refused (header x-ztun-reason): the name of a policy, the application's error", boolean(&c.SendReason)},
 		{"ZTUN_DNS_RATE", "1000", "DNS queries of one pod per second; twice as many at once", ranged(&c.DNSRate, 1, 1<<20)},
 		{"ZTUN_DNS_SEARCH", "", "search domains of pods beside the cluster's three, comma separated (default: those of the daemon's resolv.conf, as kubelet has it)", domains(&c.DNSSearch)},
 		{"ZTUN_MEMORY_LIMIT", "", "memory of the daemon (default the cgroup's limit): half of it is for bytes under way, and GOMEMLIMIT is nine tenths of it unless set", size(&c.MemoryLimit, 32<<20)},

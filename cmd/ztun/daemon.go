@@ -397,7 +397,7 @@ func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup, mem
 			HBONE:          hbone.Config{StreamWindow: c.StreamWindow, ConnWindow: c.ConnWindow, FrameSize: c.FrameSize, Memory: memory, Buffers: &d.buffers, Logger: d.log.Logger("hbone")},
 			PoolMaxStreams: int(c.PoolMaxStreams), PoolUnused: c.PoolUnused,
 			TLS:    d.tls(),
-			SOCKS5: c.SOCKS5, LocalhostAppTunnel: c.LocalhostAppTunnel, PolicyInfoLogging: c.AuthzInfo, Remember: c.Flows,
+			SOCKS5: c.SOCKS5, LocalhostAppTunnel: c.LocalhostAppTunnel, PolicyInfoLogging: c.AuthzInfo, Remember: c.Flows, SendReason: c.SendReason,
 		},
 	})
 }

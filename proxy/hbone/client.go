@@ -24,6 +24,8 @@ type Response struct {
 	// Baggage is sent or was received if HasBaggage is set.
 	Baggage    string
 	HasBaggage bool
+	// Reason is why a request is refused (x-ztun-reason, cleaned by CleanReason both ways); "" if nobody says, or it is not.
+	Reason string
 }
 
 // ClientConn is the client's end of a connection: it opens streams. All methods may be called at the same time.
@@ -81,7 +83,7 @@ func (cc *ClientConn) open(ctx context.Context, req *Request, onGone func()) (*S
 	resp := s.response
 	if resp.Status != 200 {
 		s.Close()
-		return nil, &resp, &StatusError{resp.Status}
+		return nil, &resp, &StatusError{resp.Status, resp.Reason}
 	}
 	return s, &resp, nil
 }
@@ -169,6 +171,10 @@ func (c *conn) writeResponse(id uint32, resp *Response, end bool) {
 	if resp.HasBaggage {
 		c.field("baggage", resp.Baggage)
 	}
+	if reason := CleanReason(resp.Reason); end && reason != "" {
+		// Never indexed: it would only push from the table what comes again.
+		c.henc.WriteField(hpack.HeaderField{Name: reasonHeader, Value: reason, Sensitive: true})
+	}
 	c.writeHeaders(id, end)
 }
 
@@ -233,6 +239,9 @@ func (c *conn) takeAnswer(f *http2.MetaHeadersFrame) error {
 			}
 			resp.Baggage += h.Value
 			resp.HasBaggage = true
+		}
+		if h.Name == reasonHeader && status != 200 && resp.Reason == "" {
+			resp.Reason = CleanReason(h.Value) // a peer's words
 		}
 	}
 	s.answerLocked(resp, nil)

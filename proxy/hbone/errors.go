@@ -27,10 +27,16 @@ var (
 var errAnswered = errors.New("hbone: request was answered already")
 
 // StatusError is an answer to CONNECT other than 200.
-type StatusError struct{ Status int }
+type StatusError struct {
+	Status int
+	Reason string // what the peer says, if it is a ztun: cleaned, but its words
+}
 
-// Error is ztunnel's text, "http status: 503 Service Unavailable".
+// Error is ztunnel's text, "http status: 503 Service Unavailable", and the peer's reason behind it.
 func (e *StatusError) Error() string {
+	if e.Reason != "" {
+		return (&StatusError{Status: e.Status}).Error() + ": " + e.Reason
+	}
 	if text := http.StatusText(e.Status); text != "" {
 		return fmt.Sprintf("http status: %d %s", e.Status, text)
 	}

@@ -150,9 +150,12 @@ func (ss *ServerStream) Accept(resp *Response) (*Stream, error) {
 
 // Refuse answers with a status and ends the stream: HEADERS with END_STREAM, then, as the client has not ended its
 // side, RST_STREAM with NO_ERROR (RFC 9113, 8.1). It waits where a connection has too many requests refused.
-func (ss *ServerStream) Refuse(status int) error {
+func (ss *ServerStream) Refuse(status int) error { return ss.RefuseWith(&Response{Status: status}) }
+
+// RefuseWith is Refuse with a reason.
+func (ss *ServerStream) RefuseWith(resp *Response) error {
 	ss.s.c.pace()
-	err := ss.answer(&Response{Status: status}, true)
+	err := ss.answer(resp, true)
 	ss.s.Close()
 	return err
 }

@@ -40,9 +40,9 @@ func TestTruthfulRefusal(t *testing.T) {
 			dst  netip.AddrPort
 			log  string // in the access log of the source
 		}{
-			{"mesh peer, other node", netip.AddrPortFrom(pick(m.c.IPs, v4), 9998), `error="http status: 503 Service Unavailable"`},
-			{"mesh peer, same node", netip.AddrPortFrom(pick(m.b.IPs, v4), 9998), `error="http status: 503 Service Unavailable"`},
-			{"denied by policy", netip.AddrPortFrom(pick(m.c.IPs, v4), 7777), `error="http status: 401 Unauthorized"`},
+			{"mesh peer, other node", netip.AddrPortFrom(pick(m.c.IPs, v4), 9998), `error="http status: 503 Service Unavailable: connection failed: Connection refused (os error 111)"`},
+			{"mesh peer, same node", netip.AddrPortFrom(pick(m.b.IPs, v4), 9998), `error="http status: 503 Service Unavailable: connection failed: Connection refused (os error 111)"`},
+			{"denied by policy", netip.AddrPortFrom(pick(m.c.IPs, v4), 7777), `error="http status: 401 Unauthorized: connection closed due to policy rejection: explicitly denied by: default/deny-7777"`},
 			{"plaintext peer, other node", netip.AddrPortFrom(pick(m.h2.IPs, v4), 9998), `error="io error: Connection refused (os error 111)"`},
 			{"plaintext peer, same node", netip.AddrPortFrom(pick(m.h1.IPs, v4), 9998), `error="io error: Connection refused (os error 111)"`},
 		} {

@@ -121,6 +121,9 @@ func (f family) sandwich(from, to, authority, service string, wp family, port ui
 // failed is an outbound connection by tunnel that ended with an error, and what the other node says of it.
 func failed(refused string, out hop, err, flag string, rest ...hop) outcome {
 	out.err, out.flag = err, flag
+	if (err == status401 || err == status503) && len(rest) > 0 {
+		out.err += ": " + rest[0].err // the refuser says why (x-ztun-reason)
+	}
 	return outcome{refused: refused, hops: append([]hop{out}, rest...)}
 }
 

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/netip"
 	"os"
@@ -48,6 +49,11 @@ func sampleWorld(t *testing.T, env map[string]string) (w *lab.World, ctx context
 	must(t, err)
 	b, err = w.AddPod(w.N2, lab.Pod{Name: "b", IPs: []netip.Addr{netip.MustParseAddr("10.91.2.2")}})
 	must(t, err)
+	env = maps.Clone(env)
+	if env == nil {
+		env = map[string]string{}
+	}
+	env["ZTUN_SEND_REASON"] = "false" // ztunnel says nothing to the peer, so its lines have no reason
 	for _, n := range w.Nodes() {
 		_, err := w.StartDaemon(ctx, n, lab.DaemonOptions{Env: env})
 		must(t, err)

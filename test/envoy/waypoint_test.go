@@ -68,9 +68,14 @@ policies:
   rules:
   - - - principals: [!Exact cluster.local/ns/default/sa/waypoint]
 `, vip, gw)), nil)
-			from := m.echo(m.c.NS, ":9000")
 			m.startEnvoy(envoyConfig{acnt: "waypoint", Listen: gw.String(), Target: lab.HostPort(c, 9000), Peer: c.String(),
 				Client: "spiffe://cluster.local/ns/default/sa/a", Server: "spiffe://cluster.local/ns/default/sa/c"})
+			// Nobody listens yet: c's node refuses Envoy's CONNECT and says why (x-ztun-reason), which Envoy does not mind.
+			if err := m.exchange(m.a.NS, lab.HostPort(netip.MustParseAddr(vip), 80), 10); err == nil {
+				t.Error("a reached what does not listen yet")
+			}
+			m.access(m.N2, "direction=\"inbound\"", "src.identity=\"spiffe://cluster.local/ns/default/sa/waypoint\"", "Connection refused (os error 111)")
+			from := m.echo(m.c.NS, ":9000")
 			must(t, m.exchange(m.a.NS, lab.HostPort(netip.MustParseAddr(vip), 80), 3<<20))
 			if src := (<-from).Addr().Unmap(); src != gw {
 				t.Errorf("c saw %v, want the waypoint %v: what Envoy called it with", src, gw)

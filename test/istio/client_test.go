@@ -354,12 +354,17 @@ func TestClientIsRefused(t *testing.T) {
 			}
 		})
 	}
+	// Each of these refusals said why, in a header that is ours: a client that does not know it minds as little as this one.
+	_, resp, _ := newTransport(t, r).connect(t.Context(), netip.AddrPortFrom(r.Served, rig.DeniedPort).String())
+	if resp == nil || !strings.Contains(resp.Header.Get("X-Ztun-Reason"), "explicitly denied by: ") {
+		t.Errorf("refused without a reason: %+v", resp)
+	}
 	c, err := d.Dial("tcp", closed.String())
 	must(t, err)
 	defer c.Close()
 	must(t, ping(c))
-	if n := r.Accepted(); n != 1 {
-		t.Errorf("refusals cost the tunnel: %d connections, want 1", n)
+	if n := r.Accepted(); n != 2 { // one of them newTransport's
+		t.Errorf("refusals cost the tunnel: %d connections, want 2", n)
 	}
 }
 

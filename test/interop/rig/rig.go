@@ -129,7 +129,7 @@ func (r *Rig) proxy(name string, self netip.Addr) *proxy.Proxy {
 	return proxy.New(proxy.Options{
 		Info:    state.WorkloadInfo{Name: name, Namespace: "default", ServiceAccount: name},
 		Network: &network{self: self, dialled: &r.dialled}, Knowledge: knowledge{r.view}, Certs: r.certs, Resolver: net.DefaultResolver,
-		Metrics: proxy.NewMetrics(), Access: log, Log: log, Random: rand.Uint64N, Config: proxy.Config{ResponseBaggage: true},
+		Metrics: proxy.NewMetrics(), Access: log, Log: log, Random: rand.Uint64N, Config: proxy.Config{ResponseBaggage: true, SendReason: true},
 	})
 }
 
