@@ -14,7 +14,9 @@ import (
 // TestMetricFamilies. Differences of the values of /config_dump stand in package xds (Static) and at cmd/ztun's sections.
 func TestDifferences(t *testing.T) {
 	admin := testAdmin(t, func(o *AdminOptions) { o.Dump = func() map[string]Section { return nil } })
-	stats, err := NewStats(StatsOptions{})
+	reg := prometheus.NewRegistry()
+	reg.MustRegister(BuildCollector(""), GoCollector()) // enough to be worth compressing
+	stats, err := NewStats(StatsOptions{Registry: reg})
 	stats = serving(t, stats, err)
 	r := NewReady(nil)
 	r.Register("proxy")
@@ -41,7 +43,9 @@ func TestDifferences(t *testing.T) {
 		{"body of 405", "empty", "says what is wanted; Allow as RFC 9110 15.5.6 has it",
 			ready, "POST", "/healthz/ready", nil, 405, "/healthz/ready wants GET", "text/plain"},
 		{"elements of Accept", "not trimmed: only the first one counts after \", \"", "Prometheus sends blanks (spec 12.33)",
-			stats, "GET", "/metrics", []string{"Accept", "text/plain, application/openmetrics-text"}, 200, "# EOF", "application/openmetrics-text"},
+			stats, "GET", "/metrics", []string{"Accept", "text/plain, application/openmetrics-text"}, 200, "# HELP istio_build", "application/openmetrics-text"},
+		{"br and deflate", "compressed", "no scraper asks for them alone, and what is not compressed everybody reads",
+			stats, "GET", "/metrics", []string{"Accept-Encoding", "br, deflate"}, 200, "# HELP istio_build", "text/plain"},
 		{"/debug/pprof/heap before activation", "500, heap profiling is off at the start", "Go's allocator samples from the start, one in 512 KiB as ztunnel's",
 			admin, "GET", "/debug/pprof/heap", nil, 200, "\x1f\x8b", "application/octet-stream"},
 		{"switching heap profiling off", "heap profiling active: false", "it cannot be switched off, and costs nothing that could be measured",
@@ -82,7 +86,7 @@ func TestMetricFamilies(t *testing.T) {
 		XDSCollector(func() (XDSStats, bool) { return XDSStats{Messages: map[string]uint64{"u": 1}}, true }),
 		WorkloadManagerCollector(func() WorkloadManagerStats { return WorkloadManagerStats{} }), SelfCollector(SelfSources{Loop: NewLoop(LoopOptions{})}),
 	}, nil)
-	sample, err := os.ReadFile("testdata/metrics-a.txt")
+	sample, err := os.ReadFile("../docs/samples/metrics-a.txt")
 	if err != nil {
 		t.Fatal(err)
 	}

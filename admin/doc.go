@@ -19,7 +19,7 @@
 // shared among sources (package guard), a panic in a handler costs its connection only, and Shutdown lets requests in flight finish.
 //
 // Reading order: loop.go, event.go (knowledge); server.go, http.go, logging.go, profile.go, ready.go (the
-// servers); dump.go, encode.go, raw.go, breather.go (/config_dump); stats.go, compress.go, plainnum.go and
+// servers); dump.go, encode.go, raw.go, breather.go (/config_dump); stats.go, plainnum.go and
 // metrics.go, tokio.go, controlmetrics.go, histogram.go (/metrics); pods.go, podsock.go, podclient.go.
 //
 // Decisions:
@@ -39,9 +39,12 @@
 //     longest, so that neither forgotten keep-alive connections nor half-open ones lock out the kubelet's probe.
 //   - 2026-11-28: 15000 refuses what a web page may have sent (403; ztunnel answers it), and with
 //     ZTUN_ADMIN_TOKEN_FILE wants a token of whoever changes something. Reading takes none: istioctl shows none.
-//   - 2026-11-23: elements of Accept are trimmed (ztunnel does not). Of equally liked encodings the one that
-//     costs least is taken: zstd, gzip, br, deflate. What else differs from ztunnel stands, with reasons, in
-//     the tables of differences_test.go.
+//   - 2026-11-23: elements of Accept are trimmed (ztunnel does not). What else differs from ztunnel stands, with
+//     reasons, in the tables of differences_test.go.
+//   - 2026-11-28: scrapes are compressed by klauspost/compress's gzhttp, with zstd or gzip. ztunnel has br and deflate
+//     too, which no scraper asks for alone: Prometheus and its kin ask for gzip, newer ones for zstd.
+//   - 2026-11-28: the text of /metrics is made by Prometheus' encoder (expfmt), but not by promhttp's handler, which
+//     answers otherwise than ztunnel in six lines: TestWhyNotPromhttp has them, BenchmarkScrape the costs of both.
 //   - 2026-11-23: long work of this side pauses for real and does not merely yield (breather): on one
 //     processor Go looks at the network every 10 ms only as long as anything is ready to run.
 //   - 2026-11-23: /config_dump: one at a time; up to seven wait, for 20 s at most; the rest is told to come

@@ -22,7 +22,7 @@ import (
 )
 
 func TestDumpSample(t *testing.T) {
-	want, err := os.ReadFile("testdata/config_dump-a.json")
+	want, err := os.ReadFile("../docs/samples/config_dump-a.json")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -263,7 +263,7 @@ func TestDumpWaitIsBounded(t *testing.T) {
 
 // TestWorkloadState: the pods of a real ztunnel's dump, byte for byte. Checklist 75.
 func TestWorkloadState(t *testing.T) {
-	data, err := os.ReadFile("testdata/config_dump-inpod-a.json")
+	data, err := os.ReadFile("../docs/samples/config_dump-inpod-a.json")
 	if err != nil {
 		t.Fatal(err)
 	}

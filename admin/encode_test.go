@@ -16,7 +16,7 @@ import (
 // TestEncoderSamples writes real dumps again, whole and member by member, and expects the same bytes.
 func TestEncoderSamples(t *testing.T) {
 	for _, name := range []string{"config_dump-a.json", "config_dump-inpod-a.json"} {
-		want, err := os.ReadFile("testdata/" + name)
+		want, err := os.ReadFile("../docs/samples/" + name)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -88,7 +88,7 @@ func testAdmin(t testing.TB, change func(*AdminOptions)) *Server {
 type exchange struct{ method, target, status, contentType, length, body string }
 
 func readExchanges(t *testing.T) (es []exchange) {
-	data, err := os.ReadFile("testdata/admin-http.txt")
+	data, err := os.ReadFile("../docs/samples/admin-http.txt")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -13,6 +13,8 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/klauspost/compress/gzhttp"
+	"github.com/klauspost/compress/gzip"
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
@@ -46,8 +48,19 @@ func NewStats(o StatsOptions) (*Server, error) {
 	if h.o.Logger == nil {
 		h.o.Logger = slog.New(slog.DiscardHandler)
 	}
-	routes := exact(map[string]http.Handler{"/metrics": h, "/stats/prometheus": h})
+	served := compressed(h)
+	routes := exact(map[string]http.Handler{"/metrics": served, "/stats/prometheus": served})
 	return newServer("stats", ls, routes, o.Logger, guard.ConnsOptions{Report: o.Report}), nil
+}
+
+// compressed wraps h with the encodings that Prometheus and whoever else scrapes ask for, zstd and gzip, at their
+// fastest: a scrape must not be felt.
+func compressed(h http.Handler) http.Handler {
+	wrap, err := gzhttp.NewWrapper(gzhttp.CompressionLevel(gzip.BestSpeed))
+	if err != nil {
+		panic(err) // the options are valid
+	}
+	return wrap(h)
 }
 
 // exposition writes what spec controlplane 7.1 says: OpenMetrics text always, whatever the content type.
@@ -55,8 +68,6 @@ type exposition struct {
 	o    StatsOptions
 	turn chan struct{} // a token for each scrape under way
 	wait time.Duration
-
-	compress compressors
 }
 
 // Bounds of scrapes: each holds all samples in memory, so that only so many run at once. Others wait.
@@ -91,22 +102,15 @@ func (x *exposition) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
-	h := w.Header()
-	h.Set("Content-Type", contentType(r.Header.Values("Accept")))
-	h.Set("Vary", "Accept-Encoding")
-	encoding := contentEncoding(r.Header.Values("Accept-Encoding"))
-	if encoding != "" {
-		h.Set("Content-Encoding", encoding)
-	}
-	out := x.compress.open(w, encoding)
-	buf := bufio.NewWriterSize(&paced{w: &plainNumbers{w: out}}, 16<<10)
+	w.Header().Set("Content-Type", contentType(r.Header.Values("Accept")))
+	buf := bufio.NewWriterSize(&paced{w: &plainNumbers{w: w}}, 16<<10)
 	for _, f := range fs {
 		if _, err := expfmt.MetricFamilyToOpenMetrics(buf, f); err != nil {
 			panic(http.ErrAbortHandler) // the reader is gone
 		}
 	}
 	expfmt.FinalizeOpenMetrics(buf)
-	if buf.Flush() != nil || out.Close() != nil {
+	if buf.Flush() != nil {
 		panic(http.ErrAbortHandler)
 	}
 }
@@ -169,7 +173,8 @@ func rank(name string) int {
 	return 9
 }
 
-// units of the families that ztunnel gives a # UNIT line. (client_golang takes a unit in Opts as well.)
+// units of the families that ztunnel gives a # UNIT line; its other families have none. Ours say theirs in the name.
+// (client_golang takes a unit in Opts as well.)
 var units = map[string]string{
 	"istio_xds_message_bytes_total":               "bytes",
 	"istio_dns_upstream_request_duration_seconds": "seconds",
@@ -184,9 +189,20 @@ func finish(f *dto.MetricFamily) {
 		h += "."
 		f.Help = &h
 	}
-	if u, ok := units[f.GetName()]; ok {
+	if u := unit(f.GetName()); u != "" {
 		f.Unit = &u
 	}
+}
+
+func unit(name string) string {
+	if strings.HasPrefix(name, "ztun_") {
+		for _, u := range [...]string{"seconds", "bytes"} {
+			if strings.HasSuffix(strings.TrimSuffix(name, "_total"), "_"+u) {
+				return u
+			}
+		}
+	}
+	return units[name]
 }
 
 // collectOrdered makes families of what the collectors send, in order of first appearance. A collector

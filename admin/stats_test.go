@@ -3,7 +3,6 @@ package admin
 import (
 	"bytes"
 	"compress/gzip"
-	"compress/zlib"
 	"io"
 	"os"
 	"regexp"
@@ -11,7 +10,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/andybalholm/brotli"
 	"github.com/google/go-cmp/cmp"
 	"github.com/klauspost/compress/zstd"
 	"github.com/prometheus/client_golang/prometheus"
@@ -62,11 +60,7 @@ func fromSample(t *testing.T, lines []string) *ordered {
 
 // TestLabelOrder: labels leave in ztunnel's order, which is not the alphabetical one, byte for byte.
 func TestLabelOrder(t *testing.T) {
-	data, err := os.ReadFile("testdata/metrics-opened.txt")
-	if err != nil {
-		t.Fatal(err)
-	}
-	lines := strings.Split(strings.TrimSpace(string(data)), "\n")
+	lines := sampleLines(t)
 	o := fromSample(t, lines[1:])
 	if names := labelRE.FindAllStringSubmatch(lines[1], -1); len(names) != 26 && len(names) != 27 || slices.IsSortedFunc(names, func(a, b []string) int { return strings.Compare(a[1], b[1]) }) {
 		t.Fatalf("the sample proves nothing: %d labels", len(names))
@@ -128,11 +122,12 @@ func TestCompression(t *testing.T) {
 	srv, err := NewStats(StatsOptions{Registry: reg})
 	s := serving(t, srv, err)
 	for _, tc := range []struct{ accept, want string }{
-		{"gzip", "gzip"}, {"deflate", "deflate"}, {"gzip, deflate, br, zstd", "zstd"}, {"gzip, deflate, br", "gzip"}, {"deflate, br", "br"},
-		{"br", "br"}, {"zstd", "zstd"}, {"*", "gzip"}, {"*;q=0.5, gzip;q=0, br;q=0.1", "br"}, {"x-gzip", "gzip"}, {"compress", ""}, {"identity", ""},
-		{"gzip;q=0", ""}, {"gzip;q=0.1,deflate;q=0.9", "deflate"}, {"identity;q=1, gzip;q=0.5", ""}, {"GZIP;Q=1", "gzip"}, {"gzip;q=x", ""},
+		{"gzip", "gzip"}, {"gzip, deflate, br, zstd", "zstd"}, {"gzip, deflate, br", "gzip"}, {"zstd", "zstd"}, {"zstd;q=0.5, gzip", "gzip"},
+		{"gzip;q=0", ""}, {"zstd;q=0, gzip", "gzip"}, {"GZIP;Q=1", "gzip"}, {"gzip;q=x", ""}, {"identity", ""}, {"", ""},
+		// What real ztunnel has and ztun has not, and what neither has.
+		{"br", ""}, {"deflate", ""}, {"br, deflate;q=0.9", ""}, {"compress", ""}, {"*", ""},
 		// Again, with compressors that have been used before.
-		{"zstd", "zstd"}, {"br", "br"}, {"gzip", "gzip"}, {"deflate", "deflate"},
+		{"zstd", "zstd"}, {"gzip", "gzip"},
 	} {
 		resp, body := do(t, "GET", urlOf(s, "/metrics"), "Accept-Encoding", tc.accept)
 		if got := resp.Header.Get("Content-Encoding"); got != tc.want {
@@ -143,10 +138,6 @@ func TestCompression(t *testing.T) {
 		switch tc.want {
 		case "gzip":
 			r, err = gzip.NewReader(r)
-		case "deflate":
-			r, err = zlib.NewReader(r)
-		case "br":
-			r = brotli.NewReader(r)
 		case "zstd":
 			var z *zstd.Decoder
 			if z, err = zstd.NewReader(r); err == nil {
@@ -156,6 +147,9 @@ func TestCompression(t *testing.T) {
 		}
 		if err != nil {
 			t.Fatal(err)
+		}
+		if resp.Header.Get("Vary") != "Accept-Encoding" {
+			t.Errorf("%q: Vary %q", tc.accept, resp.Header.Values("Vary"))
 		}
 		b, err := io.ReadAll(r)
 		if err != nil || !bytes.HasSuffix(b, []byte("# EOF\n")) || !bytes.Contains(b, []byte(`tag="1.31"`)) {
@@ -191,7 +185,7 @@ func TestExposition(t *testing.T) {
 		"# TYPE workload_manager_proxies_started counter\nworkload_manager_proxies_started_total 3\n", "\nworkload_manager_proxies_stopped_total 4\n",
 		"\nztun_admin_loop_events_total{kind=\"closure\"} 1\n", "\nztun_log_lines_total 9\n", "\nztun_http_connections_refused_total{server=\"admin\"} 0\n",
 		"\ntokio_num_workers 3\n", "\nztun_goroutines{role=\"admin\"} ", "\nztun_goroutines{role=\"worker\"} ", "\ntokio_num_alive_tasks ", "\ntokio_global_queue_depth ",
-		"\nztun_admin_loop_wait_seconds_count 1\n", "\nztun_http_connections_open{server=\"admin\"} 0\n", "\nztun_http_request_duration_seconds_count{server=\"admin\"} 0\n",
+		"\nztun_admin_loop_wait_seconds_count 1\n", "\n# UNIT ztun_admin_loop_wait_seconds seconds\n", "\n# UNIT ztun_admin_loop_busy_seconds seconds\n", "\nztun_http_connections_open{server=\"admin\"} 0\n", "\nztun_http_request_duration_seconds_count{server=\"admin\"} 0\n",
 		"\nztun_config_dumps_total{result=\"done\"} 0\n", "revision=\"abc\",version=\"1\"} 1\n",
 		"\ngo_goroutines ", "\ngo_sched_latencies_seconds_bucket", "\nztun_sched_runnable_p99_seconds ",
 	} {

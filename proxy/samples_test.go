@@ -36,7 +36,7 @@ func stable(line string) string {
 
 func sampleLines(t *testing.T, file string) []string {
 	t.Helper()
-	data, err := os.ReadFile("testdata/" + file)
+	data, err := os.ReadFile("../docs/samples/" + file)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -152,7 +152,7 @@ func TestDriveSamples(t *testing.T) {
 // order and the same value, and that we have every series of the sample.
 func compareMetrics(t *testing.T, m *Metrics, file string) {
 	t.Helper()
-	data, err := os.ReadFile("testdata/" + file)
+	data, err := os.ReadFile("../docs/samples/" + file)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -83,7 +83,7 @@ func (k *fakeKnowledge) publish(v *state.View) {
 
 func loadView(t *testing.T, change func(text string) string) *state.View {
 	t.Helper()
-	data, err := os.ReadFile("testdata/workloads.yaml")
+	data, err := os.ReadFile("../docs/samples/workloads.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}

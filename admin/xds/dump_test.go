@@ -19,7 +19,7 @@ import (
 
 func sample(t *testing.T) *Local {
 	t.Helper()
-	data, err := os.ReadFile("testdata/workloads.yaml")
+	data, err := os.ReadFile("../../docs/samples/workloads.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -32,7 +32,7 @@ func sample(t *testing.T) *Local {
 
 // The sections of a real ztunnel's dump of the same world, byte for byte.
 func TestDumpAgainstZtunnel(t *testing.T) {
-	data, err := os.ReadFile("testdata/config_dump-a.json")
+	data, err := os.ReadFile("../../docs/samples/config_dump-a.json")
 	if err != nil {
 		t.Fatal(err)
 	}

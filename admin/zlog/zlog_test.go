@@ -108,7 +108,7 @@ func level(s string) slog.Level {
 func TestSamples(t *testing.T) {
 	for _, name := range []string{"access-a.plain.log", "access-b.plain.log", "access-a.json.log", "access-b.json.log"} {
 		t.Run(name, func(t *testing.T) {
-			data, err := os.ReadFile("testdata/" + name)
+			data, err := os.ReadFile("../../docs/samples/" + name)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -15,7 +15,7 @@ import (
 // sampleConfig is the config section of a real ztunnel's dump (samples/config_dump-a.json).
 func sampleConfig(t *testing.T) map[string]any {
 	t.Helper()
-	b, err := os.ReadFile("../../admin/testdata/config_dump-a.json")
+	b, err := os.ReadFile("../../docs/samples/config_dump-a.json")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -151,7 +151,7 @@ var (
 )
 
 func readSessions(t *testing.T) (out []*session) {
-	data, err := os.ReadFile("testdata/inbound-answers.txt")
+	data, err := os.ReadFile("../../docs/samples/inbound-answers.txt")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -266,7 +266,7 @@ func TestGoldenInbound(t *testing.T) {
 }
 
 func TestGoldenConnectRequest(t *testing.T) {
-	data, err := os.ReadFile("testdata/connect-request.txt")
+	data, err := os.ReadFile("../../docs/samples/connect-request.txt")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -25,8 +25,8 @@ What ` + "`/metrics`" + ` on port 15020 has. Names are an interface: those with 
 those with ` + "`ztun_`" + ` are our own. Besides there are ` + "`go_*` and `process_*`" + ` of the Prometheus client. A counter's samples end in ` + "`_total`" + `. This page is compared with two running daemons by ` + "`go test ./test/e2e -run MetricsList`" + `,
 which also writes it (` + "`-update-metrics`" + `). Some metrics appear with their first event only.
 
-| metric | type | labels | what it says |
-|---|---|---|---|
+| metric | type | unit | labels | what it says |
+|---|---|---|---|---|
 `
 
 // eventual are metrics that a run of this test need not bring about: they appear with their first event. Their rows are kept by hand.
@@ -105,11 +105,17 @@ func metricRows(t *testing.T, text string) map[string]string {
 			}
 		}
 	}
+	units := map[string]string{}
+	for line := range strings.Lines(text) {
+		if name, unit, ok := strings.Cut(strings.TrimPrefix(line, "# UNIT "), " "); ok && strings.HasPrefix(line, "# UNIT ") {
+			units[name] = strings.TrimSpace(unit)
+		}
+	}
 	rows := map[string]string{}
 	for line := range strings.Lines(text) {
 		name, help, ok := strings.Cut(strings.TrimPrefix(line, "# HELP "), " ")
 		if runtime := strings.HasPrefix(name, "go_") || strings.HasPrefix(name, "process_"); ok && strings.HasPrefix(line, "# HELP ") && !runtime {
-			rows[name] = fmt.Sprintf("| `%s` | %s | %s | %s |\n", name, metrics.Types[name], strings.Join(labels[name], ", "), strings.TrimSpace(help))
+			rows[name] = fmt.Sprintf("| `%s` | %s | %s | %s | %s |\n", name, metrics.Types[name], units[name], strings.Join(labels[name], ", "), strings.TrimSpace(help))
 		}
 	}
 	return rows

@@ -23,13 +23,13 @@ import (
 	"ztun/test/load"
 )
 
-// The samples of testdata/samples were taken from a real ztunnel (docs/samples/README.md); these tests hold ztun against them.
+// The samples of docs/samples were taken from a real ztunnel (docs/samples/README.md); these tests hold ztun against them.
 
 // sample is one of them. A workload of a file that names no trust domain has none in ztunnel; here it has that of the node, as every workload of a
 // control plane has (docs/migrating-from-ztunnel.md).
 func sample(t testing.TB, name string) string {
 	t.Helper()
-	b, err := os.ReadFile("testdata/samples/" + name)
+	b, err := os.ReadFile("../../docs/samples/" + name)
 	must(t, err)
 	return strings.ReplaceAll(string(b), "spiffe:///ns/", "spiffe://cluster.local/ns/")
 }

@@ -89,7 +89,7 @@ func TestIstioctl(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	t.Cleanup(cancel)
 	w := lab.ForTest(t, lab.Options{Bin: ztun, Prefix: "zi"})
-	world, err := os.ReadFile("testdata/workloads.yaml")
+	world, err := os.ReadFile("../../../docs/samples/workloads.yaml")
 	must(t, err)
 	must(t, w.WriteWorldBytes(world))
 	for i, n := range w.Nodes() {
