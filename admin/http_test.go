@@ -256,7 +256,7 @@ func TestExactPaths(t *testing.T) {
 		}
 		b, _ := io.ReadAll(resp.Body)
 		resp.Body.Close()
-		if resp.StatusCode != 404 || !strings.HasPrefix(string(b), "no path \"") || !strings.HasSuffix(string(b), "\npaths: / /config_dump /debug/pprof/ /logging /quitquitquit\n") {
+		if resp.StatusCode != 404 || !strings.HasPrefix(string(b), "no path \"") || !strings.HasSuffix(string(b), "\npaths: / /config_dump /debug/pprof/ /logging /quitquitquit /ztun/connections /ztun/flows\n") {
 			t.Errorf("%s: %s, %q, %v", p, resp.Status, b, resp.Header)
 		}
 	}
