@@ -3,192 +3,201 @@ package proxy
 import (
 	"context"
 	"errors"
-	"log/slog"
 	"net/netip"
-	"strconv"
-	"strings"
+	"runtime/pprof"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"ztun/proxy/fair"
-	"ztun/proxy/route"
-	"ztun/proxy/state"
+	"golang.org/x/net/http2"
+
+	"ztun/proxy/hbone"
+	"ztun/proxy/rbac"
 )
 
-// connection is what one proxied connection reports: its labels, its access line, its byte counts.
-// It is opened once and recorded once.
+// connection is one connection's way through the proxy: from its SYN, its CONNECT or its SOCKS5 greeting to the end of
+// its copying. It is entered, registered as soon as it is known where it goes, carried once both of its ends stand, and
+// left.
 type connection struct {
 	p        *Proxy
-	outbound bool
-	start    time.Time
-	src, dst netip.AddrPort
-	called   netip.AddrPort // of an outbound one
-	hbone    string         // the CONNECT authority; "" for plaintext
-	mtls     bool
-	carried  bool // it was accepted, and bytes could flow
-	protocol route.Protocol
-	labels   *labels // the series' own, mostly: idle connections are to be small
-	series   *series
-	srcName  string // pod names; "" falls back to the canonical service label
-	dstName  string
+	reporter string // whose socket it is; "" for a stream of a tunnel, which has none of its own
+	// inner is the connection's own tunnel within a gateway's, where there is one. It ends with its only
+	// stream; leave waits for that.
+	inner   *hbone.ClientConn
+	forget  func() // ends the watch over the inner peer's revocation; nil without inner
+	carried bool   // its bytes are being copied
+	left    atomic.Bool
 
-	received atomic.Uint64 // downstream to upstream, as Istio's historical orientation has it
-	sent     atomic.Uint64 // upstream to downstream
-
-	recorded sync.Once
-	past     past // set when it is recorded
+	mu         sync.Mutex
+	registered bool
+	path       path
+	books      *books             // nil until there is something to count
+	cut        *Error             // set once, by the first who cuts
+	ends       [2]Conn            // what is aborted by a cut
+	stop       context.CancelFunc // ends what is under way for it before it is carried
 }
 
-type connectionInput struct {
-	outbound bool
-	src, dst netip.AddrPort
-	called   netip.AddrPort
-	hbone    string
-	mtls     bool
-	protocol route.Protocol
-	derived  *derived
-	source   *state.Workload
-	dest     *state.Workload
-	farEnd   *derived // double HBONE: takes the place of dest, which is the gateway
-	service  *state.Service
-	start    time.Time
+// path is where a connection comes from and goes to: by it a connection is listed, re-checked and cut.
+type path struct {
+	inbound     bool
+	start       time.Time
+	src         netip.AddrPort
+	originalDst netip.AddrPort // zero: none
+	actualDst   netip.AddrPort
+	protocol    string        // HBONE, TCP, DOUBLEHBONE
+	policy      rbac.Question // of an inbound one
 }
 
-// open counts the connection and writes the DEBUG line "connection opened".
-func (p *Proxy) open(in connectionInput) *connection {
-	c := &connection{p: p, outbound: in.outbound, start: in.start, src: in.src, dst: in.dst,
-		called: in.called, hbone: in.hbone, mtls: in.mtls, protocol: in.protocol}
-	li := labelInput{reporter: reporterDestination, security: securityUnknown, derived: in.derived, source: in.source, dest: in.dest, farEnd: in.farEnd, service: in.service}
-	if in.outbound {
-		li.reporter = reporterSource
+// The directions of a connection, as profiles and traces name them.
+const (
+	outbound = iota
+	inbound
+	passthrough
+)
+
+var directions = [...]string{outbound: "outbound", inbound: "inbound", passthrough: "passthrough"}
+
+// enter lets a connection in; nil when the proxy drains and takes nothing new. The goroutine, and those
+// that it starts, show the pod and the direction in profiles from here on.
+func (p *Proxy) enter(dir int) *connection {
+	pprof.SetGoroutineLabels(p.labels[dir])
+	p.mu.Lock()
+	draining := p.draining
+	if !draining {
+		p.work.Add(1)
 	}
-	if in.mtls {
-		li.security = securityMutualTLS
+	p.mu.Unlock()
+	if draining {
+		return nil
 	}
-	l := makeLabels(li)
-	if in.source != nil {
-		c.srcName = in.source.Name
+	c := &connection{p: p, reporter: reporterDestination}
+	if dir == outbound {
+		c.reporter = reporterSource
 	}
-	if in.farEnd != nil {
-		c.dstName = clip(in.farEnd.baggage.Workload, maxClaimed)
-	} else if in.dest != nil {
-		c.dstName = in.dest.Name
-	}
-	claimant, claims := li.claims()
-	c.series = p.o.Metrics.open(l, claimant, claims)
-	if c.labels = &c.series.labels; *c.labels != l {
-		// Counted in the overflow series, or without what the peer claims; the access line still says who it was.
-		for i := range l {
-			if claims.has(i) {
-				l[i] = strings.Clone(l[i]) // of a header that may be much longer
-			}
-		}
-		c.labels = &l
-	}
-	if p.o.Access.Enabled(context.Background(), slog.LevelDebug) {
-		p.o.Access.LogAttrs(context.Background(), slog.LevelDebug, "connection opened", c.attrs(make([]slog.Attr, 0, 16))...)
-	}
+	p.o.Metrics.socket(c.reporter, 1)
 	return c
 }
 
-// record closes the connection's books: metrics and the access line. Only the first call counts.
-func (c *connection) record(err error) {
-	c.recorded.Do(func() {
-		flag, reason := FlagNone, ""
-		if err != nil {
-			err = revokedInstead(err)
-			flag = FlagConnect // an error that carries no flag of its own (spec 10.2)
-			var e *Error
-			if errors.As(err, &e) {
-				flag = e.Flag()
-			}
-			reason = err.Error()
-		}
-		c.p.o.Metrics.close(c.series, flag)
-		c.p.history.remember(c, err, reason, flag)
-		level := slog.LevelInfo
-		if err != nil {
-			level = slog.LevelError
-		}
-		if !c.p.o.Access.Enabled(context.Background(), level) {
-			return
-		}
-		// The counters are turned so that bytes_sent is what this side of the mesh sent (spec 11).
-		sent, received := c.sent.Load(), c.received.Load()
-		if c.outbound {
-			sent, received = received, sent
-		}
-		attrs := c.attrs(make([]slog.Attr, 0, 20))
-		attrs = append(attrs, slog.Uint64("bytes_sent", sent), slog.Uint64("bytes_recv", received),
-			slog.String("duration", durationText(time.Since(c.start))))
-		if err != nil {
-			attrs = append(attrs, slog.String("error", reason))
-		}
-		if err != nil && !c.carried {
-			// As many as somebody likes who is refused: within a budget.
-			c.p.bounds.refusals.Log(context.Background(), level, sourceOf(c.src), "connection complete", attrs...)
-			return
-		}
-		c.p.o.Access.LogAttrs(context.Background(), level, "connection complete", attrs...)
-	})
+// enterStream lets a stream of a tunnel in, which stays itself as long as the caller runs.
+func (p *Proxy) enterStream(stop context.CancelFunc) *connection {
+	p.work.Add(1)
+	return &connection{p: p, stop: stop}
 }
 
-func (c *connection) attrs(a []slog.Attr) []slog.Attr {
-	str := func(key, v string) {
-		if v != "" {
-			a = append(a, slog.String(key, v))
+// await gives the connection the context of what is done for it until it is carried: a cut ends it, and so does the
+// flow's loss of its place.
+func (c *connection) await(f Flow) (context.Context, context.CancelFunc) {
+	ctx, stop := context.WithCancel(c.p.ctx)
+	c.stop = stop
+	f.OnGone(func() { c.sever(fail(kindCrowded, nil)) })
+	return ctx, stop
+}
+
+// register makes the connection one that can be listed, re-checked and cut, on the path given; again, when it takes
+// another one.
+func (c *connection) register(on path) {
+	c.mu.Lock()
+	c.registered, c.path = true, on
+	c.mu.Unlock()
+	c.p.table.add(c)
+}
+
+// where is the path of a registered connection.
+func (c *connection) where() path {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.path
+}
+
+// open begins the connection's books.
+func (c *connection) open(e entry) {
+	b := c.p.openBooks(e)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.books = b
+}
+
+// settle ends a connection that is not being copied when its beginning returns: it was refused, or something panicked.
+func (c *connection) settle() {
+	if c.carried {
+		return
+	}
+	if c.books != nil {
+		c.books.record(fail(kindIO, errUnfinished)) // no news if it was recorded
+	}
+	c.leave()
+}
+
+var errUnfinished = errors.New("internal error")
+
+// leave takes the connection off the table; only the first call counts.
+func (c *connection) leave() {
+	if c.left.Swap(true) {
+		return
+	}
+	if c.registered {
+		c.p.table.remove(c)
+	}
+	if c.reporter != "" {
+		c.p.o.Metrics.socket(c.reporter, -1)
+	}
+	if c.inner != nil {
+		c.inner.Shutdown(c.p.ctx)
+		c.inner.Close()
+		c.forget()
+	}
+	c.p.work.Done()
+}
+
+// stand gives the connection's ends to be aborted by a cut. It reports the cut if it has come already.
+func (c *connection) stand(down, up Conn) *Error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.ends = [2]Conn{down, up}
+	c.stop = nil // nothing is under way any more: let go of the context
+	return c.cut
+}
+
+// sever cuts the connection for the given reason; the first reason stays.
+func (c *connection) sever(why *Error) {
+	c.mu.Lock()
+	if c.cut != nil {
+		c.mu.Unlock()
+		return
+	}
+	c.cut = why
+	ends, stop := c.ends, c.stop
+	c.mu.Unlock()
+	if stop != nil {
+		stop()
+	}
+	for _, e := range ends {
+		if e != nil {
+			cancel(e)
 		}
 	}
-	a = append(a, slog.Any("src.addr", c.src))
-	str("src.workload", firstNonEmpty(c.srcName, c.labels[lSourceCanonicalService]))
-	str("src.namespace", c.labels[lSourceNamespace])
-	if c.mtls {
-		str("src.identity", c.labels[lSourcePrincipal])
-	}
-	str("src.cluster", c.labels[lSourceCluster])
-	a = append(a, slog.Any("dst.addr", c.dst))
-	if c.hbone != "" {
-		a = append(a, slog.Any("dst.hbone_addr", display(c.hbone)))
-	}
-	str("dst.service", c.labels[lDestinationService])
-	str("dst.workload", firstNonEmpty(c.dstName, c.labels[lDestinationCanonicalService]))
-	str("dst.namespace", c.labels[lDestinationNamespace])
-	if c.mtls {
-		str("dst.identity", c.labels[lDestinationPrincipal])
-	}
-	str("dst.cluster", c.labels[lDestinationCluster])
-	return append(a, slog.String("direction", direction(c.outbound)))
 }
 
-// sourceOf is who src is to the bounds on log lines.
-func sourceOf(src netip.AddrPort) string { return fair.Group(src.Addr()).String() }
+// reason is why the connection was cut, nil if it was not.
+func (c *connection) reason() *Error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.cut
+}
 
-// display is text that is logged without quotes, as ztunnel logs what it displays.
-type display string
-
-func (d display) String() string { return string(d) }
-
-func direction(outbound bool) string {
-	if outbound {
-		return "outbound"
+// instead is the reason of the cut if there was one, else err: what failed because of a cut is no news.
+func (c *connection) instead(err *Error) *Error {
+	if cut := c.reason(); cut != nil {
+		return cut
 	}
-	return "inbound"
+	return err
 }
 
-func durationText(d time.Duration) string {
-	var b [24]byte
-	n := strconv.AppendInt(b[:0], d.Milliseconds(), 10)
-	return string(append(n, 'm', 's'))
-}
-
-func firstNonEmpty(a, b string) string {
-	if a != "" {
-		return a
+// cancel ends one end of a connection that we cut: CANCEL on a tunnel's stream, as ztunnel does, RST on TCP.
+func cancel(c Conn) {
+	if s, ok := c.(*hbone.Stream); ok {
+		s.Reset(http2.ErrCodeCancel)
+		return
 	}
-	return b
+	abort(c)
 }
-
-// addSent and addReceived count bytes as they are written, for the metrics and the access line.
-func (c *connection) addSent(n int)     { c.sent.Add(uint64(n)); c.series.sent.Add(uint64(n)) }
-func (c *connection) addReceived(n int) { c.received.Add(uint64(n)); c.series.received.Add(uint64(n)) }

@@ -15,14 +15,13 @@ import (
 	"ztun/proxy/hbone"
 )
 
-// session moves one connection's bytes both ways until both directions have ended (spec 9): after one
+// copying moves one connection's bytes both ways until both directions have ended (spec 9): after one
 // side's end of input the other direction goes on for as long as it likes. A reset by either side is
 // carried to the other as a reset; an application's is not an error, a tunnel's or stream's is (isReset).
 //
 // Each direction is a goroutine of its own whose stack holds nothing but the copying: what set the
 // connection up has returned, and an idle connection costs two small stacks.
-type session struct {
-	v        *visit
+type copying struct {
 	c        *connection
 	down, up Conn // the side that asked for the connection, and the side that we connected to
 
@@ -44,45 +43,45 @@ const tearAfter = 200 * time.Millisecond
 type resettable interface{ OnReset(func(error)) }
 
 // watch has the loss of one side end the whole, also while both directions wait for the other side.
-func (s *session) watch(side Conn) {
+func (s *copying) watch(side Conn) {
 	if r, ok := side.(resettable); ok {
 		r.OnReset(s.lose)
 	}
 }
 
 // lose is called with locks of the lost side held.
-func (s *session) lose(err error) {
+func (s *copying) lose(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ended || s.tear != nil {
 		return
 	}
 	s.lost = err
-	s.v.p.work.Add(1) // beside the visit's own, which is held until ended is set
-	s.tear = time.AfterFunc(tearAfter, s.v.p.o.Panics.Func("the end of a connection", func() {
-		defer s.v.p.work.Done()
+	s.c.p.work.Add(1) // beside the connection's own, which is held until ended is set
+	s.tear = time.AfterFunc(tearAfter, s.c.p.o.Panics.Func("the end of a connection", func() {
+		defer s.c.p.work.Done()
 		abort(s.down)
 		abort(s.up)
 	}, nil))
 }
 
 // accept completes the handshake of a flow whose upstream stands, and starts copying.
-func (v *visit) accept(c *connection, f Flow, up Conn) {
+func (c *connection) accept(f Flow, up Conn) {
 	down, err := f.Accept()
 	if err != nil {
 		// The application has given up meanwhile; nothing was asked of the far side but to be there.
 		abort(up)
-		c.record(nil)
+		c.books.record(nil)
 		return
 	}
-	v.carry(c, down, up)
+	c.carry(down, up)
 }
 
 // carry starts copying and returns.
-func (v *visit) carry(c *connection, down, up Conn) {
-	c.carried, v.carried = true, true
-	s := &session{v: v, c: c, down: down, up: up}
-	if cut := v.live.attach(c, down, up); cut != nil {
+func (c *connection) carry(down, up Conn) {
+	c.carried, c.books.carried = true, true
+	s := &copying{c: c, down: down, up: up}
+	if cut := c.stand(down, up); cut != nil {
 		cancel(down)
 		cancel(up)
 		s.end()
@@ -91,32 +90,32 @@ func (v *visit) carry(c *connection, down, up Conn) {
 	s.left.Store(2)
 	s.watch(down)
 	s.watch(up)
-	go s.v.p.o.Panics.Func("copying to upstream", s.copyToUpstream, s.crashed)()
-	go s.v.p.o.Panics.Func("copying to downstream", s.copyToDownstream, s.crashed)()
+	go s.c.p.o.Panics.Func("copying to upstream", s.copyToUpstream, s.crashed)()
+	go s.c.p.o.Panics.Func("copying to downstream", s.copyToDownstream, s.crashed)()
 }
 
 // copyToUpstream and copyToDownstream are named so that goroutine dumps read well.
-func (s *session) copyToUpstream() {
-	s.forth = copyOneWay(s.up, s.down, s.c.addReceived)
+func (s *copying) copyToUpstream() {
+	s.forth = copyOneWay(s.up, s.down, s.c.books.addReceived)
 	s.done()
 }
 
-func (s *session) copyToDownstream() {
-	s.back = copyOneWay(s.down, s.up, s.c.addSent)
+func (s *copying) copyToDownstream() {
+	s.back = copyOneWay(s.down, s.up, s.c.books.addSent)
 	s.done()
 }
 
-func (s *session) done() {
+func (s *copying) done() {
 	if s.left.Add(-1) == 0 {
 		s.end()
 	}
 }
 
-// crashed ends the session of a direction that has panicked. Its ends may be locked for ever: nobody waits for them.
-func (s *session) crashed(err error) {
+// crashed ends the copying of a direction that has panicked. Its ends may be locked for ever: nobody waits for them.
+func (s *copying) crashed(err error) {
 	s.crash.CompareAndSwap(nil, fail(kindIO, err))
 	for _, c := range []Conn{s.down, s.up} {
-		go s.v.p.o.Panics.Func("the end of a connection", func() {
+		go s.c.p.o.Panics.Func("the end of a connection", func() {
 			if t, ok := c.(*hbone.Stream); ok {
 				t.Crashed(err)
 				return
@@ -128,7 +127,7 @@ func (s *session) crashed(err error) {
 }
 
 // end keeps the books. The error of the way to upstream is the one that is reported if there are two.
-func (s *session) end() {
+func (s *copying) end() {
 	if s.crash.Load() == nil { // else they are being closed
 		s.up.Close()
 		s.down.Close()
@@ -140,7 +139,7 @@ func (s *session) end() {
 	s.mu.Lock()
 	s.ended = true
 	if s.tear != nil && s.tear.Stop() {
-		s.v.p.work.Done()
+		s.c.p.work.Done()
 	}
 	if err == nil && s.lost != nil && !isReset(s.lost) {
 		err = &copyError{"receive: ", s.lost}
@@ -149,11 +148,11 @@ func (s *session) end() {
 	if crash := s.crash.Load(); crash != nil {
 		err = crash
 	}
-	if cut := s.v.live.reason(); cut != nil {
+	if cut := s.c.reason(); cut != nil {
 		err = cut
 	}
-	s.c.record(err)
-	s.v.leave()
+	s.c.books.record(err)
+	s.c.leave()
 }
 
 // copyOneWay copies src to dst and ends dst's input when src has ended.

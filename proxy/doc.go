@@ -2,13 +2,44 @@
 // connections accepted on port 15008, decides where each goes, connects the far side, and only then
 // accepts the near side and copies bytes until both directions have ended.
 //
-// What flows through: Flow (from netstack, by way of the composition root), net.Conn (accepted on
-// 15008), and the immutable state.View that the admin loop publishes. Who calls it: cmd/ztun makes one
-// Proxy per attached pod. What it never does: touch packets, devices, namespaces or files, or wait for
-// the admin loop (except for a certificate or the pod's own workload record, both bounded).
+// # The story of one connection
 //
-// Names follow Istio: "outbound" is what the pod's application opens (ztunnel's port 15001), "inbound"
-// is HBONE on 15008, "passthrough" is inbound plaintext (ztunnel's port 15006).
+//  1. Flow. A SYN is held and comes in as a Flow (ServeOutbound, ServePassthrough), or a SOCKS5 request that is one
+//     (ServeSOCKS), or a CONNECT on a stream of a peer's tunnel (ServeMesh, serveStream). It becomes a connection
+//     (enter, connection.go), which a cut can end from here on (await).
+//  2. Decision. Package route says where it goes, from the newest View (decide in outbound.go, receive in inbound.go);
+//     what the View does not know is asked for (ondemand.go). The connection is registered with its path in the table,
+//     and then, if it is inbound, package rbac says whether it may (admit): in this order, so that a change of policy in
+//     between finds it.
+//  3. Upstream. The far side is connected: a stream of a pooled tunnel, plain TCP (connect), a tunnel within a
+//     gateway's (double.go), or the application (reach). One endpoint that fails may give way to another (retry.go).
+//  4. Accept. Only now is the near side told: SYN-ACK, SOCKS5's success, or 200. What failed before is refused instead,
+//     with the reason (errors.go: one row per reason, for each who is told).
+//  5. Copy. Two goroutines move the bytes, one per direction (carry, copy.go). An end of file ends one direction, a
+//     reset both.
+//  6. Books. When both have ended, or at the refusal, the metrics are closed and the access line is written (record,
+//     books.go), and the connection leaves (leave).
+//
+// # Words
+//
+//   - flow: a SYN that is held. Nothing has been answered.
+//   - connection: one application connection from its flow or CONNECT to the end of its copying (connection.go). Its
+//     path is where it comes from and goes to; the table (table.go) has those that are registered.
+//   - Conn: Go's word, one end of a connection: a byte stream of two directions. A connection has two, down (who asked
+//     for it) and up (whom we connected to).
+//   - to sever a connection: to end it for a reason of ours. To cancel or abort a Conn: to reset it, as cut by us or as
+//     lost.
+//   - books: what a connection reports. They are opened with an entry, recorded once, and know nothing of its ends.
+//   - tunnel: TLS and HTTP/2 between two proxies; its streams carry connections (package hbone). A tunnel's own TCP
+//     connection is nobody's connection here: it has no books.
+//   - outbound is what the pod's application opens (ztunnel's port 15001), inbound is HBONE on 15008, passthrough is
+//     inbound plaintext (ztunnel's port 15006), as in Istio.
+//   - denied: turned down before anything was counted. Refused: what the SYN or the CONNECT is answered.
+//
+// What flows through: Flow (from netstack, by way of the composition root), net.Conn (accepted on
+// 15008), and the immutable state.View that the admin side publishes. Who calls it: cmd/ztun makes one
+// Proxy per attached pod. What it never does: touch packets, devices, namespaces or files, or wait for
+// the admin side (except for a certificate or the pod's own workload record, both bounded).
 //
 // Decisions:
 //   - 2026-11-23: truthful connect. The application's SYN is answered after the upstream stands, so a

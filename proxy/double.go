@@ -14,8 +14,8 @@ import (
 // gateway and, within it, a tunnel of the connection's own to whoever the gateway chooses. The inner one
 // is never shared, so that each connection may end at another endpoint (spec 2.9). far is what the far
 // end proves and says of itself.
-func (v *visit) connectDouble(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision) (up Conn, far *derived, failed *Error) {
-	p := v.p
+func (c *connection) connectDouble(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision) (up Conn, far *derived, failed *Error) {
+	p := c.p
 	req := request(local, src, d)
 	outer, failed := p.connectHBONE(ctx, local, src, d, req)
 	if failed != nil {
@@ -37,11 +37,11 @@ func (v *visit) connectDouble(ctx context.Context, local *state.Workload, src ne
 		conn.Close()
 		return nil, nil, fail(kindH2, err)
 	}
-	if v.forget, err = p.track(identity.ClientSide, proof{cert, cs}, inner.Abort); err != nil {
+	if c.forget, err = p.track(identity.ClientSide, proof{cert, cs}, inner.Abort); err != nil {
 		inner.Abort(err)
 		return nil, nil, fail(kindTLS, err)
 	}
-	v.inner = inner // ended, and waited for, when the visit ends
+	c.inner = inner // ended, and waited for, when the connection leaves
 	rctx, done := context.WithTimeout(ctx, responseTimeout)
 	defer done()
 	req.ForwardedNetwork, req.SendForwardedNetwork = p.o.Config.NetworkName, true

@@ -74,30 +74,30 @@ type past struct {
 // atomic operations. A nil ring remembers nothing.
 type ring struct {
 	next  atomic.Uint64
-	slots []atomic.Pointer[connection]
+	slots []atomic.Pointer[books]
 }
 
 func newRing(size int) *ring {
 	if size <= 0 {
 		return nil
 	}
-	return &ring{slots: make([]atomic.Pointer[connection], size)}
+	return &ring{slots: make([]atomic.Pointer[books], size)}
 }
 
 // add takes books that nobody writes to any more.
-func (r *ring) add(c *connection) {
+func (r *ring) add(b *books) {
 	if r != nil {
-		r.slots[(r.next.Add(1)-1)%uint64(len(r.slots))].Store(c)
+		r.slots[(r.next.Add(1)-1)%uint64(len(r.slots))].Store(b)
 	}
 }
 
 // all are those that are remembered, in no order.
-func (r *ring) all(yield func(*connection) bool) {
+func (r *ring) all(yield func(*books) bool) {
 	if r == nil {
 		return
 	}
 	for i := range r.slots {
-		if c := r.slots[i].Load(); c != nil && !yield(c) {
+		if b := r.slots[i].Load(); b != nil && !yield(b) {
 			return
 		}
 	}
@@ -111,51 +111,51 @@ type history struct{ carried, refused *ring }
 const maxReason = 512
 
 // remember keeps the books of a connection that has ended. reason is err's text.
-func (h *history) remember(c *connection, err error, reason string, flag Flag) {
+func (h *history) remember(b *books, err error, reason string, flag Flag) {
 	if h.carried == nil {
 		return
 	}
-	c.past = past{time.Since(c.start), outcome(c.carried, err), clip(reason, maxReason), flag}
-	if c.carried || err == nil {
-		h.carried.add(c)
+	b.past = past{time.Since(b.start), outcome(b.carried, err), clip(reason, maxReason), flag}
+	if b.carried || err == nil {
+		h.carried.add(b)
 	} else {
-		h.refused.add(c)
+		h.refused.add(b)
 	}
 }
 
 // deny keeps the books of a connection that was turned down before anything was counted (spec 11, "early deny"): a WARN line,
 // and what an operator sees of it. dir is the direction.
 func (p *Proxy) deny(dir int, src, dst netip.AddrPort, err error) {
-	c := &connection{p: p, outbound: dir == outbound, src: src, dst: dst, labels: &p.unlabelled}
+	b := &books{p: p, outbound: dir == outbound, src: src, dst: dst, labels: &p.unlabelled}
 	if dir == inbound {
-		c.protocol = route.HBONE
+		b.protocol = route.HBONE
 	}
-	p.denied(c, err)
+	p.denied(b, err)
 }
 
 // denyMesh is deny for what comes over a tunnel, whose peer may have shown who it is.
 func (p *Proxy) denyMesh(t *tunnel, authority string, err error) {
-	c := &connection{p: p, src: t.src, dst: t.dst, hbone: clip(authority, maxReason), protocol: route.HBONE, labels: &p.unlabelled}
+	b := &books{p: p, src: t.src, dst: t.dst, hbone: clip(authority, maxReason), protocol: route.HBONE, labels: &p.unlabelled}
 	if t.hasPeer {
-		c.mtls, c.labels = true, &labels{lSourcePrincipal: t.peer.String()}
+		b.mtls, b.labels = true, &labels{lSourcePrincipal: t.peer.String()}
 	}
-	p.denied(c, err)
+	p.denied(b, err)
 }
 
-func (p *Proxy) denied(c *connection, err error) {
-	c.start = time.Now()
+func (p *Proxy) denied(b *books, err error) {
+	b.start = time.Now()
 	reason := err.Error()
-	p.history.remember(c, err, reason, FlagNone)
-	p.bounds.refusals.Log(context.Background(), slog.LevelWarn, sourceOf(c.src), "connection failed",
-		slog.Any("src.addr", c.src), slog.Any("dst.addr", c.dst),
-		slog.String("direction", direction(c.outbound)), slog.String("error", reason))
+	p.history.remember(b, err, reason, FlagNone)
+	p.bounds.refusals.Log(context.Background(), slog.LevelWarn, sourceOf(b.src), "connection failed",
+		slog.Any("src.addr", b.src), slog.Any("dst.addr", b.dst),
+		slog.String("direction", direction(b.outbound)), slog.String("error", reason))
 }
 
 // Live yields what is open or being opened now, in no order. No lock is held while it yields.
 func (p *Proxy) Live() iter.Seq[ConnectionInfo] {
 	return func(yield func(ConnectionInfo) bool) {
-		for _, l := range p.conns.snapshot() {
-			if !yield(l.info()) {
+		for _, c := range p.table.snapshot() {
+			if !yield(c.info()) {
 				return
 			}
 		}
@@ -166,10 +166,10 @@ func (p *Proxy) Live() iter.Seq[ConnectionInfo] {
 func (p *Proxy) Ended() iter.Seq[ConnectionInfo] {
 	return func(yield func(ConnectionInfo) bool) {
 		for _, r := range []*ring{p.history.carried, p.history.refused} {
-			for c := range r.all {
-				i := c.info()
-				i.State, i.End = "ended", c.start.Add(c.past.after)
-				i.Outcome, i.Reason, i.Flag = c.past.outcome, c.past.reason, c.past.flag.String()
+			for b := range r.all {
+				i := b.info()
+				i.State, i.End = "ended", b.start.Add(b.past.after)
+				i.Outcome, i.Reason, i.Flag = b.past.outcome, b.past.reason, b.past.flag.String()
 				if !yield(i) {
 					return
 				}
@@ -179,23 +179,23 @@ func (p *Proxy) Ended() iter.Seq[ConnectionInfo] {
 }
 
 // info is what the books hold.
-func (c *connection) info() ConnectionInfo {
+func (b *books) info() ConnectionInfo {
 	i := ConnectionInfo{
-		Direction: directions[outbound], Protocol: c.protocol.String(), Called: c.called, Service: c.labels[lDestinationService],
-		Authority: c.hbone, Start: c.start, Sent: c.sent.Load(), Received: c.received.Load(),
-		Source:      Party{Addr: c.src, Workload: firstNonEmpty(c.srcName, c.labels[lSourceCanonicalService]), Namespace: c.labels[lSourceNamespace], Cluster: c.labels[lSourceCluster]},
-		Destination: Party{Addr: c.dst, Workload: firstNonEmpty(c.dstName, c.labels[lDestinationCanonicalService]), Namespace: c.labels[lDestinationNamespace], Cluster: c.labels[lDestinationCluster]},
+		Direction: directions[outbound], Protocol: b.protocol.String(), Called: b.called, Service: b.labels[lDestinationService],
+		Authority: b.hbone, Start: b.start, Sent: b.sent.Load(), Received: b.received.Load(),
+		Source:      Party{Addr: b.src, Workload: firstNonEmpty(b.srcName, b.labels[lSourceCanonicalService]), Namespace: b.labels[lSourceNamespace], Cluster: b.labels[lSourceCluster]},
+		Destination: Party{Addr: b.dst, Workload: firstNonEmpty(b.dstName, b.labels[lDestinationCanonicalService]), Namespace: b.labels[lDestinationNamespace], Cluster: b.labels[lDestinationCluster]},
 	}
 	switch {
-	case c.outbound:
+	case b.outbound:
 		i.Sent, i.Received = i.Received, i.Sent
-	case c.protocol == route.TCP:
+	case b.protocol == route.TCP:
 		i.Direction = directions[passthrough]
 	default:
 		i.Direction = directions[inbound]
 	}
-	if c.mtls {
-		i.Source.Identity, i.Destination.Identity = c.labels[lSourcePrincipal], c.labels[lDestinationPrincipal]
+	if b.mtls {
+		i.Source.Identity, i.Destination.Identity = b.labels[lSourcePrincipal], b.labels[lDestinationPrincipal]
 	}
 	if i.Called == i.Destination.Addr {
 		i.Called = netip.AddrPort{}
@@ -203,32 +203,32 @@ func (c *connection) info() ConnectionInfo {
 	return i
 }
 
-// info is what is known of a live connection; before it stands that is little.
-func (l *live) info() ConnectionInfo {
-	l.mu.Lock()
-	c, ends := l.books, l.ends
-	l.mu.Unlock()
-	if c == nil {
-		i := ConnectionInfo{Direction: directions[outbound], Protocol: l.protocol, State: "connecting", Start: l.start,
-			Source: Party{Addr: l.src}, Destination: Party{Addr: l.actualDst}}
-		if l.originalDst != l.actualDst {
-			i.Called = l.originalDst
+// info is what is known of a connection that lives; before it stands that is little.
+func (c *connection) info() ConnectionInfo {
+	c.mu.Lock()
+	on, b, ends := c.path, c.books, c.ends
+	c.mu.Unlock()
+	if ends == [2]Conn{} {
+		i := ConnectionInfo{Direction: directions[outbound], Protocol: on.protocol, State: "connecting", Start: on.start,
+			Source: Party{Addr: on.src}, Destination: Party{Addr: on.actualDst}}
+		if on.originalDst != on.actualDst {
+			i.Called = on.originalDst
 		}
-		if l.inbound {
+		if on.inbound {
 			i.Direction, i.Called = directions[inbound], netip.AddrPort{}
-			if l.policy.HasID {
-				i.Source.Identity = l.policy.ID.String()
+			if on.policy.HasID {
+				i.Source.Identity = on.policy.ID.String()
 			}
-			if l.protocol == route.TCP.String() {
+			if on.protocol == route.TCP.String() {
 				i.Direction = directions[passthrough]
 			}
 		}
 		return i
 	}
-	i := c.info()
+	i := b.info()
 	i.State = "open"
-	if l.inbound && c.hbone != "" {
-		i.Destination.Addr = l.actualDst // the application; the books have the tunnel's address, as ztunnel's access line
+	if on.inbound && b.hbone != "" {
+		i.Destination.Addr = on.actualDst // the application; the books have the tunnel's address, as ztunnel's access line
 	}
 	for _, e := range ends {
 		if s, ok := e.(*hbone.Stream); ok {

@@ -118,7 +118,7 @@ func TestHistoryIsBounded(t *testing.T) {
 	h := history{newRing(3), newRing(3)}
 	p := &Proxy{}
 	add := func(port int, carried bool, err error) {
-		c := &connection{p: p, carried: carried, src: netip.AddrPortFrom(addrA, uint16(port)), labels: &p.unlabelled, start: time.Now()}
+		c := &books{p: p, carried: carried, src: netip.AddrPortFrom(addrA, uint16(port)), labels: &p.unlabelled, start: time.Now()}
 		reason := ""
 		if err != nil {
 			reason = err.Error()
@@ -144,7 +144,7 @@ func TestHistoryIsBounded(t *testing.T) {
 		t.Errorf("remembered are %v, want %v", ports, want)
 	}
 	p.history = history{newRing(0), newRing(0)}
-	p.history.remember(&connection{p: p, carried: true}, nil, "", FlagNone)
+	p.history.remember(&books{p: p, carried: true}, nil, "", FlagNone)
 	if n := len(slices.Collect(p.Ended())); n != 0 {
 		t.Errorf("%d remembered though nothing is to be", n)
 	}

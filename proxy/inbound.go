@@ -35,11 +35,11 @@ type tunnel struct {
 // connection and all its streams have ended.
 func (p *Proxy) ServeMesh(raw net.Conn) {
 	defer raw.Close()
-	v := p.enter(inbound)
-	if v == nil {
+	c := p.enter(inbound)
+	if c == nil {
 		return
 	}
-	defer v.leave()
+	defer c.leave()
 
 	t := &tunnel{src: addrPort(raw.RemoteAddr()), dst: addrPort(raw.LocalAddr())}
 	var evicted atomic.Bool
@@ -178,36 +178,31 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	if network, ok := s.ForwardedNetwork(); !ok || strings.EqualFold(network, p.o.Config.NetworkName) {
 		source = p.peer(ctx, view, t.src.Addr())
 	}
-	l := &live{
-		inbound: true, start: start, src: t.src, originalDst: t.dst, actualDst: in.App, protocol: route.HBONE.String(), stop: stop,
-		policy: rbac.Conn{Src: t.src.Addr(), Dst: in.App, ID: t.peer, HasID: t.hasPeer, SrcUnknown: p.rewritten(t, source)},
-	}
-	p.work.Add(1) // beside the tunnel's own, which is held as long as this runs
-	v := &visit{p: p}
-	var c *connection
-	defer v.settle(&c)
-	v.register(l)
-	failed := p.admit(ctx, p.policyLog(t.src, s.Traceparent()), local, l)
+	c := p.enterStream(stop)
+	defer c.settle()
+	q := rbac.Question{Src: t.src.Addr(), Dst: in.App, ID: t.peer, HasID: t.hasPeer, SrcUnknown: p.rewritten(t, source)}
+	c.register(path{inbound: true, start: start, src: t.src, originalDst: t.dst, actualDst: in.App, protocol: route.HBONE.String(), policy: q})
+	failed := c.admit(ctx, p.policyLog(t.src, s.Traceparent()), local)
 	der := &derived{id: t.peer, hasID: t.hasPeer}
 	if p.o.Config.ResponseBaggage && failed == nil {
 		der.baggage = hbone.ParseBaggage(s.Baggage()) // what a peer that policy refuses says of itself is not listened to
 	}
-	c = p.open(connectionInput{
+	c.open(entry{
 		src: t.src, dst: t.dst, hbone: s.Authority(), mtls: true, protocol: route.HBONE, derived: der,
 		source: source, dest: local, service: in.Service, start: start,
 	})
 	var up Conn
 	if failed == nil {
-		up, failed = p.reach(ctx, l, p.appDial(t, in))
+		up, failed = c.reach(ctx, p.appDial(t, in))
 	}
-	gone := ctx.Err() != nil && l.reason() == nil
+	gone := ctx.Err() != nil && c.reason() == nil
 	stop()
 	if failed != nil {
 		p.refuseStream(t, s, reasons[failed.kind].status, failed)
 		if gone && failed.kind == kindApp {
-			c.record(nil) // the peer gave its stream up before we could answer
+			c.books.record(nil) // the peer gave its stream up before we could answer
 		} else {
-			c.record(failed)
+			c.books.record(failed)
 		}
 		return
 	}
@@ -218,12 +213,12 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	down, err := s.Accept(resp)
 	if err != nil {
 		abort(up)
-		c.record(nil) // the peer gave its stream up before we could answer
+		c.books.record(nil) // the peer gave its stream up before we could answer
 		return
 	}
 	t.place.Release()
 	s.Detach()
-	v.carry(c, down, up)
+	c.carry(down, up)
 }
 
 // refuseStream answers a request that is turned down. A peer who has proven who it is learns why, which its operator would have to
@@ -296,10 +291,10 @@ func statusOf(err error) int {
 
 // admit checks the newest policies for a registered connection. Registered first, checked then: a policy change
 // in between finds the connection.
-func (p *Proxy) admit(ctx context.Context, log policyLog, local *state.Workload, l *live) *Error {
-	v, err := p.judge(ctx, local, l.policy)
+func (c *connection) admit(ctx context.Context, log policyLog, local *state.Workload) *Error {
+	v, err := c.p.judge(ctx, local, c.where().policy)
 	if err != nil {
-		return l.instead(fail(kindApp, err))
+		return c.instead(fail(kindApp, err))
 	}
 	log.verdict(v)
 	if !v.Allowed {
@@ -309,10 +304,10 @@ func (p *Proxy) admit(ctx context.Context, log policyLog, local *state.Workload,
 }
 
 // reach dials the application for a connection that was admitted.
-func (p *Proxy) reach(ctx context.Context, l *live, a appDial) (Conn, *Error) {
-	up, err := p.dialApp(ctx, a)
+func (c *connection) reach(ctx context.Context, a appDial) (Conn, *Error) {
+	up, err := c.p.dialApp(ctx, a)
 	if err != nil {
-		return nil, l.instead(fail(kindApp, err))
+		return nil, c.instead(fail(kindApp, err))
 	}
 	return up, nil
 }

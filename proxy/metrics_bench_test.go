@@ -37,7 +37,7 @@ func BenchmarkMetrics(b *testing.B) {
 	})
 	b.Run("bytes", func(b *testing.B) {
 		b.ReportAllocs()
-		c := &connection{series: m.open(ls[0], "", 0)}
+		c := &books{series: m.open(ls[0], "", 0)}
 		for b.Loop() {
 			c.addSent(1400)
 		}

@@ -63,7 +63,7 @@ func TestSeriesExpire(t *testing.T) {
 			}
 		}
 		// The open connection goes on counting where it can be seen.
-		(&connection{series: held}).addSent(7)
+		(&books{series: held}).addSent(7)
 		if m.series[open].sent.Load() != 7 {
 			t.Error("an open connection counts into a series that is not shown")
 		}
@@ -174,7 +174,7 @@ func TestSeriesRace(t *testing.T) {
 func TestRecordingDoesNotAllocate(t *testing.T) {
 	m := NewMetrics()
 	l := seriesOf("a", "b")
-	c := &connection{series: m.open(l, "", 0)}
+	c := &books{series: m.open(l, "", 0)}
 	if n := testing.AllocsPerRun(100, func() {
 		c.addSent(1)
 		c.addReceived(1)

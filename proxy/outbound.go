@@ -16,24 +16,22 @@ import (
 // when the flow is refused, or accepted and being copied.
 func (p *Proxy) ServeOutbound(f Flow) {
 	start := time.Now()
-	v := p.enter(outbound)
-	if v == nil {
+	c := p.enter(outbound)
+	if c == nil {
 		f.Refuse(RefuseReset)
 		return
 	}
-	v.outbound(f, start)
+	c.outbound(f, start)
 }
 
 // outbound is the rest of an outbound connection, captured or asked for by SOCKS5.
-func (v *visit) outbound(f Flow, start time.Time) {
-	var c *connection
-	defer v.settle(&c)
-	p := v.p
+func (c *connection) outbound(f Flow, start time.Time) {
+	defer c.settle()
+	p := c.p
 	src, dst := canonical(f.Src()), canonical(f.Dst())
 	fault("outbound", dst)
-	ctx, stop := context.WithCancel(p.ctx)
+	ctx, stop := c.await(f)
 	defer stop()
-	f.OnGone(stop)
 	d, local, err := p.decide(ctx, src, dst, nil)
 	if err != nil {
 		if ctx.Err() == nil || p.ctx.Err() != nil { // not turned away by a bound, which is said elsewhere
@@ -43,54 +41,51 @@ func (v *visit) outbound(f Flow, start time.Time) {
 		return
 	}
 
-	a := attempts{v: v, local: local, src: src, dst: dst}
+	a := attempts{c: c, local: local, src: src, dst: dst}
 	for {
-		l := &live{start: start, src: src, originalDst: dst, actualDst: d.Actual, protocol: d.Protocol.String(), stop: stop}
-		v.register(l)
-		f.OnGone(func() { l.sever(fail(kindCrowded, nil)) })
-
-		in := connectionInput{outbound: true, src: src, called: dst, dst: d.Actual, protocol: d.Protocol, source: local, dest: d.Workload, service: d.Service, start: start}
+		c.register(path{start: start, src: src, originalDst: dst, actualDst: d.Actual, protocol: d.Protocol.String()})
+		e := entry{outbound: true, src: src, called: dst, dst: d.Actual, protocol: d.Protocol, source: local, dest: d.Workload, service: d.Service, start: start}
 		if d.Protocol != route.TCP {
-			in.mtls = true
-			in.hbone = d.Authority()
-			in.derived = &derived{id: local.Identity(), hasID: true}
+			e.mtls = true
+			e.hbone = d.Authority()
+			e.derived = &derived{id: local.Identity(), hasID: true}
 		}
 		tctx, cancel := a.context(ctx, &d)
 		var up Conn
 		var failed *Error
 		if d.Protocol == route.DoubleHBONE {
-			up, in.farEnd, failed = v.connectDouble(tctx, local, src, d)
+			up, e.farEnd, failed = c.connectDouble(tctx, local, src, d)
 		} else {
 			up, failed = p.connect(tctx, local, src, d)
 		}
 		cancel()
 		if failed != nil {
-			if l.reason() == nil {
+			if c.reason() == nil {
 				if next, ok := a.another(ctx, d, failed); ok {
-					p.conns.remove(l)
 					d = next
 					continue
 				}
 			}
-			v.turnDown(in, f, l.instead(failed))
+			c.turnDown(e, f, c.instead(failed))
 			return
 		}
 		// Counted only now, when it is known where it goes: one connect of the application is one connection, however
 		// many endpoints were tried for it, and however often its kernel sends the SYN. And a far end beyond a gateway
 		// says itself who it is (spec 10.3).
-		c = p.open(in)
-		v.accept(c, f, up)
+		c.open(e)
+		c.accept(f, up)
 		return
 	}
 }
 
 // turnDown refuses the flow of a failed connection and keeps its books, unless it fails by silence once more: then it was counted.
-func (v *visit) turnDown(in connectionInput, f Flow, failed *Error) {
+func (c *connection) turnDown(e entry, f Flow, failed *Error) {
 	refuse(f, failed)
 	if !f.Again() || failed.Refusal() != RefuseSilent {
-		v.p.open(in).record(failed)
+		c.open(e)
+		c.books.record(failed)
 	}
-	v.leave()
+	c.leave()
 }
 
 // refuse turns a flow down. One that can tell its client more than a SYN's answer can is given the reason.

@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"context"
 	"net/netip"
 	"time"
 
@@ -13,18 +12,16 @@ import (
 // port 15006). It returns when the flow is refused, or accepted and being copied.
 func (p *Proxy) ServePassthrough(f Flow) {
 	start := time.Now()
-	v := p.enter(passthrough)
-	if v == nil {
+	c := p.enter(passthrough)
+	if c == nil {
 		f.Refuse(RefuseReset)
 		return
 	}
-	var c *connection
-	defer v.settle(&c)
+	defer c.settle()
 	src, dst := canonical(f.Src()), canonical(f.Dst())
 	fault("passthrough", dst)
-	ctx, stop := context.WithCancel(p.ctx)
+	ctx, stop := c.await(f)
 	defer stop()
-	f.OnGone(stop)
 	refuse := func(err error) {
 		if ctx.Err() == nil || p.ctx.Err() != nil { // not turned away by a bound, which is said elsewhere
 			p.deny(passthrough, src, dst, err)
@@ -41,42 +38,38 @@ func (p *Proxy) ServePassthrough(f Flow) {
 		refuse(err)
 		return
 	}
-	ci := connectionInput{
+	e := entry{
 		src: src, dst: dst, derived: &derived{},
 		source:  p.peer(ctx, view, src.Addr()),
 		dest:    local,
 		service: in.Service,
 		start:   start,
 	}
-	l := &live{
-		inbound: true, start: start, src: src, originalDst: dst, actualDst: dst, protocol: route.TCP.String(), stop: stop,
-		policy: rbac.Conn{Src: src.Addr(), Dst: dst},
-	}
-	v.register(l)
-	f.OnGone(func() { l.sever(fail(kindCrowded, nil)) })
-	failed := p.admit(ctx, p.policyLog(src, ""), local, l)
+	q := rbac.Question{Src: src.Addr(), Dst: dst}
+	c.register(path{inbound: true, start: start, src: src, originalDst: dst, actualDst: dst, protocol: route.TCP.String(), policy: q})
+	failed := c.admit(ctx, p.policyLog(src, ""), local)
 	if failed == nil {
 		if err := p.probeApp(ctx, src.Addr(), dst); err != nil {
-			failed = l.instead(fail(kindApp, err))
+			failed = c.instead(fail(kindApp, err))
 		}
 	}
 	if failed != nil {
-		v.turnDown(ci, f, failed)
+		c.turnDown(e, f, failed)
 		return
 	}
 	// Anybody can send a SYN in anybody's name: only whoever has ended the handshake is a client, which is counted and which the
 	// application sees. From here on a failure is a reset of what the client takes for connected.
 	down, err := f.Accept()
 	if err != nil {
-		v.leave()
+		c.leave()
 		return
 	}
-	c = p.open(ci)
-	up, failed := p.reach(ctx, l, appDial{src: netip.AddrPortFrom(src.Addr(), 0), dst: dst})
+	c.open(e)
+	up, failed := c.reach(ctx, appDial{src: netip.AddrPortFrom(src.Addr(), 0), dst: dst})
 	if failed != nil {
 		abort(down)
-		c.record(failed)
+		c.books.record(failed)
 		return
 	}
-	v.carry(c, down, up)
+	c.carry(down, up)
 }

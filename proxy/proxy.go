@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -111,7 +110,7 @@ type Proxy struct {
 	mesh     map[*hbone.ServerConn]struct{}
 	work     sync.WaitGroup
 
-	conns      conns
+	table      table
 	history    history
 	unlabelled labels   // of what was turned down before it was known
 	proofs     sync.Map // net.Conn -> proof: handshakes whose tunnel the pool is about to make
@@ -149,88 +148,6 @@ func New(o Options) *Proxy {
 		Dial: p.dialTunnel, MaxStreams: o.Config.PoolMaxStreams, Unused: o.Config.PoolUnused, Config: p.o.Config.HBONE, Opened: p.opened,
 	})
 	return p
-}
-
-// The directions of a connection, as profiles and traces name them.
-const (
-	outbound = iota
-	inbound
-	passthrough
-)
-
-var directions = [...]string{outbound: "outbound", inbound: "inbound", passthrough: "passthrough"}
-
-// visit is one connection's stay in the proxy: from its SYN or its CONNECT, to the end of its copying.
-type visit struct {
-	p        *Proxy
-	reporter string // whose socket it is; "" for a stream of a tunnel, which has none of its own
-	live     *live  // nil until the connection is registered
-	// inner is the connection's own tunnel within a gateway's, where there is one. It ends with its only
-	// stream; the visit waits for that.
-	inner   *hbone.ClientConn
-	forget  func() // ends the watch over the inner peer's revocation; nil without inner
-	carried bool   // its bytes are being copied
-	left    atomic.Bool
-}
-
-// enter lets a connection in; nil when the proxy drains and takes nothing new. The goroutine, and those
-// that it starts, show the pod and the direction in profiles from here on.
-func (p *Proxy) enter(dir int) *visit {
-	pprof.SetGoroutineLabels(p.labels[dir])
-	p.mu.Lock()
-	draining := p.draining
-	if !draining {
-		p.work.Add(1)
-	}
-	p.mu.Unlock()
-	if draining {
-		return nil
-	}
-	v := &visit{p: p, reporter: reporterDestination}
-	if dir == outbound {
-		v.reporter = reporterSource
-	}
-	p.o.Metrics.socket(v.reporter, 1)
-	return v
-}
-
-// register makes the connection one that can be listed, re-checked and cut.
-func (v *visit) register(l *live) {
-	v.live = l
-	v.p.conns.add(l)
-}
-
-// settle ends a visit whose connection is not being copied when its beginning returns: it was refused, or something
-// panicked. c is its books, if there are any by then.
-func (v *visit) settle(c **connection) {
-	if v.carried {
-		return
-	}
-	if *c != nil {
-		(*c).record(fail(kindIO, errUnfinished)) // no news if it was recorded
-	}
-	v.leave()
-}
-
-var errUnfinished = errors.New("internal error")
-
-// leave ends the visit; only the first call counts.
-func (v *visit) leave() {
-	if v.left.Swap(true) {
-		return
-	}
-	if v.live != nil {
-		v.p.conns.remove(v.live)
-	}
-	if v.reporter != "" {
-		v.p.o.Metrics.socket(v.reporter, -1)
-	}
-	if v.inner != nil {
-		v.inner.Shutdown(v.p.ctx)
-		v.inner.Close()
-		v.forget()
-	}
-	v.p.work.Done()
 }
 
 // localWorkload is the record of the pod that we serve, waited for if it has not arrived yet.
@@ -304,11 +221,12 @@ func (p *Proxy) Recheck() {
 		return
 	}
 	policies := view.PoliciesFor(local)
-	for _, l := range p.conns.snapshot() {
-		if !l.inbound {
+	for _, c := range p.table.snapshot() {
+		on := c.where()
+		if !on.inbound {
 			continue
 		}
-		v := rbac.Evaluate(policies, l.policy)
+		v := rbac.Evaluate(policies, on.policy)
 		// A policy that is listed but not loaded (yet) may still allow the connection, since workloads and policies do
 		// not arrive together. It is no reason to cut one that was allowed.
 		if !v.Allowed && len(v.Missing) > 0 {
@@ -318,8 +236,8 @@ func (p *Proxy) Recheck() {
 			}
 		}
 		if !v.Allowed {
-			p.o.Log.Info("connection is no longer allowed, closing it", "src", l.src, "dst", l.actualDst, "policy", v.Policy)
-			l.sever(fail(kindPolicyChange, nil))
+			p.o.Log.Info("connection is no longer allowed, closing it", "src", on.src, "dst", on.actualDst, "policy", v.Policy)
+			c.sever(fail(kindPolicyChange, nil))
 		}
 	}
 }
@@ -359,19 +277,20 @@ func (p *Proxy) Stats() Stats {
 	return Stats{Pool: p.pool.Stats(), Tunnels: p.tunnels.Counts(), Overloaded: p.bounds.turned.Load(), Retried: p.retried.Load(), SourceRewritten: p.foreign.Load()}
 }
 
-// Connection is one live connection, as /config_dump lists it.
-type Connection struct {
+// ConnectionDump is one connection as /config_dump lists it.
+type ConnectionDump struct {
 	Inbound                     bool
 	Src, OriginalDst, ActualDst netip.AddrPort // OriginalDst is zero where there is none
 	Protocol                    string         // HBONE, TCP or DOUBLEHBONE
 }
 
 // Connections lists what is open now.
-func (p *Proxy) Connections() []Connection {
-	list := p.conns.snapshot()
-	out := make([]Connection, len(list))
-	for i, l := range list {
-		out[i] = Connection{Inbound: l.inbound, Src: l.src, OriginalDst: l.originalDst, ActualDst: l.actualDst, Protocol: l.protocol}
+func (p *Proxy) Connections() []ConnectionDump {
+	list := p.table.snapshot()
+	out := make([]ConnectionDump, len(list))
+	for i, c := range list {
+		on := c.where()
+		out[i] = ConnectionDump{Inbound: on.inbound, Src: on.src, OriginalDst: on.originalDst, ActualDst: on.actualDst, Protocol: on.protocol}
 	}
 	return out
 }
@@ -390,10 +309,10 @@ func (p *Proxy) Shutdown(ctx context.Context) {
 		s.GoAway()
 	}
 	select {
-	case <-p.conns.empty():
+	case <-p.table.empty():
 	case <-ctx.Done():
-		p.o.Log.Warn("drain duration expired with pending connections, forcefully shutting down", "connections", len(p.conns.snapshot()))
-		p.conns.severAll(fail(kindDrain, nil)) // before their tunnels go: the reason is ours
+		p.o.Log.Warn("drain duration expired with pending connections, forcefully shutting down", "connections", len(p.table.snapshot()))
+		p.table.severAll(fail(kindDrain, nil)) // before their tunnels go: the reason is ours
 	}
 	// And what is no connection yet, such as a request that waits for the pod's record.
 	defer context.AfterFunc(ctx, p.o.Panics.Func("the end of a drain", p.stop, nil))()
@@ -421,7 +340,7 @@ func (p *Proxy) Close() {
 		p.work.Done()
 	}
 	p.mu.Unlock()
-	p.conns.severAll(fail(kindDrain, nil))
+	p.table.severAll(fail(kindDrain, nil))
 	p.stop()
 	for _, s := range mesh {
 		s.Close()

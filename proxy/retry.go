@@ -90,7 +90,7 @@ func (p *Proxy) choose(view *state.View, q route.Question, tried []*state.Worklo
 
 // attempts is one outbound connection's way to an endpoint that answers.
 type attempts struct {
-	v        *visit
+	c        *connection
 	local    *state.Workload
 	src, dst netip.AddrPort
 	tried    []*state.Workload
@@ -110,8 +110,8 @@ func (a *attempts) context(ctx context.Context, d *route.Decision) (context.Cont
 
 // another finds the next endpoint after one that failed; false if there is none, or if nobody else would know better.
 func (a *attempts) another(ctx context.Context, d route.Decision, failed *Error) (route.Decision, bool) {
-	p := a.v.p
-	if d.Workload == nil || a.v.inner != nil || ctx.Err() != nil || !failed.elsewhere(d.Waypoint) {
+	p := a.c.p
+	if d.Workload == nil || a.c.inner != nil || ctx.Err() != nil || !failed.elsewhere(d.Waypoint) {
 		return d, false
 	}
 	cut := !a.last && errors.Is(failed, context.DeadlineExceeded) // by tryTime, perhaps

@@ -24,21 +24,21 @@ const goodbye = 500 * time.Millisecond
 // the request is refused, or granted and being copied. raw has to be a *net.TCPConn or another Conn.
 func (p *Proxy) ServeSOCKS(raw net.Conn) {
 	start := time.Now()
-	c, ok := raw.(Conn)
-	v := p.enter(outbound)
-	if v == nil || !ok {
+	client, ok := raw.(Conn)
+	c := p.enter(outbound)
+	if c == nil || !ok {
 		raw.Close()
-		if v != nil {
-			v.leave()
+		if c != nil {
+			c.leave()
 		}
 		return
 	}
-	f := &socksFlow{conn: c, ctx: p.ctx, panics: p.o.Panics, src: addrPort(raw.RemoteAddr())}
+	f := &socksFlow{conn: client, ctx: p.ctx, panics: p.o.Panics, src: addrPort(raw.RemoteAddr())}
 	agreed := false
 	defer func() {
 		if !agreed {
 			raw.Close()
-			v.leave()
+			c.leave()
 		}
 	}()
 	if err := f.negotiate(p); err != nil {
@@ -49,7 +49,7 @@ func (p *Proxy) ServeSOCKS(raw net.Conn) {
 		return
 	}
 	agreed = true
-	v.outbound(f, start)
+	c.outbound(f, start)
 }
 
 // socksFlow is a Flow whose SYN is a SOCKS5 request.

@@ -171,13 +171,13 @@ func (u *UnknownPolicies) decide(v rbac.Verdict) rbac.Verdict {
 
 // judge evaluates the newest policies, and waits for those that are listed and not loaded if they may still come. It is
 // cut short when ctx ends; what it returns then is nobody's business any more, and the error says so.
-func (p *Proxy) judge(ctx context.Context, local *state.Workload, c rbac.Conn) (rbac.Verdict, error) {
+func (p *Proxy) judge(ctx context.Context, local *state.Workload, q rbac.Question) (rbac.Verdict, error) {
 	evaluate := func() rbac.Verdict {
 		view := p.o.Knowledge.View()
 		if w := view.WorkloadByInfo(p.o.Info); w != nil {
 			local = w
 		}
-		return rbac.Evaluate(view.PoliciesFor(local), c)
+		return rbac.Evaluate(view.PoliciesFor(local), q)
 	}
 	v := evaluate()
 	if len(v.Missing) == 0 {

@@ -344,7 +344,7 @@ func (w *world) settle() {
 	w.t.Helper()
 	for _, p := range w.proxies {
 		select {
-		case <-p.conns.empty():
+		case <-p.table.empty():
 		case <-time.After(20 * time.Second):
 			w.t.Fatal("connections are left")
 		}

@@ -165,7 +165,7 @@ func TestNeverPrincipal(t *testing.T) {
 	matches := func(m rbac.StringMatch) bool {
 		p := &rbac.Policy{Key: "ns/p", Name: "p", Namespace: "ns", Action: rbac.Deny, Rules: []rbac.Rule{{{{Principals: []rbac.StringMatch{m}}}}}}
 		for _, id := range ids {
-			if !rbac.Evaluate([]*rbac.Policy{p}, rbac.Conn{ID: id, HasID: true}).Allowed {
+			if !rbac.Evaluate([]*rbac.Policy{p}, rbac.Question{ID: id, HasID: true}).Allowed {
 				return true
 			}
 		}

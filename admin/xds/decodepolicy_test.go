@@ -136,7 +136,7 @@ func TestDamagedPolicyNeverWidens(t *testing.T) {
 	matches["destination_ports: port 65616"] = &securitypb.Match{DestinationPorts: []uint32{65536 + 80}}
 	matches["not_destination_ports: port 65616"] = &securitypb.Match{NotDestinationPorts: []uint32{65536 + 80}}
 
-	conns := []rbac.Conn{
+	conns := []rbac.Question{
 		{Src: netip.MustParseAddr("1.2.3.4"), Dst: netip.MustParseAddrPort("1.2.3.4:80")},
 		{Src: netip.MustParseAddr("1.2.3.4"), Dst: netip.MustParseAddrPort("1.2.3.4:80"), HasID: true, ID: identity.ID{TrustDomain: "td", Namespace: "ns", ServiceAccount: "sa"}},
 		{Src: netip.MustParseAddr("2001:db8::1"), Dst: netip.MustParseAddrPort("[2001:db8::2]:443"), HasID: true},
@@ -202,6 +202,6 @@ func FuzzPolicy(f *testing.F) {
 		if invalid != (damage != "") {
 			t.Fatal(invalid, damage)
 		}
-		p.Matches(rbac.Conn{Src: netip.MustParseAddr("1.2.3.4"), Dst: netip.MustParseAddrPort("1.2.3.4:80")})
+		p.Matches(rbac.Question{Src: netip.MustParseAddr("1.2.3.4"), Dst: netip.MustParseAddrPort("1.2.3.4:80")})
 	})
 }

@@ -138,7 +138,7 @@ func (d *daemon) podDumps() map[string]func() admin.PodDump {
 			e := dumpOf(p.spec)
 			e.Up = true
 			// Streams of one tunnel to one port are one inbound entry, as in ztunnel.
-			seen := map[proxy.Connection]bool{}
+			seen := map[proxy.ConnectionDump]bool{}
 			for _, x := range p.proxy.Connections() {
 				c := admin.ConnectionDump{Src: x.Src, OriginalDst: x.OriginalDst, ActualDst: x.ActualDst, Protocol: x.Protocol}
 				switch {

@@ -51,13 +51,13 @@ type DryRun struct {
 	Action Action
 }
 
-// Evaluate judges c by the policies that apply to its destination. Nil policies
+// Evaluate judges q by the policies that apply to its destination. Nil policies
 // are skipped, and so are missing ones, which the verdict names. It allocates only
 // for these and for dry-run policies that match.
-func Evaluate(ps []*Policy, c Conn) Verdict {
+func Evaluate(ps []*Policy, q Question) Verdict {
 	var v Verdict
 	allows, dryAllows := 0, 0
-	m := newMatcher(c)
+	m := newMatcher(q)
 	for _, p := range ps {
 		switch {
 		case p == nil:

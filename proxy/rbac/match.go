@@ -7,17 +7,17 @@ import (
 
 const spiffePrefix = "spiffe://"
 
-// Matches reports whether the policy's rules match c. Entries that were lost
+// Matches reports whether the policy's rules match q. Entries that were lost
 // are decided against the connection: they count as no hit for an ALLOW policy
 // and as a hit for a DENY policy.
-func (p *Policy) Matches(c Conn) bool {
-	m := newMatcher(c)
+func (p *Policy) Matches(q Question) bool {
+	m := newMatcher(q)
 	return m.policy(p)
 }
 
 // matcher holds what is computed once per connection.
 type matcher struct {
-	c         Conn
+	q         Question
 	src, dst  netip.Addr
 	namespace string // of the peer, "" without identity
 	principal string // the peer's identity without "spiffe://", once asked for
@@ -26,10 +26,10 @@ type matcher struct {
 	possibly bool
 }
 
-func newMatcher(c Conn) matcher {
-	m := matcher{c: c, src: c.Src.Unmap(), dst: c.Dst.Addr().Unmap()}
-	if c.HasID {
-		m.namespace = c.ID.Namespace
+func newMatcher(q Question) matcher {
+	m := matcher{q: q, src: q.Src.Unmap(), dst: q.Dst.Addr().Unmap()}
+	if q.HasID {
+		m.namespace = q.ID.Namespace
 	}
 	return m
 }
@@ -72,8 +72,8 @@ func (m *matcher) match(x *Match) bool {
 	return m.positive(x, FieldDestinationIPs, len(x.DestinationIPs), anyPrefix(x.DestinationIPs, m.dst)) &&
 		m.negative(x, FieldNotDestinationIPs, anyPrefix(x.NotDestinationIPs, m.dst)) &&
 		m.source(x) &&
-		m.positive(x, FieldDestinationPorts, len(x.DestinationPorts), anyPort(x.DestinationPorts, m.c.Dst.Port())) &&
-		m.negative(x, FieldNotDestinationPorts, anyPort(x.NotDestinationPorts, m.c.Dst.Port())) &&
+		m.positive(x, FieldDestinationPorts, len(x.DestinationPorts), anyPort(x.DestinationPorts, m.q.Dst.Port())) &&
+		m.negative(x, FieldNotDestinationPorts, anyPort(x.NotDestinationPorts, m.q.Dst.Port())) &&
 		m.positive(x, FieldServiceAccounts, len(x.ServiceAccounts), m.anyAccount(x.ServiceAccounts)) &&
 		m.negative(x, FieldNotServiceAccounts, m.anyAccount(x.NotServiceAccounts)) &&
 		m.positive(x, FieldPrincipals, len(x.Principals), m.anyPrincipal(x.Principals)) &&
@@ -101,7 +101,7 @@ func (m *matcher) negative(x *Match, f Field, hit bool) bool {
 
 // source decides the lists of source addresses.
 func (m *matcher) source(x *Match) bool {
-	if m.c.SrcUnknown {
+	if m.q.SrcUnknown {
 		return m.possibly || len(x.SourceIPs) == 0 && len(x.NotSourceIPs) == 0 && x.Invalid&(FieldSourceIPs|FieldNotSourceIPs) == 0
 	}
 	return m.positive(x, FieldSourceIPs, len(x.SourceIPs), anyPrefix(x.SourceIPs, m.src)) &&
@@ -145,21 +145,21 @@ func anyString(ms []StringMatch, s string) bool {
 
 // anyPrincipal: without an identity nothing is hit, whatever the pattern.
 func (m *matcher) anyPrincipal(ms []StringMatch) bool {
-	if !m.c.HasID || len(ms) == 0 {
+	if !m.q.HasID || len(ms) == 0 {
 		return false
 	}
 	if m.principal == "" { // an identity's text is never empty
-		m.principal = strings.TrimPrefix(m.c.ID.String(), spiffePrefix)
+		m.principal = strings.TrimPrefix(m.q.ID.String(), spiffePrefix)
 	}
 	return anyString(ms, m.principal)
 }
 
 func (m *matcher) anyAccount(as []ServiceAccount) bool {
-	if !m.c.HasID {
+	if !m.q.HasID {
 		return false
 	}
 	for _, a := range as {
-		if a.Namespace == m.c.ID.Namespace && a.Name == m.c.ID.ServiceAccount {
+		if a.Namespace == m.q.ID.Namespace && a.Name == m.q.ID.ServiceAccount {
 			return true
 		}
 	}

@@ -150,8 +150,8 @@ type Match struct {
 	Invalid Field
 }
 
-// Conn is what is known of a connection when it is judged.
-type Conn struct {
+// Question is what is known of a connection when it is judged.
+type Question struct {
 	Src   netip.Addr     // the TCP peer (for HBONE the tunnel's)
 	Dst   netip.AddrPort // the next hop: the application, or its tunnel port
 	ID    identity.ID    // the peer's identity, if HasID

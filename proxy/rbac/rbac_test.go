@@ -17,8 +17,8 @@ func id(s string) identity.ID {
 }
 
 // conn is 10.0.0.1 -> 10.0.0.2:80 by spiffe://td/ns/front/sa/web.
-func conn(change ...func(*Conn)) Conn {
-	c := Conn{
+func question(change ...func(*Question)) Question {
+	c := Question{
 		Src: netip.MustParseAddr("10.0.0.1"), Dst: netip.MustParseAddrPort("10.0.0.2:80"),
 		ID: id("spiffe://td/ns/front/sa/web"), HasID: true,
 	}
@@ -28,14 +28,14 @@ func conn(change ...func(*Conn)) Conn {
 	return c
 }
 
-func anonymous(c *Conn) { c.ID, c.HasID = identity.ID{}, false }
+func anonymous(c *Question) { c.ID, c.HasID = identity.ID{}, false }
 
-func from(ip string) func(*Conn) {
-	return func(c *Conn) { c.Src = netip.MustParseAddr(ip) }
+func from(ip string) func(*Question) {
+	return func(c *Question) { c.Src = netip.MustParseAddr(ip) }
 }
 
-func to(addr string) func(*Conn) {
-	return func(c *Conn) { c.Dst = netip.MustParseAddrPort(addr) }
+func to(addr string) func(*Question) {
+	return func(c *Question) { c.Dst = netip.MustParseAddrPort(addr) }
 }
 
 func exact(s string) []StringMatch  { return []StringMatch{{Exact, s}} }
@@ -74,7 +74,7 @@ func TestStructure(t *testing.T) {
 	} {
 		for _, action := range []Action{Allow, Deny} {
 			p := &Policy{Action: action, Rules: tt.rules}
-			if got := p.Matches(conn()); got != tt.want {
+			if got := p.Matches(question()); got != tt.want {
 				t.Errorf("%s (%s): %v, want %v", tt.name, action, got, tt.want)
 			}
 		}
@@ -87,66 +87,66 @@ func TestFields(t *testing.T) {
 	for _, tt := range []struct {
 		name string
 		m    Match
-		c    Conn
+		c    Question
 		want bool
 	}{
-		{"destination ip", Match{DestinationIPs: cidr("10.0.0.0/24")}, conn(), true},
-		{"destination ip, single", Match{DestinationIPs: cidr("10.0.0.2/32")}, conn(), true},
-		{"destination ip, other", Match{DestinationIPs: cidr("10.0.1.0/24")}, conn(), false},
-		{"destination ip, second of two", Match{DestinationIPs: cidr("10.0.1.0/24", "10.0.0.2/32")}, conn(), true},
-		{"destination ip, host bits set", Match{DestinationIPs: cidr("10.0.0.77/24")}, conn(), true},
-		{"destination ip, everything", Match{DestinationIPs: cidr("0.0.0.0/0")}, conn(), true},
-		{"destination ip, other family", Match{DestinationIPs: cidr("::/0")}, conn(), false},
-		{"destination ip, IPv6", Match{DestinationIPs: cidr("fd00::/64")}, conn(to("[fd00::2]:80")), true},
-		{"destination ip, IPv4 in IPv6 clothes", Match{DestinationIPs: cidr("10.0.0.0/24")}, conn(to("[::ffff:10.0.0.2]:80")), true},
-		{"not destination ip, hit", Match{NotDestinationIPs: cidr("10.0.0.0/24")}, conn(), false},
-		{"not destination ip, other family", Match{NotDestinationIPs: cidr("::/0")}, conn(), true},
-		{"source ip", Match{SourceIPs: cidr("10.0.0.0/31")}, conn(), true},
-		{"source ip, other", Match{SourceIPs: cidr("10.0.0.2/32")}, conn(), false},
-		{"source ip, IPv4 in IPv6 clothes", Match{SourceIPs: cidr("10.0.0.1/32")}, conn(from("::ffff:10.0.0.1")), true},
-		{"not source ip", Match{NotSourceIPs: cidr("10.0.0.0/31")}, conn(), false},
-		{"source ip in range but not this one", Match{SourceIPs: cidr("10.0.0.0/8"), NotSourceIPs: cidr("10.0.0.1/32")}, conn(), false},
-		{"port", Match{DestinationPorts: []uint16{1, 80}}, conn(), true},
-		{"port, other", Match{DestinationPorts: []uint16{1, 8080}}, conn(), false},
-		{"not port", Match{NotDestinationPorts: []uint16{80}}, conn(), false},
-		{"not port, other", Match{NotDestinationPorts: []uint16{1}}, conn(), true},
-		{"port and source are both needed", Match{DestinationPorts: []uint16{80}, SourceIPs: cidr("10.9.0.0/16")}, conn(), false},
+		{"destination ip", Match{DestinationIPs: cidr("10.0.0.0/24")}, question(), true},
+		{"destination ip, single", Match{DestinationIPs: cidr("10.0.0.2/32")}, question(), true},
+		{"destination ip, other", Match{DestinationIPs: cidr("10.0.1.0/24")}, question(), false},
+		{"destination ip, second of two", Match{DestinationIPs: cidr("10.0.1.0/24", "10.0.0.2/32")}, question(), true},
+		{"destination ip, host bits set", Match{DestinationIPs: cidr("10.0.0.77/24")}, question(), true},
+		{"destination ip, everything", Match{DestinationIPs: cidr("0.0.0.0/0")}, question(), true},
+		{"destination ip, other family", Match{DestinationIPs: cidr("::/0")}, question(), false},
+		{"destination ip, IPv6", Match{DestinationIPs: cidr("fd00::/64")}, question(to("[fd00::2]:80")), true},
+		{"destination ip, IPv4 in IPv6 clothes", Match{DestinationIPs: cidr("10.0.0.0/24")}, question(to("[::ffff:10.0.0.2]:80")), true},
+		{"not destination ip, hit", Match{NotDestinationIPs: cidr("10.0.0.0/24")}, question(), false},
+		{"not destination ip, other family", Match{NotDestinationIPs: cidr("::/0")}, question(), true},
+		{"source ip", Match{SourceIPs: cidr("10.0.0.0/31")}, question(), true},
+		{"source ip, other", Match{SourceIPs: cidr("10.0.0.2/32")}, question(), false},
+		{"source ip, IPv4 in IPv6 clothes", Match{SourceIPs: cidr("10.0.0.1/32")}, question(from("::ffff:10.0.0.1")), true},
+		{"not source ip", Match{NotSourceIPs: cidr("10.0.0.0/31")}, question(), false},
+		{"source ip in range but not this one", Match{SourceIPs: cidr("10.0.0.0/8"), NotSourceIPs: cidr("10.0.0.1/32")}, question(), false},
+		{"port", Match{DestinationPorts: []uint16{1, 80}}, question(), true},
+		{"port, other", Match{DestinationPorts: []uint16{1, 8080}}, question(), false},
+		{"not port", Match{NotDestinationPorts: []uint16{80}}, question(), false},
+		{"not port, other", Match{NotDestinationPorts: []uint16{1}}, question(), true},
+		{"port and source are both needed", Match{DestinationPorts: []uint16{80}, SourceIPs: cidr("10.9.0.0/16")}, question(), false},
 
-		{"principal, exact, without scheme", Match{Principals: exact("td/ns/front/sa/web")}, conn(), true},
-		{"principal, exact, with scheme", Match{Principals: exact("spiffe://td/ns/front/sa/web")}, conn(), false},
-		{"principal, letter case", Match{Principals: exact("td/ns/Front/sa/web")}, conn(), false},
-		{"principal, prefix", Match{Principals: prefix("td/ns/front/")}, conn(), true},
-		{"principal, prefix with scheme", Match{Principals: prefix("spiffe://")}, conn(), false},
-		{"principal, suffix", Match{Principals: suffix("/sa/web")}, conn(), true},
-		{"principal, presence", Match{Principals: presence}, conn(), true},
-		{"principal, presence, anonymous", Match{Principals: presence}, conn(anonymous), false},
-		{"principal, empty prefix, anonymous", Match{Principals: prefix("")}, conn(anonymous), false},
-		{"principal, empty exact, anonymous", Match{Principals: exact("")}, conn(anonymous), false},
-		{"not principal, presence, anonymous", Match{NotPrincipals: presence}, conn(anonymous), true},
-		{"not principal, presence", Match{NotPrincipals: presence}, conn(), false},
-		{"not principal, other", Match{NotPrincipals: exact("td/ns/x/sa/y")}, conn(), true},
+		{"principal, exact, without scheme", Match{Principals: exact("td/ns/front/sa/web")}, question(), true},
+		{"principal, exact, with scheme", Match{Principals: exact("spiffe://td/ns/front/sa/web")}, question(), false},
+		{"principal, letter case", Match{Principals: exact("td/ns/Front/sa/web")}, question(), false},
+		{"principal, prefix", Match{Principals: prefix("td/ns/front/")}, question(), true},
+		{"principal, prefix with scheme", Match{Principals: prefix("spiffe://")}, question(), false},
+		{"principal, suffix", Match{Principals: suffix("/sa/web")}, question(), true},
+		{"principal, presence", Match{Principals: presence}, question(), true},
+		{"principal, presence, anonymous", Match{Principals: presence}, question(anonymous), false},
+		{"principal, empty prefix, anonymous", Match{Principals: prefix("")}, question(anonymous), false},
+		{"principal, empty exact, anonymous", Match{Principals: exact("")}, question(anonymous), false},
+		{"not principal, presence, anonymous", Match{NotPrincipals: presence}, question(anonymous), true},
+		{"not principal, presence", Match{NotPrincipals: presence}, question(), false},
+		{"not principal, other", Match{NotPrincipals: exact("td/ns/x/sa/y")}, question(), true},
 
-		{"namespace", Match{Namespaces: exact("front")}, conn(), true},
-		{"namespace, part", Match{Namespaces: exact("fron")}, conn(), false},
-		{"namespace, prefix", Match{Namespaces: prefix("fr")}, conn(), true},
-		{"namespace, suffix", Match{Namespaces: suffix("nt")}, conn(), true},
-		{"namespace, presence", Match{Namespaces: presence}, conn(), true},
-		{"namespace, presence, anonymous", Match{Namespaces: presence}, conn(anonymous), false},
-		{"namespace, exact empty, anonymous", Match{Namespaces: exact("")}, conn(anonymous), true},
-		{"namespace, prefix empty, anonymous", Match{Namespaces: prefix("")}, conn(anonymous), true},
-		{"not namespace, anonymous", Match{NotNamespaces: exact("x")}, conn(anonymous), true},
-		{"not namespace, hit", Match{NotNamespaces: exact("front")}, conn(), false},
+		{"namespace", Match{Namespaces: exact("front")}, question(), true},
+		{"namespace, part", Match{Namespaces: exact("fron")}, question(), false},
+		{"namespace, prefix", Match{Namespaces: prefix("fr")}, question(), true},
+		{"namespace, suffix", Match{Namespaces: suffix("nt")}, question(), true},
+		{"namespace, presence", Match{Namespaces: presence}, question(), true},
+		{"namespace, presence, anonymous", Match{Namespaces: presence}, question(anonymous), false},
+		{"namespace, exact empty, anonymous", Match{Namespaces: exact("")}, question(anonymous), true},
+		{"namespace, prefix empty, anonymous", Match{Namespaces: prefix("")}, question(anonymous), true},
+		{"not namespace, anonymous", Match{NotNamespaces: exact("x")}, question(anonymous), true},
+		{"not namespace, hit", Match{NotNamespaces: exact("front")}, question(), false},
 
-		{"service account", Match{ServiceAccounts: accounts("front", "web")}, conn(), true},
+		{"service account", Match{ServiceAccounts: accounts("front", "web")}, question(), true},
 		{"service account, other trust domain", Match{ServiceAccounts: accounts("front", "web")},
-			conn(func(c *Conn) { c.ID.TrustDomain = "elsewhere" }), true},
-		{"service account, other namespace", Match{ServiceAccounts: accounts("back", "web")}, conn(), false},
-		{"service account, other name", Match{ServiceAccounts: accounts("front", "job")}, conn(), false},
-		{"service account, anonymous", Match{ServiceAccounts: accounts("", "")}, conn(anonymous), false},
-		{"not service account", Match{NotServiceAccounts: accounts("front", "web")}, conn(), false},
-		{"not service account, anonymous", Match{NotServiceAccounts: accounts("front", "web")}, conn(anonymous), true},
+			question(func(c *Question) { c.ID.TrustDomain = "elsewhere" }), true},
+		{"service account, other namespace", Match{ServiceAccounts: accounts("back", "web")}, question(), false},
+		{"service account, other name", Match{ServiceAccounts: accounts("front", "job")}, question(), false},
+		{"service account, anonymous", Match{ServiceAccounts: accounts("", "")}, question(anonymous), false},
+		{"not service account", Match{NotServiceAccounts: accounts("front", "web")}, question(), false},
+		{"not service account, anonymous", Match{NotServiceAccounts: accounts("front", "web")}, question(anonymous), true},
 
-		{"a string match without kind", Match{Namespaces: []StringMatch{{Value: "front"}}}, conn(), false},
+		{"a string match without kind", Match{Namespaces: []StringMatch{{Value: "front"}}}, question(), false},
 	} {
 		p := &Policy{Rules: []Rule{{{tt.m}}}}
 		if got := p.Matches(tt.c); got != tt.want {
@@ -202,7 +202,7 @@ func TestEvaluate(t *testing.T) {
 		{name: "missing beside a deny", ps: []*Policy{Missing("n/m"), pol("n/d", Deny, always, enforced)}, reason: ReasonDenied, policy: "n/d",
 			text: "connection closed due to policy rejection: explicitly denied by: n/d"},
 	} {
-		v := Evaluate(tt.ps, conn())
+		v := Evaluate(tt.ps, question())
 		if v.Allowed != tt.want || v.Reason != tt.reason || v.Policy != tt.policy || len(v.DryRun) != tt.dryRun {
 			t.Errorf("%s: %+v", tt.name, v)
 		}
@@ -235,7 +235,7 @@ func TestDryRunHint(t *testing.T) {
 		{[]*Policy{miss, enforced}, false},
 		{nil, false},
 	} {
-		if v := Evaluate(tt.ps, conn()); v.OnlyDryRunAllow != tt.want {
+		if v := Evaluate(tt.ps, question()); v.OnlyDryRunAllow != tt.want {
 			t.Errorf("%d policies: %+v", len(tt.ps), v)
 		}
 	}
@@ -249,14 +249,14 @@ func TestStrict(t *testing.T) {
 		Rules: []Rule{{{{NotPrincipals: presence}}, {{NotDestinationPorts: []uint16{8080}}}}}}
 	for _, tt := range []struct {
 		p    *Policy
-		c    Conn
+		c    Question
 		want bool
 	}{
-		{strict, conn(), true},
-		{strict, conn(anonymous), false},
-		{portPermissive, conn(), true},
-		{portPermissive, conn(anonymous), false},
-		{portPermissive, conn(anonymous, to("10.0.0.2:8080")), true},
+		{strict, question(), true},
+		{strict, question(anonymous), false},
+		{portPermissive, question(), true},
+		{portPermissive, question(anonymous), false},
+		{portPermissive, question(anonymous, to("10.0.0.2:8080")), true},
 	} {
 		if v := Evaluate([]*Policy{tt.p}, tt.c); v.Allowed != tt.want {
 			t.Errorf("%s, identity %v, port %d: %+v", tt.p.Key, tt.c.HasID, tt.c.Dst.Port(), v)
@@ -281,7 +281,7 @@ func TestInvalid(t *testing.T) {
 	} {
 		for action, want := range map[Action]bool{Allow: tt.allow, Deny: tt.deny} {
 			p := &Policy{Action: action, Rules: []Rule{{{tt.m}}}}
-			if got := p.Matches(conn()); got != want {
+			if got := p.Matches(question()); got != want {
 				t.Errorf("%s: %s matches: %v, want %v", tt.name, action, got, want)
 			}
 		}
@@ -293,7 +293,7 @@ func TestEvaluateAllocatesLittle(t *testing.T) {
 		{Key: "n/strict", Action: Deny, Rules: []Rule{{{{NotPrincipals: presence}}}}},
 		{Key: "n/a", Action: Allow, Rules: []Rule{{{{DestinationPorts: []uint16{80}, SourceIPs: cidr("10.0.0.0/8")}}}}},
 	}
-	c := conn()
+	c := question()
 	// The one allocation is the identity's text, made once for all policies.
 	if n := testing.AllocsPerRun(100, func() { Evaluate(ps, c) }); n > 2 {
 		t.Errorf("%v allocations", n)
@@ -308,7 +308,7 @@ func BenchmarkEvaluate(b *testing.B) {
 		{Key: "n/strict", Action: Deny, Rules: []Rule{{{{NotPrincipals: presence}}}}},
 		{Key: "n/a", Action: Allow, Rules: []Rule{{{{Principals: exact("td/ns/front/sa/web"), DestinationPorts: []uint16{80}}}}}},
 	}
-	c := conn()
+	c := question()
 	b.ReportAllocs()
 	for b.Loop() {
 		Evaluate(ps, c)
@@ -318,7 +318,7 @@ func BenchmarkEvaluate(b *testing.B) {
 // A source address that is not the peer's own decides nothing: an ALLOW policy needs to match for certain, a DENY policy rejects what
 // possibly matches, and lists of other things go on as before.
 func TestUnknownSource(t *testing.T) {
-	unknown := func(c *Conn) { c.SrcUnknown = true }
+	unknown := func(c *Question) { c.SrcUnknown = true }
 	port := Match{DestinationPorts: []uint16{80}}
 	for _, tt := range []struct {
 		name        string
@@ -338,7 +338,7 @@ func TestUnknownSource(t *testing.T) {
 	} {
 		for action, want := range map[Action]bool{Allow: tt.allow, Deny: tt.deny} {
 			p := &Policy{Action: action, Rules: []Rule{{{tt.m}}}}
-			if got := p.Matches(conn(unknown)); got != want {
+			if got := p.Matches(question(unknown)); got != want {
 				t.Errorf("%s, %s: %v, want %v", tt.name, action, got, want)
 			}
 		}

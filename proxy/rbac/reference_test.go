@@ -26,7 +26,7 @@ func refString(sm StringMatch, s string) bool {
 	return len(s) > 0
 }
 
-func refMatch(m Match, c Conn) bool {
+func refMatch(m Match, c Question) bool {
 	type pair struct{ positives, hits, negatives, negHits int }
 	var pairs []pair
 	count := func(n, nn int, hit func(i int) bool, notHit func(i int) bool) {
@@ -82,7 +82,7 @@ func refMatch(m Match, c Conn) bool {
 	return declared > 0
 }
 
-func refPolicy(p *Policy, c Conn) bool {
+func refPolicy(p *Policy, c Question) bool {
 	for _, rule := range p.Rules {
 		satisfied := 0
 		for _, clause := range rule {
@@ -101,7 +101,7 @@ func refPolicy(p *Policy, c Conn) bool {
 	return false
 }
 
-func refAllowed(ps []*Policy, c Conn) bool {
+func refAllowed(ps []*Policy, c Question) bool {
 	enforcedAllows, hits := 0, 0
 	for _, p := range ps {
 		if p.DryRun {
@@ -136,8 +136,8 @@ var (
 			Value: rapid.SampledFrom([]string{"", "a", "b", "ab", "td/ns/a/sa/b", "td/ns/", "/sa/a", "spiffe://"}).Draw(t, "value"),
 		}
 	})
-	genConn = rapid.Custom(func(t *rapid.T) Conn {
-		c := Conn{Src: genAddr.Draw(t, "src"), Dst: netip.AddrPortFrom(genAddr.Draw(t, "dst"), genPort.Draw(t, "port"))}
+	genQuestion = rapid.Custom(func(t *rapid.T) Question {
+		c := Question{Src: genAddr.Draw(t, "src"), Dst: netip.AddrPortFrom(genAddr.Draw(t, "dst"), genPort.Draw(t, "port"))}
 		if c.HasID = rapid.Bool().Draw(t, "identity"); c.HasID {
 			c.ID = identity.ID{TrustDomain: "td", Namespace: genName.Draw(t, "ns"), ServiceAccount: genName.Draw(t, "sa")}
 		}
@@ -199,7 +199,7 @@ func list[T any](t *rapid.T, g *rapid.Generator[T]) []T {
 func TestAgainstReference(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		ps := rapid.SliceOfN(genPolicy, 0, 4).Draw(t, "policies")
-		c := genConn.Draw(t, "conn")
+		c := genQuestion.Draw(t, "conn")
 		v := Evaluate(ps, c)
 		if want := refAllowed(ps, c); v.Allowed != want {
 			t.Fatalf("%+v, want %v", v, want)
@@ -217,7 +217,7 @@ func TestAgainstReference(t *testing.T) {
 func TestDamageNeverWidens(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		ps := rapid.SliceOfN(genPolicy, 0, 4).Draw(t, "policies")
-		c := genConn.Draw(t, "conn")
+		c := genQuestion.Draw(t, "conn")
 		damaged := make([]*Policy, len(ps))
 		for i, p := range ps {
 			d := *p

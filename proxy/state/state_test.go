@@ -157,7 +157,7 @@ func TestPolicyScopes(t *testing.T) {
 	if got := keys(); !slices.Equal(got, []string{"root/g", "a/s", "a/gone"}) {
 		t.Errorf("listed: %v", got)
 	}
-	if v := rbac.Evaluate([]*rbac.Policy{b.Build().PoliciesFor(w)[2]}, rbac.Conn{}); !v.Allowed || !slices.Equal(v.Missing, []string{"a/gone"}) {
+	if v := rbac.Evaluate([]*rbac.Policy{b.Build().PoliciesFor(w)[2]}, rbac.Question{}); !v.Allowed || !slices.Equal(v.Missing, []string{"a/gone"}) {
 		t.Errorf("with a policy that is not loaded: %+v", v)
 	}
 	if b.RemovePolicy("nope") || !b.RemovePolicy("root/g") {

@@ -173,7 +173,7 @@ func (r *Rig) Drain(ctx context.Context) { r.served.Shutdown(ctx) }
 func (r *Rig) Cut() { r.served.Close() }
 
 // Connections are those that the served pod carries now.
-func (r *Rig) Connections() []proxy.Connection { return r.served.Connections() }
+func (r *Rig) Connections() []proxy.ConnectionDump { return r.served.Connections() }
 
 // Accepted is how many TCP connections came to the served pod's HBONE port so far.
 func (r *Rig) Accepted() int { return r.accepted.get() }
