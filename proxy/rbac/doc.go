@@ -37,4 +37,7 @@
 // Until then such a policy rejected. But istiod lists policies that it never
 // sends (those converted from a PeerAuthentication that turns out to be UNSET),
 // and sends a workload before the policy that it lists.
+//
+// 2026-11-28: Explain is Evaluate and the first rule of each policy that matches, by the same
+// matcher.
 package rbac

@@ -34,14 +34,17 @@ func newMatcher(q Question) matcher {
 	return m
 }
 
-func (m *matcher) policy(p *Policy) bool {
+func (m *matcher) policy(p *Policy) bool { return m.first(p) >= 0 }
+
+// first is the index of the first rule that matches, -1 if none does.
+func (m *matcher) first(p *Policy) int {
 	m.possibly = p.Action == Deny
 	for i := range p.Rules {
 		if m.rule(p.Rules[i]) {
-			return true
+			return i
 		}
 	}
-	return false
+	return -1
 }
 
 func (m *matcher) rule(r Rule) bool {

@@ -203,6 +203,7 @@ func TestEvaluate(t *testing.T) {
 			text: "connection closed due to policy rejection: explicitly denied by: n/d"},
 	} {
 		v := Evaluate(tt.ps, question())
+		explained(t, tt.ps, question())
 		if v.Allowed != tt.want || v.Reason != tt.reason || v.Policy != tt.policy || len(v.DryRun) != tt.dryRun {
 			t.Errorf("%s: %+v", tt.name, v)
 		}
@@ -235,6 +236,7 @@ func TestDryRunHint(t *testing.T) {
 		{[]*Policy{miss, enforced}, false},
 		{nil, false},
 	} {
+		explained(t, tt.ps, question())
 		if v := Evaluate(tt.ps, question()); v.OnlyDryRunAllow != tt.want {
 			t.Errorf("%d policies: %+v", len(tt.ps), v)
 		}
@@ -258,6 +260,7 @@ func TestStrict(t *testing.T) {
 		{portPermissive, question(anonymous), false},
 		{portPermissive, question(anonymous, to("10.0.0.2:8080")), true},
 	} {
+		explained(t, []*Policy{tt.p}, tt.c)
 		if v := Evaluate([]*Policy{tt.p}, tt.c); v.Allowed != tt.want {
 			t.Errorf("%s, identity %v, port %d: %+v", tt.p.Key, tt.c.HasID, tt.c.Dst.Port(), v)
 		}

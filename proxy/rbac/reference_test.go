@@ -201,6 +201,7 @@ func TestAgainstReference(t *testing.T) {
 		ps := rapid.SliceOfN(genPolicy, 0, 4).Draw(t, "policies")
 		c := genQuestion.Draw(t, "conn")
 		v := Evaluate(ps, c)
+		explained(t, ps, c)
 		if want := refAllowed(ps, c); v.Allowed != want {
 			t.Fatalf("%+v, want %v", v, want)
 		}

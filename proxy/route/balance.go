@@ -12,10 +12,16 @@ func (r *resolver) balance(s *state.Service, target netip.AddrPort, m mode) (up 
 	port := target.Port()
 	targetPort, listed := s.Ports.Lookup(port)
 	if m == standard && !listed {
+		if r.q.Trace != nil {
+			r.q.Trace.add(Step{Kind: StepNoPort, Target: target, Service: s})
+		}
 		return upstream{}, false, nil
 	}
 	b := balancer{r: r, s: s, m: m, port: port, targetPort: targetPort, listed: listed}
 	e, w := b.pick()
+	if r.q.Trace != nil {
+		b.note(s, target, e)
+	}
 	if e == nil {
 		return upstream{}, false, nil
 	}
@@ -57,7 +63,7 @@ func (b *balancer) pick() (*state.Endpoint, *state.Workload) {
 	best, total, last := -1, uint64(0), -1
 	var ranks [64]int32 // of the first endpoints, lest they are ranked twice
 	for i := range b.s.Endpoints {
-		w, rank := b.candidate(&b.s.Endpoints[i])
+		w, rank, _ := b.candidate(&b.s.Endpoints[i])
 		if i < len(ranks) {
 			ranks[i] = int32(rank)
 		}
@@ -87,7 +93,7 @@ func (b *balancer) pick() (*state.Endpoint, *state.Workload) {
 		if i < len(ranks) {
 			rank = int(ranks[i])
 		} else {
-			_, rank = b.candidate(e)
+			_, rank, _ = b.candidate(e)
 		}
 		if rank != best {
 			continue
@@ -103,34 +109,37 @@ func (b *balancer) pick() (*state.Endpoint, *state.Workload) {
 }
 
 // candidate returns the workload of an endpoint that may be chosen, and its
-// rank; nil and -1 if it may not.
-func (b *balancer) candidate(e *state.Endpoint) (*state.Workload, int) {
+// rank; nil, -1 and the reason if it may not.
+func (b *balancer) candidate(e *state.Endpoint) (*state.Workload, int, Exclusion) {
 	w := b.r.v.EndpointWorkload(e)
-	if w == nil || b.r.q.Avoid != nil && b.r.q.Avoid(w) {
-		return nil, -1
+	if w == nil {
+		return nil, -1, NoRecord
+	}
+	if b.r.q.Avoid != nil && b.r.q.Avoid(w) {
+		return nil, -1, Avoided
 	}
 	if len(w.Addresses) == 0 && w.Hostname == "" && (w.Network == b.r.q.Source.Network || w.NetworkGateway == nil) {
-		return nil, -1 // nothing to send to
+		return nil, -1, NoAddress
 	}
 	switch {
 	case b.m == standard && b.targetPort == 0:
 		if _, mapped := e.Ports.Lookup(b.port); !mapped {
-			return nil, -1
+			return nil, -1, PortUnmapped
 		}
 	case b.m == waypoint && !b.listed:
 		if w.Tunnel.Protocol == state.TunnelAbsent {
-			return nil, -1
+			return nil, -1, NoTunnel
 		}
 	}
 	lb := b.s.LoadBalancer
 	if lb == nil || lb.Mode == state.LBStandard {
-		return w, 0
+		return w, 0, NotExcluded
 	}
 	matched, rank := localityRank(lb.Preferences, b.r.q.Source, w)
 	if lb.Mode == state.LBStrict && matched != len(lb.Preferences) {
-		return nil, -1
+		return nil, -1, WrongPlace
 	}
-	return w, rank
+	return w, rank, NotExcluded
 }
 
 // localityRank counts how many preferences a workload satisfies, from the most

@@ -213,7 +213,7 @@ func (f *caseFile) outbound(t *testing.T, v *state.View, byName map[string]*stat
 				dst, missed := netip.MustParseAddrPort(c.To), ""
 				d, err := route.Decision{}, route.CheckOutbound(dst, route.IllegalPorts(true))
 				if err == nil {
-					d, err = route.Decide(v, route.Question{Network: c.Network, Source: src, SrcIP: ip, Dst: dst, Rand: rand, Missed: &missed})
+					d, err = decide(t, v, route.Question{Network: c.Network, Source: src, SrcIP: ip, Dst: dst, Rand: rand, Missed: &missed})
 				}
 				check(t, "missed", c.Missed, missed)
 				if err == nil && c.Resolve != nil {

@@ -52,6 +52,8 @@ type Question struct {
 	// ("network/ip" or "namespace/hostname"), for a caller that can ask a control
 	// plane for it and then decide again. "" if all that was needed is known.
 	Missed *string
+	// Trace, if not nil, is told what the decision went by.
+	Trace *Trace
 }
 
 // miss notes a key that is not known. Only callers that asked for it pay for it.
@@ -179,11 +181,17 @@ func Decide(v *state.View, q Question) (Decision, error) {
 	dst := r.q.Dst
 
 	w, called := v.FindAddress(q.Network, dst.Addr(), q.Source.Namespace)
+	if q.Trace != nil {
+		q.Trace.add(Step{Kind: StepCalled, Target: dst, Workload: w, Service: called})
+	}
 	if w == nil && called == nil && q.Missed != nil {
 		miss(q.Missed, state.NetworkAddress{Network: q.Network, Addr: dst.Addr()})
 	}
 	if called != nil {
 		if ref := r.serviceWaypoint(called); ref != nil {
+			if q.Trace != nil {
+				q.Trace.add(Step{Kind: StepServiceWaypoint, Target: dst, Service: called, Gateway: ref})
+			}
 			wp, err := r.gateway(ref, waypoint)
 			if err != nil {
 				return Decision{}, err
@@ -216,7 +224,18 @@ func Decide(v *state.View, q Question) (Decision, error) {
 		}
 		return r.throughGateway(up, up.service, false)
 	}
-	if called == nil && up.workload.Waypoint != nil && !r.fromWaypoint(up.workload.Waypoint) {
+	if called == nil && up.workload.Waypoint != nil {
+		from := r.fromWaypoint(up.workload.Waypoint)
+		if q.Trace != nil {
+			kind := StepWorkloadWaypoint
+			if from {
+				kind = StepFromWaypoint
+			}
+			q.Trace.add(Step{Kind: kind, Target: dst, Workload: up.workload, Gateway: up.workload.Waypoint})
+		}
+		if from {
+			return r.direct(up)
+		}
 		wp, err := r.gateway(up.workload.Waypoint, waypoint)
 		if err != nil {
 			return Decision{}, err
@@ -268,6 +287,9 @@ func (r *resolver) throughGateway(up upstream, called *state.Service, isWaypoint
 	ref := up.workload.NetworkGateway
 	if ref == nil {
 		return Decision{}, &Error{Code: NoValidDestination, Subject: up.workload.UID}
+	}
+	if r.q.Trace != nil {
+		r.q.Trace.add(Step{Kind: StepNetworkGateway, Target: r.q.Dst, Workload: up.workload, Gateway: ref})
 	}
 	gw, err := r.gateway(ref, standard)
 	if err != nil {

@@ -38,4 +38,8 @@
 //
 // 2026-11-23: what was looked up in vain is told to callers that ask
 // (Question.Missed), so that they can look it up elsewhere and decide again.
+//
+// 2026-11-28: a decision can be traced (Question.Trace) for whoever wants to know why. The
+// trace is written by the deciding itself, so that it cannot tell another story; without
+// one it costs a comparison here and there.
 package route

@@ -74,6 +74,9 @@ func (r *resolver) gateway(ref *state.GatewayAddress, m mode) (upstream, error) 
 func (r *resolver) upstream(network string, target netip.AddrPort, m mode) (up upstream, found bool, err error) {
 	if s := r.v.ServiceByVIP(network, target.Addr(), r.q.Source.Namespace); s != nil {
 		if s.Mode() == state.LBPassthrough {
+			if r.q.Trace != nil {
+				r.q.Trace.add(Step{Kind: StepPassthrough, Target: target, Service: s})
+			}
 			return upstream{}, false, nil // the original destination
 		}
 		return r.balance(s, target, m)
@@ -81,6 +84,9 @@ func (r *resolver) upstream(network string, target netip.AddrPort, m mode) (up u
 	if w := r.v.WorkloadByAddr(network, target.Addr()); w != nil {
 		up, err = r.workload(w, nil, target, target.Port())
 		return up, err == nil, err
+	}
+	if r.q.Trace != nil {
+		r.q.Trace.add(Step{Kind: StepUnknown, Target: target})
 	}
 	if r.q.Missed != nil {
 		miss(r.q.Missed, state.NetworkAddress{Network: network, Addr: target.Addr()})

@@ -223,7 +223,7 @@ func TestAgainstReference(t *testing.T) {
 			want := m.decide(network, src, ip, dst)
 			got := outcomes{}
 			enumerate(t, func(rand func(uint64) uint64) func(*big.Rat) {
-				d, err := route.Decide(v, route.Question{Network: network, Source: src, SrcIP: ip, Dst: dst, Rand: rand})
+				d, err := decide(t, v, route.Question{Network: network, Source: src, SrcIP: ip, Dst: dst, Rand: rand})
 				what := ""
 				if err != nil {
 					what = err.Error()
