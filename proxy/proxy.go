@@ -112,8 +112,7 @@ type Proxy struct {
 
 	table      table
 	history    history
-	unlabelled labels   // of what was turned down before it was known
-	proofs     sync.Map // net.Conn -> proof: handshakes whose tunnel the pool is about to make
+	unlabelled labels // of what was turned down before it was known
 	bounds     *bounds
 	ailing     ailing
 	retried    atomic.Uint64      // connections that went to another endpoint than the first
@@ -145,7 +144,7 @@ func New(o Options) *Proxy {
 		p.labels[dir] = pprof.WithLabels(context.Background(), pprof.Labels("role", "worker", "pod", pod, "dir", name))
 	}
 	p.pool = hbone.NewPool(hbone.PoolOptions{
-		Dial: p.dialTunnel, MaxStreams: o.Config.PoolMaxStreams, Unused: o.Config.PoolUnused, Config: p.o.Config.HBONE, Opened: p.opened,
+		Dial: p.dialTunnel, MaxStreams: o.Config.PoolMaxStreams, Unused: o.Config.PoolUnused, Config: p.o.Config.HBONE,
 	})
 	return p
 }
@@ -178,10 +177,10 @@ func (p *Proxy) localWorkload(ctx context.Context) (*state.View, *state.Workload
 }
 
 // dialTunnel opens one tunnel to a peer's HBONE port: certificate, TCP from the pod's address, TLS.
-func (p *Proxy) dialTunnel(ctx context.Context, key hbone.Key) (net.Conn, error) {
+func (p *Proxy) dialTunnel(ctx context.Context, key hbone.Key) (hbone.Dialled, error) {
 	cert, err := p.o.Certs.Certificate(ctx, key.Source)
 	if err != nil {
-		return nil, fail(kindIdentity, err)
+		return hbone.Dialled{}, fail(kindIdentity, err)
 	}
 	var want []identity.ID
 	if key.Dest != "" {
@@ -196,19 +195,18 @@ func (p *Proxy) dialTunnel(ctx context.Context, key hbone.Key) (net.Conn, error)
 	raw, err := p.o.Network.DialMesh(dctx, key.Addr)
 	if err != nil {
 		if timedOut(err) {
-			return nil, fail(kindNetworkPolicy, err)
+			return hbone.Dialled{}, fail(kindNetworkPolicy, err)
 		}
-		return nil, fail(kindIO, err)
+		return hbone.Dialled{}, fail(kindIO, err)
 	}
 	hctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
 	conn, cs, err := hbone.Client(hctx, raw, identity.ClientTLS(cert, want, p.o.Config.TLS), p.turn(netip.Addr{}))
 	if err != nil {
 		raw.Close()
-		return nil, fail(kindTLS, err)
+		return hbone.Dialled{}, fail(kindTLS, err)
 	}
-	p.proofs.Store(conn, proof{cert, cs}) // until the tunnel exists (opened)
-	return conn, nil
+	return hbone.Dialled{Conn: conn, Opened: func(t *hbone.ClientConn) func() { return p.opened(t, proof{cert, cs}) }}, nil
 }
 
 // Recheck cuts the inbound connections that policy no longer allows. The admin loop's publication of

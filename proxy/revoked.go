@@ -3,7 +3,6 @@ package proxy
 import (
 	"crypto/tls"
 	"errors"
-	"net"
 
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
@@ -21,13 +20,9 @@ func (p *Proxy) track(side identity.Side, shown proof, abort func(error)) (forge
 	return p.o.Config.TLS.Revocation.Track(shown.cert, shown.cs, side, abort)
 }
 
-// opened is told by the pool of a new tunnel.
-func (p *Proxy) opened(conn net.Conn, cc *hbone.ClientConn) func() {
-	shown, ok := p.proofs.LoadAndDelete(conn)
-	if !ok {
-		return nil
-	}
-	forget, err := p.track(identity.ClientSide, shown.(proof), cc.Abort)
+// opened is told by the pool of a new tunnel, whose handshake has shown what is given.
+func (p *Proxy) opened(cc *hbone.ClientConn, shown proof) (ended func()) {
+	forget, err := p.track(identity.ClientSide, shown, cc.Abort)
 	if err != nil { // revoked since the handshake
 		cc.Abort(err)
 		return nil

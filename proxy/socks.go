@@ -17,8 +17,8 @@ import (
 	"ztun/proxy/socks"
 )
 
-// goodbye is how long a refused SOCKS5 client may take to read why.
-const goodbye = 500 * time.Millisecond
+// refusalRead is how long a refused SOCKS5 client may take to read why.
+const refusalRead = 500 * time.Millisecond
 
 // ServeSOCKS carries one connection accepted on the pod's SOCKS5 port (15080, loopback). It returns when
 // the request is refused, or granted and being copied. raw has to be a *net.TCPConn or another Conn.
@@ -147,7 +147,7 @@ func (f *socksFlow) RefuseFor(err error) { f.end(socksReply(err)) }
 // end answers and closes. Closing with something unread would reset the connection, and the reset might
 // overtake the answer: the client gets a moment to read it.
 func (f *socksFlow) end(r socks.Reply) {
-	f.conn.SetDeadline(time.Now().Add(goodbye))
+	f.conn.SetDeadline(time.Now().Add(refusalRead))
 	defer context.AfterFunc(f.ctx, f.panics.Func("the end of a SOCKS5 handshake", func() { f.conn.SetDeadline(time.Unix(1, 0)) }, nil))()
 	if socks.WriteReply(f.conn, r) == nil && f.conn.CloseWrite() == nil {
 		io.Copy(io.Discard, io.LimitReader(f.conn, 64<<10))

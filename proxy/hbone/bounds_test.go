@@ -164,7 +164,7 @@ func TestFloodEndsSoon(t *testing.T) {
 		if err := sc.Err(); err == nil || !strings.Contains(err.Error(), "ENHANCE_YOUR_CALM") {
 			t.Error(err)
 		}
-		if took < lingerStep*4/5 {
+		if took < partingStep*4/5 {
 			return
 		}
 	}

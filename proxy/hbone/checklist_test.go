@@ -31,7 +31,7 @@ func TestIdleTunnelSaysGoAway(t *testing.T) {
 		var goaways []http2.ErrCode
 		var at time.Time
 		var work sync.WaitGroup
-		pool := NewPool(PoolOptions{Dial: func(context.Context, Key) (net.Conn, error) {
+		pool := NewPool(PoolOptions{Dial: func(context.Context, Key) (Dialled, error) {
 			near, far := net.Pipe()
 			work.Go(func() {
 				defer far.Close()
@@ -58,7 +58,7 @@ func TestIdleTunnelSaysGoAway(t *testing.T) {
 					}
 				}
 			})
-			return near, nil
+			return Dialled{Conn: near}, nil
 		}})
 		s, _, err := pool.Open(t.Context(), testKey(1), &Request{Authority: "h:1"})
 		if err != nil {

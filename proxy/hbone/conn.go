@@ -27,7 +27,7 @@ const maxQueuedReplies = 1000
 //   - whoever has something to send becomes the flusher for a while if there is none (write.go);
 //   - streams' users, who consume what the reader queued (recv.go) and give credit back.
 //
-// mu guards everything of the connection and the sending halves of its streams; it is never held during I/O.
+// mu guards everything of the connection and the sending sides of its streams; it is never held during I/O.
 type conn struct {
 	cfg     Config
 	client  bool
@@ -83,8 +83,8 @@ type conn struct {
 	last       bool         // close the socket when everything is flushed
 	said       bool         // that was done
 	readerGone bool
-	linger     linger // how long the reader still listens after our last byte
-	broken     error  // a write to the socket failed with this
+	parting    parting // how long the reader still listens after our last byte
+	broken     error   // a write to the socket failed with this
 
 	// What the peer told us.
 	peerInitial   int64
@@ -93,7 +93,7 @@ type conn struct {
 	gotSettings   bool
 	acked         bool   // the peer knows our SETTINGS
 	goneAway      bool   // the peer said GOAWAY
-	farewell      bool   // with NO_ERROR
+	goneWell      bool   // with NO_ERROR
 	goAwayLast    uint32 // and this was the last stream that it deals with
 	leaving       bool   // we said GOAWAY, or are about to
 	leftAt        uint32 // server: streams above this are refused
@@ -133,7 +133,7 @@ func newConn(nc net.Conn, cfg Config, client bool) *conn {
 		resets:    newBucket(cfg.Resets, float64(cfg.Resets)/4),
 		nuisances: newBucket(cfg.ControlFrames, float64(cfg.ControlFrames)/10),
 	}
-	if t, ok := nc.(*Conn); ok && t.rec != nil {
+	if t, ok := nc.(*tlsConn); ok && t.rec != nil {
 		t.rec.adopt(c.bufs)
 		c.tr, c.raw, c.inline = t.rec, t.raw, true
 	} else {
@@ -230,7 +230,7 @@ func (c *conn) endLocked(err error) {
 // abandonLocked gives all streams the connection's error.
 func (c *conn) abandonLocked() {
 	var err error = &ConnError{c.err}
-	if !c.client && c.farewell {
+	if !c.client && c.goneWell {
 		// curl and its like end a tunnel by GOAWAY and the end of the connection, without ending its streams: that
 		// stands for their END_STREAM.
 		err = &StreamError{Code: http2.ErrCodeCancel, Remote: true, Ended: true}
@@ -268,7 +268,7 @@ func (c *conn) leaveLocked(code http2.ErrCode, err error) {
 		c.cfg.Stats.Violations.Add(1)
 	}
 	if code == http2.ErrCodeEnhanceYourCalm {
-		c.linger.brief = true
+		c.parting.brief = true
 		c.cfg.Stats.Calmed.Add(1)
 		if c.cfg.Calmed != nil {
 			c.cfg.Calmed(c.nc.RemoteAddr())
@@ -281,9 +281,9 @@ func (c *conn) leaveLocked(code http2.ErrCode, err error) {
 	c.framer.WriteGoAway(c.lastID, code, nil)
 	// A peer that reads nothing must not hold us up; but where streams have ended in good order, their last bytes may
 	// be on a slow way still.
-	patience := lingerHurry
+	patience := partingHurry
 	if code == http2.ErrCodeNo && orderly {
-		patience = lingerStall
+		patience = partingStall
 	}
 	c.raw.SetWriteDeadline(time.Now().Add(patience))
 	c.wantFlush()
@@ -297,9 +297,9 @@ func (c *conn) hasten() {
 	if c.ended {
 		return
 	}
-	c.linger.hurry()
+	c.parting.hurry()
 	if c.last {
-		c.raw.SetWriteDeadline(time.Now().Add(lingerHurry))
+		c.raw.SetWriteDeadline(time.Now().Add(partingHurry))
 	}
 }
 
@@ -377,7 +377,7 @@ func (c *conn) finish(err error) {
 		if c.last { // it waits for us
 			c.endLocked(err)
 		} else {
-			c.leaveLocked(http2.ErrCodeProtocol, err) // and tell the peer what was wrong (farewell)
+			c.leaveLocked(http2.ErrCodeProtocol, err) // and tell the peer what was wrong (closeNotify)
 		}
 		c.mu.Unlock()
 		return

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"net"
 	"testing"
 	"time"
 
@@ -103,7 +102,7 @@ func TestPanicEndsOneTunnel(t *testing.T) {
 // TestDialPanics: who waits for a dial that panics is told.
 func TestDialPanics(t *testing.T) {
 	panics := rescue.New(slog.New(slog.DiscardHandler))
-	p := NewPool(PoolOptions{Config: Config{Panics: panics}, Dial: func(context.Context, Key) (net.Conn, error) { panic("boom") }})
+	p := NewPool(PoolOptions{Config: Config{Panics: panics}, Dial: func(context.Context, Key) (Dialled, error) { panic("boom") }})
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	for range 2 {

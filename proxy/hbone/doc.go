@@ -1,10 +1,23 @@
-// Package hbone is HTTP/2 as the mesh uses it: CONNECT tunnels over mutual TLS, many per connection, and nothing
+// Package hbone is HTTP/2 as the mesh uses it: CONNECT over mutual TLS, many streams per tunnel, and nothing
 // else. It has both ends (ClientConn, ServerConn), the pool of tunnels that outbound traffic shares (Pool), the
 // record layer beneath them (Client, Server), and the headers that CONNECT carries (Baggage and others).
 //
 // What flows through it: the bytes of application connections, as Streams (net.Conn with two independent
 // directions). Who calls it: proxy's outbound path through Pool, its inbound path through NewServerConn. What it
 // never does: dial, choose a destination, judge a peer's identity, log a connection, or speak any other HTTP.
+//
+// Words:
+//
+//   - tunnel: one TLS connection between two proxies with HTTP/2 on it. conn is one, whichever end it is; ClientConn
+//     and ServerConn are what its users see; pooled is one in the Pool, which keeps those of one Key on a shelf.
+//   - stream: one CONNECT on a tunnel, and the bytes that follow (Stream). ServerStream is one that awaits its answer.
+//   - tlsConn: what is beneath a tunnel, before it is one. wire is the socket's bytes, records their TLS records,
+//     direction the keys of one way, guard what makes sure that one goroutine uses them.
+//   - turn: leave to compute a handshake (Turn). The streams' turns are the queues of write.go.
+//   - the ends of things. GOAWAY: no new streams (drain); gone well: the peer's came with NO_ERROR. leave: GOAWAY and an
+//     end, what is queued goes out. part: the flusher's last act, the tunnel's last record (closeNotify); parting: we
+//     have written our last byte and listen on, so that no reset overtakes it. linger: a closed stream that still sends
+//     what was written before (Config.Linger, as SO_LINGER). crash: a goroutine of the tunnel has panicked.
 //
 // A byte's way out: Stream.ReadFrom reads from its source into a frame buffer behind the room for the frame header
 // (the one copy); whoever adds something to a connection that nobody is writing to becomes its flusher, seals
@@ -14,7 +27,7 @@
 // gives credit back. Idle connections have one goroutine and no buffer, idle streams have neither.
 //
 // Files: config, errors, buffer | wire (bytes from the socket), record and tlsconn (TLS 1.3 records) | conn (life and
-// death), read, frames, write, ping | stream, recv, copy, window, sock | client, server, pool, stale | headers.
+// death), parting, guard, read, frames, write, ping | stream, recv, copy, window, sock | client, server, pool, stale | headers.
 //
 // Decisions (2026-11-23):
 //   - No net/http: its server cannot half-close a CONNECT tunnel, and it costs half as much again as TLS itself.
@@ -51,7 +64,7 @@
 //     the connection's window as it uses; a client opens new streams on another tunnel when half of it is away, and
 //     a server says GOAWAY so that its client does. What remains: streams that are open on such a tunnel already
 //     when more than some eight of its readers pause at a ztunnel peer wait with them.
-//   - 2026-11-28: one goroutine at a time seals, and one opens; a guard at each key checks it at run time (turn.go:
+//   - 2026-11-28: one goroutine at a time seals, and one opens; a guard at each key checks it at run time (guard.go:
 //     panic in tests, an error in life). The first key of a connection seals 100 records only, so that changing keys
 //     is in daily use with every kind of peer. FuzzRecordsOracle compares the reader with crypto/tls, TestOpenSSL
 //     both suites with OpenSSL.

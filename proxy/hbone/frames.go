@@ -175,7 +175,7 @@ func (c *conn) takeGoAway(f *http2.GoAwayFrame) error {
 	if !c.goneAway || f.LastStreamID < c.goAwayLast {
 		c.goAwayLast = f.LastStreamID
 	}
-	c.goneAway, c.farewell = true, f.ErrCode == http2.ErrCodeNo
+	c.goneAway, c.goneWell = true, f.ErrCode == http2.ErrCodeNo
 	c.log.Debug("peer is going away", "peer", c.nc.RemoteAddr(), "last", f.LastStreamID, "code", f.ErrCode.String())
 	c.unavailable()
 	if c.client {

@@ -117,15 +117,15 @@ func TestOpenSSL(t *testing.T) {
 	certFile := write("cert.pem", &pem.Block{Type: "CERTIFICATE", Bytes: ccfg.Certificates[0].Certificate[0]})
 	keyFile := write("key.pem", &pem.Block{Type: "PRIVATE KEY", Bytes: key})
 	for name, suite := range map[string]uint16{"TLS_AES_128_GCM_SHA256": tls.TLS_AES_128_GCM_SHA256, "TLS_AES_256_GCM_SHA384": tls.TLS_AES_256_GCM_SHA384} {
-		ours := func(c net.Conn, state tls.ConnectionState, err error) *Conn {
+		ours := func(c net.Conn, state tls.ConnectionState, err error) *tlsConn {
 			t.Helper()
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, ok := c.(*Conn); !ok || state.CipherSuite != suite {
+			if _, ok := c.(*tlsConn); !ok || state.CipherSuite != suite {
 				t.Fatalf("%T %s", c, tls.CipherSuiteName(state.CipherSuite))
 			}
-			return c.(*Conn)
+			return c.(*tlsConn)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 		defer cancel()

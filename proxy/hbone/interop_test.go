@@ -191,7 +191,7 @@ func TestFallback(t *testing.T) {
 		t.Fatal(err)
 	}
 	y := <-got
-	if _, ours := x.(*Conn); ours {
+	if _, ours := x.(*tlsConn); ours {
 		t.Error("took over TLS 1.2")
 	}
 	cc, _, reqs, stop := link(t, x, y, Config{})
@@ -223,7 +223,7 @@ func TestDoubleTunnel(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, ours := ic.(*Conn); !ours {
+	if _, ours := ic.(*tlsConn); !ours {
 		t.Errorf("%T", ic)
 	}
 	inner, _, ireqs, stopInner := link(t, ic, <-got, Config{})

@@ -94,7 +94,7 @@ func (o *oracle) read(wire []byte) (out outcome) {
 	var oe *net.OpError
 	out.remote = errors.As(out.err, &oe) && oe.Op == "remote error"
 	// What it sent is under its own key: KeyUpdates, and at last an alert.
-	h, _ := newHalf(o.suite, o.writes)
+	h, _ := newDirection(o.suite, o.writes)
 	spy := newRecords(newWire(&tape{Conn: nil}, new(Buffers)), h, nil, true)
 	spy.feed(o.tape.out.Bytes())
 	_, err := spy.fill(make([]byte, blockLarge))
@@ -106,8 +106,8 @@ func (o *oracle) read(wire []byte) (out outcome) {
 }
 
 func readOurs(t testing.TB, o *oracle, wire []byte, client bool) (out outcome) {
-	in, err1 := newHalf(o.suite, o.reads)
-	mine, err2 := newHalf(o.suite, o.writes)
+	in, err1 := newDirection(o.suite, o.reads)
+	mine, err2 := newDirection(o.suite, o.writes)
 	if err := errors.Join(err1, err2); err != nil {
 		t.Fatal(err)
 	}
@@ -248,7 +248,7 @@ func FuzzRecordsOracle(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, script []byte, client bool) {
 		o := newOracle(t, ccfg, scfg, client)
-		key, err := newHalf(o.suite, o.reads)
+		key, err := newDirection(o.suite, o.reads)
 		if err != nil {
 			t.Fatal(err)
 		}

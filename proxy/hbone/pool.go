@@ -27,7 +27,7 @@ type Key struct {
 type PoolOptions struct {
 	// Dial opens the connection beneath a tunnel: TCP, TLS (Client). Its context ends when nobody waits for it
 	// any more, or the pool closes; timeouts are its own.
-	Dial func(ctx context.Context, key Key) (net.Conn, error)
+	Dial func(ctx context.Context, key Key) (Dialled, error)
 	// MaxStreams is how many streams one tunnel carries (100), if the server allows that many.
 	MaxStreams int
 	// Unused is how long a tunnel without streams is kept after its last use (5 min; negative: for ever).
@@ -36,8 +36,14 @@ type PoolOptions struct {
 	// or if it carries streams it ends with the last of them.
 	MaxConns int
 	Config   Config
-	// Opened, if set, is told of every tunnel, with the connection that Dial gave; what it returns is called when the tunnel has ended.
-	Opened func(conn net.Conn, cc *ClientConn) (ended func())
+}
+
+// Dialled is the connection beneath a tunnel, and whoever has to hear of the tunnel.
+type Dialled struct {
+	Conn net.Conn
+	// Opened, if set, is told of the tunnel before anything is sent on it; what it returns, if anything, is called when
+	// the tunnel has ended. What the handshake has shown is the dialler's to keep here.
+	Opened func(*ClientConn) (ended func())
 }
 
 // Pool shares tunnels among requests. Per key at most one dial is under way; its failure is everybody's who waits
@@ -50,31 +56,31 @@ type Pool struct {
 
 	mu     sync.Mutex // after conn.mu in the lock order: no method of a connection is called with it held
 	closed bool
-	keys   map[Key]*tunnels
-	all    map[*tunnel]struct{} // open connections, also those that left the pool
-	pooled int
-	stats  PoolStats // the counters
-	made   uint64    // the number of the newest tunnel
+	keys   map[Key]*shelf
+	all    map[*pooled]struct{} // open connections, also those that left the pool
+	size   int                  // tunnels that requests are given
+	stats  PoolStats            // the counters
+	made   uint64               // the number of the newest tunnel
 }
 
-// tunnels is what the pool knows of one key; it goes when there is nothing to know.
-type tunnels struct {
+// shelf is what the pool knows of one key; it goes when there is nothing to know.
+type shelf struct {
 	key  Key
-	list []*tunnel // oldest first
+	list []*pooled // oldest first
 	dial *dial
 }
 
-// tunnel is one connection.
-type tunnel struct {
+// pooled is one tunnel of the pool.
+type pooled struct {
 	pool    *Pool
-	home    *tunnels // nil: left the pool
+	home    *shelf // nil: left the pool
 	cc      *ClientConn
 	active  int // streams, also those about to be opened
 	limit   int
 	lastUse time.Time
 	idle    *time.Timer
 	release func() // forgets one stream
-	ended   func() // of PoolOptions.Opened; may be nil
+	ended   func() // of Dialled.Opened; may be nil
 	number  uint64 // counts tunnels in the order in which they came up
 }
 
@@ -108,7 +114,7 @@ func NewPool(o PoolOptions) *Pool {
 	if o.Config.Buffers == nil {
 		o.Config.Buffers = new(Buffers)
 	}
-	p := &Pool{o: o, keys: map[Key]*tunnels{}, all: map[*tunnel]struct{}{}}
+	p := &Pool{o: o, keys: map[Key]*shelf{}, all: map[*pooled]struct{}{}}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	return p
 }
@@ -175,7 +181,7 @@ func (p *Pool) retried() {
 }
 
 // checkout gives a tunnel with room for a stream, which is counted already; one newer than number after.
-func (p *Pool) checkout(ctx context.Context, key Key, after uint64) (*tunnel, error) {
+func (p *Pool) checkout(ctx context.Context, key Key, after uint64) (*pooled, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for {
@@ -184,7 +190,7 @@ func (p *Pool) checkout(ctx context.Context, key Key, after uint64) (*tunnel, er
 		}
 		ts := p.keys[key]
 		if ts == nil {
-			ts = &tunnels{key: key}
+			ts = &shelf{key: key}
 			p.keys[key] = ts
 		}
 		for _, t := range ts.list {
@@ -219,7 +225,7 @@ func (p *Pool) checkout(ctx context.Context, key Key, after uint64) (*tunnel, er
 }
 
 // use counts a stream in. p.mu is held.
-func (t *tunnel) use() {
+func (t *pooled) use() {
 	t.active++
 	t.lastUse = time.Now()
 	if t.idle != nil {
@@ -228,7 +234,7 @@ func (t *tunnel) use() {
 }
 
 // startDial starts the one dial of a key. p.mu is held.
-func (p *Pool) startDial(ctx context.Context, ts *tunnels) *dial {
+func (p *Pool) startDial(ctx context.Context, ts *shelf) *dial {
 	// The first who asks may give up before the others: the dial lives as long as anybody waits.
 	dctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(p.ctx, p.panics().Func("an HBONE dial's end", cancel, nil))
@@ -239,15 +245,15 @@ func (p *Pool) startDial(ctx context.Context, ts *tunnels) *dial {
 	go p.panics().Func("an HBONE dial", func() {
 		defer p.work.Done()
 		defer stop()
-		c, err := p.o.Dial(dctx, ts.key)
-		var t *tunnel
+		dialled, err := p.o.Dial(dctx, ts.key)
+		var t *pooled
 		if err == nil {
-			t = p.newTunnel(c)
+			t = p.newTunnel(dialled)
 		}
 		p.mu.Lock()
 		ts.dial = nil
 		d.err = err
-		var evicted *tunnel
+		var evicted *pooled
 		switch {
 		case t == nil:
 			p.stats.DialFailures++
@@ -265,7 +271,7 @@ func (p *Pool) startDial(ctx context.Context, ts *tunnels) *dial {
 			t.home = ts
 			ts.list = append(ts.list, t)
 			p.all[t] = struct{}{}
-			p.pooled++
+			p.size++
 			t.rest() // should everybody give up meanwhile
 			evicted = p.overflow(t)
 		}
@@ -282,7 +288,7 @@ func (p *Pool) startDial(ctx context.Context, ts *tunnels) *dial {
 }
 
 // dialCrashed tells those who wait for a dial that it has panicked.
-func (p *Pool) dialCrashed(ts *tunnels, d *dial, err error) {
+func (p *Pool) dialCrashed(ts *shelf, d *dial, err error) {
 	rescue.Seize(&p.mu)
 	defer p.mu.Unlock()
 	select {
@@ -302,23 +308,23 @@ func (p *Pool) dialCrashed(ts *tunnels, d *dial, err error) {
 func (p *Pool) panics() *rescue.Panics { return p.o.Config.Panics }
 
 // newTunnel puts HTTP/2 on a fresh connection. Nothing is sent before watch.
-func (p *Pool) newTunnel(c net.Conn) *tunnel {
-	t := &tunnel{pool: p, cc: newClientConn(c, p.o.Config), limit: p.o.MaxStreams, lastUse: time.Now()}
+func (p *Pool) newTunnel(d Dialled) *pooled {
+	t := &pooled{pool: p, cc: newClientConn(d.Conn, p.o.Config), limit: p.o.MaxStreams, lastUse: time.Now()}
 	t.release = t.streamGone
 	t.cc.c.onEnd = func() { // with conn.mu held
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		p.remove(t)
 	}
-	if p.o.Opened != nil {
-		t.ended = p.o.Opened(c, t.cc)
+	if d.Opened != nil {
+		t.ended = d.Opened(t.cc)
 	}
 	t.cc.c.start()
 	return t
 }
 
 // watch waits for the tunnel's end in the background.
-func (t *tunnel) watch() {
+func (t *pooled) watch() {
 	p := t.pool
 	p.work.Add(1)
 	go p.panics().Func("the end of an HBONE tunnel", func() {
@@ -336,7 +342,7 @@ func (t *tunnel) watch() {
 }
 
 // streamGone is called when one of t's streams is over, with its conn.mu held.
-func (t *tunnel) streamGone() {
+func (t *pooled) streamGone() {
 	p := t.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -348,7 +354,7 @@ func (t *tunnel) streamGone() {
 }
 
 // decline takes back a stream that t did not take, and lets t learn from it.
-func (p *Pool) decline(t *tunnel, why error) {
+func (p *Pool) decline(t *pooled, why error) {
 	most := 0
 	if errors.Is(why, ErrSaturated) {
 		t.cc.c.mu.Lock()
@@ -375,7 +381,7 @@ func (p *Pool) decline(t *tunnel, why error) {
 }
 
 // rest starts the time after which an unused tunnel is closed. p.mu is held.
-func (t *tunnel) rest() {
+func (t *pooled) rest() {
 	p := t.pool
 	if p.o.Unused < 0 || t.home == nil || p.closed {
 		return
@@ -388,7 +394,7 @@ func (t *tunnel) rest() {
 }
 
 // expire is the idle timer.
-func (t *tunnel) expire() {
+func (t *pooled) expire() {
 	p := t.pool
 	p.mu.Lock()
 	due := t.home != nil && t.active == 0 && time.Since(t.lastUse) >= p.o.Unused
@@ -402,13 +408,13 @@ func (t *tunnel) expire() {
 }
 
 // remove takes t out of the pool: it gets no further streams. p.mu is held.
-func (p *Pool) remove(t *tunnel) {
+func (p *Pool) remove(t *pooled) {
 	ts := t.home
 	if ts == nil {
 		return
 	}
 	t.home = nil
-	p.pooled--
+	p.size--
 	if t.idle != nil {
 		t.idle.Stop()
 	}
@@ -422,15 +428,15 @@ func (p *Pool) remove(t *tunnel) {
 }
 
 // forget drops the state of a key that has none. p.mu is held.
-func (p *Pool) forget(ts *tunnels) {
+func (p *Pool) forget(ts *shelf) {
 	if len(ts.list) == 0 && ts.dial == nil && p.keys[ts.key] == ts {
 		delete(p.keys, ts.key)
 	}
 }
 
 // overflow takes the least recently used tunnel other than t out of a pool that has become too large. p.mu is held.
-func (p *Pool) overflow(t *tunnel) (out *tunnel) {
-	if p.pooled <= p.o.MaxConns {
+func (p *Pool) overflow(t *pooled) (out *pooled) {
+	if p.size <= p.o.MaxConns {
 		return nil
 	}
 	for o := range p.all {
@@ -446,7 +452,7 @@ func (p *Pool) overflow(t *tunnel) (out *tunnel) {
 }
 
 // better reports whether t is the better one to give up.
-func (t *tunnel) better(o *tunnel) bool {
+func (t *pooled) better(o *pooled) bool {
 	if (t.active == 0) != (o.active == 0) {
 		return t.active == 0
 	}
@@ -496,7 +502,7 @@ func (p *Pool) Close() error {
 }
 
 // stop lets nothing new in and lists what is open.
-func (p *Pool) stop() (open []*tunnel) {
+func (p *Pool) stop() (open []*pooled) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.closed = true

@@ -34,15 +34,15 @@ type farm struct {
 	delay time.Duration
 }
 
-func (f *farm) dial(ctx context.Context, key Key) (net.Conn, error) {
+func (f *farm) dial(ctx context.Context, key Key) (Dialled, error) {
 	f.dials.Add(1)
 	select {
 	case <-time.After(f.delay):
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return Dialled{}, ctx.Err()
 	}
 	if err := f.fail.Load(); err != nil {
-		return nil, *err
+		return Dialled{}, *err
 	}
 	a, b := net.Pipe()
 	sc := NewServerConn(b, f.cfg, func(ss *ServerStream) {
@@ -56,7 +56,7 @@ func (f *farm) dial(ctx context.Context, key Key) (net.Conn, error) {
 	f.conns = append(f.conns, sc)
 	f.mu.Unlock()
 	f.wg.Go(func() { sc.Serve(context.Background()) })
-	return a, nil
+	return Dialled{Conn: a}, nil
 }
 
 func poolTest(t *testing.T, o PoolOptions, fc Config, test func(t *testing.T, p *Pool, f *farm, open func(key int) *Stream)) {
@@ -349,7 +349,7 @@ func TestPoolCloseIsBounded(t *testing.T) {
 			io.Copy(io.Discard, s)
 		}).Serve(context.Background())
 	}()
-	p := NewPool(PoolOptions{Config: Config{NotSentLowat: 1 << 20}, Dial: func(context.Context, Key) (net.Conn, error) { return a, nil }})
+	p := NewPool(PoolOptions{Config: Config{NotSentLowat: 1 << 20}, Dial: func(context.Context, Key) (Dialled, error) { return Dialled{Conn: a}, nil }})
 	s, _, err := p.Open(context.Background(), testKey(1), &Request{Authority: "h:1"})
 	if err != nil {
 		t.Fatal(err)

@@ -92,7 +92,7 @@ func (r *reader) run() error {
 			}
 			return err
 		}
-		if c.linger.on.Load() {
+		if c.parting.on.Load() {
 			r.state = afterError
 		}
 		c.arrived.Add(1)

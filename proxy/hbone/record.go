@@ -52,24 +52,24 @@ const (
 	keyUpdates = 256
 )
 
-// half is one direction's keys.
-type half struct {
+// direction is one direction's keys.
+type direction struct {
 	suite  uint16
 	secret []byte
 	aead   cipher.AEAD
 	iv     [12]byte
 	seq    uint64
 	keys   uint64 // how many there were before this one
-	turn   turn
+	guard  guard
 }
 
-func newHalf(suite uint16, secret []byte) (*half, error) {
-	h := &half{suite: suite, secret: secret}
+func newDirection(suite uint16, secret []byte) (*direction, error) {
+	h := &direction{suite: suite, secret: secret}
 	return h, h.derive()
 }
 
 // params are the suite's hash and key length.
-func (h *half) params() (func() hash.Hash, int, error) {
+func (h *direction) params() (func() hash.Hash, int, error) {
 	switch h.suite {
 	case tls.TLS_AES_128_GCM_SHA256:
 		return sha256.New, 16, nil
@@ -80,7 +80,7 @@ func (h *half) params() (func() hash.Hash, int, error) {
 }
 
 // derive makes key and IV from the traffic secret (RFC 8446, 7.3).
-func (h *half) derive() error {
+func (h *direction) derive() error {
 	hash, keyLen, err := h.params()
 	if err != nil {
 		return err
@@ -107,7 +107,7 @@ func (h *half) derive() error {
 }
 
 // update moves on to the next traffic secret (RFC 8446, 7.2).
-func (h *half) update() error {
+func (h *direction) update() error {
 	hash, _, err := h.params()
 	if err != nil {
 		return err
@@ -129,18 +129,18 @@ func expandLabel(hash func() hash.Hash, secret []byte, label string, n int) ([]b
 }
 
 // nonce is the IV xor the record's number, which it counts up.
-func (h *half) nonce(to *[12]byte) {
+func (h *direction) nonce(to *[12]byte) {
 	*to = h.iv
 	n := binary.BigEndian.Uint64(to[4:]) ^ h.seq
 	binary.BigEndian.PutUint64(to[4:], n)
 	h.seq++
 }
 
-// records is the transport of TLS 1.3. One goroutine opens (wait, fill), one at a time seals; turn watches over it.
+// records is the transport of TLS 1.3. One goroutine opens (wait, fill), one at a time seals; a guard watches over it.
 type records struct {
 	*wire
 	client     bool
-	in, out    *half
+	in, out    *direction
 	updates    bucket // of the peer's key
 	adopted    bool   // by a ClientConn or ServerConn
 	hand       []byte // an unfinished handshake message
@@ -153,7 +153,7 @@ type records struct {
 	rekeyAfter uint64 // 0: the constants; tests choose
 }
 
-func newRecords(w *wire, in, out *half, client bool) *records {
+func newRecords(w *wire, in, out *direction, client bool) *records {
 	return &records{wire: w, in: in, out: out, client: client, updates: newBucket(keyUpdates, keyUpdates/16)}
 }
 
@@ -202,10 +202,10 @@ func (r *records) fill(b []byte) (n int, err error) {
 	if r.err != nil {
 		return 0, r.err
 	}
-	if err := r.in.turn.begin(); err != nil {
+	if err := r.in.guard.begin(); err != nil {
 		return 0, err
 	}
-	defer r.in.turn.end()
+	defer r.in.guard.end()
 	for {
 		size := r.next()
 		if size == 0 || len(b)-n < size-recordHead-recordTag {
@@ -388,10 +388,10 @@ func localAlert(code uint8) error {
 
 // seal appends plain as records of up to 16 KiB to out, after a KeyUpdate if one is due.
 func (r *records) seal(out, plain []byte) ([]byte, error) {
-	if err := r.out.turn.begin(); err != nil {
+	if err := r.out.guard.begin(); err != nil {
 		return out, err
 	}
-	defer r.out.turn.end()
+	defer r.out.guard.end()
 	for {
 		if err := r.rekey(&out); err != nil {
 			return out, err
@@ -438,13 +438,13 @@ func (r *records) sealRecord(out, plain []byte, typ byte) []byte {
 	return out
 }
 
-// farewell is close_notify, or the alert for what was wrong with the peer's records. Nothing can be sealed after it.
-func (r *records) farewell(out []byte) []byte {
-	if r.out.turn.begin() != nil {
+// closeNotify is close_notify, or the alert for what was wrong with the peer's records. Nothing can be sealed after it.
+func (r *records) closeNotify(out []byte) []byte {
+	if r.out.guard.begin() != nil {
 		return out
 	}
-	defer r.out.turn.end()
-	r.out.turn.over = true
+	defer r.out.guard.end()
+	r.out.guard.over = true
 	msg := [3]byte{1, alertCloseNotify}
 	if code := r.fatal.Load(); code != 0 {
 		msg[0], msg[1] = 2, byte(code)

@@ -27,11 +27,11 @@ func TestRecordsWithCryptoTLS(t *testing.T) {
 			if !oursIsClient {
 				ours, theirs = b, a
 			}
-			if _, ok := ours.(*Conn); !ok {
+			if _, ok := ours.(*tlsConn); !ok {
 				t.Fatalf("record layer not taken over: %T", ours)
 			}
 			// Our key changes often; crypto/tls has to follow.
-			ours.(*Conn).rec.rekeyAfter = 5
+			ours.(*tlsConn).rec.rekeyAfter = 5
 			want := payload(2 << 20)
 			for _, ends := range [][2]net.Conn{{ours, theirs}, {theirs, ours}} {
 				errs := make(chan error, 1)
@@ -54,7 +54,7 @@ func TestRecordsWithCryptoTLS(t *testing.T) {
 			if n, err := ours.Read(make([]byte, 1)); n != 0 || err != io.EOF {
 				t.Error(n, err)
 			}
-			ours.(*Conn).CloseWrite()
+			ours.(*tlsConn).CloseWrite()
 			if n, err := theirs.Read(make([]byte, 1)); n != 0 || err != io.EOF {
 				t.Error(n, err)
 			}
@@ -69,7 +69,7 @@ func TestRecordsTickets(t *testing.T) {
 	a, b := mixedTLS(t, true, func(c, s *tls.Config) { c.ClientSessionCache = tls.NewLRUClientSessionCache(4) })
 	defer a.Close()
 	defer b.Close()
-	if _, ok := a.(*Conn); !ok {
+	if _, ok := a.(*tlsConn); !ok {
 		t.Fatalf("%T", a)
 	}
 	go b.Write([]byte("after the tickets"))
@@ -110,8 +110,8 @@ func TestRecordsServerRefuses(t *testing.T) {
 // memoryRecords is a pair of record layers without a handshake: what one seals, feed gives the other.
 func memoryRecords(t testing.TB, suite uint16, secretLen int) (seal, open *records) {
 	t.Helper()
-	mk := func() *half {
-		h, err := newHalf(suite, bytes.Repeat([]byte{7}, secretLen))
+	mk := func() *direction {
+		h, err := newDirection(suite, bytes.Repeat([]byte{7}, secretLen))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -159,7 +159,7 @@ func TestRecordsBothSuites(t *testing.T) {
 			t.Fatal(n, err)
 		}
 	}
-	if _, err := newHalf(tls.TLS_CHACHA20_POLY1305_SHA256, make([]byte, 32)); err == nil {
+	if _, err := newDirection(tls.TLS_CHACHA20_POLY1305_SHA256, make([]byte, 32)); err == nil {
 		t.Error("ChaCha20")
 	}
 }
@@ -247,7 +247,7 @@ func TestRecordsHostile(t *testing.T) {
 // TestRecordsTruncation: without close_notify the end is not a good one.
 func TestRecordsTruncation(t *testing.T) {
 	a, b := tlsPair(t, false)
-	b.(*Conn).NetConn().Close()
+	b.(*tlsConn).NetConn().Close()
 	if _, err := a.Read(make([]byte, 1)); err != io.ErrUnexpectedEOF {
 		t.Error(err)
 	}

@@ -47,10 +47,10 @@ func TestRFC8448(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			seal, open := memoryRecords(t, tls.TLS_AES_128_GCM_SHA256, 32)
 			var err error
-			if seal.out, err = newHalf(tls.TLS_AES_128_GCM_SHA256, unhex(t, tc.secret)); err != nil {
+			if seal.out, err = newDirection(tls.TLS_AES_128_GCM_SHA256, unhex(t, tc.secret)); err != nil {
 				t.Fatal(err)
 			}
-			if open.in, err = newHalf(tls.TLS_AES_128_GCM_SHA256, unhex(t, tc.secret)); err != nil {
+			if open.in, err = newDirection(tls.TLS_AES_128_GCM_SHA256, unhex(t, tc.secret)); err != nil {
 				t.Fatal(err)
 			}
 			if !bytes.Equal(seal.out.iv[:], unhex(t, tc.iv)) {
@@ -63,7 +63,7 @@ func TestRFC8448(t *testing.T) {
 			if err != nil || !bytes.Equal(wire, unhex(t, tc.data)) {
 				t.Errorf("% x %v", wire, err)
 			}
-			if wire = seal.farewell(nil); !bytes.Equal(wire, unhex(t, tc.alert)) {
+			if wire = seal.closeNotify(nil); !bytes.Equal(wire, unhex(t, tc.alert)) {
 				t.Errorf("% x", wire)
 			}
 			open.feed(unhex(t, tc.data+tc.alert))

@@ -38,7 +38,7 @@ func isStale(err error) bool {
 
 // open opens a stream. On a tunnel that was used before it gives up early, with errSilent, when the peer says nothing:
 // then the tunnel takes no further streams, and ends with those that it has.
-func (t *tunnel) open(ctx context.Context, req *Request, used bool) (*Stream, *Response, error) {
+func (t *pooled) open(ctx context.Context, req *Request, used bool) (*Stream, *Response, error) {
 	if !used {
 		return t.cc.open(ctx, req, t.release)
 	}

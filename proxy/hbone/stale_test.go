@@ -37,16 +37,16 @@ type lossyFarm struct {
 	conns []*lossy
 }
 
-func (f *lossyFarm) dial(ctx context.Context, key Key) (net.Conn, error) {
-	c, err := f.farm.dial(ctx, key)
+func (f *lossyFarm) dial(ctx context.Context, key Key) (Dialled, error) {
+	d, err := f.farm.dial(ctx, key)
 	if err != nil {
-		return nil, err
+		return d, err
 	}
-	l := &lossy{Conn: c}
+	l := &lossy{Conn: d.Conn}
 	f.mu.Lock()
 	f.conns = append(f.conns, l)
 	f.mu.Unlock()
-	return l, nil
+	return Dialled{Conn: l}, nil
 }
 
 // TestStaleTunnel: a tunnel from before whose peer has gone, with a reset or without a word, costs a request a fresh
@@ -119,7 +119,7 @@ func TestSlowAnswer(t *testing.T) {
 		var slow, broken atomic.Bool
 		dials := 0
 		var wg sync.WaitGroup
-		p := NewPool(PoolOptions{Dial: func(context.Context, Key) (net.Conn, error) {
+		p := NewPool(PoolOptions{Dial: func(context.Context, Key) (Dialled, error) {
 			dials++
 			a, b := net.Pipe()
 			var sc *ServerConn
@@ -135,7 +135,7 @@ func TestSlowAnswer(t *testing.T) {
 				}
 			})
 			wg.Go(func() { sc.Serve(context.Background()) })
-			return a, nil
+			return Dialled{Conn: a}, nil
 		}})
 		open := func() error {
 			s, _, err := p.Open(t.Context(), testKey(1), &Request{Authority: "h:1"})

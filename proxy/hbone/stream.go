@@ -24,7 +24,7 @@ type Stream struct {
 	onReset func(error) // OnReset's; called once, with c.mu held
 	reset   error       // why onReset was called, or would have been
 
-	// The sending half and the life cycle; c.mu guards them.
+	// The sending side and the life cycle; c.mu guards them.
 	sendWin    int64 // what the peer's window lets us send
 	recvWin    int64 // what our window lets the peer send
 	debt       int64 // sent, and not given back by the peer's WINDOW_UPDATE
@@ -61,7 +61,7 @@ type Stream struct {
 	uncredit atomic.Int64 // consumed bytes whose credit was not given back yet
 	window   atomic.Int64 // the receive window in force; c.mu to change it
 
-	// The receiving half; rmu guards it. Lock order: c.mu, rmu.
+	// The receiving side; rmu guards it. Lock order: c.mu, rmu.
 	rmu     sync.Mutex
 	rcond   sync.Cond
 	chunks  []chunk

@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// Conn is a TLS 1.3 connection whose records hbone seals and opens itself, after crypto/tls did the handshake.
+// tlsConn is a TLS 1.3 connection whose records hbone seals and opens itself, after crypto/tls did the handshake.
 //
 // crypto/tls writes every record of 16 KiB by a system call of its own and copies what it reads; here a batch of
 // frames is sealed from where the bytes lie into one buffer and written at once, and many records are read at once
@@ -23,7 +23,7 @@ import (
 //
 // ClientConn and ServerConn use it directly. For others it is a net.Conn: Read and Write may be called at the same
 // time, but not after the connection was given to hbone.
-type Conn struct {
+type tlsConn struct {
 	raw   net.Conn
 	state tls.ConnectionState
 	rec   *records
@@ -46,7 +46,7 @@ type Turn interface {
 }
 
 // Client does the TLS handshake as a client on raw, within ctx; turn nil: whenever it likes. On failure raw is closed. The result is a
-// *Conn, or a *tls.Conn where the record layer cannot be taken over (not TLS 1.3 with AES-GCM, FIPS 140 mode).
+// *tlsConn, or a *tls.Conn where the record layer cannot be taken over (not TLS 1.3 with AES-GCM, FIPS 140 mode).
 func Client(ctx context.Context, raw net.Conn, cfg *tls.Config, turn Turn) (net.Conn, tls.ConnectionState, error) {
 	return handshake(ctx, raw, cfg, turn, true)
 }
@@ -82,7 +82,7 @@ func handshake(ctx context.Context, raw net.Conn, cfg *tls.Config, turn Turn, cl
 	}
 	if err := lock.inTurn(func() error { return t.HandshakeContext(ctx) }); err != nil {
 		if !client {
-			lingerClose(raw)
+			partAfterAlert(raw)
 		}
 		raw.Close()
 		return nil, tls.ConnectionState{}, err
@@ -94,14 +94,14 @@ func handshake(ctx context.Context, raw net.Conn, cfg *tls.Config, turn Turn, cl
 		lock.free.Store(true)
 		return t, state, nil
 	}
-	return &Conn{raw: raw, state: state, rec: rec}, state, nil
+	return &tlsConn{raw: raw, state: state, rec: rec}, state, nil
 }
 
-// lingerClose lets the alert of a refused handshake arrive: a TLS 1.3 client is done before we judge it and sends
+// partAfterAlert lets the alert of a refused handshake arrive: a TLS 1.3 client is done before we judge it and sends
 // on, and closing a socket with unread bytes resets it, which would overtake the alert.
-func lingerClose(raw net.Conn) {
-	half, ok := raw.(interface{ CloseWrite() error })
-	if !ok || half.CloseWrite() != nil {
+func partAfterAlert(raw net.Conn) {
+	w, ok := raw.(interface{ CloseWrite() error })
+	if !ok || w.CloseWrite() != nil {
 		return
 	}
 	raw.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
@@ -113,8 +113,8 @@ func takeOver(raw net.Conn, state tls.ConnectionState, keys *keyLog, lock *locks
 	if state.Version != tls.VersionTLS13 || fips140.Enabled() || keys.broken || keys.client == nil || keys.server == nil || !lock.aligned() {
 		return nil
 	}
-	in, err1 := newHalf(state.CipherSuite, keys.server)
-	out, err2 := newHalf(state.CipherSuite, keys.client)
+	in, err1 := newDirection(state.CipherSuite, keys.server)
+	out, err2 := newDirection(state.CipherSuite, keys.client)
 	if err1 != nil || err2 != nil {
 		return nil
 	}
@@ -231,12 +231,12 @@ func (k *keyLog) Write(line []byte) (int, error) {
 }
 
 // ConnectionState is the handshake's.
-func (c *Conn) ConnectionState() tls.ConnectionState { return c.state }
+func (c *tlsConn) ConnectionState() tls.ConnectionState { return c.state }
 
 // NetConn is the connection beneath.
-func (c *Conn) NetConn() net.Conn { return c.raw }
+func (c *tlsConn) NetConn() net.Conn { return c.raw }
 
-func (c *Conn) Read(p []byte) (int, error) {
+func (c *tlsConn) Read(p []byte) (int, error) {
 	c.rmu.Lock()
 	defer c.rmu.Unlock()
 	if len(p) == 0 {
@@ -272,7 +272,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 }
 
 // Write seals and writes p. What was sealed when a deadline comes counts as written: it goes out with the next call.
-func (c *Conn) Write(p []byte) (n int, err error) {
+func (c *tlsConn) Write(p []byte) (n int, err error) {
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
 	if c.closed {
@@ -315,7 +315,7 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 }
 
 // flush writes sealed bytes, and keeps those that do not go out now. wmu is held.
-func (c *Conn) flush(b []byte) error {
+func (c *tlsConn) flush(b []byte) error {
 	if len(b) == 0 {
 		return nil
 	}
@@ -328,7 +328,7 @@ func (c *Conn) flush(b []byte) error {
 }
 
 // CloseWrite sends close_notify.
-func (c *Conn) CloseWrite() error {
+func (c *tlsConn) CloseWrite() error {
 	c.wmu.Lock()
 	defer c.wmu.Unlock()
 	if c.closed {
@@ -338,12 +338,12 @@ func (c *Conn) CloseWrite() error {
 		return errAdopted
 	}
 	c.closed = true
-	return c.flush(c.rec.farewell(c.carry))
+	return c.flush(c.rec.closeNotify(c.carry))
 }
 
 // Close says close_notify if that takes no time, and closes the connection beneath. Doing it twice, or at the same
 // time, is no error.
-func (c *Conn) Close() error {
+func (c *tlsConn) Close() error {
 	c.raw.SetWriteDeadline(time.Now().Add(time.Second))
 	if !c.closing() {
 		c.CloseWrite()
@@ -355,7 +355,7 @@ func (c *Conn) Close() error {
 }
 
 // closing reports whether a write that may be stuck holds the lock, or close_notify was sent: then Close is abrupt.
-func (c *Conn) closing() bool {
+func (c *tlsConn) closing() bool {
 	if !c.wmu.TryLock() {
 		return true
 	}
@@ -363,11 +363,11 @@ func (c *Conn) closing() bool {
 	return c.closed || c.rec.adopted
 }
 
-func (c *Conn) LocalAddr() net.Addr                { return c.raw.LocalAddr() }
-func (c *Conn) RemoteAddr() net.Addr               { return c.raw.RemoteAddr() }
-func (c *Conn) SetDeadline(t time.Time) error      { return c.raw.SetDeadline(t) }
-func (c *Conn) SetReadDeadline(t time.Time) error  { return c.raw.SetReadDeadline(t) }
-func (c *Conn) SetWriteDeadline(t time.Time) error { return c.raw.SetWriteDeadline(t) }
+func (c *tlsConn) LocalAddr() net.Addr                { return c.raw.LocalAddr() }
+func (c *tlsConn) RemoteAddr() net.Addr               { return c.raw.RemoteAddr() }
+func (c *tlsConn) SetDeadline(t time.Time) error      { return c.raw.SetDeadline(t) }
+func (c *tlsConn) SetReadDeadline(t time.Time) error  { return c.raw.SetReadDeadline(t) }
+func (c *tlsConn) SetWriteDeadline(t time.Time) error { return c.raw.SetWriteDeadline(t) }
 
 // errAdopted: a ClientConn or ServerConn seals and opens now.
 var errAdopted = errors.New("hbone: connection was given to HTTP/2")

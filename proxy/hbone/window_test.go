@@ -228,7 +228,7 @@ func TestPausedReadersOfOthers(t *testing.T) {
 	h := &hoarder{pause: 2*paused - 1}
 	var dials atomic.Int32
 	var wg sync.WaitGroup
-	p := NewPool(PoolOptions{Dial: func(context.Context, Key) (net.Conn, error) {
+	p := NewPool(PoolOptions{Dial: func(context.Context, Key) (Dialled, error) {
 		dials.Add(1)
 		a, b := tcpPair(t)
 		h := h
@@ -236,7 +236,7 @@ func TestPausedReadersOfOthers(t *testing.T) {
 			h = &hoarder{}
 		}
 		wg.Go(func() { h.serve(b) })
-		return a, nil
+		return Dialled{Conn: a}, nil
 	}})
 	open := func() *Stream {
 		s, _, err := p.Open(t.Context(), testKey(1), &Request{Authority: "h:1"})

@@ -22,8 +22,8 @@ type transport interface {
 	pending() bool
 	// seal appends the wire form of plain to out. The byte after plain in its array is used and restored.
 	seal(out, plain []byte) ([]byte, error)
-	// farewell appends what ends the connection in good order (TLS close_notify).
-	farewell(out []byte) []byte
+	// closeNotify appends what ends the connection in good order (TLS close_notify).
+	closeNotify(out []byte) []byte
 	// urgent reports whether seal has something of its own to send (a KeyUpdate that the peer asked for).
 	urgent() bool
 }
@@ -176,7 +176,7 @@ func (p plain) fill(b []byte) (int, error) {
 
 func (p plain) pending() bool                       { return len(p.bytes()) > 0 }
 func (p plain) seal(out, in []byte) ([]byte, error) { return append(out, in...), nil }
-func (p plain) farewell(out []byte) []byte          { return out }
+func (p plain) closeNotify(out []byte) []byte       { return out }
 func (p plain) urgent() bool                        { return false }
 
 // setNotSentLowat limits what the kernel takes beyond what it has sent.

@@ -91,7 +91,7 @@ func (c *conn) revive() {
 	}
 }
 
-// hasWork reports whether a flusher would find something; after the farewell there is nothing to say. mu is held.
+// hasWork reports whether a flusher would find something; after the last record there is nothing to say. mu is held.
 func (c *conn) hasWork() bool {
 	return c.broken == nil && !c.said && (len(c.ctrl) > 0 || len(c.carry) > 0 || c.light.head != nil || c.bulk.head != nil || c.last || c.tr.urgent())
 }
@@ -148,7 +148,7 @@ func (c *conn) flush(self *Stream) {
 		}
 		if c.broken != nil || !c.assemble() && len(c.carry) == 0 {
 			if c.last && !c.said && c.broken == nil {
-				c.goodbye()
+				c.part()
 			}
 			c.flushing, c.flusher = false, nil
 			c.mu.Unlock()
@@ -377,17 +377,17 @@ func (c *conn) dropFrame(f *frame) {
 	}
 }
 
-// goodbye is the flusher's last act: he is still the flusher while he seals it, and nobody seals after it. mu is held,
+// part is the flusher's last act: he is still the flusher while he seals it, and nobody seals after it. mu is held,
 // but given up meanwhile.
-func (c *conn) goodbye() {
+func (c *conn) part() {
 	c.said = true
 	listen := !c.readerGone
 	c.mu.Unlock()
-	if out := c.tr.farewell(nil); len(out) > 0 {
+	if out := c.tr.closeNotify(nil); len(out) > 0 {
 		c.raw.Write(out)
 	}
 	c.mu.Lock()
-	if !listen || c.readerGone || !c.linger.start(c.raw) {
+	if !listen || c.readerGone || !c.parting.start(c.raw) {
 		c.endLocked(ErrClosed)
 	}
 }

@@ -23,30 +23,30 @@ func TestOneSealerAtATime(t *testing.T) {
 	r, _ := memoryRecords(t, tls.TLS_AES_128_GCM_SHA256, 32)
 	for _, tc := range []struct {
 		name string
-		half *half
+		dir  *direction
 		do   func()
 	}{
 		{"fill", r.in, func() { r.fill(make([]byte, blockLarge)) }},
 		{"seal", r.out, func() { r.seal(nil, spare("x")) }},
-		{"farewell", r.out, func() { r.farewell(nil) }},
+		{"close_notify", r.out, func() { r.closeNotify(nil) }},
 	} {
-		if err := tc.half.turn.begin(); err != nil {
+		if err := tc.dir.guard.begin(); err != nil {
 			t.Fatal(err)
 		}
-		seq := tc.half.seq
+		seq := tc.dir.seq
 		if got := panics(tc.do); got != errTwoAtKey {
 			t.Errorf("%s beside another: %v", tc.name, got)
 		}
-		if tc.half.seq != seq {
+		if tc.dir.seq != seq {
 			t.Errorf("%s took a nonce", tc.name)
 		}
-		tc.half.turn.end()
+		tc.dir.guard.end()
 		if got := panics(tc.do); got != nil {
 			t.Errorf("%s alone: %v", tc.name, got)
 		}
 	}
 	if got := panics(func() { r.seal(nil, spare("x")) }); got != errKeyOver {
-		t.Errorf("after the farewell: %v", got)
+		t.Errorf("after close_notify: %v", got)
 	}
 }
 
@@ -55,7 +55,7 @@ func TestOneSealerAtATime(t *testing.T) {
 func TestNothingAfterGoodbye(t *testing.T) {
 	a, b := net.Pipe() // a write waits until the peer reads
 	near, far := tlsOver(t, a, b)
-	peer := near.(*Conn)
+	peer := near.(*tlsConn)
 	sc := NewServerConn(far, Config{}, nil)
 	served := make(chan error, 1)
 	go func() { served <- sc.Serve(t.Context()) }()
@@ -98,7 +98,7 @@ func TestAdoptedIsTaken(t *testing.T) {
 	if _, err := a.Read(make([]byte, 1)); err != errAdopted {
 		t.Error(err)
 	}
-	if err := a.(*Conn).CloseWrite(); err != errAdopted {
+	if err := a.(*tlsConn).CloseWrite(); err != errAdopted {
 		t.Error(err)
 	}
 }

@@ -11,17 +11,17 @@ import (
 
 // How long a connection is listened to after our last byte.
 const (
-	lingerStep  = 500 * time.Millisecond // between looks at what the peer has yet to acknowledge
-	lingerStall = 5 * time.Second        // without progress
-	lingerMax   = time.Minute            // in all
-	lingerHurry = time.Second            // in all, when somebody waits for the end
+	partingStep  = 500 * time.Millisecond // between looks at what the peer has yet to acknowledge
+	partingStall = 5 * time.Second        // without progress
+	partingMax   = time.Minute            // in all
+	partingHurry = time.Second            // in all, when somebody waits for the end
 )
 
-// linger is the end of a connection in good order. Closing a socket resets it when the peer sends once more, and a
+// parting is the end of a connection in good order. Closing a socket resets it when the peer sends once more, and a
 // peer that takes what we wrote sends WINDOW_UPDATE: the reset would overtake the last megabytes of a stream that
 // ended well, and our GOAWAY with them. So we end our side only, and throw away what comes until the peer ends its
 // own, or has acknowledged everything (Linux keeps acknowledged bytes readable after a reset). conn.mu guards it.
-type linger struct {
+type parting struct {
 	on       atomic.Bool // our side has ended: the reader throws everything away
 	hurried  bool
 	brief    bool // the peer has flooded us: the first look comes early
@@ -31,20 +31,20 @@ type linger struct {
 }
 
 // start ends our side; false if that cannot be done, and the connection has to be closed.
-func (l *linger) start(raw net.Conn) bool {
-	half, ok := raw.(interface{ CloseWrite() error })
-	if !ok || half.CloseWrite() != nil {
+func (p *parting) start(raw net.Conn) bool {
+	w, ok := raw.(interface{ CloseWrite() error })
+	if !ok || w.CloseWrite() != nil {
 		return false
 	}
 	now := time.Now()
-	l.progress, l.end = now, now.Add(lingerMax)
-	if l.hurried {
-		l.end = now.Add(lingerHurry)
+	p.progress, p.end = now, now.Add(partingMax)
+	if p.hurried {
+		p.end = now.Add(partingHurry)
 	}
-	l.unacked = unacknowledged(raw)
-	l.on.Store(true)
-	step := lingerStep
-	if l.brief {
+	p.unacked = unacknowledged(raw)
+	p.on.Store(true)
+	step := partingStep
+	if p.brief {
 		step /= 10
 	}
 	raw.SetReadDeadline(now.Add(step))
@@ -52,24 +52,24 @@ func (l *linger) start(raw net.Conn) bool {
 }
 
 // hurry is for an end that somebody waits for.
-func (l *linger) hurry() {
-	l.hurried = true
-	if end := time.Now().Add(lingerHurry); l.on.Load() && end.Before(l.end) {
-		l.end = end
+func (p *parting) hurry() {
+	p.hurried = true
+	if end := time.Now().Add(partingHurry); p.on.Load() && end.Before(p.end) {
+		p.end = end
 	}
 }
 
 // more decides at a deadline whether to go on listening, and for how long.
-func (l *linger) more(raw net.Conn, now time.Time) bool {
+func (p *parting) more(raw net.Conn, now time.Time) bool {
 	left := unacknowledged(raw)
-	if left < l.unacked {
-		l.progress = now
+	if left < p.unacked {
+		p.progress = now
 	}
-	l.unacked = left
-	if left == 0 || now.After(l.end) || now.Sub(l.progress) > lingerStall {
+	p.unacked = left
+	if left == 0 || now.After(p.end) || now.Sub(p.progress) > partingStall {
 		return false
 	}
-	raw.SetReadDeadline(now.Add(lingerStep))
+	raw.SetReadDeadline(now.Add(partingStep))
 	return true
 }
 
@@ -77,7 +77,7 @@ func (l *linger) more(raw net.Conn, now time.Time) bool {
 func (c *conn) listenOn() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.linger.on.Load() && !c.ended && c.linger.more(c.raw, time.Now())
+	return c.parting.on.Load() && !c.ended && c.parting.more(c.raw, time.Now())
 }
 
 // unacknowledged is the number of bytes that the peer's kernel has yet to acknowledge; 0 for what is no socket.

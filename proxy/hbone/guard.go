@@ -6,11 +6,11 @@ import (
 	"testing"
 )
 
-// turn makes sure at run time that one goroutine at a time works with a key and its count of records, and nobody after
+// guard makes sure at run time that one goroutine at a time works with a key and its count of records, and nobody after
 // the end: two would seal two records with one nonce, which gives the plaintext and GCM's authentication key away.
-// The rules that keep it so are conn's (one flusher) and Conn's (its locks); this finds whoever breaks them. In tests
+// The rules that keep it so are conn's (one flusher) and tlsConn's (its locks); this finds whoever breaks them. In tests
 // it panics; in life the second comer gets an error, seals nothing, and his connection ends.
-type turn struct {
+type guard struct {
 	taken atomic.Bool
 	over  bool // nothing may follow; the holder's
 }
@@ -20,23 +20,23 @@ var (
 	errKeyOver  = errors.New("hbone: a record after close_notify (a fault of ours)")
 )
 
-func (t *turn) begin() error {
+func (g *guard) begin() error {
 	blind()
-	free := t.taken.CompareAndSwap(false, true)
+	free := g.taken.CompareAndSwap(false, true)
 	see()
 	switch {
 	case !free:
 		return fault(errTwoAtKey)
-	case t.over:
-		t.end()
+	case g.over:
+		g.end()
 		return fault(errKeyOver)
 	}
 	return nil
 }
 
-func (t *turn) end() {
+func (g *guard) end() {
 	blind()
-	t.taken.Store(false)
+	g.taken.Store(false)
 	see()
 }
 
