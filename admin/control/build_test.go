@@ -53,8 +53,8 @@ func TestProblems(t *testing.T) {
 		{"good", map[string]string{"a.yaml": "{}", "sub/b.yml": service, "sub/sub/c.json": `{"policies": []}`, "README.md": "no", ".hidden.yaml": "[", ".git/x.yaml": "["}, "", ""},
 		{"nothing", map[string]string{"README.md": "no"}, `no *.yaml, *.yml or *.json file in ROOT (a file with "{}" in it says that nothing exists)`, ""},
 		{"every file is checked", map[string]string{"a.yaml": "workloads:\n- {uid: u}\n", "b/b.yaml": "services: x", "c.yaml": "", "d.yaml": "a: [\n"},
-			"a.yaml:2: workloads[0]: \"workloadIps\" is missing\n" +
-				"a.yaml:2: workloads[0]: \"namespace\" is missing\n" +
+			"a.yaml:2: workloads[0]: \"namespace\" is missing\n" +
+				"a.yaml:2: workloads[0]: \"workloadIps\" is missing\n" +
 				"a.yaml:2: workloads[0]: \"services\" is missing\n" +
 				"b/b.yaml:1: services: want a list, found \"x\"\n" +
 				"c.yaml: the file is empty (\"{}\" says that nothing exists)\n" +

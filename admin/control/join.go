@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
+	_ "embed"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -15,6 +16,7 @@ import (
 	"math/big"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"ztun/admin/ca"
@@ -47,43 +49,10 @@ func nodeIdentity(trustDomain string) identity.ID {
 	return identity.ID{TrustDomain: or(trustDomain, defaultTrustDomain), Namespace: "istio-system", ServiceAccount: "ztunnel"}
 }
 
-const example = `# What ztun control serves: workloads, services and policies in the schema of LOCAL_XDS, in any number of *.yaml,
-# *.yml and *.json files in this directory and its subdirectories. Changes are checked, then published; see
-# ztun control status. A workload may run on, and gets its certificate on, the node it names.
-workloads:
-- uid: example//Pod/shop/front-1
-  name: front-1
-  namespace: shop
-  serviceAccount: front
-  workloadIps: ["192.0.2.2"]
-  protocol: HBONE
-  node: node-a
-  services: {}
-- uid: example//Pod/shop/stock-1
-  name: stock-1
-  namespace: shop
-  serviceAccount: stock
-  workloadIps: ["192.0.2.3"]
-  protocol: HBONE
-  node: node-b
-  authorizationPolicies: ["shop/front-only"]
-  services:
-    "shop/stock.shop.svc.cluster.local": {80: 8080}
-services:
-- name: stock
-  namespace: shop
-  hostname: stock.shop.svc.cluster.local
-  vips: ["/198.51.100.7"]
-  ports: {80: 8080}
-policies:
-- name: front-only
-  namespace: shop
-  scope: WorkloadSelector
-  action: Allow
-  dryRun: false
-  rules:
-  - - - principals: [!Exact %s/ns/shop/sa/front]
-`
+// example is the file that Init writes, but for the trust domain.
+//
+//go:embed example.yaml
+var example string
 
 // Init makes the directory of a control plane: a new CA for the trust domain, an example of the mesh, and room for
 // nodes. If there is a CA already nothing is changed and the error wraps fs.ErrExist.
@@ -104,7 +73,7 @@ func Init(dir, trustDomain string) error {
 	if l, err := os.ReadDir(mesh); err != nil || len(l) > 0 {
 		return err // a mesh that is there already
 	}
-	return ca.WriteFile(filepath.Join(mesh, "example.yaml"), 0o644, fmt.Appendf(nil, example, trustDomain))
+	return ca.WriteFile(filepath.Join(mesh, "example.yaml"), 0o644, []byte(strings.ReplaceAll(example, "@TRUST_DOMAIN@", trustDomain)))
 }
 
 // JoinOptions say who joins.

@@ -465,7 +465,7 @@ func TestStart(t *testing.T) {
 	st, err := Check(dir, "")
 	check(t, err)
 	equal(t, "errors and warnings", st.ErrorCount+st.WarningCount, 0)
-	equal(t, "workloads", st.Workloads, 2)
+	equal(t, "workloads", st.Workloads, 3)
 	// Once there are nodes, others are doubtful.
 	check(t, Join(t.Context(), JoinOptions{Dir: dir, Node: "node-a", Out: t.TempDir()}))
 	st, err = Check(dir, "")

@@ -121,4 +121,8 @@
 //
 // 2026-11-28: a resource that is refused while nothing older is held ends a Demand
 // with an error: it is in the mesh, in a way that we do not understand.
+//
+// 2026-11-28: the maps of a workload file are tables (schema.go) that the reader
+// itself goes by: what is unknown, what is missing, what was meant, and
+// docs/mesh-files.md come from one place.
 package xds

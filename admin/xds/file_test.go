@@ -226,7 +226,7 @@ func TestInline(t *testing.T) {
 	r := start(t, &File{Inline: text("one")})
 	r.wants("one")
 	r = start(t, &File{Inline: "x: y"})
-	r.wantsBroken("LOCAL_XDS: line 1: x: unknown key")
+	r.wantsBroken("LOCAL_XDS: line 1: x: unknown key; a file has policies, services, workloads")
 }
 
 func TestLoad(t *testing.T) {
@@ -236,7 +236,7 @@ func TestLoad(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	write(t, path, "x: y\n")
-	if _, err := f.Load(); !isContent(err) || err.Error() != path+": line 1: x: unknown key" {
+	if _, err := f.Load(); !isContent(err) || err.Error() != path+": line 1: x: unknown key; a file has policies, services, workloads" {
 		t.Errorf("%v", err)
 	}
 	write(t, path, text("one"))

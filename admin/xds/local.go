@@ -66,7 +66,7 @@ func ParseLocal(data []byte) (l *Local, err error) {
 	}()
 	l = &Local{}
 	root := &value{r: r, n: doc}
-	root.object(func(key string, x *value) bool {
+	root.object(&fileObject, func(key string, x *value) {
 		switch key {
 		case "workloads":
 			x.list(func(x *value) { l.Workloads = append(l.Workloads, readWorkload(x)) })
@@ -77,10 +77,7 @@ func ParseLocal(data []byte) (l *Local, err error) {
 		case "policies":
 			x.list(func(x *value) { l.Policies = append(l.Policies, readPolicy(x)) })
 			unique(x, l.Policies, "namespace and name", func(p *rbac.Policy) string { return p.Key })
-		default:
-			return false
 		}
-		return true
 	})
 	if len(r.problems) > 0 {
 		return nil, &FileError{r.problems}
@@ -168,7 +165,7 @@ func unique[T any](x *value, l []T, what string, key func(T) string) {
 
 func readWorkload(v *value) *state.Workload {
 	w := &state.Workload{Capacity: 1, Unlisted: true}
-	v.object(func(key string, x *value) bool {
+	v.object(&workloadObject, func(key string, x *value) {
 		switch key {
 		case "uid":
 			w.UID = x.str()
@@ -221,21 +218,16 @@ func readWorkload(v *value) *state.Workload {
 		case "locality":
 			w.Locality = readLocality(x)
 		case "services":
-			x.object(func(key string, x *value) bool {
+			x.table(func(key string, x *value) {
 				k, ok := state.ParseServiceKey(v.r.intern(key))
 				if !ok {
 					x.fail("want namespace/hostname as key")
-					return true
+					return
 				}
 				w.Services = append(w.Services, state.WorkloadService{Service: k, Ports: readPorts(x)})
-				return true
 			})
-		default:
-			return false
 		}
-		return true
 	})
-	v.require("workloadIps", "namespace", "services")
 	return w
 }
 
@@ -243,7 +235,7 @@ func readLocality(v *value) (l state.Locality) {
 	if v.null() {
 		return l
 	}
-	v.loose(func(key string, x *value) bool {
+	v.object(&localityObject, func(key string, x *value) {
 		switch key {
 		case "region":
 			l.Region = x.str()
@@ -252,9 +244,7 @@ func readLocality(v *value) (l state.Locality) {
 		case "subzone":
 			l.Subzone = x.str()
 		}
-		return true
 	})
-	v.require("region", "zone", "subzone")
 	return l
 }
 
@@ -262,18 +252,14 @@ func readTunnel(v *value) (t state.ApplicationTunnel) {
 	if v.null() {
 		return t
 	}
-	v.object(func(key string, x *value) bool {
+	v.object(&tunnelObject, func(key string, x *value) {
 		switch key {
 		case "protocol":
 			t.Protocol = enum(x, state.TunnelNone, state.TunnelProxy)
 		case "port":
 			t.Port = x.port()
-		default:
-			return false
 		}
-		return true
 	})
-	v.require("protocol")
 	return t
 }
 
@@ -284,7 +270,7 @@ func readGateway(v *value) *state.GatewayAddress {
 		return nil
 	}
 	g := &state.GatewayAddress{}
-	v.object(func(key string, x *value) bool {
+	v.object(&gatewayObject, func(key string, x *value) {
 		switch key {
 		case "destination":
 			s := x.str()
@@ -300,26 +286,21 @@ func readGateway(v *value) *state.GatewayAddress {
 			}
 		case "hboneMtlsPort":
 			g.Port = x.port()
-		default:
-			return false
 		}
-		return true
 	})
-	v.require("destination", "hboneMtlsPort")
 	return g
 }
 
 // readPorts reads a map of service port to target port.
 func readPorts(v *value) state.PortMap {
 	var l []state.PortPair
-	v.object(func(key string, x *value) bool {
+	v.table(func(key string, x *value) {
 		n, err := strconv.ParseUint(key, 10, 16)
 		if err != nil {
 			x.fail("want a port number as key")
-			return true
+			return
 		}
 		l = append(l, state.PortPair{Service: uint16(n), Target: x.port()})
-		return true
 	})
 	before := len(l)
 	m := state.SortPorts(l)
@@ -331,7 +312,7 @@ func readPorts(v *value) state.PortMap {
 
 func readService(v *value) *state.Service {
 	s := &state.Service{}
-	v.object(func(key string, x *value) bool {
+	v.object(&serviceObject, func(key string, x *value) {
 		switch key {
 		case "name":
 			s.Name = x.str()
@@ -347,25 +328,20 @@ func readService(v *value) *state.Service {
 		case "cidrVips":
 			x.list(func(x *value) {
 				var p state.NetworkPrefix
-				x.loose(func(key string, x *value) bool {
+				x.object(&cidrObject, func(key string, x *value) {
 					switch key {
 					case "network":
 						p.Network = x.str()
 					case "cidr":
 						p.Prefix = x.prefix()
 					}
-					return true
 				})
-				x.require("network", "cidr")
 				s.CIDRVIPs = append(s.CIDRVIPs, p)
 			})
 		case "ports":
 			s.Ports = readPorts(x)
 		case "endpoints":
-			x.object(func(key string, x *value) bool {
-				s.Endpoints = append(s.Endpoints, readEndpoint(key, x))
-				return true
-			})
+			x.table(func(key string, x *value) { s.Endpoints = append(s.Endpoints, readEndpoint(key, x)) })
 		case "subjectAltNames":
 			s.SubjectAltNames = x.strs()
 		case "waypoint":
@@ -382,18 +358,14 @@ func readService(v *value) *state.Service {
 			s.Canonical = x.boolean()
 		case "visibility":
 			s.Visibility = enum(x, state.Public, state.NamespaceOnly)
-		default:
-			return false
 		}
-		return true
 	})
-	v.require("name", "namespace", "hostname", "vips", "ports")
 	return s
 }
 
 func readEndpoint(uid string, v *value) state.Endpoint {
 	e := state.Endpoint{UID: v.r.intern(uid)}
-	v.object(func(key string, x *value) bool {
+	v.object(&endpointObject, func(key string, x *value) {
 		switch key {
 		case "workloadUid":
 			if s := x.str(); s != uid {
@@ -403,17 +375,13 @@ func readEndpoint(uid string, v *value) state.Endpoint {
 			e.Ports = readPorts(x)
 		case "status":
 			e.Status = enum(x, state.Healthy, state.Unhealthy)
-		default:
-			return false
 		}
-		return true
 	})
-	v.require("workloadUid", "port", "status")
 	return e
 }
 
 func readWeighted(v *value) (w state.WeightedWaypoint) {
-	v.object(func(key string, x *value) bool {
+	v.object(&weightedObject, func(key string, x *value) {
 		switch key {
 		case "destination":
 			if g := readGateway(x); g != nil {
@@ -421,12 +389,8 @@ func readWeighted(v *value) (w state.WeightedWaypoint) {
 			}
 		case "weight":
 			w.Weight = uint32(x.uint(1<<32 - 1))
-		default:
-			return false
 		}
-		return true
 	})
-	v.require("destination", "weight")
 	return w
 }
 
@@ -435,7 +399,7 @@ func readLoadBalancer(v *value) *state.LoadBalancer {
 		return nil
 	}
 	lb := &state.LoadBalancer{}
-	v.object(func(key string, x *value) bool {
+	v.object(&balancerObject, func(key string, x *value) {
 		switch key {
 		case "routingPreferences":
 			x.list(func(x *value) {
@@ -446,11 +410,7 @@ func readLoadBalancer(v *value) *state.LoadBalancer {
 			lb.Mode = enum(x, state.LBStandard, state.LBStrict, state.LBFailover, state.LBPassthrough)
 		case "healthPolicy":
 			lb.HealthPolicy = enum(x, state.OnlyHealthy, state.AllowAll)
-		default:
-			return false
 		}
-		return true
 	})
-	v.require("routingPreferences", "mode", "healthPolicy")
 	return lb
 }

@@ -129,18 +129,32 @@ func (v *value) describe() string {
 	}
 }
 
-// object calls field for each entry of a map. field returns false for a key
-// that it does not know. A null counts as an absent map.
-func (v *value) object(field func(key string, x *value) bool) {
-	v.fields(field, true)
+// object reads a map of the schema: it calls field for each key that is given, and reports those that the schema does not
+// have and those that it requires. A null counts as an absent map, if nothing is required.
+func (v *value) object(o *Object, field func(key string, x *value)) {
+	v.entries(func(key string, x *value) bool {
+		if o.knows(key) {
+			field(key, x)
+			return true
+		}
+		return o.Loose
+	}, o.unknown)
+	if required := o.required(); len(required) > 0 {
+		v.require(required...)
+	}
 }
 
-// loose is object for maps in which unknown keys are ignored.
-func (v *value) loose(field func(key string, x *value) bool) {
-	v.fields(field, false)
+// table reads a map whose keys are anybody's.
+func (v *value) table(entry func(key string, x *value)) {
+	v.entries(func(key string, x *value) bool {
+		entry(key, x)
+		return true
+	}, nil)
 }
 
-func (v *value) fields(field func(key string, x *value) bool, strict bool) {
+// entries calls field for each entry of a map. field returns false for a key that it does not know; unknown is then what is
+// said of it. A null counts as an absent map.
+func (v *value) entries(field func(key string, x *value) bool, unknown func(key string) string) {
 	if v.null() {
 		return
 	}
@@ -162,8 +176,8 @@ func (v *value) fields(field func(key string, x *value) bool, strict bool) {
 			continue
 		}
 		seen[key] = k.n.Line
-		if !field(key, x) && strict {
-			(&value{r: v.r, n: k.n, up: v, key: key}).fail("unknown key")
+		if !field(key, x) {
+			(&value{r: v.r, n: k.n, up: v, key: key}).fail("%s", unknown(key))
 		}
 	}
 }

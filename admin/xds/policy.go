@@ -10,7 +10,7 @@ import (
 
 func readPolicy(v *value) *rbac.Policy {
 	p := &rbac.Policy{}
-	v.object(func(key string, x *value) bool {
+	v.object(&policyObject, func(key string, x *value) {
 		switch key {
 		case "name":
 			p.Name = x.str()
@@ -32,22 +32,18 @@ func readPolicy(v *value) *rbac.Policy {
 				})
 				p.Rules = append(p.Rules, rule)
 			})
-		default:
-			return false
 		}
-		return true
 	})
-	v.require("name", "namespace", "scope", "action", "rules", "dryRun")
 	p.Key = p.Namespace + "/" + p.Name
 	return p
 }
 
 func readMatch(v *value) (m rbac.Match) {
 	if v.null() {
-		v.fail("want a map, found nothing ({} is a match that constrains nothing)")
+		v.fail("want a map, found nothing ({} is a match without conditions, which never holds)")
 		return m
 	}
-	v.object(func(key string, x *value) bool {
+	v.object(&matchObject, func(key string, x *value) {
 		switch key {
 		case "namespaces":
 			m.Namespaces = readStrings(x)
@@ -73,10 +69,7 @@ func readMatch(v *value) (m rbac.Match) {
 			m.DestinationPorts = readPortList(x)
 		case "notDestinationPorts":
 			m.NotDestinationPorts = readPortList(x)
-		default:
-			return false
 		}
-		return true
 	})
 	return m
 }
@@ -99,18 +92,14 @@ func readPortList(v *value) (l []uint16) {
 func readAccounts(v *value) (l []rbac.ServiceAccount) {
 	v.list(func(x *value) {
 		var a rbac.ServiceAccount
-		x.object(func(key string, x *value) bool {
+		x.object(&accountObject, func(key string, x *value) {
 			switch key {
 			case "namespace":
 				a.Namespace = x.str()
 			case "serviceAccount":
 				a.Name = x.str()
-			default:
-				return false
 			}
-			return true
 		})
-		x.require("namespace", "serviceAccount")
 		l = append(l, a)
 	})
 	return l
@@ -146,7 +135,7 @@ func readString(v *value) rbac.StringMatch {
 		return rbac.StringMatch{}
 	}
 	var sm rbac.StringMatch
-	v.object(func(key string, x *value) bool {
+	v.object(&stringObject, func(key string, x *value) {
 		for _, k := range kinds {
 			if key != k.String() {
 				continue
@@ -161,9 +150,7 @@ func readString(v *value) rbac.StringMatch {
 			case !x.null() && (x.n.Kind != yaml.SequenceNode || len(x.n.Content) > 0):
 				x.fail("Presence takes no value: {Presence: []}")
 			}
-			return true
 		}
-		return false
 	})
 	return sm
 }

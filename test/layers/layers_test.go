@@ -25,7 +25,7 @@ admin/pb/citadelpb   ->
 admin/pb/discoverypb ->
 admin/pb/securitypb  ->
 admin/pb/workloadpb  ->
-admin/xds            -> admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch proxy/fair proxy/rbac proxy/state
+admin/xds            -> admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/suggest admin/watch proxy/fair proxy/rbac proxy/state
 admin/suggest        ->
 admin/watch          ->
 admin/zlog           -> admin/suggest
