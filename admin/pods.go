@@ -34,6 +34,7 @@ type PodManager interface {
 
 // PodSpec is what is asked for.
 type PodSpec struct {
+	UID            string       `json:"uid,omitempty"` // what the pod is known by; "" where nobody gave it one: namespace/name
 	Name           string       `json:"name"`
 	Namespace      string       `json:"namespace"`
 	ServiceAccount string       `json:"serviceAccount"`

@@ -43,8 +43,7 @@ func TestUserTimeout(t *testing.T) {
 		{[]string{"USER_TIMEOUT_ENABLED", "true"}, 1800 * time.Second},
 		{[]string{"USER_TIMEOUT_ENABLED", "true", "KEEPALIVE_TIME", "10s", "KEEPALIVE_INTERVAL", "2s", "KEEPALIVE_RETRIES", "3"}, 16 * time.Second},
 	} {
-		d := &daemon{c: load(t, c.set...)}
-		if got := d.socketOptions().UserTimeout; got != c.want {
+		if got := load(t, c.set...).meshSocket().UserTimeout; got != c.want {
 			t.Errorf("%q: %v, want %v", c.set, got, c.want)
 		}
 	}
@@ -93,7 +92,7 @@ func TestIdentitiesOfTheNode(t *testing.T) {
 		p := &pod{spec: admin.PodSpec{Name: name, Namespace: "n", ServiceAccount: "shared"},
 			proxy: proxy.New(proxy.Options{Info: info, Knowledge: d.know, Metrics: proxy.NewMetrics(), Log: slog.New(slog.DiscardHandler), Access: slog.New(slog.DiscardHandler)})}
 		t.Cleanup(p.proxy.Close)
-		d.pods.pods[refOf(p.spec)] = p
+		d.pods.pods[uidOf(p.spec)] = p
 	}
 	publish := func(text string) {
 		t.Helper()
@@ -134,10 +133,10 @@ workloads:
 	if again, err := d.certs.Certificate(t.Context(), d.loop.View().WorkloadByUID("one").Identity()); err != nil || again != first {
 		t.Errorf("an update of the workload: another certificate, %v", err)
 	}
-	delete(d.pods.pods, admin.PodRef{Namespace: "n", Name: "one"})
+	delete(d.pods.pods, "n/one")
 	d.newState()
 	wanted("one of two is gone", "shared")
-	delete(d.pods.pods, admin.PodRef{Namespace: "n", Name: "two"})
+	delete(d.pods.pods, "n/two")
 	d.newState()
 	wanted("both are gone", "")
 }

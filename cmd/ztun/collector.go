@@ -17,12 +17,16 @@ func (c *dataplaneCollector) Describe(chan<- *prometheus.Desc) {}
 
 // Collect implements prometheus.Collector.
 func (c *dataplaneCollector) Collect(ch chan<- prometheus.Metric) {
-	c.tables.device.emit(ch, c.d.uplink.Stats(), "")
+	node := c.d.kind.Stats()
+	if node.Link != nil {
+		c.tables.device.emit(ch, *node.Link, "")
+	}
 	for _, p := range c.d.pods.all() {
-		s := p.stack.Stats()
-		name := refOf(p.spec).String()
-		c.tables.device.emit(ch, s.App, name)
-		c.tables.stack.emit(ch, s, name)
+		name := p.label
+		if s := p.att.Stats(); s != nil {
+			c.tables.device.emit(ch, s.App, name)
+			c.tables.stack.emit(ch, *s, name)
+		}
 		emitBudget(ch, name, p.memory)
 		ps := p.proxy.Stats()
 		c.tables.proxy.emit(ch, ps, name)
@@ -35,7 +39,7 @@ func (c *dataplaneCollector) Collect(ch chan<- prometheus.Metric) {
 		prometheus.CounterValue, float64(c.d.panics.Total()))
 	ch <- prometheus.MustNewConstMetric(
 		prometheus.NewDesc("ztun_mesh_unknown_destination_total", "Connections to port 15008 of an address that no attached pod has.", nil, nil),
-		prometheus.CounterValue, float64(c.d.pods.unknown.Load()))
+		prometheus.CounterValue, float64(node.MeshUnknown))
 }
 
 // controlCollector exports the counters of what the control side leaves to others: certificates, names of workloads,

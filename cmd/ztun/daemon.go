@@ -27,7 +27,7 @@ import (
 	"ztun/admin/ca"
 	"ztun/admin/xds"
 	"ztun/admin/zlog"
-	"ztun/netstack"
+	"ztun/cmd/attach"
 	"ztun/proxy"
 	"ztun/proxy/dns"
 	"ztun/proxy/fair"
@@ -36,9 +36,6 @@ import (
 	"ztun/proxy/rescue"
 	"ztun/proxy/resolve"
 	"ztun/proxy/state"
-	"ztun/tun"
-	"ztun/tun/netns"
-	"ztun/tun/steer"
 )
 
 // daemon is the composition root: everything that runs is made here, in start order.
@@ -60,9 +57,8 @@ type daemon struct {
 	metrics  *proxy.Metrics
 	policies *proxy.UnknownPolicies
 	pods     *podManager
-	node     *netns.NS
-	dev      tun.Device
-	uplink   *netstack.Uplink
+	fds      *attach.Descriptors
+	kind     attach.Kind    // how pods are attached; nil: not chosen yet
 	buffers  hbone.Buffers  // shared by the tunnels of all pods
 	panics   *rescue.Panics // of the data plane
 	memory   *memory        // what lies here for the pods
@@ -83,15 +79,10 @@ type daemon struct {
 	servers  []*admin.Server
 	registry *prometheus.Registry
 	control  *admin.PodSocket
-	mesh     *net.TCPListener
 
 	work  sync.WaitGroup // everything that ends with the context of run
 	tasks atomic.Int64   // how much that is
 }
-
-// notSentLowat keeps what waits unsent in the kernel short on tunnels, so that a small request is not
-// queued behind megabytes of bulk (design section 7, lesson 12). Bytes.
-const notSentLowat = 128 << 10
 
 // runProxy runs the daemon until a signal or /quitquitquit ends it.
 func runProxy(ctx context.Context, c *Config) error {
@@ -215,7 +206,7 @@ func (d *daemon) start(ctx context.Context) error {
 	d.know.view = d.loop.View
 	d.pods = newPodManager(c, d.log.Logger("pods"))
 	d.pods.panics = d.panics
-	d.pods.fds = newDescriptors(files, d.report)
+	d.fds = attach.NewDescriptors(files, d.report)
 	d.admin(ctx, "admin loop", func(ctx context.Context) error { return d.loop.Run(ctx) })
 	d.admin(ctx, "certificates", func(ctx context.Context) error { return d.certs.Run(ctx) })
 	d.admin(ctx, "re-check", func(ctx context.Context) error { d.know.follow(ctx, d.newState); return nil })
@@ -236,27 +227,30 @@ func (d *daemon) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := d.openNode(ctx); err != nil {
+	d.kind = d.chooseKind()
+	d.pods.kind = d.kind
+	if err := d.kind.Open(ctx); err != nil {
 		return err
 	}
 	d.registry.MustRegister(&dataplaneCollector{d: d, tables: newMetricTables()})
 	proxyReady.Done()
-	d.pods.new, d.pods.changed, d.pods.sweep, d.pods.known = d.newPod, d.podsChanged, d.sweep, d.known
+	d.pods.new, d.pods.changed, d.pods.known = d.newPod, d.podsChanged, d.known
 	if err := d.pods.adopt(ctx); err != nil {
 		return err
 	}
-	if err := d.sweep(d.pods.addresses()); err != nil {
+	if err := d.kind.Sweep(d.pods.addresses()); err != nil {
 		d.logger.Warn("routes of an earlier run may be left", "error", err)
 	}
 	d.serve("control socket", d.control.Serve)
 	d.admin(ctx, "memory", d.weigh)
 	d.admin(ctx, "pod watch", func(ctx context.Context) error { d.pods.watch(ctx); return nil })
+	d.admin(ctx, "descriptors", func(ctx context.Context) error { d.fds.Run(ctx); return nil })
 	if s := d.newSelf(); s != nil {
 		d.pods.self.Store(s)
 		d.know.poke()
 	}
 	podsReady.Done()
-	d.logger.Info("started", "node", c.NodeName, "workers", c.WorkerThreads, "offload", d.dev.Offload().VNetHdr)
+	d.logger.Info("started", "node", c.NodeName, "workers", c.WorkerThreads, "offload", d.kind.Stats().Offload.VNetHdr)
 	d.admin(ctx, "certificate check", func(ctx context.Context) error { d.checkCertificates(ctx, certsReady); return nil })
 	return nil
 }
@@ -328,54 +322,9 @@ func (d *daemon) handle(e admin.Event) {
 	}
 }
 
-// openNode makes the node's side: its TUN, its rules, the listener of the mesh's port.
-func (d *daemon) openNode(ctx context.Context) (err error) {
-	c := d.c
-	if d.node, err = netns.Current(); err != nil {
-		return err
-	}
-	if d.dev, err = tun.Open(tun.Options{Name: c.NodeTUN, MTU: c.MTU, Plain: c.TUNPlain}); err != nil {
-		return err
-	}
-	if why := d.dev.Offload().Why; why != "" {
-		d.logger.Warn("the TUN device runs without offload, which costs most of its speed", "reason", why)
-	}
-	d.uplink = netstack.NewUplink(d.dev, d.log.Logger("netstack"))
-	d.uplink.Rescue(d.panics)
-	plan := steer.NodePlan(steer.NodeConfig{TUN: c.NodeTUN, MTU: c.MTU, IPv6: c.IPv6})
-	if err := steer.Apply(ctx, plan, steer.Namespaces{Node: d.node}); err != nil {
-		return err
-	}
-	d.serve("node TUN", func() error { return d.uplink.Run(context.Background()) })
-	d.mesh, err = netns.ListenTransparent(ctx, nil, steer.PortHBONE, c.IPv6, d.socketOptions())
-	if err != nil {
-		return fmt.Errorf("port %d (HBONE): %w", steer.PortHBONE, err)
-	}
-	d.serve("port 15008", func() error { return d.pods.serveMesh(d.mesh) })
-	return nil
-}
-
-func (d *daemon) socketOptions() netns.SocketOptions {
-	c := d.c
-	return netns.SocketOptions{UserTimeout: c.userTimeout(), NotSentLowat: notSentLowat, Mark: c.PacketMark, KeepAlive: net.KeepAliveConfig{
-		Enable: c.KeepaliveEnabled, Idle: c.KeepaliveTime, Interval: c.KeepaliveInterval, Count: int(c.KeepaliveRetries),
-	}}
-}
-
-func (d *daemon) newPod(ctx context.Context, spec admin.PodSpec) (*pod, error) {
-	parts := &podParts{c: d.c, log: d.log.Logger("pods"), uplink: d.uplink, sock: d.socketOptions(), fds: d.pods.fds, node: d.node, panics: d.panics, proxy: d.newProxy,
-		know: d.know, nameservers: d.nameservers, search: d.search, dnsMetrics: d.dnsMetrics, dnsLog: d.log.Logger("dns"), report: d.report, memory: d.memory}
-	return newPod(ctx, parts, spec, d.pods.steerConfig(spec))
-}
-
-// sweep removes what a killed daemon left in the node's namespace for pods that are gone: the routes of
-// all addresses but keep.
-func (d *daemon) sweep(keep []netip.Addr) error {
-	swept, err := steer.Sweep(d.node, keep)
-	if len(swept) > 0 {
-		d.logger.Info("removed routes of an earlier run", "addresses", fmt.Sprint(swept))
-	}
-	return err
+func (d *daemon) newPod(ctx context.Context, spec attach.Pod) (*pod, error) {
+	return newPod(ctx, &podParts{c: d.c, log: d.log.Logger("pods"), kind: d.kind, panics: d.panics, proxy: d.newProxy, memory: d.memory,
+		know: d.know, nameservers: d.nameservers, search: d.search, dnsMetrics: d.dnsMetrics, dnsLog: d.log.Logger("dns")}, spec)
 }
 
 // known reports whether the control side knows a pod; until then its connections wait, and are refused after 5 s.
@@ -407,11 +356,6 @@ func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup, mem
 func (d *daemon) end(deadline time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), deadline)
 	defer cancel()
-	if d.mesh != nil {
-		// Closed at the end only: until then new connections are reset. Without a socket the kernel would say nothing
-		// for addresses that are not the node's own, and every peer would wait for its connect timeout.
-		defer d.mesh.Close()
-	}
 	var wg sync.WaitGroup
 	if d.control != nil {
 		// Beside the rest: a `ztun pod del` under way drains a pod, which may take as long as we have.
@@ -420,17 +364,15 @@ func (d *daemon) end(deadline time.Duration) {
 	for _, s := range d.servers {
 		wg.Go(func() { s.Shutdown(ctx) })
 	}
-	if d.pods != nil {
+	if d.kind != nil {
 		d.pods.shutdown(ctx)
 	}
 	wg.Wait()
 	for _, s := range d.servers {
 		s.Close()
 	}
-	if d.uplink != nil {
-		d.uplink.Close()
-	} else if d.dev != nil {
-		d.dev.Close()
+	if d.kind != nil {
+		d.kind.Close()
 	}
 }
 

@@ -1,23 +1,21 @@
 // Command ztun is Istio's node proxy over a TUN device and a userspace TCP/IP stack. See README.md.
 //
-// What flows through it: the environment (config.go is its only reader), signals, and the commands of
-// `ztun pod`. daemon.go is the composition root: it makes everything in start order and ends it in
-// ztunnel's order of shutting down. pod.go says what one pod consists of; pods.go attaches pods,
-// remembers them over restarts and lets go of those that vanish; network.go joins netstack and kernel
-// sockets to the seams that package proxy declares. Nobody imports it. What it never does: look at a
-// packet or a byte of a connection, or decide where one goes.
+// What flows through it: the environment (config.go is its only reader), signals, and the commands of `ztun pod`.
+// daemon.go is the composition root: it makes everything in start order and ends it in ztunnel's order of shutting
+// down. pod.go says what one pod consists of; pods.go attaches pods, remembers them over restarts and lets go of
+// those that vanish; kind.go chooses how they are attached (package cmd/attach), which nothing else here knows.
+// Nobody imports it. What it never does: look at a packet or a byte of a connection, or decide where one goes.
 //
 // Decisions:
-//   - 2026-11-23: a daemon that ends leaves the pods' devices, addresses and routes where they are, and
-//     pods.json says whose they are. Until the next daemon takes them over, a pod's packets end in a
-//     device that nobody reads: closed, not open. A pod is known again by device and inode of its
-//     namespace, since a path or a process id may mean another one by then.
-//   - 2026-11-23: the control socket, whose lock tells two daemons with one ZTUN_STATE_DIR apart, is bound
-//     before anything of the node is touched, and served last.
-//   - 2026-11-23: GOMAXPROCS moves between one and the worker threads plus one (procs.go): processors that
-//     the work does not need cost up to a quarter of the CPU per byte.
-//   - 2026-11-23: a draining pod waits for its stack as well: what was copied in full may not have been
-//     read in full.
-//   - 2026-11-23: a pod that reaches itself through a service is dialled by the kernel in its own
-//     namespace: the kernel drops packets from a device that carry one of its own addresses as source.
+//   - 2026-11-23: a daemon that ends leaves the pods' devices, addresses and routes where they are, and pods.json
+//     says whose they are. Until the next daemon takes them over, a pod's packets end in a device that nobody reads:
+//     closed, not open. A pod is known again by device and inode of its namespace, since a path or a process id may
+//     mean another one by then.
+//   - 2026-11-23: the control socket, whose lock tells two daemons with one ZTUN_STATE_DIR apart, is bound before
+//     anything of the node is touched, and served last.
+//   - 2026-11-23: GOMAXPROCS moves between one and the worker threads plus one (procs.go): processors that the work
+//     does not need cost up to a quarter of the CPU per byte.
+//   - 2026-11-23: a draining pod waits for its stack as well: what was copied in full may not have been read in full.
+//   - 2026-11-28: pods are known by uid, which is namespace/name where nobody gave one; two of one name can be there
+//     at once, and get two labels in logs and metrics.
 package main

@@ -20,7 +20,7 @@ func (d *daemon) connections() admin.ConnectionSource {
 				return true
 			}
 			for _, p := range d.pods.all() {
-				if !each(refOf(p.spec).String(), p.proxy) {
+				if !each(p.label, p.proxy) {
 					return
 				}
 			}

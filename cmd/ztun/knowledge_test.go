@@ -31,7 +31,7 @@ func TestWantedMeanwhile(t *testing.T) {
 	p := &pod{spec: admin.PodSpec{Name: "one", Namespace: "n", ServiceAccount: "s"},
 		proxy: proxy.New(proxy.Options{Knowledge: d.know, Metrics: proxy.NewMetrics(), Log: slog.New(slog.DiscardHandler), Access: slog.New(slog.DiscardHandler)})}
 	t.Cleanup(p.proxy.Close)
-	d.pods.pods[refOf(p.spec)] = p
+	d.pods.pods[uidOf(p.spec)] = p
 	l, err := xds.ParseLocal([]byte(`workloads: [{uid: one, name: one, namespace: n, serviceAccount: s, workloadIps: [10.0.0.1], services: {}}]`))
 	if err != nil {
 		t.Fatal(err)

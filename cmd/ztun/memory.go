@@ -72,10 +72,9 @@ func (d *daemon) weigh(ctx context.Context) error {
 		case <-tick.C:
 		}
 		for _, p := range d.pods.all() {
-			p.stack.Weigh()
+			p.att.Weigh()
 			if p.memory.Tight() {
-				name := refOf(p.spec).String()
-				d.report.Turned("memory", name, name, false)
+				d.report.Turned("memory", p.label, p.label, false)
 			}
 		}
 	}

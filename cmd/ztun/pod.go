@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -12,46 +10,36 @@ import (
 	"time"
 
 	"ztun/admin"
-	"ztun/netstack"
+	"ztun/cmd/attach"
 	"ztun/proxy"
 	"ztun/proxy/dns"
 	"ztun/proxy/fair"
 	"ztun/proxy/rescue"
 	"ztun/proxy/state"
-	"ztun/tun"
-	"ztun/tun/netns"
-	"ztun/tun/steer"
 )
 
-// podTUN is the name of the TUN device in a pod's namespace.
-const podTUN = "ztun0"
-
-// pod is what one attached pod consists of.
+// pod is what one attached pod consists of: how it is attached, and what serves it.
 type pod struct {
 	spec   admin.PodSpec
+	uid    string
+	label  string       // namespace/name; no two attached pods share one
 	memory *fair.Budget // of what lies here for its connections
-	ns     *netns.NS    // the pod's
-	node   *netns.NS    // the daemon's
 	panics *rescue.Panics
-	dev    tun.Device
-	stack  *netstack.Stack
+	att    attach.Attachment
 	proxy  *proxy.Proxy
 	dns    *dns.Server    // nil: DNS capture is off
 	socks  []net.Listener // SOCKS5; none unless it is on
-	steer  steer.PodConfig
-	plan   steer.Plan
-	fds    *place // what the pod itself takes of the daemon's descriptors
 	log    *slog.Logger
 
-	// built is closed when what flows and queries go to stands, or never will (proxy is nil then): the node's TUN may bring
-	// packets as soon as there is a stack, by the routes that a killed daemon has left.
+	// built is closed when what flows and queries go to stands, or never will (proxy is nil then): they may arrive as soon as there is an
+	// attachment, by the routes that a killed daemon has left.
 	built    chan struct{}
-	stopRun  context.CancelFunc
 	stopping atomic.Bool
 	running  sync.WaitGroup
 	once     sync.Once
-	failure  atomic.Pointer[error] // why the device carries nothing any more
 }
+
+var _ attach.Handler = (*pod)(nil)
 
 // lookup resolves a name for the pod, as its DNS proxy does; nil: nobody does.
 type lookup func(ctx context.Context, host string) ([]netip.Addr, error)
@@ -60,12 +48,8 @@ type lookup func(ctx context.Context, host string) ([]netip.Addr, error)
 type podParts struct {
 	c      *Config
 	log    *slog.Logger
-	uplink *netstack.Uplink
+	kind   attach.Kind
 	proxy  func(spec admin.PodSpec, n proxy.Network, names lookup, memory *fair.Budget) *proxy.Proxy
-	sock   netns.SocketOptions
-	fds    *descriptors
-	node   *netns.NS
-	report *fair.Report
 	memory *memory // nil: without bound
 	panics *rescue.Panics
 
@@ -77,8 +61,9 @@ type podParts struct {
 }
 
 // newPod attaches a pod. What it has made is unmade when a later step fails.
-func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.PodConfig) (_ *pod, err error) {
-	p := &pod{memory: parts.memory.forPod(), spec: spec, steer: sc, plan: steer.PodPlan(sc), log: parts.log, node: parts.node, panics: parts.panics, built: make(chan struct{})}
+func newPod(ctx context.Context, parts *podParts, a attach.Pod) (_ *pod, err error) {
+	a.Memory = parts.memory.forPod()
+	p := &pod{memory: a.Memory, spec: a.PodSpec, uid: a.UID, label: a.Label, log: parts.log, panics: parts.panics, built: make(chan struct{})}
 	var undo []func()
 	defer func() {
 		close(p.built)
@@ -88,66 +73,13 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 			}
 		}
 	}()
-	if p.fds = parts.fds.forPod(refOf(spec)); p.fds == nil {
-		return nil, fmt.Errorf("%w: %w", admin.ErrPodUnavailable, errNoDescriptor)
+	if p.att, err = parts.kind.Attach(ctx, a, p); err != nil {
+		return nil, err
 	}
-	undo = append(undo, p.fds.release)
-	if p.ns, err = netns.Open(spec.NetNS); err != nil {
-		return nil, namespaceError(err)
-	}
-	undo = append(undo, func() { p.ns.Close() })
-	if p.ns.Same(parts.node) {
-		return nil, fmt.Errorf("%w: %s is the daemon's own network namespace, not a pod's", admin.ErrPodInvalid, spec.NetNS)
-	}
+	undo = append(undo, func() { p.att.Remove() }) // it says itself what it has left; the reason to remove it is told
 	// Kept by path: a pid or a name may mean something else after a restart.
-	p.spec.NetNS = p.ns.Path()
-	if p.dev, err = tun.Open(tun.Options{
-		Name: podTUN, NetNS: p.ns, MTU: sc.MTU, Persistent: true, Plain: parts.c.TUNPlain,
-	}); err != nil {
-		return nil, err
-	}
-	// By name and not by handle: closing the stack closes the device, and a persistent one stays.
-	undo = append(undo, func() {
-		p.dev.Close()
-		if err := tun.Remove(p.ns, podTUN); err != nil {
-			p.log.Warn("a device may be left in the pod's namespace", "pod", refOf(spec).String(), "device", podTUN, "error", err)
-		}
-	})
-	ref := refOf(spec).String()
-	config := netstack.Config{
-		Addrs: spec.IPs, MTU: sc.MTU, App: p.dev, Uplink: parts.uplink, Panics: parts.panics, Logger: parts.log,
-		Memory:      p.memory,
-		MaxInFlight: parts.c.MaxInFlight, MaxInFlightPerDst: parts.c.MaxInFlightPerDestination,
-		KeepaliveOff: !parts.c.KeepaliveEnabled, UserTimeout: parts.c.userTimeout(),
-		KeepaliveIdle: parts.c.KeepaliveTime, KeepaliveInterval: parts.c.KeepaliveInterval, KeepaliveCount: int(parts.c.KeepaliveRetries),
-		OnFlow: p.serve, DNSRate: parts.c.DNSRate,
-		OnBound: func(resource, source string, evicted bool) {
-			parts.report.Turned(resource, ref, source, evicted)
-		},
-	}
-	if parts.c.DNSProxy {
-		config.OnDNS = p.query
-	}
-	if p.stack, err = netstack.New(config); err != nil {
-		if errors.Is(err, netstack.ErrAddressTaken) {
-			return nil, fmt.Errorf("%w: %w", admin.ErrPodConflict, err)
-		}
-		return nil, err
-	}
-	undo = append(undo, func() { p.stack.Close() })
-	// What stands in the way is found before the first change: the kernel keeps 127.0.0.1 on a loopback that was up once.
-	if err = steer.Check(p.plan, steer.Namespaces{Node: parts.node, Pod: p.ns}); err != nil {
-		return nil, err
-	}
-	loDown, err := steer.LoopbackUp(p.ns)
-	if err != nil {
-		return nil, fmt.Errorf("the loopback device of %s: %w", p.ns, err)
-	}
-	undo = append(undo, func() {
-		if err := loDown(); err != nil {
-			p.log.Warn("the loopback device of the pod's namespace is left up", "pod", refOf(spec).String(), "error", err)
-		}
-	})
+	p.spec.NetNS = p.att.Place().Path
+	p.spec.IPs = p.att.Addrs()
 	undo = append(undo, func() { p.closeLoopback(ended()); p.running.Wait() }) // after all else that ends what runs
 	var names lookup
 	if parts.c.DNSProxy {
@@ -156,47 +88,29 @@ func newPod(ctx context.Context, parts *podParts, spec admin.PodSpec, sc steer.P
 		}
 		names = p.dns.Lookup
 	}
-	p.proxy = parts.proxy(spec, &podNetwork{stack: p.stack, addrs: spec.IPs, ns: p.ns, sock: parts.sock, ref: refOf(spec), fds: parts.fds}, names, p.memory)
+	p.proxy = parts.proxy(p.spec, p.att, names, p.memory)
 	undo = append(undo, p.proxy.Close)
 	if parts.c.SOCKS5 {
 		if err = p.serveSOCKS(parts); err != nil {
 			return nil, err
 		}
 	}
-
-	// Listed before the stack runs: what it is going to know is not among them.
-	left, err := orphans(p.ns, spec.IPs)
-	if err != nil {
-		p.log.Warn("the pod's connections of an earlier run cannot be listed", "pod", refOf(spec).String(), "error", err)
-	}
-	run, stop := context.WithCancel(context.Background())
-	p.stopRun = stop
-	p.running.Go(parts.panics.Func("a pod's stack", func() {
-		if err := p.stack.Run(run); err != nil && run.Err() == nil {
-			p.failure.Store(&err)
-			p.log.Error("the pod's device failed; `ztun pod del` and `add` the pod again", "pod", refOf(spec).String(), "error", err)
-		}
-	}, nil))
-	undo = append(undo, stop)
-	// The pod's own routes come last in the plan: nothing leaves it before all else stands.
-	if err = steer.Apply(ctx, p.plan, steer.Namespaces{Node: parts.node, Pod: p.ns}); err != nil {
+	if err = p.att.Capture(ctx); err != nil {
 		return nil, err
-	}
-	if len(left) > 0 {
-		p.running.Go(parts.panics.Func("a pod's connections of an earlier run", func() { p.endOrphans(run, left) }, nil))
 	}
 	return p, nil
 }
 
-// serve is where a flow leaves netstack.
-func (p *pod) serve(f *netstack.Flow) {
-	<-p.built
-	if p.proxy == nil {
-		f.Refuse(netstack.Silent) // the client's next SYN may find the pod attached
-		return
+// ServePassthrough implements attach.Handler.
+func (p *pod) ServePassthrough(f proxy.Flow) {
+	if p.stands(f) {
+		p.proxy.ServePassthrough(f)
 	}
-	if f.Inbound() {
-		p.proxy.ServePassthrough(podFlow{f})
+}
+
+// ServeOutbound implements attach.Handler.
+func (p *pod) ServeOutbound(f proxy.Flow) {
+	if !p.stands(f) {
 		return
 	}
 	if p.dns != nil && f.Dst().Port() == dnsPort {
@@ -206,7 +120,26 @@ func (p *pod) serve(f *netstack.Flow) {
 		}
 		return
 	}
-	p.proxy.ServeOutbound(podFlow{f})
+	p.proxy.ServeOutbound(f)
+}
+
+// stands waits until the pod does. One that never will refuses the flow.
+func (p *pod) stands(f proxy.Flow) bool {
+	<-p.built
+	if p.proxy == nil {
+		f.Refuse(proxy.RefuseSilent) // the client's next SYN may find the pod attached
+	}
+	return p.proxy != nil
+}
+
+// ServeMesh implements attach.Handler.
+func (p *pod) ServeMesh(conn net.Conn) {
+	<-p.built
+	if p.proxy == nil {
+		conn.Close()
+		return
+	}
+	p.proxy.ServeMesh(conn)
 }
 
 // dnsPort is captured when DNS capture is on.
@@ -225,9 +158,8 @@ func (p *pod) info() state.WorkloadInfo {
 
 // saved is the pod as the state file has it: which namespace it is, not only by what name.
 func (p *pod) saved() savedPod {
-	s := savedPod{PodSpec: p.spec}
-	s.Dev, s.Ino = p.ns.ID()
-	return s
+	place := p.att.Place()
+	return savedPod{PodSpec: p.spec, Dev: place.Dev, Ino: place.Ino}
 }
 
 // stop drains until ctx ends and ends the pod's goroutines; device and routes stay.
@@ -246,8 +178,8 @@ func (p *pod) stop(ctx context.Context) {
 		select {
 		case <-drained:
 			// What was copied in full may still wait in the stack for its reader.
-			if err := p.stack.Settle(ctx); err != nil {
-				p.log.Warn("data that was still on its way to or from the application is cut off", "pod", refOf(p.spec).String())
+			if err := p.att.Settle(ctx); err != nil {
+				p.log.Warn("data that was still on its way to or from the application is cut off", "pod", p.label)
 			}
 		case <-ctx.Done():
 			// Cut by now. Whoever waits for an application's answer to a handshake is freed by closing the stack.
@@ -257,13 +189,10 @@ func (p *pod) stop(ctx context.Context) {
 			}
 		}
 		// What a panic left locked must not keep the others from ending: after one, nobody is waited for without end.
-		var closed sync.WaitGroup
-		closed.Go(p.panics.Func("the end of a stack", func() { p.stack.Close() }, nil))
-		whole := p.panics.Wait(&closed)
+		whole := p.att.Stop()
 		whole = p.panics.Wait(&draining) && whole
-		p.stopRun()
 		if whole = p.panics.Wait(&p.running) && whole; !whole {
-			p.log.Error("goroutines of the pod are left that wait for what a panic left undone", "pod", refOf(p.spec).String())
+			p.log.Error("goroutines of the pod are left that wait for what a panic left undone", "pod", p.label)
 		}
 	})
 }
@@ -274,26 +203,21 @@ const cutGrace = 200 * time.Millisecond
 // remove stops the pod and takes every trace of it away.
 func (p *pod) remove(ctx context.Context) error {
 	p.stop(ctx)
-	err := errors.Join(
-		steer.Undo(p.plan, steer.Namespaces{Node: p.node, Pod: p.ns}),
-		tun.Remove(p.ns, podTUN),
-	)
-	p.ns.Close()
-	p.fds.release()
-	return err
+	return p.att.Remove()
 }
 
 func (p *pod) status() admin.PodStatus {
-	o := p.dev.Offload()
+	st := p.att.Status()
+	o := st.Offload
 	s := admin.PodStatus{
-		PodSpec: p.spec, State: "Up", Device: p.dev.Name(),
+		PodSpec: p.spec, State: "Up", Device: st.Device,
 		Offload: admin.PodOffload{VNetHdr: o.VNetHdr, CSum: o.CSum, TSO4: o.TSO4, TSO6: o.TSO6, USO: o.USO, Why: o.Why},
 	}
 	if p.stopping.Load() {
 		s.State = "Stopping"
 	}
-	if err := p.failure.Load(); err != nil {
-		s.State, s.Error = "Failed", (*err).Error()
+	if st.Err != nil {
+		s.State, s.Error = "Failed", st.Err.Error()
 	}
 	for _, c := range p.proxy.Connections() {
 		if c.Inbound {

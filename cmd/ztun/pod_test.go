@@ -7,24 +7,25 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"ztun/admin"
-	"ztun/netstack"
+	"ztun/cmd/attach"
+	"ztun/cmd/attach/isolated"
 	"ztun/proxy"
 	"ztun/proxy/fair"
 	"ztun/proxy/state"
-	"ztun/tun"
-	"ztun/tun/steer"
 	"ztun/tun/tuntest/nslab"
 )
 
-// podLab is what the daemon lends to pods, in namespaces of the test's own.
+// podLab is what the daemon lends to isolated pods, in namespaces of the test's own.
 type podLab struct {
 	node, pod *nslab.NS
 	parts     *podParts
+	close     func() // of the kind that is open
 	spec      admin.PodSpec
 	proxy     func(network proxy.Network) // called when the pod's proxy is made; may be nil
 }
@@ -39,30 +40,43 @@ func newPodLab(t *testing.T) *podLab {
 	t.Helper()
 	l := &podLab{node: nslab.New(t), pod: nslab.New(t)}
 	c := load(t, "UNSTABLE_ENABLE_SOCKS5", "true")
-	dev, err := tun.Open(tun.Options{Name: c.NodeTUN, NetNS: l.node.NS, MTU: c.MTU})
-	if err != nil {
-		t.Fatal(err)
-	}
-	uplink := netstack.NewUplink(dev, nil)
-	t.Cleanup(func() { uplink.Close() })
-	if err := steer.Apply(t.Context(), steer.NodePlan(steer.NodeConfig{TUN: c.NodeTUN, MTU: c.MTU, IPv6: true}), steer.Namespaces{Node: l.node.NS}); err != nil {
-		t.Fatal(err)
-	}
-	go uplink.Run(context.Background()) // until Close, which waits for it
 	l.spec = admin.PodSpec{Name: "p", Namespace: "default", ServiceAccount: "default", NetNS: l.pod.Path(), IPs: []netip.Addr{netip.MustParseAddr("10.91.1.2")}}
 	info := state.WorkloadInfo{Name: "p", Namespace: "default", ServiceAccount: "default"}
 	b := state.NewBuilder("")
 	b.InsertWorkload(&state.Workload{UID: "p", Name: info.Name, Namespace: info.Namespace, ServiceAccount: info.ServiceAccount, Addresses: l.spec.IPs})
 	know := onePod{b.Build()}
 	quiet := slog.New(slog.DiscardHandler)
-	l.parts = &podParts{c: c, log: quiet, dnsLog: quiet, uplink: uplink, fds: newDescriptors(1024, nil), node: l.node.NS, know: know,
+	l.parts = &podParts{c: c, log: quiet, dnsLog: quiet, know: know,
 		proxy: func(spec admin.PodSpec, n proxy.Network, names lookup, _ *fair.Budget) *proxy.Proxy {
 			if l.proxy != nil {
 				l.proxy(n)
 			}
 			return proxy.New(proxy.Options{Info: info, Network: n, Knowledge: know, Names: names, Metrics: proxy.NewMetrics(), Access: quiet, Log: quiet})
 		}}
+	l.open(t, 1024)
+	t.Cleanup(func() { l.close() })
 	return l
+}
+
+// open makes the node's side, as a daemon does that may have limit files open; another that was open is closed.
+func (l *podLab) open(t *testing.T, limit uint64) *attach.Descriptors {
+	t.Helper()
+	if l.close != nil {
+		l.close()
+	}
+	fds := attach.NewDescriptors(limit, nil)
+	var serving sync.WaitGroup
+	kind := isolated.New(attach.Options{
+		NetNS: l.node.NS, NodeTUN: l.parts.c.NodeTUN, MTU: l.parts.c.MTU, IPv6: true, DNS: true, Socket: l.parts.c.meshSocket(), Stack: l.parts.c.stack(),
+		Descriptors: fds, Serve: func(_ string, f func() error) { serving.Go(func() { f() }) },
+		Logger: func(string) *slog.Logger { return slog.New(slog.DiscardHandler) },
+	})
+	l.close = func() { kind.Close(); serving.Wait() }
+	if err := kind.Open(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	l.parts.kind = kind
+	return fds
 }
 
 // attach is newPod, which must not take long.
@@ -74,9 +88,7 @@ func (l *podLab) attach(t *testing.T) (*pod, error) {
 	}
 	done := make(chan result, 1)
 	go func() {
-		p, err := newPod(context.Background(), l.parts, l.spec, steer.PodConfig{
-			Name: "default/p", Addrs: l.spec.IPs, TUN: podTUN, NodeTUN: l.parts.c.NodeTUN, MTU: l.parts.c.MTU,
-		})
+		p, err := newPod(context.Background(), l.parts, attach.Pod{PodSpec: l.spec, Label: "default/p"})
 		done <- result{p, err}
 	}()
 	select {
@@ -177,10 +189,9 @@ func TestPacketsDuringAttach(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.stop(ended()) // device and routes stay
-	p.ns.Close()
 	dialled := make(chan error, 1)
 	l.proxy = func(n proxy.Network) {
-		stack := n.(*podNetwork).stack
+		stats := n.(attach.Attachment).Stats
 		go func() {
 			dialled <- l.node.Do(func() error {
 				c, err := (&net.Dialer{Timeout: 15 * time.Second}).Dial("tcp", "10.91.1.2:8080")
@@ -190,7 +201,7 @@ func TestPacketsDuringAttach(t *testing.T) {
 				return err
 			})
 		}()
-		for end := time.Now().Add(10 * time.Second); stack.Stats().Flows == 0; time.Sleep(time.Millisecond) {
+		for end := time.Now().Add(10 * time.Second); stats().Flows == 0; time.Sleep(time.Millisecond) {
 			if time.Now().After(end) {
 				t.Error("no packet has come")
 				return
@@ -243,7 +254,7 @@ func TestStopDuringQuery(t *testing.T) {
 		t.Fatal(err)
 	}
 	query.Write([]byte("\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x07example\x00\x00\x01\x00\x01"))
-	eventually(t, "the query", func() bool { return p.stack.Stats().DNSInFlight == 1 })
+	eventually(t, "the query", func() bool { return p.att.Stats().DNSInFlight == 1 })
 
 	ctx, cancel := context.WithCancel(t.Context())
 	stopped := make(chan struct{})

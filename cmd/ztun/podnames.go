@@ -9,7 +9,7 @@ import (
 	"syscall"
 	"time"
 
-	"ztun/netstack"
+	"ztun/cmd/attach"
 	"ztun/proxy/dns"
 )
 
@@ -30,25 +30,25 @@ func loopback(port uint16, ipv6 bool) []netip.AddrPort {
 // listen opens the sockets of what in the pod's namespace; all or none. A pod without IPv6 on its loopback has only the
 // other. without is the setting that turns it off.
 func (p *pod) listen(what, without string, at []netip.AddrPort, packets bool) (ls []net.Listener, ps []net.PacketConn, err error) {
-	err = p.ns.Do(func() error {
-		for _, a := range at {
-			l, lerr := net.Listen("tcp", a.String())
-			if lerr == nil {
-				ls = append(ls, l)
-				if packets {
-					var c net.PacketConn
-					if c, lerr = net.ListenPacket("udp", a.String()); lerr == nil {
-						ps = append(ps, c)
-					}
+	for _, a := range at {
+		var l net.Listener
+		if l, err = p.att.Listen("tcp", a.String()); err == nil {
+			ls = append(ls, l)
+			if packets {
+				var c net.PacketConn
+				if c, err = p.att.ListenPacket("udp", a.String()); err == nil {
+					ps = append(ps, c)
 				}
 			}
-			noIPv6 := errors.Is(lerr, syscall.EADDRNOTAVAIL) || errors.Is(lerr, syscall.EAFNOSUPPORT)
-			if lerr != nil && !(a.Addr() == netip.IPv6Loopback() && noIPv6) {
-				return lerr
-			}
 		}
-		return nil
-	})
+		noIPv6 := errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.EAFNOSUPPORT)
+		if a.Addr() == netip.IPv6Loopback() && noIPv6 {
+			err = nil
+		}
+		if err != nil {
+			break
+		}
+	}
 	if err != nil {
 		closeAll(ls, ps)
 		err = fmt.Errorf("%s: in the pod's namespace: %w", what, err)
@@ -88,7 +88,7 @@ func (p *pod) serveNames(parts *podParts) error {
 		return err
 	}
 	p.dns, err = dns.New(dns.Config{
-		Client: p.info(), Knowledge: parts.know, Upstream: podUpstream{p.stack}, Nameservers: parts.nameservers,
+		Client: p.info(), Knowledge: parts.know, Upstream: podUpstream{p.att}, Nameservers: parts.nameservers,
 		Options: dns.Options{ClusterDomain: c.ClusterDomain, PreferredNamespace: c.PreferredServiceNamespace, IPv6: c.IPv6, ExtraSearch: parts.search},
 		Packets: ps, Listeners: ls, Rate: c.DNSRate, Panics: parts.panics, Metrics: parts.dnsMetrics, Logger: parts.dnsLog,
 	})
@@ -100,8 +100,8 @@ func (p *pod) serveNames(parts *podParts) error {
 	return nil
 }
 
-// query is where a UDP packet to port 53 leaves netstack.
-func (p *pod) query(q *netstack.DNSQuery) {
+// ServeDNS implements attach.Handler.
+func (p *pod) ServeDNS(q attach.Query) {
 	<-p.built
 	if p.dns == nil {
 		return
@@ -145,20 +145,8 @@ func (p *pod) closeLoopback(ctx context.Context) {
 }
 
 // podUpstream is how what the mesh does not know is asked for: from the pod's own address.
-type podUpstream struct{ stack *netstack.Stack }
-
-func (u podUpstream) DialUDP(ctx context.Context, dst netip.AddrPort) (net.Conn, error) {
-	c, err := u.stack.DialUDP(ctx, dst)
-	if err != nil {
-		return nil, err
-	}
-	return c, nil
-}
+type podUpstream struct{ attach.Ways }
 
 func (u podUpstream) DialTCP(ctx context.Context, dst netip.AddrPort) (net.Conn, error) {
-	c, err := u.stack.DialPlain(ctx, dst)
-	if err != nil {
-		return nil, err
-	}
-	return c, nil
+	return u.DialPlain(ctx, dst)
 }

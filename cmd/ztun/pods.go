@@ -16,41 +16,34 @@ import (
 	"time"
 
 	"ztun/admin"
+	"ztun/cmd/attach"
 	"ztun/proxy/rescue"
 	"ztun/proxy/state"
-	"ztun/tun"
-	"ztun/tun/netns"
-	"ztun/tun/steer"
 )
 
 // podManager attaches pods, remembers them over restarts, and lets go of those that vanish.
 type podManager struct {
-	c   *Config
-	log *slog.Logger
-	new func(ctx context.Context, spec admin.PodSpec) (*pod, error) // builds and starts one
+	c    *Config
+	log  *slog.Logger
+	kind attach.Kind                                              // how pods are attached
+	new  func(ctx context.Context, spec attach.Pod) (*pod, error) // builds and starts one
 	// changed is told after a pod was attached or detached.
 	changed func()
 	panics  *rescue.Panics
 	known   func(state.WorkloadInfo) bool // whether the control side has a record of a pod
-	fds     *descriptors
-	// sweep removes the node's routes of all addresses but keep.
-	sweep func(keep []netip.Addr) error
 
 	// op serialises changes: attaching is a sequence of steps on shared tables (routes, addresses).
 	op sync.Mutex
 
 	mu      sync.Mutex
-	pods    map[admin.PodRef]*pod
-	pending map[admin.PodRef]pendingPod // known from an earlier life, not attached yet
+	pods    map[string]*pod       // by uid
+	pending map[string]pendingPod // by uid: known from an earlier life, not attached yet
 	closed  bool
 
-	byAddr atomic.Pointer[map[netip.Addr]*pod]
-	self   atomic.Pointer[selfPod] // the daemon's own; nil: there is none, or it does not stand yet
+	self atomic.Pointer[selfPod] // the daemon's own; nil: there is none, or it does not stand yet
 
 	started, stopped atomic.Uint64
-	traces           atomic.Bool   // something of a pod that is gone could not be removed from the node: to be swept
-	leaving          atomic.Bool   // new mesh connections are reset
-	unknown          atomic.Uint64 // mesh connections for an address that no pod has
+	traces           atomic.Bool // something of a pod that is gone could not be removed from the node: to be swept
 }
 
 type pendingPod struct {
@@ -72,110 +65,99 @@ const (
 )
 
 func newPodManager(c *Config, log *slog.Logger) *podManager {
-	m := &podManager{c: c, log: log, pods: map[admin.PodRef]*pod{}, pending: map[admin.PodRef]pendingPod{}}
-	m.byAddr.Store(&map[netip.Addr]*pod{})
-	return m
+	return &podManager{c: c, log: log, pods: map[string]*pod{}, pending: map[string]pendingPod{}}
 }
 
 func refOf(s admin.PodSpec) admin.PodRef { return admin.PodRef{Namespace: s.Namespace, Name: s.Name} }
+
+// uidOf is what a pod is known by: its uid, or where nobody gave it one namespace/name.
+func uidOf(s admin.PodSpec) string {
+	if s.UID != "" {
+		return s.UID
+	}
+	return refOf(s).String()
+}
+
+// place is where the pod lived when it was saved.
+func (s *savedPod) place() attach.Place { return attach.Place{Path: s.NetNS, Dev: s.Dev, Ino: s.Ino} }
 
 // Add implements admin.PodManager.
 func (m *podManager) Add(ctx context.Context, spec admin.PodSpec) error {
 	m.op.Lock()
 	defer m.op.Unlock()
 	// A name is resolved now, so that a later change of directory or of meaning cannot redirect it.
-	if err := m.attach(ctx, spec); err != nil {
+	if err := m.attach(ctx, attach.Pod{PodSpec: spec}); err != nil {
 		return err
 	}
 	return m.save()
 }
 
-func (m *podManager) attach(ctx context.Context, spec admin.PodSpec) error {
-	ref := refOf(spec)
+func (m *podManager) attach(ctx context.Context, spec attach.Pod) error {
+	uid := uidOf(spec.PodSpec)
+	spec.UID, spec.Label = uid, refOf(spec.PodSpec).String()
 	m.mu.Lock()
-	old, closed := m.pods[ref], m.closed
-	var attached []steer.PodConfig
+	old, closed := m.pods[uid], m.closed
+	attached, labels := make([]*pod, 0, len(m.pods)), map[string]bool{}
+	addrs := map[string][]netip.Addr{}
 	for _, p := range m.pods {
-		attached = append(attached, p.steer)
+		attached = append(attached, p)
+		labels[p.label], addrs[p.label] = true, p.spec.IPs
 	}
 	m.mu.Unlock()
 	if closed {
 		return fmt.Errorf("%w: the daemon is shutting down", admin.ErrPodUnavailable)
 	}
 	if old != nil {
-		return fmt.Errorf("%w: pod %s is attached already (namespace %s); `ztun pod del` it first", admin.ErrPodConflict, ref, old.spec.NetNS)
+		return fmt.Errorf("%w: pod %s is attached already (namespace %s); `ztun pod del` it first", admin.ErrPodConflict, spec.Label, old.spec.NetNS)
+	}
+	if labels[spec.Label] {
+		spec.Label += "@" + uid // two of one name for a while: in messages and metrics they are told apart
 	}
 	if !m.c.IPv6 && slices.ContainsFunc(spec.IPs, netip.Addr.Is6) {
 		return fmt.Errorf("%w: it has an IPv6 address, but the daemon runs with IPV6_ENABLED=false", admin.ErrPodInvalid)
 	}
-	if err := steer.CheckPod(attached, m.steerConfig(spec)); err != nil {
-		return fmt.Errorf("%w: %w", admin.ErrPodConflict, err)
+	if err := m.kind.Locate(&spec); err != nil {
+		return err
 	}
-	dev, ino, err := netns.Identify(spec.NetNS)
-	if err != nil {
-		return namespaceError(err)
+	if err := attach.CheckAddrs(spec.Label, spec.IPs, addrs); err != nil {
+		return err
 	}
-	if owner := m.owner(dev, ino); owner != nil {
-		return fmt.Errorf("%w: network namespace %s belongs to pod %s", admin.ErrPodConflict, spec.NetNS, refOf(owner.spec))
+	if owner := owner(attached, spec.Place); owner != nil {
+		return fmt.Errorf("%w: network namespace %s belongs to pod %s", admin.ErrPodConflict, spec.NetNS, owner.label)
 	}
 	p, err := m.new(ctx, spec)
 	if err != nil {
 		return err
 	}
 	m.mu.Lock()
-	m.pods[ref] = p
-	delete(m.pending, ref)
-	m.index()
+	m.pods[uid] = p
+	delete(m.pending, uid)
 	m.mu.Unlock()
 	m.started.Add(1)
 	m.changed()
-	m.log.Info("pod attached", "pod", ref.String(), "netns", p.ns.Path(), "addresses", fmt.Sprint(spec.IPs), "offload", p.dev.Offload().VNetHdr)
+	m.log.Info("pod attached", "pod", p.label, "netns", p.spec.NetNS, "addresses", fmt.Sprint(p.spec.IPs), "offload", p.att.Status().Offload.VNetHdr)
 	return nil
 }
 
-// owner is the attached pod that lives in a namespace, nil if there is none.
-func (m *podManager) owner(dev, ino uint64) *pod {
-	for _, p := range m.all() {
-		if d, i := p.ns.ID(); d == dev && i == ino {
+// owner is which of the pods lives in a namespace, nil if none does.
+func owner(pods []*pod, place attach.Place) *pod {
+	for _, p := range pods {
+		if p.att.Place().Same(place) {
 			return p
 		}
 	}
 	return nil
 }
 
-// namespaceError says whose fault it is that a namespace could not be found or entered: the request's only if there surely is none.
-func namespaceError(err error) error {
-	if errors.Is(err, netns.ErrNotExist) || errors.Is(err, netns.ErrNotNamespace) {
-		return fmt.Errorf("%w: %w", admin.ErrPodInvalid, err)
-	}
-	return fmt.Errorf("%w: %w", admin.ErrPodUnavailable, err)
-}
-
-func (m *podManager) steerConfig(spec admin.PodSpec) steer.PodConfig {
-	mtu := spec.MTU
-	if mtu == 0 {
-		mtu = m.c.MTU
-	}
-	return steer.PodConfig{Name: refOf(spec).String(), Addrs: spec.IPs, TUN: podTUN, NodeTUN: m.c.NodeTUN, MTU: mtu}
-}
-
-// index rebuilds the table by which accepted mesh connections find their pod. mu is held.
-func (m *podManager) index() {
-	t := make(map[netip.Addr]*pod, len(m.pods))
-	for _, p := range m.pods {
-		for _, a := range p.spec.IPs {
-			t[a] = p
-		}
-	}
-	m.byAddr.Store(&t)
-}
-
 // Delete implements admin.PodManager: connections may finish until the termination deadline. Others may
 // add and delete pods meanwhile.
 func (m *podManager) Delete(ctx context.Context, namespace, name string) error {
-	ref := admin.PodRef{Namespace: namespace, Name: name}
+	uid, err := m.find(admin.PodRef{Namespace: namespace, Name: name})
+	if err != nil {
+		return err
+	}
 	m.mu.Lock()
-	p := m.pods[ref]
+	p := m.pods[uid]
 	m.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, m.c.TerminationDeadline)
 	defer cancel()
@@ -185,40 +167,62 @@ func (m *podManager) Delete(ctx context.Context, namespace, name string) error {
 	m.op.Lock()
 	defer m.op.Unlock()
 	m.mu.Lock()
-	waiting, ok := m.pending[ref]
-	delete(m.pending, ref)
+	waiting, ok := m.pending[uid]
+	delete(m.pending, uid)
 	m.mu.Unlock()
 	if ok {
 		return errors.Join(m.save(), m.clean(waiting.savedPod))
 	}
-	if err := m.detach(ctx, ref, p); err != nil {
+	if err := m.detach(ctx, uid, p); err != nil {
 		return err
 	}
 	return m.save()
 }
 
-// detach drains a pod until ctx ends and removes every trace of it. op is held.
-func (m *podManager) detach(ctx context.Context, ref admin.PodRef, only *pod) error {
+// find is the uid of the pod of a name, attached or pending.
+func (m *podManager) find(ref admin.PodRef) (uid string, err error) {
 	m.mu.Lock()
-	p := m.pods[ref]
-	if p == nil || only != nil && p != only {
-		m.mu.Unlock()
-		return fmt.Errorf("%w: no pod %s is attached", admin.ErrPodNotFound, ref)
+	defer m.mu.Unlock()
+	var uids []string
+	for u, p := range m.pods {
+		if refOf(p.spec) == ref {
+			uids = append(uids, u)
+		}
 	}
+	for u, p := range m.pending {
+		if refOf(p.PodSpec) == ref {
+			uids = append(uids, u)
+		}
+	}
+	switch len(uids) {
+	case 0:
+		return ref.String(), nil // whoever asks says what there is none of
+	case 1:
+		return uids[0], nil
+	}
+	slices.Sort(uids)
+	return "", fmt.Errorf("%w: there are %d pods %s, of uids %s", admin.ErrPodConflict, len(uids), ref, strings.Join(uids, ", "))
+}
+
+// detach drains a pod until ctx ends and removes every trace of it. op is held.
+func (m *podManager) detach(ctx context.Context, uid string, only *pod) error {
+	m.mu.Lock()
+	p := m.pods[uid]
 	m.mu.Unlock()
+	if p == nil || only != nil && p != only {
+		return fmt.Errorf("%w: no pod %s is attached", admin.ErrPodNotFound, uid)
+	}
 	err := p.remove(ctx)
 	m.mu.Lock()
-	delete(m.pods, ref)
-	m.index()
+	delete(m.pods, uid)
 	m.mu.Unlock()
-	m.fds.forget(ref)
 	m.stopped.Add(1)
 	m.changed()
 	if err != nil {
 		m.traces.Store(true)
-		return fmt.Errorf("pod %s is detached, but traces of it may be left: %w", ref, err)
+		return fmt.Errorf("pod %s is detached, but traces of it may be left: %w", p.label, err)
 	}
-	m.log.Info("pod detached", "pod", ref.String())
+	m.log.Info("pod detached", "pod", p.label)
 	return nil
 }
 
@@ -267,7 +271,10 @@ func (m *podManager) save() error {
 	m.mu.Lock()
 	specs := make([]savedPod, 0, len(m.pods)+len(m.pending))
 	for _, p := range m.pods {
-		specs = append(specs, p.saved())
+		// A namespace that came as a descriptor cannot be found again: whoever gave it gives it to the next daemon, too.
+		if s := p.saved(); s.NetNS != "" {
+			specs = append(specs, s)
+		}
 	}
 	for _, p := range m.pending {
 		specs = append(specs, p.savedPod)
@@ -294,7 +301,7 @@ func readSaved(b []byte) (specs []savedPod, bad error) {
 	if err := json.Unmarshal(b, &raw); err != nil {
 		return nil, err
 	}
-	seen := map[admin.PodRef]bool{}
+	seen := map[string]bool{}
 	var errs []error
 	for i, r := range raw {
 		var s savedPod
@@ -302,8 +309,8 @@ func readSaved(b []byte) (specs []savedPod, bad error) {
 		if err == nil {
 			err = s.Validate()
 		}
-		if ref := refOf(s.PodSpec); err == nil && seen[ref] {
-			err = fmt.Errorf("%s is there twice", ref)
+		if uid := uidOf(s.PodSpec); err == nil && seen[uid] {
+			err = fmt.Errorf("%s is there twice", uid)
 		}
 		if err != nil {
 			if len(errs) < 10 {
@@ -311,7 +318,7 @@ func readSaved(b []byte) (specs []savedPod, bad error) {
 			}
 			continue
 		}
-		seen[refOf(s.PodSpec)] = true
+		seen[uidOf(s.PodSpec)] = true
 		specs = append(specs, s)
 	}
 	return specs, errors.Join(errs...)
@@ -357,50 +364,31 @@ func (m *podManager) addresses() []netip.Addr {
 // retry attaches a pod of an earlier life, or keeps it pending. False says that its namespace is gone and
 // the pod was dropped. op is held.
 func (m *podManager) retry(ctx context.Context, s savedPod) bool {
-	ref := refOf(s.PodSpec)
-	if err := s.gone(); err != nil {
+	uid, ref := uidOf(s.PodSpec), refOf(s.PodSpec).String()
+	if err := m.kind.Gone(s.place()); err != nil {
 		m.mu.Lock()
-		delete(m.pending, ref)
+		delete(m.pending, uid)
 		m.mu.Unlock()
-		m.log.Warn("pod of an earlier run is gone", "pod", ref.String(), "error", err)
+		m.log.Warn("pod of an earlier run is gone", "pod", ref, "error", err)
 		return false
 	}
-	if err := m.attach(ctx, s.PodSpec); err != nil {
+	if err := m.attach(ctx, attach.Pod{PodSpec: s.PodSpec}); err != nil {
 		m.mu.Lock()
-		m.pending[ref] = pendingPod{s, err}
+		m.pending[uid] = pendingPod{s, err}
 		m.mu.Unlock()
-		m.log.Error("pod cannot be attached, will be tried again", "pod", ref.String(), "error", err)
+		m.log.Error("pod cannot be attached, will be tried again", "pod", ref, "error", err)
 	}
 	return true
-}
-
-// gone says why there surely is no namespace any more that is the one saved; nil if there is, and nil if that cannot be told: a pod is not
-// given up for a shortage of the daemon's.
-func (s *savedPod) gone() error {
-	dev, ino, err := netns.Identify(s.NetNS)
-	switch {
-	case errors.Is(err, netns.ErrNotExist), errors.Is(err, netns.ErrNotNamespace):
-		return err
-	case err == nil && s.Ino != 0 && (dev != s.Dev || ino != s.Ino):
-		return fmt.Errorf("%s is another network namespace now", s.NetNS)
-	}
-	return nil
 }
 
 // clean removes what an earlier life left of a pod that this one never attached. op is held.
 func (m *podManager) clean(s savedPod) error {
 	var left error
-	if s.Ino != 0 && s.gone() == nil { // its own namespace, surely: not one where we have made nothing
-		ns, err := netns.Open(s.NetNS)
-		if err == nil {
-			if m.owner(ns.ID()) == nil {
-				err = tun.Remove(ns, podTUN) // the pod's addresses and routes go with it
-			}
-			ns.Close()
-		}
-		left = err
+	// Its own namespace, surely: not one where we have made nothing.
+	if place := s.place(); s.Ino != 0 && m.kind.Gone(place) == nil && owner(m.all(), place) == nil {
+		left = m.kind.Clean(place)
 	}
-	if err := errors.Join(left, m.sweep(m.addresses())); err != nil {
+	if err := errors.Join(left, m.kind.Sweep(m.addresses())); err != nil {
 		return fmt.Errorf("pod %s is forgotten, but traces of it may be left: %w", refOf(s.PodSpec), err)
 	}
 	return nil
@@ -418,7 +406,6 @@ func (m *podManager) watch(ctx context.Context) {
 			return
 		case <-check.C:
 			m.dropVanished()
-			m.fds.collect()
 		case <-again.C:
 			m.retryPending(ctx)
 			m.sweepTraces()
@@ -433,7 +420,7 @@ func (m *podManager) sweepTraces() {
 	}
 	m.op.Lock()
 	defer m.op.Unlock()
-	if err := m.sweep(m.addresses()); err != nil {
+	if err := m.kind.Sweep(m.addresses()); err != nil {
 		m.traces.Store(true)
 		m.log.Warn("traces of pods that are gone may be left", "error", err)
 	}
@@ -441,16 +428,15 @@ func (m *podManager) sweepTraces() {
 
 func (m *podManager) dropVanished() {
 	for _, p := range m.all() {
-		saved := p.saved()
-		why := saved.gone()
+		why := m.kind.Gone(p.att.Place())
 		if why == nil {
 			continue
 		}
 		m.op.Lock()
-		m.log.Warn("pod has vanished, detaching it", "pod", refOf(p.spec).String(), "error", why)
+		m.log.Warn("pod has vanished, detaching it", "pod", p.label, "error", why)
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel() // nobody is left who could finish a connection
-		if err := m.detach(ctx, refOf(p.spec), p); err != nil {
+		if err := m.detach(ctx, p.uid, p); err != nil {
 			m.log.Error("detaching a vanished pod", "error", err)
 		}
 		if err := m.save(); err != nil {
@@ -475,14 +461,14 @@ func (m *podManager) retryPending(ctx context.Context) {
 	dropped := false
 	for _, s := range specs {
 		m.mu.Lock()
-		_, still := m.pending[refOf(s.PodSpec)] // not deleted, and not added anew, while we waited for op
+		_, still := m.pending[uidOf(s.PodSpec)] // not deleted, and not added anew, while we waited for op
 		m.mu.Unlock()
 		dropped = still && !m.retry(ctx, s) || dropped
 	}
 	if !dropped {
 		return
 	}
-	if err := errors.Join(m.save(), m.sweep(m.addresses())); err != nil {
+	if err := errors.Join(m.save(), m.kind.Sweep(m.addresses())); err != nil {
 		m.log.Error("letting go of pods of an earlier run", "error", err)
 	}
 }
@@ -493,7 +479,7 @@ func (m *podManager) shutdown(ctx context.Context) {
 	m.mu.Lock()
 	m.closed = true
 	m.mu.Unlock()
-	m.leaving.Store(true)
+	m.kind.Leave()
 	stop := func() {
 		var wg sync.WaitGroup
 		for _, p := range m.all() {

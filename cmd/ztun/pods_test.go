@@ -13,18 +13,30 @@ import (
 	"time"
 
 	"ztun/admin"
+	"ztun/cmd/attach"
 	"ztun/tun/netns"
 )
+
+// noKind is a way of attaching that can attach nothing, with namespaces as they are.
+type noKind struct {
+	attach.Kind
+	sweep func() error
+}
+
+func (*noKind) Locate(p *attach.Pod) error      { return attach.Locate(p) }
+func (*noKind) Gone(p attach.Place) error       { return p.Gone() }
+func (k *noKind) Sweep(keep []netip.Addr) error { return k.sweep() }
+func (*noKind) Clean(attach.Place) error        { return nil }
+func (*noKind) Leave()                          {}
 
 // testManager makes a podManager that can attach nothing, in a directory of its own.
 func testManager(t *testing.T, saved ...savedPod) (*podManager, *int) {
 	t.Helper()
 	m := newPodManager(&Config{StateDir: t.TempDir(), MTU: 1500, IPv6: true, TerminationDeadline: time.Second}, slog.New(slog.DiscardHandler))
 	swept := 0
-	m.new = func(context.Context, admin.PodSpec) (*pod, error) { return nil, errors.New("no devices here") }
+	m.new = func(context.Context, attach.Pod) (*pod, error) { return nil, errors.New("no devices here") }
 	m.changed = func() {}
-	m.fds = newDescriptors(1024, nil)
-	m.sweep = func([]netip.Addr) error { swept++; return nil }
+	m.kind = &noKind{sweep: func() error { swept++; return nil }}
 	b, err := json.Marshal(saved)
 	if err != nil {
 		t.Fatal(err)

@@ -157,7 +157,7 @@ func TestCertificatesAreReady(t *testing.T) {
 	check(func() { mu.Lock(); reach = nil; mu.Unlock() })
 
 	spec := admin.PodSpec{Name: "one", Namespace: "n", ServiceAccount: "s"}
-	d.pods.pods[refOf(spec)] = &pod{spec: spec}
+	d.pods.pods[uidOf(spec)] = &pod{spec: spec}
 	l, err := xds.ParseLocal([]byte(`workloads: [{uid: one, name: one, namespace: n, serviceAccount: s, workloadIps: [10.0.0.1], services: {}}]`))
 	if err != nil {
 		t.Fatal(err)

@@ -7,6 +7,7 @@ import (
 	"syscall"
 
 	"ztun/admin"
+	"ztun/cmd/attach"
 	"ztun/proxy"
 	"ztun/proxy/identity"
 	"ztun/proxy/state"
@@ -51,6 +52,15 @@ func (s *selfPod) owns(a netip.Addr) bool {
 	}
 	w := s.view().WorkloadByInfo(s.info())
 	return w != nil && w.HasAddress(a)
+}
+
+// selfDoor is the own pod's door in the kind of attachment.
+func (m *podManager) selfDoor(local netip.Addr) (attach.Door, bool) {
+	s := m.self.Load()
+	if !s.owns(local) {
+		return attach.Door{}, false
+	}
+	return attach.Door{Label: refOf(s.spec).String(), Serve: s.proxy.ServeMesh}, true
 }
 
 // selfNetwork is the own pod's ways out: to the metrics' port, and no other.

@@ -127,14 +127,14 @@ func (d *daemon) version() map[string]string {
 	}
 }
 
-// podDumps are the entries of workloadState by namespace/name, which is what identifies a pod that no node agent gave a uid to.
+// podDumps are the entries of workloadState, by uid.
 func (d *daemon) podDumps() map[string]func() admin.PodDump {
 	out := map[string]func() admin.PodDump{}
 	for _, s := range d.pods.List() {
-		out[refOf(s.PodSpec).String()] = func() admin.PodDump { return dumpOf(s.PodSpec) }
+		out[uidOf(s.PodSpec)] = func() admin.PodDump { return dumpOf(s.PodSpec) }
 	}
 	for _, p := range d.pods.all() {
-		out[refOf(p.spec).String()] = func() admin.PodDump {
+		out[p.uid] = func() admin.PodDump {
 			e := dumpOf(p.spec)
 			e.Up = true
 			// Streams of one tunnel to one port are one inbound entry, as in ztunnel.

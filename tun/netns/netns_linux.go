@@ -125,6 +125,27 @@ func OpenPath(path string) (*NS, error) {
 	return ns, nil
 }
 
+// FromFile opens the namespace that a descriptor refers to, however it was come by; f stays the caller's.
+func FromFile(f *os.File) (*NS, error) {
+	rc, err := f.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	fd := -1
+	var inner error
+	err = rc.Control(func(old uintptr) { fd, inner = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) })
+	if err = errors.Join(err, inner); err != nil {
+		return nil, fmt.Errorf("cannot duplicate the descriptor of network namespace %s: %w", f.Name(), err)
+	}
+	file := os.NewFile(uintptr(fd), f.Name())
+	ns, err := fromFile(file, f.Name())
+	if err != nil {
+		file.Close()
+		return nil, err
+	}
+	return ns, nil
+}
+
 // Current opens the namespace of the calling thread: the process's own, except inside Do.
 func Current() (*NS, error) { return OpenPath("/proc/thread-self/ns/net") }
 

@@ -1,4 +1,4 @@
-package main
+package isolated
 
 import (
 	"bufio"
@@ -17,21 +17,24 @@ import (
 	"ztun/tun/netns"
 )
 
-// Connections of the pod's kernel that no stack knows: a daemon that was killed had their other ends. What has something to send finds
-// out by itself; a client that only reads, or a server whose client is gone, would wait for ever.
+// Connections of the pod's kernel that no stack knows: a daemon that was killed had their other ends. What has
+// something to send finds out by itself; a client that only reads, or a server whose client is gone, would wait for
+// ever.
 
 // orphan is such a connection, as the pod's kernel sees it.
 type orphan struct{ local, remote netip.AddrPort }
 
 const (
-	// orphanRounds, orphanWait: a kernel lets itself be asked once in half a second per connection, and a packet may be lost.
+	// orphanRounds, orphanWait: a kernel lets itself be asked once in half a second per connection, and a packet may
+	// be lost.
 	orphanRounds = 5
 	orphanWait   = 600 * time.Millisecond
 	// orphanBatch are asked at once, between pauses: fewer than the device's queue holds.
 	orphanBatch = 256
 )
 
-// orphans lists the connections of a pod's namespace that would go through its device: from the pod's addresses to any but its own.
+// orphans lists the connections of a pod's namespace that would go through its device: from the pod's addresses to
+// any but its own.
 func orphans(ns *netns.NS, own []netip.Addr) ([]orphan, error) {
 	var files []*os.File
 	defer func() {
@@ -71,7 +74,8 @@ func orphans(ns *netns.NS, own []netip.Addr) ([]orphan, error) {
 	return all, nil
 }
 
-// The states in which a connection may rest for ever (include/net/tcp_states.h): the others repeat themselves, or end by a timer.
+// The states in which a connection may rest for ever (include/net/tcp_states.h): the others repeat themselves, or end
+// by a timer.
 const (
 	tcpEstablished = 1
 	tcpFinWait2    = 5
@@ -127,10 +131,10 @@ func parseTCPAddr(s string) (netip.AddrPort, error) {
 
 // endOrphans resets connections that were there before the pod's stack was, until none is left or ctx ends.
 func (p *pod) endOrphans(ctx context.Context, found []orphan) {
-	ref, left := refOf(p.spec).String(), found
+	ref, left := p.spec.Label, found
 	for range orphanRounds {
 		for i, o := range left {
-			p.stack.EndOrphan(o.local, o.remote)
+			p.EndOrphan(o.local, o.remote)
 			if i%orphanBatch == orphanBatch-1 && !pause(ctx, 5*time.Millisecond) {
 				return
 			}

@@ -1,16 +1,22 @@
-package main
+package isolated
 
 import (
 	"errors"
+	"log/slog"
 	"net/netip"
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"ztun/admin"
+	"ztun/cmd/attach"
+	"ztun/tun/tuntest/nslab"
 )
 
 func TestParseTCPTable(t *testing.T) {
@@ -39,7 +45,8 @@ func TestParseTCPTable(t *testing.T) {
 	}
 }
 
-// established makes an established connection out of nothing in the calling thread's namespace, as a killed daemon leaves it: nobody has the other end.
+// established makes an established connection out of nothing in the calling thread's namespace, as a killed daemon
+// leaves it: nobody has the other end.
 func established(local, remote netip.AddrPort) (*os.File, error) {
 	family, level := unix.AF_INET, func(a netip.AddrPort) unix.Sockaddr {
 		return &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
@@ -62,19 +69,44 @@ func established(local, remote netip.AddrPort) (*os.File, error) {
 	return os.NewFile(uintptr(fd), "tcp"), nil
 }
 
-// Connections that a killed daemon left to the pod's kernel, and whose application only waits, end with a reset; those within the pod go on.
+// nobody serves a pod that nothing arrives at.
+type nobody struct{ attach.Handler }
+
+// Connections that a killed daemon left to the pod's kernel, and whose application only waits, end with a reset;
+// those within the pod go on.
 func TestOrphansAreReset(t *testing.T) {
-	l := newPodLab(t)
-	l.spec.IPs = append(l.spec.IPs, netip.MustParseAddr("fd91:0:0:1::2"))
-	p, err := l.attach(t)
+	node, ns := nslab.New(t), nslab.New(t)
+	var serving sync.WaitGroup
+	n := New(attach.Options{
+		NetNS: node.NS, NodeTUN: "ztun-node", MTU: 1500, IPv6: true, Descriptors: attach.NewDescriptors(1024, nil),
+		Serve:  func(_ string, f func() error) { serving.Go(func() { f() }) },
+		Logger: func(string) *slog.Logger { return slog.New(slog.DiscardHandler) },
+	})
+	defer serving.Wait()
+	defer n.Close()
+	if err := n.Open(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	spec := attach.Pod{PodSpec: admin.PodSpec{
+		NetNS: ns.Path(), IPs: []netip.Addr{netip.MustParseAddr("10.91.1.2"), netip.MustParseAddr("fd91:0:0:1::2")},
+	}}
+	at, err := n.Attach(t.Context(), spec, nobody{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.detach(t, p)
+	defer func() {
+		if err := at.Remove(); err != nil {
+			t.Error(err)
+		}
+	}()
+	if err := at.Capture(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	p := at.(*pod)
 	a := netip.MustParseAddrPort
 	var idle []*os.File
 	var inside *os.File
-	if err := l.pod.Do(func() error {
+	if err := ns.Do(func() error {
 		for _, c := range []orphan{
 			{a("10.91.1.2:40000"), a("192.0.2.1:80")}, {a("10.91.1.2:8080"), a("10.91.2.2:55555")}, {a("[fd91:0:0:1::2]:40000"), a("[2001:db8::1]:80")},
 		} {
@@ -90,7 +122,7 @@ func TestOrphansAreReset(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer inside.Close()
-	found, err := orphans(p.ns, l.spec.IPs)
+	found, err := orphans(p.ns, spec.IPs)
 	if err != nil || len(found) != 3 {
 		t.Fatalf("found %v, %v", found, err)
 	}

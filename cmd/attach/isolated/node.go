@@ -1,0 +1,141 @@
+package isolated
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+
+	"ztun/cmd/attach"
+	"ztun/netstack"
+	"ztun/tun"
+	"ztun/tun/netns"
+	"ztun/tun/steer"
+)
+
+// Node is the kind, and what all isolated pods of a daemon share: the node's TUN with netstack's Uplink, the rules,
+// the mesh's one listener.
+type Node struct {
+	o      attach.Options
+	ns     *netns.NS // the node's
+	dev    tun.Device
+	uplink *netstack.Uplink
+	mesh   *net.TCPListener
+
+	mu     sync.Mutex // serialises changes of byAddr
+	byAddr atomic.Pointer[map[netip.Addr]*pod]
+
+	leaving atomic.Bool   // new mesh connections are reset
+	unknown atomic.Uint64 // mesh connections for an address that no pod has
+}
+
+var _ attach.Kind = (*Node)(nil)
+
+// New makes the kind; nothing is touched before Open.
+func New(o attach.Options) *Node {
+	n := &Node{o: o}
+	n.byAddr.Store(&map[netip.Addr]*pod{})
+	return n
+}
+
+// Open implements attach.Kind.
+func (n *Node) Open(ctx context.Context) (err error) {
+	o := &n.o
+	if n.ns = o.NetNS; n.ns == nil {
+		if n.ns, err = netns.Current(); err != nil {
+			return err
+		}
+	}
+	if n.dev, err = tun.Open(tun.Options{Name: o.NodeTUN, NetNS: o.NetNS, MTU: o.MTU, Plain: o.Plain}); err != nil {
+		return err
+	}
+	if why := n.dev.Offload().Why; why != "" {
+		o.Logger("ztun").Warn("the TUN device runs without offload, which costs most of its speed", "reason", why)
+	}
+	n.uplink = netstack.NewUplink(n.dev, o.Logger("netstack"))
+	n.uplink.Rescue(o.Panics)
+	plan := steer.NodePlan(steer.NodeConfig{TUN: o.NodeTUN, MTU: o.MTU, IPv6: o.IPv6})
+	if err := steer.Apply(ctx, plan, steer.Namespaces{Node: n.ns}); err != nil {
+		return err
+	}
+	o.Serve("node TUN", func() error { return n.uplink.Run(context.Background()) })
+	n.mesh, err = netns.ListenTransparent(ctx, o.NetNS, steer.PortHBONE, o.IPv6, o.Socket)
+	if err != nil {
+		return fmt.Errorf("port %d (HBONE): %w", steer.PortHBONE, err)
+	}
+	o.Serve("port 15008", func() error { return n.serveMesh(n.mesh) })
+	return nil
+}
+
+// Locate implements attach.Kind.
+func (n *Node) Locate(p *attach.Pod) error { return attach.Locate(p) }
+
+// Gone implements attach.Kind.
+func (n *Node) Gone(p attach.Place) error { return p.Gone() }
+
+// Clean implements attach.Kind: the pod's addresses and routes go with its device.
+func (n *Node) Clean(p attach.Place) error {
+	ns, err := netns.Open(p.Path)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	if dev, ino := ns.ID(); dev != p.Dev || ino != p.Ino {
+		return nil // another one by now, where we have made nothing
+	}
+	return tun.Remove(ns, podTUN)
+}
+
+// Sweep implements attach.Kind.
+func (n *Node) Sweep(keep []netip.Addr) error {
+	swept, err := steer.Sweep(n.ns, keep)
+	if len(swept) > 0 {
+		n.o.Logger("ztun").Info("removed routes of an earlier run", "addresses", fmt.Sprint(swept))
+	}
+	return err
+}
+
+// Leave implements attach.Kind.
+func (n *Node) Leave() { n.leaving.Store(true) }
+
+// Close implements attach.Kind.
+func (n *Node) Close() error {
+	var errs []error
+	switch {
+	case n.uplink != nil:
+		errs = append(errs, n.uplink.Close())
+	case n.dev != nil:
+		errs = append(errs, n.dev.Close())
+	}
+	if n.mesh != nil {
+		// The last of all: until now new connections are reset. Without a socket the kernel would say nothing for
+		// addresses that are not the node's own, and every peer would wait for its connect timeout.
+		errs = append(errs, n.mesh.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Stats implements attach.Kind.
+func (n *Node) Stats() attach.NodeStats {
+	s := attach.NodeStats{MeshUnknown: n.unknown.Load()}
+	if n.uplink != nil {
+		link := n.uplink.Stats()
+		s.Link, s.Offload = &link, n.dev.Offload()
+	}
+	return s
+}
+
+// index changes the table by which accepted mesh connections find their pod.
+func (n *Node) index(change func(map[netip.Addr]*pod)) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	t := map[netip.Addr]*pod{}
+	for a, p := range *n.byAddr.Load() {
+		t[a] = p
+	}
+	change(t)
+	n.byAddr.Store(&t)
+}

@@ -1,0 +1,91 @@
+package attach
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"ztun/admin"
+	"ztun/tun/netns"
+	"ztun/tun/steer"
+)
+
+// Place says in which network namespace a pod lives. The path alone does not do: it may name another namespace by the
+// time of a restart, a pid all the more.
+type Place struct {
+	Path     string // "" where the namespace came as a descriptor
+	Dev, Ino uint64 // of the namespace's file; both zero: not known
+}
+
+// Locate fills in where p lives, without a descriptor of its own: also when the process has none left.
+func Locate(p *Pod) error {
+	if p.File != nil {
+		ns, err := netns.FromFile(p.File)
+		if err != nil {
+			return NamespaceError(err)
+		}
+		defer ns.Close()
+		p.Place.Dev, p.Place.Ino = ns.ID()
+		return nil
+	}
+	dev, ino, err := netns.Identify(p.NetNS)
+	if err != nil {
+		return NamespaceError(err)
+	}
+	p.Place = Place{p.NetNS, dev, ino}
+	return nil
+}
+
+// Open opens the namespace of p.
+func Open(p Pod) (*netns.NS, error) {
+	open := func() (*netns.NS, error) { return netns.Open(p.NetNS) }
+	if p.File != nil {
+		open = func() (*netns.NS, error) { return netns.FromFile(p.File) }
+	}
+	ns, err := open()
+	if err != nil {
+		return nil, NamespaceError(err)
+	}
+	return ns, nil
+}
+
+// Gone says why there surely is no namespace any more that is the one meant; nil if there is, and nil if that cannot
+// be told: a pod is not given up for a shortage of the daemon's. One that came as a descriptor is held by it.
+func (p Place) Gone() error {
+	if p.Path == "" {
+		return nil
+	}
+	dev, ino, err := netns.Identify(p.Path)
+	switch {
+	case errors.Is(err, netns.ErrNotExist), errors.Is(err, netns.ErrNotNamespace):
+		return err
+	case err == nil && p.Ino != 0 && (dev != p.Dev || ino != p.Ino):
+		return fmt.Errorf("%s is another network namespace now", p.Path)
+	}
+	return nil
+}
+
+// Same says whether both surely are the same namespace, whatever their paths.
+func (p Place) Same(o Place) bool { return p.Ino != 0 && p.Dev == o.Dev && p.Ino == o.Ino }
+
+// NamespaceError says whose fault it is that a namespace could not be found or entered: the request's only if there
+// surely is none.
+func NamespaceError(err error) error {
+	if errors.Is(err, netns.ErrNotExist) || errors.Is(err, netns.ErrNotNamespace) {
+		return fmt.Errorf("%w: %w", admin.ErrPodInvalid, err)
+	}
+	return fmt.Errorf("%w: %w", admin.ErrPodUnavailable, err)
+}
+
+// CheckAddrs says why a pod of these addresses cannot be attached beside others: an address that no pod can have, two
+// of a family, or one that another pod has. others are those of each attached pod, by its label.
+func CheckAddrs(label string, addrs []netip.Addr, others map[string][]netip.Addr) error {
+	var attached []steer.PodConfig
+	for name, a := range others {
+		attached = append(attached, steer.PodConfig{Name: name, Addrs: a})
+	}
+	if err := steer.CheckPod(attached, steer.PodConfig{Name: label, Addrs: addrs}); err != nil {
+		return fmt.Errorf("%w: %w", admin.ErrPodConflict, err)
+	}
+	return nil
+}

@@ -1,0 +1,156 @@
+package attach
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+
+	"ztun/admin"
+	"ztun/netstack"
+	"ztun/proxy"
+	"ztun/proxy/rescue"
+	"ztun/tun"
+)
+
+// Stack is what the kinds with a TUN have towards the application, and towards the network where that is netstack's
+// too: the device, netstack behind it, and what runs it. It is most of an Attachment.
+type Stack struct {
+	*netstack.Stack
+	dev     tun.Device
+	addrs   []netip.Addr
+	panics  *rescue.Panics
+	log     *slog.Logger
+	label   string
+	end     context.CancelFunc // of what Go started
+	ctx     context.Context
+	running sync.WaitGroup
+	failure atomic.Pointer[error]
+}
+
+// NewStack puts netstack behind dev, which it owns from then on. What arrives goes to h, once Run is called. mtu is
+// in bytes. uplink is the node's device; nil: the way to the network is another.
+func NewStack(o *Options, p Pod, mtu int, dev tun.Device, uplink *netstack.Uplink, h Handler) (*Stack, error) {
+	s := &Stack{dev: dev, addrs: p.IPs, panics: o.Panics, log: o.Logger("pods"), label: p.Label}
+	c := o.Stack
+	c.Addrs, c.MTU, c.App, c.Uplink, c.Memory = p.IPs, mtu, dev, uplink, p.Memory
+	c.Panics, c.Logger = o.Panics, s.log
+	c.OnFlow = func(f *netstack.Flow) {
+		if f.Inbound() {
+			h.ServePassthrough(flow{f})
+		} else {
+			h.ServeOutbound(flow{f})
+		}
+	}
+	if o.DNS {
+		c.OnDNS = func(q *netstack.DNSQuery) { h.ServeDNS(q) }
+	}
+	c.OnBound = func(resource, source string, evicted bool) { o.Report.Turned(resource, p.Label, source, evicted) }
+	var err error
+	if s.Stack, err = netstack.New(c); err != nil {
+		if errors.Is(err, netstack.ErrAddressTaken) {
+			return nil, fmt.Errorf("%w: %w", admin.ErrPodConflict, err)
+		}
+		return nil, err
+	}
+	s.ctx, s.end = context.WithCancel(context.Background())
+	return s, nil
+}
+
+// Run starts the stack.
+func (s *Stack) Run() {
+	s.Go("a pod's stack", func(ctx context.Context) {
+		if err := s.Stack.Run(ctx); err != nil && ctx.Err() == nil {
+			s.failure.Store(&err)
+			s.log.Error("the pod's device failed; `ztun pod del` and `add` the pod again", "pod", s.label, "error", err)
+		}
+	})
+}
+
+// Go runs f until Stop ends its context, which waits for it.
+func (s *Stack) Go(what string, f func(ctx context.Context)) {
+	s.running.Go(s.panics.Func(what, func() { f(s.ctx) }, nil))
+}
+
+// Stop implements Attachment.
+func (s *Stack) Stop() (whole bool) {
+	// What a panic left locked must not keep the others from ending: after one, nobody is waited for without end.
+	var closed sync.WaitGroup
+	closed.Go(s.panics.Func("the end of a stack", func() { s.Close() }, nil))
+	whole = s.panics.Wait(&closed)
+	s.end()
+	return s.panics.Wait(&s.running) && whole
+}
+
+// Addrs implements Attachment.
+func (s *Stack) Addrs() []netip.Addr { return s.addrs }
+
+// Status implements Attachment.
+func (s *Stack) Status() Status {
+	st := Status{Device: s.dev.Name(), Offload: s.dev.Offload()}
+	if err := s.failure.Load(); err != nil {
+		st.Err = *err
+	}
+	return st
+}
+
+// Stats implements Attachment.
+func (s *Stack) Stats() *netstack.Stats {
+	stats := s.Stack.Stats()
+	return &stats
+}
+
+// DialApp implements proxy.Network: the application sees src as its client.
+func (s *Stack) DialApp(ctx context.Context, src, dst netip.AddrPort) (proxy.Conn, error) {
+	c, err := s.Stack.DialApp(ctx, src, dst)
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// DialPlain implements proxy.Network, by the uplink.
+func (s *Stack) DialPlain(ctx context.Context, dst netip.AddrPort) (proxy.Conn, error) {
+	c, err := s.Stack.DialPlain(ctx, dst)
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// DialUDP implements Ways, by the uplink.
+func (s *Stack) DialUDP(ctx context.Context, dst netip.AddrPort) (net.Conn, error) {
+	c, err := s.Stack.DialUDP(ctx, dst)
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// flow is a netstack flow as the proxy wants it.
+type flow struct{ *netstack.Flow }
+
+func (f flow) Accept() (proxy.Conn, error) {
+	c, err := f.Flow.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func (f flow) Refuse(r proxy.Refusal) {
+	switch r {
+	case proxy.RefuseHostUnreachable:
+		f.Flow.Refuse(netstack.HostUnreachable)
+	case proxy.RefuseNetUnreachable:
+		f.Flow.Refuse(netstack.NetUnreachable)
+	case proxy.RefuseSilent:
+		f.Flow.Refuse(netstack.Silent)
+	default:
+		f.Flow.Refuse(netstack.Reset)
+	}
+}
