@@ -2,7 +2,6 @@ package admin
 
 import (
 	"fmt"
-	"html"
 	"log/slog"
 	"maps"
 	"net/http"
@@ -23,6 +22,10 @@ type AdminOptions struct {
 	// can close over one snapshot.
 	Dump        func() map[string]Section
 	Connections ConnectionSource // of /ztun/connections and /ztun/flows
+	// What the page at / shows beside the above; each may be nil. Overview is called once per rendering.
+	Overview func() Overview
+	Meter    *Meter
+	Ready    *Ready
 	// Quit asks for the end of the process; it must not wait for it. reason is "/quitquitquit".
 	Quit func(reason string)
 	// Debug are additional exact paths, which must begin with /debug/.
@@ -44,6 +47,10 @@ func NewAdmin(o AdminOptions) (*Server, error) {
 			return nil, fmt.Errorf("additional admin path %q is not below /debug/", p)
 		}
 	}
+	index, err := overview(&o, slices.Sorted(maps.Keys(o.Debug)))
+	if err != nil {
+		return nil, err
+	}
 	ls, err := listenLoopback("admin", o.Port, o.IPv6, o.Logger)
 	if err != nil {
 		return nil, err
@@ -55,7 +62,7 @@ func NewAdmin(o AdminOptions) (*Server, error) {
 		routes[p] = h
 	}
 	maps.Copy(routes, o.Debug)
-	routes["/"] = dashboard(slices.Sorted(maps.Keys(o.Debug)))
+	routes["/"] = index
 	routes["/config_dump"] = dump
 	routes[connectionsPage], routes[flowsPage] = o.Connections.handler(false), o.Connections.handler(true)
 	routes["/quitquitquit"] = quitHandler(o.Quit)
@@ -104,60 +111,6 @@ func quitHandler(quit func(string)) http.HandlerFunc {
 			quit("/quitquitquit")
 		}
 		plain(w, http.StatusOK, "shutdown now\n")
-	}
-}
-
-// dashboard is the page at /: ztunnel's links in ztunnel's order, then our own.
-func dashboard(extra []string) http.HandlerFunc {
-	type row struct{ link, text string }
-	rows := []row{
-		{"debug/pprof/profile", "build a CPU profile in pprof's format (query: seconds, frequency)"},
-		{"debug/pprof/heap", "collect heap profiling data in pprof's format"},
-		{"debug/pprof/heap/profiling", "show whether heap profiling is active (query: activate)"},
-		{"quitquitquit", "shut the process down (POST)"},
-		{"config_dump", "dump the current configuration and state"},
-		{"logging", "show or change logging levels (POST)"},
-		{"debug/pprof/", "all profiles of the Go runtime"},
-		{"ztun/connections", "live connections of the pods (query: pod, peer, direction, sort, limit)"},
-		{"ztun/flows", "connections that have ended, with outcome and reason (query: outcome, since as well)"},
-	}
-	for _, p := range extra {
-		rows = append(rows, row{strings.TrimPrefix(p, "/"), "addition of ztun"})
-	}
-	var b strings.Builder
-	b.WriteString(`<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>Ztunnel Admin</title>
-<style>
-body { font-family: sans-serif; margin: 2em; }
-table { border-collapse: collapse; }
-th { text-align: left; border-bottom: 2px solid #666; }
-th, td { padding: 0.4em 1.5em 0.4em 0.4em; }
-.gray { background-color: #eee; }
-.vert-space { height: 1.5em; }
-</style>
-</head>
-<body>
-<h1>Ztunnel Admin</h1>
-<p>This process is ztun.</p>
-<table>
-<thead><tr><th>Command</th><th>Description</th></tr></thead>
-<tbody>
-`)
-	for i, r := range rows {
-		class := "vert-space"
-		if i%2 == 1 {
-			class = "gray"
-		}
-		fmt.Fprintf(&b, "<tr class=\"%s\"><td><a href=\"%s\">%[2]s</a></td><td>%s</td></tr>\n", class, html.EscapeString(r.link), html.EscapeString(r.text))
-	}
-	b.WriteString("</tbody>\n</table>\n</body>\n</html>\n")
-	page := []byte(b.String())
-	return func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Type", "text/html; charset=utf-8")
-		w.Write(page)
 	}
 }
 

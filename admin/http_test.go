@@ -225,27 +225,6 @@ func TestQuit(t *testing.T) {
 	}
 }
 
-func TestDashboard(t *testing.T) {
-	s := testAdmin(t, func(o *AdminOptions) { o.Debug = map[string]http.Handler{"/debug/tun": http.NotFoundHandler()} })
-	resp, body := do(t, "GET", urlOf(s, "/"))
-	if resp.StatusCode != 200 || resp.Header.Get("Content-Type") != "text/html; charset=utf-8" || !strings.Contains(body, "<title>Ztunnel Admin</title>") {
-		t.Errorf("%s %v", resp.Status, resp.Header)
-	}
-	at := 0
-	for i, link := range []string{"debug/pprof/profile", "debug/pprof/heap", "debug/pprof/heap/profiling", "quitquitquit", "config_dump", "logging", "debug/pprof/", "debug/tun"} {
-		class := []string{"vert-space", "gray"}[i%2]
-		row := fmt.Sprintf(`<tr class="%s"><td><a href="%s">%s</a></td>`, class, link, link)
-		n := strings.Index(body[at:], row)
-		if n < 0 {
-			t.Fatalf("row %d (%s) is missing or out of order", i, row)
-		}
-		at += n
-	}
-	if _, err := NewAdmin(AdminOptions{Debug: map[string]http.Handler{"/x": nil}}); err == nil {
-		t.Error("a path outside /debug/ was accepted")
-	}
-}
-
 func TestExactPaths(t *testing.T) {
 	s := testAdmin(t, nil)
 	for _, p := range []string{"/config_dump/", "//config_dump", "/./config_dump", "/Config_dump", "/debug/pprof/nope", "/debug", "/logging/x", "/%63onfig_dumpx"} {

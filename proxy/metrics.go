@@ -40,6 +40,8 @@ type Metrics struct {
 	socketsSource, socketsDestination  atomic.Int64
 	socketsSourceSeen, socketsDestSeen atomic.Bool
 
+	gone [2]Totals // of series that have expired: source's, destination's
+
 	overflowed atomic.Uint64 // look-ups that the bound sent to the overflow series
 	disclaimed atomic.Uint64 // and those whose peer had claimed too much: counted under its identity alone
 	expired    atomic.Uint64 // series
@@ -253,6 +255,7 @@ func (m *Metrics) Expire(present func(map[NamedWorkload]bool)) int {
 		}
 		if gone || full {
 			delete(m.series, l)
+			m.gone[side(s)].add(s)
 			if s.claimant != "" {
 				if m.claims[s.claimant] -= s.claimed; m.claims[s.claimant] <= 0 {
 					delete(m.claims, s.claimant)
@@ -263,6 +266,34 @@ func (m *Metrics) Expire(present func(map[NamedWorkload]bool)) int {
 	n -= len(m.series)
 	m.expired.Add(uint64(n))
 	return n
+}
+
+// Totals are sums over all series of one reporter, those that have expired included. Bytes are those of both ways.
+type Totals struct{ Opened, Failed, Bytes uint64 }
+
+func (t *Totals) add(s *series) {
+	t.Opened += s.opened.Load()
+	t.Failed += s.failed.Load()
+	t.Bytes += s.received.Load() + s.sent.Load()
+}
+
+// Totals returns what the pods opened (source), and what they were opened (destination), since the start.
+func (m *Metrics) Totals() (source, destination Totals) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	sums := m.gone
+	for _, s := range m.series {
+		sums[side(s)].add(s)
+	}
+	return sums[0], sums[1]
+}
+
+// side is 0 for a series of the source's, 1 for one of the destination's.
+func side(s *series) int {
+	if s.labels[lReporter] == reporterSource {
+		return 0
+	}
+	return 1
 }
 
 // workloads are those of the source and the destination.

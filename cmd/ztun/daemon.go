@@ -73,6 +73,9 @@ type daemon struct {
 	dnsMetrics  *dns.Metrics // nil: the DNS proxy is off
 	onDemandDNS *proxy.OnDemandDNS
 
+	started time.Time
+	meter   *admin.Meter // of the page on 15000
+
 	quit   chan string // the reason to end; capacity 1
 	failed atomic.Bool // the reason is a failure of ours
 
@@ -143,6 +146,7 @@ func runProxy(ctx context.Context, c *Config) error {
 // start makes everything, in the order in which a failure is cheapest.
 func (d *daemon) start(ctx context.Context) error {
 	c := d.c
+	d.started = time.Now()
 	version, revision := buildVersion()
 	d.logger.Info("ztun", "version", version, "revision", revision, "go", runtime.Version())
 	if effective, err := json.Marshal(c.dump()); err == nil {
@@ -210,6 +214,8 @@ func (d *daemon) start(ctx context.Context) error {
 	d.admin(ctx, "admin loop", func(ctx context.Context) error { return d.loop.Run(ctx) })
 	d.admin(ctx, "certificates", func(ctx context.Context) error { return d.certs.Run(ctx) })
 	d.admin(ctx, "re-check", func(ctx context.Context) error { d.know.follow(ctx, d.newState); return nil })
+	d.meter = admin.NewMeter(d.traffic)
+	d.admin(ctx, "meter", d.meter.Run)
 	d.admin(ctx, "series", func(ctx context.Context) error { d.metrics.Run(ctx, d.present); return nil })
 	d.file = &xds.File{Path: c.LocalXDSPath, Inline: c.LocalXDS, TrustDomain: trustDomain(signer, c.TrustDomain), Logger: d.log.Logger("xds")}
 	d.static = xds.NewStatic(d.file)

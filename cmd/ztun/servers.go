@@ -23,6 +23,7 @@ func (d *daemon) bindReadiness() error {
 func (d *daemon) bindAdmin() error {
 	a, err := admin.NewAdmin(admin.AdminOptions{
 		Port: d.c.AdminPort, IPv6: d.c.loopbackIPv6(), Logging: d.log, Dump: d.dump, Connections: d.connections(), Quit: d.askToQuit,
+		Overview: d.overview, Meter: d.meter, Ready: d.ready,
 		Token: d.c.AdminToken, Report: d.report, Logger: d.log.Logger("admin"),
 	})
 	if err := d.bound("admin", a, err); err != nil {
