@@ -18,7 +18,8 @@ type Overview struct {
 	Node, Version string
 	Started       time.Time
 	Source        string // where workloads come from, in words: a control plane's address, or a file's path
-	Connected     bool   // to the control plane; true where there is none to be connected to
+	File          bool   // it is a file's
+	Connected     bool   // to the control plane; false with a file
 	Rejected      int    // resources of the control plane whose newest version is refused
 
 	Workloads, Services, Policies int // of the mesh, as known here

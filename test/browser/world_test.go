@@ -82,7 +82,7 @@ func TestRealNode(t *testing.T) {
 	b := open(t) // ends before what it is connected to
 	b.looks(url, "real", "light")
 	text := get(b, chromedp.TextContent(chromedp.CSS("main")))
-	for _, want := range []string{"default/a", "default/c", "HBONE", "spiffe://cluster.local/ns/default/sa/a", "valid", "10.91.2.2:15008", "failed", "refused"} {
+	for _, want := range []string{"default/a", "from a file", "called as 10.91.2.2:9000", "default/c", "HBONE", "spiffe://cluster.local/ns/default/sa/a", "valid", "10.91.2.2:15008", "failed", "refused"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("%q is not on the page: %s", want, text)
 		}

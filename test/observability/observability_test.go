@@ -184,7 +184,7 @@ func documented(t *testing.T) map[string][]string {
 		t.Fatal(err)
 	}
 	out := map[string][]string{"up": nil, "process_open_fds": nil, "process_max_fds": nil, "process_resident_memory_bytes": nil, "process_cpu_seconds_total": nil}
-	for _, m := range regexp.MustCompile("(?m)^\\| `(\\w+)` \\| (\\w+) \\| ([^|]*) \\|").FindAllStringSubmatch(string(b), -1) {
+	for _, m := range regexp.MustCompile("(?m)^\\| `(\\w+)` \\| (\\w+) \\| [^|]* \\| ([^|]*) \\|").FindAllStringSubmatch(string(b), -1) {
 		labels := strings.Split(strings.TrimSpace(m[3]), ", ")
 		switch m[2] {
 		case "counter":
