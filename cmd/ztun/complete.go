@@ -85,7 +85,7 @@ func completions(cmd *cobra.Command) map[string]completion {
 		"direction": values("outbound", "inbound", "passthrough"),
 		"outcome":   values("success", "denied", "failed", "cut", "bad"),
 		"sort":      values("age", "bytes", "sent", "received", "pod", "peer"),
-		"peer":      nothing, "limit": nothing, "since": nothing,
+		"peer":      nothing, "limit": nothing, "since": nothing, "timeout": nothing,
 		"log-format": values("plain", "json"),
 		"log":        values("error", "warn", "info", "debug", "trace", "off"),
 		"dir":        directories, "out": directories, "mesh": directories,

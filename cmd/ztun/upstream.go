@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"log/slog"
 	"path/filepath"
 
 	"ztun/admin"
@@ -17,11 +18,17 @@ const maxXDS = 200 << 20
 
 // connector is the way to a control plane: what XDS_ADDRESS and CA_ADDRESS have in common.
 func (d *daemon) connector(name, address string, roots RootSource, alt string, headers [][2]string, maxRecv int) (*istiod.Connector, error) {
-	c := d.c
+	return newConnector(d.c, name, address, roots, alt, headers, maxRecv, d.log.Logger("istiod"))
+}
+
+// newConnector is for those who have no daemon.
+func newConnector(
+	c *Config, name, address string, roots RootSource, alt string, headers [][2]string, maxRecv int, log *slog.Logger,
+) (*istiod.Connector, error) {
 	conn, err := istiod.New(istiod.Options{
 		Address: address, Roots: istiod.Roots{File: roots.File, PEM: roots.PEM, System: roots.System}, AltHostname: alt,
 		Token: istiod.Token{File: c.TokenFile, Literal: c.TokenLiteral}, ClusterID: c.ClusterID, Headers: headers,
-		ClientCert: c.ClientCert, ClientKey: c.ClientKey, TLS12: c.TLS12, PQC: c.PQC, MaxRecv: maxRecv, Logger: d.log.Logger("istiod"),
+		ClientCert: c.ClientCert, ClientKey: c.ClientKey, TLS12: c.TLS12, PQC: c.PQC, MaxRecv: maxRecv, Logger: log,
 	})
 	if err != nil {
 		return nil, &configError{name, address, err}
