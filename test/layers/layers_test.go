@@ -15,6 +15,7 @@ import (
 // decision: draw it here, and say why in the package's doc.go.
 const allowed = `
 cmd/attach           -> admin netstack proxy proxy/fair proxy/rescue tun tun/netns tun/steer
+cmd/attach/attachtest -> admin cmd/attach netstack proxy tun tun/tuntest
 cmd/attach/isolated  -> admin cmd/attach netstack proxy tun tun/netns tun/steer
 cmd/doctor           -> tun/netns tun/steer
 cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/xds admin/zlog cmd/attach cmd/attach/isolated cmd/doctor netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state tun/netns

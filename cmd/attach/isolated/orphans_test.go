@@ -2,12 +2,10 @@ package isolated
 
 import (
 	"errors"
-	"log/slog"
 	"net/netip"
 	"os"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -69,24 +67,10 @@ func established(local, remote netip.AddrPort) (*os.File, error) {
 	return os.NewFile(uintptr(fd), "tcp"), nil
 }
 
-// nobody serves a pod that nothing arrives at.
-type nobody struct{ attach.Handler }
-
 // Connections that a killed daemon left to the pod's kernel, and whose application only waits, end with a reset;
 // those within the pod go on.
 func TestOrphansAreReset(t *testing.T) {
-	node, ns := nslab.New(t), nslab.New(t)
-	var serving sync.WaitGroup
-	n := New(attach.Options{
-		NetNS: node.NS, NodeTUN: "ztun-node", MTU: 1500, IPv6: true, Descriptors: attach.NewDescriptors(1024, nil),
-		Serve:  func(_ string, f func() error) { serving.Go(func() { f() }) },
-		Logger: func(string) *slog.Logger { return slog.New(slog.DiscardHandler) },
-	})
-	defer serving.Wait()
-	defer n.Close()
-	if err := n.Open(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	ns, n := nslab.New(t), openNode(t)
 	spec := attach.Pod{PodSpec: admin.PodSpec{
 		NetNS: ns.Path(), IPs: []netip.Addr{netip.MustParseAddr("10.91.1.2"), netip.MustParseAddr("fd91:0:0:1::2")},
 	}}

@@ -1,0 +1,259 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"ztun/admin"
+	"ztun/admin/ca"
+	"ztun/admin/xds"
+	"ztun/admin/zlog"
+	"ztun/cmd/attach"
+	"ztun/cmd/attach/attachtest"
+	"ztun/proxy"
+	"ztun/proxy/fair"
+	"ztun/proxy/rescue"
+	"ztun/proxy/resolve"
+)
+
+// memoryDaemon is the daemon's own pod manager and proxies over the attachment that is in memory.
+type memoryDaemon struct {
+	*daemon
+	net  *attachtest.Network
+	pods *podManager
+}
+
+func newMemoryDaemon(t *testing.T) *memoryDaemon {
+	t.Helper()
+	filter, err := zlog.ParseFilter("off")
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := zlog.New(zlog.Options{Writer: io.Discard, Control: zlog.NewControl(filter)})
+	c := load(t, "ISTIO_META_DNS_CAPTURE", "false")
+	c.StateDir = t.TempDir()
+	d := &daemon{c: c, log: log, logger: log.Logger("ztun"), report: fair.NewReport(log.Logger("bounds")), panics: rescue.New(log.Logger("ztun")),
+		certs:      ca.NewManager(ca.ManagerOptions{Signer: ca.NewFake(), TTL: time.Hour}),
+		handshakes: fair.NewTurns[proxy.Crypto](1, time.Millisecond, time.Millisecond),
+		metrics:    proxy.NewMetrics(), policies: proxy.NewUnknownPolicies(false, log.Logger("proxy")), onDemandDNS: proxy.NewOnDemandDNS(),
+		resolve: resolve.New(resolve.Options{}), know: newKnowledge()}
+	d.loop = admin.NewLoop(admin.LoopOptions{Published: d.know.published})
+	d.know.view = d.loop.View
+	m := &memoryDaemon{daemon: d, net: attachtest.NewNetwork(), pods: newPodManager(c, log.Logger("pods"))}
+	d.pods = m.pods
+	d.kind = m.net.Kind(attach.Options{MTU: 1500, IPv6: true, Stack: c.stack(), Report: d.report, Panics: d.panics, Logger: log.Logger})
+	m.pods.kind, m.pods.new, m.pods.changed, m.pods.known, m.pods.panics = d.kind, d.newPod, d.podsChanged, d.known, d.panics
+	ctx, cancel := context.WithCancel(context.Background())
+	var work sync.WaitGroup
+	work.Go(func() { d.certs.Run(ctx) })
+	work.Go(func() { d.loop.Run(ctx) })
+	work.Go(func() { d.know.follow(ctx, d.newState) })
+	if err := d.kind.Open(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		for _, p := range m.pods.all() {
+			if err := m.pods.Delete(context.Background(), p.spec.Namespace, p.spec.Name); err != nil {
+				t.Error(err)
+			}
+		}
+		d.kind.Close()
+		cancel()
+		work.Wait()
+		log.Close(context.Background())
+	})
+	return m
+}
+
+// knows has the control side know two workloads of the mesh, one and two, a third outside, and the policies.
+func (m *memoryDaemon) knows(t *testing.T, policies string) {
+	t.Helper()
+	l, err := xds.ParseLocal([]byte(`
+workloads:
+- {uid: one, name: one, namespace: n, serviceAccount: sa-one, trustDomain: td, workloadIps: [10.1.0.1], protocol: HBONE, services: {}}
+- {uid: two, name: two, namespace: n, serviceAccount: sa-two, trustDomain: td, workloadIps: [10.1.0.2], protocol: HBONE, services: {}}
+- {uid: three, name: three, namespace: n, serviceAccount: sa-three, trustDomain: td, workloadIps: [10.1.0.3], protocol: TCP, services: {}}
+` + policies))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.loop.Do(t.Context(), func() { m.loop.Publish(l.View("")) }); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func specOf(name string, ips ...netip.Addr) admin.PodSpec {
+	return admin.PodSpec{Name: name, Namespace: "n", ServiceAccount: "sa-" + name, NetNS: "host-" + name, IPs: ips}
+}
+
+// echo answers with what the application sees of its client, then with what it gets.
+func echo(c net.Conn) {
+	defer c.Close()
+	fmt.Fprintf(c, "%s\n", c.RemoteAddr().(*net.TCPAddr).IP)
+	io.Copy(c, c)
+}
+
+// ask says hello and returns all that comes back.
+func ask(t *testing.T, from *attachtest.Host, dst string) (string, error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	c, err := from.Dial(ctx, netip.MustParseAddrPort(dst))
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	if _, err := io.WriteString(c, "hello"); err != nil {
+		return "", err
+	}
+	if err := c.CloseWrite(); err != nil {
+		return "", err
+	}
+	b, err := io.ReadAll(c)
+	return string(b), err
+}
+
+// A whole connection through the daemon's own pod manager, by an attachment without devices, namespaces and root:
+// over HBONE from one pod to the other, as the client's own address; refused by a policy, truthfully; and plaintext
+// to what is not in the mesh.
+func TestAttachmentInMemory(t *testing.T) {
+	m := newMemoryDaemon(t)
+	addr := netip.MustParseAddr
+	one, two, outside := m.net.Host("host-one", addr("10.1.0.1")), m.net.Host("host-two", addr("10.1.0.2")), m.net.Host("host-three", addr("10.1.0.3"))
+	two.Listen(80, echo)
+	outside.Listen(80, echo)
+	m.knows(t, "")
+	// Addresses are given, or read where the pod lives.
+	for _, s := range []admin.PodSpec{specOf("one", addr("10.1.0.1")), specOf("two"), specOf("three")} {
+		if err := m.pods.Add(t.Context(), s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := ask(t, one, "10.1.0.2:80")
+	if err != nil || got != "10.1.0.1\nhello" {
+		t.Errorf("over HBONE: %q, %v", got, err)
+	}
+	tunnels := func() (n uint64) {
+		for _, p := range m.pods.all() {
+			n += p.proxy.Stats().Pool.Dials
+		}
+		return n
+	}
+	if tunnels() != 1 {
+		t.Errorf("%d tunnels were made", tunnels())
+	}
+	if got, err := ask(t, one, "10.1.0.2:81"); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("where nobody listens: %q, %v", got, err)
+	}
+	if got, err := ask(t, one, "10.1.0.3:80"); err != nil || got != "10.1.0.1\nhello" || tunnels() != 1 {
+		t.Errorf("in plaintext: %q, %v, %d tunnels", got, err, tunnels())
+	}
+	// A connection that stands, and is cut by the policy.
+	c, err := one.Dial(t.Context(), netip.MustParseAddrPort("10.1.0.2:80"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	m.knows(t, `
+policies:
+- {name: nobody, namespace: n, scope: Namespace, action: Deny, dryRun: false, rules: [[[{namespaces: [{Exact: n}]}]]]}
+`)
+	c.SetReadDeadline(time.Now().Add(20 * time.Second))
+	if _, err := io.Copy(io.Discard, c); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the connection that was there: %v", err)
+	}
+	if got, err := ask(t, one, "10.1.0.2:80"); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("denied by policy: %q, %v", got, err)
+	}
+	if n := len(m.pods.List()); n != 3 {
+		t.Errorf("%d pods", n)
+	}
+}
+
+// A pod is known by its uid: two of one name are there at once, each under a label of its own, and neither the
+// address nor the namespace of the other can be had.
+func TestPodsAreKnownByUID(t *testing.T) {
+	m := newMemoryDaemon(t)
+	addr := netip.MustParseAddr
+	m.net.Host("host-one", addr("10.1.0.1"))
+	later := m.net.Host("later", addr("10.1.0.9"))
+	m.net.Host("third", addr("10.1.0.8"))
+	m.knows(t, "")
+	first := specOf("one")
+	first.UID = "uid-1"
+	if err := m.pods.Add(t.Context(), first); err != nil {
+		t.Fatal(err)
+	}
+	second := first
+	second.UID, second.NetNS = "uid-2", "later"
+	for _, wrong := range []struct {
+		change func(*admin.PodSpec)
+		say    string
+	}{
+		{func(s *admin.PodSpec) { s.UID = "uid-1" }, "attached already"},
+		{func(s *admin.PodSpec) { s.NetNS, s.IPs = "host-one", []netip.Addr{addr("10.1.0.7")} }, "belongs to pod n/one"},
+		{func(s *admin.PodSpec) { s.IPs = []netip.Addr{addr("10.1.0.1")} }, "10.1.0.1 is in use by pod n/one"},
+	} {
+		s := second
+		wrong.change(&s)
+		if err := m.pods.Add(t.Context(), s); !errors.Is(err, admin.ErrPodConflict) || !strings.Contains(err.Error(), wrong.say) {
+			t.Errorf("%v, want a conflict that says %q", err, wrong.say)
+		}
+	}
+	if err := m.pods.Add(t.Context(), second); err != nil {
+		t.Fatal(err)
+	}
+	var labels []string
+	for _, p := range m.pods.all() {
+		labels = append(labels, p.label)
+	}
+	slices.Sort(labels)
+	if want := []string{"n/one", "n/one@uid-2"}; !slices.Equal(labels, want) {
+		t.Errorf("labels %q, want %q", labels, want)
+	}
+	// By name it cannot be said which is meant.
+	if err := m.pods.Delete(t.Context(), "n", "one"); !errors.Is(err, admin.ErrPodConflict) || !strings.Contains(err.Error(), "uid-1, uid-2") {
+		t.Errorf("delete by name: %v", err)
+	}
+	// A namespace that came as a descriptor is not in the list for the next daemon; the others are, with their uid.
+	third := specOf("three")
+	third.UID, third.NetNS = "uid-3", ""
+	file, err := os.CreateTemp(t.TempDir(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	m.net.Host(file.Name(), addr("10.1.0.7"))
+	m.pods.op.Lock()
+	err = errors.Join(m.pods.attach(t.Context(), attach.Pod{PodSpec: third, File: file}), m.pods.save())
+	m.pods.op.Unlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(m.pods.stateFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	saved, err := readSaved(b)
+	if err != nil || len(saved) != 2 || saved[0].UID+saved[1].UID != "uid-1uid-2" && saved[0].UID+saved[1].UID != "uid-2uid-1" {
+		t.Errorf("saved %s, %v", b, err)
+	}
+	// The one whose namespace ends is let go of; the other goes on.
+	later.Vanish()
+	m.pods.dropVanished()
+	if all := m.pods.List(); len(all) != 2 || slices.ContainsFunc(all, func(p admin.PodStatus) bool { return p.UID == "uid-2" }) {
+		t.Errorf("after one has vanished: %+v", all)
+	}
+}
