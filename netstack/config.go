@@ -40,6 +40,8 @@ type Config struct {
 	// block (the query counts against MaxDNS until it returns). TCP to port 53
 	// is a Flow like any other. Nil: such packets are dropped like other UDP.
 	OnDNS func(*DNSQuery)
+	// Datagrams, if set, has the pod's UDP and ICMP carried. Nil: they are dropped.
+	Datagrams *Datagrams
 	// Panics catches those of the stack's goroutines; nil: nobody does. One in a
 	// connection's ends that, one in the stack's own work ends the stack (Run says
 	// so). gVisor starts goroutines of its own, whose panics cannot be caught.
@@ -142,6 +144,9 @@ func (c *Config) fill() error {
 	}
 	if c.Uplink != nil && c.UplinkIsApp {
 		return errors.New("netstack: both Uplink and UplinkIsApp given")
+	}
+	if c.Datagrams != nil && c.Uplink == nil {
+		return errors.New("netstack: Datagrams without an Uplink")
 	}
 	if len(c.Addrs) == 0 {
 		return errors.New("netstack: no pod address")

@@ -18,6 +18,8 @@
 //	probe.go    whether the application would take a connection, without its noticing
 //	dns.go      UDP to port 53 -> DNSQuery, within bounds, and its answer
 //	udp.go      UDP sockets to the network, for the queries that are passed on
+//	sight.go    what is seen of other UDP and of ICMP; datagram.go their flows, policy and bounds
+//	forwarding.go  their way from one device to the other; finish.go what one of the devices left undone
 //	dial.go     connections that start here: to the application, to the network
 //	conn.go     an established connection; wait.go how it waits, writeto.go how it lends
 //	memory.go   how large buffers are, by the number of connections and the pod's memory
@@ -28,9 +30,7 @@
 // Who calls it: the composition root makes an Uplink per node and a Stack per
 // pod and runs them; the proxy gets Flows and dials. What it never does: decide
 // where a flow goes, speak TLS or HTTP, know what a DNS message is, touch
-// namespaces or routes, answer ping or other UDP (such packets are dropped and
-// counted), or let a packet pass from one
-// link to the other.
+// namespaces or routes, or let a TCP packet pass from one link to the other.
 //
 // # Locks and goroutines
 //
@@ -103,4 +103,25 @@
 // pod's memory is tight all have 32 KiB at most. A buffer that is made smaller
 // keeps what is in it, and a window that was told is kept: nothing is lost. One
 // that is made larger again has to wake its writer, for gVisor does not.
+//
+// 2026-11-28: UDP and ICMP of a pod with an Uplink are forwarded from device to
+// device as they are, by the two readers: the pod's address is routed to the node's
+// TUN, so neither addresses nor ports need a translation, inbound servers work,
+// and errors, path MTU, fragments, ECN and traceroute are the kernels' own. The TTL is
+// left as it is: the node's kernel, which routes each packet, counts itself as
+// the hop and answers for it, as with a veth. A relay by sockets, as for TCP, would have
+// had all of that to imitate.
+//
+// 2026-11-28: Later fragments of datagrams are forwarded without memory if there
+// is a flow with their peer: only the first has ports to judge, and without it
+// the rest makes nothing. While a query is passed on they go to its stack as
+// well. Fragments of a captured query are known by the first one's identification.
+//
+// 2026-11-28: Flows of datagrams exist for policy (an answer must not be judged as if it
+// were a question), for errors (RFC 5508: only about what was sent) and for the
+// counters, and cost a map look-up per packet. Their time is counted in ticks of 10 s by
+// one timer per pod that has any: no clock is read per packet.
+//
+// 2026-11-28: Refused datagrams are answered to the pod by ICMP "prohibited", so that
+// connected sockets have an error; to the network nothing is said.
 package netstack

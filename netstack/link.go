@@ -20,9 +20,11 @@ type port struct {
 	mtu  atomic.Uint32
 	disp atomic.Pointer[stack.NetworkDispatcher]
 	// udp counts the sockets of DialUDP on this link; dns is the DNS tap if
-	// it is on. Without either UDP packets are dropped unread.
+	// it is on.
 	udp atomic.Int32
 	dns *dnsTap
+	// dg carries the rest of the pod's datagrams; nil: nobody does.
+	dg *datagrams
 	// first makes the stack when the first packet comes.
 	first func()
 	// wait takes a SYN that an older connection of the same ports stands in the way of; see late.go.

@@ -167,14 +167,8 @@ func (p *pump) read() error {
 			p.rx.badChecksum.Add(1)
 			continue
 		}
-		if !pk.tcp {
-			if p.back != nil && p.back(iov, n) {
-				continue
-			}
-			knownICMP6(iov[0][:min(n, headSize)])
-			if p.unreachable != nil {
-				p.unreachable(iov[0][:min(n, headSize)])
-			}
+		if !pk.tcp && p.back != nil && p.back(iov, n) {
+			continue
 		}
 		to := p.only
 		if to == nil {
@@ -182,10 +176,22 @@ func (p *pump) read() error {
 				p.rx.unknownDst.Add(1)
 				continue
 			}
-			if pk.part && !p.fragments.allow(pk.dst, time.Now()) {
-				p.rx.overFragments.Add(1)
+		}
+		if !pk.tcp {
+			p.at = to
+			carried := to.carry(&bufs, n, &pk, &vh)
+			p.at = nil
+			if carried {
 				continue
 			}
+			knownICMP6(iov[0][:min(n, headSize)])
+			if p.unreachable != nil {
+				p.unreachable(iov[0][:min(n, headSize)])
+			}
+		}
+		if pk.part && p.only == nil && !p.fragments.allow(pk.dst, time.Now()) {
+			p.rx.overFragments.Add(1)
+			continue
 		}
 		if pk.part && p.only != nil && to.dns != nil && !to.dns.allow() {
 			continue // what it is a part of may be a query
@@ -202,12 +208,20 @@ func (p *pump) read() error {
 	}
 }
 
-// readUDP delivers a UDP packet that somebody waits for: the DNS tap or a socket
-// of DialUDP. All other UDP is dropped.
+// readUDP delivers a UDP packet that somebody here waits for, the DNS tap or a socket
+// of DialUDP, and carries all other, unless the pod's are not carried: those are dropped.
 func (p *pump) readUDP(bufs *rxBuffers, n int, pk *rxPacket, vh *tun.VNetHdr) {
 	to := p.only
 	if to == nil {
 		to = p.route(pk)
+	}
+	if to != nil && !to.asksDNS(pk) {
+		p.at = to
+		carried := to.carry(bufs, n, pk, vh)
+		p.at = nil
+		if carried {
+			return
+		}
 	}
 	switch {
 	case to == nil || !to.takesUDP(pk) || vh.GSOType != tun.GSONone: // nobody sends super-packets of DNS

@@ -22,6 +22,7 @@ type Stack struct {
 	own   map[netip.Addr]struct{}
 	flows *forwarder
 	dns   *dnsTap
+	dg    *datagrams // nil: not carried
 
 	probes probes
 
@@ -78,6 +79,10 @@ func New(cfg Config) (*Stack, error) {
 		s.up = s.app
 	case cfg.Uplink != nil:
 		s.up = newHop(s, "uplink", cfg.Uplink.pump, true)
+		if cfg.Datagrams != nil {
+			s.dg = newDatagrams(s, *cfg.Datagrams)
+			s.app.port.dg, s.up.port.dg = s.dg, s.dg
+		}
 		if err := cfg.Uplink.attach(cfg.Addrs, s.up.port); err != nil {
 			s.app.destroy()
 			return nil, err
@@ -134,6 +139,9 @@ func (s *Stack) shutdown() {
 		defer close(s.closed)
 		s.flows.stop() // no new flows from here on
 		s.dns.stop()
+		if s.dg != nil {
+			s.dg.close()
+		}
 		s.conns.close()
 		s.unweigh()
 		s.app.abort()

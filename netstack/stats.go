@@ -5,8 +5,8 @@ package netstack
 type LinkStats struct {
 	RxPackets, RxBytes uint64
 	// Packets that were read and dropped: not IP or lengths that contradict each
-	// other; a protocol other than TCP and ICMP, or UDP that
-	// nobody waits for; a wrong TCP checksum; a
+	// other; a protocol other than TCP, UDP and ICMP, or UDP that
+	// nobody waits for or carries; a wrong TCP checksum; a
 	// destination that is no pod's (uplink only).
 	RxMalformed, RxNotTCP, RxBadChecksum, RxUnknownDst uint64
 	// RxReturned were ICMP errors about connections of the kernel's, written to
@@ -30,7 +30,7 @@ type Stats struct {
 	// Flows by outcome. Duplicates are retransmitted SYNs of a pending flow.
 	Flows, Duplicates, Accepted, AcceptFailed, Refused uint64
 	// Evicted flows lost their place to others, Over were SYNs ignored because there was no place for them. Foreign were
-	// SYNs and DNS queries from addresses that are not the pod's own, dropped. Delayed SYNs waited for an older
+	// SYNs, DNS queries and other datagrams from addresses that are not the pod's own, dropped. Delayed SYNs waited for an older
 	// connection of the same ports to go.
 	Evicted, Over, Foreign, Delayed uint64
 	InFlight, Conns                 int
@@ -43,6 +43,14 @@ type Stats struct {
 	// UDPStray were delivered for somebody who had gone, or were fragments of what
 	// nobody waited for.
 	UDPStray uint64
+
+	// Datagrams carried from the pod and to it (super-packets count as one), and their bytes with headers. Flows of them: how many there are,
+	// begun, and ended by a bound; those that a bound let not begin. Datagrams dropped: policy forbids their flow; they
+	// belong to no flow or go where nobody carries them; the queue of a device had no room.
+	DatagramsOut, DatagramBytesOut, DatagramsIn, DatagramBytesIn uint64
+	DatagramFlows                                                int
+	DatagramFlowsOpened, DatagramFlowsEvicted, DatagramFlowsOver uint64
+	DatagramsDenied, DatagramsStray, DatagramsFull               uint64
 
 	// From gVisor: of all connections of this stack.
 	Retransmits, Timeouts, ResetsSent, ResetsReceived, SegmentQueueDropped uint64
@@ -60,6 +68,13 @@ func (s *Stack) Stats() Stats {
 	}
 	st.DNSQueries, st.DNSOver, st.DNSMalformed = s.dns.queries.Load(), s.dns.over.Load(), s.dns.malformed.Load()
 	st.DNSInFlight, st.UDPStray = s.dns.inFlight(), s.dns.stray.Load()
+	if d := s.dg; d != nil {
+		st.DatagramsOut, st.DatagramBytesOut = d.outPackets.Load(), d.outBytes.Load()
+		st.DatagramsIn, st.DatagramBytesIn = d.inPackets.Load(), d.inBytes.Load()
+		st.DatagramFlows = d.count()
+		st.DatagramFlowsOpened, st.DatagramFlowsEvicted, st.DatagramFlowsOver = d.opened.Load(), d.evicted.Load(), d.over.Load()
+		st.DatagramsDenied, st.DatagramsStray, st.DatagramsFull = d.denied.Load(), d.stray.Load(), d.full.Load()
+	}
 	hops := []*hop{s.app}
 	if s.up != nil && s.up != s.app {
 		hops = append(hops, s.up)

@@ -18,14 +18,35 @@ const (
 	txSoftBytes   = 1 << 20
 	txHardBytes   = 16 << 20
 	txHardPackets = 8192
+
+	// txDatagrams bounds the datagrams that wait, which nobody can hold back, beside what holds connections back: a flood of
+	// datagrams does not keep them waiting. It is shared as switches share their memory: a pod may have as much as is
+	// free, so one that floods has half, two a third each, and the next one always finds room. A megabyte is the 80 ms
+	// at 100 Mbit/s that a busy machine may let the writer wait, and 1 ms of a TUN's throughput for who comes behind
+	// it. txPacketCost is what a packet counts beside its bytes: of the smallest there are 6,600 at most.
+	txDatagrams  = 2 << 20
+	txPacketCost = 256
 )
+
+// txShare is what one pod's datagrams have waiting in a queue, whose lock guards it.
+type txShare struct{ bytes int }
+
+// txItem is a packet that waits. One that is forwarded is a share's and has a header of its own; gVisor's have
+// neither.
+type txItem struct {
+	pkt   *stack.PacketBuffer
+	share *txShare
+	cost  int // of the share
+	vh    tun.VNetHdr
+}
 
 // txQueue is a device's transmit queue between gVisor, which fills it with an
 // endpoint's lock held, and the device's writer goroutine.
 type txQueue struct {
 	mu     sync.Mutex
-	q      []*stack.PacketBuffer
-	bytes  int
+	q      []txItem
+	bytes  int  // without the datagrams
+	shared int  // what the shares have
 	busy   bool // the writer is at work, or was told to
 	closed bool
 	// waiters for room are woken when the queue has fallen below half of txSoftBytes.
@@ -33,7 +54,7 @@ type txQueue struct {
 	full    atomic.Bool // bytes >= txSoftBytes, readable without the lock
 
 	wake  chan struct{} // to the writer, capacity 1
-	spare []*stack.PacketBuffer
+	spare []txItem
 	views [][]byte // the writer's
 
 	packets, sent, dropped, errors atomic.Uint64
@@ -47,14 +68,39 @@ func (t *txQueue) push(pkts []*stack.PacketBuffer) int {
 		if t.closed || len(t.q) >= txHardPackets || t.bytes >= txHardBytes {
 			break
 		}
-		t.q = append(t.q, p.IncRef())
+		t.q = append(t.q, txItem{pkt: p.IncRef()})
 		t.bytes += p.Size()
 		n++
 	}
 	if t.bytes >= txSoftBytes {
 		t.full.Store(true)
 	}
-	wake := n > 0 && !t.busy
+	t.unlockAndWake(n > 0)
+	if d := len(pkts) - n; d > 0 {
+		t.dropped.Add(uint64(d))
+	}
+	return n
+}
+
+// forward queues a datagram on account of a share, and consumes the caller's reference; false: there is no room for it.
+func (t *txQueue) forward(pkt *stack.PacketBuffer, vh *tun.VNetHdr, share *txShare) bool {
+	cost := pkt.Size() + txPacketCost
+	t.mu.Lock()
+	if t.closed || len(t.q) >= txHardPackets || share.bytes+cost > txDatagrams-t.shared {
+		t.mu.Unlock()
+		pkt.DecRef()
+		return false
+	}
+	t.q = append(t.q, txItem{pkt: pkt, share: share, cost: cost, vh: *vh})
+	t.shared += cost
+	share.bytes += cost
+	t.unlockAndWake(true)
+	return true
+}
+
+// unlockAndWake lets go of the lock and wakes the writer if there is something new that it has not been told of.
+func (t *txQueue) unlockAndWake(news bool) {
+	wake := news && !t.busy
 	if wake {
 		t.busy = true
 	}
@@ -65,10 +111,6 @@ func (t *txQueue) push(pkts []*stack.PacketBuffer) int {
 		default:
 		}
 	}
-	if d := len(pkts) - n; d > 0 {
-		t.dropped.Add(uint64(d))
-	}
-	return n
 }
 
 // drain writes until the queue is empty. Only the writer calls it.
@@ -87,17 +129,28 @@ func (t *txQueue) drain(dev tun.Device, gso bool) {
 		t.q, t.spare = t.spare[:0], nil
 		t.mu.Unlock()
 
-		size := 0
-		for i, p := range batch {
-			size += p.Size()
-			t.write(dev, gso, p)
-			p.DecRef()
-			batch[i] = nil
+		size, shared := 0, false
+		for i := range batch {
+			if batch[i].share == nil {
+				size += batch[i].pkt.Size()
+			} else {
+				shared = true
+			}
+			t.write(dev, gso, &batch[i])
+			batch[i].pkt.DecRef()
+			batch[i].pkt = nil
 		}
 
 		t.mu.Lock()
-		t.spare = batch[:0]
 		t.bytes -= size
+		for i := range batch {
+			if b := &batch[i]; shared && b.share != nil {
+				t.shared -= b.cost
+				b.share.bytes -= b.cost
+				b.share = nil
+			}
+		}
+		t.spare = batch[:0]
 		var waiters []*half
 		if t.bytes < txSoftBytes/2 {
 			t.full.Store(false)
@@ -128,13 +181,18 @@ func (t *txQueue) waitRoom(h *half) bool {
 }
 
 // write writes one packet.
-func (t *txQueue) write(dev tun.Device, gso bool, p *stack.PacketBuffer) {
-	var h tun.VNetHdr
-	if gso {
+func (t *txQueue) write(dev tun.Device, gso bool, i *txItem) {
+	p, h := i.pkt, i.vh
+	if gso && i.share == nil {
 		fillVNetHdr(&h, p)
 	}
 	t.views = appendViews(t.views[:0], p)
-	err := dev.WritePacket(&h, t.views)
+	var err error
+	if i.share != nil && !takes(dev.Offload(), &h) {
+		err = writeFinished(dev, &h, t.views)
+	} else {
+		err = dev.WritePacket(&h, t.views)
+	}
 	clear(t.views)
 	t.packets.Add(1)
 	if err != nil {
@@ -193,8 +251,8 @@ func (t *txQueue) close() {
 	t.q, t.waiters, t.bytes = nil, nil, 0
 	t.full.Store(false)
 	t.mu.Unlock()
-	for _, p := range q {
-		p.DecRef()
+	for _, i := range q {
+		i.pkt.DecRef()
 	}
 	t.dropped.Add(uint64(len(q)))
 	for _, w := range waiters {

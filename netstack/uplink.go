@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"ztun/proxy/fair"
 	"ztun/proxy/rescue"
 	"ztun/tun"
 )
@@ -19,6 +20,8 @@ import (
 // back to the kernel (icmpback.go).
 type Uplink struct {
 	pump *pump
+	// flows are the places of all pods' datagram flows.
+	flows *fair.Ledger[*datagrams]
 
 	mu sync.Mutex // serialises changes of the table
 	// table is replaced, never changed: the reader looks up without a lock.
@@ -41,6 +44,7 @@ func NewUplink(dev tun.Device, log *slog.Logger) *Uplink {
 	u.pump.route = func(p *rxPacket) *port { return (*u.table.Load())[p.dst] }
 	u.pump.back = u.giveBack
 	u.pump.fragments = newFragmentBudget()
+	u.flows = fair.NewLedger(fair.LedgerOptions[*datagrams]{Limit: nodeFlows, Turned: (*datagrams).nodeTurned})
 	return u
 }
 

@@ -115,6 +115,7 @@ type Proxy struct {
 	unlabelled labels // of what was turned down before it was known
 	bounds     *bounds
 	ailing     ailing
+	asks       datagramAsks
 	retried    atomic.Uint64      // connections that went to another endpoint than the first
 	foreign    atomic.Uint64      // requests whose tunnel's source address is not its peer's
 	tunnels    hbone.Stats        // of both directions

@@ -37,8 +37,8 @@ import (
 //	                      TUN                                     pod, 15006
 //	to the application    netstack, as the    netstack, as the    a socket, as the client  netstack, as the
 //	(DialApp)             client              client              (transparent)            client
-//	other UDP, ICMP       netstack's to take  native                native                 netstack's to take
-//	                      or to count                                                      or to count
+//	other UDP, ICMP       netstack, as they   native                native                 netstack, by the
+//	                      are                                                              user's sockets
 //	its addresses         are given           are read in the     are read in the          are given
 //	                                          namespace           namespace
 //	node-wide             a TUN, rules,       nothing (S is the   nothing                  nothing
@@ -115,8 +115,8 @@ type Ways interface {
 	ListenPacket(network, addr string) (net.PacketConn, error)
 }
 
-// Handler is who serves one pod. It may be called before Attach has returned; each call has a goroutine of its own,
-// which may block.
+// Handler is who serves one pod. It may be called before Attach has returned; each call but AllowDatagram has a goroutine
+// of its own, which may block.
 type Handler interface {
 	// ServeOutbound gets a connection that the pod's application opens, DNS over TCP as well.
 	ServeOutbound(f proxy.Flow)
@@ -126,6 +126,9 @@ type Handler interface {
 	ServeMesh(conn net.Conn)
 	// ServeDNS gets a UDP question of the pod's application to any nameserver.
 	ServeDNS(q Query)
+	// AllowDatagram judges a UDP flow that src begins, the network if inbound. It is asked on a device's reader, and
+	// again when what is known has changed: it must not wait.
+	AllowDatagram(inbound bool, src, dst netip.AddrPort) bool
 }
 
 // Query is a captured DNS question.

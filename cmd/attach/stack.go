@@ -49,6 +49,16 @@ func NewStack(o *Options, p Pod, mtu int, dev tun.Device, uplink *netstack.Uplin
 	if o.DNS {
 		c.OnDNS = func(q *netstack.DNSQuery) { h.ServeDNS(q) }
 	}
+	if c.Datagrams != nil {
+		d := *c.Datagrams
+		d.Allow = func(f netstack.DatagramFlow) bool {
+			if f.Inbound {
+				return h.AllowDatagram(true, f.Peer, f.Pod)
+			}
+			return h.AllowDatagram(false, f.Pod, f.Peer)
+		}
+		c.Datagrams = &d
+	}
 	c.OnBound = func(resource, source string, evicted bool) { o.Report.Turned(resource, p.Label, source, evicted) }
 	var err error
 	if s.Stack, err = netstack.New(c); err != nil {

@@ -86,6 +86,8 @@ type Config struct {
 	Flows                                  int  // per pod
 	DNSRate                                int
 	DNSSearch                              []string
+	UDP                                    udpMode
+	MaxUDPFlows                            int
 	MemoryLimit, PodMemory                 int64 // bytes; 0: not set
 	GCSet                                  bool  // GOGC is the operator's
 	TUNPlain, AdaptiveProcessors           bool

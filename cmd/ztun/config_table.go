@@ -113,6 +113,8 @@ func variables(c *Config, l *loader) []variable {
 		{"ZTUN_FLOWS", "256", "ended connections of one pod that are remembered for `ztun flows`, and as many that were turned down; 0 for none", ranged(&c.Flows, 0, 1<<16)},
 		{"ZTUN_SEND_REASON", "true", "tell a peer of the mesh why its connection is refused (header x-ztun-reason): the name of a policy, the application's error", boolean(&c.SendReason)},
 		{"ZTUN_DNS_RATE", "1000", "DNS queries of one pod per second; twice as many at once", ranged(&c.DNSRate, 1, 1<<20)},
+		{"ZTUN_UDP", "policy", "UDP and ICMP of the pods: policy carries them, in the clear, but for UDP that a policy of its destination would refuse as plaintext; all carries that, too (as under ztunnel, which captures no UDP); off drops everything but DNS queries", udpModes(&c.UDP)},
+		{"ZTUN_MAX_UDP_FLOWS", "16384", "UDP and ICMP flows of one pod, at most; the node has 65536", ranged(&c.MaxUDPFlows, 16, 65536)},
 		{"ZTUN_DNS_SEARCH", "", "search domains of pods beside the cluster's three, comma separated (default: those of the daemon's resolv.conf, as kubelet has it)", domains(&c.DNSSearch)},
 		{"ZTUN_MEMORY_LIMIT", "", "memory of the daemon (default the cgroup's limit): half of it is for bytes under way, and GOMEMLIMIT is nine tenths of it unless set", size(&c.MemoryLimit, 32<<20)},
 		{"ZTUN_POD_MEMORY", "", "bytes that may be under way for one pod (default half of what all have); nearing it, its buffers and windows stay small", size(&c.PodMemory, 1<<20)},

@@ -12,8 +12,10 @@ import (
 // chooseKind is how this daemon attaches pods: the only place that knows which ways there are.
 func (d *daemon) chooseKind() attach.Kind {
 	c := d.c
+	stack := c.stack()
+	stack.Datagrams = c.datagrams(d.know)
 	return isolated.New(attach.Options{
-		NodeTUN: c.NodeTUN, MTU: c.MTU, IPv6: c.IPv6, Plain: c.TUNPlain, DNS: c.DNSProxy, Socket: c.meshSocket(), Stack: c.stack(),
+		NodeTUN: c.NodeTUN, MTU: c.MTU, IPv6: c.IPv6, Plain: c.TUNPlain, DNS: c.DNSProxy, Socket: c.meshSocket(), Stack: stack,
 		Descriptors: d.fds, Self: d.pods.selfDoor, Report: d.report, Panics: d.panics, Serve: d.serve, Logger: d.log.Logger,
 	})
 }

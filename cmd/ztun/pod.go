@@ -29,6 +29,7 @@ type pod struct {
 	proxy  *proxy.Proxy
 	dns    *dns.Server    // nil: DNS capture is off
 	socks  []net.Listener // SOCKS5; none unless it is on
+	udp    udpMode
 	log    *slog.Logger
 
 	// built is closed when what flows and queries go to stands, or never will (proxy is nil then): they may arrive as soon as there is an
@@ -63,7 +64,7 @@ type podParts struct {
 // newPod attaches a pod. What it has made is unmade when a later step fails.
 func newPod(ctx context.Context, parts *podParts, a attach.Pod) (_ *pod, err error) {
 	a.Memory = parts.memory.forPod()
-	p := &pod{memory: a.Memory, spec: a.PodSpec, uid: a.UID, label: a.Label, log: parts.log, panics: parts.panics, built: make(chan struct{})}
+	p := &pod{memory: a.Memory, spec: a.PodSpec, uid: a.UID, label: a.Label, udp: parts.c.UDP, log: parts.log, panics: parts.panics, built: make(chan struct{})}
 	var undo []func()
 	defer func() {
 		close(p.built)
