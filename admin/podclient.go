@@ -73,6 +73,24 @@ func (c *PodClient) ask(ctx context.Context, path string, q ConnectionQuery, l *
 	return c.do(ctx, http.MethodGet, path+"?"+q.values().Encode(), nil, l)
 }
 
+// Get asks for something of the daemon's and gives the answer as it comes. Close it.
+func (c *PodClient) Get(ctx context.Context, path string, query url.Values) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://ztun"+path+"?"+query.Encode(), nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, c.explain(err)
+	}
+	if resp.StatusCode/100 != 2 {
+		defer resp.Body.Close()
+		b, _ := io.ReadAll(io.LimitReader(resp.Body, maxReply))
+		return nil, replyError(resp.StatusCode, b)
+	}
+	return resp.Body, nil
+}
+
 // maxReply bounds what the client reads: some 10,000 pods.
 const maxReply = 16 << 20
 

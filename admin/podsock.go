@@ -37,8 +37,10 @@ type PodSocketOptions struct {
 	Pods PodManager
 	// Connections is asked by GET /v1/connections and /v1/flows.
 	Connections ConnectionSource
-	Report      *fair.Report // of the bound on connections; may be nil
-	Logger      *slog.Logger
+	// Handlers answer GET requests of further exact paths, below /v1/; with Answer or by themselves.
+	Handlers map[string]http.Handler
+	Report   *fair.Report // of the bound on connections; may be nil
+	Logger   *slog.Logger
 }
 
 // PodSocket is the HTTP server behind `ztun pod` and whatever else asks a running daemon. Its paths are POST /v1/pods,
@@ -74,7 +76,7 @@ func NewPodSocket(o PodSocketOptions) (*PodSocket, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	h := &podHandler{ctx: ctx, pods: o.Pods, connections: o.Connections, logger: o.Logger}
+	h := &podHandler{ctx: ctx, pods: o.Pods, connections: o.Connections, handlers: o.Handlers, logger: o.Logger}
 	// All callers are one source, the node's own tools: what one has begun is not cut for another.
 	bounds := guard.ConnsOptions{KeepBusy: true, Report: o.Report}
 	s := &PodSocket{Server: newServer("control", []net.Listener{l}, h, o.Logger, bounds), path: o.Path, ino: ino, lock: lock, cancel: cancel}
@@ -172,6 +174,7 @@ type podHandler struct {
 	ctx         context.Context // ends at Close
 	pods        PodManager
 	connections ConnectionSource
+	handlers    map[string]http.Handler
 	logger      *slog.Logger
 }
 
@@ -182,6 +185,10 @@ const (
 )
 
 func (h *podHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if next := h.handlers[r.URL.Path]; next != nil && r.Method == http.MethodGet {
+		next.ServeHTTP(w, r)
+		return
+	}
 	var code int
 	var body any
 	var err error
@@ -210,6 +217,17 @@ func (h *podHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
 	json.NewEncoder(w).Encode(body)
+}
+
+// Answer writes v as JSON or, if err is not nil, what it is, with the status that it stands for.
+func Answer(w http.ResponseWriter, v any, err error) {
+	code := http.StatusOK
+	if err != nil {
+		code, v = podStatus(err), podError{err.Error()}
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	json.NewEncoder(w).Encode(v)
 }
 
 // list answers what is asked of connections; an error if nothing was written.

@@ -13,12 +13,14 @@ import (
 	"ztun/proxy/state"
 )
 
-// resolve fills in the address of a destination that is known by hostname only (spec 2.6).
-func (p *Proxy) resolve(local *state.Workload, d route.Decision) (route.Decision, error) {
+// resolve fills in the address of a destination that is known by hostname only (spec 2.6). count: it is to be used.
+func (p *Proxy) resolve(local *state.Workload, d route.Decision, count bool) (route.Decision, error) {
 	if d.Hostname == "" {
 		return d, nil
 	}
-	p.o.OnDemandDNS.count(local, d.Hostname)
+	if count {
+		p.o.OnDemandDNS.count(local, d.Hostname)
+	}
 	ctx, cancel := context.WithTimeout(p.ctx, connectTimeout)
 	defer cancel()
 	addrs, err := p.o.Resolver.LookupNetIP(ctx, "ip", d.Hostname)

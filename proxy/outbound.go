@@ -32,7 +32,7 @@ func (c *connection) outbound(f Flow, start time.Time) {
 	fault("outbound", dst)
 	ctx, stop := c.await(f)
 	defer stop()
-	d, local, err := p.decide(ctx, src, dst, nil)
+	d, local, err := p.decide(ctx, src, dst, nil, nil)
 	if err != nil {
 		if ctx.Err() == nil || p.ctx.Err() != nil { // not turned away by a bound, which is said elsewhere
 			p.deny(outbound, src, dst, err)
@@ -101,8 +101,8 @@ func refuse(f Flow, err error) {
 }
 
 // decide finds the way of an outbound connection, past endpoints that were tried. An error is an early denial: nothing is
-// counted.
-func (p *Proxy) decide(ctx context.Context, src, dst netip.AddrPort, tried []*state.Workload) (d route.Decision, local *state.Workload, err error) {
+// counted. A trace, if there is one, is told why (`ztun explain`).
+func (p *Proxy) decide(ctx context.Context, src, dst netip.AddrPort, tried []*state.Workload, trace *route.Trace) (d route.Decision, local *state.Workload, err error) {
 	if err := route.CheckOutbound(dst, p.illegal); err != nil {
 		return d, nil, err
 	}
@@ -110,7 +110,7 @@ func (p *Proxy) decide(ctx context.Context, src, dst netip.AddrPort, tried []*st
 	if err != nil {
 		return d, nil, err
 	}
-	q := route.Question{Network: p.o.Config.NetworkName, Source: local, SrcIP: src.Addr(), Dst: dst, Rand: p.o.Random}
+	q := route.Question{Network: p.o.Config.NetworkName, Source: local, SrcIP: src.Addr(), Dst: dst, Rand: p.o.Random, Trace: trace}
 	if unknown := p.asking(ctx, demandWait, view, func(view *state.View, missed *string) {
 		q.Missed = missed
 		d, err = p.choose(view, q, tried)
@@ -118,7 +118,7 @@ func (p *Proxy) decide(ctx context.Context, src, dst netip.AddrPort, tried []*st
 		return d, local, unknown
 	}
 	if err == nil {
-		d, err = p.resolve(local, d)
+		d, err = p.resolve(local, d, trace == nil)
 	}
 	return d, local, err
 }

@@ -71,6 +71,7 @@ func (p *Proxy) choose(view *state.View, q route.Question, tried []*state.Worklo
 		}
 		return false
 	}
+	q.Trace.Reset() // of what is not known any better meanwhile
 	if p.ailing.some.Load() {
 		q.Avoid = func(w *state.Workload) bool { return wasTried(w) || p.ailing.has(w) }
 		// What cannot be said without them is said with them: also which key was missed.
@@ -80,6 +81,7 @@ func (p *Proxy) choose(view *state.View, q route.Question, tried []*state.Worklo
 		if q.Missed != nil {
 			*q.Missed = ""
 		}
+		q.Trace.Reset()
 	}
 	q.Avoid = nil
 	if len(tried) > 0 {
@@ -122,7 +124,7 @@ func (a *attempts) another(ctx context.Context, d route.Decision, failed *Error)
 		return d, false
 	}
 	a.tried = append(a.tried, d.Workload)
-	next, _, err := p.decide(ctx, a.src, a.dst, a.tried)
+	next, _, err := p.decide(ctx, a.src, a.dst, a.tried, nil)
 	if err == nil && next.Workload != nil && next.Workload.UID != d.Workload.UID {
 		p.retried.Add(1)
 		p.o.Log.Debug("trying another endpoint", "dst", a.dst, "failed", d.Actual, "next", next.Actual, "error", failed)

@@ -163,6 +163,11 @@ func (u *UnknownPolicies) decide(v rbac.Verdict) rbac.Verdict {
 			"missing_for", time.Since(e.since).Round(time.Millisecond))
 	}
 	u.mu.Unlock()
+	return u.missing(v)
+}
+
+// missing is v as connections are decided whose policies are missing for good.
+func (u *UnknownPolicies) missing(v rbac.Verdict) rbac.Verdict {
 	if u.deny {
 		return v.Strict()
 	}

@@ -97,6 +97,8 @@ type Attachment interface {
 	Remove() error
 	// Status tells the device and how it does.
 	Status() Status
+	// Tap is the pod's device, to be looked at (`ztun capture`); nil: it has none.
+	Tap() *tun.Tap
 	// Stats are the figures of the pod's stack; nil: it has none.
 	Stats() *netstack.Stats
 	// Weigh has the pod's Memory charged with what its connections hold now.

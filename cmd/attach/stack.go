@@ -21,7 +21,7 @@ import (
 // too: the device, netstack behind it, and what runs it. It is most of an Attachment.
 type Stack struct {
 	*netstack.Stack
-	dev     tun.Device
+	dev     *tun.Tap
 	addrs   []netip.Addr
 	panics  *rescue.Panics
 	log     *slog.Logger
@@ -35,9 +35,9 @@ type Stack struct {
 // NewStack puts netstack behind dev, which it owns from then on. What arrives goes to h, once Run is called. mtu is
 // in bytes. uplink is the node's device; nil: the way to the network is another.
 func NewStack(o *Options, p Pod, mtu int, dev tun.Device, uplink *netstack.Uplink, h Handler) (*Stack, error) {
-	s := &Stack{dev: dev, addrs: p.IPs, panics: o.Panics, log: o.Logger("pods"), label: p.Label}
+	s := &Stack{dev: tun.NewTap(dev), addrs: p.IPs, panics: o.Panics, log: o.Logger("pods"), label: p.Label}
 	c := o.Stack
-	c.Addrs, c.MTU, c.App, c.Uplink, c.Memory = p.IPs, mtu, dev, uplink, p.Memory
+	c.Addrs, c.MTU, c.App, c.Uplink, c.Memory = p.IPs, mtu, s.dev, uplink, p.Memory
 	c.Panics, c.Logger = o.Panics, s.log
 	c.OnFlow = func(f *netstack.Flow) {
 		if f.Inbound() {
@@ -98,6 +98,9 @@ func (s *Stack) Stop() (whole bool) {
 
 // Addrs implements Attachment.
 func (s *Stack) Addrs() []netip.Addr { return s.addrs }
+
+// Tap implements Attachment.
+func (s *Stack) Tap() *tun.Tap { return s.dev }
 
 // Status implements Attachment.
 func (s *Stack) Status() Status {

@@ -229,7 +229,7 @@ func (d *daemon) start(ctx context.Context) error {
 
 	// Bound before anything of the node or of the list of pods is touched: its lock tells two daemons with
 	// one ZTUN_STATE_DIR apart. It is served last.
-	d.control, err = admin.NewPodSocket(admin.PodSocketOptions{Path: c.Socket, Pods: d.pods, Connections: d.connections(), Report: d.report, Logger: d.log.Logger("pods")})
+	d.control, err = admin.NewPodSocket(admin.PodSocketOptions{Path: c.Socket, Pods: d.pods, Connections: d.connections(), Handlers: d.handlers(), Report: d.report, Logger: d.log.Logger("pods")})
 	if err != nil {
 		return err
 	}

@@ -44,7 +44,7 @@ func rootCommand() *cobra.Command {
 		Version:       versionText(),
 	}
 	root.SetVersionTemplate("{{.Version}}\n")
-	root.AddCommand(proxyCommand(), podCommand(), connectionsCommand(), flowsCommand(), doctorCommand(), caCommand(), controlCommand(), versionCommand(), manCommand())
+	root.AddCommand(proxyCommand(), podCommand(), connectionsCommand(), flowsCommand(), explainCommand(), captureCommand(), doctorCommand(), caCommand(), controlCommand(), versionCommand(), manCommand())
 	root.SetFlagErrorFunc(flagError)
 	root.SetHelpCommand(helpCommand(root))
 	root.InitDefaultHelpCmd()

@@ -81,6 +81,13 @@ func (x Exclusion) String() string {
 	}[x]
 }
 
+// Reset forgets what was traced. Safe on nil.
+func (t *Trace) Reset() {
+	if t != nil {
+		t.Steps = nil
+	}
+}
+
 func (t *Trace) add(s Step) { t.Steps = append(t.Steps, s) }
 
 // note writes down a choice among the endpoints of b.s, judged once more as pick judged them. (The service is given apart, since

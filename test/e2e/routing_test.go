@@ -282,6 +282,7 @@ func (s scenario) run(t *testing.T, r *routing) {
 				return
 			}
 		}
+		f.agrees(t, s, want)
 	}
 	if s.once {
 		body(t, r.control == nil)

@@ -18,7 +18,7 @@ cmd/attach           -> admin netstack proxy proxy/fair proxy/rescue tun tun/net
 cmd/attach/attachtest -> admin cmd/attach netstack proxy tun tun/tuntest
 cmd/attach/isolated  -> admin cmd/attach netstack proxy tun tun/netns tun/steer
 cmd/doctor           -> tun/netns tun/steer
-cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/xds admin/zlog cmd/attach cmd/attach/isolated cmd/doctor netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state tun/netns
+cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/xds admin/zlog cmd/attach cmd/attach/isolated cmd/doctor netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state tun tun/capture tun/netns
 admin                -> admin/guard admin/page admin/suggest proxy/fair proxy/state
 admin/ca             -> admin/istiod admin/pb/citadelpb admin/watch proxy/identity
 admin/control        -> admin/ca admin/guard admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch admin/xds proxy/fair proxy/identity proxy/rbac proxy/state
@@ -48,6 +48,7 @@ proxy/route          -> proxy/identity proxy/state
 proxy/socks          ->
 proxy/state          -> proxy/identity proxy/rbac
 tun                  -> tun/netns
+tun/capture          ->
 tun/netns            ->
 tun/steer            -> tun/netns
 tun/tuntest          -> tun
