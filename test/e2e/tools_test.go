@@ -173,7 +173,7 @@ access log: error="connection closed due to policy rejection: explicitly denied 
 			return nil
 		})
 		pods, err := ask(m.N1, "pod", "list", "-o", "yaml")
-		if err != nil || !strings.Contains(pods, "- name: a\n  namespace: default\n") {
+		if err != nil || !strings.Contains(pods, "  name: a\n  namespace: default\n") {
 			t.Errorf("pods as yaml: %v\n%s", err, pods)
 		}
 	})
