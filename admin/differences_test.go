@@ -54,6 +54,8 @@ func TestDifferences(t *testing.T) {
 			admin, "GET", "/debug/pprof/goroutine?debug=1", nil, 200, "goroutine profile: total", "text/plain"},
 		{"a foreign Origin", "answered like any request", "a web page in a browser on the node must not shut the process down",
 			admin, "POST", "/quitquitquit", []string{"Origin", "http://evil.example"}, 403, "a web page of another origin asks", "text/plain"},
+		{"/", "a table of links, two of which lead to a 405", "people want to see the node; title and table are the same, and what wants POST is a button",
+			admin, "GET", "/", nil, 200, "<!DOCTYPE html>\n<html lang=\"en\">", "text/html"},
 		{"/healthz/ready?verbose", "as without", "says since when a task is pending, and its last error",
 			ready, "GET", "/healthz/ready?verbose", nil, 500, "not ready, pending: proxy\nproxy: pending for ", "text/plain"},
 	} {

@@ -19,7 +19,7 @@
 // shared among sources (package guard), a panic in a handler costs its connection only, and Shutdown lets requests in flight finish.
 //
 // Reading order: loop.go, event.go (knowledge); server.go, http.go, logging.go, profile.go, ready.go (the
-// servers); dump.go, encode.go, raw.go, breather.go (/config_dump); stats.go, plainnum.go and
+// servers); overview.go, meter.go and package page (the page at /); dump.go, encode.go, raw.go, breather.go (/config_dump); stats.go, plainnum.go and
 // metrics.go, tokio.go, controlmetrics.go, histogram.go (/metrics); pods.go, podsock.go, podclient.go.
 //
 // Decisions:
@@ -39,6 +39,11 @@
 //     longest, so that neither forgotten keep-alive connections nor half-open ones lock out the kubelet's probe.
 //   - 2026-11-28: 15000 refuses what a web page may have sent (403; ztunnel answers it), and with
 //     ZTUN_ADMIN_TOKEN_FILE wants a token of whoever changes something. Reading takes none: istioctl shows none.
+//   - 2026-11-28: / is a page of the node's state, where ztunnel has links alone. Title and table of links stay; of the links those
+//     that want POST are buttons of forms whose bodies are empty, which package guard takes from the page itself and from
+//     no other.
+//   - 2026-11-28: the Meter measures every 5 s whether somebody looks or not: who opens the page in trouble wants what came
+//     before. It reads counters, as a scrape does.
 //   - 2026-11-23: elements of Accept are trimmed (ztunnel does not). What else differs from ztunnel stands, with
 //     reasons, in the tables of differences_test.go.
 //   - 2026-11-28: scrapes are compressed by klauspost/compress's gzhttp, with zstd or gzip. ztunnel has br and deflate

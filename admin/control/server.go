@@ -208,8 +208,12 @@ func newServer(ctx context.Context, o Options, l limits) (s *Server, err error) 
 	discoverypb.RegisterAggregatedDiscoveryServiceServer(s.grpc, adsServer{Server: s})
 	s.grpc.RegisterService(caServiceDesc(), caServer{Server: s})
 	s.grpc.RegisterService(revocationsDesc(), s)
+	page, err := s.page()
+	if err != nil {
+		return s, err
+	}
 	bounds := guard.NewConns(guard.ConnsOptions{Resource: "control_status_connections", Report: s.report})
-	s.http = &http.Server{Handler: s.local.Handler(s.handler()), ConnState: bounds.Change, ReadHeaderTimeout: 2 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
+	s.http = &http.Server{Handler: s.local.Handler(s.handler(page)), ConnState: bounds.Change, ReadHeaderTimeout: 2 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
 	return s, nil
 }
 

@@ -74,6 +74,8 @@ type NodeStatus struct {
 	Identity  string       `json:"identity,omitempty"`
 	ID        string       `json:"id,omitempty"` // as the node names itself
 	Types     []TypeStatus `json:"types,omitempty"`
+	Pods      int          `json:"pods"`               // workloads that are published for it
+	PodNames  []string     `json:"podNames,omitempty"` // namespace/name, at most 30 of them
 	// CertificateNotAfter is the end of the client certificate that it has from join, or from renewing that.
 	CertificateNotAfter time.Time `json:"certificateNotAfter,omitzero"`
 	CertificateProblem  string    `json:"certificateProblem,omitempty"` // why what it showed does not count; its token does
@@ -205,6 +207,9 @@ func (s *Server) Status() Status {
 	}
 	out.Revoked = s.issued.status()
 	if snap := s.feed.get(); snap != nil {
+		for i := range out.Nodes {
+			out.Nodes[i].place(snap.nodes[out.Nodes[i].Node])
+		}
 		for name := range snap.nodes {
 			if _, ok := expires[name]; !ok {
 				out.NotJoined = append(out.NotJoined, name)
@@ -219,8 +224,20 @@ func (s *Server) Status() Status {
 	return out
 }
 
-// handler serves the status as JSON, on the socket and on the admin address.
-func (s *Server) handler() http.Handler {
+// place enters what runs on a node.
+func (n *NodeStatus) place(on *nodeIndex) {
+	if on == nil {
+		return
+	}
+	n.Pods = len(on.workloads)
+	for _, r := range on.workloads[:min(n.Pods, pagePods)] {
+		n.PodNames = append(n.PodNames, r.workload.Namespace+"/"+r.workload.Name)
+	}
+	slices.Sort(n.PodNames)
+}
+
+// handler serves the status, on the socket and on the admin address: JSON, metrics, and a page for people.
+func (s *Server) handler(page http.Handler) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
@@ -235,6 +252,8 @@ func (s *Server) handler() http.Handler {
 		}
 		fmt.Fprintln(w, "ready")
 	})
+	mux.Handle("GET /metrics", s.metrics())
+	mux.Handle("GET /{$}", page)
 	return helpful(mux)
 }
 
@@ -253,7 +272,7 @@ func helpful(mux *http.ServeMux) http.Handler {
 			http.Error(w, "this path wants GET", http.StatusMethodNotAllowed)
 			return
 		}
-		http.Error(w, "no such path here; paths: /status /healthz/ready", http.StatusNotFound)
+		http.Error(w, "no such path here; paths: / /status /metrics /healthz/ready", http.StatusNotFound)
 	})
 }
 

@@ -104,7 +104,7 @@ func TestStatus(t *testing.T) {
 		return !y.Waiting && y.AckedNonce == m.Nonce && y.AckedVersion == 1 && y.Lag == 0 && y.LagSeconds == 0
 	})
 	base := "http://" + w.srv.AdminAddr().String()
-	for path, want := range map[string]int{"/status": 200, "/healthz/ready": 200, "/": 404} {
+	for path, want := range map[string]int{"/status": 200, "/healthz/ready": 200, "/metrics": 200, "/": 200, "/nothing": 404} {
 		resp, err := http.Get(base + path)
 		check(t, err)
 		body, err := io.ReadAll(resp.Body)

@@ -17,6 +17,10 @@
     for (const old of document.querySelectorAll("[data-live]")) {
       const fresh = now.getElementById(old.id);
       if (!fresh || fresh.innerHTML === old.innerHTML) continue;
+      for (const d of old.querySelectorAll("details[open]")) {
+        const same = fresh.querySelector('details[data-key="' + CSS.escape(d.dataset.key) + '"]');
+        if (same) same.open = true;
+      }
       const had = old.contains(document.activeElement);
       old.replaceWith(document.adoptNode(fresh));
       if (had) fresh.focus();

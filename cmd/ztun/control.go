@@ -35,7 +35,7 @@ func controlCommand() *cobra.Command {
 	f.StringVar(&o.Mesh, "mesh", "", "directory of the YAML files (default mesh in --dir)")
 	f.StringSliceVar(&o.Listen, "listen", []string{control.DefaultListen}, "TLS addresses for the daemons")
 	f.StringSliceVar(&o.Hosts, "host", nil, "names and addresses in the server's certificate, besides localhost and the addresses it listens on (default the host name)")
-	f.StringVar(&o.Admin, "admin", "127.0.0.1:15014", `loopback address of the status over HTTP: /status, /healthz/ready ("": none)`)
+	f.StringVar(&o.Admin, "admin", "127.0.0.1:15014", `loopback address of the status over HTTP: a page at /, /status, /metrics, /healthz/ready ("": none)`)
 	f.DurationVar(&o.MaxLife, "max-life", control.DefaultMaxLife, "longest life of a workload's certificate; nodes that ask for more get this")
 	f.StringVar(&logLevel, "log", "info", "log levels, as RUST_LOG of ztun proxy")
 	f.StringVar(&logFormat, "log-format", "plain", "plain or json")

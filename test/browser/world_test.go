@@ -4,6 +4,9 @@ import (
 	"context"
 	"io"
 	"net"
+	"net/http"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -89,4 +92,47 @@ func TestRealNode(t *testing.T) {
 	}
 	b.eventually("rates are measured", `document.querySelectorAll("svg.spark").length === 2`)
 	b.quiet("live")
+}
+
+// TestControlPage: the page of a running `ztun control` shows what is published, and that a node that has joined is not there.
+func TestControlPage(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	t.Cleanup(cancel)
+	dir := t.TempDir()
+	bin, err := lab.Build(ctx, dir, "./cmd/ztun")
+	must(t, err)
+	run := func(args ...string) {
+		t.Helper()
+		if out, err := exec.CommandContext(ctx, bin, args...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v %s", args, err, out)
+		}
+	}
+	control := filepath.Join(dir, "control")
+	run("control", "init", control)
+	run("control", "join", "--dir", control, "--node", "worker-1", "--out", filepath.Join(dir, "cred"))
+	port, err := net.Listen("tcp", "127.0.0.1:0") // one that is free
+	must(t, err)
+	address := port.Addr().String()
+	port.Close()
+	cmd := exec.CommandContext(ctx, bin, "control", "--dir", control, "--listen", "127.0.0.1:0", "--admin", address)
+	must(t, cmd.Start())
+	t.Cleanup(func() { cancel(); cmd.Wait() })
+	url := "http://" + address + "/"
+	for range 300 {
+		if resp, err := http.Get(url + "healthz/ready"); err == nil {
+			resp.Body.Close()
+			if resp.StatusCode == 200 {
+				break
+			}
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	b := open(t)
+	b.looks(url, "control", "light", "dark")
+	text := get(b, chromedp.TextContent(chromedp.CSS("main")))
+	for _, want := range []string{"worker-1", "not connected", "0 of 1 connected", "v1", "Certificates issued"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is not on the page: %s", want, text)
+		}
+	}
 }

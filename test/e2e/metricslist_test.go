@@ -3,11 +3,14 @@ package e2e
 import (
 	"flag"
 	"fmt"
+	"io"
 	"maps"
+	"net/http"
 	"os"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -22,7 +25,7 @@ const metricsPage = "../../docs/metrics.md"
 const metricsHead = `# Metrics
 
 What ` + "`/metrics`" + ` on port 15020 has. Names are an interface: those with ` + "`istio_`" + ` (and ` + "`workload_manager_`, `tokio_`" + `) are ztunnel's, with its labels;
-those with ` + "`ztun_`" + ` are our own. Besides there are ` + "`go_*` and `process_*`" + ` of the Prometheus client. A counter's samples end in ` + "`_total`" + `. This page is compared with two running daemons by ` + "`go test ./test/e2e -run MetricsList`" + `,
+those with ` + "`ztun_`" + ` are our own; ` + "`ztun_control_`" + ` is what ` + "`ztun control`" + ` has, on port 15014. Besides there are ` + "`go_*` and `process_*`" + ` of the Prometheus client. A counter's samples end in ` + "`_total`" + `. This page is compared with two running daemons by ` + "`go test ./test/e2e -run MetricsList`" + `,
 which also writes it (` + "`-update-metrics`" + `). Some metrics appear with their first event only.
 
 | metric | type | unit | labels | what it says |
@@ -33,7 +36,7 @@ which also writes it (` + "`-update-metrics`" + `). Some metrics appear with the
 var eventual = map[string]bool{
 	"istio_crl_policy_rejections": true, "istio_crl_untracked_connections": true, "istio_tcp_connections_failed": true, "istio_xds_connection_terminations": true,
 	"istio_dns_requests": true, "istio_dns_upstream_requests": true, "istio_dns_upstream_failures": true, "istio_dns_upstream_request_duration_seconds": true,
-	"istio_on_demand_dns": true, "ztun_bounded": true, "ztun_ca_failures": true, "ztun_xds_rejected_now": true, "ztun_xds_rejected_resources": true,
+	"istio_on_demand_dns": true, "ztun_bounded": true, "ztun_control_bounded": true, "ztun_ca_failures": true, "ztun_xds_rejected_now": true, "ztun_xds_rejected_resources": true,
 }
 
 // TestMetricsList compares the list of metrics of nodes that have a control plane, revocation lists, names and traffic with the documented
@@ -55,6 +58,21 @@ func TestMetricsList(t *testing.T) {
 				exported[name] = row
 			}
 		}
+	}
+	// The control plane's own, on the same page: no name is in both.
+	req, err := http.NewRequest(http.MethodGet, "http://127.0.0.1:15014/metrics", nil)
+	must(t, err)
+	req.Header.Set("Accept", "application/openmetrics-text")
+	resp, err := c.N1.NS.HTTP(20 * time.Second).Do(req)
+	must(t, err)
+	text, err := io.ReadAll(resp.Body)
+	resp.Body.Close()
+	must(t, err)
+	for name, row := range metricRows(t, string(text)) {
+		if !strings.HasPrefix(name, "ztun_control_") {
+			t.Errorf("%s is none of the control plane's", name)
+		}
+		exported[name] = row
 	}
 	page, err := os.ReadFile(metricsPage)
 	if !*updateMetrics {

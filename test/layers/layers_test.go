@@ -21,7 +21,7 @@ cmd/doctor           -> tun/netns tun/steer
 cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/xds admin/zlog cmd/attach cmd/attach/isolated cmd/doctor netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state tun tun/capture tun/netns
 admin                -> admin/guard admin/page admin/suggest proxy/fair proxy/state
 admin/ca             -> admin/istiod admin/pb/citadelpb admin/watch proxy/identity
-admin/control        -> admin/ca admin/guard admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch admin/xds proxy/fair proxy/identity proxy/rbac proxy/state
+admin/control        -> admin/ca admin/guard admin/page admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch admin/xds proxy/fair proxy/identity proxy/rbac proxy/state
 admin/guard          -> proxy/fair
 admin/istiod         -> proxy/identity
 admin/page           ->
