@@ -50,13 +50,14 @@ const (
 
 // outcome says in a word how a connection ended.
 func outcome(carried bool, err error) string {
-	var e *Error
-	switch {
-	case err == nil:
+	if err == nil {
 		return OutcomeSuccess
-	case carried:
+	}
+	if carried {
 		return OutcomeCut
-	case errors.As(err, &e) && (e.kind == kindDenied || e.kind == kindStatus && e.statusIs(401)):
+	}
+	var e *Error // only now: it is taken to the heap
+	if errors.As(err, &e) && (e.kind == kindDenied || e.kind == kindStatus && e.statusIs(401)) {
 		return OutcomeDenied
 	}
 	return OutcomeFailed

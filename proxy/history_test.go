@@ -191,3 +191,12 @@ func TestReasonReachesTheOtherLog(t *testing.T) {
 		w.stop()
 	}
 }
+
+// TestRememberingIsFree: an orderly end that is remembered costs no memory.
+func TestRememberingIsFree(t *testing.T) {
+	h, p := history{newRing(8), newRing(8)}, &Proxy{}
+	b := &books{p: p, carried: true, start: time.Now(), labels: &p.unlabelled}
+	if n := testing.AllocsPerRun(100, func() { h.remember(b, nil, "", FlagNone) }); n > 0 {
+		t.Errorf("%v allocations", n)
+	}
+}

@@ -18,4 +18,6 @@
 //   - 2026-11-23: a draining pod waits for its stack as well: what was copied in full may not have been read in full.
 //   - 2026-11-28: pods are known by uid, which is namespace/name where nobody gave one; two of one name can be there
 //     at once, and get two labels in logs and metrics.
+//   - 2026-11-28: explain asks the daemon and not a copy of its state: what it says is what the daemon does. capture holds a
+//     flow's first packet for up to 0.3 s, until the decision about it is known and can be its comment.
 package main
