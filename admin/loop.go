@@ -5,25 +5,16 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"ztun/proxy/rescue"
 	"ztun/proxy/state"
 )
 
 // ErrStopped is returned to those who address a loop that has ended.
 var ErrStopped = errors.New("admin loop has ended")
-
-// PanicError is a panic that the loop contained.
-type PanicError struct {
-	Event string // kind of the event, or the closure's name
-	Value any
-	Stack []byte
-}
-
-func (e *PanicError) Error() string { return fmt.Sprintf("panic in %s: %v", e.Event, e.Value) }
 
 // LoopOptions configure a Loop. All fields are optional.
 type LoopOptions struct {
@@ -37,7 +28,7 @@ type LoopOptions struct {
 	Published func(old, new *state.View)
 	// Panicked is called on the loop after a panic was contained. Knowledge that the event was about to
 	// change may be half changed: rebuild it from its source here.
-	Panicked func(*PanicError)
+	Panicked func(*rescue.Error)
 	Logger   *slog.Logger
 }
 
@@ -117,12 +108,12 @@ func (l *Loop) Run(ctx context.Context) error {
 func (l *Loop) handle(e Event) {
 	start := time.Now()
 	name := kind(e)
-	err := contain(name, func() { l.react(e) })
+	err := rescue.Contain(name, func() { l.react(e) })
 	if err != nil {
-		l.o.Logger.Error("panic contained", "event", err.Event, "panic", fmt.Sprint(err.Value), "stack", string(err.Stack))
+		l.o.Logger.Error("panic contained", "event", err.What, "panic", fmt.Sprint(err.Value), "stack", err.Stack)
 		if l.o.Panicked != nil {
-			if again := contain("panicked", func() { l.o.Panicked(err) }); again != nil {
-				l.o.Logger.Error("panic contained", "event", again.Event, "panic", fmt.Sprint(again.Value), "stack", string(again.Stack))
+			if again := rescue.Contain("panicked", func() { l.o.Panicked(err) }); again != nil {
+				l.o.Logger.Error("panic contained", "event", again.What, "panic", fmt.Sprint(again.Value), "stack", again.Stack)
 			}
 		}
 	}
@@ -140,32 +131,17 @@ func (l *Loop) handle(e Event) {
 	l.mu.Unlock()
 }
 
-// contain runs f and returns its panic, if any.
-func contain(name string, f func()) (err *PanicError) {
-	defer func() {
-		if p := recover(); p != nil {
-			if e, ok := p.(*PanicError); ok { // already described closer to its origin
-				err = e
-				return
-			}
-			err = &PanicError{Event: name, Value: p, Stack: debug.Stack()}
-		}
-	}()
-	f()
-	return nil
-}
-
 func (l *Loop) react(e Event) {
 	switch e := e.(type) {
 	case *closure:
 		if e.start() {
-			if err := contain(e.name, e.f); err != nil {
+			if err := rescue.Contain(e.name, e.f); err != nil {
 				panic(err)
 			}
 		}
 		return
 	case Closure:
-		if err := contain(e.Name, e.Func); err != nil {
+		if err := rescue.Contain(e.Name, e.Func); err != nil {
 			panic(err)
 		}
 		return
@@ -240,7 +216,7 @@ func (l *Loop) TryPost(e Event) bool {
 }
 
 // Do runs f on the loop and waits for it. An error means that f did not run and never will (that of ctx,
-// or ErrStopped), except *PanicError: f panicked. Once f has begun, Do waits for it whatever ctx says, so
+// or ErrStopped), except *rescue.Error: f panicked. Once f has begun, Do waits for it whatever ctx says, so
 // that f may use the caller's variables. Calling it on the loop deadlocks: there, just call f.
 func (l *Loop) Do(ctx context.Context, f func()) error { return l.DoNamed(ctx, "closure", f) }
 
@@ -272,7 +248,7 @@ type closure struct {
 	f     func()
 	state atomic.Int32
 	done  chan struct{}
-	err   *PanicError
+	err   *rescue.Error
 }
 
 const (
@@ -285,7 +261,7 @@ func (*closure) event() {}
 
 func (c *closure) start() bool { return c.state.CompareAndSwap(closureWaiting, closureBegun) }
 
-func (c *closure) finish(err *PanicError) {
+func (c *closure) finish(err *rescue.Error) {
 	c.err = err
 	close(c.done)
 }

@@ -11,6 +11,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"ztun/proxy/rescue"
 	"ztun/proxy/state"
 )
 
@@ -108,14 +109,14 @@ func TestLoopPanics(t *testing.T) {
 				panic("handler")
 			}
 		},
-		Panicked: func(e *PanicError) {
-			reported = append(reported, e.Event)
+		Panicked: func(e *rescue.Error) {
+			reported = append(reported, e.What)
 			once.Do(func() { panic("and again") })
 		},
 	})
 	ctx := background(t)
-	var pe *PanicError
-	if err := l.DoNamed(ctx, "mine", func() { panic("boom") }); !errors.As(err, &pe) || pe.Event != "mine" || pe.Value != "boom" || !strings.Contains(string(pe.Stack), "TestLoopPanics") {
+	var pe *rescue.Error
+	if err := l.DoNamed(ctx, "mine", func() { panic("boom") }); !errors.As(err, &pe) || pe.What != "mine" || pe.Value != "boom" || !strings.Contains(pe.Stack, "TestLoopPanics") {
 		t.Fatalf("Do returned %v", err)
 	}
 	if err := l.Post(ctx, SourceSynced{}); err != nil {

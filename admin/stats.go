@@ -21,6 +21,7 @@ import (
 
 	"ztun/admin/guard"
 	"ztun/proxy/fair"
+	"ztun/proxy/rescue"
 )
 
 // StatsOptions configure the metrics server (15020).
@@ -215,7 +216,7 @@ func collectOrdered(cs []prometheus.Collector) (fs []*dto.MetricFamily, err erro
 	go func() { // ends before the range below does
 		defer close(ch)
 		for _, c := range cs {
-			if p := contain("a collector", func() { c.Collect(ch) }); p != nil {
+			if p := rescue.Contain("a collector", func() { c.Collect(ch) }); p != nil {
 				err = errors.Join(err, p) // read after ch is closed
 			}
 		}

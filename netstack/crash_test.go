@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"ztun/proxy/rescue"
+	"ztun/refusal"
 	"ztun/tun"
 )
 
@@ -124,7 +125,7 @@ func TestPanicEndsOneStack(t *testing.T) {
 func TestPanicInAppReader(t *testing.T) {
 	panics := rescue.New(slog.New(slog.DiscardHandler))
 	dev, app := memPair(1500, true)
-	s, err := New(Config{Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2")}, App: panicking{dev}, Panics: panics, OnFlow: func(f *Flow) { f.Refuse(Reset) }})
+	s, err := New(Config{Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2")}, App: panicking{dev}, Panics: panics, OnFlow: func(f *Flow) { f.Refuse(refusal.Reset) }})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -19,6 +19,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
+	"ztun/refusal"
 	"ztun/tun"
 )
 
@@ -121,7 +122,7 @@ func echo(src, dst netip.Addr, id uint16, reply bool) []byte {
 
 // about builds an ICMP error of the type, from a router, about a packet.
 func about(typ4 header.ICMPv4Type, typ6 header.ICMPv6Type, original []byte) []byte {
-	b := icmpError(original[:min(len(original), 96)], HostUnreachable)
+	b := icmpError(original[:min(len(original), 96)], refusal.HostUnreachable)
 	if b[0]>>4 == 4 {
 		ip := header.IPv4(b)
 		ip.SetSourceAddress(tcpip.AddrFrom4([4]byte{10, 9, 9, 9}))
@@ -162,7 +163,7 @@ func TestDatagramsPass(t *testing.T) {
 			c.same(c.network, c.pod, "an error in", about(typ4, typ6, udpPacket(pod, peer, nil)))
 		}
 		// The pod's kernel: nobody listens.
-		c.same(c.pod, c.network, "an error out", icmpError(asked, HostUnreachable))
+		c.same(c.pod, c.network, "an error out", icmpError(asked, refusal.HostUnreachable))
 
 		c.same(c.pod, c.network, "ping", echo(pod.Addr(), peer.Addr(), 77, false))
 		c.same(c.network, c.pod, "its answer", echo(peer.Addr(), pod.Addr(), 77, true))
@@ -198,10 +199,10 @@ func TestDatagramsDropped(t *testing.T) {
 		c.dropped(c.network, c.pod, "an answer to no ping", echo(peer.Addr(), pod.Addr(), 77, true))
 		c.dropped(c.pod, c.network, "an answer to no ping", echo(pod.Addr(), peer.Addr(), 77, true))
 		c.dropped(c.network, c.pod, "an error about nothing", about(header.ICMPv4TimeExceeded, header.ICMPv6TimeExceeded, udpPacket(pod, peer, nil)))
-		c.dropped(c.pod, c.network, "an error about nothing", icmpError(udpPacket(peer, pod, nil), HostUnreachable))
+		c.dropped(c.pod, c.network, "an error about nothing", icmpError(udpPacket(peer, pod, nil), refusal.HostUnreachable))
 		// An error that goes to somebody else than it quotes.
 		c.same(c.network, c.pod, "in", udpPacket(peer, pod, nil))
-		wrong := icmpError(udpPacket(peer, pod, nil), HostUnreachable)
+		wrong := icmpError(udpPacket(peer, pod, nil), refusal.HostUnreachable)
 		if f.client.Addr().Is6() {
 			wrong[39] ^= 1
 		} else {
@@ -243,7 +244,7 @@ func TestDatagramPolicy(t *testing.T) {
 		t.Errorf("asked %v", asked)
 	}
 	refused := udpPacket(pod, netip.AddrPortFrom(peer.Addr(), 6666), []byte("x"))
-	if got := c.sends(c.pod, c.pod, refused); !bytes.Equal(got, icmpError(refused[:28], AdminProhibited)) {
+	if got := c.sends(c.pod, c.pod, refused); !bytes.Equal(got, icmpError(refused[:28], refusal.AdminProhibited)) {
 		t.Errorf("a refusal % x", got)
 	}
 	c.network.inject(udpPacket(peer, netip.AddrPortFrom(pod.Addr(), 5002), nil))

@@ -16,6 +16,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"ztun/refusal"
 )
 
 // udpPacket builds a UDP packet with a right checksum.
@@ -279,7 +280,7 @@ func TestDialUDPErrors(t *testing.T) {
 	defer conn.Close()
 	conn.Write([]byte("q"))
 	sent := <-d.in
-	e := icmpError(sent.b, HostUnreachable)
+	e := icmpError(sent.b, refusal.HostUnreachable)
 	e[21] = 3 // port unreachable
 	e[22], e[23] = 0, 0
 	ic := header.ICMPv4(e[20:])
@@ -379,7 +380,7 @@ func TestDialUDPByUplink(t *testing.T) {
 func TestTUNDNS(t *testing.T) {
 	for _, plain := range []bool{false, true} {
 		t.Run(fmt.Sprintf("plain=%v", plain), func(t *testing.T) {
-			l := newLabWith(t, plain, func(f *Flow) { f.Refuse(Reset) }, func(c *Config) {
+			l := newLabWith(t, plain, func(f *Flow) { f.Refuse(refusal.Reset) }, func(c *Config) {
 				c.OnDNS = func(q *DNSQuery) {
 					if err := q.Reply(bytes.Repeat(q.Payload(), 100)); err != nil {
 						t.Error(err)

@@ -13,42 +13,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
 	"ztun/proxy/fair"
+	"ztun/refusal"
 )
-
-// Refusal is the way in which a flow is turned down.
-type Refusal uint8
-
-const (
-	// Reset answers with a RST: connect fails with ECONNREFUSED.
-	Reset Refusal = iota
-	// HostUnreachable answers with ICMP type 3 code 1 or ICMPv6 type 1 code 3:
-	// connect fails with EHOSTUNREACH.
-	HostUnreachable
-	// NetUnreachable answers with ICMP type 3 code 0 or ICMPv6 type 1 code 0:
-	// connect fails with ENETUNREACH.
-	NetUnreachable
-	// AdminProhibited answers with ICMP type 3 code 13 (EHOSTUNREACH) or ICMPv6
-	// type 1 code 1 (EACCES).
-	AdminProhibited
-	// Silent drops the SYN. The client's next one is a new flow.
-	Silent
-)
-
-func (r Refusal) String() string {
-	switch r {
-	case Reset:
-		return "reset"
-	case HostUnreachable:
-		return "host unreachable"
-	case NetUnreachable:
-		return "network unreachable"
-	case AdminProhibited:
-		return "administratively prohibited"
-	case Silent:
-		return "silent"
-	}
-	return "unknown"
-}
 
 // ErrDecided is what Accept returns on a flow that was accepted or refused before.
 var ErrDecided = errors.New("netstack: flow already decided")
@@ -208,28 +174,28 @@ func (fl *Flow) handshake(c *Conn) (tcpip.Endpoint, tcpip.Error) {
 }
 
 // Refuse turns the flow down. On a decided flow it does nothing.
-func (fl *Flow) Refuse(r Refusal) {
+func (fl *Flow) Refuse(r refusal.Way) {
 	if fl.decide() {
 		fl.refuse(r)
 	}
 }
 
-func (fl *Flow) refuse(r Refusal) {
+func (fl *Flow) refuse(r refusal.Way) {
 	fl.mu.Lock()
 	if fl.gone {
-		r = Silent // said by whoever could not finish: the client is to try again
+		r = refusal.Silent // said by whoever could not finish: the client is to try again
 	}
 	fl.mu.Unlock()
 	switch {
-	case r == Silent:
+	case r == refusal.Silent:
 		fl.f.unansweredBy(fl)
 	case !fl.inbound && time.Since(fl.start) < promptly:
 		fl.places.answers(fl.party)
 	}
-	fl.req.Complete(r == Reset)
+	fl.req.Complete(r == refusal.Reset)
 	fl.f.forget(fl)
 	fl.f.refused.Add(1)
-	if r == Reset || r == Silent {
+	if r == refusal.Reset || r == refusal.Silent {
 		return
 	}
 	if b := icmpError(fl.syn, r); b != nil {

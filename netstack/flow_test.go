@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"ztun/refusal"
 	"ztun/tun"
 )
 
@@ -20,14 +21,14 @@ import (
 func TestRefuse(t *testing.T) {
 	// What gVisor makes of them as a client; the kernel's view is in tun_test.go.
 	for _, r := range []struct {
-		r  Refusal
+		r  refusal.Way
 		v4 syscall.Errno
 		v6 syscall.Errno
 	}{
-		{Reset, syscall.ECONNREFUSED, syscall.ECONNREFUSED},
-		{HostUnreachable, syscall.EHOSTUNREACH, syscall.ENETUNREACH}, // see knownICMP6
-		{AdminProhibited, syscall.EHOSTUNREACH, syscall.ENETUNREACH},
-		{NetUnreachable, syscall.ENETUNREACH, syscall.ENETUNREACH},
+		{refusal.Reset, syscall.ECONNREFUSED, syscall.ECONNREFUSED},
+		{refusal.HostUnreachable, syscall.EHOSTUNREACH, syscall.ENETUNREACH}, // see knownICMP6
+		{refusal.AdminProhibited, syscall.EHOSTUNREACH, syscall.ENETUNREACH},
+		{refusal.NetUnreachable, syscall.ENETUNREACH, syscall.ENETUNREACH},
 	} {
 		t.Run(r.r.String(), func(t *testing.T) {
 			eachWay(t, func(t *testing.T, j *joined, fam family) {
@@ -58,8 +59,8 @@ func TestRefuse(t *testing.T) {
 func TestRefuseSilent(t *testing.T) {
 	j := join(t, true, nil)
 	go func() {
-		(<-j.flows).Refuse(Silent)
-		(<-j.flows).Refuse(Reset)
+		(<-j.flows).Refuse(refusal.Silent)
+		(<-j.flows).Refuse(refusal.Reset)
 	}()
 	if _, err := j.client.DialApp(context.Background(), families[0].client, families[0].server); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("dial: %v", err)
@@ -104,8 +105,8 @@ func TestFlowDecidedOnce(t *testing.T) {
 	a, b := memPair(1500, true)
 	client := startStack(t, Config{Addrs: []netip.Addr{families[0].client.Addr()}, App: a})
 	startStack(t, Config{Addrs: []netip.Addr{families[0].client.Addr()}, App: b, OnFlow: func(f *Flow) {
-		f.Refuse(Reset)
-		f.Refuse(HostUnreachable)
+		f.Refuse(refusal.Reset)
+		f.Refuse(refusal.HostUnreachable)
 		_, second = f.Accept()
 		close(done)
 	}})
@@ -146,7 +147,7 @@ func TestInbound(t *testing.T) {
 			if f.Inbound() != tc.want || f.Dst() != dst || f.Src().Addr() != src.Addr() {
 				t.Errorf("%v: inbound %v, src %v, dst %v", tc.dst, f.Inbound(), f.Src(), f.Dst())
 			}
-			f.Refuse(Reset)
+			f.Refuse(refusal.Reset)
 		}()
 		if _, err := j.client.DialApp(context.Background(), src, dst); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("dial: %v", err)

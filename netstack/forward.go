@@ -14,6 +14,7 @@ import (
 
 	"ztun/proxy/fair"
 	"ztun/proxy/grow"
+	"ztun/refusal"
 )
 
 // forwarder turns SYNs that no endpoint claims into Flows, within bounds.
@@ -161,7 +162,7 @@ func (f *forwarder) serve(h *hop) func(*tcp.ForwarderRequest) {
 		defer func() {
 			if fl.decide() {
 				f.s.log.Error("netstack: flow left undecided", "src", fl.src, "dst", fl.dst)
-				fl.refuse(Reset)
+				fl.refuse(refusal.Reset)
 			}
 		}()
 		f.s.cfg.Panics.Run("a connection's beginning", func() { f.s.cfg.OnFlow(fl) }, nil)

@@ -10,6 +10,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 
+	"ztun/refusal"
 	"ztun/tun"
 )
 
@@ -74,7 +75,7 @@ func (d *datagrams) refuse(head []byte, s *sight) {
 	if s.kind != sightUDP || !d.errs.Allow(struct{}{}) {
 		return
 	}
-	if b := icmpError(bytes.Clone(head[:s.l4+header.UDPMinimumSize]), AdminProhibited); b != nil {
+	if b := icmpError(bytes.Clone(head[:s.l4+header.UDPMinimumSize]), refusal.AdminProhibited); b != nil {
 		d.s.pump.send(rawPacket(b))
 	}
 }

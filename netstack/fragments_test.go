@@ -9,6 +9,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
+	"ztun/refusal"
 	"ztun/tun"
 )
 
@@ -49,7 +50,7 @@ func TestFragmentBudget(t *testing.T) {
 	var stacks []*Stack
 	for _, addrs := range [][]netip.Addr{{pod4, pod6}, {other}} {
 		app, _ := memPair(1500, true)
-		stacks = append(stacks, startStack(t, Config{Addrs: addrs, App: app, Uplink: uplink, OnFlow: func(f *Flow) { f.Refuse(Reset) }}))
+		stacks = append(stacks, startStack(t, Config{Addrs: addrs, App: app, Uplink: uplink, OnFlow: func(f *Flow) { f.Refuse(refusal.Reset) }}))
 	}
 	flood := func(dst netip.Addr, n int) (over int) {
 		t.Helper()

@@ -3,6 +3,7 @@ package netstack
 import (
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"ztun/refusal"
 )
 
 // icmpError builds the ICMP or ICMPv6 error that refuses a SYN, of which
@@ -13,7 +14,7 @@ import (
 // RFC 792, RFC 1812 section 5.2.7.1 and RFC 4443 section 3.1 for the codes; the
 // quotation holds the whole TCP header, more than the 8 bytes that the client's
 // kernel needs to find the socket.
-func icmpError(original []byte, r Refusal) []byte {
+func icmpError(original []byte, r refusal.Way) []byte {
 	if len(original) < header.IPv4MinimumSize {
 		return nil
 	}
@@ -23,14 +24,14 @@ func icmpError(original []byte, r Refusal) []byte {
 	return icmp6Error(original, r)
 }
 
-func icmp4Error(original []byte, r Refusal) []byte {
+func icmp4Error(original []byte, r refusal.Way) []byte {
 	var code header.ICMPv4Code
 	switch r {
-	case HostUnreachable:
+	case refusal.HostUnreachable:
 		code = header.ICMPv4HostUnreachable
-	case NetUnreachable:
+	case refusal.NetUnreachable:
 		code = header.ICMPv4NetUnreachable
-	case AdminProhibited:
+	case refusal.AdminProhibited:
 		code = header.ICMPv4AdminProhibited
 	default:
 		return nil
@@ -55,14 +56,14 @@ func icmp4Error(original []byte, r Refusal) []byte {
 	return b
 }
 
-func icmp6Error(original []byte, r Refusal) []byte {
+func icmp6Error(original []byte, r refusal.Way) []byte {
 	var code header.ICMPv6Code
 	switch r {
-	case HostUnreachable:
+	case refusal.HostUnreachable:
 		code = header.ICMPv6AddressUnreachable
-	case NetUnreachable:
+	case refusal.NetUnreachable:
 		code = header.ICMPv6NetworkUnreachable
-	case AdminProhibited:
+	case refusal.AdminProhibited:
 		code = header.ICMPv6Prohibited
 	default:
 		return nil

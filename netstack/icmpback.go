@@ -4,6 +4,7 @@ import (
 	"net/netip"
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"ztun/ports"
 )
 
 // The way back for ICMP errors about the mesh's own connections. Towards the
@@ -21,11 +22,10 @@ const (
 	// send TCP to this port, and from it to the ports of the mesh's own calls, to
 	// the kernel. ztunnel's port of the same name; fixed, since every peer
 	// expects it.
-	hbonePort = 15008
+	hbonePort = ports.HBONE
 
-	// MeshPortMin is the first of the local ports of the mesh's own calls (a test
-	// in tun/steer holds them together). The stacks call from the ports below.
-	MeshPortMin = 61000
+	// MeshPortMin is the first of the local ports of the mesh's own calls. The stacks call from the ports below.
+	MeshPortMin = ports.MeshMin
 
 	// ReturnTOS is the DS field of packets for the kernel, by which the node's
 	// routing rule knows them (a test in tun/steer holds the two together).

@@ -10,6 +10,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
+	"ztun/refusal"
 	"ztun/tun"
 )
 
@@ -171,7 +172,7 @@ func TestGiveBack(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- uplink.Run(context.Background()) }()
 	app, _ := memPair(1500, true)
-	s := startStack(t, Config{Addrs: []netip.Addr{pod4, pod6}, App: app, Uplink: uplink, OnFlow: func(f *Flow) { f.Refuse(Reset) }})
+	s := startStack(t, Config{Addrs: []netip.Addr{pod4, pod6}, App: app, Uplink: uplink, OnFlow: func(f *Flow) { f.Refuse(refusal.Reset) }})
 
 	buf := make([]byte, 1<<16)
 	var h tun.VNetHdr
@@ -213,7 +214,7 @@ func TestGiveBack(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := nodeB.WritePacket(&tun.VNetHdr{}, [][]byte{icmpError(bytes.Clone(buf[:n]), HostUnreachable)}); err != nil {
+		if err := nodeB.WritePacket(&tun.VNetHdr{}, [][]byte{icmpError(bytes.Clone(buf[:n]), refusal.HostUnreachable)}); err != nil {
 			t.Fatal(err)
 		}
 		if err := <-failed; err == nil || ctx.Err() != nil {

@@ -6,13 +6,14 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"ztun/refusal"
 )
 
 func TestAgain(t *testing.T) {
 	again := make(chan bool, 10)
 	_, w := newWire(t, Config{OnFlow: func(f *Flow) {
 		again <- f.Again()
-		f.Refuse(Refusal(int(Silent) * int(f.Dst().Port()%2)))
+		f.Refuse(refusal.Way(int(refusal.Silent) * int(f.Dst().Port()%2)))
 	}})
 	for i, tc := range []struct {
 		dst  string
@@ -75,7 +76,7 @@ func TestSamePort(t *testing.T) {
 				case <-gone:
 				case <-stop:
 				}
-				f.Refuse(Reset)
+				f.Refuse(refusal.Reset)
 				return
 			}
 			c, err := f.Accept()

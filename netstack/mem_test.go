@@ -12,6 +12,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/buffer"
 
+	"ztun/refusal"
 	"ztun/tun"
 )
 
@@ -111,7 +112,7 @@ func (d *memDevice) inject(b []byte) { d.WritePacket(&tun.VNetHdr{}, [][]byte{b}
 func startStack(t testing.TB, cfg Config) *Stack {
 	t.Helper()
 	if cfg.OnFlow == nil {
-		cfg.OnFlow = func(f *Flow) { f.Refuse(Reset) }
+		cfg.OnFlow = func(f *Flow) { f.Refuse(refusal.Reset) }
 	}
 	s, err := New(cfg)
 	if err != nil {

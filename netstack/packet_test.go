@@ -10,6 +10,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
+	"ztun/refusal"
 	"ztun/tun"
 )
 
@@ -142,14 +143,14 @@ func FuzzReceive(f *testing.F) {
 	for _, v6 := range []bool{false, true} {
 		f.Add(tcpPacket(v6, 12, 0))
 		f.Add(tcpPacket(v6, 40, 200))
-		f.Add(icmpError(tcpPacket(v6, 12, 0), HostUnreachable))
+		f.Add(icmpError(tcpPacket(v6, 12, 0), refusal.HostUnreachable))
 	}
 	f.Add([]byte{0x45})
 	for i, dst := range dnsServers {
 		f.Add(udpPacket(netip.AddrPortFrom(families[i].client.Addr(), 4000), dst, []byte("query")))
 	}
 	a, b := memPair(1500, true)
-	startStack(f, Config{App: a, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("10.2.0.3")}, UplinkIsApp: true, OnFlow: func(fl *Flow) { fl.Refuse(HostUnreachable) }, OnDNS: func(q *DNSQuery) { q.Reply(q.Payload()) }})
+	startStack(f, Config{App: a, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("10.2.0.3")}, UplinkIsApp: true, OnFlow: func(fl *Flow) { fl.Refuse(refusal.HostUnreachable) }, OnDNS: func(q *DNSQuery) { q.Reply(q.Payload()) }})
 	startStack(f, Config{App: b, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2")}})
 	f.Fuzz(func(t *testing.T, packet []byte) {
 		if len(packet) > 65535 {
@@ -163,7 +164,7 @@ func FuzzReceive(f *testing.F) {
 func TestICMPError(t *testing.T) {
 	for _, v6 := range []bool{false, true} {
 		syn := tcpPacket(v6, 20, 0)
-		for _, r := range []Refusal{HostUnreachable, NetUnreachable, AdminProhibited} {
+		for _, r := range []refusal.Way{refusal.HostUnreachable, refusal.NetUnreachable, refusal.AdminProhibited} {
 			b := icmpError(syn, r)
 			if !v6 {
 				ip := header.IPv4(b)
@@ -190,7 +191,7 @@ func TestICMPError(t *testing.T) {
 				t.Errorf("%v: code %d", r, c)
 			}
 		}
-		if icmpError(syn, Reset) != nil || icmpError(syn, Silent) != nil || icmpError(nil, HostUnreachable) != nil {
+		if icmpError(syn, refusal.Reset) != nil || icmpError(syn, refusal.Silent) != nil || icmpError(nil, refusal.HostUnreachable) != nil {
 			t.Error("an error where none belongs")
 		}
 	}
@@ -203,7 +204,7 @@ func FuzzICMPError(f *testing.F) {
 		if len(b) > 120 || (len(b) > 0 && b[0]>>4 != 4 && len(b) < header.IPv6MinimumSize) {
 			return // gVisor has parsed the SYN before
 		}
-		e := icmpError(b, Refusal(r))
+		e := icmpError(b, refusal.Way(r))
 		knownICMP6(e[:min(len(e), headSize)])
 		knownICMP6(b)
 	})

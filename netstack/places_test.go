@@ -12,6 +12,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"ztun/refusal"
 )
 
 // wire is the far end of a stack's device in the hands of the test.
@@ -96,7 +97,7 @@ func hang(stop <-chan struct{}, live ...string) func(*Flow) {
 	}
 	return func(f *Flow) {
 		if answers[f.Dst()] {
-			f.Refuse(Reset)
+			f.Refuse(refusal.Reset)
 			return
 		}
 		gone := make(chan struct{})
@@ -105,7 +106,7 @@ func hang(stop <-chan struct{}, live ...string) func(*Flow) {
 		case <-gone:
 		case <-stop:
 		}
-		f.Refuse(Reset) // which nobody is to see of what is gone
+		f.Refuse(refusal.Reset) // which nobody is to see of what is gone
 	}
 }
 
@@ -186,7 +187,7 @@ func TestKnownKeepsPlaces(t *testing.T) {
 		if !quick {
 			<-release
 		}
-		f.Refuse(Refusal(answer.Load()))
+		f.Refuse(refusal.Way(answer.Load()))
 	}})
 	defer close(stop)
 	w.syn("10.1.0.2:500", busy.String(), 1)
@@ -216,7 +217,7 @@ func TestKnownKeepsPlaces(t *testing.T) {
 	if !known() {
 		t.Error("a destination that answered is not known")
 	}
-	answer.Store(uint32(Silent))
+	answer.Store(uint32(refusal.Silent))
 	w.syn("10.1.0.2:600", busy.String(), 1)
 	eventually(t, "unknown", func() bool { return !known() })
 }
@@ -229,7 +230,7 @@ func TestHandshakeBounds(t *testing.T) {
 	errs := make(chan error, 100)
 	s, w := newWire(t, Config{MaxInFlight: 16, UplinkIsApp: true, OnFlow: func(f *Flow) {
 		if !f.Inbound() {
-			f.Refuse(Reset)
+			f.Refuse(refusal.Reset)
 			return
 		}
 		c, err := f.Accept()
@@ -318,7 +319,7 @@ func TestForeignSource(t *testing.T) {
 		got := make(chan *Flow, 10)
 		queries := make(chan *DNSQuery, 10)
 		s, w := newWire(t, Config{UplinkIsApp: steered, OnDNS: func(q *DNSQuery) { queries <- q },
-			OnFlow: func(f *Flow) { got <- f; f.Refuse(Silent) }})
+			OnFlow: func(f *Flow) { got <- f; f.Refuse(refusal.Silent) }})
 		w.syn("10.1.0.3:1", "10.2.0.3:80", 1)
 		w.syn("[fd00:1::3]:1", "[fd00:2::3]:80", 1)
 		w.syn("[fe80::1]:1", "[fd00:2::3]:80", 1)
@@ -429,7 +430,7 @@ func TestAgainTakesNobodysPlace(t *testing.T) {
 		case <-gone:
 		case <-stop:
 		}
-		f.Refuse(Silent)
+		f.Refuse(refusal.Silent)
 	}})
 	defer close(stop)
 	syn := func(i int) { w.syn(fmt.Sprintf("10.1.0.2:%d", 1000+i), fmt.Sprintf("10.9.0.%d:80", 1+i), 7) }

@@ -11,11 +11,12 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
+	"ztun/refusal"
 	"ztun/tun"
 )
 
 func TestTUNProbe(t *testing.T) {
-	l := newLab(t, false, func(f *Flow) { f.Refuse(Reset) })
+	l := newLab(t, false, func(f *Flow) { f.Refuse(refusal.Reset) })
 	for _, tc := range []struct{ dst, src, closed, filtered string }{
 		{"10.1.0.2:8080", "192.0.2.7", "10.1.0.2:9", "10.1.0.2:10"},
 		{"[fd00:1::2]:8080", "2001:db8::7", "[fd00:1::2]:9", "[fd00:1::2]:10"},
@@ -76,9 +77,9 @@ func TestProbeAnswers(t *testing.T) {
 			return addrPort2(t, p.b), p.b, got
 		}
 		for _, tc := range []struct {
-			r    Refusal
+			r    refusal.Way
 			want error
-		}{{HostUnreachable, syscall.EHOSTUNREACH}, {AdminProhibited, syscall.EHOSTUNREACH}} {
+		}{{refusal.HostUnreachable, syscall.EHOSTUNREACH}, {refusal.AdminProhibited, syscall.EHOSTUNREACH}} {
 			_, syn, got := probe()
 			w.dev.WritePacket(&tun.VNetHdr{}, [][]byte{icmpError(syn, tc.r)})
 			if err := <-got; !errors.Is(err, tc.want) {
@@ -92,7 +93,7 @@ func TestProbeAnswers(t *testing.T) {
 		w.send(dst, src, header.TCPFlagSyn|header.TCPFlagAck, 0, seq+2)
 		other := bytes.Clone(syn)
 		header.TCP(other[len(other)-24:]).SetSequenceNumber(seq + 1)
-		w.dev.WritePacket(&tun.VNetHdr{}, [][]byte{icmpError(other, HostUnreachable)})
+		w.dev.WritePacket(&tun.VNetHdr{}, [][]byte{icmpError(other, refusal.HostUnreachable)})
 		select {
 		case err := <-got:
 			t.Fatalf("answered: %v", err)

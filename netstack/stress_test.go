@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+	"ztun/refusal"
 )
 
 // Many connections at once, each with a payload of its own both ways, over a
@@ -148,7 +149,7 @@ func TestStressClose(t *testing.T) {
 		server := mk(Config{Addrs: []netip.Addr{families[0].client.Addr()}, App: b, OnFlow: func(f *Flow) {
 			switch rand.IntN(5) {
 			case 0:
-				f.Refuse(Refusal(rand.IntN(5)))
+				f.Refuse(refusal.Way(rand.IntN(5)))
 				return
 			case 1:
 				return

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"ztun/refusal"
 	"ztun/tun"
 	"ztun/tun/tuntest/nslab"
 )
@@ -78,16 +79,16 @@ func (l *lab) listen(t *testing.T, addr string) (ln net.Listener) {
 
 // What the application's connect says to each refusal, at once.
 func TestTUNRefuse(t *testing.T) {
-	var how Refusal
+	var how refusal.Way
 	l := newLab(t, false, func(f *Flow) { f.Refuse(how) })
 	for _, tc := range []struct {
-		how    Refusal
+		how    refusal.Way
 		v4, v6 syscall.Errno
 	}{
-		{Reset, syscall.ECONNREFUSED, syscall.ECONNREFUSED},
-		{HostUnreachable, syscall.EHOSTUNREACH, syscall.EHOSTUNREACH},
-		{NetUnreachable, syscall.ENETUNREACH, syscall.ENETUNREACH},
-		{AdminProhibited, syscall.EHOSTUNREACH, syscall.EACCES},
+		{refusal.Reset, syscall.ECONNREFUSED, syscall.ECONNREFUSED},
+		{refusal.HostUnreachable, syscall.EHOSTUNREACH, syscall.EHOSTUNREACH},
+		{refusal.NetUnreachable, syscall.ENETUNREACH, syscall.ENETUNREACH},
+		{refusal.AdminProhibited, syscall.EHOSTUNREACH, syscall.EACCES},
 	} {
 		how = tc.how
 		for dst, want := range map[string]syscall.Errno{"10.2.0.3:80": tc.v4, "[fd00:2::3]:80": tc.v6} {
@@ -158,7 +159,7 @@ type onlyWriter struct{ io.Writer }
 
 // The application sees the client that we say, and its refusal is ours.
 func TestTUNDialApp(t *testing.T) {
-	l := newLab(t, false, func(f *Flow) { f.Refuse(Reset) })
+	l := newLab(t, false, func(f *Flow) { f.Refuse(refusal.Reset) })
 	for _, tc := range []struct{ listen, dst, src string }{
 		{"10.1.0.2:8080", "10.1.0.2:8080", "192.0.2.7:0"},
 		{"[fd00:1::2]:8080", "[fd00:1::2]:8080", "[2001:db8::7]:40000"},

@@ -19,6 +19,7 @@ import (
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
 	"ztun/proxy/state"
+	"ztun/refusal"
 )
 
 // Assertions of the dataplane checklist (test/checklist) that no other test of this package proves. Numbers are its.
@@ -219,7 +220,7 @@ func TestOtherStatus(t *testing.T) {
 		})
 		return here, nil
 	}
-	if _, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.2:9000"); err != errRefused || r != RefuseReset {
+	if _, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.2:9000"); err != errRefused || r != refusal.Reset {
 		t.Errorf("%v, %d", err, r)
 	}
 	w.settle()

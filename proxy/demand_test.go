@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"ztun/proxy/state"
+	"ztun/refusal"
 )
 
 // TestDemand: what the View does not know is asked for once, and then decided anew.
@@ -154,7 +155,7 @@ func TestDemandUnanswered(t *testing.T) {
 			t.Error(what, l)
 		}
 	}
-	if r := fail(kindLookup, context.DeadlineExceeded).Refusal(); r != RefuseReset {
+	if r := fail(kindLookup, context.DeadlineExceeded).Refusal(); r != refusal.Reset {
 		t.Error("not refused but left waiting:", r)
 	}
 }

@@ -19,6 +19,7 @@ import (
 	"ztun/admin/xds"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
+	"ztun/refusal"
 )
 
 // What each side of two networks knows: a, in n1, of b only that it is behind a gateway; b, in n2, nothing of a.
@@ -242,7 +243,7 @@ func TestDoubleHBONERefused(t *testing.T) {
 	} {
 		tt.prepare()
 		_, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, tt.dst)
-		if err != errRefused || r != RefuseReset {
+		if err != errRefused || r != refusal.Reset {
 			t.Errorf("%s: %v, %d", tt.name, err, r)
 		}
 		w.settle()

@@ -10,6 +10,7 @@ import (
 	"syscall"
 
 	"ztun/proxy/hbone"
+	"ztun/refusal"
 )
 
 // Flag is the response_flags label of a closed connection (spec 10.2).
@@ -52,29 +53,29 @@ const (
 )
 
 type reason struct {
-	prefix string  // text before the cause (spec appendix B)
-	flag   Flag    // metric label of the closed connection
-	status int     // what an HBONE peer is answered
-	refuse Refusal // what the application's SYN is answered, unless the cause says better
+	prefix string      // text before the cause (spec appendix B)
+	flag   Flag        // metric label of the closed connection
+	status int         // what an HBONE peer is answered
+	refuse refusal.Way // what the application's SYN is answered, unless the cause says better
 }
 
 var reasons = [...]reason{
-	kindIO:              {prefix: "io error: ", flag: FlagConnect, status: 503, refuse: RefuseReset},
-	kindUnknownWorkload: {prefix: "failed to fetch information about local workload: ", flag: FlagNone, status: 503, refuse: RefuseReset},
-	kindLookup:          {prefix: "failed to look up the destination, which may be in the mesh: ", flag: FlagNone, status: 503, refuse: RefuseReset},
-	kindRoute:           {prefix: "", flag: FlagConnect, status: 503, refuse: RefuseReset},
-	kindNetworkPolicy:   {prefix: "connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: ", flag: FlagNetworkPolicy, status: 503, refuse: RefuseSilent},
+	kindIO:              {prefix: "io error: ", flag: FlagConnect, status: 503, refuse: refusal.Reset},
+	kindUnknownWorkload: {prefix: "failed to fetch information about local workload: ", flag: FlagNone, status: 503, refuse: refusal.Reset},
+	kindLookup:          {prefix: "failed to look up the destination, which may be in the mesh: ", flag: FlagNone, status: 503, refuse: refusal.Reset},
+	kindRoute:           {prefix: "", flag: FlagConnect, status: 503, refuse: refusal.Reset},
+	kindNetworkPolicy:   {prefix: "connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: ", flag: FlagNetworkPolicy, status: 503, refuse: refusal.Silent},
 	// ztunnel reports a failed tunnel handshake as an I/O error with the flag CONNECT (spec 2.10).
-	kindTLS:          {prefix: "io error: ", flag: FlagConnect, status: 503, refuse: RefuseReset},
-	kindIdentity:     {prefix: "identity error: ", flag: FlagIdentity, status: 503, refuse: RefuseReset},
-	kindH2:           {prefix: "h2 failed: ", flag: FlagH2Handshake, status: 503, refuse: RefuseReset},
-	kindStatus:       {prefix: "", flag: FlagConnect, status: 503, refuse: RefuseReset},
-	kindApp:          {prefix: "connection failed: ", flag: FlagConnect, status: 503, refuse: RefuseReset},
-	kindDenied:       {prefix: "", flag: FlagDeny, status: 401, refuse: RefuseReset},
-	kindPolicyChange: {prefix: "connection closed due to policy change", flag: FlagDeny, status: 401, refuse: RefuseReset},
-	kindRevoked:      {prefix: "connection closed: peer certificate revoked by CRL", flag: FlagCertRevoked, status: 503, refuse: RefuseReset},
-	kindDrain:        {prefix: "connection closed due to connection drain", flag: FlagNone, status: 503, refuse: RefuseReset},
-	kindCrowded:      {prefix: "too many connections of this pod await an answer (ZTUN_MAX_INFLIGHT)", flag: FlagConnect, status: 503, refuse: RefuseSilent},
+	kindTLS:          {prefix: "io error: ", flag: FlagConnect, status: 503, refuse: refusal.Reset},
+	kindIdentity:     {prefix: "identity error: ", flag: FlagIdentity, status: 503, refuse: refusal.Reset},
+	kindH2:           {prefix: "h2 failed: ", flag: FlagH2Handshake, status: 503, refuse: refusal.Reset},
+	kindStatus:       {prefix: "", flag: FlagConnect, status: 503, refuse: refusal.Reset},
+	kindApp:          {prefix: "connection failed: ", flag: FlagConnect, status: 503, refuse: refusal.Reset},
+	kindDenied:       {prefix: "", flag: FlagDeny, status: 401, refuse: refusal.Reset},
+	kindPolicyChange: {prefix: "connection closed due to policy change", flag: FlagDeny, status: 401, refuse: refusal.Reset},
+	kindRevoked:      {prefix: "connection closed: peer certificate revoked by CRL", flag: FlagCertRevoked, status: 503, refuse: refusal.Reset},
+	kindDrain:        {prefix: "connection closed due to connection drain", flag: FlagNone, status: 503, refuse: refusal.Reset},
+	kindCrowded:      {prefix: "too many connections of this pod await an answer (ZTUN_MAX_INFLIGHT)", flag: FlagConnect, status: 503, refuse: refusal.Silent},
 }
 
 // Error is a failed connection: a row of the table above and the cause.
@@ -98,15 +99,15 @@ func (e *Error) Unwrap() error { return e.cause }
 func (e *Error) Flag() Flag { return reasons[e.kind].flag }
 
 // Refusal is what the application is told. The cause decides where it knows better than the kind.
-func (e *Error) Refusal() Refusal {
+func (e *Error) Refusal() refusal.Way {
 	switch {
 	case e.cause == nil || e.kind == kindDenied || e.kind == kindStatus || e.kind == kindLookup:
 	case errors.Is(e.cause, syscall.EHOSTUNREACH):
-		return RefuseHostUnreachable
+		return refusal.HostUnreachable
 	case errors.Is(e.cause, syscall.ENETUNREACH), errors.Is(e.cause, syscall.EAFNOSUPPORT): // the pod has no address of that family
-		return RefuseNetUnreachable
+		return refusal.NetUnreachable
 	case timedOut(e.cause):
-		return RefuseSilent
+		return refusal.Silent
 	}
 	return reasons[e.kind].refuse
 }

@@ -8,11 +8,13 @@ import (
 	"strings"
 	"time"
 
+	"ztun/ports"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
 	"ztun/proxy/rbac"
 	"ztun/proxy/route"
 	"ztun/proxy/state"
+	"ztun/refusal"
 )
 
 // ExplainQuestion is a connection to be explained.
@@ -29,16 +31,17 @@ type ExplainQuestion struct {
 
 // outcomeText is what refuses a connection, as the one who connects sees it.
 func outcomeText(err error) string {
-	r := RefuseReset
+	r := refusal.Reset
 	var e *Error
 	if errors.As(err, &e) {
 		r = e.Refusal()
 	}
 	return [...]string{
-		RefuseReset:           "connect fails: Connection refused (ECONNREFUSED)",
-		RefuseHostUnreachable: "connect fails: No route to host (EHOSTUNREACH)",
-		RefuseNetUnreachable:  "connect fails: Network is unreachable (ENETUNREACH)",
-		RefuseSilent:          "connect has no answer and ends by its own timeout (ETIMEDOUT)",
+		refusal.Reset:           "connect fails: Connection refused (ECONNREFUSED)",
+		refusal.HostUnreachable: "connect fails: No route to host (EHOSTUNREACH)",
+		refusal.NetUnreachable:  "connect fails: Network is unreachable (ENETUNREACH)",
+		refusal.AdminProhibited: "connect fails: the network forbids it (EHOSTUNREACH, EACCES with IPv6)",
+		refusal.Silent:          "connect has no answer and ends by its own timeout (ETIMEDOUT)",
 	}[r]
 }
 
@@ -206,7 +209,7 @@ func (p *Proxy) ExplainInbound(ctx context.Context, q ExplainQuestion) *Explanat
 		in, err = route.Inbound(view, route.InboundQuestion{Network: p.o.Config.NetworkName, Local: local, LocalAddr: x.Called.Addr(),
 			Authority: x.Called.String(), Illegal: p.illegal})
 		if err == nil {
-			app = p.appDial(&tunnel{src: app.src, dst: netip.AddrPortFrom(x.Called.Addr(), route.HBONEPort), peer: q.ID, hasPeer: true}, in)
+			app = p.appDial(&tunnel{src: app.src, dst: netip.AddrPortFrom(x.Called.Addr(), ports.HBONE), peer: q.ID, hasPeer: true}, in)
 			x.Called = in.App
 		}
 		text = fmt.Sprintf("over a tunnel from %s, which proves to be %s, to %s", src, q.ID, x.Called)

@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"ztun/refusal"
 )
 
 // syn is a flow of the test's for a proxy, which serves it in the background.
@@ -66,7 +67,7 @@ func TestPassthroughHandshakeFirst(t *testing.T) {
 	closed := netip.AddrPortFrom(appB.Addr(), 9).String()
 	f, over := w.syn(serve, "192.0.2.1:4000", closed, nil)
 	<-over
-	if f.app != nil || f.refusal != RefuseReset {
+	if f.app != nil || f.refusal != refusal.Reset {
 		t.Errorf("closed port: refusal %v", f.refusal)
 	}
 	wantTexts(t, w.lastLine(1), "\terror\t", "Connection refused (os error 111)")
@@ -127,7 +128,7 @@ func TestRetransmittedSYN(t *testing.T) {
 		for n := range 4 {
 			f, over := w.syn(serve, src, dst, func(f *fakeFlow) { f.again = n > 0 })
 			<-over
-			if f.app != nil || f.refusal != RefuseSilent {
+			if f.app != nil || f.refusal != refusal.Silent {
 				t.Fatalf("inbound %v: refusal %v", inbound, f.refusal)
 			}
 			if lines := w.lines(i); len(lines) != 1 {
@@ -171,7 +172,7 @@ func TestEvictedFlow(t *testing.T) {
 	case <-time.After(5 * time.Second):
 		t.Fatal("the flow goes on")
 	}
-	if f.app != nil || f.refusal != RefuseSilent {
+	if f.app != nil || f.refusal != refusal.Silent {
 		t.Errorf("refusal %v", f.refusal)
 	}
 	wantTexts(t, w.lastLine(0), "\terror\t", "ZTUN_MAX_INFLIGHT")

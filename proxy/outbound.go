@@ -10,6 +10,7 @@ import (
 	"ztun/proxy/identity"
 	"ztun/proxy/route"
 	"ztun/proxy/state"
+	"ztun/refusal"
 )
 
 // ServeOutbound takes a connection that the pod's application opens (ztunnel's port 15001). It returns
@@ -18,7 +19,7 @@ func (p *Proxy) ServeOutbound(f Flow) {
 	start := time.Now()
 	c := p.enter(outbound)
 	if c == nil {
-		f.Refuse(RefuseReset)
+		f.Refuse(refusal.Reset)
 		return
 	}
 	c.outbound(f, start)
@@ -81,7 +82,7 @@ func (c *connection) outbound(f Flow, start time.Time) {
 // turnDown refuses the flow of a failed connection and keeps its books, unless it fails by silence once more: then it was counted.
 func (c *connection) turnDown(e entry, f Flow, failed *Error) {
 	refuse(f, failed)
-	if !f.Again() || failed.Refusal() != RefuseSilent {
+	if !f.Again() || failed.Refusal() != refusal.Silent {
 		c.open(e)
 		c.books.record(failed)
 	}
@@ -96,7 +97,7 @@ func refuse(f Flow, err error) {
 	} else if errors.As(err, &e) {
 		f.Refuse(e.Refusal())
 	} else {
-		f.Refuse(RefuseReset)
+		f.Refuse(refusal.Reset)
 	}
 }
 

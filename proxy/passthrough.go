@@ -6,6 +6,7 @@ import (
 
 	"ztun/proxy/rbac"
 	"ztun/proxy/route"
+	"ztun/refusal"
 )
 
 // ServePassthrough takes a plaintext connection from the network to the pod's application (ztunnel's
@@ -14,7 +15,7 @@ func (p *Proxy) ServePassthrough(f Flow) {
 	start := time.Now()
 	c := p.enter(passthrough)
 	if c == nil {
-		f.Refuse(RefuseReset)
+		f.Refuse(refusal.Reset)
 		return
 	}
 	defer c.settle()
@@ -26,7 +27,7 @@ func (p *Proxy) ServePassthrough(f Flow) {
 		if ctx.Err() == nil || p.ctx.Err() != nil { // not turned away by a bound, which is said elsewhere
 			p.deny(passthrough, src, dst, err)
 		}
-		f.Refuse(RefuseReset)
+		f.Refuse(refusal.Reset)
 	}
 	view, local, err := p.localWorkload(ctx)
 	if err != nil {

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"ztun/refusal"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -165,7 +166,7 @@ func TestRecheck(t *testing.T) {
 	roundTrip(t, kept)
 	kept.Close()
 	<-keptDone
-	if _, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.2:9000"); err != errRefused || r != RefuseReset {
+	if _, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.2:9000"); err != errRefused || r != refusal.Reset {
 		t.Errorf("a new connection: %v, %d", err, r)
 	}
 	w.stop()
@@ -210,7 +211,7 @@ func TestShutdown(t *testing.T) {
 		if err == nil {
 			app.Close()
 		}
-		return err == errRefused && r == RefuseReset
+		return err == errRefused && r == refusal.Reset
 	})
 	roundTrip(t, first)
 	first.Close()
@@ -285,17 +286,17 @@ func TestErrorTable(t *testing.T) {
 		err     *Error
 		text    string
 		flag    string
-		refusal Refusal
+		refusal refusal.Way
 	}{
-		{fail(kindIO, dial(syscall.ECONNREFUSED)), "io error: Connection refused (os error 111)", "CONNECT", RefuseReset},
-		{fail(kindIO, dial(syscall.EHOSTUNREACH)), "io error: No route to host (os error 113)", "CONNECT", RefuseHostUnreachable},
-		{fail(kindIO, dial(syscall.ENETUNREACH)), "io error: Network is unreachable (os error 101)", "CONNECT", RefuseNetUnreachable},
-		{fail(kindIO, context.DeadlineExceeded), "io error: deadline has elapsed", "CONNECT", RefuseSilent},
-		{fail(kindNetworkPolicy, dial(syscall.ETIMEDOUT)), "connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: Connection timed out (os error 110)", "NETWORK_POLICY", RefuseSilent},
-		{fail(kindApp, dial(syscall.ECONNREFUSED)), "connection failed: Connection refused (os error 111)", "CONNECT", RefuseReset},
-		{fail(kindTLS, context.DeadlineExceeded), "io error: deadline has elapsed", "CONNECT", RefuseSilent},
-		{fail(kindPolicyChange, nil), "connection closed due to policy change", "DENY", RefuseReset},
-		{fail(kindDrain, nil), "connection closed due to connection drain", "-", RefuseReset},
+		{fail(kindIO, dial(syscall.ECONNREFUSED)), "io error: Connection refused (os error 111)", "CONNECT", refusal.Reset},
+		{fail(kindIO, dial(syscall.EHOSTUNREACH)), "io error: No route to host (os error 113)", "CONNECT", refusal.HostUnreachable},
+		{fail(kindIO, dial(syscall.ENETUNREACH)), "io error: Network is unreachable (os error 101)", "CONNECT", refusal.NetUnreachable},
+		{fail(kindIO, context.DeadlineExceeded), "io error: deadline has elapsed", "CONNECT", refusal.Silent},
+		{fail(kindNetworkPolicy, dial(syscall.ETIMEDOUT)), "connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: Connection timed out (os error 110)", "NETWORK_POLICY", refusal.Silent},
+		{fail(kindApp, dial(syscall.ECONNREFUSED)), "connection failed: Connection refused (os error 111)", "CONNECT", refusal.Reset},
+		{fail(kindTLS, context.DeadlineExceeded), "io error: deadline has elapsed", "CONNECT", refusal.Silent},
+		{fail(kindPolicyChange, nil), "connection closed due to policy change", "DENY", refusal.Reset},
+		{fail(kindDrain, nil), "connection closed due to connection drain", "-", refusal.Reset},
 	} {
 		if tc.err.Error() != tc.text || tc.err.Flag().String() != tc.flag || tc.err.Refusal() != tc.refusal {
 			t.Errorf("got %q %s %d, want %q %s %d", tc.err, tc.err.Flag(), tc.err.Refusal(), tc.text, tc.flag, tc.refusal)

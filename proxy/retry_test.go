@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"ztun/proxy/state"
+	"ztun/refusal"
 )
 
 // withDead adds pod c, 10.91.2.99, to the service of b.
@@ -122,7 +123,7 @@ func TestRefusedIsAnAnswer(t *testing.T) {
 		return strings.Replace(withDead(s), "destinationPorts: [7777]", "destinationPorts: [7777, 9000]", 1)
 	}))
 	w.proxies[0].ailing.add(&state.Workload{UID: "cluster1//v1/Pod/other/c"}) // b is asked first
-	if _, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.96.0.10:80"); err != errRefused || r != RefuseReset {
+	if _, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.96.0.10:80"); err != errRefused || r != refusal.Reset {
 		t.Errorf("refused by policy: %v", err)
 	}
 	if n := dials.Load(); n != 0 {
@@ -150,7 +151,7 @@ func TestAllEndpointsFail(t *testing.T) {
 	})
 	w.know.publish(loadView(t, withDead))
 	for want := int32(2); want <= 6; want += 2 { // also while all of them ail
-		if _, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.96.0.10:80"); err != errRefused || r != RefuseReset {
+		if _, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.96.0.10:80"); err != errRefused || r != refusal.Reset {
 			t.Errorf("%v, %d", err, r)
 		}
 		if n := dials.Load(); n != want {

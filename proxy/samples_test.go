@@ -14,6 +14,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
+	"ztun/refusal"
 )
 
 // volatile are the parts of a line that differ from run to run.
@@ -78,7 +79,7 @@ func TestDriveSamples(t *testing.T) {
 		}
 		<-done
 	}
-	refused := func(serve func(Flow), src, dst string, want Refusal) {
+	refused := func(serve func(Flow), src, dst string, want refusal.Way) {
 		t.Helper()
 		_, r, _, err := w.connect(serve, src, dst)
 		if err != errRefused || r != want {
@@ -90,18 +91,18 @@ func TestDriveSamples(t *testing.T) {
 	const a = "10.91.1.2:20410"
 	get(out, a, "10.91.2.2:9000", 78, pod)
 	get(out, a, "10.96.0.10:80", 74, pod)
-	refused(out, a, "10.96.0.10:81", RefuseReset)
-	refused(out, a, "10.96.0.10:82", RefuseReset)
-	refused(out, a, "10.96.0.12:80", RefuseReset)
+	refused(out, a, "10.96.0.10:81", refusal.Reset)
+	refused(out, a, "10.96.0.10:82", refusal.Reset)
+	refused(out, a, "10.96.0.12:80", refusal.Reset)
 	get(out, a, "10.91.0.2:9000", 78, plain)
 	get(out, a, "10.96.0.11:80", 74, plain)
-	refused(out, a, "10.91.2.2:9998", RefuseReset)
-	refused(out, a, "10.91.2.2:7777", RefuseReset)
-	refused(out, a, "10.91.1.1:9000", RefuseReset)
-	refused(out, a, "10.91.2.99:9000", RefuseHostUnreachable)
+	refused(out, a, "10.91.2.2:9998", refusal.Reset)
+	refused(out, a, "10.91.2.2:7777", refusal.Reset)
+	refused(out, a, "10.91.1.1:9000", refusal.Reset)
+	refused(out, a, "10.91.2.99:9000", refusal.HostUnreachable)
 	get(in, "10.91.2.1:23380", "10.91.2.2:9000", 78, pod)
-	refused(in, "10.91.2.1:27694", "10.91.2.2:7777", RefuseReset)
-	refused(out, a, "10.91.2.2:15008", RefuseReset)
+	refused(in, "10.91.2.1:27694", "10.91.2.2:7777", refusal.Reset)
+	refused(out, a, "10.91.2.2:15008", refusal.Reset)
 	for _, s := range []struct {
 		request string
 		n       int

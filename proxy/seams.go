@@ -7,6 +7,7 @@ import (
 
 	"ztun/proxy/identity"
 	"ztun/proxy/state"
+	"ztun/refusal"
 )
 
 // Flow is a TCP SYN that awaits its verdict. Exactly one of Accept and Refuse is called, once.
@@ -18,28 +19,13 @@ type Flow interface {
 	// Accept completes the handshake. It fails when the sender has given up meanwhile.
 	Accept() (Conn, error)
 	// Refuse answers the SYN the way r calls for.
-	Refuse(r Refusal)
-	// Again reports whether this is the sender's next SYN of an attempt that was refused with RefuseSilent before.
+	Refuse(r refusal.Way)
+	// Again reports whether this is the sender's next SYN of an attempt that was refused with refusal.Silent before.
 	Again() bool
 	// OnGone has f called once when the flow loses its place to others before it is accepted or refused, at once if it has: what
 	// is under way for it is to end. f must not wait. A later f takes the place of an earlier one.
 	OnGone(f func())
 }
-
-// Refusal is how a SYN is turned down.
-type Refusal uint8
-
-const (
-	// RefuseReset answers with RST: the application sees ECONNREFUSED.
-	RefuseReset Refusal = iota
-	// RefuseHostUnreachable answers with an ICMP error: EHOSTUNREACH.
-	RefuseHostUnreachable
-	// RefuseNetUnreachable answers with an ICMP error: ENETUNREACH.
-	RefuseNetUnreachable
-	// RefuseSilent says nothing, as a network that drops packets: the application's own timeout decides,
-	// and its next SYN is a new attempt.
-	RefuseSilent
-)
 
 // Conn is a byte stream with two independent directions.
 type Conn interface {

@@ -15,6 +15,7 @@ import (
 	"ztun/proxy/rescue"
 	"ztun/proxy/route"
 	"ztun/proxy/socks"
+	"ztun/refusal"
 )
 
 // refusalRead is how long a refused SOCKS5 client may take to read why.
@@ -139,7 +140,7 @@ func (f *socksFlow) Accept() (Conn, error) {
 }
 
 // Refuse is for a refusal without a reason.
-func (f *socksFlow) Refuse(r Refusal) { f.end(socksReplies[r]) }
+func (f *socksFlow) Refuse(r refusal.Way) { f.end(socksReplies[r]) }
 
 // RefuseFor tells the client why it cannot be connected.
 func (f *socksFlow) RefuseFor(err error) { f.end(socksReply(err)) }
@@ -157,10 +158,11 @@ func (f *socksFlow) end(r socks.Reply) {
 
 // socksReplies are the replies to what a SYN would be answered.
 var socksReplies = [...]socks.Reply{
-	RefuseReset:           socks.ConnectionRefused,
-	RefuseHostUnreachable: socks.HostUnreachable,
-	RefuseNetUnreachable:  socks.NetworkUnreachable,
-	RefuseSilent:          socks.TTLExpired,
+	refusal.Reset:           socks.ConnectionRefused,
+	refusal.HostUnreachable: socks.HostUnreachable,
+	refusal.NetUnreachable:  socks.NetworkUnreachable,
+	refusal.AdminProhibited: socks.NotAllowed,
+	refusal.Silent:          socks.TTLExpired,
 }
 
 // socksReply is what a client is told of an error.

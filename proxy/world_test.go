@@ -23,6 +23,7 @@ import (
 	"ztun/admin/xds"
 	"ztun/admin/zlog"
 	"ztun/proxy/state"
+	"ztun/refusal"
 )
 
 // world is two pods, a and b of samples/workloads.yaml, each with its Proxy, joined by loopback TCP in
@@ -274,7 +275,7 @@ type fakeFlow struct {
 	src, dst netip.AddrPort
 	decided  chan struct{}
 	app      *net.TCPConn
-	refusal  Refusal
+	refusal  refusal.Way
 	again    bool
 	silent   bool // its client does not end the handshake
 
@@ -308,12 +309,12 @@ func (f *fakeFlow) evict() {
 	f.mu.Unlock()
 	gone()
 }
-func (f *fakeFlow) Refuse(r Refusal) { f.refusal = r; close(f.decided) }
+func (f *fakeFlow) Refuse(r refusal.Way) { f.refusal = r; close(f.decided) }
 
 var errRefused = errors.New("refused")
 
 // connect sends a SYN through serve and waits for the verdict. done ends with the connection.
-func (w *world) connect(serve func(Flow), src, dst string) (app *net.TCPConn, refusal Refusal, done <-chan struct{}, err error) {
+func (w *world) connect(serve func(Flow), src, dst string) (app *net.TCPConn, refusal refusal.Way, done <-chan struct{}, err error) {
 	f := &fakeFlow{t: w.t, src: netip.MustParseAddrPort(src), dst: netip.MustParseAddrPort(dst), decided: make(chan struct{})}
 	over := make(chan struct{})
 	go func() { defer close(over); serve(f) }()

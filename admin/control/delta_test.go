@@ -409,7 +409,7 @@ func TestMoreFollows(t *testing.T) {
 		}
 		d.sent(m, time.Now())
 		check(t, d.request(&discoverypb.DeltaDiscoveryRequest{TypeUrl: typeAddress, ResponseNonce: m.nonce}, time.Now()))
-		return len(m.items), strings.HasSuffix(m.encode(typeAddress).SystemVersionInfo, moreFollows)
+		return len(m.items), strings.HasSuffix(m.encode(typeAddress).SystemVersionInfo, xds.MoreFollows)
 	}
 	for range 2 {
 		n, more := step()

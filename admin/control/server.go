@@ -44,7 +44,7 @@ type Options struct {
 }
 
 // DefaultListen is where istiod serves both of its services.
-const DefaultListen = ":15012"
+const DefaultListen = ":15012" // ports.XDS
 
 // limits are the bounds of a server.
 type limits struct {

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"ztun/admin/pb/discoverypb"
+	"ztun/admin/xds"
 )
 
 // maxTypes is how many types one stream may ask for; two are served.
@@ -228,15 +229,16 @@ func (st *stream) send(snap *snapshot) error {
 	return nil
 }
 
-// moreFollows marks responses after which the node does not have all of the snapshot yet: admin/xds calls a node ready,
-// and what was not named gone, with the first response without it. Others ignore the field.
-const moreFollows = " (more follows)"
-
 // encode makes the wire form.
 func (m *message) encode(typeURL string) *discoverypb.DeltaDiscoveryResponse {
 	version, _, _ := strings.Cut(m.nonce, "-")
+	if !m.complete {
+		// The node does not have all of the snapshot yet: admin/xds calls it ready, and what was not named gone, with the first
+		// response without this. Others ignore the field.
+		version += xds.MoreFollows
+	}
 	out := &discoverypb.DeltaDiscoveryResponse{
-		SystemVersionInfo: version + map[bool]string{false: moreFollows}[m.complete],
+		SystemVersionInfo: version,
 		TypeUrl:           typeURL,
 		Nonce:             m.nonce,
 		RemovedResources:  m.removed,

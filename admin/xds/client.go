@@ -109,14 +109,14 @@ func (c *Client) Run(ctx context.Context) error {
 		c.log.Warn(p)
 	}
 	if c.o.Base != nil {
-		if err := contain(func() error { c.publish(c.store.build(), true); return nil }); err != nil {
+		if err := contained(func() error { c.publish(c.store.build(), true); return nil }); err != nil {
 			c.panicked(err)
 		}
 	}
 	for ctx.Err() == nil {
 		var e ending
 		start := time.Now()
-		if err := contain(func() error { e = c.session(ctx); return nil }); err != nil {
+		if err := contained(func() error { e = c.session(ctx); return nil }); err != nil {
 			e = ending{reason: endError, err: err}
 		}
 		c.panicked(e.err)
@@ -156,7 +156,7 @@ func (c *Client) panicked(err error) {
 		return
 	}
 	c.log.Error("panic contained; the state of before stays until the control plane has sent everything again",
-		"panic", p.Error(), "stack", p.stack)
+		"panic", p.Error(), "stack", p.caught.Stack)
 	c.store.reset()
 	c.hold = true
 	for _, t := range types {

@@ -511,7 +511,7 @@ func TestParts(t *testing.T) {
 	part := func(last bool, rs ...*discoverypb.Resource) *discoverypb.DeltaDiscoveryResponse {
 		m := addresses(rs...)
 		if m.SystemVersionInfo = "7"; !last {
-			m.SystemVersionInfo += moreFollows
+			m.SystemVersionInfo += MoreFollows
 		}
 		return m
 	}

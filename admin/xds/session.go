@@ -78,7 +78,7 @@ func read(ctx context.Context, stream grpc.ClientStream, in chan<- received) {
 	var r received
 	for r.err == nil {
 		r.raw = nil
-		if err := contain(func() error {
+		if err := contained(func() error {
 			header, _ := stream.Header() // its error is that of RecvMsg
 			r.opened = header != nil
 			r.err = stream.RecvMsg(&r.raw)
@@ -265,7 +265,7 @@ func (s *session) response(raw []byte) error {
 		c.log.Error("the control plane sent an unknown type", "type", clip(m.typeURL), "resources", m.resources)
 		return s.send(&discoverypb.DeltaDiscoveryRequest{TypeUrl: m.typeURL, ResponseNonce: m.nonce})
 	}
-	if err := contain(func() error { a = c.store.apply(&m); return nil }); err != nil {
+	if err := contained(func() error { a = c.store.apply(&m); return nil }); err != nil {
 		c.received(m.typeURL, payload(&m))
 		return err
 	}
@@ -279,7 +279,7 @@ func (s *session) response(raw []byte) error {
 	if !m.more {
 		delete(c.unheard, m.typeURL)
 	}
-	if err := contain(func() error { c.show(&a); return nil }); err != nil {
+	if err := contained(func() error { c.show(&a); return nil }); err != nil {
 		return err
 	}
 	reply := &discoverypb.DeltaDiscoveryRequest{TypeUrl: m.typeURL, ResponseNonce: m.nonce}

@@ -4,9 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
-	"runtime/debug"
 	"strings"
 
+	"ztun/proxy/rescue"
 	"ztun/proxy/state"
 )
 
@@ -107,7 +107,7 @@ func (s *store) apply(m *message) (a applied) {
 		}
 		err := r.err
 		if err == nil {
-			err = contain(func() error {
+			err = contained(func() error {
 				if m.typeURL == TypeAuthorization {
 					return s.insertPolicy(r, touched, &a)
 				}
@@ -251,22 +251,17 @@ func (a *applied) warn(format string, args ...any) {
 	}
 }
 
-// panicError is a panic that was contained.
-type panicError struct {
-	value any
-	stack string
-}
+// panicError is a panic that was contained, as the control plane is told of it.
+type panicError struct{ caught *rescue.Error }
 
-func (e *panicError) Error() string { return fmt.Sprintf("internal error: panic: %v", e.value) }
+func (e *panicError) Error() string { return fmt.Sprintf("internal error: panic: %v", e.caught.Value) }
 
-// contain runs f and turns a panic into an error.
-func contain(f func() error) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = &panicError{p, string(debug.Stack())}
-		}
-	}()
-	return f()
+// contained is f's error, or its panic as one.
+func contained(f func() error) (err error) {
+	if p := rescue.Contain("what the control plane sent", func() { err = f() }); p != nil {
+		return &panicError{p}
+	}
+	return err
 }
 
 // reasons collects "name: reason" items of a NACK.

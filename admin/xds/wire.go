@@ -53,9 +53,9 @@ type message struct {
 	more      bool // the server has more to say of the same state
 }
 
-// moreFollows ends the system_version_info of `ztun control` in all but the last of the responses that it divides a
+// MoreFollows ends the system_version_info of `ztun control` in all but the last of the responses that it divides a
 // large state into. istiod divides nothing.
-const moreFollows = " (more follows)"
+const MoreFollows = " (more follows)"
 
 var errText = errors.New("text that is not UTF-8")
 
@@ -65,7 +65,7 @@ func parseMessage(raw []byte) (m message, err error) {
 	err = fields(raw, func(n protowire.Number, b []byte) error {
 		switch n {
 		case 1:
-			m.more = bytes.HasSuffix(b, []byte(moreFollows))
+			m.more = bytes.HasSuffix(b, []byte(MoreFollows))
 			return nil
 		case 2:
 			m.resources++

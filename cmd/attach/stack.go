@@ -154,16 +154,3 @@ func (f flow) Accept() (proxy.Conn, error) {
 	}
 	return c, nil
 }
-
-func (f flow) Refuse(r proxy.Refusal) {
-	switch r {
-	case proxy.RefuseHostUnreachable:
-		f.Flow.Refuse(netstack.HostUnreachable)
-	case proxy.RefuseNetUnreachable:
-		f.Flow.Refuse(netstack.NetUnreachable)
-	case proxy.RefuseSilent:
-		f.Flow.Refuse(netstack.Silent)
-	default:
-		f.Flow.Refuse(netstack.Reset)
-	}
-}

@@ -53,9 +53,6 @@ type PodOptions struct {
 	MTU    int    // of that, in bytes; 0: not looked at
 }
 
-// MeshPort is where a pod takes HBONE.
-const MeshPort = steer.PortHBONE
-
 // Bounds of looking: each step waits so long, and so many are under way at once.
 const (
 	patience = 3 * time.Second

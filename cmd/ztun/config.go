@@ -16,6 +16,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"ztun/ports"
 	"ztun/proxy/identity"
 )
 
@@ -194,7 +195,7 @@ func loadConfig(lookup func(string) (string, bool), environ func() []string) (*C
 
 // finish applies the rules that span several variables.
 func (c *Config) finish(l *loader) error {
-	c.AdminPort, c.StatsPort = 15000, 15020
+	c.AdminPort, c.StatsPort = ports.Admin, ports.Stats
 	if p := l.proxy.ProxyAdminPort; p != nil {
 		c.AdminPort = *p
 	}
@@ -204,7 +205,7 @@ func (c *Config) finish(l *loader) error {
 	c.ProxyMetadata = proxyMetadata(l.proxy.ProxyMetadata, l.meta)
 	capture, set := c.ProxyMetadata["DNS_CAPTURE"]
 	c.DNSProxy = !set || strings.ToLower(capture) == "true"
-	addr := "localhost:15053"
+	addr := fmt.Sprint("localhost:", ports.DNS)
 	if a, set := c.ProxyMetadata["DNS_PROXY_ADDR"]; set {
 		addr = a
 	}

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"ztun/ports"
 )
 
 // Where ztunnel's chart mounts what the control plane asks for; relative to the working directory.
@@ -190,9 +191,9 @@ func (c *Config) credentials(l *loader) error {
 // sources decides where workloads and certificates come from (spec controlplane 1.2: XDS_ADDRESS,
 // CA_ADDRESS and their defaults; LOCAL_CA_DIR is ours).
 func (c *Config) sources(l *loader) error {
-	istiod := "https://localhost:15012"
+	istiod := fmt.Sprint("https://localhost:", ports.XDS)
 	if l.kubernetes {
-		istiod = "https://istiod.istio-system.svc:15012"
+		istiod = fmt.Sprint("https://istiod.istio-system.svc:", ports.XDS)
 	}
 	var err error
 	switch {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"io"
 	"net/netip"
 	"os"
@@ -9,17 +10,18 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"ztun/ports"
 	"ztun/proxy/identity"
 )
 
 // dump is the configuration under ztunnel's names and in its encodings (spec controlplane 1.2, 6.3; the
 // keys are those of a real ztunnel, encoding/json sorts them as it does), with our own settings under ztun.
 func (c *Config) dump() map[string]any {
-	illegal := []int{15001, 15006, 15008}
+	illegal := []int{ports.Outbound, ports.InboundPlaintext, ports.HBONE}
 	var socks any
 	if c.SOCKS5 {
-		illegal = append(illegal, 15080)
-		socks = "127.0.0.1:15080"
+		illegal = append(illegal, ports.SOCKS)
+		socks = fmt.Sprint("127.0.0.1:", ports.SOCKS)
 	}
 	var self, workload any
 	if c.Identity != (identity.ID{}) {
@@ -46,8 +48,8 @@ func (c *Config) dump() map[string]any {
 		"fakeSelfInbound":          false,
 		"frameSize":                c.FrameSize,
 		"illegalPorts":             illegal,
-		"inboundAddr":              c.wildcard(15008).String(),
-		"inboundPlaintextAddr":     c.wildcard(15006).String(),
+		"inboundAddr":              c.wildcard(ports.HBONE).String(),
+		"inboundPlaintextAddr":     c.wildcard(ports.InboundPlaintext).String(),
 		"inpodPortReuse":           true,
 		"inpodUds":                 c.InpodUDS,
 		"ipv6Enabled":              c.IPv6,
@@ -55,7 +57,7 @@ func (c *Config) dump() map[string]any {
 		"localhostAppTunnel":       c.LocalhostAppTunnel,
 		"network":                  c.Network,
 		"numWorkerThreads":         c.WorkerThreads,
-		"outboundAddr":             c.wildcard(15001).String(),
+		"outboundAddr":             c.wildcard(ports.Outbound).String(),
 		"packetMark":               c.PacketMark,
 		"poolMaxStreamsPerConn":    c.PoolMaxStreams,
 		"poolUnusedReleaseTimeout": secsNanos(c.PoolUnused),

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -14,6 +15,7 @@ import (
 
 	"ztun/admin/control"
 	"ztun/admin/zlog"
+	"ztun/ports"
 )
 
 func controlCommand() *cobra.Command {
@@ -102,7 +104,7 @@ func controlJoinCommand(dir *string) *cobra.Command {
 					return err
 				}
 			}
-			root, address := filepath.Join(out, control.RootFile), "https://"+net.JoinHostPort(host, "15012")
+			root, address := filepath.Join(out, control.RootFile), "https://"+net.JoinHostPort(host, strconv.Itoa(ports.XDS))
 			fmt.Fprintf(os.Stderr, "wrote %s, %s, %s and %s to %s; the daemon of node %s needs one of token and certificate, and:\n",
 				control.RootFile, control.TokenFile, control.CertFile, control.KeyFile, out, o.Node)
 			fmt.Printf("NODE_NAME=%s\nXDS_ADDRESS=%s\nCA_ADDRESS=%s\nXDS_ROOT_CA=%s\nCA_ROOT_CA=%s\nAUTH_TOKEN=%s\n",

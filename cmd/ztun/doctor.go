@@ -25,6 +25,7 @@ import (
 
 	"ztun/admin"
 	"ztun/cmd/doctor"
+	"ztun/ports"
 	"ztun/tun/netns"
 )
 
@@ -124,7 +125,7 @@ func examine(ctx context.Context, a asker) (doctor.Facts, error) {
 		return doctor.Facts{}, err
 	}
 	o.NodeTUN, o.MTU, o.IPv6, o.PlainTUN = c.NodeTUN, c.MTU, c.IPv6, c.TUNPlain
-	o.Ports = []uint16{doctor.MeshPort, c.AdminPort, c.StatsPort, c.ReadinessPort}
+	o.Ports = []uint16{ports.HBONE, c.AdminPort, c.StatsPort, c.ReadinessPort}
 	o.Upstreams = upstreams(c)
 	for _, p := range pods {
 		o.Pods = append(o.Pods, podOptions(p))
@@ -334,7 +335,7 @@ func fromDump(body []byte, node, domain string) (certs []doctor.Cert, peers []do
 			continue
 		}
 		seen[w.Node] = true
-		peers = append(peers, doctor.Peer{Node: w.Node, Addr: netip.AddrPortFrom(w.IPs[0], doctor.MeshPort)})
+		peers = append(peers, doctor.Peer{Node: w.Node, Addr: netip.AddrPortFrom(w.IPs[0], ports.HBONE)})
 	}
 	slices.SortFunc(peers, func(a, b doctor.Peer) int { return strings.Compare(a.Node, b.Node) })
 	return certs, peers, nil

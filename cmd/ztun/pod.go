@@ -16,6 +16,7 @@ import (
 	"ztun/proxy/fair"
 	"ztun/proxy/rescue"
 	"ztun/proxy/state"
+	"ztun/refusal"
 )
 
 // pod is what one attached pod consists of: how it is attached, and what serves it.
@@ -128,7 +129,7 @@ func (p *pod) ServeOutbound(f proxy.Flow) {
 func (p *pod) stands(f proxy.Flow) bool {
 	<-p.built
 	if p.proxy == nil {
-		f.Refuse(proxy.RefuseSilent) // the client's next SYN may find the pod attached
+		f.Refuse(refusal.Silent) // the client's next SYN may find the pod attached
 	}
 	return p.proxy != nil
 }

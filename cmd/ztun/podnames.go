@@ -10,13 +10,12 @@ import (
 	"time"
 
 	"ztun/cmd/attach"
+	"ztun/ports"
 	"ztun/proxy/dns"
 )
 
 // The listeners that a pod finds on its own loopback, in its own namespace: the DNS proxy (ISTIO_META_DNS_PROXY_ADDR, 15053)
 // and SOCKS5 (15080). They are kernel sockets, as loopback never reaches the TUN.
-
-const socksPort = 15080
 
 // loopback are the addresses to listen on in a pod's namespace.
 func loopback(port uint16, ipv6 bool) []netip.AddrPort {
@@ -113,7 +112,7 @@ func (p *pod) ServeDNS(q attach.Query) {
 
 // serveSOCKS starts the pod's SOCKS5 server.
 func (p *pod) serveSOCKS(parts *podParts) error {
-	ls, _, err := p.listen("SOCKS5", "UNSTABLE_ENABLE_SOCKS5=false", loopback(socksPort, parts.c.IPv6), false)
+	ls, _, err := p.listen("SOCKS5", "UNSTABLE_ENABLE_SOCKS5=false", loopback(ports.SOCKS, parts.c.IPv6), false)
 	if err != nil {
 		return err
 	}

@@ -55,7 +55,11 @@ func (p *processors) measure() {
 	}
 	p.large = large
 	if p.gc {
-		debug.SetGCPercent(map[bool]int{false: gcSmall, true: gcLarge}[large])
+		percent := gcSmall
+		if large {
+			percent = gcLarge
+		}
+		debug.SetGCPercent(percent)
 	}
 }
 

@@ -44,9 +44,26 @@ func New(log *slog.Logger) *Panics {
 type Error struct {
 	What  string // what the goroutine was doing
 	Value any    // what it panicked with
+	Stack string
 }
 
 func (e *Error) Error() string { return fmt.Sprintf("panic in %s: %v", e.What, e.Value) }
+
+// Contain runs f on the caller's goroutine and returns its panic, if there is one; whoever asks says it. For those who
+// have no Panics: the admin side's, where a panic ends the event or the message that it came from.
+func Contain(what string, f func()) (err *Error) {
+	defer func() {
+		if v := recover(); v != nil {
+			if e, ok := v.(*Error); ok { // already described closer to its origin
+				err = e
+				return
+			}
+			err = &Error{What: what, Value: v, Stack: string(debug.Stack())}
+		}
+	}()
+	f()
+	return nil
+}
 
 // Func is f fit for a goroutine or a timer of its own: when it panics, that is counted, logged, and failed (nil:
 // nobody) is told. failed ends what f was in charge of, whose locks may still be held (see Seize); if it panics
@@ -85,9 +102,9 @@ func (p *Panics) Run(what string, f func(), failed func(error)) {
 
 func (p *Panics) caught(what string, v any) *Error {
 	p.total.Add(1)
-	e := &Error{What: what, Value: v}
+	e := &Error{What: what, Value: v, Stack: string(debug.Stack())}
 	p.lines.Log(context.Background(), slog.LevelError, what, "a panic was caught; please report it with its stack",
-		slog.String("in", what), slog.Any("panic", fmt.Sprint(v)), slog.String("stack", string(debug.Stack())))
+		slog.String("in", what), slog.Any("panic", fmt.Sprint(v)), slog.String("stack", e.Stack))
 	return e
 }
 

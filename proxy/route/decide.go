@@ -6,12 +6,10 @@ import (
 	"net/netip"
 	"strconv"
 
+	"ztun/ports"
 	"ztun/proxy/identity"
 	"ztun/proxy/state"
 )
-
-// HBONEPort is where workloads receive HBONE.
-const HBONEPort = 15008
 
 // Protocol is how a connection is carried to its next hop.
 type Protocol uint8
@@ -149,9 +147,9 @@ func CheckOutbound(dst netip.AddrPort, illegal []uint16) error {
 // IllegalPorts returns the ports that a connection may not be sent to:
 // those of the proxy itself, and SOCKS5's if it is on.
 func IllegalPorts(socks bool) []uint16 {
-	p := []uint16{15001, 15006, HBONEPort}
+	p := []uint16{ports.Outbound, ports.InboundPlaintext, ports.HBONE}
 	if socks {
-		p = append(p, 15080)
+		p = append(p, ports.SOCKS)
 	}
 	return p
 }
@@ -265,7 +263,7 @@ func (r *resolver) direct(up upstream) (Decision, error) {
 	d := Decision{Protocol: TCP, Workload: up.workload, Upstream: up.workload, Service: up.service}
 	port := up.port
 	if up.workload.Protocol == state.HBONE {
-		d.Protocol, d.authority, d.port, port = HBONE, ownAddress, up.port, HBONEPort
+		d.Protocol, d.authority, d.port, port = HBONE, ownAddress, up.port, ports.HBONE
 	}
 	return d.at(up, port)
 }

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"testing"
 
+	meshports "ztun/ports"
 	"ztun/proxy/route"
 	"ztun/proxy/state"
 )
@@ -13,7 +14,7 @@ import (
 func TestInboundOwnPorts(t *testing.T) {
 	b := state.NewBuilder("")
 	key := state.ServiceKey{Namespace: "n", Hostname: "s"}
-	ports := state.SortPorts([]state.PortPair{{Service: 80, Target: 8080}, {Service: 81, Target: route.HBONEPort}, {Service: 82, Target: 15001}})
+	ports := state.SortPorts([]state.PortPair{{Service: 80, Target: 8080}, {Service: 81, Target: meshports.HBONE}, {Service: 82, Target: 15001}})
 	b.InsertService(&state.Service{Name: "s", Namespace: "n", Hostname: "s", Ports: ports})
 	local := &state.Workload{UID: "w", Name: "w", Namespace: "n", Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1")},
 		Services: []state.WorkloadService{{Service: key, Ports: ports}}}
@@ -42,7 +43,7 @@ func TestInboundForAnother(t *testing.T) {
 	}
 	waypoint, other := add("waypoint", "10.0.0.1", nil), add("other", "10.0.0.2", nil)
 	add("target", "10.0.0.3", func(w *state.Workload) {
-		w.Waypoint = &state.GatewayAddress{Addr: state.NetworkAddress{Addr: netip.MustParseAddr("10.0.0.1")}, Port: route.HBONEPort}
+		w.Waypoint = &state.GatewayAddress{Addr: state.NetworkAddress{Addr: netip.MustParseAddr("10.0.0.1")}, Port: meshports.HBONE}
 	})
 	v := b.Build()
 	for w, want := range map[*state.Workload]bool{waypoint: true, other: false} {

@@ -14,6 +14,7 @@ import (
 
 	"ztun/admin/pb/discoverypb"
 	"ztun/admin/pb/workloadpb"
+	"ztun/ports"
 	"ztun/test/lab"
 )
 
@@ -103,7 +104,7 @@ type xdsSource struct {
 
 const (
 	addressType = "type.googleapis.com/istio.workload.Address"
-	xdsPort     = 15012
+	xdsPort     = ports.XDS
 )
 
 func newXDSSource(w *lab.World, m *bigMesh) (*xdsSource, error) {

@@ -74,7 +74,11 @@ func (b *bench) sharedWorlds(ctx context.Context) error {
 		vs = []variant{{}}
 	}
 	for _, v := range vs {
-		b.progress("building a world: two nodes, three hosts%s", map[bool]string{true: ", two pods, two daemons"}[v.name != ""])
+		inhabitants := "two nodes, three hosts"
+		if v.name != "" {
+			inhabitants += ", two pods, two daemons"
+		}
+		b.progress("building a world: %s", inhabitants)
 		w, err := b.newWorld(ctx, v)
 		if err != nil {
 			return err

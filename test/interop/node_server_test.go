@@ -14,8 +14,8 @@ import (
 
 	"golang.org/x/net/http2"
 
-	"ztun/proxy"
 	"ztun/proxy/hbone"
+	"ztun/refusal"
 	"ztun/test/interop/rig"
 )
 
@@ -142,7 +142,7 @@ func TestNodeServerRefuses(t *testing.T) {
 		ln.Close()
 		_, err = r.Dial(dst)
 		var refused *rig.RefusedError
-		if !errors.As(err, &refused) || refused.Refusal != proxy.RefuseReset {
+		if !errors.As(err, &refused) || refused.Refusal != refusal.Reset {
 			t.Errorf("got %v, want a refusal with RST", err)
 		}
 		want := "http status: 503 Service Unavailable"

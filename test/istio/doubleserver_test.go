@@ -20,6 +20,7 @@ import (
 
 	"ztun/proxy"
 	"ztun/proxy/state"
+	"ztun/refusal"
 	"ztun/test/interop/rig"
 )
 
@@ -170,7 +171,7 @@ func TestDoubleServerHasAnotherIdentity(t *testing.T) {
 			s := serveFar(t, r, row.outer, row.inner)
 			_, err := r.Dial(addrs[0])
 			var refused *rig.RefusedError
-			if !errors.As(err, &refused) || refused.Refusal != proxy.RefuseReset {
+			if !errors.As(err, &refused) || refused.Refusal != refusal.Reset {
 				t.Errorf("got %v, want a refusal with RST", err)
 			}
 			if !rig.Eventually(func() bool {

@@ -19,6 +19,7 @@ import (
 
 	"ztun/proxy"
 	"ztun/proxy/hbone"
+	"ztun/refusal"
 	"ztun/test/interop/rig"
 )
 
@@ -217,7 +218,7 @@ func TestServerHasAnotherIdentity(t *testing.T) {
 	serve(t, r, istio.NewServer(), "client")
 	_, err := r.Dial(r.App(r.Peer, rig.Echo))
 	var refused *rig.RefusedError
-	if !errors.As(err, &refused) || refused.Refusal != proxy.RefuseReset {
+	if !errors.As(err, &refused) || refused.Refusal != refusal.Reset {
 		t.Errorf("got %v, want a refusal with RST", err)
 	}
 	if !rig.Eventually(func() bool {
@@ -238,7 +239,7 @@ func TestServerRefuses(t *testing.T) {
 	for _, code := range []uint16{400, 401, 404, 502, 503} {
 		_, err := r.Dial(netip.AddrPortFrom(r.Peer, code))
 		var refused *rig.RefusedError
-		if !errors.As(err, &refused) || refused.Refusal != proxy.RefuseReset {
+		if !errors.As(err, &refused) || refused.Refusal != refusal.Reset {
 			t.Errorf("status %d: got %v, want a refusal with RST", code, err)
 		}
 		want := fmt.Sprintf("http status: %d %s", code, http.StatusText(int(code)))

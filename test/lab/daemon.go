@@ -13,14 +13,15 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"ztun/ports"
 )
 
 // The ports of a daemon in its node's namespace.
 const (
-	AdminPort = 15000
-	StatsPort = 15020
-	ReadyPort = 15021
-	HBONEPort = 15008
+	AdminPort = ports.Admin
+	StatsPort = ports.Stats
+	ReadyPort = ports.Readiness
+	HBONEPort = ports.HBONE
 )
 
 // DaemonOptions of one start.

@@ -351,7 +351,11 @@ func (w *World) AddHost(n *Node, name string, ips ...netip.Addr) (*Host, error) 
 	host := []string{"link set lo up", fmt.Sprintf("link set eth0 mtu %d up", w.opt.MTU)}
 	for _, ip := range h.IPs {
 		node = append(node, fmt.Sprintf("route add %s/%d dev %s", ip, ip.BitLen(), dev))
-		host = append(host, fmt.Sprintf("addr add %s/%d dev eth0%s", ip, ip.BitLen(), map[bool]string{false: " nodad"}[ip.Is4()]))
+		add := fmt.Sprintf("addr add %s/%d dev eth0", ip, ip.BitLen())
+		if ip.Is6() {
+			add += " nodad"
+		}
+		host = append(host, add)
 		if ip.Is4() {
 			host = append(host, fmt.Sprintf("route add %s dev eth0", gw4), fmt.Sprintf("route add default via %s src %s", gw4, ip))
 		} else {

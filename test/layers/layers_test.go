@@ -14,12 +14,7 @@ import (
 // allowed is the whole drawing: package, and the packages of ours that it imports. A new arrow is a
 // decision: draw it here, and say why in the package's doc.go.
 const allowed = `
-cmd/attach           -> admin netstack proxy proxy/fair proxy/rescue tun tun/netns tun/steer
-cmd/attach/attachtest -> admin cmd/attach netstack proxy tun tun/tuntest
-cmd/attach/isolated  -> admin cmd/attach netstack proxy tun tun/netns tun/steer
-cmd/doctor           -> tun/netns tun/steer
-cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/xds admin/zlog cmd/attach cmd/attach/isolated cmd/doctor netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state tun tun/capture tun/netns
-admin                -> admin/guard admin/page admin/suggest proxy/fair proxy/state
+admin                -> admin/guard admin/page admin/suggest proxy/fair proxy/rescue proxy/state
 admin/ca             -> admin/istiod admin/pb/citadelpb admin/watch proxy/identity
 admin/control        -> admin/ca admin/guard admin/page admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch admin/xds proxy/fair proxy/identity proxy/rbac proxy/state
 admin/guard          -> proxy/fair
@@ -30,12 +25,18 @@ admin/pb/citadelpb   ->
 admin/pb/discoverypb ->
 admin/pb/securitypb  ->
 admin/pb/workloadpb  ->
-admin/xds            -> admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/suggest admin/watch proxy/fair proxy/rbac proxy/state
 admin/suggest        ->
 admin/watch          ->
+admin/xds            -> admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/suggest admin/watch proxy/fair proxy/rbac proxy/rescue proxy/state
 admin/zlog           -> admin/suggest
-netstack             -> proxy/fair proxy/grow proxy/rescue tun
-proxy                -> proxy/fair proxy/hbone proxy/identity proxy/rbac proxy/rescue proxy/route proxy/socks proxy/state
+cmd/attach           -> admin netstack proxy proxy/fair proxy/rescue tun tun/netns tun/steer
+cmd/attach/attachtest -> admin cmd/attach netstack proxy refusal tun tun/tuntest
+cmd/attach/isolated  -> admin cmd/attach netstack ports proxy tun tun/netns tun/steer
+cmd/doctor           -> tun/netns tun/steer
+cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/xds admin/zlog cmd/attach cmd/attach/isolated cmd/doctor netstack ports proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state refusal tun tun/capture tun/netns
+netstack             -> ports proxy/fair proxy/grow proxy/rescue refusal tun
+ports                ->
+proxy                -> ports proxy/fair proxy/hbone proxy/identity proxy/rbac proxy/rescue proxy/route proxy/socks proxy/state refusal
 proxy/dns            -> proxy/fair proxy/rescue proxy/state
 proxy/fair           ->
 proxy/grow           ->
@@ -44,13 +45,14 @@ proxy/identity       ->
 proxy/rbac           -> proxy/identity
 proxy/rescue         -> proxy/fair
 proxy/resolve        ->
-proxy/route          -> proxy/identity proxy/state
+proxy/route          -> ports proxy/identity proxy/state
 proxy/socks          ->
 proxy/state          -> proxy/identity proxy/rbac
+refusal              ->
 tun                  -> tun/netns
 tun/capture          ->
 tun/netns            ->
-tun/steer            -> tun/netns
+tun/steer            -> ports tun/netns
 tun/tuntest          -> tun
 tun/tuntest/nslab    -> tun/netns
 `

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ztun/netstack"
+	"ztun/refusal"
 	"ztun/tun/netns"
 	"ztun/tun/steer"
 	"ztun/tun/tuntest"
@@ -47,7 +48,7 @@ func (m *meshNode) attach(t *testing.T, ips ...string) *pod {
 	t.Helper()
 	p := attach(t, m.node, ips...)
 	app, other := tuntest.Pair(tuntest.Options{MTU: 1500})
-	s, err := netstack.New(netstack.Config{Addrs: p.addrs, App: app, Uplink: m.uplink, OnFlow: func(f *netstack.Flow) { f.Refuse(netstack.HostUnreachable) }})
+	s, err := netstack.New(netstack.Config{Addrs: p.addrs, App: app, Uplink: m.uplink, OnFlow: func(f *netstack.Flow) { f.Refuse(refusal.HostUnreachable) }})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"golang.org/x/sys/unix"
+	"ztun/ports"
 )
 
 // What NodePlan and PodPlan use in the node's namespace (design.md section 2).
@@ -24,14 +25,11 @@ const (
 	// (netstack.ReturnTOS, which has the reasons).
 	ReturnTOS = 0x0c
 
-	// PortHBONE is the mesh's port on every pod's address.
-	PortHBONE = 15008
-
 	// MeshPortMin and MeshPortMax are the local ports of the mesh's own calls (netns.SocketOptions.Ports). What comes from the HBONE port to one of
 	// them is an answer to the node's sockets; what comes from it to any other port is a packet like others, for the pod's stack, which
 	// calls from other ports (netstack.Config.PortMax). Above Linux' default ip_local_port_range, so that no listener of the node gets one by chance;
 	// no kernel takes a rule whose range ends at 65535.
-	MeshPortMin, MeshPortMax = 61000, 65534
+	MeshPortMin, MeshPortMax = ports.MeshMin, ports.MeshMax
 )
 
 // MeshPorts is the range from MeshPortMin to MeshPortMax.
@@ -79,15 +77,15 @@ func NodePlan(c NodeConfig) Plan {
 		add(s)
 	}
 	add(Link{Dev: c.TUN, MTU: c.MTU})
-	add(Rule{Pref: PrefSource, Unbound: true, Iif: "lo", Proto: unix.IPPROTO_TCP, Dport: port(PortHBONE), Table: TableMain})
+	add(Rule{Pref: PrefSource, Unbound: true, Iif: "lo", Proto: unix.IPPROTO_TCP, Dport: port(ports.HBONE), Table: TableMain})
 	for _, v6 := range families(c.IPv6) {
 		icmp := uint8(unix.IPPROTO_ICMP)
 		if v6 {
 			icmp = unix.IPPROTO_ICMPV6
 		}
 		add(Rule{V6: v6, Pref: PrefReturn, Iif: c.TUN, TOS: ReturnTOS, Proto: icmp, Table: TableHBONE})
-		add(Rule{V6: v6, Pref: PrefDport, Proto: unix.IPPROTO_TCP, Dport: port(PortHBONE), Table: TableHBONE})
-		add(Rule{V6: v6, Pref: PrefSport, Proto: unix.IPPROTO_TCP, Sport: port(PortHBONE), Dport: MeshPorts(), Table: TableHBONE})
+		add(Rule{V6: v6, Pref: PrefDport, Proto: unix.IPPROTO_TCP, Dport: port(ports.HBONE), Table: TableHBONE})
+		add(Rule{V6: v6, Pref: PrefSport, Proto: unix.IPPROTO_TCP, Sport: port(ports.HBONE), Dport: MeshPorts(), Table: TableHBONE})
 	}
 	return p
 }

@@ -51,8 +51,11 @@ func leftovers(all []netlink.Route, keep []netip.Addr) []netlink.Route {
 		return r.Protocol != Protocol || !dst.IsSingleIP() || slices.Contains(keep, dst.Addr())
 	})
 	slices.SortStableFunc(mine, func(a, b netlink.Route) int {
-		if hbone := a.Table == TableHBONE; hbone != (b.Table == TableHBONE) {
-			return map[bool]int{true: -1, false: 1}[hbone]
+		switch ours, theirs := a.Table == TableHBONE, b.Table == TableHBONE; {
+		case ours && !theirs:
+			return -1
+		case theirs && !ours:
+			return 1
 		}
 		return a.Priority - b.Priority
 	})

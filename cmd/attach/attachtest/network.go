@@ -21,6 +21,7 @@ import (
 	"ztun/cmd/attach"
 	"ztun/netstack"
 	"ztun/proxy"
+	"ztun/refusal"
 	"ztun/tun"
 	"ztun/tun/tuntest"
 )
@@ -90,7 +91,7 @@ func (h *Host) attach(dev tun.Device) (end func(), err error) {
 		serve := h.serving[f.Dst().Port()]
 		h.mu.Unlock()
 		if serve == nil {
-			f.Refuse(netstack.Reset)
+			f.Refuse(refusal.Reset)
 			return
 		}
 		if c, err := f.Accept(); err == nil {

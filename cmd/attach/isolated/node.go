@@ -11,6 +11,7 @@ import (
 
 	"ztun/cmd/attach"
 	"ztun/netstack"
+	"ztun/ports"
 	"ztun/tun"
 	"ztun/tun/netns"
 	"ztun/tun/steer"
@@ -62,9 +63,9 @@ func (n *Node) Open(ctx context.Context) (err error) {
 		return err
 	}
 	o.Serve("node TUN", func() error { return n.uplink.Run(context.Background()) })
-	n.mesh, err = netns.ListenTransparent(ctx, o.NetNS, steer.PortHBONE, o.IPv6, o.Socket)
+	n.mesh, err = netns.ListenTransparent(ctx, o.NetNS, ports.HBONE, o.IPv6, o.Socket)
 	if err != nil {
-		return fmt.Errorf("port %d (HBONE): %w", steer.PortHBONE, err)
+		return fmt.Errorf("port %d (HBONE): %w", ports.HBONE, err)
 	}
 	o.Serve("port 15008", func() error { return n.serveMesh(n.mesh) })
 	return nil

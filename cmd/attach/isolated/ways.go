@@ -7,6 +7,7 @@ import (
 	"syscall"
 
 	"ztun/cmd/attach"
+	"ztun/ports"
 	"ztun/proxy"
 	"ztun/tun/netns"
 	"ztun/tun/steer"
@@ -42,7 +43,7 @@ func (p *pod) ProbeApp(ctx context.Context, src netip.Addr, dst netip.AddrPort) 
 // them. A waypoint or gateway may listen on another port than the mesh's (hboneMtlsPort): its answers come to the
 // pod's stack like any other's, so the stack has to call.
 func (p *pod) DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn, error) {
-	if dst.Port() != steer.PortHBONE {
+	if dst.Port() != ports.HBONE {
 		return p.DialPlain(ctx, dst)
 	}
 	for _, a := range p.spec.IPs {

@@ -176,7 +176,11 @@ func (r *Report) Text(out io.Writer) error {
 	fmt.Fprintf(&b, "machine   %s, %d cores, %.0f GiB, %s, kernel %s, %s\n", m.CPU, m.Cores, float64(m.Memory)/(1<<30), m.Arch, m.Kernel, m.Go)
 	fmt.Fprintf(&b, "run       %s, took %s%s\n", r.Started.UTC().Format("2006-01-02 15:04 UTC"), r.Took.Round(time.Second), suffix(", commit ", m.Commit))
 	for i, c := range r.Commands {
-		fmt.Fprintf(&b, "%-9s %s\n", map[bool]string{true: "commands", false: ""}[i == 0], c)
+		head := ""
+		if i == 0 {
+			head = "commands"
+		}
+		fmt.Fprintf(&b, "%-9s %s\n", head, c)
 	}
 	if s := stat.Summarize(r.noise); s.Valid() {
 		fmt.Fprintf(&b, "others    kept %s processors busy meanwhile (median %s; ~ marks figures with more than %.1f)\n", rangeText(s), Number(s.Median), noisyAbove)
@@ -192,14 +196,20 @@ func (r *Report) Text(out io.Writer) error {
 			b.WriteString("  " + l + "\n")
 		}
 	}
-	for i, n := range r.Notes {
-		fmt.Fprintf(&b, "%s%s\n", map[bool]string{true: "\nnotes\n- ", false: "- "}[i == 0], n)
-	}
-	for i, e := range r.Errors {
-		fmt.Fprintf(&b, "%s%s\n", map[bool]string{true: "\nmeasurements that FAILED\n- ", false: "- "}[i == 0], e)
-	}
+	items(&b, "notes", r.Notes)
+	items(&b, "measurements that FAILED", r.Errors)
 	_, err := io.WriteString(out, b.String())
 	return err
+}
+
+// items prints a list under a title, if there is anything in it.
+func items(b *strings.Builder, title string, list []string) {
+	if len(list) > 0 {
+		fmt.Fprintf(b, "\n%s\n", title)
+	}
+	for _, s := range list {
+		fmt.Fprintf(b, "- %s\n", s)
+	}
 }
 
 // lines are the cells of a suite's table, head first.
@@ -228,9 +238,13 @@ func (r *Report) lines(suite string) [][]string {
 				if t.OfRatio {
 					of = ratio
 				}
-				target = t.String() + map[bool]string{true: " met", false: " MISSED"}[t.Met(of)]
-				if !of.Valid() {
-					target = t.String()
+				target = t.String()
+				switch {
+				case !of.Valid():
+				case t.Met(of):
+					target += " met"
+				default:
+					target += " MISSED"
 				}
 			}
 			ref := ""

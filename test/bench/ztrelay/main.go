@@ -29,6 +29,7 @@ import (
 	"syscall"
 
 	"ztun/netstack"
+	"ztun/refusal"
 	"ztun/tun"
 	"ztun/tun/netns"
 )
@@ -113,7 +114,7 @@ func relay(ctx context.Context, f *netstack.Flow) {
 	var d net.Dialer
 	k, err := d.DialContext(ctx, "tcp", f.Dst().String())
 	if err != nil {
-		f.Refuse(netstack.Reset)
+		f.Refuse(refusal.Reset)
 		return
 	}
 	kernel := k.(*net.TCPConn)

@@ -9,6 +9,7 @@ import (
 
 	"ztun/proxy"
 	"ztun/proxy/state"
+	"ztun/refusal"
 )
 
 // network is a pod's ways out where the addresses are loopback's: kernel sockets bound to the address that the peer is to see.
@@ -77,9 +78,9 @@ func (f *flow) Accept() (proxy.Conn, error) {
 	return conn(ours, err)
 }
 
-func (f *flow) Again() bool            { return false }
-func (f *flow) OnGone(func())          {}
-func (f *flow) Refuse(r proxy.Refusal) { f.verdict <- &RefusedError{r} }
+func (f *flow) Again() bool          { return false }
+func (f *flow) OnGone(func())        {}
+func (f *flow) Refuse(r refusal.Way) { f.verdict <- &RefusedError{r} }
 
 func pair() (a, b *net.TCPConn, err error) {
 	ln, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})

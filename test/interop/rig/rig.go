@@ -13,15 +13,17 @@ import (
 	"time"
 
 	"ztun/admin/ca"
+	"ztun/ports"
 	"ztun/proxy"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
 	"ztun/proxy/rbac"
 	"ztun/proxy/state"
+	"ztun/refusal"
 )
 
 // Port is HBONE's.
-const Port = 15008
+const Port = ports.HBONE
 
 // DeniedPort of the served pod is closed to everybody by policy: a CONNECT to it is answered with 401.
 const DeniedPort = 7777
@@ -249,7 +251,7 @@ func (r *Rig) App(ip netip.Addr, h func(*net.TCPConn)) netip.AddrPort {
 }
 
 // RefusedError is the verdict on a connection that the client pod's proxy did not accept.
-type RefusedError struct{ Refusal proxy.Refusal }
+type RefusedError struct{ Refusal refusal.Way }
 
 func (e *RefusedError) Error() string { return fmt.Sprintf("rig: SYN refused (%d)", e.Refusal) }
 
