@@ -99,6 +99,23 @@ func lockSocket(path string) (*os.File, error) {
 	return f, nil
 }
 
+// SocketHeld reports whether a process owns the control socket at path, also one that is still starting or about to end.
+func SocketHeld(path string) (bool, error) {
+	f, err := os.OpenFile(path+".lock", os.O_RDWR|syscall.O_CLOEXEC|syscall.O_NOFOLLOW, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer f.Close() // unlocks
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return true, nil
+	} else {
+		return false, err
+	}
+}
+
 func inUse(path string) error {
 	return fmt.Errorf("control socket %s is in use by a running ztun: stop it, or set ZTUN_SOCKET or ZTUN_STATE_DIR: %w", path, syscall.EADDRINUSE)
 }

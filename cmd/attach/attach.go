@@ -183,6 +183,9 @@ type Options struct {
 	NodeTUN string
 	MTU     int // in bytes, of pods that have none of their own and of the node's device
 	IPv6    bool
+	// Record is the file in which a kind writes down the host's settings before it changes them, for `ztun node
+	// clean`; "" for none.
+	Record string
 	// Plain has devices opened without offload.
 	Plain bool
 	// DNS has UDP questions of the pods captured.

@@ -89,7 +89,7 @@ func completions(cmd *cobra.Command) map[string]completion {
 		"to":        nothing, "identity": nothing, "count": nothing, "duration": nothing, "snaplen": nothing, "peer": nothing, "limit": nothing, "since": nothing, "timeout": nothing,
 		"log-format": values("plain", "json"),
 		"log":        values("error", "warn", "info", "debug", "trace", "off"),
-		"dir":        directories, "out": directories, "mesh": directories,
+		"dir":        directories, "state-dir": directories, "out": directories, "mesh": directories,
 		"socket": files, "status-socket": files,
 		"service-account": nothing, "ip": nothing, "mtu": nothing, "listen": nothing, "host": nothing, "admin": nothing, "max-life": nothing,
 		"trust-domain": nothing, "life": nothing,

@@ -188,6 +188,16 @@ func (c *Config) credentials(l *loader) error {
 	return nil
 }
 
+// deliberate refuses a configuration in which nothing says that this host is to be a node of a mesh: neither its name, nor where
+// workloads come from. Whoever tries what `ztun proxy` does must not find rules and forwarding changed after it.
+func (c *Config) deliberate() error {
+	if c.NodeName == "" && c.guessed {
+		return &configError{"NODE_NAME", "", errors.New("nothing is configured, and this host is left as it is: name this node here, " +
+			"and a source of workloads in XDS_ADDRESS or LOCAL_XDS_PATH; ztun proxy --help has all variables")}
+	}
+	return nil
+}
+
 // sources decides where workloads and certificates come from (spec controlplane 1.2: XDS_ADDRESS,
 // CA_ADDRESS and their defaults; LOCAL_CA_DIR is ours).
 func (c *Config) sources(l *loader) error {
@@ -205,6 +215,7 @@ func (c *Config) sources(l *loader) error {
 		}
 	default:
 		c.XDSAddress = istiod
+		c.guessed = !l.kubernetes && c.LocalXDS == "" && c.LocalXDSPath == ""
 	}
 	switch {
 	case c.LocalXDS != "" && c.LocalXDSPath != "":

@@ -161,3 +161,28 @@ func TestControlCredentials(t *testing.T) {
 		t.Errorf("specific variables: %+v", c)
 	}
 }
+
+// TestDeliberate: a daemon that was told nothing at all does not begin.
+func TestDeliberate(t *testing.T) {
+	for _, tc := range []struct {
+		env  []string
+		want bool
+	}{
+		{nil, false},
+		{[]string{"ZTUN_MTU", "1400"}, false},
+		{[]string{"NODE_NAME", "n1"}, true},
+		{[]string{"XDS_ADDRESS", "https://istiod:15012"}, true},
+		{[]string{"PROXY_CONFIG", "discoveryAddress: istiod:15012"}, true},
+		{[]string{"LOCAL_XDS_PATH", "world.yaml"}, true},
+		{[]string{"KUBERNETES_SERVICE_HOST", "10.0.0.1"}, true},
+	} {
+		c, err := loadConfig(env(append([]string{"LOCAL_XDS_PATH", "-", "LOCAL_CA_DIR", "-", "XDS_ADDRESS", "-"}, tc.env...)...))
+		if err != nil {
+			t.Errorf("%q: %v", tc.env, err)
+			continue
+		}
+		if err := c.deliberate(); (err == nil) != tc.want {
+			t.Errorf("%q: %v", tc.env, err)
+		}
+	}
+}

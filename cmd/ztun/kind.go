@@ -2,6 +2,7 @@ package main
 
 import (
 	"net"
+	"path/filepath"
 
 	"ztun/cmd/attach"
 	"ztun/cmd/attach/isolated"
@@ -15,9 +16,22 @@ func (d *daemon) chooseKind() attach.Kind {
 	stack := c.stack()
 	stack.Datagrams = c.datagrams(d.know)
 	return isolated.New(attach.Options{
-		NodeTUN: c.NodeTUN, MTU: c.MTU, IPv6: c.IPv6, Plain: c.TUNPlain, DNS: c.DNSProxy, Socket: c.meshSocket(), Stack: stack,
+		NodeTUN: c.NodeTUN, MTU: c.MTU, IPv6: c.IPv6, Plain: c.TUNPlain, Record: hostRecord(c.StateDir), DNS: c.DNSProxy,
+		Socket: c.meshSocket(), Stack: stack,
 		Descriptors: d.fds, Self: d.pods.selfDoor, Report: d.report, Panics: d.panics, Serve: d.serve, Logger: d.log.Logger,
 	})
+}
+
+// hostRecord is the file of what the host's settings were before ztun.
+func hostRecord(stateDir string) string { return filepath.Join(stateDir, "host.json") }
+
+// hostLeft and hostUndo are what kinds leave on a host when no daemon runs, and its removal. pods lived in places.
+func hostLeft(places []attach.Place, stateDir string) (isolated.Left, error) {
+	return isolated.Look(places, hostRecord(stateDir))
+}
+
+func hostUndo(places []attach.Place, stateDir string) error {
+	return isolated.Undo(places, hostRecord(stateDir))
 }
 
 // notSentLowat keeps what waits unsent in the kernel short on tunnels, so that a small request is not

@@ -44,7 +44,7 @@ func rootCommand() *cobra.Command {
 		Version:       versionText(),
 	}
 	root.SetVersionTemplate("{{.Version}}\n")
-	root.AddCommand(proxyCommand(), podCommand(), connectionsCommand(), flowsCommand(), explainCommand(), captureCommand(), doctorCommand(), caCommand(), controlCommand(), versionCommand(), manCommand())
+	root.AddCommand(proxyCommand(), podCommand(), connectionsCommand(), flowsCommand(), explainCommand(), captureCommand(), doctorCommand(), nodeCommand(), caCommand(), controlCommand(), versionCommand(), manCommand())
 	root.SetFlagErrorFunc(flagError)
 	root.SetHelpCommand(helpCommand(root))
 	root.InitDefaultHelpCmd()
@@ -69,6 +69,9 @@ func proxyCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := loadConfig(os.LookupEnv, os.Environ)
 			if err != nil {
+				return err
+			}
+			if err := c.deliberate(); err != nil {
 				return err
 			}
 			held, err := permitted()

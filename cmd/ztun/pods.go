@@ -264,7 +264,10 @@ func (m *podManager) counts() (active, pending int) {
 	return len(m.pods), len(m.pending)
 }
 
-func (m *podManager) stateFile() string { return filepath.Join(m.c.StateDir, "pods.json") }
+// podsFile is the list of pods in the state directory.
+const podsFile = "pods.json"
+
+func (m *podManager) stateFile() string { return filepath.Join(m.c.StateDir, podsFile) }
 
 // save writes the list of pods for the next life of the daemon.
 func (m *podManager) save() error {

@@ -29,6 +29,7 @@
 // Decisions:
 //   - 2026-11-23: Undo leaves ip_forward, IPv6 forwarding and `lo up` as they are: we cannot know who else has come to rely on them since, and a
 //     restarted daemon does not know what was there before. Per-device sysctls go with their device.
+//   - 2026-11-28: `ztun node clean` may, since an operator says so: Former is written down before Apply, and Restore gives back what still has our value.
 //   - 2026-11-23: a route or rule in our place that is not ours is an error, never replaced.
 //   - 2026-11-28: the rule for answers matches the mesh's port and the local ports of our own calls. By the source port alone, anybody who calls from
 //     port 15008 reached the node's own services at a pod's IPv6 address, and answers from port 15008 of hosts outside the mesh never reached the

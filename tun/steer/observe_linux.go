@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -103,6 +104,21 @@ type Seen struct {
 	Pods   []netip.Addr // the addresses that our routes capture, sorted
 }
 
+// ruleText is a rule as `ip rule` says it; of one that is not ours what the library tells.
+func ruleText(r netlink.Rule, fam int) string {
+	if r.Protocol != Protocol {
+		return r.String()
+	}
+	ours := Rule{V6: fam == netlink.FAMILY_V6, Pref: r.Priority, Unbound: r.Src != nil, Iif: r.IifName, TOS: uint8(r.Tos), Proto: uint8(r.IPProto), Table: r.Table}
+	if r.Sport != nil {
+		ours.Sport = Ports{r.Sport.Start, r.Sport.End}
+	}
+	if r.Dport != nil {
+		ours.Dport = Ports{r.Dport.Start, r.Dport.End}
+	}
+	return strings.Replace(ours.String(), " rule add ", " rule ", 1)
+}
+
 // SeenLink is a device.
 type SeenLink struct {
 	Name    string
@@ -134,11 +150,14 @@ func Observe(ns *netns.NS) (Seen, error) {
 	defaults := map[int]bool{}
 	for _, fam := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		rules, err := retry(func() ([]netlink.Rule, error) { return p.h.RuleList(fam) })
+		if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
+			continue // a kernel without IPv6
+		}
 		if err != nil {
 			return s, fmt.Errorf("cannot list rules: %w", err)
 		}
 		for _, r := range rules {
-			s.Rules = append(s.Rules, SeenRule{V6: fam == netlink.FAMILY_V6, Ours: r.Protocol == Protocol, Pref: r.Priority, Table: r.Table, Text: r.String()})
+			s.Rules = append(s.Rules, SeenRule{V6: fam == netlink.FAMILY_V6, Ours: r.Protocol == Protocol, Pref: r.Priority, Table: r.Table, Text: ruleText(r, fam)})
 		}
 		for _, table := range []int{TableMain, TableHBONE} {
 			routes, err := p.table(fam, table)

@@ -59,6 +59,9 @@ func (n *Node) Open(ctx context.Context) (err error) {
 	n.uplink = netstack.NewUplink(n.dev, o.Logger("netstack"))
 	n.uplink.Rescue(o.Panics)
 	plan := steer.NodePlan(steer.NodeConfig{TUN: o.NodeTUN, MTU: o.MTU, IPv6: o.IPv6})
+	if err := n.remember(plan); err != nil {
+		return err
+	}
 	if err := steer.Apply(ctx, plan, steer.Namespaces{Node: n.ns}); err != nil {
 		return err
 	}

@@ -1,0 +1,189 @@
+package isolated
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+
+	"ztun/cmd/attach"
+	"ztun/tun"
+	"ztun/tun/netns"
+	"ztun/tun/steer"
+)
+
+// Undo of a node without a daemon: what a daemon, ended or killed, has left on the host is found by our mark on routes and rules, in the
+// places where pods lived, and in the record of settings that Open wrote.
+
+// record is what the host's settings were before ztun. It holds for one life of one namespace: after a boot nothing of it is in force.
+type record struct {
+	Boot     string          `json:"boot"`
+	Dev      uint64          `json:"dev"` // of the namespace's file
+	Ino      uint64          `json:"ino"`
+	Settings []steer.Setting `json:"settings"`
+}
+
+func bootID() string {
+	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b))
+}
+
+// remember writes down what plan will change for the whole host. What an earlier life has written stays: it knew the values from before us.
+func (n *Node) remember(plan steer.Plan) error {
+	path := n.o.Record
+	if path == "" {
+		return nil
+	}
+	now, err := steer.Former(plan, n.ns)
+	if err != nil {
+		return err
+	}
+	was, err := recorded(path, n.ns)
+	if err != nil {
+		n.o.Logger("ztun").Warn("the record of the host's former settings cannot be read, and is begun anew", "file", path, "error", err)
+	}
+	if len(now) == 0 {
+		return nil
+	}
+	for _, s := range was {
+		keep := true
+		for i := range now {
+			if now[i].Path == s.Path { // set back by somebody since: that is the newer former value
+				keep = false
+			}
+		}
+		if keep {
+			now = append(now, s)
+		}
+	}
+	dev, ino := n.ns.ID()
+	b, err := json.MarshalIndent(record{bootID(), dev, ino, now}, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(path+".new", append(b, '\n'), 0o600); err != nil {
+		return fmt.Errorf("the host's former settings cannot be recorded: %w", err)
+	}
+	return os.Rename(path+".new", path)
+}
+
+// recorded reads the record at path; one of another namespace or boot says nothing.
+func recorded(path string, ns *netns.NS) ([]steer.Setting, error) {
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var r record
+	if err := json.Unmarshal(b, &r); err != nil {
+		return nil, fmt.Errorf("%s is no record of settings: %w", path, err)
+	}
+	if dev, ino := ns.ID(); r.Boot != bootID() || r.Dev != dev || r.Ino != ino {
+		return nil, nil
+	}
+	return r.Settings, nil
+}
+
+// Left is what there is of ours on a host.
+type Left struct {
+	Devices []string     `json:"devices"` // of pods: their namespace and the name
+	Pods    []netip.Addr `json:"pods"`    // the addresses that routes capture
+	Routes  []string     `json:"routes"`
+	Rules   []string     `json:"rules"`
+	Sysctls []string     `json:"sysctls"` // that are as ztun has set them; as commands that set them back
+}
+
+// Empty reports whether there is nothing.
+func (l Left) Empty() bool { return len(l.Devices)+len(l.Routes)+len(l.Rules)+len(l.Sysctls) == 0 }
+
+// Look tells what there is of ours on the host of the calling thread and in places, where pods live or lived. It changes nothing.
+func Look(places []attach.Place, record string) (Left, error) {
+	var l Left
+	node, err := netns.Current()
+	if err != nil {
+		return l, err
+	}
+	defer node.Close()
+	seen, err := steer.Observe(node)
+	if err != nil {
+		return l, err
+	}
+	l.Pods, l.Routes = seen.Pods, seen.Routes
+	for _, r := range seen.Rules {
+		if r.Ours {
+			l.Rules = append(l.Rules, r.Text)
+		}
+	}
+	var errs []error
+	for _, p := range places {
+		has, err := hasDevice(p)
+		if has {
+			l.Devices = append(l.Devices, p.Path+" "+podTUN)
+		}
+		errs = append(errs, err)
+	}
+	settings, err := recorded(record, node)
+	errs = append(errs, err)
+	settings, err = steer.InForce(settings, node)
+	for _, s := range settings {
+		l.Sysctls = append(l.Sysctls, s.String())
+	}
+	return l, errors.Join(append(errs, err)...)
+}
+
+// hasDevice reports whether our device is in the namespace where a pod lived.
+func hasDevice(p attach.Place) (bool, error) {
+	if p.Gone() != nil {
+		return false, nil
+	}
+	ns, err := netns.Open(p.Path)
+	if err != nil {
+		return false, err
+	}
+	defer ns.Close()
+	s, err := steer.Observe(ns)
+	if err != nil {
+		return false, err
+	}
+	for _, l := range s.Links {
+		if l.Name == podTUN && l.TUN {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// Undo takes all that Look tells away: devices, with the addresses and routes of the pods, the node's routes and rules, and settings that are
+// still as ztun has set them. It must not be called while a daemon runs. It goes on after an error and returns all of them.
+func Undo(places []attach.Place, record string) error {
+	node, err := netns.Current()
+	if err != nil {
+		return err
+	}
+	defer node.Close()
+	var errs []error
+	for _, p := range places {
+		if p.Gone() != nil {
+			continue
+		}
+		ns, err := netns.Open(p.Path)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if err := tun.Remove(ns, podTUN); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", p.Path, err))
+		}
+		errs = append(errs, ns.Close())
+	}
+	_, _, err = steer.SweepAll(node)
+	errs = append(errs, err)
+	settings, err := recorded(record, node)
+	errs = append(errs, err)
+	_, err = steer.Restore(settings, node)
+	return errors.Join(append(errs, err)...)
+}
