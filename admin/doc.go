@@ -1,9 +1,9 @@
-// Package admin is everything that is not traffic: the loop that owns what is known, and the ways in
+// Package admin is everything that is not traffic: the loop that publishes what is known, and the ways in
 // which operators look at it and change it.
 //
-// What flows through it: sources (files, the control plane, the node agent) send events to the Loop,
-// whose single goroutine changes its knowledge and publishes an immutable *state.View behind an atomic
-// pointer. HTTP servers answer on 15000 (admin, loopback), 15020 (metrics) and 15021 (readiness), and the
+// What flows through it: sources (files, the control plane) decode and build on goroutines of their own, each with what
+// it builds from (the xDS client its state.Builder), and give finished views to the Loop, whose single goroutine makes
+// one after the other the *state.View of all, immutable and behind an atomic pointer, and says that it has changed. HTTP servers answer on 15000 (admin, loopback), 15020 (metrics) and 15021 (readiness), and the
 // control socket takes `ztun pod` requests.
 //
 // Who calls it: cmd/ztun makes all of it, in ztunnel's start order: NewReadiness early, NewAdmin and
@@ -24,6 +24,10 @@
 //
 // Decisions:
 //
+//   - 2026-11-28: the loop owns one pointer and the order in which it changes, and no Builder. A second source would need
+//     the first one's Builder no more than a reader does; and building 100,000 workloads on the loop would keep every
+//     closure of an operator's waiting behind it. What the loop is for: publications in one order, each whole or not at
+//     all, and a place where a panic or a slow listener shows (LoopStats).
 //   - 2026-11-23: a panic on the loop is contained (logged, counted, reported to Do's caller and to
 //     LoopOptions.Panicked), because the data plane is whole without the loop: it has the last View. A
 //     View is published in one step, so a handler that panics publishes nothing.

@@ -26,14 +26,14 @@ type LoopOptions struct {
 	// Published is called on the loop after a new view has become visible to the workers, for instance
 	// to have live connections checked against changed policies.
 	Published func(old, new *state.View)
-	// Panicked is called on the loop after a panic was contained. Knowledge that the event was about to
-	// change may be half changed: rebuild it from its source here.
+	// Panicked is called on the loop after a panic was contained. What the event was about to change
+	// may be half changed: have its source build it anew here.
 	Panicked func(*rescue.Error)
 	Logger   *slog.Logger
 }
 
-// Loop is the one goroutine that owns all mutable knowledge. Others send it events and closures, and
-// read the View, which is immutable and behind an atomic pointer: workers never wait for the loop.
+// Loop is the one goroutine that publishes what is known. Sources build views on goroutines of their own and send them
+// as events; others send closures, and read the View, which is immutable and behind an atomic pointer: workers never wait for the loop.
 //
 // A panic in a handler does not end the process: the data plane has the last good View and goes on. The
 // panic is logged with its stack, counted, and given to the caller of Do and to Panicked. A view is

@@ -2,7 +2,7 @@
 //
 // What flows through it: the environment (config.go is its only reader), signals, and the commands of `ztun pod`.
 // daemon.go is the composition root: it makes everything in start order and ends it in ztunnel's order of shutting
-// down. pod.go says what one pod consists of; pods.go attaches pods, remembers them over restarts and lets go of
+// down; admin.go and worker.go are what it makes of the two runtimes. pod.go says what one pod consists of; pods.go attaches pods, remembers them over restarts and lets go of
 // those that vanish; kind.go chooses how they are attached (package cmd/attach), which nothing else here knows.
 // Nobody imports it. What it never does: look at a packet or a byte of a connection, or decide where one goes.
 //
