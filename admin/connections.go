@@ -178,7 +178,8 @@ func connectionQuery(v url.Values) (q ConnectionQuery, err error) {
 				return q, fmt.Errorf("%w: since %q is no time like 2006-01-02T15:04:05Z", ErrPodInvalid, clip(value, 64))
 			}
 		default:
-			return q, fmt.Errorf("%w: %q is nothing to ask for: there are pod, peer, direction, outcome, since, sort and limit", ErrPodInvalid, clip(name, 64))
+			return q, fmt.Errorf("%w: %q is nothing to ask for: there are pod, peer, direction, outcome, since, sort and limit",
+				ErrPodInvalid, clip(name, 64))
 		}
 	}
 	return q, q.Validate()
@@ -201,7 +202,8 @@ func (q *ConnectionQuery) matcher() func(*Connection) bool {
 		case terr == nil:
 			return p.Address == at || c.Called == at
 		}
-		return strings.Contains(p.Namespace+"/"+p.Workload, q.Peer) || strings.Contains(p.Identity, q.Peer) || strings.Contains(c.Service, q.Peer)
+		return strings.Contains(p.Namespace+"/"+p.Workload, q.Peer) || strings.Contains(p.Identity, q.Peer) ||
+			strings.Contains(c.Service, q.Peer)
 	}
 	return func(c *Connection) bool {
 		return (q.Pod == "" || c.Pod == q.Pod || strings.HasSuffix(c.Pod, "/"+q.Pod)) &&

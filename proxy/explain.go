@@ -100,9 +100,11 @@ func (p *Proxy) explainStep(x *Explanation, s *route.Step) {
 	case route.StepWorkloadWaypoint:
 		x.add("waypoint", true, fmt.Sprintf("workload %s is reached through the waypoint %s", s.Workload.UID, gatewayText(s.Gateway)))
 	case route.StepFromWaypoint:
-		x.add("waypoint", true, fmt.Sprintf("workload %s has the waypoint %s, which is the caller itself", s.Workload.UID, gatewayText(s.Gateway)))
+		x.add("waypoint", true,
+			fmt.Sprintf("workload %s has the waypoint %s, which is the caller itself", s.Workload.UID, gatewayText(s.Gateway)))
 	case route.StepNetworkGateway:
-		x.add("gateway", true, fmt.Sprintf("workload %s is in network %q, whose gateway is %s", s.Workload.UID, s.Workload.Network, gatewayText(s.Gateway)))
+		x.add("gateway", true,
+			fmt.Sprintf("workload %s is in network %q, whose gateway is %s", s.Workload.UID, s.Workload.Network, gatewayText(s.Gateway)))
 	case route.StepNoPort:
 		x.add("endpoints", false, fmt.Sprintf("service %s has no port %d", s.Service.Key(), s.Target.Port()))
 	case route.StepPassthrough:
@@ -125,7 +127,8 @@ func (p *Proxy) explainBalance(x *Explanation, s *route.Step) {
 	}
 	// The view leaves out whom it says is not well.
 	for _, w := range p.o.Knowledge.View().WorkloadsPausing(func() { time.Sleep(100 * time.Microsecond) }) {
-		if _, backs := w.PortsFor(s.Service.Key()); backs && w.Status != state.Healthy && s.Service.Endpoint(w.UID) == nil && len(list) < route.MaxCandidates {
+		_, backs := w.PortsFor(s.Service.Key())
+		if backs && w.Status != state.Healthy && s.Service.Endpoint(w.UID) == nil && len(list) < route.MaxCandidates {
 			e := candidateOf(w.UID, w)
 			e.Rank, e.Excluded = -1, "it is not healthy"
 			list = append(list, e)
@@ -277,7 +280,9 @@ func probeOf(start time.Time, step string, err error, wrap func(error) *Error) *
 }
 
 func decisionOf(d *route.Decision) *ExplanationDecision {
-	x := &ExplanationDecision{Protocol: d.Protocol.String(), NextHop: d.Actual, Authority: d.Authority(), Waypoint: d.Waypoint, Alternatives: d.Alternatives()}
+	x := &ExplanationDecision{
+		Protocol: d.Protocol.String(), NextHop: d.Actual, Authority: d.Authority(), Waypoint: d.Waypoint, Alternatives: d.Alternatives(),
+	}
 	texts := func(ids []identity.ID) (out []string) {
 		for _, id := range ids {
 			out = append(out, id.String())
@@ -321,7 +326,8 @@ func workloadText(w *state.Workload) string {
 	for _, a := range w.Addresses {
 		ips = append(ips, a.String())
 	}
-	text := fmt.Sprintf("%s/%s (uid %s, %s, identity %s, node %s, %s, %s", w.Namespace, w.Name, w.UID, strings.Join(ips, " "), w.Identity(), w.Node, w.Protocol, w.Status)
+	text := fmt.Sprintf("%s/%s (uid %s, %s, identity %s, node %s, %s, %s",
+		w.Namespace, w.Name, w.UID, strings.Join(ips, " "), w.Identity(), w.Node, w.Protocol, w.Status)
 	if w.Network != "" {
 		text += ", network " + w.Network
 	}

@@ -184,8 +184,14 @@ func (b *books) info() ConnectionInfo {
 	i := ConnectionInfo{
 		Direction: directions[outbound], Protocol: b.protocol.String(), Called: b.called, Service: b.labels[lDestinationService],
 		Authority: b.hbone, Start: b.start, Sent: b.sent.Load(), Received: b.received.Load(),
-		Source:      Party{Addr: b.src, Workload: firstNonEmpty(b.srcName, b.labels[lSourceCanonicalService]), Namespace: b.labels[lSourceNamespace], Cluster: b.labels[lSourceCluster]},
-		Destination: Party{Addr: b.dst, Workload: firstNonEmpty(b.dstName, b.labels[lDestinationCanonicalService]), Namespace: b.labels[lDestinationNamespace], Cluster: b.labels[lDestinationCluster]},
+		Source: Party{
+			Addr: b.src, Workload: firstNonEmpty(b.srcName, b.labels[lSourceCanonicalService]),
+			Namespace: b.labels[lSourceNamespace], Cluster: b.labels[lSourceCluster],
+		},
+		Destination: Party{
+			Addr: b.dst, Workload: firstNonEmpty(b.dstName, b.labels[lDestinationCanonicalService]),
+			Namespace: b.labels[lDestinationNamespace], Cluster: b.labels[lDestinationCluster],
+		},
 	}
 	switch {
 	case b.outbound:

@@ -218,7 +218,8 @@ func (c *capturing) decision(x *capture.Captured) string {
 
 // look finds a flow. Towards the application a connection has a port that is netstack's: it is found by the client's address.
 func (c *capturing) look(x *capture.Captured) string {
-	for _, f := range []flow{flowOf(x.Src, x.Dst), flowOf(netip.AddrPortFrom(x.Src.Addr(), 0), x.Dst), flowOf(x.Src, netip.AddrPortFrom(x.Dst.Addr(), 0))} {
+	noPort := func(e netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(e.Addr(), 0) }
+	for _, f := range []flow{flowOf(x.Src, x.Dst), flowOf(noPort(x.Src), x.Dst), flowOf(x.Src, noPort(x.Dst))} {
 		if text := c.known[f]; text != "" {
 			return text
 		}

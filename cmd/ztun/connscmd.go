@@ -99,7 +99,8 @@ func listCommand(ended bool, cmd *cobra.Command) *cobra.Command {
 type connColumn = column[admin.Connection]
 
 func connectionColumns(now func() time.Time) []connColumn {
-	return slices.Concat(sideColumns[:3], []connColumn{{head: "STATE", cell: func(c admin.Connection) string { return c.State }}}, sideColumns[3:], []connColumn{
+	state := connColumn{head: "STATE", cell: func(c admin.Connection) string { return c.State }}
+	return slices.Concat(sideColumns[:3], []connColumn{state}, sideColumns[3:], []connColumn{
 		{head: "AGE", cell: func(c admin.Connection) string { return ageText(c.Age(now())) }},
 		{head: "TUNNEL", cell: func(c admin.Connection) string {
 			if !c.Tunnel.Local.IsValid() {
@@ -111,7 +112,8 @@ func connectionColumns(now func() time.Time) []connColumn {
 }
 
 func flowColumns(func() time.Time) []connColumn {
-	return slices.Concat([]connColumn{{head: "END", cell: func(c admin.Connection) string { return c.End.Local().Format("15:04:05.000") }}}, sideColumns, []connColumn{
+	end := connColumn{head: "END", cell: func(c admin.Connection) string { return c.End.Local().Format("15:04:05.000") }}
+	return slices.Concat([]connColumn{end}, sideColumns, []connColumn{
 		{head: "TOOK", cell: func(c admin.Connection) string { return ageText(c.Age(c.End)) }},
 		{head: "OUTCOME", cell: func(c admin.Connection) string { return c.Outcome }},
 		{head: "REASON", cell: func(c admin.Connection) string { return c.Reason }},

@@ -76,8 +76,13 @@ const (
 // String says it in words.
 func (x Exclusion) String() string {
 	return [...]string{
-		NotExcluded: "", NoRecord: "its workload is not known", Avoided: "it could not be reached lately", NoAddress: "it has no address to send to",
-		PortUnmapped: "it does not map the port", NoTunnel: "it has no application tunnel", WrongPlace: "it is not in the place that the service insists on",
+		NotExcluded:  "",
+		NoRecord:     "its workload is not known",
+		Avoided:      "it could not be reached lately",
+		NoAddress:    "it has no address to send to",
+		PortUnmapped: "it does not map the port",
+		NoTunnel:     "it has no application tunnel",
+		WrongPlace:   "it is not in the place that the service insists on",
 	}[x]
 }
 
