@@ -43,7 +43,7 @@ func TestKill9(t *testing.T) {
 				c.Close()
 			}
 		}
-		// UDP is not carried; it must not slip out either.
+		// UDP, which a daemon would carry in the clear, ends with it as well.
 		if u, err := m.a.NS.Dial(m.ctx, "udp", lab.HostPort(m.c.V4(), 9000)); err == nil {
 			u.Write([]byte(load.Marker))
 			u.Close()

@@ -1,0 +1,367 @@
+package usersock
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/net/ipv4"
+	"golang.org/x/sys/unix"
+
+	"ztun/tun/tuntest/nslab"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// world is a set of sockets and what came by it.
+type world struct {
+	t *testing.T
+	*Sockets
+	in  chan Datagram
+	bad chan Failure
+}
+
+func newWorld(t *testing.T, o Options) *world {
+	w := &world{t: t, in: make(chan Datagram, 1024), bad: make(chan Failure, 1024)}
+	o.Deliver = func(d Datagram) { d.Payload = bytes.Clone(d.Payload); w.in <- d }
+	o.Fail = func(f Failure) { w.bad <- f }
+	w.Sockets = New(o)
+	t.Cleanup(w.Close)
+	return w
+}
+
+func (w *world) send(d Datagram) {
+	w.t.Helper()
+	if err := w.Send(d); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func next[T any](t *testing.T, c <-chan T) T {
+	t.Helper()
+	select {
+	case v := <-c:
+		return v
+	case <-time.After(20 * time.Second):
+		t.Fatal("nothing came in 20 s")
+		panic("")
+	}
+}
+
+// listen is a UDP server on loopback.
+func listen(t *testing.T, addr string) (*net.UDPConn, netip.AddrPort) {
+	t.Helper()
+	c, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(addr)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetReadDeadline(time.Now().Add(20 * time.Second))
+	return c, c.LocalAddr().(*net.UDPAddr).AddrPort()
+}
+
+func receive(t *testing.T, c *net.UDPConn) (string, netip.AddrPort) {
+	t.Helper()
+	b := make([]byte, 65536)
+	n, from, err := c.ReadFromUDPAddrPort(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b[:n]), from
+}
+
+var families = []struct{ name, lo, pod string }{{"v4", "127.0.0.1:0", "10.1.0.2:5000"}, {"v6", "[::1]:0", "[fd00:1::2]:5000"}}
+
+// One port of the pod's is one port outside, whoever it speaks to (REQ-1); whom it has spoken to may answer, from any port (REQ-8), and nobody else.
+func TestMapping(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			w := newWorld(t, Options{})
+			pod := netip.MustParseAddrPort(f.pod)
+			one, at1 := listen(t, f.lo)
+			two, at2 := listen(t, f.lo)
+			w.send(Datagram{Pod: pod, Peer: at1, Payload: []byte("to one")})
+			w.send(Datagram{Pod: pod, Peer: at2, Payload: []byte("to two")})
+			got1, from1 := receive(t, one)
+			got2, from2 := receive(t, two)
+			if got1 != "to one" || got2 != "to two" || from1 != from2 {
+				t.Errorf("%q from %v, %q from %v", got1, from1, got2, from2)
+			}
+			w.send(Datagram{Pod: netip.AddrPortFrom(pod.Addr(), 5001), Peer: at1, Payload: []byte("of another port")})
+			if _, from := receive(t, one); from == from1 {
+				t.Error("two ports of the pod's are one outside")
+			}
+			third, at3 := listen(t, f.lo)
+			for c, at := range map[*net.UDPConn]netip.AddrPort{one: at1, third: at3} {
+				c.WriteToUDPAddrPort([]byte("back"), from1)
+				if d := next(t, w.in); d.Pod != pod || d.Peer != at || string(d.Payload) != "back" || d.Echo {
+					t.Errorf("%+v", d)
+				}
+			}
+			if f.name == "v4" { // another address of loopback's is another peer
+				stranger, _ := listen(t, "127.0.0.2:0")
+				stranger.WriteToUDPAddrPort([]byte("unasked"), from1)
+				for end := time.Now().Add(20 * time.Second); w.Stats().Filtered == 0 && time.Now().Before(end); time.Sleep(time.Millisecond) {
+				}
+				if st := w.Stats(); st.Filtered != 1 || len(w.in) != 0 {
+					t.Errorf("%+v", st)
+				}
+			}
+			if st := w.Stats(); st.Sockets != 2 || st.Opened != 2 || st.Sent != 3 || st.Received != 2 {
+				t.Errorf("%+v", st)
+			}
+		})
+	}
+}
+
+// An ICMP error comes to who has sent, and ends nothing (REQ-12).
+func TestErrors(t *testing.T) {
+	for i, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			w := newWorld(t, Options{})
+			pod := netip.MustParseAddrPort(f.pod)
+			c, at := listen(t, f.lo)
+			c.Close()
+			open, there := listen(t, f.lo)
+			for range 3 {
+				w.send(Datagram{Pod: pod, Peer: at, Payload: []byte("x")})
+				got := next(t, w.bad)
+				want := []Failure{{Type: 3, Code: 3}, {Type: 1, Code: 4}}[i]
+				want.Pod, want.Peer, want.From = pod, at, at.Addr()
+				if got != want {
+					t.Errorf("%+v, want %+v", got, want)
+				}
+				w.send(Datagram{Pod: pod, Peer: there, Payload: []byte("y")})
+				if got, _ := receive(t, open); got != "y" {
+					t.Errorf("%q", got)
+				}
+			}
+			if st := w.Stats(); st.Sockets != 1 || st.Failures != 3 {
+				t.Errorf("%+v", st)
+			}
+		})
+	}
+}
+
+// Datagrams of one size go together and come together, or one by one where the kernel does not do it.
+func TestSegments(t *testing.T) {
+	for _, plain := range []bool{false, true} {
+		for _, f := range families {
+			w := newWorld(t, Options{})
+			pod := netip.MustParseAddrPort(f.pod)
+			c, at := listen(t, f.lo)
+			w.send(Datagram{Pod: pod, Peer: at, Payload: []byte("x")})
+			_, from := receive(t, c)
+			if plain {
+				w.by[key{false, pod}].noGSO = true
+			}
+			data := make([]byte, 10_300)
+			for i := range data {
+				data[i] = byte(i * 7)
+			}
+			w.send(Datagram{Pod: pod, Peer: at, Payload: data, Segment: 1000})
+			var got []byte
+			for i := range 11 {
+				piece, _ := receive(t, c)
+				if want := min(1000, len(data)-1000*i); len(piece) != want {
+					t.Errorf("piece %d has %d bytes, want %d", i, len(piece), want)
+				}
+				got = append(got, piece...)
+			}
+			if !bytes.Equal(got, data) {
+				t.Error("other bytes")
+			}
+			// Back, by another set of sockets as the peer.
+			oob := appendControl(nil, unix.SOL_UDP, unix.UDP_SEGMENT, binary.NativeEndian.AppendUint16(nil, 1000))
+			if _, _, err := c.WriteMsgUDPAddrPort(data, oob, from); err != nil {
+				t.Fatal(err)
+			}
+			got = nil
+			reads := 0
+			for len(got) < len(data) {
+				d := next(t, w.in)
+				if len(d.Payload) > 1000 && d.Segment != 1000 {
+					t.Errorf("%d bytes in pieces of %d", len(d.Payload), d.Segment)
+				}
+				got = append(got, d.Payload...)
+				reads++
+			}
+			if !bytes.Equal(got, data) {
+				t.Error("other bytes came back")
+			}
+			t.Logf("%s, plain %v: back in %d reads", f.name, plain, reads)
+		}
+	}
+}
+
+// The hop limit is the pod's.
+func TestTTL(t *testing.T) {
+	w := newWorld(t, Options{})
+	c, at := listen(t, "127.0.0.1:0")
+	p := ipv4.NewPacketConn(c)
+	if err := p.SetControlMessage(ipv4.FlagTTL, true); err != nil {
+		t.Fatal(err)
+	}
+	for _, ttl := range []uint8{1, 7, 255} {
+		w.send(Datagram{Pod: netip.MustParseAddrPort("10.1.0.2:1"), Peer: at, Payload: []byte("x"), TTL: ttl})
+		_, cm, _, err := p.ReadFrom(make([]byte, 10))
+		if err != nil || cm.TTL != int(ttl) {
+			t.Errorf("%v, %v, want %d", cm, err, ttl)
+		}
+	}
+}
+
+// In a namespace of its own: pings where the host allows them, and a datagram that is too large for its path.
+func TestNamespace(t *testing.T) {
+	ns := nslab.New(t)
+	ns.IP(t, "link", "set", "lo", "mtu", "1400", "up")
+	echo := func(id uint16, v6 bool) []byte {
+		b := []byte{8, 0, 0, 0, 0, 0, 0, 1, 'd', 'a', 't', 'a'}
+		if v6 {
+			b[0] = 128
+		}
+		binary.BigEndian.PutUint16(b[4:], id)
+		return b
+	}
+	do := func(what string, f func() error) {
+		t.Helper()
+		if err := ns.Do(f); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+	}
+	w := newWorld(t, Options{})
+	pod, lo := netip.MustParseAddrPort("10.1.0.2:77"), netip.MustParseAddrPort("127.0.0.1:0")
+	do("range", func() error { return writeFile("/proc/sys/net/ipv4/ping_group_range", "1 0") })
+	do("a ping that is not allowed", func() error {
+		if err := w.Send(Datagram{Echo: true, Pod: pod, Peer: lo, Payload: echo(77, false)}); !errors.Is(err, ErrNoPing) {
+			return fmt.Errorf("%v", err)
+		}
+		return nil
+	})
+	do("range", func() error { return writeFile("/proc/sys/net/ipv4/ping_group_range", "0 2147483647") })
+	for _, p := range []Datagram{
+		{Echo: true, Pod: pod, Peer: lo, Payload: echo(77, false)},
+		{Echo: true, Pod: netip.MustParseAddrPort("[fd00:1::2]:78"), Peer: netip.MustParseAddrPort("[::1]:0"), Payload: echo(78, true)},
+	} {
+		do("ping", func() error { return w.Send(p) })
+		got := next(t, w.in)
+		if want := p.Payload[0] + 129 - 128; !got.Echo || got.Pod != p.Pod || got.Peer != p.Peer || got.Payload[0] != 0 && got.Payload[0] != want ||
+			binary.BigEndian.Uint16(got.Payload[4:]) != p.Pod.Port() || !bytes.Equal(got.Payload[6:], p.Payload[6:]) {
+			t.Errorf("%+v", got)
+		}
+	}
+	for _, peer := range []string{"127.0.0.1:9", "[::1]:9"} {
+		to := netip.MustParseAddrPort(peer)
+		from := netip.MustParseAddrPort("10.1.0.2:78")
+		want := Failure{Type: 3, Code: 4, MTU: 1400}
+		if to.Addr().Is6() {
+			from, want = netip.MustParseAddrPort("[fd00:1::2]:78"), Failure{Type: 2, MTU: 1400}
+		}
+		want.Pod, want.Peer = from, to
+		do("too large", func() error {
+			if err := w.Send(Datagram{Pod: from, Peer: to, Payload: make([]byte, 1450), DF: true}); !errors.Is(err, unix.EMSGSIZE) {
+				return fmt.Errorf("%v", err)
+			}
+			return nil
+		})
+		if got := next(t, w.bad); got != want {
+			t.Errorf("%+v, want %+v", got, want)
+		}
+		do("in fragments", func() error { return w.Send(Datagram{Pod: from, Peer: to, Payload: make([]byte, 1450)}) })
+		if got := next(t, w.bad); got.Type == want.Type && got.Code == want.Code {
+			t.Errorf("%+v", got)
+		}
+	}
+}
+
+// At the bound the peer with the most mappings loses its oldest; what is refused is an error; and mappings end with their time.
+func TestBounds(t *testing.T) {
+	var mu sync.Mutex
+	turned := map[string]int{}
+	w := newWorld(t, Options{MaxSockets: 10, Turned: func(peer netip.Addr, evicted bool) {
+		mu.Lock()
+		defer mu.Unlock()
+		turned[fmt.Sprint(peer, " ", evicted)]++
+	}})
+	_, at1 := listen(t, "127.0.0.1:0")
+	_, at2 := listen(t, "127.0.0.2:0")
+	pod := func(port int) netip.AddrPort {
+		return netip.AddrPortFrom(netip.MustParseAddr("10.1.0.2"), uint16(port))
+	}
+	for i := range 12 {
+		w.send(Datagram{Pod: pod(1000 + i), Peer: at1, Payload: []byte("x")})
+	}
+	for i := range 3 {
+		w.send(Datagram{Pod: pod(2000 + i), Peer: at2, Payload: []byte("x")})
+	}
+	if st := w.Stats(); st.Sockets != 10 || st.Evicted != 5 || turned["127.0.0.1 true"] != 5 || len(turned) != 1 {
+		t.Errorf("%+v, %v", st, turned)
+	}
+	for at := tick; at <= udpLife+2*tick; at += tick {
+		if at == udpLife {
+			w.send(Datagram{Pod: pod(2000), Peer: at2, Payload: []byte("kept")})
+		}
+		w.sweep()
+	}
+	if st := w.Stats(); st.Sockets != 1 || st.Ended != 9 || w.places.Used() != 1 {
+		t.Errorf("%+v, %d places", st, w.places.Used())
+	}
+	c := w.by[key{false, pod(2000)}]
+	for i := range maxPeers + 100 {
+		c.spoke(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 1)
+	}
+	if len(c.peers) != maxPeers {
+		t.Errorf("%d peers", len(c.peers))
+	}
+	w.Close()
+	if err := w.Send(Datagram{Pod: pod(1), Peer: at1}); !errors.Is(err, ErrClosed) {
+		t.Errorf("after Close: %v", err)
+	}
+	for _, d := range []Datagram{{}, {Pod: pod(1)}, {Pod: pod(1), Peer: netip.MustParseAddrPort("[::1]:1")}, {Echo: true, Pod: pod(1), Peer: at1, Payload: []byte("short")}} {
+		if err := w.Send(d); !errors.Is(err, unix.EINVAL) {
+			t.Errorf("%+v: %v", d, err)
+		}
+	}
+}
+
+// Mappings are made, used, evicted and closed at the same time.
+func TestStress(t *testing.T) {
+	w := New(Options{Deliver: func(Datagram) {}, Fail: func(Failure) {}, MaxSockets: 8})
+	c, at := listen(t, "127.0.0.1:0")
+	go func() {
+		b := make([]byte, 100)
+		for {
+			n, from, err := c.ReadFromUDPAddrPort(b)
+			if err != nil {
+				return
+			}
+			c.WriteToUDPAddrPort(b[:n], from)
+		}
+	}()
+	var wg sync.WaitGroup
+	for g := range 4 {
+		wg.Go(func() {
+			for i := range 500 {
+				_ = w.Send(Datagram{Pod: netip.AddrPortFrom(netip.MustParseAddr("10.1.0.2"), uint16(1+(g*7+i)%16)), Peer: at, Payload: []byte("x")})
+				if i%100 == 0 {
+					w.sweep()
+				}
+			}
+		})
+	}
+	wg.Wait()
+	w.Close()
+	if st := w.Stats(); st.Sockets != 0 || w.places.Used() != 0 {
+		t.Errorf("%+v, %d places", st, w.places.Used())
+	}
+}
+
+func writeFile(path, text string) error { return os.WriteFile(path, []byte(text), 0o644) }
