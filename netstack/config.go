@@ -145,8 +145,8 @@ func (c *Config) fill() error {
 	if c.Uplink != nil && c.UplinkIsApp {
 		return errors.New("netstack: both Uplink and UplinkIsApp given")
 	}
-	if c.Datagrams != nil && c.Uplink == nil {
-		return errors.New("netstack: Datagrams without an Uplink")
+	if c.Datagrams != nil && (c.Uplink == nil) == (c.Datagrams.Way == nil) {
+		return errors.New("netstack: datagrams have an Uplink or a Way, one of them")
 	}
 	if len(c.Addrs) == 0 {
 		return errors.New("netstack: no pod address")

@@ -29,6 +29,39 @@ type Datagrams struct {
 	Version func() uint64
 	// MaxFlows bounds the pod's flows (default 16384), MaxFlowsPerPeer those of one peer (fair.Group; default all).
 	MaxFlows, MaxFlowsPerPeer int
+	// Way carries the datagrams of a pod without Uplink; with one it must be nil. What comes by it is given to
+	// Stack.DeliverDatagram and Stack.DeliverFailure. Close closes it. (Package usersock is one.)
+	Way DatagramWay
+}
+
+// DatagramWay is a way to the network that takes datagrams and not packets.
+type DatagramWay interface {
+	// Send sends one. It is called by a device's reader: it must not wait, nor keep the payload.
+	Send(Datagram) error
+	// Close returns when nothing is delivered any more.
+	Close()
+}
+
+// Datagram is what a DatagramWay carries, in either direction.
+type Datagram struct {
+	// Echo: a ping or its answer. Payload is the ICMP message then, and the pod's port its identifier.
+	Echo      bool
+	Pod, Peer netip.AddrPort
+	Payload   []byte
+	// Segment, if not 0, says that Payload is several datagrams of so many bytes each, the last perhaps shorter.
+	Segment int
+	// TTL and DF are those of the pod's packet.
+	TTL uint8
+	DF  bool
+}
+
+// DatagramFailure is an ICMP error about a datagram of the pod's.
+type DatagramFailure struct {
+	Echo       bool
+	Pod, Peer  netip.AddrPort
+	From       netip.Addr // who says so; the zero Addr: nobody with an address
+	Type, Code uint8      // of ICMP, or of ICMPv6
+	MTU        int
 }
 
 // DatagramFlow is who speaks to whom: of UDP addresses and ports.
@@ -316,5 +349,8 @@ func (d *datagrams) close() {
 	d.mu.Unlock()
 	for _, f := range flows {
 		f.release()
+	}
+	if d.o.Way != nil {
+		d.o.Way.Close()
 	}
 }

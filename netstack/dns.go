@@ -51,10 +51,13 @@ func (q *DNSQuery) Reply(payload []byte) error {
 	return nil
 }
 
-func (q *DNSQuery) reply(payload []byte) error {
-	local, proto := fromAddr(q.dst.Addr())
-	remote, _ := fromAddr(q.src.Addr())
-	gs, err := q.h.stack()
+func (q *DNSQuery) reply(payload []byte) error { return q.h.sendUDP(q.dst, q.src, payload) }
+
+// sendUDP sends a datagram out of the link as if from src, in fragments where the MTU calls for them.
+func (h *hop) sendUDP(src, dst netip.AddrPort, payload []byte) error {
+	local, proto := fromAddr(src.Addr())
+	remote, _ := fromAddr(dst.Addr())
+	gs, err := h.stack()
 	if err != nil {
 		return err
 	}
@@ -74,7 +77,7 @@ func (q *DNSQuery) reply(payload []byte) error {
 	defer pkt.DecRef()
 	pkt.TransportProtocolNumber = udp.ProtocolNumber
 	u := header.UDP(pkt.TransportHeader().Push(header.UDPMinimumSize))
-	u.Encode(&header.UDPFields{SrcPort: q.dst.Port(), DstPort: q.src.Port(), Length: uint16(length)})
+	u.Encode(&header.UDPFields{SrcPort: src.Port(), DstPort: dst.Port(), Length: uint16(length)})
 	// RFC 768: a sum of zero is sent as all ones, since zero means none.
 	sum := u.CalculateChecksum(pseudoSum(local, remote, length, pkt))
 	if sum != 0xffff {
@@ -129,6 +132,10 @@ func (d *dnsTap) turnedAway() {
 func (d *dnsTap) handle(h *hop, id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	src, dst := addrPort(id.RemoteAddress, id.RemotePort), addrPort(id.LocalAddress, id.LocalPort)
 	if d.s.cfg.OnDNS == nil || h != d.s.app || dst.Port() != dnsPort || d.s.isOwn(dst.Addr()) {
+		if dg := d.s.dg; dg != nil && dg.o.Way != nil && h == d.s.app {
+			dg.sendWhole(src, dst, pkt)
+			return true
+		}
 		d.stray.Add(1)
 		return true
 	}

@@ -20,6 +20,7 @@
 //	udp.go      UDP sockets to the network, for the queries that are passed on
 //	sight.go    what is seen of other UDP and of ICMP; datagram.go their flows, policy and bounds
 //	forwarding.go  their way from one device to the other; finish.go what one of the devices left undone
+//	way.go      their way where packets cannot be forwarded (package usersock)
 //	dial.go     connections that start here: to the application, to the network
 //	conn.go     an established connection; wait.go how it waits, writeto.go how it lends
 //	memory.go   how large buffers are, by the number of connections and the pod's memory
@@ -121,6 +122,12 @@
 // were a question), for errors (RFC 5508: only about what was sent) and for the
 // counters, and cost a map look-up per packet. Their time is counted in ticks of 10 s by
 // one timer per pod that has any: no clock is read per packet.
+//
+// 2026-11-28: A pod without Uplink has a DatagramWay instead, declared here by its
+// user: datagrams and errors, not packets, so that an implementation with sockets
+// has nothing to parse and nothing to build. Flows, policy and bounds are the same.
+// Fragments are put together by the stack first, within the DNS tap's rate; pings
+// that need some are not carried.
 //
 // 2026-11-28: Refused datagrams are answered to the pod by ICMP "prohibited", so that
 // connected sockets have an error; to the network nothing is said.

@@ -26,8 +26,8 @@ func (l *port) carry(bufs *rxBuffers, n int, pk *rxPacket, vh *tun.VNetHdr) bool
 	}
 	d := l.dg
 	if l == d.s.app.port {
-		if l.dns != nil && d.asks(&s) {
-			return false
+		if l.dns != nil && d.asks(&s) || d.o.Way != nil && s.part {
+			return false // the stack puts together what a way takes whole
 		}
 		switch d.mayLeave(&s) {
 		case passes:
@@ -142,6 +142,10 @@ func (d *datagrams) passError(to netip.Addr, pod, peer netip.AddrPort, s *sight)
 
 // leave sends a packet of the pod's on its way.
 func (d *datagrams) leave(bufs *rxBuffers, n int, pk *rxPacket, vh *tun.VNetHdr, s *sight) {
+	if d.o.Way != nil {
+		d.sendPacket(bufs, n, vh, s)
+		return
+	}
 	d.outPackets.Add(1)
 	d.outBytes.Add(uint64(n))
 	if !d.s.up.port.pump.tx.forward(bufs.forwarded(n, pk, s), vh, &d.out) {

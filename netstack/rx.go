@@ -204,6 +204,13 @@ func (b *rxBuffers) packet(n int, p *rxPacket) *stack.PacketBuffer {
 	return stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buf})
 }
 
+// from returns what follows the first at bytes, at most headSize, of a packet of n bytes as one slice, until the next read.
+func (b *rxBuffers) from(at, n int) []byte {
+	chunk := b.chunk.AsSlice()
+	copy(chunk[at:headSize], b.head.AsSlice()[at:headSize])
+	return chunk[at:n]
+}
+
 // checksumValid verifies the TCP or UDP checksum of a packet of n bytes that no
 // device vouched for. bufs are the buffers it was read into.
 func checksumValid(bufs [][]byte, n int, p *rxPacket) bool {

@@ -71,6 +71,10 @@ func New(cfg Config) (*Stack, error) {
 	}
 	s.pump.only = s.app.port
 	s.pump.unreachable = s.probes.unreachable
+	if cfg.Datagrams != nil {
+		s.dg = newDatagrams(s, *cfg.Datagrams)
+		s.app.port.dg = s.dg
+	}
 	if _, err := s.app.stack(); err != nil {
 		return nil, err
 	}
@@ -79,10 +83,7 @@ func New(cfg Config) (*Stack, error) {
 		s.up = s.app
 	case cfg.Uplink != nil:
 		s.up = newHop(s, "uplink", cfg.Uplink.pump, true)
-		if cfg.Datagrams != nil {
-			s.dg = newDatagrams(s, *cfg.Datagrams)
-			s.app.port.dg, s.up.port.dg = s.dg, s.dg
-		}
+		s.up.port.dg = s.dg
 		if err := cfg.Uplink.attach(cfg.Addrs, s.up.port); err != nil {
 			s.app.destroy()
 			return nil, err

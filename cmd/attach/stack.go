@@ -12,6 +12,7 @@ import (
 
 	"ztun/admin"
 	"ztun/netstack"
+	"ztun/netstack/usersock"
 	"ztun/proxy"
 	"ztun/proxy/rescue"
 	"ztun/tun"
@@ -57,6 +58,9 @@ func NewStack(o *Options, p Pod, mtu int, dev tun.Device, uplink *netstack.Uplin
 			}
 			return h.AllowDatagram(false, f.Pod, f.Peer)
 		}
+		if uplink == nil {
+			d.Way = s.sockets(o, p.Label)
+		}
 		c.Datagrams = &d
 	}
 	c.OnBound = func(resource, source string, evicted bool) { o.Report.Turned(resource, p.Label, source, evicted) }
@@ -70,6 +74,24 @@ func NewStack(o *Options, p Pod, mtu int, dev tun.Device, uplink *netstack.Uplin
 	s.ctx, s.end = context.WithCancel(context.Background())
 	return s, nil
 }
+
+// sockets is the way of datagrams where there is no uplink: the process's own sockets. Nothing comes by it before the
+// stack, which runs by then, has sent something.
+func (s *Stack) sockets(o *Options, label string) way {
+	return way{usersock.New(usersock.Options{
+		Deliver: func(d usersock.Datagram) { s.DeliverDatagram(netstack.Datagram(d)) },
+		Fail:    func(f usersock.Failure) { s.DeliverFailure(netstack.DatagramFailure(f)) },
+		Turned: func(peer netip.Addr, evicted bool) {
+			o.Report.Turned("UDP sockets", label, peer.String(), evicted)
+		},
+		Panics: o.Panics,
+	})}
+}
+
+// way is the process's sockets as netstack wants them.
+type way struct{ *usersock.Sockets }
+
+func (w way) Send(d netstack.Datagram) error { return w.Sockets.Send(usersock.Datagram(d)) }
 
 // Run starts the stack.
 func (s *Stack) Run() {

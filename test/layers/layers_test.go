@@ -29,12 +29,13 @@ admin/suggest        ->
 admin/watch          ->
 admin/xds            -> admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/suggest admin/watch proxy/fair proxy/rbac proxy/rescue proxy/state
 admin/zlog           -> admin/suggest
-cmd/attach           -> admin netstack proxy proxy/fair proxy/rescue tun tun/netns tun/steer
+cmd/attach           -> admin netstack netstack/usersock proxy proxy/fair proxy/rescue tun tun/netns tun/steer
 cmd/attach/attachtest -> admin cmd/attach netstack proxy refusal tun tun/tuntest
 cmd/attach/isolated  -> admin cmd/attach netstack ports proxy tun tun/netns tun/steer
 cmd/doctor           -> tun/netns tun/steer
 cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/xds admin/zlog cmd/attach cmd/attach/isolated cmd/doctor netstack ports proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state refusal tun tun/capture tun/netns
 netstack             -> ports proxy/fair proxy/grow proxy/rescue refusal tun
+netstack/usersock    -> proxy/fair proxy/rescue
 ports                ->
 proxy                -> ports proxy/fair proxy/hbone proxy/identity proxy/rbac proxy/rescue proxy/route proxy/socks proxy/state refusal
 proxy/dns            -> proxy/fair proxy/rescue proxy/state
