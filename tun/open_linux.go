@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"syscall"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"ztun/tun/netns"
@@ -103,7 +104,12 @@ func openHere(o Options, probe func(fd int) (probeResult, error)) (Device, error
 
 // finish sets what remains and wraps h. Persistence comes last, so that a failure leaves no device behind that was not there before.
 func finish(h *handle, o Options, off Offload) (Device, error) {
-	if err := h.ifreq(unix.SIOCSIFTXQLEN, func(r *unix.Ifreq) { r.SetUint32(uint32(o.TxQueueLen)) }); err != nil {
+	err := h.ifreq(unix.SIOCSIFTXQLEN, func(r *unix.Ifreq) { r.SetUint32(uint32(o.TxQueueLen)) })
+	if errors.Is(err, unix.EPERM) {
+		// In a user namespace the ioctl is refused to everybody, rtnetlink asks for the namespace's own CAP_NET_ADMIN.
+		err = netlink.LinkSetTxQLen(&netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: h.name}}, o.TxQueueLen)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("cannot set the queue length of device %s to %d: %w", h.name, o.TxQueueLen, err)
 	}
 	if err := h.SetMTU(o.MTU); err != nil {

@@ -96,6 +96,8 @@ type Config struct {
 	Held                                   capSet // what is left of the capabilities
 	ShutOut                                string // a path for which CAP_DAC_OVERRIDE is among them
 
+	Rootless bool // `ztun run`: the daemon of one workload, in a user namespace
+
 	guessed bool // nothing says where workloads come from: XDSAddress is the default of no particular environment
 
 	Warnings []string // what is to be logged at the start

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -81,16 +82,25 @@ type daemon struct {
 	tasks atomic.Int64   // how much that is
 }
 
-// runProxy runs the daemon until a signal or /quitquitquit ends it.
-func runProxy(ctx context.Context, c *Config) error {
+// newDaemon makes a daemon that does nothing yet. It logs to out.
+func newDaemon(c *Config, out io.Writer) (*daemon, error) {
 	filter, err := zlog.ParseFilter(c.RustLog)
 	if err != nil {
-		return &configError{"RUST_LOG", c.RustLog, err}
+		return nil, &configError{"RUST_LOG", c.RustLog, err}
 	}
-	log := zlog.New(zlog.Options{Writer: os.Stdout, JSON: c.LogFormat == "json", Control: zlog.NewControl(filter)})
-	defer log.Close(context.Background())
-	d := &daemon{c: c, log: log, logger: log.Logger("ztun"), report: fair.NewReport(log.Logger("bounds")),
-		handshakes: fair.NewTurns[proxy.Crypto](c.WorkerThreads/2, 250*time.Microsecond, 500*time.Microsecond), panics: rescue.New(log.Logger("ztun")), quit: make(chan string, 1)}
+	log := zlog.New(zlog.Options{Writer: out, JSON: c.LogFormat == "json", Control: zlog.NewControl(filter)})
+	return &daemon{c: c, log: log, logger: log.Logger("ztun"), report: fair.NewReport(log.Logger("bounds")),
+		handshakes: fair.NewTurns[proxy.Crypto](c.WorkerThreads/2, 250*time.Microsecond, 500*time.Microsecond),
+		panics:     rescue.New(log.Logger("ztun")), quit: make(chan string, 1)}, nil
+}
+
+// runProxy runs the daemon until a signal or /quitquitquit ends it.
+func runProxy(ctx context.Context, c *Config) error {
+	d, err := newDaemon(c, os.Stdout)
+	if err != nil {
+		return err
+	}
+	defer d.log.Close(context.Background())
 
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)

@@ -6,6 +6,7 @@ import (
 
 	"ztun/cmd/attach"
 	"ztun/cmd/attach/isolated"
+	"ztun/cmd/attach/rootless"
 	"ztun/netstack"
 	"ztun/tun/netns"
 )
@@ -13,13 +14,16 @@ import (
 // chooseKind is how this daemon attaches pods: the only place that knows which ways there are.
 func (d *daemon) chooseKind() attach.Kind {
 	c := d.c
-	stack := c.stack()
-	stack.Datagrams = c.datagrams(d.know)
-	return isolated.New(attach.Options{
+	o := attach.Options{
 		NodeTUN: c.NodeTUN, MTU: c.MTU, IPv6: c.IPv6, Plain: c.TUNPlain, Record: hostRecord(c.StateDir), DNS: c.DNSProxy,
-		Socket: c.meshSocket(), Stack: stack,
+		Socket: c.meshSocket(), Stack: c.stack(),
 		Descriptors: d.fds, Self: d.pods.selfDoor, Report: d.report, Panics: d.panics, Serve: d.serve, Logger: d.log.Logger,
-	})
+	}
+	if c.Rootless {
+		return rootless.New(o)
+	}
+	o.Stack.Datagrams = c.datagrams(d.know)
+	return isolated.New(o)
 }
 
 // hostRecord is the file of what the host's settings were before ztun.

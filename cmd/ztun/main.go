@@ -18,6 +18,10 @@ const (
 
 func main() {
 	if err := rootCommand().ExecuteContext(context.Background()); err != nil {
+		var status exitStatus
+		if errors.As(err, &status) {
+			os.Exit(int(status)) // the command of `ztun run` has said what there is to say
+		}
 		fmt.Fprintln(os.Stderr, "ztun:", err.Error()+permissionHint(err))
 		os.Exit(exitCode(err))
 	}
@@ -44,7 +48,7 @@ func rootCommand() *cobra.Command {
 		Version:       versionText(),
 	}
 	root.SetVersionTemplate("{{.Version}}\n")
-	root.AddCommand(proxyCommand(), podCommand(), connectionsCommand(), flowsCommand(), explainCommand(), captureCommand(), doctorCommand(), nodeCommand(), caCommand(), controlCommand(), versionCommand(), manCommand())
+	root.AddCommand(proxyCommand(), runCommand(), podCommand(), connectionsCommand(), flowsCommand(), explainCommand(), captureCommand(), doctorCommand(), nodeCommand(), caCommand(), controlCommand(), versionCommand(), manCommand())
 	root.SetFlagErrorFunc(flagError)
 	root.SetHelpCommand(helpCommand(root))
 	root.InitDefaultHelpCmd()

@@ -13,7 +13,7 @@ import (
 
 // dataPlane is where every goroutine and every timer starts through package rescue, so that a panic ends what it came from and not
 // the daemon. Of cmd/ztun only what runs for pods: the rest is the admin side, whose end is the daemon's.
-var dataPlane = []string{"proxy/*.go", "proxy/hbone/*.go", "proxy/dns/*.go", "netstack/*.go", "netstack/usersock/*.go", "cmd/ztun/pod*.go", "cmd/ztun/upstream.go", "cmd/attach/stack.go", "cmd/attach/isolated/*.go"}
+var dataPlane = []string{"proxy/*.go", "proxy/hbone/*.go", "proxy/dns/*.go", "netstack/*.go", "netstack/usersock/*.go", "cmd/ztun/pod*.go", "cmd/ztun/upstream.go", "cmd/attach/stack.go", "cmd/attach/isolated/*.go", "cmd/attach/rootless/*.go"}
 
 // unguarded are those that do without: file and function, and why nothing can panic there.
 var unguarded = map[string]string{

@@ -146,6 +146,27 @@ func FromFile(f *os.File) (*NS, error) {
 	return ns, nil
 }
 
+// New makes a namespace that nobody lives in, of the user namespace that the process is in, and returns a descriptor
+// of it: it is gone when that and all that lives there are.
+func New() (*os.File, error) {
+	type outcome struct {
+		file *os.File
+		err  error
+	}
+	done := make(chan outcome)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread dies with its goroutine
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			done <- outcome{err: fmt.Errorf("cannot make a network namespace: %w", os.NewSyscallError("unshare", err))}
+			return
+		}
+		file, err := os.Open("/proc/thread-self/ns/net")
+		done <- outcome{file, err}
+	}()
+	o := <-done
+	return o.file, o.err
+}
+
 // Current opens the namespace of the calling thread: the process's own, except inside Do.
 func Current() (*NS, error) { return OpenPath("/proc/thread-self/ns/net") }
 

@@ -98,7 +98,6 @@ func NodePlan(c NodeConfig) Plan {
 func PodPlan(c PodConfig) Plan {
 	var p Plan
 	node := func(a Action) { p.Steps = append(p.Steps, Step{Node, a}) }
-	pod := func(a Action) { p.Steps = append(p.Steps, Step{Pod, a}) }
 	for _, a := range c.Addrs {
 		node(Route{Type: Unreachable, Dst: host(a), Table: TableMain, Metric: FallbackMetric})
 	}
@@ -106,6 +105,14 @@ func PodPlan(c PodConfig) Plan {
 		node(Route{Type: Unicast, Dst: host(a), Dev: c.NodeTUN, Table: TableMain})
 		node(Route{Type: Local, Dst: host(a), Dev: "lo", Table: TableHBONE})
 	}
+	p.Steps = append(p.Steps, InsidePlan(c).Steps...)
+	return p
+}
+
+// InsidePlan is the part of PodPlan in the pod's namespace, for a pod whose network is not by the node's routes.
+func InsidePlan(c PodConfig) Plan {
+	var p Plan
+	pod := func(a Action) { p.Steps = append(p.Steps, Step{Pod, a}) }
 	has6 := slices.ContainsFunc(c.Addrs, netip.Addr.Is6)
 	pod(Link{Dev: "lo"})
 	for _, s := range quietIPv6(c.TUN, has6) {

@@ -26,6 +26,7 @@ func TestGolden(t *testing.T) {
 		"node-dual": NodePlan(NodeConfig{TUN: "ztun-node", IPv6: true}),
 		"pod-v4":    PodPlan(PodConfig{Addrs: addrs("10.1.0.2"), TUN: "ztun0", NodeTUN: "ztun-node", MTU: 1500}),
 		"pod-v6":    PodPlan(PodConfig{Addrs: addrs("fd00::2"), TUN: "ztun0", NodeTUN: "ztun-node", MTU: 1400}),
+		"inside":    InsidePlan(PodConfig{Addrs: addrs("10.1.0.2", "fd00::2"), TUN: "ztun0", MTU: 1500}),
 		"pod-dual":  PodPlan(PodConfig{Addrs: addrs("10.1.0.2", "fd00::2"), TUN: "ztun0", NodeTUN: "ztun-node"}),
 	} {
 		path := filepath.Join("testdata", name+".golden")

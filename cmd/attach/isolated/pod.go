@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"sync"
 
@@ -22,6 +21,7 @@ const podTUN = "ztun0"
 // pod is one attached pod.
 type pod struct {
 	*attach.Stack
+	attach.Loopback
 	node *Node
 	spec attach.Pod
 	h    attach.Handler
@@ -60,6 +60,7 @@ func (n *Node) Attach(_ context.Context, spec attach.Pod, h attach.Handler) (_ a
 		return nil, err
 	}
 	undo = append(undo, func() { p.ns.Close() })
+	p.Loopback = attach.Loopback{NS: p.ns}
 	if p.ns.Same(n.ns) {
 		return nil, fmt.Errorf("%w: %s is the daemon's own network namespace, not a pod's", admin.ErrPodInvalid, p.ns)
 	}
@@ -154,22 +155,4 @@ func (p *pod) Remove() (err error) {
 		p.node.o.Descriptors.Forget(p.spec.Label)
 	})
 	return err
-}
-
-// Listen implements attach.Ways: kernel sockets of the pod's namespace, as loopback never reaches the TUN.
-func (p *pod) Listen(network, addr string) (l net.Listener, err error) {
-	err = p.ns.Do(func() error {
-		l, err = net.Listen(network, addr)
-		return err
-	})
-	return l, err
-}
-
-// ListenPacket implements attach.Ways.
-func (p *pod) ListenPacket(network, addr string) (c net.PacketConn, err error) {
-	err = p.ns.Do(func() error {
-		c, err = net.ListenPacket(network, addr)
-		return err
-	})
-	return c, err
 }

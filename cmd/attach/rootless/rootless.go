@@ -1,0 +1,207 @@
+// Package rootless attaches a workload without any privilege: its namespace, which a user namespace of the user's
+// own owns, has nothing but lo and a TUN of ours, and everything that leaves it leaves by the user's own sockets, with
+// the host's address.
+//
+// What flows through it: as in package isolated, but for the node, which has no part in it: no device, no rule, no
+// listener. Who calls it: cmd/ztun's `ztun run`, from within the user namespace. What it never does: need root.
+//
+// Limits: calls only. Nothing reaches the workload from the network yet, in plaintext or over HBONE: that takes a
+// record that says at which port of the host its mesh port is. Peers see the host's address as the source and the
+// workload's identity; ztun's own say in a line that the two do not belong together. UDP other than DNS, and ICMP, are
+// dropped and counted.
+//
+// Decisions:
+//   - 2026-11-28: the daemon itself lives in the user namespace and in the host's network namespace, rather than a
+//     child handing descriptors to a parent outside: in there it may enter the workload's namespace as a root daemon
+//     enters a pod's, and all of it (devices, routes, listeners on the workload's loopback) is the same code. The
+//     kernel lets a thread go in and not out again; netns.NS.Do gives such a thread up.
+package rootless
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"syscall"
+
+	"ztun/admin"
+	"ztun/cmd/attach"
+	"ztun/proxy"
+	"ztun/tun"
+	"ztun/tun/netns"
+	"ztun/tun/steer"
+)
+
+// deviceName is the TUN in the workload's namespace.
+const deviceName = "ztun0"
+
+// Kind is the way of attaching.
+type Kind struct {
+	o    attach.Options
+	dial net.Dialer
+}
+
+var _ attach.Kind = (*Kind)(nil)
+
+// New makes the kind.
+func New(o attach.Options) *Kind {
+	return &Kind{o: o, dial: net.Dialer{KeepAliveConfig: o.Socket.KeepAlive}}
+}
+
+// Open implements attach.Kind: there is nothing that pods share.
+func (*Kind) Open(context.Context) error { return nil }
+
+// Locate implements attach.Kind.
+func (*Kind) Locate(p *attach.Pod) error { return attach.Locate(p) }
+
+// Gone implements attach.Kind.
+func (*Kind) Gone(p attach.Place) error { return p.Gone() }
+
+// Clean implements attach.Kind: nothing outlives the daemon.
+func (*Kind) Clean(attach.Place) error { return nil }
+
+// Sweep implements attach.Kind.
+func (*Kind) Sweep([]netip.Addr) error { return nil }
+
+// Leave implements attach.Kind.
+func (*Kind) Leave() {}
+
+// Close implements attach.Kind.
+func (*Kind) Close() error { return nil }
+
+// Stats implements attach.Kind.
+func (*Kind) Stats() attach.NodeStats { return attach.NodeStats{} }
+
+// workload is what is attached.
+type workload struct {
+	*attach.Stack
+	attach.Loopback
+	kind    *Kind
+	spec    attach.Pod
+	ns      *netns.NS
+	plan    steer.Plan
+	fds     *attach.Share
+	removed sync.Once
+}
+
+// Attach implements attach.Kind.
+func (k *Kind) Attach(_ context.Context, spec attach.Pod, h attach.Handler) (_ attach.Attachment, err error) {
+	o := &k.o
+	mtu := spec.MTU
+	if mtu == 0 {
+		mtu = o.MTU
+	}
+	w := &workload{kind: k, spec: spec}
+	w.plan = steer.InsidePlan(steer.PodConfig{Name: spec.Label, Addrs: spec.IPs, TUN: deviceName, MTU: mtu})
+	defer func() {
+		if err != nil {
+			w.Remove()
+		}
+	}()
+	if w.fds = o.Descriptors.ForPod(spec.Label); w.fds == nil {
+		return nil, fmt.Errorf("%w: %w", admin.ErrPodUnavailable, attach.ErrNoDescriptor)
+	}
+	if w.ns, err = attach.Open(spec); err != nil {
+		return nil, err
+	}
+	w.Loopback = attach.Loopback{NS: w.ns}
+	dev, err := tun.Open(tun.Options{Name: deviceName, NetNS: w.ns, MTU: mtu, Plain: o.Plain})
+	if err != nil {
+		return nil, err
+	}
+	if w.Stack, err = attach.NewStack(o, spec, mtu, dev, nil, h); err != nil {
+		dev.Close()
+		return nil, err
+	}
+	if _, err = steer.LoopbackUp(w.ns); err != nil {
+		return nil, fmt.Errorf("the loopback device of %s: %w", w.ns, err)
+	}
+	return w, nil
+}
+
+// Place implements attach.Attachment.
+func (w *workload) Place() attach.Place { return w.spec.Place }
+
+// Capture implements attach.Attachment.
+func (w *workload) Capture(ctx context.Context) error {
+	w.Run()
+	return steer.Apply(ctx, w.plan, steer.Namespaces{Pod: w.ns})
+}
+
+// Remove implements attach.Attachment. Device, addresses and routes go with the stack.
+func (w *workload) Remove() error {
+	w.removed.Do(func() {
+		if w.Stack != nil {
+			w.Stop()
+		}
+		if w.ns != nil {
+			w.ns.Close()
+		}
+		w.fds.Release()
+		w.kind.o.Descriptors.Forget(w.spec.Label)
+	})
+	return nil
+}
+
+// DialApp implements proxy.Network; from the workload's own address its kernel has to call, see package isolated.
+func (w *workload) DialApp(ctx context.Context, src, dst netip.AddrPort) (proxy.Conn, error) {
+	if src.Addr() != dst.Addr() {
+		return w.Stack.DialApp(ctx, src, dst)
+	}
+	c, err := netns.DialTransparent(ctx, w.ns, src.Addr(), dst, w.kind.o.Socket)
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// ProbeApp implements proxy.Network.
+func (w *workload) ProbeApp(ctx context.Context, src netip.Addr, dst netip.AddrPort) error {
+	if src == dst.Addr() {
+		return nil // DialApp will tell
+	}
+	return w.Stack.ProbeApp(ctx, src, dst)
+}
+
+// DialMesh implements proxy.Network.
+func (w *workload) DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn, error) {
+	return w.call(ctx, dst)
+}
+
+// DialPlain implements proxy.Network. Loopback is the host's own, and no business of the workload's.
+func (w *workload) DialPlain(ctx context.Context, dst netip.AddrPort) (proxy.Conn, error) {
+	return w.call(ctx, dst)
+}
+
+// call is a TCP connection by the user's own socket, within the workload's share of descriptors.
+func (w *workload) call(ctx context.Context, dst netip.AddrPort) (proxy.Conn, error) {
+	if dst.Addr().Unmap().IsLoopback() {
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: syscall.ENETUNREACH}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	fds := w.kind.o.Descriptors
+	place := fds.Outbound(w.spec.Label, cancel)
+	if place == nil {
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: attach.ErrNoDescriptor}
+	}
+	c, err := w.kind.dial.DialContext(ctx, "tcp", dst.String())
+	if err != nil {
+		place.Release()
+		return nil, err
+	}
+	tcp, ok := c.(*net.TCPConn)
+	if !ok {
+		place.Release()
+		return nil, errors.Join(fmt.Errorf("%T is no TCP connection", c), c.Close())
+	}
+	fds.Opened(place, tcp)
+	return tcp, nil
+}
+
+// DialUDP implements attach.Ways. The host's nameserver may well be on its loopback.
+func (w *workload) DialUDP(ctx context.Context, dst netip.AddrPort) (net.Conn, error) {
+	return w.kind.dial.DialContext(ctx, "udp", dst.String())
+}
