@@ -58,15 +58,6 @@ func (o *Object) unknown(key string) string {
 	return "unknown key; a " + o.Name + " has " + strings.Join(names, ", ")
 }
 
-// Schema lists the maps of a workload file, the outermost first. The tables are data for the reader and for documentation;
-// nobody changes them.
-func Schema() []*Object {
-	return []*Object{
-		&fileObject, &workloadObject, &localityObject, &tunnelObject, &gatewayObject, &serviceObject, &cidrObject, &endpointObject,
-		&weightedObject, &balancerObject, &policyObject, &matchObject, &accountObject, &stringObject,
-	}
-}
-
 var fileObject = Object{Name: "file", Meaning: "The whole file. `{}` says that nothing exists.", Fields: []Field{
 	{Name: "workloads", Type: "list of [workload](#workload)", Default: "[]", Meaning: "pods and other processes with addresses",
 		Example: `[{namespace: shop, workloadIps: ["10.1.0.2"], services: {}}]`},

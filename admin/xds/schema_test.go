@@ -45,7 +45,7 @@ func written(o *Object, keys []string, value map[string]string) string {
 // The schema says what the reader does: each key is taken with its example, which means something; without a key that is
 // required there is an error, without another one what its default says; and where there are but some values, those are it.
 func TestSchemaIsTheReaders(t *testing.T) {
-	all := Schema()
+	all := schema()
 	if len(all) != len(within) {
 		t.Fatalf("%d kinds of maps, %d tested", len(all), len(within))
 	}
@@ -156,7 +156,7 @@ func TestMeshFilesPage(t *testing.T) {
 func meshFilesPage() string {
 	var b strings.Builder
 	b.WriteString(meshFilesIntro)
-	for _, o := range Schema() {
+	for _, o := range schema() {
 		fmt.Fprintf(&b, "\n## %s\n\n%s", strings.ToUpper(o.Name[:1])+o.Name[1:], o.Meaning)
 		if o.Loose {
 			b.WriteString(" Unknown keys are passed over.")
@@ -238,3 +238,11 @@ policies:
 
 Strings that look like numbers or ` + "`true`" + ` need quotes. Ports are 0 to 65535. An absent optional key means its default.
 `
+
+// schema lists the maps of a workload file, the outermost first.
+func schema() []*Object {
+	return []*Object{
+		&fileObject, &workloadObject, &localityObject, &tunnelObject, &gatewayObject, &serviceObject, &cidrObject, &endpointObject,
+		&weightedObject, &balancerObject, &policyObject, &matchObject, &accountObject, &stringObject,
+	}
+}
