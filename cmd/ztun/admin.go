@@ -88,8 +88,8 @@ func (d *daemon) newState() {
 // podsChanged is called when a pod came or went: one that is new needs its record, and the control plane may be waited for.
 func (d *daemon) podsChanged() {
 	d.know.poke()
-	if d.xds != nil {
-		d.xds.Retry()
+	if client := d.xds.Load(); client != nil {
+		client.Retry()
 	}
 }
 

@@ -44,8 +44,8 @@ type daemon struct {
 	certs    *ca.Manager
 	file     *xds.File
 	static   *xds.Static
-	xds      *xds.Client // nil: workloads come from a file
-	remoteCA *ca.Remote  // nil: certificates are signed here
+	xds      atomic.Pointer[xds.Client] // nil: workloads come from a file
+	remoteCA *ca.Remote                 // nil: certificates are signed here
 	probeCA  func(context.Context) error
 	crl      *ca.CRLFile // nil: CRL_PATH is not set
 	revoked  identity.Revocation

@@ -68,10 +68,11 @@ func (d *daemon) ordered() []prometheus.Collector {
 
 // xdsStats are the figures of the client of the control plane; false: there is none.
 func (d *daemon) xdsStats() (admin.XDSStats, bool) {
-	if d.xds == nil {
+	client := d.xds.Load() // a scrape may come before it is made
+	if client == nil {
 		return admin.XDSStats{}, false
 	}
-	s := d.xds.Stats()
+	s := client.Stats()
 	rejected := map[string]int{}
 	for url, names := range s.Rejected {
 		rejected[url] = len(names)

@@ -165,7 +165,7 @@ func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
 		d.loop.DoNamed(ctx, "state from "+conn.Address(), func() { d.loop.Publish(v) })
 	}
 	synced := false
-	d.xds = xds.NewClient(xds.ClientOptions{
+	client := xds.NewClient(xds.ClientOptions{
 		Connector: conn, NodeName: c.NodeName, OnDemand: c.XDSOnDemand, Base: base, Logger: d.log.Logger("xds"),
 		Node: xds.NewNode(xds.NodeInfo{IP: c.InstanceIP, Pod: c.PodName, Namespace: c.PodNamespace, NodeName: c.NodeName, Metadata: c.ProxyMetadata, JSON: c.MetaJSON}),
 		Publish: func(v *state.View, _ bool) {
@@ -188,6 +188,7 @@ func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
 		Trouble: ready.Fail, Connected: d.certs.Retry,
 		Turned: func(pod string, evicted bool) { d.report.Turned("on-demand look-ups", pod, pod, evicted) },
 	})
-	d.admin(ctx, "xds", d.xds.Run)
+	d.xds.Store(client)
+	d.admin(ctx, "xds", client.Run)
 	return nil
 }

@@ -25,9 +25,9 @@ func (d *daemon) newPod(ctx context.Context, spec attach.Pod) (*pod, error) {
 func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup, memory *fair.Budget) *proxy.Proxy {
 	c := d.c
 	var demand func(context.Context, string) error
-	if c.XDSOnDemand && d.xds != nil {
+	if client := d.xds.Load(); c.XDSOnDemand && client != nil {
 		source := refOf(spec).String()
-		demand = func(ctx context.Context, key string) error { return d.xds.Demand(ctx, source, key) }
+		demand = func(ctx context.Context, key string) error { return client.Demand(ctx, source, key) }
 	}
 	return proxy.New(proxy.Options{
 		Info:    state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount},
