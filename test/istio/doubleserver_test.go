@@ -18,7 +18,6 @@ import (
 
 	istio "istio.io/istio/pkg/hbone"
 
-	"ztun/proxy"
 	"ztun/proxy/state"
 	"ztun/refusal"
 	"ztun/test/interop/rig"

@@ -17,7 +17,6 @@ import (
 	"golang.org/x/net/http2"
 	istio "istio.io/istio/pkg/hbone"
 
-	"ztun/proxy"
 	"ztun/proxy/hbone"
 	"ztun/refusal"
 	"ztun/test/interop/rig"
