@@ -131,7 +131,7 @@ func TestMalformedInput(t *testing.T) {
 		h := h2(t, ca.client(t, good))
 		must(t, h.headers(1, hpack.HeaderField{Name: ":method", Value: "GET"}, hpack.HeaderField{Name: ":scheme", Value: "http"},
 			hpack.HeaderField{Name: ":path", Value: "/"}, hpack.HeaderField{Name: ":authority", Value: dst}))
-		stream(t, h, 1, "HEADERS END_STREAM :status=400", "RST_STREAM NO_ERROR")
+		stream(t, h, 1, "HEADERS END_STREAM :status=400 x-ztun-reason=expected method CONNECT, got GET", "RST_STREAM NO_ERROR")
 	})
 	t.Run("bad authority", func(t *testing.T) {
 		h := h2(t, ca.client(t, good))
@@ -139,9 +139,9 @@ func TestMalformedInput(t *testing.T) {
 		must(t, h.connect(3, "10.91.2.2:99999"))
 		must(t, h.connect(5, "a b c"))
 		must(t, h.connect(7, "10.91.1.2:9000"))
-		stream(t, h, 1, "HEADERS END_STREAM :status=400", "RST_STREAM NO_ERROR")
+		stream(t, h, 1, "HEADERS END_STREAM :status=400 x-ztun-reason=no valid authority pseudo header: 10.91.2.2", "RST_STREAM NO_ERROR")
 		stream(t, h, 5, "RST_STREAM PROTOCOL_ERROR")
-		stream(t, h, 7, "HEADERS END_STREAM :status=400", "RST_STREAM NO_ERROR")
+		stream(t, h, 7, "HEADERS END_STREAM :status=400 x-ztun-reason=ip mismatch: 10.91.2.2 != 10.91.1.2", "RST_STREAM NO_ERROR")
 		eventually(t, 10*time.Second, func() error {
 			if got, _ := h.of(3); len(got) == 0 || strings.Contains(strings.Join(got, ""), "200") {
 				return fmt.Errorf("port out of range: %q", got)
