@@ -168,6 +168,24 @@ func (d *Descriptors) Outbound(pod string, giveUp func()) *Share {
 	return p
 }
 
+// Dial calls dst within the pod's share: without a place there it fails with ErrNoDescriptor. When somebody else needs the place while
+// the call is being made, its context ends.
+func (d *Descriptors) Dial(ctx context.Context, pod string, dst netip.AddrPort, dial func(context.Context) (*net.TCPConn, error)) (*net.TCPConn, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	place := d.Outbound(pod, cancel)
+	if place == nil {
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: ErrNoDescriptor}
+	}
+	c, err := dial(ctx)
+	if err != nil {
+		place.Release()
+		return nil, err
+	}
+	d.Opened(place, c)
+	return c, nil
+}
+
 // Opened says that the call was answered: the place is the connection's until that is closed, which collect notices.
 func (d *Descriptors) Opened(p *Share, conn *net.TCPConn) {
 	end := func() { reset(conn) }

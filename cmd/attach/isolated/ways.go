@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"syscall"
 
-	"ztun/cmd/attach"
 	"ztun/ports"
 	"ztun/proxy"
 	"ztun/tun/netns"
@@ -61,20 +60,9 @@ func (p *pod) DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn, error
 	return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: syscall.ENETUNREACH}
 }
 
-// dialKernel is DialTransparent within the pod's share of descriptors: without a place there it fails with EMFILE.
+// dialKernel is DialTransparent within the pod's share of descriptors.
 func (p *pod) dialKernel(ctx context.Context, ns *netns.NS, src netip.Addr, dst netip.AddrPort, o netns.SocketOptions) (*net.TCPConn, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	fds := p.node.o.Descriptors
-	place := fds.Outbound(p.spec.Label, cancel)
-	if place == nil {
-		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: attach.ErrNoDescriptor}
-	}
-	c, err := netns.DialTransparent(ctx, ns, src, dst, o)
-	if err != nil {
-		place.Release()
-		return nil, err
-	}
-	fds.Opened(place, c)
-	return c, nil
+	return p.node.o.Descriptors.Dial(ctx, p.spec.Label, dst, func(ctx context.Context) (*net.TCPConn, error) {
+		return netns.DialTransparent(ctx, ns, src, dst, o)
+	})
 }

@@ -19,7 +19,6 @@ package rootless
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -150,7 +149,9 @@ func (w *workload) DialApp(ctx context.Context, src, dst netip.AddrPort) (proxy.
 	if src.Addr() != dst.Addr() {
 		return w.Stack.DialApp(ctx, src, dst)
 	}
-	c, err := netns.DialTransparent(ctx, w.ns, src.Addr(), dst, w.kind.o.Socket)
+	c, err := w.kind.o.Descriptors.Dial(ctx, w.spec.Label, dst, func(ctx context.Context) (*net.TCPConn, error) {
+		return netns.DialTransparent(ctx, w.ns, src.Addr(), dst, w.kind.o.Socket)
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -180,25 +181,17 @@ func (w *workload) call(ctx context.Context, dst netip.AddrPort) (proxy.Conn, er
 	if dst.Addr().Unmap().IsLoopback() {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: syscall.ENETUNREACH}
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	fds := w.kind.o.Descriptors
-	place := fds.Outbound(w.spec.Label, cancel)
-	if place == nil {
-		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: attach.ErrNoDescriptor}
-	}
-	c, err := w.kind.dial.DialContext(ctx, "tcp", dst.String())
+	c, err := w.kind.o.Descriptors.Dial(ctx, w.spec.Label, dst, func(ctx context.Context) (*net.TCPConn, error) {
+		c, err := w.kind.dial.DialContext(ctx, "tcp", dst.String())
+		if err != nil {
+			return nil, err
+		}
+		return c.(*net.TCPConn), nil // as net.Dialer says of "tcp"
+	})
 	if err != nil {
-		place.Release()
 		return nil, err
 	}
-	tcp, ok := c.(*net.TCPConn)
-	if !ok {
-		place.Release()
-		return nil, errors.Join(fmt.Errorf("%T is no TCP connection", c), c.Close())
-	}
-	fds.Opened(place, tcp)
-	return tcp, nil
+	return c, nil
 }
 
 // DialUDP implements attach.Ways. The host's nameserver may well be on its loopback.
