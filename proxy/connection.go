@@ -61,13 +61,7 @@ var directions = [...]string{outbound: "outbound", inbound: "inbound", passthrou
 // that it starts, show the pod and the direction in profiles from here on.
 func (p *Proxy) enter(dir int) *connection {
 	pprof.SetGoroutineLabels(p.labels[dir])
-	p.mu.Lock()
-	draining := p.draining
-	if !draining {
-		p.work.Add(1)
-	}
-	p.mu.Unlock()
-	if draining {
+	if !p.begin() {
 		return nil
 	}
 	c := &connection{p: p, reporter: reporterDestination}
@@ -76,6 +70,17 @@ func (p *Proxy) enter(dir int) *connection {
 	}
 	p.o.Metrics.socket(c.reporter, 1)
 	return c
+}
+
+// begin counts work that Close waits for, until work.Done; false when the proxy drains and takes nothing new.
+func (p *Proxy) begin() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.draining {
+		return false
+	}
+	p.work.Add(1)
+	return true
 }
 
 // enterStream lets a stream of a tunnel in, which stays itself as long as the caller runs.

@@ -141,13 +141,7 @@ func (p *Proxy) knownAbsent(key string) bool {
 			return false
 		}
 	}
-	p.mu.Lock()
-	draining := p.draining
-	if !draining {
-		p.work.Add(1)
-	}
-	p.mu.Unlock()
-	if draining {
+	if !p.begin() {
 		return false
 	}
 	if a.by == nil {
