@@ -49,13 +49,13 @@ func (d *daemon) overview() admin.Overview {
 
 // overviewPods adds the pods with what their data planes count.
 func (d *daemon) overviewPods(o *admin.Overview) {
-	byRef := map[admin.PodRef]*pod{}
+	byUID := map[string]*pod{}
 	for _, p := range d.pods.all() {
-		byRef[refOf(p.spec)] = p
+		byUID[p.uid] = p
 	}
 	for _, s := range d.pods.List() {
 		x := admin.OverviewPod{PodStatus: s}
-		if p := byRef[refOf(s.PodSpec)]; p != nil {
+		if p := byUID[uidOf(s.PodSpec)]; p != nil {
 			st := p.proxy.Stats().Pool
 			x.Tunnels, x.Streams, x.DialFailures = st.Conns, st.Streams, st.DialFailures
 			x.Memory = p.memory.Used()
