@@ -23,7 +23,8 @@ type breather struct {
 
 const (
 	breathAfter = 200 * time.Microsecond // of CPU time
-	breathFor   = time.Millisecond       // Linux makes at least about that of any shorter time where there is nothing else to do
+	// Linux makes at least about that of any shorter time where there is nothing else to do
+	breathFor = time.Millisecond
 )
 
 // breathe pauses if there has been enough work since the last pause. The first call begins the count.

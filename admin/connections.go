@@ -16,23 +16,24 @@ import (
 	"time"
 )
 
-// Connection is one connection of a pod, live or ended, as `ztun connections`, `ztun flows` and their paths show it. Fields
-// that are not known, or do not apply, are left out.
+// Connection is one connection of a pod, live or ended, as `ztun connections`, `ztun flows` and their paths show it.
+// Fields that are not known, or do not apply, are left out.
 type Connection struct {
-	Pod         string         `json:"pod"`       // namespace/name
-	Direction   string         `json:"direction"` // outbound, inbound (over a tunnel) or passthrough (inbound plaintext)
-	Protocol    string         `json:"protocol"`  // HBONE, TCP or DOUBLEHBONE
-	State       string         `json:"state"`     // connecting, open or ended
-	Source      Side           `json:"source"`
-	Destination Side           `json:"destination"`
-	Called      netip.AddrPort `json:"called,omitzero"` // what the source called, where that is not the destination's address
-	Service     string         `json:"service,omitempty"`
-	Authority   string         `json:"authority,omitempty"` // of the CONNECT
-	Tunnel      Tunnel         `json:"tunnel,omitzero"`
-	Sent        uint64         `json:"bytesSent"` // as in the access log
-	Received    uint64         `json:"bytesReceived"`
-	Start       time.Time      `json:"start"`
-	End         time.Time      `json:"end,omitzero"`
+	Pod         string `json:"pod"`       // namespace/name
+	Direction   string `json:"direction"` // outbound, inbound (over a tunnel) or passthrough (inbound plaintext)
+	Protocol    string `json:"protocol"`  // HBONE, TCP or DOUBLEHBONE
+	State       string `json:"state"`     // connecting, open or ended
+	Source      Side   `json:"source"`
+	Destination Side   `json:"destination"`
+	// what the source called, where that is not the destination's address
+	Called    netip.AddrPort `json:"called,omitzero"`
+	Service   string         `json:"service,omitempty"`
+	Authority string         `json:"authority,omitempty"` // of the CONNECT
+	Tunnel    Tunnel         `json:"tunnel,omitzero"`
+	Sent      uint64         `json:"bytesSent"` // as in the access log
+	Received  uint64         `json:"bytesReceived"`
+	Start     time.Time      `json:"start"`
+	End       time.Time      `json:"end,omitzero"`
 
 	// Of ended ones.
 	Outcome string `json:"outcome,omitempty"` // success, denied, failed or cut
@@ -71,8 +72,8 @@ func (c *Connection) Age(now time.Time) time.Duration {
 	return now.Sub(c.Start)
 }
 
-// ConnectionSource yields the connections of all pods, in any order: what is open, and as much as is remembered of what has
-// ended. They are called once per request; nil yields nothing.
+// ConnectionSource yields the connections of all pods, in any order: what is open, and as much as is remembered of
+// what has ended. They are called once per request; nil yields nothing.
 type ConnectionSource struct{ Live, Ended iter.Seq[Connection] }
 
 // ConnectionQuery says which connections are asked for; the zero one: the newest ones.
@@ -82,8 +83,9 @@ type ConnectionQuery struct {
 	Direction string    // outbound, inbound or passthrough
 	Outcome   string    // of ended ones: success, denied, failed, cut, or bad for all but success
 	Since     time.Time // ended later than that
-	Sort      string    // age (youngest first), bytes, sent, received (most first), pod or peer; of ended ones age is that of the end
-	Limit     int       // 0: 1,000
+	// age (youngest first), bytes, sent, received (most first), pod or peer; of ended ones age is that of the end
+	Sort  string
+	Limit int // 0: 1,000
 }
 
 // Bounds of an answer, in connections.
@@ -111,7 +113,8 @@ var connectionOrders = map[string]func(a, b *Connection) int{
 	"pod":      func(a, b *Connection) int { return strings.Compare(a.Pod, b.Pod) },
 	"peer": func(a, b *Connection) int {
 		x, y := a.Peer(), b.Peer()
-		return cmp.Or(strings.Compare(x.Namespace, y.Namespace), strings.Compare(x.Workload, y.Workload), x.Address.Compare(y.Address))
+		return cmp.Or(strings.Compare(x.Namespace, y.Namespace), strings.Compare(x.Workload, y.Workload),
+			x.Address.Compare(y.Address))
 	},
 }
 
@@ -158,7 +161,8 @@ type queryField struct {
 }
 
 func (q *ConnectionQuery) fields() []queryField {
-	return []queryField{{"pod", &q.Pod}, {"peer", &q.Peer}, {"direction", &q.Direction}, {"outcome", &q.Outcome}, {"sort", &q.Sort}}
+	return []queryField{{"pod", &q.Pod}, {"peer", &q.Peer}, {"direction", &q.Direction}, {"outcome", &q.Outcome},
+		{"sort", &q.Sort}}
 }
 
 func connectionQuery(v url.Values) (q ConnectionQuery, err error) {

@@ -18,9 +18,11 @@ func someConnections(n int, ended bool) iter.Seq[Connection] {
 	return func(yield func(Connection) bool) {
 		for i := range n {
 			c := Connection{
-				Pod: "default/a", Direction: "outbound", Protocol: "HBONE", State: "open", Start: noon.Add(time.Duration(i) * time.Second), Sent: uint64(i),
-				Source:      Side{Address: netip.MustParseAddrPort("10.1.0.2:4000"), Workload: "a", Namespace: "default"},
-				Destination: Side{Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 80), Workload: fmt.Sprintf("w%d", i), Namespace: "default"},
+				Pod: "default/a", Direction: "outbound", Protocol: "HBONE", State: "open",
+				Start: noon.Add(time.Duration(i) * time.Second), Sent: uint64(i),
+				Source: Side{Address: netip.MustParseAddrPort("10.1.0.2:4000"), Workload: "a", Namespace: "default"},
+				Destination: Side{Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 80),
+					Workload: fmt.Sprintf("w%d", i), Namespace: "default"},
 			}
 			if ended {
 				c.State, c.Outcome, c.End = "ended", []string{"success", "denied", "failed", "cut"}[i%4], c.Start.Add(time.Hour)
@@ -80,8 +82,10 @@ func TestConnectionSelectIsBounded(t *testing.T) {
 	s := ConnectionSource{Live: someConnections(3*maxConnections, false)}
 	for limit, want := range map[int]int{0: defaultConnections, 7: 7, maxConnections: maxConnections} {
 		l := s.Select(false, ConnectionQuery{Limit: limit})
-		if len(l.Connections) != want || l.Total != 3*maxConnections || cap(l.Connections) > 4*want || l.Connections[0].Sent != 3*maxConnections-1 {
-			t.Errorf("limit %d: %d of %d, room for %d, first %d", limit, len(l.Connections), l.Total, cap(l.Connections), l.Connections[0].Sent)
+		if len(l.Connections) != want || l.Total != 3*maxConnections || cap(l.Connections) > 4*want ||
+			l.Connections[0].Sent != 3*maxConnections-1 {
+			t.Errorf("limit %d: %d of %d, room for %d, first %d", limit, len(l.Connections), l.Total, cap(l.Connections),
+				l.Connections[0].Sent)
 		}
 	}
 }
@@ -112,13 +116,15 @@ func TestConnectionPages(t *testing.T) {
 	for path, state := range map[string]string{"/ztun/connections": "open", "/ztun/flows": "ended"} {
 		resp, body := do(t, "GET", urlOf(s, path+"?limit=2"))
 		var l Connections
-		if err := json.Unmarshal([]byte(body), &l); err != nil || resp.StatusCode != 200 || resp.Header.Get("Content-Type") != "application/json" {
+		if err := json.Unmarshal([]byte(body), &l); err != nil || resp.StatusCode != 200 ||
+			resp.Header.Get("Content-Type") != "application/json" {
 			t.Fatalf("%s: %d, %v\n%s", path, resp.StatusCode, err, body)
 		}
 		if len(l.Connections) != 2 || l.Total != 5 || l.Connections[0].State != state || l.Connections[0].Sent != 4 {
 			t.Errorf("%s: %+v", path, l)
 		}
-		if resp, body := do(t, "GET", urlOf(s, path+"?nonsense=1")); resp.StatusCode != 400 || !strings.Contains(body, "nonsense") {
+		if resp, body := do(t, "GET", urlOf(s, path+"?nonsense=1")); resp.StatusCode != 400 ||
+			!strings.Contains(body, "nonsense") {
 			t.Errorf("%s: %d %s", path, resp.StatusCode, body)
 		}
 		if resp, _ := do(t, "POST", urlOf(s, path)); resp.StatusCode != 405 {

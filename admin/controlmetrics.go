@@ -21,19 +21,25 @@ type XDSStats struct {
 	LookupsFull, LookupsUnanswered, LookupsRecalled uint64
 }
 
-// XDSCollector has the istio_xds_* family, and ztun_xds_* beside it. get is called once per scrape; false: there is no
-// control plane, and so no sample: an alert on ztun_xds_connected must tell a node without one from one that has lost it.
-// For StatsOptions.Registry.
+// XDSCollector has the istio_xds_* family, and ztun_xds_* beside it. get is called once per scrape; false: there is
+// no control plane, and so no sample: an alert on ztun_xds_connected must tell a node without one from one that has
+// lost it. For StatsOptions.Registry.
 func XDSCollector(get func() (XDSStats, bool)) prometheus.Collector {
 	desc := func(name, help string, labels ...string) *prometheus.Desc {
 		return prometheus.NewDesc(name, help, labels, nil)
 	}
-	ends := desc("istio_xds_connection_terminations_total", "The total number of completed connections to the control plane, by reason (unstable)", "reason")
-	messages := desc("istio_xds_message_total", "The total number of messages received from the control plane (unstable)", "url")
-	bytes := desc("istio_xds_message_bytes_total", "The total number of bytes of resources received from the control plane (unstable)", "url")
+	ends := desc("istio_xds_connection_terminations_total",
+		"The total number of completed connections to the control plane, by reason (unstable)", "reason")
+	messages := desc("istio_xds_message_total", "The total number of messages received from the control plane (unstable)",
+		"url")
+	bytes := desc("istio_xds_message_bytes_total",
+		"The total number of bytes of resources received from the control plane (unstable)", "url")
 	refused := desc("ztun_xds_rejected_resources_total", "Resources of the control plane that were refused", "url")
-	rejected := desc("ztun_xds_rejected_now", "Resources of the control plane whose newest version is refused, at most 100 of a type", "url")
-	lookups := desc("ztun_xds_lookups_total", "On-demand look-ups that were not put to the control plane or not answered by it; recalled: it said a moment ago that there is no such thing", "outcome")
+	rejected := desc("ztun_xds_rejected_now",
+		"Resources of the control plane whose newest version is refused, at most 100 of a type", "url")
+	lookups := desc("ztun_xds_lookups_total",
+		"On-demand look-ups that were not put to the control plane or not answered by it; recalled: it said a moment ago "+
+			"that there is no such thing", "outcome")
 	waiting := desc("ztun_xds_lookups_waiting", "On-demand look-ups that wait for an answer")
 	connected := desc("ztun_xds_connected", "Whether there is a stream to the control plane")
 	return collect(func(ch chan<- prometheus.Metric) {
@@ -47,7 +53,8 @@ func XDSCollector(get func() (XDSStats, bool)) prometheus.Collector {
 		for _, e := range []struct {
 			reason string
 			n      uint64
-		}{{"ConnectionError", s.ConnectionErrors}, {"Error", s.Errors}, {"Reconnect", s.Reconnects}, {"Complete", s.Completes}} {
+		}{{"ConnectionError", s.ConnectionErrors}, {"Error", s.Errors}, {"Reconnect", s.Reconnects},
+			{"Complete", s.Completes}} {
 			if e.n > 0 { // as ztunnel: a reason appears when it first occurs
 				count(ends, e.n, e.reason)
 			}

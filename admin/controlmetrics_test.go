@@ -40,8 +40,10 @@ func wantLines(t *testing.T, body string, lines ...string) {
 
 func TestXDSMetrics(t *testing.T) {
 	const url = "type.googleapis.com/istio.workload.Address"
-	s := XDSStats{Errors: 2, Reconnects: 1, Connected: true, Messages: map[string]uint64{url: 7}, Bytes: map[string]uint64{url: 4096},
-		Refused: map[string]uint64{url: 3}, Rejected: map[string]int{url: 2}, LookupsWaiting: 4, LookupsFull: 5, LookupsUnanswered: 6, LookupsRecalled: 7}
+	s := XDSStats{Errors: 2, Reconnects: 1, Connected: true, Messages: map[string]uint64{url: 7},
+		Bytes:   map[string]uint64{url: 4096},
+		Refused: map[string]uint64{url: 3}, Rejected: map[string]int{url: 2}, LookupsWaiting: 4, LookupsFull: 5,
+		LookupsUnanswered: 6, LookupsRecalled: 7}
 	used := true
 	c := []prometheus.Collector{XDSCollector(func() (XDSStats, bool) { return s, used })}
 	body := shown(t, c, nil)
@@ -79,7 +81,8 @@ func TestXDSMetrics(t *testing.T) {
 func TestScrapesAreBounded(t *testing.T) {
 	entered, release := make(chan struct{}, 10), make(chan struct{})
 	slow := collect(func(chan<- prometheus.Metric) { entered <- struct{}{}; <-release })
-	x := &exposition{o: StatsOptions{Ordered: []prometheus.Collector{slow}}, turn: make(chan struct{}, scrapes), wait: 20 * time.Millisecond}
+	x := &exposition{o: StatsOptions{Ordered: []prometheus.Collector{slow}}, turn: make(chan struct{}, scrapes),
+		wait: 20 * time.Millisecond}
 	var wg sync.WaitGroup
 	scrape := func() *httptest.ResponseRecorder {
 		w := httptest.NewRecorder()

@@ -119,7 +119,8 @@ type dumper struct {
 }
 
 func newDumper(sections func() map[string]Section, logger *slog.Logger) *dumper {
-	return &dumper{sections: sections, turn: make(chan struct{}, 1), waiting: make(chan struct{}, dumpWaiting), wait: dumpWait, logger: logger}
+	return &dumper{sections: sections, turn: make(chan struct{}, 1), waiting: make(chan struct{}, dumpWaiting),
+		wait: dumpWait, logger: logger}
 }
 
 func (d *dumper) ServeHTTP(w http.ResponseWriter, r *http.Request) {

@@ -77,7 +77,8 @@ func TestDumpErrors(t *testing.T) {
 		"swallows": func(_ context.Context, e *Encoder) error { e.Value(make(chan int)); return nil },
 	} {
 		s := dumping(t, map[string]Section{"a": SectionOf(func() any { return 1 }), "config": sec})
-		if resp, body := do(t, "GET", urlOf(s, "/config_dump")); resp.StatusCode != 500 || !strings.HasPrefix(body, "config: ") {
+		if resp, body := do(t, "GET", urlOf(s, "/config_dump")); resp.StatusCode != 500 ||
+			!strings.HasPrefix(body, "config: ") {
 			t.Errorf("%s: %s %q", name, resp.Status, body)
 		}
 	}
@@ -246,7 +247,8 @@ func TestDumpWaitIsBounded(t *testing.T) {
 		}
 	})
 	<-entered
-	if w := ask(); w.Code != 503 || w.Header().Get("Retry-After") == "" || !strings.Contains(w.Body.String(), "under way") {
+	if w := ask(); w.Code != 503 || w.Header().Get("Retry-After") == "" ||
+		!strings.Contains(w.Body.String(), "under way") {
 		t.Errorf("%d %v %s", w.Code, w.Header(), w.Body)
 	}
 	d.wait = time.Hour
@@ -285,7 +287,8 @@ func TestWorkloadState(t *testing.T) {
 	}
 	list := func(in []map[string]*string) (out []ConnectionDump) {
 		for _, c := range in {
-			x := ConnectionDump{Src: netip.MustParseAddrPort(*c["src"]), ActualDst: netip.MustParseAddrPort(*c["actualDst"]), Protocol: *c["protocol"]}
+			x := ConnectionDump{Src: netip.MustParseAddrPort(*c["src"]), ActualDst: netip.MustParseAddrPort(*c["actualDst"]),
+				Protocol: *c["protocol"]}
 			if o := c["originalDst"]; o != nil {
 				x.OriginalDst = netip.MustParseAddrPort(*o)
 			}
@@ -298,7 +301,8 @@ func TestWorkloadState(t *testing.T) {
 	for uid, p := range pods.WorkloadState {
 		connections += len(p.Connections.Inbound) + len(p.Connections.Outbound)
 		all[uid] = func() PodDump {
-			return PodDump{Name: p.Info.Name, Namespace: p.Info.Namespace, ServiceAccount: p.Info.ServiceAccount, Up: p.State == "Up",
+			return PodDump{Name: p.Info.Name, Namespace: p.Info.Namespace, ServiceAccount: p.Info.ServiceAccount,
+				Up:      p.State == "Up",
 				Inbound: list(p.Connections.Inbound), Outbound: list(p.Connections.Outbound)}
 		}
 	}
@@ -319,8 +323,11 @@ func TestWorkloadState(t *testing.T) {
 	if d := cmp.Diff("{\n  \"workloadState\": "+string(sample.WorkloadState)+"\n}", write(all)); d != "" {
 		t.Error(d)
 	}
-	pending := map[string]func() PodDump{"u": func() PodDump { return PodDump{Name: "p", Namespace: "n", ServiceAccount: "s"} }}
-	if got, want := strings.Join(strings.Fields(write(pending)), " "), `{ "workloadState": { "u": { "info": { "name": "p", "namespace": "n", "serviceAccount": "s" }, "state": "Pending" } } }`; got != want {
+	pending := map[string]func() PodDump{"u": func() PodDump {
+		return PodDump{Name: "p", Namespace: "n", ServiceAccount: "s"}
+	}}
+	if got, want := strings.Join(strings.Fields(write(pending)), " "),
+		`{ "workloadState": { "u": { "info": { "name": "p", "namespace": "n", "serviceAccount": "s" }, "state": "Pending" } } }`; got != want {
 		t.Errorf("%s", got)
 	}
 	if got := write(nil); got != "{\n  \"workloadState\": {}\n}" {
@@ -346,7 +353,8 @@ func TestDumpPauses(t *testing.T) {
 			return err
 		})
 	}})
-	if resp, body := do(t, "GET", urlOf(s, "/config_dump")); resp.StatusCode != 200 || !strings.Contains(body, `"config": 1`) {
+	if resp, body := do(t, "GET", urlOf(s, "/config_dump")); resp.StatusCode != 200 ||
+		!strings.Contains(body, `"config": 1`) {
 		t.Errorf("%s %q", resp.Status, body)
 	}
 	if paused == 0 || paused > 20 {

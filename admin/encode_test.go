@@ -199,7 +199,8 @@ func BenchmarkValue(b *testing.B) {
 		A, B, C string
 		D       []string
 		E       map[string]int
-	}{strings.Repeat("a", 100), strings.Repeat("b", 100), strings.Repeat("c", 100), []string{"10.0.0.1"}, map[string]int{"80": 9000}}
+	}{strings.Repeat("a", 100), strings.Repeat("b", 100), strings.Repeat("c", 100), []string{"10.0.0.1"},
+		map[string]int{"80": 9000}}
 	unsorted := struct {
 		E       map[string]int
 		D       []string

@@ -156,7 +156,8 @@ func readyHandler(ready *Ready) http.HandlerFunc {
 			for _, p := range pending {
 				body += fmt.Sprintf("%s: pending for %s", p.Name, now.Sub(p.Since).Round(1e6))
 				if p.LastError != nil {
-					body += fmt.Sprintf(", failed %d times, last error: %s", p.Failures, strings.ToValidUTF8(strings.ReplaceAll(clip(p.LastError.Error(), 2048), "\n", " "), "?"))
+					body += fmt.Sprintf(", failed %d times, last error: %s", p.Failures,
+						strings.ToValidUTF8(strings.ReplaceAll(clip(p.LastError.Error(), 2048), "\n", " "), "?"))
 				}
 				body += "\n"
 			}

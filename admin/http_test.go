@@ -45,7 +45,8 @@ func urlOf(s *Server, path string) string { return "http://" + s.Addrs()[0].Stri
 
 // client makes one connection per request, so that nothing outlives a test. (A nil Accept-Encoding stays
 // nil: transparent compression is off.)
-var client = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DisableCompression: true}, Timeout: time.Minute}
+var client = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DisableCompression: true},
+	Timeout: time.Minute}
 
 func do(t testing.TB, method, url string, header ...string) (*http.Response, string) {
 	t.Helper()
@@ -187,7 +188,8 @@ func TestLogging(t *testing.T) {
 		{"?level=debug;reset", "the query cannot be read", 400},
 		{"?level=foo", "Invalid level provided: foo\n", 400},
 		{"?level=mod:debug", "current log level is hickory_server::server=off,mod=debug,info\n", 200},
-		{"?reset&level=ztunnel::proxy:trace,access=warn", "current log level is hickory_server::server=off,ztunnel::proxy=trace,access=warn,info\n", 200},
+		{"?reset&level=ztunnel::proxy:trace,access=warn",
+			"current log level is hickory_server::server=off,ztunnel::proxy=trace,access=warn,info\n", 200},
 		{"?reset", "current log level is hickory_server::server=off,info\n", 200},
 		{"?level=mod:loud", "Invalid level provided: mod:loud\n", 400},
 		{"?level=:debug", "Invalid level provided: :debug\n", 400},
@@ -201,7 +203,8 @@ func TestLogging(t *testing.T) {
 		if resp.StatusCode != tc.code || resp.Header.Get("Content-Type") != "text/plain" {
 			t.Errorf("%s: %s, %q", tc.query, resp.Status, resp.Header)
 		}
-		if tc.code == 200 && body != tc.want || tc.code == 400 && (!strings.HasPrefix(body, tc.want) || !strings.Contains(body, "usage:") || len(body) > 4096) {
+		if tc.code == 200 && body != tc.want || tc.code == 400 && (!strings.HasPrefix(body, tc.want) ||
+			!strings.Contains(body, "usage:") || len(body) > 4096) {
 			t.Errorf("%s: body %q, want %q", tc.query, body, tc.want)
 		}
 	}
@@ -214,10 +217,12 @@ func TestQuit(t *testing.T) {
 	s := testAdmin(t, func(o *AdminOptions) {
 		o.Quit = func(r string) { mu.Lock(); defer mu.Unlock(); reasons = append(reasons, r) }
 	})
-	if resp, body := do(t, "GET", urlOf(s, "/quitquitquit")); resp.StatusCode != 405 || resp.Header.Get("Allow") != "POST" || !strings.HasPrefix(body, "/quitquitquit wants POST") || len(reasons) != 0 {
+	if resp, body := do(t, "GET", urlOf(s, "/quitquitquit")); resp.StatusCode != 405 ||
+		resp.Header.Get("Allow") != "POST" || !strings.HasPrefix(body, "/quitquitquit wants POST") || len(reasons) != 0 {
 		t.Errorf("GET: %s %q %v", resp.Status, body, reasons)
 	}
-	if resp, body := do(t, "POST", urlOf(s, "/quitquitquit")); resp.StatusCode != 200 || body != "shutdown now\n" || resp.Header.Get("Content-Type") != "text/plain" {
+	if resp, body := do(t, "POST", urlOf(s, "/quitquitquit")); resp.StatusCode != 200 || body != "shutdown now\n" ||
+		resp.Header.Get("Content-Type") != "text/plain" {
 		t.Errorf("POST: %s %q", resp.Status, body)
 	}
 	if fmt.Sprint(reasons) != "[/quitquitquit]" {
@@ -227,7 +232,8 @@ func TestQuit(t *testing.T) {
 
 func TestExactPaths(t *testing.T) {
 	s := testAdmin(t, nil)
-	for _, p := range []string{"/config_dump/", "//config_dump", "/./config_dump", "/Config_dump", "/debug/pprof/nope", "/debug", "/logging/x", "/%63onfig_dumpx"} {
+	for _, p := range []string{"/config_dump/", "//config_dump", "/./config_dump", "/Config_dump", "/debug/pprof/nope",
+		"/debug", "/logging/x", "/%63onfig_dumpx"} {
 		req := &http.Request{Method: "GET", URL: mustURL(s, p)}
 		resp, err := client.Do(req)
 		if err != nil {
@@ -235,7 +241,9 @@ func TestExactPaths(t *testing.T) {
 		}
 		b, _ := io.ReadAll(resp.Body)
 		resp.Body.Close()
-		if resp.StatusCode != 404 || !strings.HasPrefix(string(b), "no path \"") || !strings.HasSuffix(string(b), "\npaths: / /config_dump /debug/pprof/ /logging /quitquitquit /ztun/connections /ztun/flows\n") {
+		if resp.StatusCode != 404 || !strings.HasPrefix(string(b), "no path \"") ||
+			!strings.HasSuffix(string(b),
+				"\npaths: / /config_dump /debug/pprof/ /logging /quitquitquit /ztun/connections /ztun/flows\n") {
 			t.Errorf("%s: %s, %q, %v", p, resp.Status, b, resp.Header)
 		}
 	}
@@ -253,12 +261,15 @@ func TestReadiness(t *testing.T) {
 	sm := r.Register("state manager")
 	dns := r.Register("dns proxy")
 	resp, body := do(t, "GET", urlOf(s, "/healthz/ready"))
-	if resp.StatusCode != 500 || body != "not ready, pending: dns proxy, state manager\n" || resp.Header.Get("Content-Type") != "text/plain" {
+	if resp.StatusCode != 500 || body != "not ready, pending: dns proxy, state manager\n" ||
+		resp.Header.Get("Content-Type") != "text/plain" {
 		t.Errorf("%s %q %v", resp.Status, body, resp.Header)
 	}
 	now = now.Add(1500 * time.Millisecond)
 	sm.Fail(errors.New("no file\nhere"))
-	if _, body = do(t, "GET", urlOf(s, "/healthz/ready?verbose")); body != "not ready, pending: dns proxy, state manager\ndns proxy: pending for 1.5s\nstate manager: pending for 1.5s, failed 1 times, last error: no file here\n" {
+	if _, body = do(t, "GET", urlOf(s, "/healthz/ready?verbose")); body !=
+		"not ready, pending: dns proxy, state manager\ndns proxy: pending for 1.5s\nstate manager: pending for 1.5s, "+
+			"failed 1 times, last error: no file here\n" {
 		t.Errorf("verbose: %q", body)
 	}
 	sm.Done()
@@ -267,11 +278,13 @@ func TestReadiness(t *testing.T) {
 		t.Errorf("%s %q", resp.Status, body)
 	}
 	for _, m := range []string{"POST", "PUT", "HEAD"} {
-		if resp, body = do(t, m, urlOf(s, "/healthz/ready")); resp.StatusCode != 405 || resp.Header.Get("Allow") != "GET" || (body == "") != (m == "HEAD") {
+		if resp, body = do(t, m, urlOf(s, "/healthz/ready")); resp.StatusCode != 405 || resp.Header.Get("Allow") != "GET" ||
+			(body == "") != (m == "HEAD") {
 			t.Errorf("%s: %s %q", m, resp.Status, body)
 		}
 	}
-	if resp, body = do(t, "GET", urlOf(s, "/healthz/readyz")); resp.StatusCode != 404 || body != "no path \"/healthz/readyz\" here; did you mean \"/healthz/ready\"?\npaths: /healthz/ready\n" {
+	if resp, body = do(t, "GET", urlOf(s, "/healthz/readyz")); resp.StatusCode != 404 ||
+		body != "no path \"/healthz/readyz\" here; did you mean \"/healthz/ready\"?\npaths: /healthz/ready\n" {
 		t.Errorf("%s %q", resp.Status, body)
 	}
 }
@@ -307,7 +320,8 @@ func TestBind(t *testing.T) {
 		"readiness": func() (*Server, error) { return NewReadiness(ReadinessOptions{Port: port}) },
 	} {
 		_, err := bind()
-		if !errors.Is(err, syscall.EADDRINUSE) || !strings.Contains(err.Error(), fmt.Sprintf("port %d", port)) || !strings.Contains(err.Error(), name) || !strings.Contains(err.Error(), "another ztunnel") {
+		if !errors.Is(err, syscall.EADDRINUSE) || !strings.Contains(err.Error(), fmt.Sprintf("port %d", port)) ||
+			!strings.Contains(err.Error(), name) || !strings.Contains(err.Error(), "another ztunnel") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -328,11 +342,14 @@ func TestBind(t *testing.T) {
 // TestShutdown: listeners close at once, a request in flight gets its answer.
 func TestShutdown(t *testing.T) {
 	entered, release := make(chan struct{}), make(chan struct{})
-	s, err := NewAdmin(AdminOptions{Debug: map[string]http.Handler{"/debug/slow": http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		close(entered)
-		<-release
-		io.WriteString(w, "done")
-	})}})
+	s, err :=
+		NewAdmin(
+			AdminOptions{
+				Debug: map[string]http.Handler{"/debug/slow": http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					close(entered)
+					<-release
+					io.WriteString(w, "done")
+				})}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -375,10 +392,13 @@ func TestShutdown(t *testing.T) {
 	stuck := make(chan struct{})
 	defer close(stuck)
 	entered2 := make(chan struct{})
-	s, err = NewAdmin(AdminOptions{Debug: map[string]http.Handler{"/debug/stuck": http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
-		close(entered2)
-		<-stuck
-	})}})
+	s, err =
+		NewAdmin(
+			AdminOptions{
+				Debug: map[string]http.Handler{"/debug/stuck": http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+					close(entered2)
+					<-stuck
+				})}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -462,7 +482,8 @@ func TestHalfOpen(t *testing.T) {
 		s          *Server
 		dial       func() (net.Conn, error)
 	}{
-		{"admin", "/", testAdmin(t, nil), nil}, {"stats", "/metrics", stats, nil}, {"readiness", "/healthz/ready", ready, nil},
+		{"admin", "/", testAdmin(t, nil), nil}, {"stats", "/metrics", stats, nil},
+		{"readiness", "/healthz/ready", ready, nil},
 		{"control", podsPath, pods.Server, podConn},
 	} {
 		dial := tc.dial
@@ -546,7 +567,8 @@ func TestForeignRequests(t *testing.T) {
 		}
 		resp.Body.Close()
 		if resp.StatusCode != tc.code || len(quits) != tc.quits {
-			t.Errorf("%s %s, %s: %s, %d quits; want %d, %d", tc.method, tc.path, tc.header, resp.Status, len(quits), tc.code, tc.quits)
+			t.Errorf("%s %s, %s: %s, %d quits; want %d, %d", tc.method, tc.path, tc.header, resp.Status, len(quits), tc.code,
+				tc.quits)
 		}
 		for len(quits) > 0 {
 			<-quits
@@ -560,7 +582,9 @@ func TestHandlerPanic(t *testing.T) {
 	defer l.Close(context.Background())
 	s := testAdmin(t, func(o *AdminOptions) {
 		o.Logger = l.Logger("admin")
-		o.Debug = map[string]http.Handler{"/debug/bad": http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic("oh no") })}
+		o.Debug = map[string]http.Handler{"/debug/bad": http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+			panic("oh no")
+		})}
 	})
 	if resp, err := client.Get(urlOf(s, "/debug/bad")); err == nil {
 		resp.Body.Close()
@@ -570,7 +594,8 @@ func TestHandlerPanic(t *testing.T) {
 		t.Error("the server did not survive")
 	}
 	l.Flush(background(t))
-	if s := out.String(); !strings.Contains(s, "panic in an HTTP handler") || !strings.Contains(s, "oh no") || strings.Count(s, "\n") != 1 {
+	if s := out.String(); !strings.Contains(s, "panic in an HTTP handler") || !strings.Contains(s, "oh no") ||
+		strings.Count(s, "\n") != 1 {
 		t.Errorf("logged %q", s)
 	}
 }

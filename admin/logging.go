@@ -46,15 +46,16 @@ func loggingHandler(l Logging) http.HandlerFunc {
 		}
 		now, err := l.Change(level, q.Has("reset"))
 		if err != nil {
-			plain(w, http.StatusBadRequest, "Invalid level provided: "+clip(q.Get("level"), 1024)+"\n"+err.Error()+"\n"+loggingUsage)
+			plain(w, http.StatusBadRequest, "Invalid level provided: "+clip(q.Get("level"), 1024)+"\n"+err.Error()+"\n"+
+				loggingUsage)
 			return
 		}
 		plain(w, http.StatusOK, "current log level is "+now+"\n")
 	}
 }
 
-// loggingQuery reads the parameters. One that is not known changes nothing, so it is refused: "level=debug" with a typing
-// error would answer 200 and the levels of before, where ztunnel does just that.
+// loggingQuery reads the parameters. One that is not known changes nothing, so it is refused: "level=debug" with a
+// typing error would answer 200 and the levels of before, where ztunnel does just that.
 func loggingQuery(raw string) (url.Values, error) {
 	q, err := url.ParseQuery(raw)
 	if err != nil {

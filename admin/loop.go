@@ -32,8 +32,9 @@ type LoopOptions struct {
 	Logger   *slog.Logger
 }
 
-// Loop is the one goroutine that publishes what is known. Sources build views on goroutines of their own and send them
-// as events; others send closures, and read the View, which is immutable and behind an atomic pointer: workers never wait for the loop.
+// Loop is the one goroutine that publishes what is known. Sources build views on goroutines of their own and send
+// them as events; others send closures, and read the View, which is immutable and behind an atomic pointer: workers
+// never wait for the loop.
 //
 // A panic in a handler does not end the process: the data plane has the last good View and goes on. The
 // panic is logged with its stack, counted, and given to the caller of Do and to Panicked. A view is

@@ -68,7 +68,10 @@ func TestLoopOrderAndEvents(t *testing.T) {
 	if w, s, p := l.View().Counts(); w != 0 || s != 0 || p != 0 {
 		t.Error("the first view is not empty")
 	}
-	events := []Event{StateBuilt{"file", v}, SourceSynced{"file"}, SourceBroken{"file", errors.New("x")}, Closure{"c", func() { got = append(got, "ran") }}}
+	events := []Event{StateBuilt{"file", v}, SourceSynced{"file"}, SourceBroken{"file", errors.New("x")},
+		Closure{"c", func() {
+			got = append(got, "ran")
+		}}}
 	for _, e := range events {
 		if err := l.Post(ctx, e); err != nil {
 			t.Fatal(err)
@@ -116,7 +119,9 @@ func TestLoopPanics(t *testing.T) {
 	})
 	ctx := background(t)
 	var pe *rescue.Error
-	if err := l.DoNamed(ctx, "mine", func() { panic("boom") }); !errors.As(err, &pe) || pe.What != "mine" || pe.Value != "boom" || !strings.Contains(pe.Stack, "TestLoopPanics") {
+	if err := l.DoNamed(ctx, "mine", func() {
+		panic("boom")
+	}); !errors.As(err, &pe) || pe.What != "mine" || pe.Value != "boom" || !strings.Contains(pe.Stack, "TestLoopPanics") {
 		t.Fatalf("Do returned %v", err)
 	}
 	if err := l.Post(ctx, SourceSynced{}); err != nil {
@@ -173,7 +178,11 @@ func TestLoopBackPressureAndWithdrawal(t *testing.T) {
 	wg.Wait()
 	ctx2, cancel2 := context.WithCancel(ctx)
 	finished := false
-	if err := l.Do(ctx2, func() { cancel2(); time.Sleep(5 * time.Millisecond); finished = true }); err != nil || !finished {
+	if err := l.Do(ctx2, func() {
+		cancel2()
+		time.Sleep(5 * time.Millisecond)
+		finished = true
+	}); err != nil || !finished {
 		t.Errorf("a closure that had begun was not waited for: %v", err)
 	}
 	if ran.Load() != 0 {

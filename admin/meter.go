@@ -6,10 +6,12 @@ import (
 	"time"
 )
 
-// Traffic is what the pods' connections amount to since the start, of one direction: those that pods open, or that they are opened.
+// Traffic is what the pods' connections amount to since the start, of one direction: those that pods open, or that
+// they are opened.
 type Traffic struct{ Opened, Failed, Bytes uint64 }
 
-// Meter remembers what the traffic was in the last minutes, so that whoever looks at the page in trouble sees what came before.
+// Meter remembers what the traffic was in the last minutes, so that whoever looks at the page in trouble sees what
+// came before.
 type Meter struct {
 	get func() (out, in Traffic)
 	now func() time.Time

@@ -54,13 +54,14 @@ func ProcessCollector() prometheus.Collector {
 			return float64(l.Cur), true
 		}),
 		newValue(prometheus.GaugeValue, "process_resident_memory_bytes", "Resident memory size in bytes", residentBytes),
-		newValue(prometheus.CounterValue, "process_cpu_seconds_total", "Total user and system CPU time spent in seconds", func() (float64, bool) {
-			var u unix.Rusage
-			if unix.Getrusage(unix.RUSAGE_SELF, &u) != nil {
-				return 0, false
-			}
-			return float64(u.Utime.Nano()+u.Stime.Nano()) / 1e9, true
-		}),
+		newValue(prometheus.CounterValue, "process_cpu_seconds_total", "Total user and system CPU time spent in seconds",
+			func() (float64, bool) {
+				var u unix.Rusage
+				if unix.Getrusage(unix.RUSAGE_SELF, &u) != nil {
+					return 0, false
+				}
+				return float64(u.Utime.Nano()+u.Stime.Nano()) / 1e9, true
+			}),
 	}
 }
 
@@ -142,13 +143,17 @@ func WorkloadManagerCollector(get func() WorkloadManagerStats) prometheus.Collec
 		return func() (float64, bool) { return f(get()), true }
 	}
 	return values{
-		newValue(prometheus.GaugeValue, "workload_manager_active_proxy_count", "The total number current workloads with active proxies (unstable)",
+		newValue(prometheus.GaugeValue, "workload_manager_active_proxy_count",
+			"The total number current workloads with active proxies (unstable)",
 			pick(func(s WorkloadManagerStats) float64 { return float64(s.Active) })),
-		newValue(prometheus.GaugeValue, "workload_manager_pending_proxy_count", "The total number current workloads with pending proxies (unstable)",
+		newValue(prometheus.GaugeValue, "workload_manager_pending_proxy_count",
+			"The total number current workloads with pending proxies (unstable)",
 			pick(func(s WorkloadManagerStats) float64 { return float64(s.Pending) })),
-		newValue(prometheus.CounterValue, "workload_manager_proxies_started_total", "The total number of proxies that were started (unstable)",
+		newValue(prometheus.CounterValue, "workload_manager_proxies_started_total",
+			"The total number of proxies that were started (unstable)",
 			pick(func(s WorkloadManagerStats) float64 { return float64(s.Started) })),
-		newValue(prometheus.CounterValue, "workload_manager_proxies_stopped_total", "The total number of proxies that were stopped (unstable)",
+		newValue(prometheus.CounterValue, "workload_manager_proxies_stopped_total",
+			"The total number of proxies that were stopped (unstable)",
 			pick(func(s WorkloadManagerStats) float64 { return float64(s.Stopped) })),
 	}
 }
@@ -157,7 +162,9 @@ func WorkloadManagerCollector(get func() WorkloadManagerStats) prometheus.Collec
 // collector among them: what ztunnel tells of Tokio.
 func GoCollector() prometheus.Collector {
 	return collectors.NewGoCollector(collectors.WithGoCollectorRuntimeMetrics(
-		collectors.GoRuntimeMetricsRule{Matcher: regexp.MustCompile(`^/sched/|^/cpu/classes/(gc/total|idle|user|total):cpu-seconds|^/sync/mutex/wait/total:seconds`)},
+		collectors.GoRuntimeMetricsRule{
+			Matcher: regexp.MustCompile(
+				`^/sched/|^/cpu/classes/(gc/total|idle|user|total):cpu-seconds|^/sync/mutex/wait/total:seconds`)},
 	))
 }
 
@@ -209,11 +216,13 @@ func newSelf(o SelfSources) *self {
 		logDropped: d("log_lines_dropped_total", "Log lines that came after the log was closed."),
 		logErrors:  d("log_write_errors_total", "Write calls of the log that failed."),
 		refused:    d("http_connections_refused_total", "Connections to an HTTP server that its bounds closed.", "server"),
-		foreign:    d("http_requests_foreign_total", "Requests to the admin server that were refused as a web page's, or for want of the token."),
-		open:       d("http_connections_open", "Open connections to an HTTP server.", "server"),
-		took:       d("http_request_duration_seconds", "How long requests took, to the end of the answer.", "server"),
-		dumps:      d("config_dumps_total", "Requests for a configuration dump by result.", "result"),
-		latency:    d("sched_runnable_p99_seconds", "99th percentile of the time that goroutines waited for a processor, since the start."),
+		foreign: d("http_requests_foreign_total",
+			"Requests to the admin server that were refused as a web page's, or for want of the token."),
+		open:  d("http_connections_open", "Open connections to an HTTP server.", "server"),
+		took:  d("http_request_duration_seconds", "How long requests took, to the end of the answer.", "server"),
+		dumps: d("config_dumps_total", "Requests for a configuration dump by result.", "result"),
+		latency: d("sched_runnable_p99_seconds",
+			"99th percentile of the time that goroutines waited for a processor, since the start."),
 	}
 }
 

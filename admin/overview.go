@@ -13,7 +13,8 @@ import (
 	"ztun/admin/page"
 )
 
-// Overview is what the page at / shows of the daemon, of one moment, beside what the other options of the admin server have.
+// Overview is what the page at / shows of the daemon, of one moment, beside what the other options of the admin
+// server have.
 type Overview struct {
 	Node, Version string
 	Started       time.Time
@@ -136,11 +137,13 @@ func overviewOf(o *AdminOptions, extra []string) nodePage {
 		}
 	}
 	slices.SortFunc(p.Pods, func(a, b OverviewPod) int {
-		return cmp.Or(cmp.Compare(podRank(a.State), podRank(b.State)), strings.Compare(a.Namespace+"/"+a.Name, b.Namespace+"/"+b.Name))
+		return cmp.Or(cmp.Compare(podRank(a.State), podRank(b.State)),
+			strings.Compare(a.Namespace+"/"+a.Name, b.Namespace+"/"+b.Name))
 	})
 	p.Pods, p.HiddenPods = head(p.Pods)
 	p.Certificates, p.HiddenCertificates = head(p.Certificates)
-	p.Overview.Rules, p.HiddenRules = p.Overview.Rules[:min(len(p.Overview.Rules), OverviewLimit)], max(0, p.Policies-min(len(p.Overview.Rules), OverviewLimit))
+	p.Overview.Rules, p.HiddenRules = p.Overview.Rules[:min(len(p.Overview.Rules), OverviewLimit)],
+		max(0, p.Policies-min(len(p.Overview.Rules), OverviewLimit))
 	return p
 }
 
@@ -179,7 +182,8 @@ func (s ConnectionSource) tunnels(limit int) ([]tunnelRow, int) {
 		rows = append(rows, *r)
 	}
 	slices.SortFunc(rows, func(a, b tunnelRow) int {
-		return cmp.Or(cmp.Compare(b.Connections, a.Connections), cmp.Compare(b.Bytes, a.Bytes), a.Remote.Compare(b.Remote), a.Local.Compare(b.Local))
+		return cmp.Or(cmp.Compare(b.Connections, a.Connections), cmp.Compare(b.Bytes, a.Bytes), a.Remote.Compare(b.Remote),
+			a.Local.Compare(b.Local))
 	})
 	return rows[:min(limit, len(rows))], len(rows)
 }
@@ -189,7 +193,8 @@ func commands(extra []string) []command {
 	rows := []command{
 		{Link: "debug/pprof/profile", Text: "build a CPU profile in pprof's format (query: seconds, frequency)"},
 		{Link: "debug/pprof/heap", Text: "collect heap profiling data in pprof's format"},
-		{Link: "debug/pprof/heap/profiling", Query: "?activate=true", Text: "show whether heap profiling is active (query: activate)"},
+		{Link: "debug/pprof/heap/profiling", Query: "?activate=true",
+			Text: "show whether heap profiling is active (query: activate)"},
 		{Link: "quitquitquit", Text: "shut the process down", Post: true,
 			Confirm: "Shut ztun down on this node? Its pods lose their network until it runs again."},
 		{Link: "config_dump", Text: "dump the current configuration and state"},

@@ -14,17 +14,20 @@ import (
 	"time"
 )
 
-// TestDashboard: the page keeps what scripts may know of ztunnel's, its title and its table of links in their order. Links that want POST
-// are buttons of forms: ztunnel's lead to a 405.
+// TestDashboard: the page keeps what scripts may know of ztunnel's, its title and its table of links in their order.
+// Links that want POST are buttons of forms: ztunnel's lead to a 405.
 func TestDashboard(t *testing.T) {
 	s := testAdmin(t, func(o *AdminOptions) { o.Debug = map[string]http.Handler{"/debug/tun": http.NotFoundHandler()} })
 	resp, body := do(t, "GET", urlOf(s, "/"))
-	if resp.StatusCode != 200 || resp.Header.Get("Content-Type") != "text/html; charset=utf-8" || !strings.Contains(body, "<title>Ztunnel Admin</title>") {
+	if resp.StatusCode != 200 || resp.Header.Get("Content-Type") != "text/html; charset=utf-8" ||
+		!strings.Contains(body, "<title>Ztunnel Admin</title>") {
 		t.Errorf("%s %v", resp.Status, resp.Header)
 	}
 	at := 0
-	for i, link := range []string{"debug/pprof/profile", "debug/pprof/heap", "debug/pprof/heap/profiling", "quitquitquit", "config_dump", "logging", "debug/pprof/", "ztun/connections", "ztun/flows", "debug/tun"} {
-		row := fmt.Sprintf(`<tr class="%s"><td><a href="%s%s">%[2]s</a></td>`, []string{"vert-space", "gray"}[i%2], link, map[bool]string{true: "?activate=true"}[strings.HasSuffix(link, "profiling")])
+	for i, link := range []string{"debug/pprof/profile", "debug/pprof/heap", "debug/pprof/heap/profiling", "quitquitquit",
+		"config_dump", "logging", "debug/pprof/", "ztun/connections", "ztun/flows", "debug/tun"} {
+		row := fmt.Sprintf(`<tr class="%s"><td><a href="%s%s">%[2]s</a></td>`, []string{"vert-space", "gray"}[i%2], link,
+			map[bool]string{true: "?activate=true"}[strings.HasSuffix(link, "profiling")])
 		if link == "quitquitquit" || link == "logging" {
 			row = fmt.Sprintf(`<tr class="%s"><td><form method="post" action="%s"`, []string{"vert-space", "gray"}[i%2], link)
 		}
@@ -42,8 +45,8 @@ func TestDashboard(t *testing.T) {
 	}
 }
 
-// TestPageLinks: what the page links to answers GET, and what its forms post to answers an empty POST of the page's own; a foreign page's
-// is refused.
+// TestPageLinks: what the page links to answers GET, and what its forms post to answers an empty POST of the page's
+// own; a foreign page's is refused.
 func TestPageLinks(t *testing.T) {
 	quit := make(chan string, 10)
 	s := testAdmin(t, func(o *AdminOptions) {
@@ -77,10 +80,12 @@ func TestPageLinks(t *testing.T) {
 	}
 	form := []string{"Content-Type", "application/x-www-form-urlencoded"}
 	for _, f := range forms {
-		if resp, body := do(t, "POST", urlOf(s, f), append(form, "Origin", origin, "Sec-Fetch-Site", "same-origin")...); resp.StatusCode != 200 {
+		if resp, body := do(t, "POST", urlOf(s, f), append(form, "Origin", origin, "Sec-Fetch-Site",
+			"same-origin")...); resp.StatusCode != 200 {
 			t.Errorf("POST %s: %s %s", f, resp.Status, body)
 		}
-		for _, foreign := range [][]string{{"Origin", "http://evil.example"}, {"Origin", "null"}, {"Sec-Fetch-Site", "cross-site"}} {
+		for _, foreign := range [][]string{{"Origin", "http://evil.example"}, {"Origin", "null"},
+			{"Sec-Fetch-Site", "cross-site"}} {
 			if resp, _ := do(t, "POST", urlOf(s, f), append(form, foreign...)...); resp.StatusCode != 403 {
 				t.Errorf("POST %s with %q: %s", f, foreign, resp.Status)
 			}
@@ -118,25 +123,34 @@ func TestPageToken(t *testing.T) {
 
 // hostile are texts as a peer or a control plane may choose them.
 var hostile = []string{
-	`<script>alert(1)</script>`, `"><img src=x onerror=alert(1)>`, `' onmouseover='alert(1)`, `</td></tr></table><iframe src=//evil.example>`,
-	`javascript:alert(1)`, `{{.Token}}`, "</script><svg/onload=alert(1)>", "</style><script>alert(1)</script>", "turned\u202eaway", "nul\x00byte", "bad\xffutf8", strings.Repeat("long", 1000),
+	`<script>alert(1)</script>`, `"><img src=x onerror=alert(1)>`, `' onmouseover='alert(1)`,
+	`</td></tr></table><iframe src=//evil.example>`,
+	`javascript:alert(1)`, `{{.Token}}`, "</script><svg/onload=alert(1)>", "</style><script>alert(1)</script>",
+	"turned\u202eaway", "nul\x00byte", "bad\xffutf8", strings.Repeat("long", 1000),
 }
 
 // hostileOptions fill everything that others choose with one such text.
 func hostileOptions(x string) AdminOptions {
 	now := time.Now()
 	side := Side{Workload: x, Namespace: x, Identity: x, Cluster: x, Address: netip.MustParseAddrPort("10.0.0.1:80")}
-	c := Connection{Pod: x, Direction: "outbound", Protocol: x, State: x, Source: side, Destination: side, Service: x, Authority: x, Start: now, End: now, Outcome: "failed", Reason: x, Flag: x,
+	c := Connection{Pod: x, Direction: "outbound", Protocol: x, State: x, Source: side, Destination: side, Service: x,
+		Authority: x, Start: now, End: now, Outcome: "failed", Reason: x, Flag: x,
 		Tunnel: Tunnel{Local: side.Address, Remote: side.Address}}
 	all := func(yield func(Connection) bool) { yield(c) }
 	ready := NewReady(nil)
 	ready.Register(x).Fail(errors.New(x))
 	return AdminOptions{
-		Connections: ConnectionSource{Live: all, Ended: all}, Ready: ready, Meter: NewMeter(func() (out, in Traffic) { return }),
+		Connections: ConnectionSource{Live: all, Ended: all}, Ready: ready, Meter: NewMeter(func() (out, in Traffic) {
+			return
+		}),
 		Overview: func() Overview {
-			return Overview{Node: x, Version: x, Source: x, Started: now, Pods: []OverviewPod{{PodStatus: PodStatus{PodSpec: PodSpec{Name: x, Namespace: x, ServiceAccount: x}, State: x, Error: x, Device: x, Offload: PodOffload{Why: x}}}},
-				Certificates: []OverviewCertificate{{Identity: x, State: "Unavailable: " + x, From: now, Until: now.Add(time.Hour)}},
-				Rules:        []OverviewPolicy{{Namespace: x, Name: x, Scope: x, Action: x}}, Missing: []OverviewMissing{{Policy: x, Workload: x, Decision: x, Since: now}}}
+			return Overview{Node: x, Version: x, Source: x, Started: now,
+				Pods: []OverviewPod{{PodStatus: PodStatus{PodSpec: PodSpec{Name: x, Namespace: x, ServiceAccount: x}, State: x,
+					Error: x, Device: x, Offload: PodOffload{Why: x}}}},
+				Certificates: []OverviewCertificate{{Identity: x, State: "Unavailable: " + x, From: now,
+					Until: now.Add(time.Hour)}},
+				Rules:   []OverviewPolicy{{Namespace: x, Name: x, Scope: x, Action: x}},
+				Missing: []OverviewMissing{{Policy: x, Workload: x, Decision: x, Since: now}}}
 		},
 	}
 }
@@ -154,7 +168,8 @@ func TestPageIsEscaped(t *testing.T) {
 			t.Fatalf("%q: %s %s", x, resp.Status, body)
 		}
 		csp := resp.Header.Get("Content-Security-Policy")
-		for _, want := range []string{"default-src 'none'", "script-src 'sha256-", "style-src 'sha256-", "frame-ancestors 'none'", "base-uri 'none'", "form-action 'self'"} {
+		for _, want := range []string{"default-src 'none'", "script-src 'sha256-", "style-src 'sha256-",
+			"frame-ancestors 'none'", "base-uri 'none'", "form-action 'self'"} {
 			if !strings.Contains(csp, want) {
 				t.Fatalf("no %s in %s", want, csp)
 			}
@@ -196,7 +211,8 @@ func TestMeter(t *testing.T) {
 		now = now.Add(5 * time.Second)
 	}
 	r := m.Rates()
-	if len(r.Out) != meterSamples-1 || r.LastOut() != 2 || r.LastIn() != 1 || r.LastBytes() != 200 || r.Connections()[0] != 3 || r.Over != 5*time.Minute || r.Failed != meterSamples-1 {
+	if len(r.Out) != meterSamples-1 || r.LastOut() != 2 || r.LastIn() != 1 || r.LastBytes() != 200 ||
+		r.Connections()[0] != 3 || r.Over != 5*time.Minute || r.Failed != meterSamples-1 {
 		t.Errorf("%+v", r)
 	}
 }

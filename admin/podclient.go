@@ -139,11 +139,13 @@ func (c *PodClient) explain(err error) error {
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("no control socket at %s: is `ztun proxy` running, with the same ZTUN_SOCKET or ZTUN_STATE_DIR? %w", c.path, err)
+		return fmt.Errorf("no control socket at %s: is `ztun proxy` running, with the same ZTUN_SOCKET or ZTUN_STATE_DIR? %w",
+			c.path, err)
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("nobody listens on %s: `ztun proxy` has ended without cleaning up? %w", c.path, err)
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("no access to %s: needs root, or the user that runs `ztun proxy`, to whom it belongs: %w", c.path, err)
+		return fmt.Errorf("no access to %s: needs root, or the user that runs `ztun proxy`, to whom it belongs: %w",
+			c.path, err)
 	}
 	return fmt.Errorf("control socket %s: %w", c.path, err)
 }

@@ -34,7 +34,8 @@ type PodManager interface {
 
 // PodSpec is what is asked for.
 type PodSpec struct {
-	UID            string       `json:"uid,omitempty"` // what the pod is known by; "" where nobody gave it one: namespace/name
+	// what the pod is known by; "" where nobody gave it one: namespace/name
+	UID            string       `json:"uid,omitempty"`
 	Name           string       `json:"name"`
 	Namespace      string       `json:"namespace"`
 	ServiceAccount string       `json:"serviceAccount"`
@@ -126,7 +127,8 @@ func (p *PodSpec) Validate() error {
 			continue
 		case ip.Zone() != "":
 			add("address %s has a zone", ip)
-		case ip.IsUnspecified(), ip.IsLoopback(), ip.IsMulticast(), ip.IsLinkLocalUnicast(), ip == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		case ip.IsUnspecified(), ip.IsLoopback(), ip.IsMulticast(), ip.IsLinkLocalUnicast(),
+			ip == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
 			add("address %s cannot be a pod's: it is not a routable unicast address", ip)
 		}
 		if other, ok := seen[ip.Is4()]; ok {

@@ -53,7 +53,8 @@ func (f *fakePods) Add(ctx context.Context, p PodSpec) error {
 	if _, ok := f.pods[k]; ok {
 		return fmt.Errorf("%w: pod %s is there already", ErrPodConflict, k)
 	}
-	f.pods[k] = PodStatus{PodSpec: p, State: "Up", Device: "ztun0", Offload: PodOffload{VNetHdr: true, TSO4: true}, Connections: PodConnections{1, 2}}
+	f.pods[k] = PodStatus{PodSpec: p, State: "Up", Device: "ztun0", Offload: PodOffload{VNetHdr: true, TSO4: true},
+		Connections: PodConnections{1, 2}}
 	return nil
 }
 
@@ -97,7 +98,8 @@ func podSocket(t *testing.T, pods *fakePods) (*PodSocket, string) {
 }
 
 func spec(name string) PodSpec {
-	return PodSpec{Name: name, Namespace: "default", ServiceAccount: "sa", NetNS: "/run/netns/a", IPs: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("fd00::2")}, MTU: 1500}
+	return PodSpec{Name: name, Namespace: "default", ServiceAccount: "sa", NetNS: "/run/netns/a",
+		IPs: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("fd00::2")}, MTU: 1500}
 }
 
 func TestPods(t *testing.T) {
@@ -116,11 +118,13 @@ func TestPods(t *testing.T) {
 	if err != nil || len(l) != 2 {
 		t.Fatalf("%v, %v", l, err)
 	}
-	want := PodStatus{PodSpec: spec("a"), State: "Up", Device: "ztun0", Offload: PodOffload{VNetHdr: true, TSO4: true}, Connections: PodConnections{1, 2}}
+	want := PodStatus{PodSpec: spec("a"), State: "Up", Device: "ztun0", Offload: PodOffload{VNetHdr: true, TSO4: true},
+		Connections: PodConnections{1, 2}}
 	if d := cmp.Diff(want, l[0], cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); d != "" {
 		t.Error(d)
 	}
-	for name, kind := range map[string]error{"a": ErrPodConflict, "timeout": ErrPodTimeout, "late": ErrPodUnavailable, "broken": ErrPodInternal} {
+	for name, kind := range map[string]error{"a": ErrPodConflict, "timeout": ErrPodTimeout, "late": ErrPodUnavailable,
+		"broken": ErrPodInternal} {
 		if err := c.Add(ctx, spec(name)); !errors.Is(err, kind) {
 			t.Errorf("adding %s: %v, want %v", name, err, kind)
 		}
@@ -134,7 +138,8 @@ func TestPods(t *testing.T) {
 	if err := c.Add(ctx, PodSpec{}); !errors.Is(err, ErrPodInvalid) {
 		t.Errorf("%v", err)
 	}
-	if err := c.Delete(ctx, "default", "nope"); !errors.Is(err, ErrPodNotFound) || !strings.Contains(err.Error(), "default/nope") {
+	if err := c.Delete(ctx, "default", "nope"); !errors.Is(err, ErrPodNotFound) ||
+		!strings.Contains(err.Error(), "default/nope") {
 		t.Errorf("%v", err)
 	}
 	if err := c.Delete(ctx, "de/fault", "../x"); !errors.Is(err, ErrPodInvalid) {
@@ -186,14 +191,17 @@ func TestPodHTTP(t *testing.T) {
 		{"DELETE", "/v1/pods/ns/a", "", 204, ""},
 		{"DELETE", "/v1/pods/ns/a", "", 404, "no such pod: ns/a"},
 		{"POST", "/v1/pods", "", 400, "malformed request: EOF"},
-		{"POST", "/v1/pods", "{}", 400, "invalid pod: name is missing; namespace is missing; serviceAccount is missing; netns is missing"},
+		{"POST", "/v1/pods", "{}", 400,
+			"invalid pod: name is missing; namespace is missing; serviceAccount is missing; netns is missing"},
 		{"POST", "/v1/pods", `{"nmae":"a"}`, 400, "malformed request: json: unknown field"},
 		{"POST", "/v1/pods", good + "x", 400, "malformed request: something follows"},
 		{"POST", "/v1/pods", `{"ips":["10.0.0.300"]}`, 400, "malformed request: "},
-		{"POST", "/v1/pods", `{"name":"` + strings.Repeat("a", 100000) + `"}`, 400, "malformed request: http: request body too large"},
+		{"POST", "/v1/pods", `{"name":"` + strings.Repeat("a", 100000) + `"}`, 400,
+			"malformed request: http: request body too large"},
 	} {
 		code, e, ct := ask(tc.method, tc.path, tc.body)
-		if code != tc.code || !strings.HasPrefix(e, tc.err) || (e == "") != (tc.err == "") || code != 204 && ct != "application/json" {
+		if code != tc.code || !strings.HasPrefix(e, tc.err) || (e == "") != (tc.err == "") || code != 204 &&
+			ct != "application/json" {
 			t.Errorf("%s %s %.60s: %d %q %q, want %d %q", tc.method, tc.path, tc.body, code, e, ct, tc.code, tc.err)
 		}
 	}
@@ -217,7 +225,9 @@ func TestPodValidation(t *testing.T) {
 		{func(p *PodSpec) { p.NetNS = "a\x00" }, "netns is not"},
 		{func(p *PodSpec) { p.IPs = nil }, "ips is empty"},
 		{func(p *PodSpec) { p.IPs = make([]netip.Addr, 1) }, "invalid address"},
-		{func(p *PodSpec) { p.IPs = append(p.IPs, netip.MustParseAddr("::ffff:10.0.0.9")) }, "addresses 10.1.0.2 and 10.0.0.9 are of one family"},
+		{func(p *PodSpec) {
+			p.IPs = append(p.IPs, netip.MustParseAddr("::ffff:10.0.0.9"))
+		}, "addresses 10.1.0.2 and 10.0.0.9 are of one family"},
 		{func(p *PodSpec) { p.IPs[0] = netip.MustParseAddr("127.0.0.1") }, "address 127.0.0.1 cannot be a pod's"},
 		{func(p *PodSpec) { p.IPs[1] = netip.MustParseAddr("fe80::1%eth0") }, "has a zone"},
 		{func(p *PodSpec) { p.IPs[1] = netip.MustParseAddr("ff02::1") }, "cannot be a pod's"},
@@ -228,14 +238,16 @@ func TestPodValidation(t *testing.T) {
 		p := spec("a")
 		tc.change(&p)
 		err := p.Validate()
-		if (err == nil) != (tc.want == "") || err != nil && (!errors.Is(err, ErrPodInvalid) || !strings.Contains(err.Error(), tc.want)) {
+		if (err == nil) != (tc.want == "") || err != nil && (!errors.Is(err, ErrPodInvalid) ||
+			!strings.Contains(err.Error(), tc.want)) {
 			t.Errorf("%+v: %v, want %q", p, err, tc.want)
 		}
 	}
 	if s := (PodOffload{Why: "EINVAL"}).String(); s != "none (EINVAL)" {
 		t.Error(s)
 	}
-	if s := (PodOffload{VNetHdr: true, CSum: true, TSO4: true, TSO6: true, USO: true}).String(); s != "vnet,csum,tso4,tso6,uso" {
+	if s := (PodOffload{VNetHdr: true, CSum: true, TSO4: true, TSO6: true, USO: true}).String(); s !=
+		"vnet,csum,tso4,tso6,uso" {
 		t.Error(s)
 	}
 }
@@ -249,7 +261,8 @@ func TestPodSocketFile(t *testing.T) {
 	if st, err = os.Stat(filepath.Dir(path)); err != nil || st.Mode().Perm() != 0o700 {
 		t.Errorf("%v %v", st.Mode(), err)
 	}
-	if _, err := NewPodSocket(PodSocketOptions{Path: path}); !errors.Is(err, syscall.EADDRINUSE) || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "ZTUN_SOCKET") {
+	if _, err := NewPodSocket(PodSocketOptions{Path: path}); !errors.Is(err, syscall.EADDRINUSE) ||
+		!strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "ZTUN_SOCKET") {
 		t.Errorf("a second server: %v", err)
 	}
 	if _, err := NewPodClient(path).List(background(t)); err != nil {
@@ -312,7 +325,8 @@ func TestPodSocketLeftovers(t *testing.T) {
 	if err := try(); err == nil {
 		t.Error("a directory that cannot be")
 	}
-	for path, want := range map[string]string{filepath.Join(dir, "none"): "is `ztun proxy` running", filepath.Join(dir, "dead"): "nobody listens"} {
+	for path, want := range map[string]string{filepath.Join(dir, "none"): "is `ztun proxy` running",
+		filepath.Join(dir, "dead"): "nobody listens"} {
 		if strings.HasSuffix(path, "dead") {
 			l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 			if err != nil {

@@ -79,7 +79,8 @@ func NewPodSocket(o PodSocketOptions) (*PodSocket, error) {
 	h := &podHandler{ctx: ctx, pods: o.Pods, connections: o.Connections, handlers: o.Handlers, logger: o.Logger}
 	// All callers are one source, the node's own tools: what one has begun is not cut for another.
 	bounds := guard.ConnsOptions{KeepBusy: true, Report: o.Report}
-	s := &PodSocket{Server: newServer("control", []net.Listener{l}, h, o.Logger, bounds), path: o.Path, ino: ino, lock: lock, cancel: cancel}
+	s := &PodSocket{Server: newServer("control", []net.Listener{l}, h, o.Logger, bounds), path: o.Path, ino: ino,
+		lock: lock, cancel: cancel}
 	s.http.WriteTimeout = podTimeout + writeTimeout
 	return s, nil
 }
@@ -99,7 +100,8 @@ func lockSocket(path string) (*os.File, error) {
 	return f, nil
 }
 
-// SocketHeld reports whether a process owns the control socket at path, also one that is still starting or about to end.
+// SocketHeld reports whether a process owns the control socket at path, also one that is still starting or about to
+// end.
 func SocketHeld(path string) (bool, error) {
 	f, err := os.OpenFile(path+".lock", os.O_RDWR|syscall.O_CLOEXEC|syscall.O_NOFOLLOW, 0)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -117,7 +119,8 @@ func SocketHeld(path string) (bool, error) {
 }
 
 func inUse(path string) error {
-	return fmt.Errorf("control socket %s is in use by a running ztun: stop it, or set ZTUN_SOCKET or ZTUN_STATE_DIR: %w", path, syscall.EADDRINUSE)
+	return fmt.Errorf("control socket %s is in use by a running ztun: stop it, or set ZTUN_SOCKET or ZTUN_STATE_DIR: %w",
+		path, syscall.EADDRINUSE)
 }
 
 // bindSocket makes the socket under another name and renames it, so that it appears with its mode and
@@ -225,7 +228,8 @@ func (h *podHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if code >= 500 {
 			level = slog.LevelWarn
 		}
-		h.logger.Log(r.Context(), level, "control request failed", "method", r.Method, "path", clip(r.URL.Path, 256), "status", code, "error", err)
+		h.logger.Log(r.Context(), level, "control request failed", "method", r.Method, "path", clip(r.URL.Path, 256),
+			"status", code, "error", err)
 	}
 	if body == nil {
 		w.WriteHeader(code)

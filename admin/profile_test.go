@@ -17,13 +17,15 @@ func mustURL(s *Server, path string) *neturl.URL {
 
 func TestProfileBounds(t *testing.T) {
 	s := testAdmin(t, nil)
-	for _, q := range []string{"seconds=0", "seconds=301", "frequency=0", "frequency=1001", "seconds=x", "seconds=", "seconds=-1", "seconds=1.5", "seconds=99999999999999", "seconds=1&frequency=y"} {
+	for _, q := range []string{"seconds=0", "seconds=301", "frequency=0", "frequency=1001", "seconds=x", "seconds=",
+		"seconds=-1", "seconds=1.5", "seconds=99999999999999", "seconds=1&frequency=y"} {
 		resp, body := do(t, "GET", urlOf(s, "/debug/pprof/profile?"+q))
 		if resp.StatusCode != 400 || !strings.HasSuffix(body, "\n") || !strings.HasPrefix(body, "invalid ") {
 			t.Errorf("%s: %s %q", q, resp.Status, body)
 		}
 	}
-	for _, p := range []string{"/debug/pprof/trace?seconds=0", "/debug/pprof/trace?seconds=400", "/debug/pprof/allocs?seconds=301"} {
+	for _, p := range []string{"/debug/pprof/trace?seconds=0", "/debug/pprof/trace?seconds=400",
+		"/debug/pprof/allocs?seconds=301"} {
 		if resp, _ := do(t, "GET", urlOf(s, p)); resp.StatusCode != 400 {
 			t.Errorf("%s: %s", p, resp.Status)
 		}
@@ -55,7 +57,8 @@ func TestProfileEnds(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer resp.Body.Close()
-	if second, body := do(t, "GET", urlOf(srv, "/debug/pprof/profile?seconds=1")); second.StatusCode != 500 || !strings.Contains(body, "already") {
+	if second, body := do(t, "GET", urlOf(srv, "/debug/pprof/profile?seconds=1")); second.StatusCode != 500 ||
+		!strings.Contains(body, "already") {
 		t.Errorf("a second profile: %s %q", second.Status, body)
 	}
 	type result struct {
@@ -108,7 +111,8 @@ func TestOtherProfiles(t *testing.T) {
 	if resp, _ := do(t, "GET", urlOf(s, "/debug/pprof/heap/profiling?activate=x")); resp.StatusCode != 400 {
 		t.Errorf("activate=x: %s", resp.Status)
 	}
-	if resp, body := do(t, "GET", urlOf(s, "/debug/pprof/trace?seconds=1")); resp.StatusCode != 200 || !strings.Contains(body[:16], "go 1.") {
+	if resp, body := do(t, "GET", urlOf(s, "/debug/pprof/trace?seconds=1")); resp.StatusCode != 200 ||
+		!strings.Contains(body[:16], "go 1.") {
 		t.Errorf("trace: %s", resp.Status)
 	}
 }

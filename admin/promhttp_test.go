@@ -13,8 +13,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-// TestWhyNotPromhttp is the reason for a handler of our own around the library's encoder: answers of a real ztunnel's (docs/samples)
-// that promhttp gives otherwise. A row that promhttp comes to give is a row of our own code less.
+// TestWhyNotPromhttp is the reason for a handler of our own around the library's encoder: answers of a real ztunnel's
+// (docs/samples) that promhttp gives otherwise. A row that promhttp comes to give is a row of our own code less.
 func TestWhyNotPromhttp(t *testing.T) {
 	lines := sampleLines(t)
 	x := &exposition{o: StatsOptions{Ordered: []prometheus.Collector{fromSample(t, lines[1:])}}}
@@ -31,10 +31,12 @@ func TestWhyNotPromhttp(t *testing.T) {
 	}{
 		{"numbers are whole", ordered, openMetrics, lines[1], lines[1] + ".0"},
 		{"labels are in ztunnel's order", reg, openMetrics, lines[1], ""},
-		{"OpenMetrics whatever was asked for", ordered, "*/*", "# TYPE istio_tcp_connections_opened counter", "# TYPE istio_tcp_connections_opened_total counter"},
+		{"OpenMetrics whatever was asked for", ordered, "*/*", "# TYPE istio_tcp_connections_opened counter",
+			"# TYPE istio_tcp_connections_opened_total counter"},
 		{"the end is marked, whatever was asked for", ordered, "*/*", "# EOF", ""},
 		{"the plain type", ordered, "*/*", contentPlain, "text/plain; version=0.0.4; charset=utf-8; escaping=underscores"},
-		{"the type of OpenMetrics", ordered, openMetrics, contentOpenMetrics, "application/openmetrics-text; version=1.0.0; charset=utf-8; escaping=underscores"},
+		{"the type of OpenMetrics", ordered, openMetrics, contentOpenMetrics,
+			"application/openmetrics-text; version=1.0.0; charset=utf-8; escaping=underscores"},
 	} {
 		h := promhttp.HandlerFor(tc.from, promhttp.HandlerOpts{EnableOpenMetrics: true})
 		answer := func(h http.Handler) []string {

@@ -21,7 +21,8 @@ func TestReady(t *testing.T) {
 	now = now.Add(time.Second)
 	proxy.Fail(errors.New("one"))
 	proxy.Fail(errors.New("two"))
-	if p := r.Pending()[1]; p.LastError == nil || p.LastError.Error() != "two" || p.Failures != 2 || now.Sub(p.Since) != time.Second {
+	if p := r.Pending()[1]; p.LastError == nil || p.LastError.Error() != "two" || p.Failures != 2 ||
+		now.Sub(p.Since) != time.Second {
 		t.Errorf("%+v", p)
 	}
 	proxy.Done()

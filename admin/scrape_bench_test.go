@@ -11,7 +11,8 @@ import (
 
 func scrapeRegistry(b testing.TB) *prometheus.Registry {
 	reg := prometheus.NewRegistry()
-	reg.MustRegister(BuildCollector("1.31"), ProcessCollector(), GoCollector(), RuntimeCollector(RuntimeSources{Workers: 2}),
+	reg.MustRegister(BuildCollector("1.31"), ProcessCollector(), GoCollector(),
+		RuntimeCollector(RuntimeSources{Workers: 2}),
 		WorkloadManagerCollector(func() WorkloadManagerStats { return WorkloadManagerStats{1, 2, 3, 4} }),
 		SelfCollector(SelfSources{Loop: NewLoop(LoopOptions{})}))
 	return reg
@@ -43,7 +44,8 @@ func BenchmarkScrape(b *testing.B) {
 	}
 	// What TestWhyNotPromhttp speaks of: the same families, by the library's handler.
 	b.Run("promhttp", func(b *testing.B) {
-		h := promhttp.HandlerFor(prometheus.GathererFunc(x.gather), promhttp.HandlerOpts{EnableOpenMetrics: true, DisableCompression: true})
+		h := promhttp.HandlerFor(prometheus.GathererFunc(x.gather), promhttp.HandlerOpts{EnableOpenMetrics: true,
+			DisableCompression: true})
 		b.ReportAllocs()
 		for b.Loop() {
 			w := httptest.NewRecorder()

@@ -80,7 +80,8 @@ func (s *Server) guard(h http.Handler) http.Handler {
 				}
 				return
 			}
-			s.logger.Error("panic in an HTTP handler", "server", s.name, "path", r.URL.Path, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+			s.logger.Error("panic in an HTTP handler", "server", s.name, "path", r.URL.Path, "panic", fmt.Sprint(p), "stack",
+				string(debug.Stack()))
 			panic(http.ErrAbortHandler) // net/http closes the connection and stays quiet
 		}()
 		started := time.Now()

@@ -161,7 +161,9 @@ func (x *exposition) gather() ([]*dto.MetricFamily, error) {
 	for _, f := range fs {
 		finish(f)
 	}
-	slices.SortStableFunc(fs, func(a, b *dto.MetricFamily) int { return cmp.Compare(rank(a.GetName()), rank(b.GetName())) })
+	slices.SortStableFunc(fs, func(a, b *dto.MetricFamily) int {
+		return cmp.Compare(rank(a.GetName()), rank(b.GetName()))
+	})
 	return fs, err
 }
 

@@ -46,7 +46,8 @@ var labelRE = regexp.MustCompile(`([a-z_]+)="([^"]*)"`)
 
 // fromSample reads lines of a real ztunnel's metrics into a collector.
 func fromSample(t *testing.T, lines []string) *ordered {
-	o := &ordered{desc: prometheus.NewDesc("istio_tcp_connections_opened_total", "The total number of TCP connections opened", nil, nil)}
+	o := &ordered{desc: prometheus.NewDesc("istio_tcp_connections_opened_total",
+		"The total number of TCP connections opened", nil, nil)}
 	for _, l := range lines {
 		var ps []*dto.LabelPair
 		for _, m := range labelRE.FindAllStringSubmatch(l, -1) {
@@ -62,7 +63,10 @@ func fromSample(t *testing.T, lines []string) *ordered {
 func TestLabelOrder(t *testing.T) {
 	lines := sampleLines(t)
 	o := fromSample(t, lines[1:])
-	if names := labelRE.FindAllStringSubmatch(lines[1], -1); len(names) != 26 && len(names) != 27 || slices.IsSortedFunc(names, func(a, b []string) int { return strings.Compare(a[1], b[1]) }) {
+	if names := labelRE.FindAllStringSubmatch(lines[1], -1); len(names) != 26 && len(names) != 27 ||
+		slices.IsSortedFunc(names, func(a, b []string) int {
+			return strings.Compare(a[1], b[1])
+		}) {
 		t.Fatalf("the sample proves nothing: %d labels", len(names))
 	}
 	reg := prometheus.NewRegistry()
@@ -71,8 +75,10 @@ func TestLabelOrder(t *testing.T) {
 	s := serving(t, srv, err)
 	for _, path := range []string{"/metrics", "/stats/prometheus"} {
 		_, body := do(t, "GET", urlOf(s, path))
-		want := "# HELP istio_build Istio component build info.\n# TYPE istio_build gauge\nistio_build{component=\"ztunnel\",tag=\"unknown\"} 1\n" +
-			"# HELP istio_tcp_connections_opened The total number of TCP connections opened.\n" + strings.Join(lines, "\n") + "\n# EOF\n"
+		want := "# HELP istio_build Istio component build info.\n# TYPE istio_build " +
+			"gauge\nistio_build{component=\"ztunnel\",tag=\"unknown\"} 1\n" +
+			"# HELP istio_tcp_connections_opened The total number of TCP connections opened.\n" + strings.Join(lines, "\n") +
+			"\n# EOF\n"
 		if d := cmp.Diff(want, body); d != "" {
 			t.Errorf("%s:\n%s", path, d)
 		}
@@ -99,7 +105,8 @@ func TestContentType(t *testing.T) {
 		{"*/*", "text/plain; charset=utf-8"},
 		{"application/openmetrics-text;version=1.0.0", "application/openmetrics-text;charset=utf-8;version=1.0.0"},
 		{"application/OpenMetrics-Text", "application/openmetrics-text;charset=utf-8;version=1.0.0"},
-		{"text/plain;q=0.5, application/openmetrics-text; version=0.0.1", "application/openmetrics-text;charset=utf-8;version=1.0.0"},
+		{"text/plain;q=0.5, application/openmetrics-text; version=0.0.1",
+			"application/openmetrics-text;charset=utf-8;version=1.0.0"},
 		{"application/openmetrics-textual", "text/plain; charset=utf-8"},
 	} {
 		for _, m := range []string{"GET", "POST"} {
@@ -108,7 +115,8 @@ func TestContentType(t *testing.T) {
 				h = []string{"Accept", tc.accept}
 			}
 			resp, body := do(t, m, urlOf(s, "/metrics"), h...)
-			if got := resp.Header.Get("Content-Type"); resp.StatusCode != 200 || got != tc.want || body != "# EOF\n" || resp.Header.Get("Content-Encoding") != "" {
+			if got := resp.Header.Get("Content-Type"); resp.StatusCode != 200 || got != tc.want || body != "# EOF\n" ||
+				resp.Header.Get("Content-Encoding") != "" {
 				t.Errorf("Accept %q: %s %q %q", tc.accept, resp.Status, got, body)
 			}
 		}
@@ -122,7 +130,8 @@ func TestCompression(t *testing.T) {
 	srv, err := NewStats(StatsOptions{Registry: reg})
 	s := serving(t, srv, err)
 	for _, tc := range []struct{ accept, want string }{
-		{"gzip", "gzip"}, {"gzip, deflate, br, zstd", "zstd"}, {"gzip, deflate, br", "gzip"}, {"zstd", "zstd"}, {"zstd;q=0.5, gzip", "gzip"},
+		{"gzip", "gzip"}, {"gzip, deflate, br, zstd", "zstd"}, {"gzip, deflate, br", "gzip"}, {"zstd", "zstd"},
+		{"zstd;q=0.5, gzip", "gzip"},
 		{"gzip;q=0", ""}, {"zstd;q=0, gzip", "gzip"}, {"GZIP;Q=1", "gzip"}, {"gzip;q=x", ""}, {"identity", ""}, {"", ""},
 		// What real ztunnel has and ztun has not, and what neither has.
 		{"br", ""}, {"deflate", ""}, {"br, deflate;q=0.9", ""}, {"compress", ""}, {"*", ""},
@@ -165,27 +174,40 @@ func TestExposition(t *testing.T) {
 	}
 	admin := testAdmin(t, nil)
 	empty := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "istio_never_total", Help: "Never"}, []string{"x"})
-	bytesTotal := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "istio_xds_message_bytes_total", Help: "Total number of bytes received (unstable)"}, []string{"url"})
+	bytesTotal := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "istio_xds_message_bytes_total",
+		Help: "Total number of bytes received (unstable)"}, []string{"url"})
 	bytesTotal.WithLabelValues("u").Add(7)
 	reg := prometheus.NewRegistry()
-	reg.MustRegister(empty, bytesTotal, BuildCollector("t"), VersionCollector("1", "abc"), ProcessCollector(), GoCollector(),
+	reg.MustRegister(empty, bytesTotal, BuildCollector("t"), VersionCollector("1", "abc"), ProcessCollector(),
+		GoCollector(),
 		RuntimeCollector(RuntimeSources{Workers: 3, AdminTasks: func() int { return 1 }, Servers: []*Server{admin}}),
 		WorkloadManagerCollector(func() WorkloadManagerStats { return WorkloadManagerStats{1, 2, 3, 4} }),
 		SelfCollector(SelfSources{Loop: loop, Log: func() LogStats { return LogStats{Lines: 9} }, Servers: []*Server{admin}}))
 	bad := &ordered{desc: prometheus.NewDesc("istio_x_total", "X.", nil, nil), values: []float64{1}}
 	name, value := "l", "a\xff\"\n"
 	bad.labels = [][]*dto.LabelPair{{{Name: &name, Value: &value}}}
-	srv, err := NewStats(StatsOptions{Registry: reg, Ordered: []prometheus.Collector{bad, values{newValue(prometheus.GaugeValue, "", "Bad name", func() (float64, bool) { return 1, true })}}})
+	srv, err :=
+		NewStats(
+			StatsOptions{Registry: reg,
+				Ordered: []prometheus.Collector{bad, values{newValue(prometheus.GaugeValue, "", "Bad name", func() (float64, bool) {
+					return 1, true
+				})}}})
 	s := serving(t, srv, err)
 	_, body := do(t, "GET", urlOf(s, "/metrics"))
 	for _, want := range []string{
-		"# TYPE istio_xds_message_bytes counter\n# UNIT istio_xds_message_bytes bytes\nistio_xds_message_bytes_total{url=\"u\"} 7\n",
+		"# TYPE istio_xds_message_bytes counter\n# UNIT istio_xds_message_bytes " +
+			"bytes\nistio_xds_message_bytes_total{url=\"u\"} 7\n",
 		"\nistio_x_total{l=\"a\uFFFD\\\"\\n\"} 1\n",
 		"\nworkload_manager_active_proxy_count 1\n", "\nworkload_manager_pending_proxy_count 2\n",
-		"# TYPE workload_manager_proxies_started counter\nworkload_manager_proxies_started_total 3\n", "\nworkload_manager_proxies_stopped_total 4\n",
-		"\nztun_admin_loop_events_total{kind=\"closure\"} 1\n", "\nztun_log_lines_total 9\n", "\nztun_http_connections_refused_total{server=\"admin\"} 0\n",
-		"\ntokio_num_workers 3\n", "\nztun_goroutines{role=\"admin\"} ", "\nztun_goroutines{role=\"worker\"} ", "\ntokio_num_alive_tasks ", "\ntokio_global_queue_depth ",
-		"\nztun_admin_loop_wait_seconds_count 1\n", "\n# UNIT ztun_admin_loop_wait_seconds seconds\n", "\n# UNIT ztun_admin_loop_busy_seconds seconds\n", "\nztun_http_connections_open{server=\"admin\"} 0\n", "\nztun_http_request_duration_seconds_count{server=\"admin\"} 0\n",
+		"# TYPE workload_manager_proxies_started counter\nworkload_manager_proxies_started_total 3\n",
+		"\nworkload_manager_proxies_stopped_total 4\n",
+		"\nztun_admin_loop_events_total{kind=\"closure\"} 1\n", "\nztun_log_lines_total 9\n",
+		"\nztun_http_connections_refused_total{server=\"admin\"} 0\n",
+		"\ntokio_num_workers 3\n", "\nztun_goroutines{role=\"admin\"} ", "\nztun_goroutines{role=\"worker\"} ",
+		"\ntokio_num_alive_tasks ", "\ntokio_global_queue_depth ",
+		"\nztun_admin_loop_wait_seconds_count 1\n", "\n# UNIT ztun_admin_loop_wait_seconds seconds\n",
+		"\n# UNIT ztun_admin_loop_busy_seconds seconds\n", "\nztun_http_connections_open{server=\"admin\"} 0\n",
+		"\nztun_http_request_duration_seconds_count{server=\"admin\"} 0\n",
 		"\nztun_config_dumps_total{result=\"done\"} 0\n", "revision=\"abc\",version=\"1\"} 1\n",
 		"\ngo_goroutines ", "\ngo_sched_latencies_seconds_bucket", "\nztun_sched_runnable_p99_seconds ",
 	} {
@@ -193,12 +215,14 @@ func TestExposition(t *testing.T) {
 			t.Errorf("missing: %q", want)
 		}
 	}
-	for _, re := range []string{`(?m)^process_open_fds [1-9]`, `(?m)^process_max_fds [1-9]`, `(?m)^process_resident_memory_bytes [1-9]`, `(?m)^process_cpu_seconds_total [0-9]`} {
+	for _, re := range []string{`(?m)^process_open_fds [1-9]`, `(?m)^process_max_fds [1-9]`,
+		`(?m)^process_resident_memory_bytes [1-9]`, `(?m)^process_cpu_seconds_total [0-9]`} {
 		if !regexp.MustCompile(re).MatchString(body) {
 			t.Errorf("missing: %s", re)
 		}
 	}
-	if strings.Contains(body, "istio_never") || strings.Contains(body, "Bad name") || !strings.HasSuffix(body, "\n# EOF\n") {
+	if strings.Contains(body, "istio_never") || strings.Contains(body, "Bad name") ||
+		!strings.HasSuffix(body, "\n# EOF\n") {
 		t.Error("a family without samples or an invalid one is shown, or the end is missing")
 	}
 	for _, line := range regexp.MustCompile(`(?m)^# HELP .*$`).FindAllString(body, -1) {
@@ -207,7 +231,8 @@ func TestExposition(t *testing.T) {
 		}
 	}
 	at := -1
-	for _, p := range []string{"# TYPE process_open_fds", "# TYPE tokio_num", "# TYPE istio_build", "# TYPE istio_xds", "# TYPE workload_manager_active", "# TYPE go_goroutines", "# TYPE ztun_"} {
+	for _, p := range []string{"# TYPE process_open_fds", "# TYPE tokio_num", "# TYPE istio_build", "# TYPE istio_xds",
+		"# TYPE workload_manager_active", "# TYPE go_goroutines", "# TYPE ztun_"} {
 		n := strings.Index(body, p)
 		if n < at {
 			t.Errorf("%s is out of order", p)
@@ -236,7 +261,8 @@ func TestOpenFDs(t *testing.T) {
 }
 
 func TestDescribe(t *testing.T) {
-	name, help, unit, err := describe(prometheus.NewDesc("a_total", "With \"quotes\",\nand: {more}", []string{"x"}, prometheus.Labels{"y": "z"}))
+	name, help, unit, err := describe(prometheus.NewDesc("a_total", "With \"quotes\",\nand: {more}", []string{"x"},
+		prometheus.Labels{"y": "z"}))
 	if err != nil || name != "a_total" || help != "With \"quotes\",\nand: {more}" || unit != "" {
 		t.Errorf("%q %q %q %v", name, help, unit, err)
 	}
@@ -256,8 +282,10 @@ func TestGatherError(t *testing.T) {
 }
 
 func TestPlainNumbers(t *testing.T) {
-	const in = "# HELP a 1.0\na 1.0\na{x=\"y 2.0\"} 1.048576e+08\nb 0.5\nc +Inf\nd NaN\ne -0\nf -3.0\ng 1e+300\nh{le=\"1.0\"} 0.0\ni\n# EOF\n"
-	const want = "# HELP a 1.0\na 1\na{x=\"y 2.0\"} 104857600\nb 0.5\nc +Inf\nd NaN\ne -0\nf -3\ng 1e+300\nh{le=\"1.0\"} 0\ni\n# EOF\n"
+	const in = "# HELP a 1.0\na 1.0\na{x=\"y 2.0\"} 1.048576e+08\nb 0.5\nc +Inf\nd NaN\ne -0\nf -3.0\ng " +
+		"1e+300\nh{le=\"1.0\"} 0.0\ni\n# EOF\n"
+	const want = "# HELP a 1.0\na 1\na{x=\"y 2.0\"} 104857600\nb 0.5\nc +Inf\nd NaN\ne -0\nf -3\ng " +
+		"1e+300\nh{le=\"1.0\"} 0\ni\n# EOF\n"
 	for step := 1; step <= len(in); step++ { // however the text is cut into writes
 		var got bytes.Buffer
 		p := &plainNumbers{w: &got}

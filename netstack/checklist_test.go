@@ -11,9 +11,9 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
-// TestSocketOptions: dataplane checklist 6 and 7 for the connections of the stacks (those on 15008 are the kernel's: package netns). Nagle
-// is off and keepalive on for all: 180 s, 180 s, 9 towards the network; towards the pod's kernel we ask sooner (conn.go says why). The user
-// timeout is the network's.
+// TestSocketOptions: dataplane checklist 6 and 7 for the connections of the stacks (those on 15008 are the kernel's:
+// package netns). Nagle is off and keepalive on for all: 180 s, 180 s, 9 towards the network; towards the pod's
+// kernel we ask sooner (conn.go says why). The user timeout is the network's.
 func TestSocketOptions(t *testing.T) {
 	const userTimeout = 1800 * time.Second
 	node, _ := memPair(1500, true)
@@ -60,8 +60,10 @@ func TestSocketOptions(t *testing.T) {
 			t.Fatal(terr)
 		}
 		so := ep.SocketOptions()
-		if !so.GetKeepAlive() || time.Duration(idle) != want.idle || time.Duration(interval) != want.interval || count != want.count {
-			t.Errorf("%s: keepalive %v, %v/%v/%d", want.name, so.GetKeepAlive(), time.Duration(idle), time.Duration(interval), count)
+		if !so.GetKeepAlive() || time.Duration(idle) != want.idle || time.Duration(interval) != want.interval ||
+			count != want.count {
+			t.Errorf("%s: keepalive %v, %v/%v/%d", want.name, so.GetKeepAlive(), time.Duration(idle),
+				time.Duration(interval), count)
 		}
 		if so.GetDelayOption() {
 			t.Errorf("%s: Nagle is on", want.name)

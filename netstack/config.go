@@ -51,21 +51,22 @@ type Config struct {
 	// Logger for what counters cannot say; nil discards.
 	Logger *slog.Logger
 
-	// OnBound, if set, is told of every flow and query that a bound turned away: evicted after it had its place, or not taken.
-	// source is whom it was charged to. It must not wait.
+	// OnBound, if set, is told of every flow and query that a bound turned away: evicted after it had its place, or not
+	// taken. source is whom it was charged to. It must not wait.
 	OnBound func(resource, source string, evicted bool)
 
-	// MaxInFlight bounds flows that await a verdict or their client's part of the handshake (default 4096), in each of the two
-	// directions for itself; half of them are for parties that have answered lately.
+	// MaxInFlight bounds flows that await a verdict or their client's part of the handshake (default 4096), in each of
+	// the two directions for itself; half of them are for parties that have answered lately.
 	MaxInFlight int
-	// MaxInFlightPerDst bounds them per destination address and port, or per client of what comes from the network (default 2048).
+	// MaxInFlightPerDst bounds them per destination address and port, or per client of what comes from the network
+	// (default 2048).
 	MaxInFlightPerDst int
 	// MaxDNS bounds the calls of OnDNS that have not returned (default 1024; their
 	// payloads are bounded to 4 MiB). Packets beyond are dropped and counted.
 	MaxDNS int
 
-	// DNSRate bounds the packets to port 53 per second (default 1000; at once twice as many). What is beyond is dropped where it
-	// is read, and counted with what MaxDNS drops.
+	// DNSRate bounds the packets to port 53 per second (default 1000; at once twice as many). What is beyond is dropped
+	// where it is read, and counted with what MaxDNS drops.
 	DNSRate int
 
 	// Keepalive of every connection (ztunnel's defaults: 180 s, 180 s, 9).

@@ -86,11 +86,13 @@ func newConn(h *hop, local, remote netip.AddrPort) *Conn {
 func (c *Conn) start(ep *tcp.Endpoint) error {
 	c.ep = ep
 	so := ep.SocketOptions()
-	idle, interval, count := tcpip.KeepaliveIdleOption(c.h.s.cfg.KeepaliveIdle), tcpip.KeepaliveIntervalOption(c.h.s.cfg.KeepaliveInterval), c.h.s.cfg.KeepaliveCount
+	idle, interval, count := tcpip.KeepaliveIdleOption(c.h.s.cfg.KeepaliveIdle),
+		tcpip.KeepaliveIntervalOption(c.h.s.cfg.KeepaliveInterval), c.h.s.cfg.KeepaliveCount
 	if !c.h.network {
 		// The pod's kernel answers within microseconds or not at all, and it says RST once: when its queue towards
 		// us drops that (a burst of closes), only a keepalive finds out that the connection is gone.
-		idle, interval, count = min(idle, localKeepaliveIdle), min(interval, localKeepaliveInterval), min(count, localKeepaliveCount)
+		idle, interval, count = min(idle, localKeepaliveIdle), min(interval, localKeepaliveInterval),
+			min(count, localKeepaliveCount)
 	}
 	ep.SetSockOpt(&idle)
 	ep.SetSockOpt(&interval)
@@ -101,7 +103,8 @@ func (c *Conn) start(ep *tcp.Endpoint) error {
 	}
 	// One entry for the life of the connection: registering per wait would take
 	// the queue's lock twice each time.
-	c.entry.Init((*listener)(c), waiter.ReadableEvents|waiter.WritableEvents|waiter.EventHUp|waiter.EventErr|waiter.EventRdHUp)
+	c.entry.Init((*listener)(c), waiter.ReadableEvents|waiter.WritableEvents|waiter.EventHUp|waiter.EventErr|
+		waiter.EventRdHUp)
 	c.wq.EventRegister(&c.entry)
 	if !c.h.s.conns.add(c) {
 		c.closed.Store(true)

@@ -262,8 +262,8 @@ func TestCloseWhileLent(t *testing.T) {
 	}
 }
 
-// TestOnReset: a connection tells of its loss while nobody reads or writes, once; not of an orderly end, nor of what its
-// own user did.
+// TestOnReset: a connection tells of its loss while nobody reads or writes, once; not of an orderly end, nor of what
+// its own user did.
 func TestOnReset(t *testing.T) {
 	j := join(t, true, nil)
 	for name, c := range map[string]struct {

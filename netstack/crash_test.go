@@ -16,8 +16,9 @@ import (
 	"ztun/tun"
 )
 
-// TestPanicEndsOneStack: a panic while a packet of one pod is delivered, by the reader that all pods share, ends that pod's stack, whose
-// Run tells why. The other pods' packets go on, and what the panic has locked keeps nobody waiting.
+// TestPanicEndsOneStack: a panic while a packet of one pod is delivered, by the reader that all pods share, ends that
+// pod's stack, whose Run tells why. The other pods' packets go on, and what the panic has locked keeps nobody
+// waiting.
 func TestPanicEndsOneStack(t *testing.T) {
 	panics := rescue.New(slog.New(slog.DiscardHandler))
 	nodeA, nodeB := memPair(1500, true)
@@ -38,15 +39,16 @@ func TestPanicEndsOneStack(t *testing.T) {
 	})
 	mk := func(addr string) (*Stack, *memDevice, chan error) {
 		dev, app := memPair(1500, true)
-		s, err := New(Config{Addrs: []netip.Addr{netip.MustParseAddr(addr)}, App: dev, Uplink: uplink, Panics: panics, OnFlow: func(f *Flow) {
-			if f.Src().Port() == 666 || f.Dst().Port() == 666 {
-				panic("boom")
-			}
-			if c, err := f.Accept(); err == nil {
-				io.WriteString(c, "here")
-				c.Close()
-			}
-		}})
+		s, err := New(Config{Addrs: []netip.Addr{netip.MustParseAddr(addr)}, App: dev, Uplink: uplink, Panics: panics,
+			OnFlow: func(f *Flow) {
+				if f.Src().Port() == 666 || f.Dst().Port() == 666 {
+					panic("boom")
+				}
+				if c, err := f.Accept(); err == nil {
+					io.WriteString(c, "here")
+					c.Close()
+				}
+			}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -125,7 +127,10 @@ func TestPanicEndsOneStack(t *testing.T) {
 func TestPanicInAppReader(t *testing.T) {
 	panics := rescue.New(slog.New(slog.DiscardHandler))
 	dev, app := memPair(1500, true)
-	s, err := New(Config{Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2")}, App: panicking{dev}, Panics: panics, OnFlow: func(f *Flow) { f.Refuse(refusal.Reset) }})
+	s, err := New(Config{Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2")}, App: panicking{dev}, Panics: panics,
+		OnFlow: func(f *Flow) {
+			f.Refuse(refusal.Reset)
+		}})
 	if err != nil {
 		t.Fatal(err)
 	}

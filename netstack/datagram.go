@@ -16,11 +16,11 @@ import (
 // errors about TCP, and multicast, which nobody carries.
 //
 // A pod with an Uplink has its packets forwarded as they are: its address is routed, so nothing is translated, and a
-// server in the pod is reached by anybody whom Allow lets in. In the words of RFC 4787 that is the endpoint-independent
-// mapping of REQ-1 (the identity) and the endpoint-independent filtering of REQ-8; ports keep their parity and contiguity
-// (REQ-3, REQ-4), a pod's packet to another of the node is forwarded alike (hairpinning, REQ-9), ICMP errors pass both
-// ways (REQ-12), fragments in any order (REQ-14), and what is larger than a path is told so (REQ-13). What there is of
-// a flow here serves Allow, the bounds and the counters.
+// server in the pod is reached by anybody whom Allow lets in. In the words of RFC 4787 that is the
+// endpoint-independent mapping of REQ-1 (the identity) and the endpoint-independent filtering of REQ-8; ports keep
+// their parity and contiguity (REQ-3, REQ-4), a pod's packet to another of the node is forwarded alike (hairpinning,
+// REQ-9), ICMP errors pass both ways (REQ-12), fragments in any order (REQ-14), and what is larger than a path is
+// told so (REQ-13). What there is of a flow here serves Allow, the bounds and the counters.
 type Datagrams struct {
 	// Allow is asked whether a UDP flow may pass: at its first packet, and at the next one after Version has changed.
 	// It is called by readers of devices and must not wait. Nil: all may.
@@ -138,7 +138,8 @@ type datagrams struct {
 
 func newDatagrams(s *Stack, o Datagrams) *datagrams {
 	orInt(&o.MaxFlows, defaultMaxDatagramFlows)
-	d := &datagrams{s: s, o: o, flows: map[datagramKey]*datagramFlow{}, errs: fair.NewRate[struct{}](refusalsPerSecond, refusalsBurst, 1)}
+	d := &datagrams{s: s, o: o, flows: map[datagramKey]*datagramFlow{}, errs: fair.NewRate[struct{}](refusalsPerSecond,
+		refusalsBurst, 1)}
 	d.peers = fair.NewLedger(fair.LedgerOptions[netip.Addr]{
 		Limit: int64(o.MaxFlows), PerSource: int64(o.MaxFlowsPerPeer), Turned: d.turned,
 	})

@@ -43,7 +43,8 @@ func newCarried(t testing.TB, o Datagrams, mod func(*Config)) *carried {
 			t.Error(err)
 		}
 	})
-	cfg := Config{App: app, Addrs: []netip.Addr{families[0].client.Addr(), families[1].client.Addr()}, Uplink: c.up, Datagrams: &o}
+	cfg := Config{App: app, Addrs: []netip.Addr{families[0].client.Addr(), families[1].client.Addr()}, Uplink: c.up,
+		Datagrams: &o}
 	if mod != nil {
 		mod(&cfg)
 	}
@@ -96,7 +97,8 @@ func echo(src, dst netip.Addr, id uint16, reply bool) []byte {
 	const l4 = header.ICMPv4MinimumSize + 4
 	if proto == header.IPv6ProtocolNumber {
 		b := make([]byte, header.IPv6MinimumSize+l4)
-		header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: l4, TransportProtocol: header.ICMPv6ProtocolNumber, HopLimit: 64, SrcAddr: s, DstAddr: d})
+		header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: l4, TransportProtocol: header.ICMPv6ProtocolNumber,
+			HopLimit: 64, SrcAddr: s, DstAddr: d})
 		h := header.ICMPv6(b[header.IPv6MinimumSize:])
 		h.SetType(header.ICMPv6EchoRequest)
 		if reply {
@@ -108,7 +110,8 @@ func echo(src, dst netip.Addr, id uint16, reply bool) []byte {
 	}
 	b := make([]byte, header.IPv4MinimumSize+l4)
 	ip := header.IPv4(b)
-	ip.Encode(&header.IPv4Fields{TotalLength: uint16(len(b)), TTL: 64, Protocol: uint8(header.ICMPv4ProtocolNumber), SrcAddr: s, DstAddr: d})
+	ip.Encode(&header.IPv4Fields{TotalLength: uint16(len(b)), TTL: 64, Protocol: uint8(header.ICMPv4ProtocolNumber),
+		SrcAddr: s, DstAddr: d})
 	ip.SetChecksum(^ip.CalculateChecksum())
 	h := header.ICMPv4(b[header.IPv4MinimumSize:])
 	h.SetType(header.ICMPv4Echo)
@@ -140,7 +143,8 @@ func about(typ4 header.ICMPv4Type, typ6 header.ICMPv6Type, original []byte) []by
 	h := header.ICMPv6(b[header.IPv6MinimumSize:])
 	h.SetType(typ6)
 	h.SetCode(header.ICMPv6PortUnreachable)
-	h.SetChecksum(header.ICMPv6Checksum(header.ICMPv6ChecksumParams{Header: h, Src: ip.SourceAddress(), Dst: ip.DestinationAddress()}))
+	h.SetChecksum(header.ICMPv6Checksum(header.ICMPv6ChecksumParams{Header: h, Src: ip.SourceAddress(),
+		Dst: ip.DestinationAddress()}))
 	return b
 }
 
@@ -167,12 +171,14 @@ func TestDatagramsPass(t *testing.T) {
 
 		c.same(c.pod, c.network, "ping", echo(pod.Addr(), peer.Addr(), 77, false))
 		c.same(c.network, c.pod, "its answer", echo(peer.Addr(), pod.Addr(), 77, true))
-		c.same(c.network, c.pod, "an error about it", about(header.ICMPv4TimeExceeded, header.ICMPv6TimeExceeded, echo(pod.Addr(), peer.Addr(), 77, false)))
+		c.same(c.network, c.pod, "an error about it", about(header.ICMPv4TimeExceeded, header.ICMPv6TimeExceeded,
+			echo(pod.Addr(), peer.Addr(), 77, false)))
 		c.same(c.network, c.pod, "ping from outside", echo(peer.Addr(), pod.Addr(), 78, false))
 		c.same(c.pod, c.network, "its answer", echo(pod.Addr(), peer.Addr(), 78, true))
 	}
 	st := c.s.Stats()
-	if st.DatagramFlows != 8 || st.DatagramFlowsOpened != 8 || st.DatagramsStray+st.DatagramsDenied+st.DatagramsFull+st.Foreign != 0 {
+	if st.DatagramFlows != 8 || st.DatagramFlowsOpened != 8 || st.DatagramsStray+st.DatagramsDenied+st.DatagramsFull+
+		st.Foreign != 0 {
 		t.Errorf("%+v", st)
 	}
 	if st.DatagramsOut != 18 || st.DatagramsIn != 26 || st.App.RxNotTCP+c.up.Stats().RxNotTCP != 0 {
@@ -192,13 +198,15 @@ func TestDatagramsDropped(t *testing.T) {
 		if n := c.s.Stats().Foreign - before.Foreign; n != 2 {
 			t.Errorf("%d foreign", n)
 		}
-		nowhere := [][]string{{"127.0.0.1", "224.0.0.251", "255.255.255.255", "0.0.0.0"}, {"::1", "ff02::2", "fe80::1", "::"}}[i]
+		nowhere := [][]string{{"127.0.0.1", "224.0.0.251", "255.255.255.255", "0.0.0.0"},
+			{"::1", "ff02::2", "fe80::1", "::"}}[i]
 		for _, a := range append(nowhere, f.client.Addr().String()) {
 			c.dropped(c.pod, c.network, "to "+a, udpPacket(pod, netip.AddrPortFrom(netip.MustParseAddr(a), 6000), nil))
 		}
 		c.dropped(c.network, c.pod, "an answer to no ping", echo(peer.Addr(), pod.Addr(), 77, true))
 		c.dropped(c.pod, c.network, "an answer to no ping", echo(pod.Addr(), peer.Addr(), 77, true))
-		c.dropped(c.network, c.pod, "an error about nothing", about(header.ICMPv4TimeExceeded, header.ICMPv6TimeExceeded, udpPacket(pod, peer, nil)))
+		c.dropped(c.network, c.pod, "an error about nothing", about(header.ICMPv4TimeExceeded, header.ICMPv6TimeExceeded,
+			udpPacket(pod, peer, nil)))
 		c.dropped(c.pod, c.network, "an error about nothing", icmpError(udpPacket(peer, pod, nil), refusal.HostUnreachable))
 		// An error that goes to somebody else than it quotes.
 		c.same(c.network, c.pod, "in", udpPacket(peer, pod, nil))
@@ -335,7 +343,8 @@ func TestDatagramFragments(t *testing.T) {
 	}
 }
 
-// An answer to a query that was passed on comes to who has passed it on, whole and in fragments, and one to the application to the application.
+// An answer to a query that was passed on comes to who has passed it on, whole and in fragments, and one to the
+// application to the application.
 func TestDatagramsBesideQueries(t *testing.T) {
 	c := newCarried(t, Datagrams{}, nil)
 	for i, f := range families {
@@ -356,7 +365,8 @@ func TestDatagramsBesideQueries(t *testing.T) {
 		if n, err := u.Read(b); n != 3000 {
 			t.Errorf("%d bytes, %v", n, err)
 		}
-		c.network.inject(about(header.ICMPv4DstUnreachable, header.ICMPv6DstUnreachable, udpPacket(stub, dnsServers[i], []byte("q"))))
+		c.network.inject(about(header.ICMPv4DstUnreachable, header.ICMPv6DstUnreachable,
+			udpPacket(stub, dnsServers[i], []byte("q"))))
 		if _, err := u.Read(b); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("an error about the query: %v", err)
 		}
@@ -367,7 +377,8 @@ func TestDatagramsBesideQueries(t *testing.T) {
 	}
 }
 
-// At the pod's bound the peer with the most flows loses its oldest, at one peer's bound that one; at the node's the greediest pod.
+// At the pod's bound the peer with the most flows loses its oldest, at one peer's bound that one; at the node's the
+// greediest pod.
 func TestDatagramBounds(t *testing.T) {
 	bounds := map[string]int{}
 	var mu sync.Mutex
@@ -390,7 +401,8 @@ func TestDatagramBounds(t *testing.T) {
 		sends(uint16(2000+i), peer(byte(2+i)))
 	}
 	st := c.s.Stats()
-	if st.DatagramFlows != 100 || st.DatagramFlowsEvicted != 20 || bounds["datagram flows 10.7.0.1 true"] != 20 || len(bounds) != 1 {
+	if st.DatagramFlows != 100 || st.DatagramFlowsEvicted != 20 || bounds["datagram flows 10.7.0.1 true"] != 20 ||
+		len(bounds) != 1 {
 		t.Errorf("%+v, %v", st, bounds)
 	}
 	// The node's.
@@ -428,7 +440,8 @@ func TestDatagramLifetimes(t *testing.T) {
 	ends := map[string]time.Duration{}
 	keys := map[string]datagramKey{
 		"one way": {header.UDPProtocolNumber, pod(1), peer}, "both ways": {header.UDPProtocolNumber, pod(2), peer},
-		"echo": {header.ICMPv4ProtocolNumber, pod(3), netip.AddrPortFrom(peer.Addr(), 0)}, "from outside": {header.UDPProtocolNumber, pod(4), peer},
+		"echo":         {header.ICMPv4ProtocolNumber, pod(3), netip.AddrPortFrom(peer.Addr(), 0)},
+		"from outside": {header.UDPProtocolNumber, pod(4), peer},
 	}
 	for at := flowTick; at <= 10*time.Minute; at += flowTick {
 		d.sweep()
@@ -441,7 +454,8 @@ func TestDatagramLifetimes(t *testing.T) {
 			}
 		}
 	}
-	want := map[string]time.Duration{"one way": flowOneWay, "both ways": flowBothWays, "echo": flowEcho, "from outside": 2*flowOneWay - flowTick}
+	want := map[string]time.Duration{"one way": flowOneWay, "both ways": flowBothWays, "echo": flowEcho,
+		"from outside": 2*flowOneWay - flowTick}
 	for name, w := range want {
 		if got := ends[name]; got < w || got > w+flowTick {
 			t.Errorf("%s ends after %v, want %v", name, got, w)
@@ -520,7 +534,8 @@ func TestDatagramFinish(t *testing.T) {
 			undone := bytes.Clone(whole)
 			s, _ := fromAddr(src.Addr())
 			d, _ := fromAddr(dst.Addr())
-			header.UDP(undone[ipLen:]).SetChecksum(header.PseudoHeaderChecksum(header.UDPProtocolNumber, s, d, uint16(8+payload)))
+			header.UDP(undone[ipLen:]).SetChecksum(header.PseudoHeaderChecksum(header.UDPProtocolNumber, s, d,
+				uint16(8+payload)))
 			h := tun.VNetHdr{Flags: tun.FlagNeedsCSum, CSumStart: uint16(ipLen), CSumOffset: 6}
 			gso := h
 			gso.GSOType, gso.GSOSize, gso.HdrLen = tun.GSOUDPL4, 1000, uint16(ipLen+8)
@@ -538,7 +553,8 @@ func TestDatagramFinish(t *testing.T) {
 			if dev := write(full, gso); len(dev.packets) != 1 || dev.headers[0] != gso || !bytes.Equal(dev.packets[0], undone) {
 				t.Errorf("%d bytes are not left to the kernel: %v", payload, dev.headers)
 			}
-			if dev := write(tun.Offload{}, h); len(dev.packets) != 1 || !dev.headers[0].IsZero() || !bytes.Equal(dev.packets[0], whole) {
+			if dev := write(tun.Offload{}, h); len(dev.packets) != 1 || !dev.headers[0].IsZero() ||
+				!bytes.Equal(dev.packets[0], whole) {
 				t.Errorf("%d bytes, a checksum: % x, want % x", payload, dev.packets[0][:ipLen+8], whole[:ipLen+8])
 			}
 			for _, o := range []tun.Offload{{}, noUSO} {
@@ -583,7 +599,8 @@ func FuzzSee(f *testing.F) {
 		if s.kind == sightNone {
 			return
 		}
-		if !s.src.Addr().IsValid() || !s.dst.Addr().IsValid() || s.src.Addr().Is4() != s.dst.Addr().Is4() || s.l4 > len(head) {
+		if !s.src.Addr().IsValid() || !s.dst.Addr().IsValid() || s.src.Addr().Is4() != s.dst.Addr().Is4() ||
+			s.l4 > len(head) {
 			t.Errorf("%+v", s)
 		}
 		if s.kind == sightError && (!s.quotedSrc.IsValid() || s.quotedSrc.Addr().Is4() != s.src.Addr().Is4()) {

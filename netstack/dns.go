@@ -84,7 +84,8 @@ func (h *hop) sendUDP(src, dst netip.AddrPort, payload []byte) error {
 		sum = ^sum
 	}
 	u.SetChecksum(sum)
-	if terr := r.WritePacket(stack.NetworkHeaderParams{Protocol: udp.ProtocolNumber, TTL: r.DefaultTTL()}, pkt); terr != nil {
+	if terr := r.WritePacket(stack.NetworkHeaderParams{Protocol: udp.ProtocolNumber, TTL: r.DefaultTTL()},
+		pkt); terr != nil {
 		return toError(terr, "send")
 	}
 	return nil
@@ -106,7 +107,8 @@ type dnsTap struct {
 }
 
 func newDNSTap(s *Stack) *dnsTap {
-	return &dnsTap{s: s, rate: fair.NewRate[struct{}](float64(s.cfg.DNSRate), 2*s.cfg.DNSRate, 1), none: make(chan struct{})}
+	return &dnsTap{s: s, rate: fair.NewRate[struct{}](float64(s.cfg.DNSRate), 2*s.cfg.DNSRate, 1),
+		none: make(chan struct{})}
 }
 
 // allow is asked by the reader before anything is made of a packet to port 53.
@@ -220,5 +222,6 @@ func (d *dnsTap) inFlight() int {
 // pseudoSum is the checksum of what a UDP header does not hold: the addresses,
 // the length of header and payload, and the payload.
 func pseudoSum(local, remote tcpip.Address, length int, pkt *stack.PacketBuffer) uint16 {
-	return checksum.Combine(header.PseudoHeaderChecksum(udp.ProtocolNumber, local, remote, uint16(length)), pkt.Data().Checksum())
+	return checksum.Combine(header.PseudoHeaderChecksum(udp.ProtocolNumber, local, remote, uint16(length)),
+		pkt.Data().Checksum())
 }

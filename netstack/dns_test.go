@@ -30,16 +30,20 @@ func udpPacket(src, dst netip.AddrPort, payload []byte) []byte {
 	}
 	b := make([]byte, ipLen+l4)
 	if proto == header.IPv6ProtocolNumber {
-		header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: uint16(l4), TransportProtocol: header.UDPProtocolNumber, HopLimit: 64, SrcAddr: s, DstAddr: d})
+		header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: uint16(l4), TransportProtocol: header.UDPProtocolNumber,
+			HopLimit: 64, SrcAddr: s, DstAddr: d})
 	} else {
 		h := header.IPv4(b)
-		h.Encode(&header.IPv4Fields{TotalLength: uint16(len(b)), TTL: 64, Protocol: uint8(header.UDPProtocolNumber), SrcAddr: s, DstAddr: d})
+		h.Encode(&header.IPv4Fields{TotalLength: uint16(len(b)), TTL: 64, Protocol: uint8(header.UDPProtocolNumber),
+			SrcAddr: s, DstAddr: d})
 		h.SetChecksum(^h.CalculateChecksum())
 	}
 	u := header.UDP(b[ipLen:])
 	u.Encode(&header.UDPFields{SrcPort: src.Port(), DstPort: dst.Port(), Length: uint16(l4)})
 	copy(u.Payload(), payload)
-	u.SetChecksum(^u.CalculateChecksum(checksum.Checksum(payload, header.PseudoHeaderChecksum(header.UDPProtocolNumber, s, d, uint16(l4)))))
+	u.SetChecksum(
+		^u.CalculateChecksum(checksum.Checksum(payload, header.PseudoHeaderChecksum(header.UDPProtocolNumber, s, d,
+			uint16(l4)))))
 	return b
 }
 
@@ -195,8 +199,9 @@ func TestDNSBytesBound(t *testing.T) {
 // and nothing goes back to the pod.
 func TestDNSNotTaken(t *testing.T) {
 	a, b := memPair(1500, false)
-	s := startStack(t, Config{App: a, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("fd00:1::2")},
-		OnDNS: func(q *DNSQuery) { t.Errorf("taken: %v to %v, %q", q.Src(), q.Dst(), q.Payload()) }})
+	s := startStack(t,
+		Config{App: a, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("fd00:1::2")},
+			OnDNS: func(q *DNSQuery) { t.Errorf("taken: %v to %v, %q", q.Src(), q.Dst(), q.Payload()) }})
 	ap := netip.MustParseAddrPort
 	good := func() []byte { return udpPacket(ap("10.1.0.2:4000"), dnsServers[0], []byte("query")) }
 	change := func(b []byte, at int, v byte) []byte { b[at] = v; return b }
@@ -213,16 +218,25 @@ func TestDNSNotTaken(t *testing.T) {
 		b    []byte
 		n    func(Stats) uint64
 	}{
-		{"another port", udpPacket(ap("10.1.0.2:4000"), ap("10.96.0.10:5353"), []byte("x")), func(s Stats) uint64 { return s.App.RxNotTCP }},
-		{"another port, IPv6", udpPacket(ap("[fd00:1::2]:4000"), ap("[fd00::1]:443"), []byte("x")), func(s Stats) uint64 { return s.App.RxNotTCP }},
+		{"another port", udpPacket(ap("10.1.0.2:4000"), ap("10.96.0.10:5353"), []byte("x")), func(s Stats) uint64 {
+			return s.App.RxNotTCP
+		}},
+		{"another port, IPv6", udpPacket(ap("[fd00:1::2]:4000"), ap("[fd00::1]:443"), []byte("x")), func(s Stats) uint64 {
+			return s.App.RxNotTCP
+		}},
 		{"checksum", change(good(), 30, 'Q'), func(s Stats) uint64 { return s.App.RxBadChecksum }},
 		{"no checksum in IPv6", noSum6, func(s Stats) uint64 { return s.App.RxBadChecksum }},
 		{"too short", good()[:26], func(s Stats) uint64 { return s.App.RxMalformed }},
 		{"length below 8", short, func(s Stats) uint64 { return s.DNSMalformed }},
 		{"length beyond", long, func(s Stats) uint64 { return s.DNSMalformed }},
 		{"port 0", udpPacket(ap("10.1.0.2:0"), dnsServers[0], []byte("x")), func(s Stats) uint64 { return s.DNSMalformed }},
-		{"multicast", udpPacket(ap("10.1.0.2:4000"), ap("224.0.0.251:53"), []byte("x")), func(s Stats) uint64 { return s.App.RxPackets }}, // gVisor's to drop
-		{"the pod itself", udpPacket(ap("10.9.9.9:4000"), ap("10.1.0.2:53"), []byte("x")), func(s Stats) uint64 { return s.UDPStray }},
+		// gVisor's to drop
+		{"multicast", udpPacket(ap("10.1.0.2:4000"), ap("224.0.0.251:53"), []byte("x")), func(s Stats) uint64 {
+			return s.App.RxPackets
+		}},
+		{"the pod itself", udpPacket(ap("10.9.9.9:4000"), ap("10.1.0.2:53"), []byte("x")), func(s Stats) uint64 {
+			return s.UDPStray
+		}},
 	} {
 		before := tc.n(s.Stats())
 		b.inject(tc.b)
@@ -237,7 +251,9 @@ func TestDNSNotTaken(t *testing.T) {
 func TestDNSNoChecksumAndPadding(t *testing.T) {
 	got := make(chan string, 1)
 	a, b := memPair(1500, false)
-	startStack(t, Config{App: a, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2")}, OnDNS: func(q *DNSQuery) { got <- string(q.Payload()) }})
+	startStack(t, Config{App: a, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2")}, OnDNS: func(q *DNSQuery) {
+		got <- string(q.Payload())
+	}})
 	p := append(udpPacket(netip.MustParseAddrPort("10.1.0.2:4000"), dnsServers[0], []byte("query")), "padding"...)
 	ip := header.IPv4(p)
 	ip.SetTotalLength(uint16(len(p)))
@@ -303,8 +319,11 @@ func TestDialUDPErrors(t *testing.T) {
 // What is no address of the network is not asked of the node: it would be its own loopback.
 func TestNotTheNetworks(t *testing.T) {
 	a, _ := memPair(1500, false)
-	s := startStack(t, Config{App: a, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("fd00:1::2")}, UplinkIsApp: true})
-	for _, addr := range []string{"127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1", "0.0.0.0", "::", "224.0.0.1", "255.255.255.255", "ff02::1"} {
+	s := startStack(t,
+		Config{App: a, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("fd00:1::2")},
+			UplinkIsApp: true})
+	for _, addr := range []string{"127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1", "0.0.0.0", "::", "224.0.0.1",
+		"255.255.255.255", "ff02::1"} {
 		dst := netip.AddrPortFrom(netip.MustParseAddr(addr), 8080)
 		if _, err := s.DialPlain(t.Context(), dst); !errors.Is(err, syscall.ENETUNREACH) {
 			t.Errorf("TCP to %s: %v", addr, err)
@@ -368,7 +387,9 @@ func TestDialUDPByUplink(t *testing.T) {
 	s.up.mu.Unlock()
 
 	// The far side is a stack too: it fragments.
-	far := startStack(t, Config{App: network, Addrs: []netip.Addr{pod}, OnDNS: func(q *DNSQuery) { q.Reply(bytes.Repeat(q.Payload(), 4000)) }})
+	far := startStack(t, Config{App: network, Addrs: []netip.Addr{pod}, OnDNS: func(q *DNSQuery) {
+		q.Reply(bytes.Repeat(q.Payload(), 4000))
+	}})
 	if got := exchange(t, s, dnsServers[0], []byte("q")); len(got) != 4000 {
 		t.Errorf("%d bytes", len(got))
 	}

@@ -11,8 +11,8 @@ import (
 	"ztun/tun"
 )
 
-// A forwarded datagram comes with what one device has left undone, and the other may not do it: only one of them may be on the
-// plain path, or have the kernel cut UDP super-packets. Then it is done here.
+// A forwarded datagram comes with what one device has left undone, and the other may not do it: only one of them may
+// be on the plain path, or have the kernel cut UDP super-packets. Then it is done here.
 
 // takes reports whether a device with these offloads does what is left to be done.
 func takes(o tun.Offload, h *tun.VNetHdr) bool {
@@ -27,7 +27,8 @@ func takes(o tun.Offload, h *tun.VNetHdr) bool {
 
 var errNotUDP = errors.New("netstack: a super-packet that is not of UDP cannot be forwarded")
 
-// writeFinished writes a packet to a device that takes finished ones only, super-packets as the datagrams that they are made of.
+// writeFinished writes a packet to a device that takes finished ones only, super-packets as the datagrams that they
+// are made of.
 func writeFinished(dev tun.Device, h *tun.VNetHdr, views [][]byte) error {
 	b := bytes.Join(views, nil)
 	var none tun.VNetHdr
@@ -36,7 +37,8 @@ func writeFinished(dev tun.Device, h *tun.VNetHdr, views [][]byte) error {
 		return dev.WritePacket(&none, [][]byte{b})
 	}
 	at := int(h.CSumStart)
-	if h.GSOType != tun.GSOUDPL4 || h.Validate(len(b)) != nil || at < header.IPv4MinimumSize || at+header.UDPMinimumSize > len(b) {
+	if h.GSOType != tun.GSOUDPL4 || h.Validate(len(b)) != nil || at < header.IPv4MinimumSize ||
+		at+header.UDPMinimumSize > len(b) {
 		return errNotUDP
 	}
 	head, data := b[:at+header.UDPMinimumSize], b[at+header.UDPMinimumSize:]
@@ -52,11 +54,13 @@ func writeFinished(dev tun.Device, h *tun.VNetHdr, views [][]byte) error {
 			ip.SetID(ip.ID() + n)
 			ip.SetChecksum(0)
 			ip.SetChecksum(^ip.CalculateChecksum())
-			u.SetChecksum(header.PseudoHeaderChecksum(header.UDPProtocolNumber, ip.SourceAddress(), ip.DestinationAddress(), u.Length()))
+			u.SetChecksum(header.PseudoHeaderChecksum(header.UDPProtocolNumber, ip.SourceAddress(), ip.DestinationAddress(),
+				u.Length()))
 		} else {
 			ip := header.IPv6(p)
 			ip.SetPayloadLength(uint16(len(p) - header.IPv6MinimumSize))
-			u.SetChecksum(header.PseudoHeaderChecksum(header.UDPProtocolNumber, ip.SourceAddress(), ip.DestinationAddress(), u.Length()))
+			u.SetChecksum(header.PseudoHeaderChecksum(header.UDPProtocolNumber, ip.SourceAddress(), ip.DestinationAddress(),
+				u.Length()))
 		}
 		fillSum(p, h)
 		if err := dev.WritePacket(&none, [][]byte{p}); err != nil {
@@ -66,7 +70,8 @@ func writeFinished(dev tun.Device, h *tun.VNetHdr, views [][]byte) error {
 	return nil
 }
 
-// fillSum fills in the checksum that was left to the device: its field holds the sum of what the transport header does not.
+// fillSum fills in the checksum that was left to the device: its field holds the sum of what the transport header
+// does not.
 func fillSum(b []byte, h *tun.VNetHdr) {
 	if h.Flags&tun.FlagNeedsCSum == 0 {
 		return

@@ -22,8 +22,8 @@ var ErrDecided = errors.New("netstack: flow already decided")
 // errEvicted is what Accept returns on a flow that has lost its place.
 var errEvicted = errors.New("too many connections await their answer")
 
-// handshakePatience is how long a client may take for its part of the handshake: the SYN-ACK is sent three times (at once, after
-// 1 s and after 3 s). gVisor alone would go on for 127 s.
+// handshakePatience is how long a client may take for its part of the handshake: the SYN-ACK is sent three times (at
+// once, after 1 s and after 3 s). gVisor alone would go on for 127 s.
 const handshakePatience = 5 * time.Second
 
 // Flow is a SYN that awaits a verdict: the client sees nothing until Accept or
@@ -60,12 +60,13 @@ func (fl *Flow) Dst() netip.AddrPort { return fl.dst }
 // Inbound reports whether Dst is one of the pod's own addresses.
 func (fl *Flow) Inbound() bool { return fl.inbound }
 
-// Again reports whether this is a retransmission of a SYN that was refused with Silent: the same attempt of the same client.
+// Again reports whether this is a retransmission of a SYN that was refused with Silent: the same attempt of the same
+// client.
 func (fl *Flow) Again() bool { return fl.again }
 
-// OnGone has f called, once and without waiting for anything, when the flow loses its place to others before it is accepted or
-// refused, at once if it has. Whatever is under way for it should end then; its verdict does not count any more. A later f
-// takes the place of an earlier one.
+// OnGone has f called, once and without waiting for anything, when the flow loses its place to others before it is
+// accepted or refused, at once if it has. Whatever is under way for it should end then; its verdict does not count
+// any more. A later f takes the place of an earlier one.
 func (fl *Flow) OnGone(f func()) {
 	fl.mu.Lock()
 	gone := fl.gone
@@ -98,7 +99,8 @@ func (fl *Flow) tire() {
 	fl.cutHandshake()
 }
 
-// cutHandshake wakes an Accept that waits for the client. fl.mu is held, so that it cannot be over, and the ports another flow's.
+// cutHandshake wakes an Accept that waits for the client. fl.mu is held, so that it cannot be over, and the ports
+// another flow's.
 func (fl *Flow) cutHandshake() {
 	if !fl.accepting {
 		return
@@ -164,7 +166,8 @@ func (fl *Flow) handshake(c *Conn) (tcpip.Endpoint, tcpip.Error) {
 	if gone {
 		return nil, &tcpip.ErrAborted{}
 	}
-	patience := time.AfterFunc(fl.f.s.handshakePatience, fl.f.s.cfg.Panics.Func("a handshake's end", fl.tire, fl.f.s.crash))
+	patience := time.AfterFunc(fl.f.s.handshakePatience, fl.f.s.cfg.Panics.Func("a handshake's end", fl.tire,
+		fl.f.s.crash))
 	ep, terr := fl.req.CreateEndpoint(&c.wq)
 	patience.Stop()
 	fl.mu.Lock()

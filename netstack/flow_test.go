@@ -62,7 +62,8 @@ func TestRefuseSilent(t *testing.T) {
 		(<-j.flows).Refuse(refusal.Silent)
 		(<-j.flows).Refuse(refusal.Reset)
 	}()
-	if _, err := j.client.DialApp(context.Background(), families[0].client, families[0].server); !errors.Is(err, syscall.ECONNREFUSED) {
+	if _, err := j.client.DialApp(context.Background(), families[0].client, families[0].server); !errors.Is(err,
+		syscall.ECONNREFUSED) {
 		t.Errorf("dial: %v", err)
 	}
 	if st := j.server.Stats(); st.Flows != 2 {
@@ -110,7 +111,8 @@ func TestFlowDecidedOnce(t *testing.T) {
 		_, second = f.Accept()
 		close(done)
 	}})
-	if _, err := client.DialApp(context.Background(), families[0].client, families[0].server); !errors.Is(err, syscall.ECONNREFUSED) {
+	if _, err := client.DialApp(context.Background(), families[0].client, families[0].server); !errors.Is(err,
+		syscall.ECONNREFUSED) {
 		t.Errorf("dial: %v", err)
 	}
 	<-done
@@ -124,7 +126,8 @@ func TestFlowUndecided(t *testing.T) {
 	a, b := memPair(1500, true)
 	client := startStack(t, Config{Addrs: []netip.Addr{families[0].client.Addr()}, App: a})
 	startStack(t, Config{Addrs: []netip.Addr{families[0].client.Addr()}, App: b, OnFlow: func(*Flow) {}})
-	if _, err := client.DialApp(context.Background(), families[0].client, families[0].server); !errors.Is(err, syscall.ECONNREFUSED) {
+	if _, err := client.DialApp(context.Background(), families[0].client, families[0].server); !errors.Is(err,
+		syscall.ECONNREFUSED) {
 		t.Errorf("dial: %v", err)
 	}
 }
@@ -170,7 +173,8 @@ func TestDialErrors(t *testing.T) {
 	if _, err := j.client.DialPlain(context.Background(), families[0].server); !errors.Is(err, syscall.ENETUNREACH) {
 		t.Errorf("no uplink: %v", err)
 	}
-	if _, err := j.client.DialApp(context.Background(), families[0].client, families[1].server); !errors.Is(err, syscall.EINVAL) {
+	if _, err := j.client.DialApp(context.Background(), families[0].client, families[1].server); !errors.Is(err,
+		syscall.EINVAL) {
 		t.Errorf("mixed families: %v", err)
 	}
 }
@@ -337,7 +341,8 @@ func TestUplink(t *testing.T) {
 		t.Error("a packet to nobody was not counted")
 	}
 	a, _ := memPair(1500, true)
-	if _, err := New(Config{Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2")}, App: a, Uplink: uplink, OnFlow: func(*Flow) {}}); !errors.Is(err, ErrAddressTaken) {
+	if _, err := New(Config{Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2")}, App: a, Uplink: uplink,
+		OnFlow: func(*Flow) {}}); !errors.Is(err, ErrAddressTaken) {
 		t.Errorf("same address twice: %v", err)
 	}
 	p1.s.Close()

@@ -20,8 +20,8 @@ import (
 // forwarder turns SYNs that no endpoint claims into Flows, within bounds.
 type forwarder struct {
 	s *Stack
-	// opened are the places of flows that the pod opens, arriving of those that are opened to it: neither direction can take
-	// the other's.
+	// opened are the places of flows that the pod opens, arriving of those that are opened to it: neither direction can
+	// take the other's.
 	opened, arriving *places
 
 	mu      sync.Mutex
@@ -50,7 +50,8 @@ type synKey struct {
 }
 
 const (
-	// unansweredSpan outlives the longest pause between two SYNs of one connect on Linux (32 s, the sixth of tcp_syn_retries).
+	// unansweredSpan outlives the longest pause between two SYNs of one connect on Linux (32 s, the sixth of
+	// tcp_syn_retries).
 	unansweredSpan  = time.Minute
 	unansweredLimit = 4096
 )
@@ -235,8 +236,8 @@ func fromAddr(a netip.Addr) (tcpip.Address, tcpip.NetworkProtocolNumber) {
 	return tcpip.AddrFrom16(a.As16()), header.IPv6ProtocolNumber
 }
 
-// unansweredBy remembers a SYN that was refused by silence. A destination that did not answer is none of the known ones any more; a
-// client is not blamed, as anybody can send in its name.
+// unansweredBy remembers a SYN that was refused by silence. A destination that did not answer is none of the known
+// ones any more; a client is not blamed, as anybody can send in its name.
 func (f *forwarder) unansweredBy(fl *Flow) {
 	if !fl.inbound {
 		fl.places.silent(fl.party)

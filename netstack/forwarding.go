@@ -38,11 +38,12 @@ func (l *port) carry(bufs *rxBuffers, n int, pk *rxPacket, vh *tun.VNetHdr) bool
 		return true
 	}
 	switch {
-	case s.kind == sightUDP && d.s.up.hasUDP(s.dst, s.src), s.kind == sightError && d.s.up.hasUDP(s.quotedSrc, s.quotedDst):
+	case s.kind == sightUDP && d.s.up.hasUDP(s.dst, s.src), s.kind == sightError &&
+		d.s.up.hasUDP(s.quotedSrc, s.quotedDst):
 		return false // the stack's own
 	case s.kind == sightLater && l.udp.Load() > 0:
-		// It may be of an answer to a query that was passed on, which the stack puts together, or the application's. Both get it: who
-		// has no first fragment makes nothing of it.
+		// It may be of an answer to a query that was passed on, which the stack puts together, or the application's. Both
+		// get it: who has no first fragment makes nothing of it.
 		if d.knows(s.src.Addr()) {
 			d.enter(bufs, n, pk, vh, &s)
 		}
@@ -53,7 +54,8 @@ func (l *port) carry(bufs *rxBuffers, n int, pk *rxPacket, vh *tun.VNetHdr) bool
 	return true
 }
 
-// asks reports whether a packet of the pod's is a part of a captured query. A kernel sends the fragments of a packet in order.
+// asks reports whether a packet of the pod's is a part of a captured query. A kernel sends the fragments of a packet
+// in order.
 func (d *datagrams) asks(s *sight) bool {
 	id := fragmentID{v6: s.src.Addr().Is6(), known: true, ident: s.ident}
 	switch {
@@ -69,8 +71,8 @@ func (d *datagrams) asks(s *sight) bool {
 	return false
 }
 
-// refuse tells the pod that a datagram of its may not pass (RFC 1812 section 5.2.7.1, RFC 4443 section 3.1), so that its application
-// has an error and not a timeout.
+// refuse tells the pod that a datagram of its may not pass (RFC 1812 section 5.2.7.1, RFC 4443 section 3.1), so that
+// its application has an error and not a timeout.
 func (d *datagrams) refuse(head []byte, s *sight) {
 	if s.kind != sightUDP || !d.errs.Allow(struct{}{}) {
 		return
@@ -116,8 +118,8 @@ func (d *datagrams) mayEnter(s *sight) passage {
 	return d.passError(s.dst.Addr(), s.quotedSrc, s.quotedDst, s)
 }
 
-// passPart lets a later fragment pass if there is a flow with its peer: without the first one, which was judged, it serves
-// nobody, so that is enough, and they may come in any order.
+// passPart lets a later fragment pass if there is a flow with its peer: without the first one, which was judged, it
+// serves nobody, so that is enough, and they may come in any order.
 func (d *datagrams) passPart(peer netip.Addr) passage {
 	if d.knows(peer) {
 		return passes
@@ -126,7 +128,8 @@ func (d *datagrams) passPart(peer netip.Addr) passage {
 	return turned
 }
 
-// passError lets an ICMP error pass that is about a packet of a flow (RFC 5508 REQ-3 to 5), to who has sent that packet.
+// passError lets an ICMP error pass that is about a packet of a flow (RFC 5508 REQ-3 to 5), to who has sent that
+// packet.
 func (d *datagrams) passError(to netip.Addr, pod, peer netip.AddrPort, s *sight) passage {
 	if to == s.quotedSrc.Addr() && d.s.isOwn(pod.Addr()) {
 		d.mu.Lock()

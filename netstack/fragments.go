@@ -7,11 +7,11 @@ import (
 	"ztun/proxy/fair"
 )
 
-// Fragments from the network wait in a pod's stack for the rest of their packet: in gVisor up to 4 MiB in each family,
-// for 30 to 60 s. That bounds one pod, and is nothing where a stranger sends first fragments to all pods of a node. Real
-// fragments are rare: TCP sends none (its segments fit the path), and an answer of DNS has a few. So they are bounded by
-// their number per second before a stack sees them, for each pod and for all: what waits at any time is then at most
-// fragmentsBurst and a minute's worth, 4,400 packets, 7 MB of Ethernet's size.
+// Fragments from the network wait in a pod's stack for the rest of their packet: in gVisor up to 4 MiB in each
+// family, for 30 to 60 s. That bounds one pod, and is nothing where a stranger sends first fragments to all pods of a
+// node. Real fragments are rare: TCP sends none (its segments fit the path), and an answer of DNS has a few. So they
+// are bounded by their number per second before a stack sees them, for each pod and for all: what waits at any time
+// is then at most fragmentsBurst and a minute's worth, 4,400 packets, 7 MB of Ethernet's size.
 const (
 	podFragments      = 16 // per second to one pod
 	podFragmentsBurst = 64

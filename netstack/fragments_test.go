@@ -50,7 +50,9 @@ func TestFragmentBudget(t *testing.T) {
 	var stacks []*Stack
 	for _, addrs := range [][]netip.Addr{{pod4, pod6}, {other}} {
 		app, _ := memPair(1500, true)
-		stacks = append(stacks, startStack(t, Config{Addrs: addrs, App: app, Uplink: uplink, OnFlow: func(f *Flow) { f.Refuse(refusal.Reset) }}))
+		stacks = append(stacks, startStack(t, Config{Addrs: addrs, App: app, Uplink: uplink, OnFlow: func(f *Flow) {
+			f.Refuse(refusal.Reset)
+		}}))
 	}
 	flood := func(dst netip.Addr, n int) (over int) {
 		t.Helper()
@@ -60,7 +62,8 @@ func TestFragmentBudget(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		for end := time.Now().Add(20 * time.Second); uplink.Stats().RxPackets < before.RxPackets+uint64(n) && time.Now().Before(end); {
+		for end := time.Now().Add(20 * time.Second); uplink.Stats().RxPackets < before.RxPackets+uint64(n) &&
+			time.Now().Before(end); {
 			time.Sleep(time.Millisecond)
 		}
 		time.Sleep(10 * time.Millisecond) // the last one is counted before it is judged

@@ -130,7 +130,8 @@ func (h *hop) configure(gs *stack.Stack) error {
 		// 1+2+4+8 s: dials have their own deadline, and a client that went away
 		// during the handshake must not hold a flow for two minutes.
 		syn = tcpip.TCPSynRetriesOption(4)
-		rcv = tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: cfg.ReceiveBuffer, Max: cfg.MaxReceiveBuffer}
+		rcv = tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: cfg.ReceiveBuffer,
+			Max: cfg.MaxReceiveBuffer}
 		snd = tcpip.TCPSendBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: cfg.SendBuffer, Max: cfg.MaxSendBuffer}
 	)
 	if h.network {
@@ -143,7 +144,8 @@ func (h *hop) configure(gs *stack.Stack) error {
 		// bound.
 		rcv.Max, snd.Max = max(rcv.Max, tcp.MaxBufferSize), max(snd.Max, tcp.MaxBufferSize)
 	}
-	for _, o := range []tcpip.SettableTransportProtocolOption{&sack, &recovery, &cc, &mrb, &delay, &timeWait, &linger, &syn, &rcv, &snd} {
+	for _, o := range []tcpip.SettableTransportProtocolOption{&sack, &recovery, &cc, &mrb, &delay, &timeWait, &linger,
+		&syn, &rcv, &snd} {
 		if err := gs.SetTransportProtocolOption(tcp.ProtocolNumber, o); err != nil {
 			return fmt.Errorf("option %T: %s", o, err)
 		}

@@ -97,11 +97,13 @@ func icmp6Error(original []byte, r refusal.Way) []byte {
 // or EACCES. b is the packet's first bytes.
 func knownICMP6(b []byte) {
 	const at = header.IPv6MinimumSize
-	if len(b) < at+header.ICMPv6MinimumSize || b[0]>>4 != 6 || header.IPv6(b).NextHeader() != uint8(header.ICMPv6ProtocolNumber) {
+	if len(b) < at+header.ICMPv6MinimumSize || b[0]>>4 != 6 ||
+		header.IPv6(b).NextHeader() != uint8(header.ICMPv6ProtocolNumber) {
 		return
 	}
 	h := header.ICMPv6(b[at:])
-	if h.Type() != header.ICMPv6DstUnreachable || h.Code() == header.ICMPv6NetworkUnreachable || h.Code() == header.ICMPv6PortUnreachable {
+	if h.Type() != header.ICMPv6DstUnreachable || h.Code() == header.ICMPv6NetworkUnreachable ||
+		h.Code() == header.ICMPv6PortUnreachable {
 		return
 	}
 	// RFC 1624: the checksum's complement shrinks by what the code loses.

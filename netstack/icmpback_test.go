@@ -20,13 +20,15 @@ func icmpAbout(typ uint8, src, dst netip.AddrPort, quote int) []byte {
 	s, _ := fromAddr(src.Addr())
 	d, _ := fromAddr(dst.Addr())
 	tcp := make([]byte, header.TCPMinimumSize)
-	header.TCP(tcp).Encode(&header.TCPFields{SrcPort: src.Port(), DstPort: dst.Port(), SeqNum: 7, DataOffset: 20, Flags: header.TCPFlagSyn})
+	header.TCP(tcp).Encode(&header.TCPFields{SrcPort: src.Port(), DstPort: dst.Port(), SeqNum: 7, DataOffset: 20,
+		Flags: header.TCPFlagSyn})
 	tcp = tcp[:quote]
 	if src.Addr().Is4() {
 		router, _ := fromAddr(netip.MustParseAddr("192.0.2.1"))
 		b := make([]byte, 28+20+len(tcp))
 		h := header.IPv4(b)
-		h.Encode(&header.IPv4Fields{TOS: 0xc0, TotalLength: uint16(len(b)), TTL: 61, Protocol: 1, SrcAddr: router, DstAddr: s})
+		h.Encode(&header.IPv4Fields{TOS: 0xc0, TotalLength: uint16(len(b)), TTL: 61, Protocol: 1, SrcAddr: router,
+			DstAddr: s})
 		h.SetChecksum(^h.CalculateChecksum())
 		header.IPv4(b[28:]).Encode(&header.IPv4Fields{TotalLength: 1500, TTL: 60, Protocol: 6, SrcAddr: s, DstAddr: d})
 		copy(b[48:], tcp)
@@ -38,9 +40,11 @@ func icmpAbout(typ uint8, src, dst netip.AddrPort, quote int) []byte {
 	router, _ := fromAddr(netip.MustParseAddr("2001:db8::1"))
 	b := make([]byte, 48+40+len(tcp))
 	h := header.IPv6(b)
-	h.Encode(&header.IPv6Fields{PayloadLength: uint16(len(b) - 40), TransportProtocol: header.ICMPv6ProtocolNumber, HopLimit: 61, SrcAddr: router, DstAddr: s})
+	h.Encode(&header.IPv6Fields{PayloadLength: uint16(len(b) - 40), TransportProtocol: header.ICMPv6ProtocolNumber,
+		HopLimit: 61, SrcAddr: router, DstAddr: s})
 	h.SetTOS(0xc0, 0x12345)
-	header.IPv6(b[48:]).Encode(&header.IPv6Fields{PayloadLength: 1460, TransportProtocol: header.TCPProtocolNumber, HopLimit: 60, SrcAddr: s, DstAddr: d})
+	header.IPv6(b[48:]).Encode(&header.IPv6Fields{PayloadLength: 1460, TransportProtocol: header.TCPProtocolNumber,
+		HopLimit: 60, SrcAddr: s, DstAddr: d})
 	copy(b[88:], tcp)
 	ic := header.ICMPv6(b[40:])
 	ic.SetType(header.ICMPv6Type(typ))
@@ -68,16 +72,19 @@ func TestHBONEError(t *testing.T) {
 		types := map[uint8]bool{3: true, 11: true, 12: true, 0: false, 4: false, 5: false, 8: false, 255: false}
 		inner := 28
 		if v6 {
-			types = map[uint8]bool{1: true, 2: true, 3: true, 4: true, 0: false, 5: false, 127: false, 128: false, 135: false, 137: false}
+			types = map[uint8]bool{1: true, 2: true, 3: true, 4: true, 0: false, 5: false, 127: false, 128: false, 135: false,
+				137: false}
 			inner = 48
 		}
 		for typ, want := range types {
-			for _, ports := range [][2]uint16{{MeshPortMin, hbonePort}, {65535, hbonePort}, {hbonePort, 40000}, {hbonePort, hbonePort},
+			for _, ports := range [][2]uint16{{MeshPortMin, hbonePort}, {65535, hbonePort}, {hbonePort, 40000},
+				{hbonePort, hbonePort},
 				{MeshPortMin - 1, hbonePort}, {MeshPortMin, 15006}, {0, 0}} {
 				pod, peer := podPeer(v6, ports[0], ports[1])
 				for _, quote := range []int{0, 2, 3, 4, 8, 20} {
 					got, ok := hboneError(icmpAbout(typ, pod, peer, quote))
-					if w := want && quote >= 4 && (ports[0] == hbonePort || ports[1] == hbonePort && ports[0] >= 61000); ok != w || (ok && got != pod.Addr()) {
+					if w := want && quote >= 4 && (ports[0] == hbonePort || ports[1] == hbonePort && ports[0] >= 61000); ok != w ||
+						(ok && got != pod.Addr()) {
 						t.Errorf("v6 %v, type %d, ports %v, quote %d: %v %v, want %v", v6, typ, ports, quote, got, ok, w)
 					}
 				}
@@ -100,11 +107,14 @@ func TestHBONEError(t *testing.T) {
 		}
 		if v6 {
 			changes = append(changes, change{"hop-by-hop before", 6, 0}, change{"quoted UDP", inner + 6, 17},
-				change{"quoted fragment", inner + 6, 44}, change{"another's source quoted", inner + 8 + 15, 9}, change{"IPv4 quoted", inner, 0x45})
+				change{"quoted fragment", inner + 6, 44}, change{"another's source quoted", inner + 8 + 15, 9},
+				change{"IPv4 quoted", inner, 0x45})
 		} else {
-			changes = append(changes, change{"header too short", 0, 0x44}, change{"header too long", 0, 0x4f}, change{"UDP", 9, 17},
+			changes = append(changes, change{"header too short", 0, 0x44}, change{"header too long", 0, 0x4f},
+				change{"UDP", 9, 17},
 				change{"fragment", 6, 0x20}, change{"later fragment", 7, 1}, change{"quoted header too short", inner, 0x40},
-				change{"quoted header too long", inner, 0x4f}, change{"quoted UDP", inner + 9, 17}, change{"quoted later fragment", inner + 7, 1},
+				change{"quoted header too long", inner, 0x4f}, change{"quoted UDP", inner + 9, 17},
+				change{"quoted later fragment", inner + 7, 1},
 				change{"another's source quoted", inner + 12 + 3, 9}, change{"IPv6 quoted", inner, 0x65})
 		}
 		for _, c := range changes {
@@ -153,7 +163,8 @@ func TestForKernel(t *testing.T) {
 			b := bytes.Clone(was)
 			forKernel(b)
 			h := header.IPv4(b)
-			if tos, _ := h.TOS(); tos != ReturnTOS || h.TTL() != 1 || !h.IsChecksumValid() || h.SourceAddress() != h.DestinationAddress() {
+			if tos, _ := h.TOS(); tos != ReturnTOS || h.TTL() != 1 || !h.IsChecksumValid() ||
+				h.SourceAddress() != h.DestinationAddress() {
 				t.Errorf("%x", b)
 			}
 			if !bytes.Equal(b[16:], was[16:]) || !bytes.Equal(b[2:8], was[2:8]) || b[9] != was[9] {
@@ -172,7 +183,9 @@ func TestGiveBack(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- uplink.Run(context.Background()) }()
 	app, _ := memPair(1500, true)
-	s := startStack(t, Config{Addrs: []netip.Addr{pod4, pod6}, App: app, Uplink: uplink, OnFlow: func(f *Flow) { f.Refuse(refusal.Reset) }})
+	s := startStack(t, Config{Addrs: []netip.Addr{pod4, pod6}, App: app, Uplink: uplink, OnFlow: func(f *Flow) {
+		f.Refuse(refusal.Reset)
+	}})
 
 	buf := make([]byte, 1<<16)
 	var h tun.VNetHdr
@@ -214,7 +227,8 @@ func TestGiveBack(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := nodeB.WritePacket(&tun.VNetHdr{}, [][]byte{icmpError(bytes.Clone(buf[:n]), refusal.HostUnreachable)}); err != nil {
+		if err := nodeB.WritePacket(&tun.VNetHdr{},
+			[][]byte{icmpError(bytes.Clone(buf[:n]), refusal.HostUnreachable)}); err != nil {
 			t.Fatal(err)
 		}
 		if err := <-failed; err == nil || ctx.Err() != nil {
@@ -253,7 +267,8 @@ func FuzzHBONEError(f *testing.F) {
 			t.Fatalf("%x became %x", was, b)
 		}
 		if pod.Is4() {
-			if h := header.IPv4(b); h.TTL() != 1 || !h.IsChecksumValid() || !bytes.Equal(b[h.HeaderLength():], was[h.HeaderLength():]) {
+			if h := header.IPv4(b); h.TTL() != 1 || !h.IsChecksumValid() ||
+				!bytes.Equal(b[h.HeaderLength():], was[h.HeaderLength():]) {
 				t.Fatalf("%x became %x", was, b)
 			}
 		} else if h := header.IPv6(b); h.HopLimit() != 1 || !bytes.Equal(b[8:], was[8:]) {

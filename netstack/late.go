@@ -8,13 +8,15 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// A client that takes the same source port again at once, after a reset or after the other side closed first, has ended the old
-// connection, but here it may still be registered: its reset waits for a segment processor, or the endpoint is in TIME_WAIT. gVisor
-// would queue the new SYN to the old endpoint and then refuse it. So such a SYN waits until the old endpoint has gone; if it stays,
-// the connection lives, and gVisor challenges the SYN (RFC 5961 section 4).
+// A client that takes the same source port again at once, after a reset or after the other side closed first, has
+// ended the old connection, but here it may still be registered: its reset waits for a segment processor, or the
+// endpoint is in TIME_WAIT. gVisor would queue the new SYN to the old endpoint and then refuse it. So such a SYN
+// waits until the old endpoint has gone; if it stays, the connection lives, and gVisor challenges the SYN (RFC 5961
+// section 4).
 
 const (
-	// The first pause is many times what a reset in the queue takes; all seven together outlast TIME_WAIT on the hop to the kernel.
+	// The first pause is many times what a reset in the queue takes; all seven together outlast TIME_WAIT on the hop to
+	// the kernel.
 	lateFirst = 250 * time.Microsecond
 	lateTries = 7
 	// maxLate bounds the SYNs that wait, per pod. Beyond it they take gVisor's way at once.
@@ -41,7 +43,8 @@ func synOf(head []byte, p *rxPacket) (s synID) {
 	return s
 }
 
-// wait takes a SYN that meets an older connection of the same ports, and delivers it later; false if there is none, or no room.
+// wait takes a SYN that meets an older connection of the same ports, and delivers it later; false if there is none,
+// or no room.
 func (h *hop) wait(syn synID, p *rxPacket, pkt *stack.PacketBuffer) bool {
 	f := h.s.flows
 	if !h.taken(syn) || !f.beginLate() {
@@ -52,7 +55,8 @@ func (h *hop) wait(syn synID, p *rxPacket, pkt *stack.PacketBuffer) bool {
 	return true
 }
 
-func (h *hop) deliverLate(syn synID, proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer, pause time.Duration, tries int) {
+func (h *hop) deliverLate(syn synID, proto tcpip.NetworkProtocolNumber, pkt *stack.PacketBuffer, pause time.Duration,
+	tries int) {
 	time.AfterFunc(pause, h.s.cfg.Panics.Func("a SYN that waited", func() {
 		if tries > 1 && h.taken(syn) {
 			h.deliverLate(syn, proto, pkt, 2*pause, tries-1)
@@ -63,8 +67,9 @@ func (h *hop) deliverLate(syn synID, proto tcpip.NetworkProtocolNumber, pkt *sta
 	}, h.s.crash))
 }
 
-// taken reports whether something older stands in the way of a SYN: an endpoint, or a flow that awaits its verdict though its
-// client has given it up. On the hop to the kernel that is certain, as nobody else can send in the client's name.
+// taken reports whether something older stands in the way of a SYN: an endpoint, or a flow that awaits its verdict
+// though its client has given it up. On the hop to the kernel that is certain, as nobody else can send in the
+// client's name.
 func (h *hop) taken(syn synID) bool {
 	if h.endpoint(syn.id) != nil {
 		return true

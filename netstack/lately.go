@@ -2,8 +2,8 @@ package netstack
 
 import "time"
 
-// lately remembers keys for a while: for span at least since they were last noted, for twice that at most, and no more than
-// 2*limit of them. Beyond that the older half is forgotten. It has no timer; its owner's lock guards it.
+// lately remembers keys for a while: for span at least since they were last noted, for twice that at most, and no
+// more than 2*limit of them. Beyond that the older half is forgotten. It has no timer; its owner's lock guards it.
 type lately[K comparable] struct {
 	span       time.Duration
 	limit      int

@@ -158,8 +158,8 @@ type joined struct {
 	flows          chan *Flow
 }
 
-// join makes two stacks: client is the pod's kernel, server our stack for the pod, so that both have the pod's addresses. Flows
-// arrive on j.flows; OnFlow returns when they are decided.
+// join makes two stacks: client is the pod's kernel, server our stack for the pod, so that both have the pod's
+// addresses. Flows arrive on j.flows; OnFlow returns when they are decided.
 func join(t testing.TB, offload bool, mod func(client, server *Config)) *joined {
 	a, b := memPair(1500, offload)
 	j := &joined{flows: make(chan *Flow, 64)}

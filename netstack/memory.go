@@ -32,7 +32,8 @@ func (h *hop) fit(conns int) {
 	if h.sizes.Swap(sizes) == sizes {
 		return
 	}
-	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: cfg.ReceiveBuffer, Max: cfg.MaxReceiveBuffer}
+	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: cfg.ReceiveBuffer,
+		Max: cfg.MaxReceiveBuffer}
 	snd := tcpip.TCPSendBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: cfg.SendBuffer, Max: cfg.MaxSendBuffer}
 	if h.network {
 		snd.Max = max(snd.Max, tcp.MaxBufferSize)

@@ -15,7 +15,8 @@ import (
 )
 
 // sizesOf are the sizes in force: what a new connection begins with, and how far buffers grow.
-func sizesOf(t *testing.T, s *Stack) (rcv tcpip.TCPReceiveBufferSizeRangeOption, snd tcpip.TCPSendBufferSizeRangeOption) {
+func sizesOf(t *testing.T, s *Stack) (rcv tcpip.TCPReceiveBufferSizeRangeOption,
+	snd tcpip.TCPSendBufferSizeRangeOption) {
 	t.Helper()
 	gs, err := s.app.stack()
 	if err != nil {
@@ -38,7 +39,8 @@ func TestBuffersOfCrowds(t *testing.T) {
 		for _, s := range []*Stack{j.client, j.server} {
 			rcv, snd := sizesOf(t, s)
 			if rcv.Default != first || rcv.Max != most || snd.Default != first {
-				t.Errorf("%d connections: receive buffers of %d to %d, send buffers of %d; want %d to %d", conns, rcv.Default, rcv.Max, snd.Default, first, most)
+				t.Errorf("%d connections: receive buffers of %d to %d, send buffers of %d; want %d to %d", conns, rcv.Default,
+					rcv.Max, snd.Default, first, most)
 			}
 		}
 	}

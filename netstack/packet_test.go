@@ -29,14 +29,17 @@ func tcpPacket(v6 bool, opts, payload int) []byte {
 	}
 	b := make([]byte, ipLen+l4)
 	if v6 {
-		header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: uint16(l4), TransportProtocol: header.TCPProtocolNumber, HopLimit: 64, SrcAddr: src, DstAddr: dst})
+		header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: uint16(l4), TransportProtocol: header.TCPProtocolNumber,
+			HopLimit: 64, SrcAddr: src, DstAddr: dst})
 	} else {
 		h := header.IPv4(b)
-		h.Encode(&header.IPv4Fields{TotalLength: uint16(len(b)), TTL: 64, Protocol: uint8(header.TCPProtocolNumber), SrcAddr: src, DstAddr: dst})
+		h.Encode(&header.IPv4Fields{TotalLength: uint16(len(b)), TTL: 64, Protocol: uint8(header.TCPProtocolNumber),
+			SrcAddr: src, DstAddr: dst})
 		h.SetChecksum(^h.CalculateChecksum())
 	}
 	th := header.TCP(b[ipLen:])
-	th.Encode(&header.TCPFields{SrcPort: 4000, DstPort: 80, SeqNum: 77, DataOffset: uint8(header.TCPMinimumSize + opts), Flags: header.TCPFlagSyn, WindowSize: 1000})
+	th.Encode(&header.TCPFields{SrcPort: 4000, DstPort: 80, SeqNum: 77, DataOffset: uint8(header.TCPMinimumSize + opts),
+		Flags: header.TCPFlagSyn, WindowSize: 1000})
 	for i := range th[20:] {
 		th[20+i] = byte(i * 7)
 	}
@@ -56,7 +59,8 @@ func scatter(b []byte, bufs [][]byte) {
 func TestReceivePacket(t *testing.T) {
 	for _, v6 := range []bool{false, true} {
 		for _, opts := range []int{0, 12, 40} {
-			for _, payload := range []int{0, 1, 27, 36, 37, 48, 76, 88, 100, 1460, copyLimit, copyLimit + 1, 65535 - 40 - 20 - 40} {
+			for _, payload := range []int{0, 1, 27, 36, 37, 48, 76, 88, 100, 1460, copyLimit, copyLimit + 1,
+				65535 - 40 - 20 - 40} {
 				want := tcpPacket(v6, opts, payload)
 				var bufs rxBuffers
 				iov := bufs.prepare()
@@ -128,8 +132,10 @@ func TestVerdicts(t *testing.T) {
 		b    []byte
 		want verdict
 	}{
-		"udp": {udp, rxUDP}, "other": {other, rxNotTCP}, "short": {short[:40], rxMalformed}, "long": {long, rxMalformed}, "empty": {nil, rxMalformed},
-		"offset": {offset, rxMalformed}, "offset beyond": {beyond, rxMalformed}, "version": {v5, rxMalformed}, "fragment": {frag, rxDeliver},
+		"udp": {udp, rxUDP}, "other": {other, rxNotTCP}, "short": {short[:40], rxMalformed}, "long": {long, rxMalformed},
+		"empty":  {nil, rxMalformed},
+		"offset": {offset, rxMalformed}, "offset beyond": {beyond, rxMalformed}, "version": {v5, rxMalformed},
+		"fragment": {frag, rxDeliver},
 	} {
 		var p rxPacket
 		if got := parseHead(tc.b[:min(len(tc.b), headSize)], len(tc.b), &p); got != tc.want {
@@ -150,7 +156,10 @@ func FuzzReceive(f *testing.F) {
 		f.Add(udpPacket(netip.AddrPortFrom(families[i].client.Addr(), 4000), dst, []byte("query")))
 	}
 	a, b := memPair(1500, true)
-	startStack(f, Config{App: a, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("10.2.0.3")}, UplinkIsApp: true, OnFlow: func(fl *Flow) { fl.Refuse(refusal.HostUnreachable) }, OnDNS: func(q *DNSQuery) { q.Reply(q.Payload()) }})
+	startStack(f, Config{App: a, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("10.2.0.3")},
+		UplinkIsApp: true, OnFlow: func(fl *Flow) {
+			fl.Refuse(refusal.HostUnreachable)
+		}, OnDNS: func(q *DNSQuery) { q.Reply(q.Payload()) }})
 	startStack(f, Config{App: b, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2")}})
 	f.Fuzz(func(t *testing.T, packet []byte) {
 		if len(packet) > 65535 {
@@ -172,7 +181,8 @@ func TestICMPError(t *testing.T) {
 					t.Errorf("%v: bad IPv4 header", r)
 				}
 				ic := header.ICMPv4(ip.Payload())
-				if checksum.Checksum(ic, 0) != 0xffff || !bytes.Equal(ic[8:], syn) || ip.DestinationAddress() != header.IPv4(syn).SourceAddress() {
+				if checksum.Checksum(ic, 0) != 0xffff || !bytes.Equal(ic[8:], syn) ||
+					ip.DestinationAddress() != header.IPv4(syn).SourceAddress() {
 					t.Errorf("%v: bad ICMP", r)
 				}
 				continue
@@ -180,7 +190,9 @@ func TestICMPError(t *testing.T) {
 			check := func(what string) {
 				ip := header.IPv6(b)
 				ic := header.ICMPv6(ip.Payload())
-				if !ip.IsValid(len(b)) || header.ICMPv6Checksum(header.ICMPv6ChecksumParams{Header: ic, Src: ip.SourceAddress(), Dst: ip.DestinationAddress()}) != ic.Checksum() || !bytes.Equal(ic[8:], syn) {
+				if !ip.IsValid(len(b)) ||
+					header.ICMPv6Checksum(header.ICMPv6ChecksumParams{Header: ic, Src: ip.SourceAddress(),
+						Dst: ip.DestinationAddress()}) != ic.Checksum() || !bytes.Equal(ic[8:], syn) {
 					t.Errorf("%v: bad ICMPv6 %s", r, what)
 				}
 			}
@@ -191,7 +203,8 @@ func TestICMPError(t *testing.T) {
 				t.Errorf("%v: code %d", r, c)
 			}
 		}
-		if icmpError(syn, refusal.Reset) != nil || icmpError(syn, refusal.Silent) != nil || icmpError(nil, refusal.HostUnreachable) != nil {
+		if icmpError(syn, refusal.Reset) != nil || icmpError(syn, refusal.Silent) != nil ||
+			icmpError(nil, refusal.HostUnreachable) != nil {
 			t.Error("an error where none belongs")
 		}
 	}
@@ -232,10 +245,16 @@ func TestTransmitHeader(t *testing.T) {
 		want    tun.VNetHdr
 	}{
 		{"complete", 0, stack.GSO{}, tun.VNetHdr{}},
-		{"ack", 0, stack.GSO{Type: stack.GSOTCPv4, NeedsCsum: true, CsumOffset: 16, MSS: 1448}, tun.VNetHdr{Flags: tun.FlagNeedsCSum, CSumStart: 20, CSumOffset: 16}},
-		{"one segment", 1448, stack.GSO{Type: stack.GSOTCPv4, NeedsCsum: true, CsumOffset: 16, MSS: 1448}, tun.VNetHdr{Flags: tun.FlagNeedsCSum, CSumStart: 20, CSumOffset: 16}},
-		{"super-packet", 1449, stack.GSO{Type: stack.GSOTCPv4, NeedsCsum: true, CsumOffset: 16, MSS: 1448}, tun.VNetHdr{Flags: tun.FlagNeedsCSum, GSOType: tun.GSOTCPv4, HdrLen: 52, GSOSize: 1448, CSumStart: 20, CSumOffset: 16}},
-		{"super-packet v6", 3000, stack.GSO{Type: stack.GSOTCPv6, NeedsCsum: true, CsumOffset: 16, MSS: 1428}, tun.VNetHdr{Flags: tun.FlagNeedsCSum, GSOType: tun.GSOTCPv6, HdrLen: 72, GSOSize: 1428, CSumStart: 40, CSumOffset: 16}},
+		{"ack", 0, stack.GSO{Type: stack.GSOTCPv4, NeedsCsum: true, CsumOffset: 16, MSS: 1448},
+			tun.VNetHdr{Flags: tun.FlagNeedsCSum, CSumStart: 20, CSumOffset: 16}},
+		{"one segment", 1448, stack.GSO{Type: stack.GSOTCPv4, NeedsCsum: true, CsumOffset: 16, MSS: 1448},
+			tun.VNetHdr{Flags: tun.FlagNeedsCSum, CSumStart: 20, CSumOffset: 16}},
+		{"super-packet", 1449, stack.GSO{Type: stack.GSOTCPv4, NeedsCsum: true, CsumOffset: 16, MSS: 1448},
+			tun.VNetHdr{Flags: tun.FlagNeedsCSum, GSOType: tun.GSOTCPv4, HdrLen: 52, GSOSize: 1448, CSumStart: 20,
+				CSumOffset: 16}},
+		{"super-packet v6", 3000, stack.GSO{Type: stack.GSOTCPv6, NeedsCsum: true, CsumOffset: 16, MSS: 1428},
+			tun.VNetHdr{Flags: tun.FlagNeedsCSum, GSOType: tun.GSOTCPv6, HdrLen: 72, GSOSize: 1428, CSumStart: 40,
+				CSumOffset: 16}},
 	} {
 		raw := tcpPacket(tc.want.CSumStart == 40, 12, tc.payload)
 		pkt := outgoing(raw, tc.gso)

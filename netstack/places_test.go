@@ -41,14 +41,17 @@ func (w wire) send(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint
 	}
 	b := make([]byte, ipLen+l4)
 	if proto == header.IPv6ProtocolNumber {
-		header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: l4, TransportProtocol: header.TCPProtocolNumber, HopLimit: 64, SrcAddr: s, DstAddr: d})
+		header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: l4, TransportProtocol: header.TCPProtocolNumber, HopLimit: 64,
+			SrcAddr: s, DstAddr: d})
 	} else {
 		h := header.IPv4(b)
-		h.Encode(&header.IPv4Fields{TotalLength: uint16(len(b)), TTL: 64, Protocol: uint8(header.TCPProtocolNumber), SrcAddr: s, DstAddr: d})
+		h.Encode(&header.IPv4Fields{TotalLength: uint16(len(b)), TTL: 64, Protocol: uint8(header.TCPProtocolNumber),
+			SrcAddr: s, DstAddr: d})
 		h.SetChecksum(^h.CalculateChecksum())
 	}
 	th := header.TCP(b[ipLen:])
-	th.Encode(&header.TCPFields{SrcPort: src.Port(), DstPort: dst.Port(), SeqNum: seq, AckNum: ack, DataOffset: l4, Flags: flags, WindowSize: 65000})
+	th.Encode(&header.TCPFields{SrcPort: src.Port(), DstPort: dst.Port(), SeqNum: seq, AckNum: ack, DataOffset: l4,
+		Flags: flags, WindowSize: 65000})
 	th.SetChecksum(^checksum.Checksum(th, header.PseudoHeaderChecksum(header.TCPProtocolNumber, s, d, l4)))
 	w.dev.inject(b)
 }
@@ -86,7 +89,8 @@ func (w wire) next(d time.Duration) (src, dst netip.AddrPort, th header.TCP) {
 	}
 }
 
-// hang is an OnFlow that waits for answers which never come, except from the given destinations, which are refused at once. What
+// hang is an OnFlow that waits for answers which never come, except from the given destinations, which are refused at
+// once. What
 
 // is evicted ends.
 
@@ -110,7 +114,8 @@ func hang(stop <-chan struct{}, live ...string) func(*Flow) {
 	}
 }
 
-// More connects than there are places to destinations that do not answer, one each: one that answers has its answer at once, be it
+// More connects than there are places to destinations that do not answer, one each: one that answers has its answer
+// at once, be it
 
 // new or known. At the bound somebody is told.
 
@@ -222,7 +227,8 @@ func TestKnownKeepsPlaces(t *testing.T) {
 	eventually(t, "unknown", func() bool { return !known() })
 }
 
-// The places of either direction are its own, and a client that does not end its handshake loses its place after a while, or at
+// The places of either direction are its own, and a client that does not end its handshake loses its place after a
+// while, or at
 
 // once to others when there is none left.
 
@@ -307,12 +313,14 @@ func TestHandshakePatience(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		t.Fatal("the handshake is still awaited")
 	}
-	if st := s.Stats(); st.InFlight != 0 || st.AcceptFailed != 1 || s.app.gs.Stats().TCP.CurrentConnected.Value() != 0 || len(s.app.gs.RegisteredEndpoints()) != 0 {
+	if st := s.Stats(); st.InFlight != 0 || st.AcceptFailed != 1 || s.app.gs.Stats().TCP.CurrentConnected.Value() != 0 ||
+		len(s.app.gs.RegisteredEndpoints()) != 0 {
 		t.Errorf("left over: %+v", st)
 	}
 }
 
-// The pod speaks in its own name only, to the network and to name servers, and nobody but the network speaks to the pod.
+// The pod speaks in its own name only, to the network and to name servers, and nobody but the network speaks to the
+// pod.
 
 func TestForeignSource(t *testing.T) {
 	for _, steered := range []bool{false, true} {
@@ -351,7 +359,8 @@ func TestForeignSource(t *testing.T) {
 	}
 }
 
-// A SYN that comes again after it was refused by silence is the same attempt; one of another connect from that port is not.
+// A SYN that comes again after it was refused by silence is the same attempt; one of another connect from that port
+// is not.
 
 // One client, one source port, again and again: reset by the client, closed by our side first, given up while it waits.
 
@@ -363,7 +372,8 @@ func TestForeignSource(t *testing.T) {
 
 // addrPort2 is where a TCP packet comes from.
 
-// Queries beyond a pod's rate are dropped by the reader, in one piece or in several, and told of; TCP is not touched by that.
+// Queries beyond a pod's rate are dropped by the reader, in one piece or in several, and told of; TCP is not touched
+// by that.
 
 func TestDNSRate(t *testing.T) {
 	var mu sync.Mutex
@@ -419,8 +429,8 @@ func fragments(b []byte) (parts [][]byte) {
 	return parts
 }
 
-// A SYN that comes again after it was turned down takes no place from anybody: a dead destination is tried once, not once per
-// retransmission.
+// A SYN that comes again after it was turned down takes no place from anybody: a dead destination is tried once, not
+// once per retransmission.
 func TestAgainTakesNobodysPlace(t *testing.T) {
 	stop := make(chan struct{})
 	s, w := newWire(t, Config{MaxInFlight: 8, OnFlow: func(f *Flow) {
@@ -447,7 +457,8 @@ func TestAgainTakesNobodysPlace(t *testing.T) {
 	syn(0)
 	eventually(t, "the retransmission", func() bool { st := s.Stats(); return st.Over > 0 || st.Evicted > 1 })
 	if st := s.Stats(); st.Evicted != 1 || st.Over != 1 || st.InFlight != 4 || st.Flows != 5 {
-		t.Errorf("evicted %d, over %d, in flight %d of %d flows; want 1, 1, 4 of 5", st.Evicted, st.Over, st.InFlight, st.Flows)
+		t.Errorf("evicted %d, over %d, in flight %d of %d flows; want 1, 1, 4 of 5", st.Evicted, st.Over, st.InFlight,
+			st.Flows)
 	}
 	// A new attempt from the same port is one.
 	w.syn("10.1.0.2:1000", "10.9.0.1:80", 8)

@@ -20,21 +20,21 @@ import (
 )
 
 const (
-	// probeFresh is how long one answer serves all who ask for the same port. A listener that goes away is told to the client after
-	// its connect, by a reset, for no longer than this.
+	// probeFresh is how long one answer serves all who ask for the same port. A listener that goes away is told to the
+	// client after its connect, by a reset, for no longer than this.
 	probeFresh = 100 * time.Millisecond
 	// maxOpenPorts bounds how many open ports are remembered.
 	maxOpenPorts = 1024
 )
 
-// probePauses are those between the SYNs of a probe. The pod's kernel answers at once, or drops SYNs because the listener's queue
-// is full.
+// probePauses are those between the SYNs of a probe. The pod's kernel answers at once, or drops SYNs because the
+// listener's queue is full.
 var probePauses = [...]time.Duration{200 * time.Millisecond, time.Second, 3 * time.Second, 5 * time.Second}
 
-// ProbeApp asks whether the pod's application would take a connection from src to dst, without one: it sends a SYN as src would,
-// and takes it back by a reset when it is answered. An application sees nothing of that, since its kernel hands it connections
-// only when the client's acknowledgement has come. Nil means that somebody listens; ECONNREFUSED, EHOSTUNREACH that the kernel
-// said no; ETIMEDOUT that it did not answer within 9.2 s; or ctx's error.
+// ProbeApp asks whether the pod's application would take a connection from src to dst, without one: it sends a SYN as
+// src would, and takes it back by a reset when it is answered. An application sees nothing of that, since its kernel
+// hands it connections only when the client's acknowledgement has come. Nil means that somebody listens;
+// ECONNREFUSED, EHOSTUNREACH that the kernel said no; ETIMEDOUT that it did not answer within 9.2 s; or ctx's error.
 func (s *Stack) ProbeApp(ctx context.Context, src netip.Addr, dst netip.AddrPort) error {
 	src, dst = src.Unmap(), netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
 	from := netip.AddrPortFrom(src, 0)
@@ -94,7 +94,8 @@ func (s *Stack) probe(ctx context.Context, src netip.Addr, dst netip.AddrPort) e
 	}
 	defer gs.ReleasePort(res)
 
-	id := stack.TransportEndpointID{LocalAddress: local, LocalPort: res.Port, RemoteAddress: remote, RemotePort: dst.Port()}
+	id := stack.TransportEndpointID{LocalAddress: local, LocalPort: res.Port, RemoteAddress: remote,
+		RemotePort: dst.Port()}
 	p := &probe{seq: rand.Uint32(), answer: make(chan error, 1)}
 	s.probes.add(id, p)
 	defer s.probes.remove(id)
@@ -137,10 +138,12 @@ func (p *probe) send(r *stack.Route, id stack.TransportEndpointID) tcpip.Error {
 	pkt.TransportProtocolNumber = tcp.ProtocolNumber
 	h := header.TCP(pkt.TransportHeader().Push(size))
 	h.Encode(&header.TCPFields{
-		SrcPort: id.LocalPort, DstPort: id.RemotePort, SeqNum: p.seq, DataOffset: size, Flags: header.TCPFlagSyn, WindowSize: 0xffff,
+		SrcPort: id.LocalPort, DstPort: id.RemotePort, SeqNum: p.seq, DataOffset: size, Flags: header.TCPFlagSyn,
+		WindowSize: 0xffff,
 	})
 	header.EncodeMSSOption(header.TCPDefaultMSS, h[header.TCPMinimumSize:])
-	h.SetChecksum(^h.CalculateChecksum(header.PseudoHeaderChecksum(tcp.ProtocolNumber, id.LocalAddress, id.RemoteAddress, size)))
+	h.SetChecksum(^h.CalculateChecksum(header.PseudoHeaderChecksum(tcp.ProtocolNumber, id.LocalAddress,
+		id.RemoteAddress, size)))
 	return r.WritePacket(stack.NetworkHeaderParams{Protocol: tcp.ProtocolNumber, TTL: r.DefaultTTL()}, pkt)
 }
 
@@ -149,8 +152,8 @@ type probes struct {
 	n  atomic.Int32 // under way
 	mu sync.Mutex
 	by map[stack.TransportEndpointID]*probe
-	// open are the ports that were found open, until when that is believed; asking are those that are being asked, by one for
-	// all: a burst of connects is one question.
+	// open are the ports that were found open, until when that is believed; asking are those that are being asked, by
+	// one for all: a burst of connects is one question.
 	open   map[netip.AddrPort]time.Time
 	asking map[netip.AddrPort]*answer
 }
@@ -226,8 +229,8 @@ func (ps *probes) learn(dst netip.AddrPort, open bool, now time.Time) {
 	ps.open[dst] = now.Add(probeFresh)
 }
 
-// answer takes a packet that belongs to no connection and may answer a probe. False has gVisor reset what is not a reset itself:
-// that takes a probe that was answered back.
+// answer takes a packet that belongs to no connection and may answer a probe. False has gVisor reset what is not a
+// reset itself: that takes a probe that was answered back.
 func (ps *probes) answer(h *hop, id stack.TransportEndpointID, th header.TCP) bool {
 	if ps.n.Load() == 0 || h != h.s.app {
 		return false
@@ -245,8 +248,8 @@ func (ps *probes) answer(h *hop, id stack.TransportEndpointID, th header.TCP) bo
 	return false
 }
 
-// unreachable looks for an ICMP error about a probe in a packet of which head is the beginning. A pod's own packet filter may
-// refuse so.
+// unreachable looks for an ICMP error about a probe in a packet of which head is the beginning. A pod's own packet
+// filter may refuse so.
 func (ps *probes) unreachable(head []byte) {
 	if ps.n.Load() == 0 || len(head) < header.IPv4MinimumSize {
 		return
@@ -269,7 +272,8 @@ func (ps *probes) unreachable(head []byte) {
 		id.LocalAddress, id.RemoteAddress = header.IPv4(ip).SourceAddress(), header.IPv4(ip).DestinationAddress()
 	} else {
 		l4, ok := l4IPv6(head, uint8(header.ICMPv6ProtocolNumber))
-		if !ok || len(l4) < header.ICMPv6DstUnreachableMinimumSize || header.ICMPv6(l4).Type() != header.ICMPv6DstUnreachable {
+		if !ok || len(l4) < header.ICMPv6DstUnreachableMinimumSize ||
+			header.ICMPv6(l4).Type() != header.ICMPv6DstUnreachable {
 			return
 		}
 		if header.ICMPv6(l4).Code() != header.ICMPv6PortUnreachable {

@@ -30,7 +30,8 @@ func TestTUNProbe(t *testing.T) {
 			}
 			l.s.probes.learn(dst, false, time.Now()) // ask again
 		}
-		if err := l.s.ProbeApp(context.Background(), src, netip.MustParseAddrPort(tc.closed)); !errors.Is(err, syscall.ECONNREFUSED) {
+		if err := l.s.ProbeApp(context.Background(), src, netip.MustParseAddrPort(tc.closed)); !errors.Is(err,
+			syscall.ECONNREFUSED) {
 			t.Errorf("closed port: %v", err)
 		}
 		// The next who is accepted is the first who connected.
@@ -145,11 +146,13 @@ func TestProbeAnswers(t *testing.T) {
 			}
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
-		if err := s.ProbeApp(ctx, fam.server.Addr(), netip.AddrPortFrom(dst.Addr(), 1)); !errors.Is(err, context.DeadlineExceeded) {
+		if err := s.ProbeApp(ctx, fam.server.Addr(), netip.AddrPortFrom(dst.Addr(), 1)); !errors.Is(err,
+			context.DeadlineExceeded) {
 			t.Errorf("no answer: %v", err)
 		}
 		cancel()
-		if err := s.ProbeApp(context.Background(), netip.IPv6Unspecified(), netip.MustParseAddrPort("10.1.0.2:1")); !errors.Is(err, syscall.EINVAL) {
+		if err := s.ProbeApp(context.Background(), netip.IPv6Unspecified(),
+			netip.MustParseAddrPort("10.1.0.2:1")); !errors.Is(err, syscall.EINVAL) {
 			t.Errorf("two families: %v", err)
 		}
 	}

@@ -204,7 +204,8 @@ func (b *rxBuffers) packet(n int, p *rxPacket) *stack.PacketBuffer {
 	return stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buf})
 }
 
-// from returns what follows the first at bytes, at most headSize, of a packet of n bytes as one slice, until the next read.
+// from returns what follows the first at bytes, at most headSize, of a packet of n bytes as one slice, until the next
+// read.
 func (b *rxBuffers) from(at, n int) []byte {
 	chunk := b.chunk.AsSlice()
 	copy(chunk[at:headSize], b.head.AsSlice()[at:headSize])

@@ -33,7 +33,8 @@ type sight struct {
 	ident                uint32 // of a fragment
 }
 
-// see looks at a packet of which head is the beginning. It trusts no length in it: what does not fit in head is nothing.
+// see looks at a packet of which head is the beginning. It trusts no length in it: what does not fit in head is
+// nothing.
 func see(head []byte) (s sight) {
 	l3, ok := seeIP(head)
 	if !ok {

@@ -176,8 +176,8 @@ func (s *Stack) isOwn(a netip.Addr) bool {
 	return ok
 }
 
-// mayCall reports whether a packet from src that came by h may open something: the pod speaks in its own name and in nobody else's,
-// and only the network speaks to the pod.
+// mayCall reports whether a packet from src that came by h may open something: the pod speaks in its own name and in
+// nobody else's, and only the network speaks to the pod.
 func (s *Stack) mayCall(h *hop, src netip.Addr, inbound bool) bool {
 	if h == s.app && (!inbound || !s.cfg.UplinkIsApp) {
 		return s.isOwn(src)

@@ -30,8 +30,8 @@ type Stats struct {
 	// Flows by outcome. Duplicates are retransmitted SYNs of a pending flow.
 	Flows, Duplicates, Accepted, AcceptFailed, Refused uint64
 	// Evicted flows lost their place to others, Over were SYNs ignored because there was no place for them. Foreign were
-	// SYNs, DNS queries and other datagrams from addresses that are not the pod's own, dropped. Delayed SYNs waited for an older
-	// connection of the same ports to go.
+	// SYNs, DNS queries and other datagrams from addresses that are not the pod's own, dropped. Delayed SYNs waited for
+	// an older connection of the same ports to go.
 	Evicted, Over, Foreign, Delayed uint64
 	InFlight, Conns                 int
 
@@ -44,9 +44,9 @@ type Stats struct {
 	// nobody waited for.
 	UDPStray uint64
 
-	// Datagrams carried from the pod and to it (super-packets count as one), and their bytes with headers. Flows of them: how many there are,
-	// begun, and ended by a bound; those that a bound let not begin. Datagrams dropped: policy forbids their flow; they
-	// belong to no flow or go where nobody carries them; the queue of a device had no room.
+	// Datagrams carried from the pod and to it (super-packets count as one), and their bytes with headers. Flows of
+	// them: how many there are, begun, and ended by a bound; those that a bound let not begin. Datagrams dropped: policy
+	// forbids their flow; they belong to no flow or go where nobody carries them; the queue of a device had no room.
 	DatagramsOut, DatagramBytesOut, DatagramsIn, DatagramBytesIn uint64
 	DatagramFlows                                                int
 	DatagramFlowsOpened, DatagramFlowsEvicted, DatagramFlowsOver uint64
@@ -62,7 +62,8 @@ func (s *Stack) Stats() Stats {
 	st := Stats{
 		App:        s.pump.stats(),
 		Flows:      f.flows.Load(),
-		Duplicates: f.duplicates.Load(), Accepted: f.accepted.Load(), AcceptFailed: f.failed.Load(), Refused: f.refused.Load(),
+		Duplicates: f.duplicates.Load(), Accepted: f.accepted.Load(), AcceptFailed: f.failed.Load(),
+		Refused: f.refused.Load(),
 		Evicted: f.evicted.Load(), Over: f.over.Load(), Foreign: f.foreign.Load(), Delayed: f.delayed.Load(),
 		InFlight: f.inFlight(), Conns: s.conns.len(),
 	}
@@ -72,7 +73,8 @@ func (s *Stack) Stats() Stats {
 		st.DatagramsOut, st.DatagramBytesOut = d.outPackets.Load(), d.outBytes.Load()
 		st.DatagramsIn, st.DatagramBytesIn = d.inPackets.Load(), d.inBytes.Load()
 		st.DatagramFlows = d.count()
-		st.DatagramFlowsOpened, st.DatagramFlowsEvicted, st.DatagramFlowsOver = d.opened.Load(), d.evicted.Load(), d.over.Load()
+		st.DatagramFlowsOpened, st.DatagramFlowsEvicted, st.DatagramFlowsOver = d.opened.Load(), d.evicted.Load(),
+			d.over.Load()
 		st.DatagramsDenied, st.DatagramsStray, st.DatagramsFull = d.denied.Load(), d.stray.Load(), d.full.Load()
 	}
 	hops := []*hop{s.app}

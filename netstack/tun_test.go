@@ -46,7 +46,8 @@ func newLabWith(t testing.TB, plain bool, onFlow func(*Flow), mod func(*Config))
 	} {
 		l.ns.IP(t, a...)
 	}
-	cfg := Config{Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("fd00:1::2")}, App: dev, OnFlow: onFlow}
+	cfg := Config{Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("fd00:1::2")}, App: dev,
+		OnFlow: onFlow}
 	mod(&cfg)
 	l.s = startStack(t, cfg)
 	if off := l.s.Stats().App.Offload; off == plain {
@@ -257,7 +258,8 @@ func TestTUNPortReuse(t *testing.T) {
 	})
 	for range 5 {
 		err := l.ns.Do(func() error {
-			d := net.Dialer{Timeout: 20 * time.Second, LocalAddr: &net.TCPAddr{IP: net.IPv4(10, 1, 0, 2), Port: 45678}, Control: reuse}
+			d := net.Dialer{Timeout: 20 * time.Second, LocalAddr: &net.TCPAddr{IP: net.IPv4(10, 1, 0, 2), Port: 45678},
+				Control: reuse}
 			c, err := d.Dial("tcp", "10.2.0.3:80")
 			if err != nil {
 				return err
@@ -278,8 +280,8 @@ func reuse(_, _ string, rc syscall.RawConn) (err error) {
 	return err
 }
 
-// One source port, ended by a reset and taken again at once: a database client, a load generator. Every connect stands, and none of
-// them waits for the kernel to send its SYN again.
+// One source port, ended by a reset and taken again at once: a database client, a load generator. Every connect
+// stands, and none of them waits for the kernel to send its SYN again.
 func TestTUNSamePort(t *testing.T) {
 	l := newLab(t, false, func(f *Flow) {
 		if c, err := f.Accept(); err == nil {

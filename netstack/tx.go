@@ -19,11 +19,11 @@ const (
 	txHardBytes   = 16 << 20
 	txHardPackets = 8192
 
-	// txDatagrams bounds the datagrams that wait, which nobody can hold back, beside what holds connections back: a flood of
-	// datagrams does not keep them waiting. It is shared as switches share their memory: a pod may have as much as is
-	// free, so one that floods has half, two a third each, and the next one always finds room. A megabyte is the 80 ms
-	// at 100 Mbit/s that a busy machine may let the writer wait, and 1 ms of a TUN's throughput for who comes behind
-	// it. txPacketCost is what a packet counts beside its bytes: of the smallest there are 6,600 at most.
+	// txDatagrams bounds the datagrams that wait, which nobody can hold back, beside what holds connections back: a
+	// flood of datagrams does not keep them waiting. It is shared as switches share their memory: a pod may have as much
+	// as is free, so one that floods has half, two a third each, and the next one always finds room. A megabyte is the
+	// 80 ms at 100 Mbit/s that a busy machine may let the writer wait, and 1 ms of a TUN's throughput for who comes
+	// behind it. txPacketCost is what a packet counts beside its bytes: of the smallest there are 6,600 at most.
 	txDatagrams  = 2 << 20
 	txPacketCost = 256
 )

@@ -12,8 +12,8 @@ import (
 	"ztun/tun"
 )
 
-// sendPacket gives a packet of the pod's, n bytes in bufs, to the Way. Errors of the pod's kernel about what has come to it end
-// here: a socket cannot say them.
+// sendPacket gives a packet of the pod's, n bytes in bufs, to the Way. Errors of the pod's kernel about what has come
+// to it end here: a socket cannot say them.
 func (d *datagrams) sendPacket(bufs *rxBuffers, n int, vh *tun.VNetHdr, s *sight) {
 	if s.kind != sightUDP && s.kind != sightEcho {
 		d.stray.Add(1)
@@ -53,8 +53,8 @@ func (d *datagrams) send(out *Datagram) {
 	}
 }
 
-// DeliverDatagram gives the pod what a Way has received for it, if policy and bounds let it pass. It may be called from any
-// goroutine.
+// DeliverDatagram gives the pod what a Way has received for it, if policy and bounds let it pass. It may be called
+// from any goroutine.
 func (s *Stack) DeliverDatagram(in Datagram) {
 	d, size := s.dg, len(in.Payload)
 	k := datagramKey{header.UDPProtocolNumber, in.Pod, in.Peer}
@@ -96,7 +96,8 @@ func (s *Stack) DeliverDatagram(in Datagram) {
 		u.Encode(&header.UDPFields{SrcPort: in.Peer.Port(), DstPort: in.Pod.Port(), Length: uint16(len(u))})
 		src, _ := fromAddr(in.Peer.Addr())
 		dst, _ := fromAddr(in.Pod.Addr())
-		u.SetChecksum(header.PseudoHeaderChecksum(header.UDPProtocolNumber, src, dst, uint16(len(u)))) // the rest is the device's
+		// the rest is the device's
+		u.SetChecksum(header.PseudoHeaderChecksum(header.UDPProtocolNumber, src, dst, uint16(len(u))))
 		vh = tun.VNetHdr{Flags: tun.FlagNeedsCSum, CSumStart: uint16(ipLen), CSumOffset: 6}
 		if several {
 			vh.GSOType, vh.GSOSize, vh.HdrLen = tun.GSOUDPL4, uint16(in.Segment), uint16(ipLen+header.UDPMinimumSize)
@@ -140,7 +141,8 @@ func (s *Stack) DeliverFailure(f DatagramFailure) {
 		}
 		binary.BigEndian.PutUint16(quoted[ipLen+4:], f.Pod.Port())
 	} else {
-		header.UDP(quoted[ipLen:]).Encode(&header.UDPFields{SrcPort: f.Pod.Port(), DstPort: f.Peer.Port(), Length: header.UDPMinimumSize})
+		header.UDP(quoted[ipLen:]).Encode(&header.UDPFields{SrcPort: f.Pod.Port(), DstPort: f.Peer.Port(),
+			Length: header.UDPMinimumSize})
 	}
 	icmp := b[ipLen:]
 	icmp[0], icmp[1] = f.Type, f.Code
@@ -169,7 +171,8 @@ func encodeIP(b []byte, proto tcpip.TransportProtocolNumber, src, dst netip.Addr
 	d, _ := fromAddr(dst)
 	if src.Is6() {
 		header.IPv6(b).Encode(&header.IPv6Fields{
-			PayloadLength: uint16(len(b) - header.IPv6MinimumSize), TransportProtocol: proto, HopLimit: 64, SrcAddr: s, DstAddr: d,
+			PayloadLength: uint16(len(b) - header.IPv6MinimumSize), TransportProtocol: proto, HopLimit: 64, SrcAddr: s,
+			DstAddr: d,
 		})
 		return
 	}
@@ -184,7 +187,8 @@ func fillEchoSum(b []byte, ipLen int) {
 		h := header.ICMPv6(b[ipLen:])
 		h.SetChecksum(0)
 		ip := header.IPv6(b)
-		h.SetChecksum(header.ICMPv6Checksum(header.ICMPv6ChecksumParams{Header: h, Src: ip.SourceAddress(), Dst: ip.DestinationAddress()}))
+		h.SetChecksum(header.ICMPv6Checksum(header.ICMPv6ChecksumParams{Header: h, Src: ip.SourceAddress(),
+			Dst: ip.DestinationAddress()}))
 		return
 	}
 	h := header.ICMPv4(b[ipLen:])

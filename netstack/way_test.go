@@ -51,7 +51,8 @@ func (w *fakeWay) next(t *testing.T) Datagram {
 func TestWaySends(t *testing.T) {
 	w := newFakeWay()
 	app, pod := memPair(1500, true)
-	s := startStack(t, Config{App: app, Addrs: []netip.Addr{families[0].client.Addr(), families[1].client.Addr()}, Datagrams: &Datagrams{Way: w}})
+	s := startStack(t, Config{App: app, Addrs: []netip.Addr{families[0].client.Addr(), families[1].client.Addr()},
+		Datagrams: &Datagrams{Way: w}})
 	for _, f := range families {
 		src, dst := netip.AddrPortFrom(f.client.Addr(), 5000), netip.AddrPortFrom(f.server.Addr(), 6000)
 		v6 := src.Addr().Is6()
@@ -65,7 +66,8 @@ func TestWaySends(t *testing.T) {
 				b[6] |= 0x40 // DF
 			}
 			pod.inject(b)
-			if got := w.next(t); got.Pod != src || got.Peer != dst || got.TTL != 9 || !got.DF || got.Echo || got.Segment != 0 || !bytes.Equal(got.Payload, data) {
+			if got := w.next(t); got.Pod != src || got.Peer != dst || got.TTL != 9 || !got.DF || got.Echo || got.Segment != 0 ||
+				!bytes.Equal(got.Payload, data) {
 				t.Errorf("%d bytes: %+v", n, got)
 			}
 		}
@@ -77,7 +79,8 @@ func TestWaySends(t *testing.T) {
 		if v6 {
 			at = 40
 		}
-		pod.WritePacket(&tun.VNetHdr{Flags: tun.FlagNeedsCSum, GSOType: tun.GSOUDPL4, GSOSize: 1000, HdrLen: uint16(at + 8), CSumStart: uint16(at), CSumOffset: 6},
+		pod.WritePacket(&tun.VNetHdr{Flags: tun.FlagNeedsCSum, GSOType: tun.GSOUDPL4, GSOSize: 1000, HdrLen: uint16(at + 8),
+			CSumStart: uint16(at), CSumOffset: 6},
 			[][]byte{udpPacket(src, dst, data)})
 		if got := w.next(t); got.Segment != 1000 || !bytes.Equal(got.Payload, data) {
 			t.Errorf("a super-packet: %d bytes in pieces of %d", len(got.Payload), got.Segment)
@@ -85,19 +88,22 @@ func TestWaySends(t *testing.T) {
 		for _, p := range cut(udpPacket(src, dst, data), 7) {
 			pod.inject(p)
 		}
-		if got := w.next(t); got.Segment != 0 || got.DF || !bytes.Equal(got.Payload, data) || got.Pod != src || got.Peer != dst {
+		if got := w.next(t); got.Segment != 0 || got.DF || !bytes.Equal(got.Payload, data) || got.Pod != src ||
+			got.Peer != dst {
 			t.Errorf("fragments: %d bytes, %+v", len(got.Payload), got.Pod)
 		}
 		ping := echo(src.Addr(), dst.Addr(), 77, false)
 		pod.inject(ping)
-		if got := w.next(t); !got.Echo || got.Pod.Port() != 77 || got.Peer != netip.AddrPortFrom(dst.Addr(), 0) || !bytes.Equal(got.Payload, ping[at:]) {
+		if got := w.next(t); !got.Echo || got.Pod.Port() != 77 || got.Peer != netip.AddrPortFrom(dst.Addr(), 0) ||
+			!bytes.Equal(got.Payload, ping[at:]) {
 			t.Errorf("%+v", got)
 		}
 		pod.inject(udpPacket(netip.AddrPortFrom(dst.Addr(), 1), dst, nil)) // in another's name
 	}
 	eventually(t, "foreign", func() bool { return s.Stats().Foreign == 2 })
 	w.refuse = errors.New("no room")
-	pod.inject(udpPacket(netip.AddrPortFrom(families[0].client.Addr(), 1), netip.AddrPortFrom(families[0].server.Addr(), 1), nil))
+	pod.inject(udpPacket(netip.AddrPortFrom(families[0].client.Addr(), 1), netip.AddrPortFrom(families[0].server.Addr(),
+		1), nil))
 	eventually(t, "counted", func() bool { return s.Stats().DatagramsFull == 1 })
 	if n := len(w.sent); n != 0 {
 		t.Errorf("%d datagrams too many", n)
@@ -106,13 +112,15 @@ func TestWaySends(t *testing.T) {
 	<-w.closed
 }
 
-// What a Way receives becomes packets: whole, a super-packet, fragments, pings' answers and errors; what belongs to no flow does not.
+// What a Way receives becomes packets: whole, a super-packet, fragments, pings' answers and errors; what belongs to
+// no flow does not.
 func TestWayDelivers(t *testing.T) {
 	w := newFakeWay()
 	app, pod := memPair(1500, true)
-	s := startStack(t, Config{App: app, Addrs: []netip.Addr{families[0].client.Addr(), families[1].client.Addr()}, Datagrams: &Datagrams{
-		Way: w, Allow: func(f DatagramFlow) bool { return !f.Inbound },
-	}})
+	s := startStack(t, Config{App: app, Addrs: []netip.Addr{families[0].client.Addr(), families[1].client.Addr()},
+		Datagrams: &Datagrams{
+			Way: w, Allow: func(f DatagramFlow) bool { return !f.Inbound },
+		}})
 	next := func() memPacket {
 		t.Helper()
 		select {
@@ -167,14 +175,16 @@ func TestWayDelivers(t *testing.T) {
 		pod.inject(ping)
 		w.next(t)
 		reply := echo(peer.Addr(), mine.Addr(), 77, true)
-		s.DeliverDatagram(Datagram{Echo: true, Pod: netip.AddrPortFrom(mine.Addr(), 77), Peer: netip.AddrPortFrom(peer.Addr(), 0), Payload: reply[at:]})
+		s.DeliverDatagram(Datagram{Echo: true, Pod: netip.AddrPortFrom(mine.Addr(), 77),
+			Peer: netip.AddrPortFrom(peer.Addr(), 0), Payload: reply[at:]})
 		if p := next(); !bytes.Equal(p.b, reply) {
 			t.Errorf("% x, want % x", p.b, reply)
 		}
 		router := []netip.Addr{netip.MustParseAddr("10.9.9.9"), netip.MustParseAddr("fd00:9::9")}[at/40]
 		for _, fl := range []DatagramFailure{
 			{Pod: mine, Peer: peer, From: router, Type: 11}, {Pod: mine, Peer: peer, Type: 3, Code: 4, MTU: 1400},
-			{Echo: true, Pod: netip.AddrPortFrom(mine.Addr(), 77), Peer: netip.AddrPortFrom(peer.Addr(), 0), From: router, Type: 11},
+			{Echo: true, Pod: netip.AddrPortFrom(mine.Addr(), 77), Peer: netip.AddrPortFrom(peer.Addr(), 0), From: router,
+				Type: 11},
 		} {
 			if at == 40 {
 				fl.Type = map[uint8]uint8{11: 3, 3: 2}[fl.Type]
@@ -188,7 +198,8 @@ func TestWayDelivers(t *testing.T) {
 				from = peer.Addr()
 			}
 			mtu := int(binary.BigEndian.Uint16(p.b[at+6:]))
-			if v.kind != want.kind || v.quotedSrc != want.quotedSrc || v.quotedDst != want.quotedDst || v.src.Addr() != from || p.b[at] != fl.Type || p.b[at+1] != fl.Code || mtu != fl.MTU {
+			if v.kind != want.kind || v.quotedSrc != want.quotedSrc || v.quotedDst != want.quotedDst || v.src.Addr() != from ||
+				p.b[at] != fl.Type || p.b[at+1] != fl.Code || mtu != fl.MTU {
 				t.Errorf("%+v became %+v (% x)", fl, v, p.b)
 			}
 			again := bytes.Clone(p.b)

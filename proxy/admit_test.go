@@ -7,12 +7,14 @@ import (
 	"testing"
 )
 
-// TestPolicyAttachedMeanwhile: a policy that the workload gets while a connection to it is on its way in counts for that connection,
-// which a re-check of live connections does not know yet.
+// TestPolicyAttachedMeanwhile: a policy that the workload gets while a connection to it is on its way in counts for
+// that connection, which a re-check of live connections does not know yet.
 func TestPolicyAttachedMeanwhile(t *testing.T) {
 	deny := func(s string) string {
-		s = strings.Replace(s, "  workloadIps: [\"10.91.2.2\"]\n", "  workloadIps: [\"10.91.2.2\"]\n  authorizationPolicies: [default/now]\n", 1)
-		return s + "- {name: now, namespace: default, scope: WorkloadSelector, action: Deny, dryRun: false, rules: [[[{destinationPorts: [9000]}]]]}\n"
+		s = strings.Replace(s, "  workloadIps: [\"10.91.2.2\"]\n",
+			"  workloadIps: [\"10.91.2.2\"]\n  authorizationPolicies: [default/now]\n", 1)
+		return s + "- {name: now, namespace: default, scope: WorkloadSelector, action: Deny, dryRun: false, rules: " +
+			"[[[{destinationPorts: [9000]}]]]}\n"
 	}
 	asked := 0
 	w := newWorldWith(t, func(w *world, i int, o *Options) {

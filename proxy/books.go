@@ -60,7 +60,8 @@ type entry struct {
 func (p *Proxy) openBooks(in entry) *books {
 	b := &books{p: p, outbound: in.outbound, start: in.start, src: in.src, dst: in.dst,
 		called: in.called, hbone: in.hbone, mtls: in.mtls, protocol: in.protocol}
-	li := labelInput{reporter: reporterDestination, security: securityUnknown, derived: in.derived, source: in.source, dest: in.dest, farEnd: in.farEnd, service: in.service}
+	li := labelInput{reporter: reporterDestination, security: securityUnknown, derived: in.derived, source: in.source,
+		dest: in.dest, farEnd: in.farEnd, service: in.service}
 	if in.outbound {
 		li.reporter = reporterSource
 	}

@@ -38,10 +38,11 @@ func newBounds(o *Options) *bounds {
 		warnings: fair.NewLines(fair.LinesOptions{Log: o.Log, PerSecond: 2, Burst: 20}),
 	}
 	ledger := func(resource string, limit, perSource int64) *fair.Ledger[netip.Addr] {
-		return fair.NewLedger(fair.LedgerOptions[netip.Addr]{Limit: limit, PerSource: perSource, Turned: func(source netip.Addr, evicted bool) {
-			b.turned.Add(1)
-			b.report.Turned(resource, b.pod, source.String(), evicted)
-		}})
+		return fair.NewLedger(fair.LedgerOptions[netip.Addr]{Limit: limit, PerSource: perSource,
+			Turned: func(source netip.Addr, evicted bool) {
+				b.turned.Add(1)
+				b.report.Turned(resource, b.pod, source.String(), evicted)
+			}})
 	}
 	b.newcomers = ledger("connections to port 15008 without a stream", maxNewcomers, maxPerSource)
 	b.handshakes = ledger("handshakes on port 15008", int64(o.Config.MaxMeshHandshake), 0)

@@ -40,8 +40,8 @@ func wantClosed(t *testing.T, what string, c net.Conn) {
 	}
 }
 
-// TestStuckHandshakes: connections that begin a handshake and wait take all places of one source, and keep nobody else waiting. Who
-// was bounded is counted, and said once for all of them.
+// TestStuckHandshakes: connections that begin a handshake and wait take all places of one source, and keep nobody
+// else waiting. Who was bounded is counted, and said once for all of them.
 func TestStuckHandshakes(t *testing.T) {
 	var log bytes.Buffer
 	report := fair.NewReport(slog.New(slog.NewTextHandler(&log, nil)))
@@ -62,7 +62,9 @@ func TestStuckHandshakes(t *testing.T) {
 		c.Write([]byte{0x16})
 		stuck = append(stuck, c)
 	}
-	eventually(t, "all places are taken", func() bool { return w.proxies[1].bounds.handshakes.Held(netip.MustParseAddr("192.0.2.66")) >= 8 })
+	eventually(t, "all places are taken", func() bool {
+		return w.proxies[1].bounds.handshakes.Held(netip.MustParseAddr("192.0.2.66")) >= 8
+	})
 	for i := range 4 {
 		began := time.Now()
 		if err := w.reachesB(fmt.Sprintf("192.0.2.9:%d", 4000+i)); err != nil || time.Since(began) > 3*time.Second {
@@ -89,8 +91,8 @@ func TestStuckHandshakes(t *testing.T) {
 	}
 }
 
-// TestTunnelsWithoutStreams: tunnels of a member of the mesh that carry nothing are bounded per source; one that carries something
-// is not among them.
+// TestTunnelsWithoutStreams: tunnels of a member of the mesh that carry nothing are bounded per source; one that
+// carries something is not among them.
 func TestTunnelsWithoutStreams(t *testing.T) {
 	w := newWorld(t)
 	w.proxies[1].bounds.newcomers = fair.NewLedger(fair.LedgerOptions[netip.Addr]{Limit: 6, PerSource: 4})
@@ -125,11 +127,13 @@ func TestTunnelsWithoutStreams(t *testing.T) {
 	roundTrip(t, s)
 }
 
-// TestRequestsAreBounded: CONNECTs that await their answer, of a peer that asks for more and more of them, leave places for others'.
+// TestRequestsAreBounded: CONNECTs that await their answer, of a peer that asks for more and more of them, leave
+// places for others'.
 func TestRequestsAreBounded(t *testing.T) {
 	w := newWorld(t)
 	w.proxies[1].bounds.requests = fair.NewLedger(fair.LedgerOptions[netip.Addr]{Limit: 4})
-	w.dialApp = func(ctx context.Context) (Conn, error) { <-ctx.Done(); return nil, ctx.Err() } // an application that never answers
+	// an application that never answers
+	w.dialApp = func(ctx context.Context) (Conn, error) { <-ctx.Done(); return nil, ctx.Err() }
 	cc := w.peerOfB("192.0.2.66:1999")
 	answers := make(chan int, 20)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -159,7 +163,8 @@ func TestRequestsAreBounded(t *testing.T) {
 	}
 }
 
-// TestRefusalsInTheLog: what a source is refused costs a bounded number of lines; what was left out is said, and others' lines are written.
+// TestRefusalsInTheLog: what a source is refused costs a bounded number of lines; what was left out is said, and
+// others' lines are written.
 func TestRefusalsInTheLog(t *testing.T) {
 	const tries = 400
 	w := newWorldWith(t, func(_ *world, _ int, o *Options) { o.Config.PolicyInfoLogging = true })
@@ -168,10 +173,12 @@ func TestRefusalsInTheLog(t *testing.T) {
 	}))
 	denied, early := w.peerOfB("192.0.2.66:2000"), w.peerOfB("192.0.2.77:2000")
 	for range tries {
-		if _, resp, _ := denied.Open(t.Context(), &hbone.Request{Authority: "10.91.2.2:9000"}); resp == nil || resp.Status != 401 {
+		if _, resp, _ := denied.Open(t.Context(), &hbone.Request{Authority: "10.91.2.2:9000"}); resp == nil ||
+			resp.Status != 401 {
 			t.Fatalf("answered %+v", resp)
 		}
-		if _, resp, _ := early.Open(t.Context(), &hbone.Request{Authority: "10.9.9.9:9000"}); resp == nil || resp.Status != 400 {
+		if _, resp, _ := early.Open(t.Context(), &hbone.Request{Authority: "10.9.9.9:9000"}); resp == nil ||
+			resp.Status != 400 {
 			t.Fatalf("answered %+v", resp)
 		}
 		w.connect(w.proxies[1].ServePassthrough, "192.0.2.88:2000", "10.91.2.2:9000")
@@ -194,7 +201,8 @@ func TestRefusalsInTheLog(t *testing.T) {
 	}
 }
 
-// TestLabelsOfTheRefused: what a peer says of itself reaches no label before policy has let it in, is bounded in length, and in all.
+// TestLabelsOfTheRefused: what a peer says of itself reaches no label before policy has let it in, is bounded in
+// length, and in all.
 func TestLabelsOfTheRefused(t *testing.T) {
 	long := strings.Repeat("x", 20_000)
 	w := newWorld(t)
@@ -206,7 +214,9 @@ func TestLabelsOfTheRefused(t *testing.T) {
 	const strange = "192.0.2.66:2000" // of no workload that b knows: only baggage tells more than the certificate
 	cc := w.peerOfB(strange)
 	for i := range 50 {
-		cc.Open(t.Context(), &hbone.Request{Authority: "10.91.2.2:9000", Baggage: fmt.Sprintf("k8s.deployment.name=evil%d,k8s.namespace.name=%s", i, long)})
+		cc.Open(t.Context(),
+			&hbone.Request{Authority: "10.91.2.2:9000", Baggage: fmt.Sprintf("k8s.deployment.name=evil%d,k8s.namespace.name=%s",
+				i, long)})
 	}
 	for key := range gather(t, w.metrics[1]) {
 		if strings.Contains(key, "evil") || len(key) > 4000 {
@@ -220,7 +230,9 @@ func TestLabelsOfTheRefused(t *testing.T) {
 	w.know.publish(loadView(t, nil))
 	const tries = 300
 	for i := range tries {
-		s, _, err := cc.Open(t.Context(), &hbone.Request{Authority: "10.91.2.2:9000", Baggage: fmt.Sprintf("k8s.deployment.name=good%d,k8s.namespace.name=%s", i, long)})
+		s, _, err := cc.Open(t.Context(),
+			&hbone.Request{Authority: "10.91.2.2:9000", Baggage: fmt.Sprintf("k8s.deployment.name=good%d,k8s.namespace.name=%s",
+				i, long)})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -247,7 +259,8 @@ func TestLabelsOfTheRefused(t *testing.T) {
 	}
 	var opened float64
 	for key, value := range gather(t, w.metrics[1]) {
-		if strings.HasPrefix(key, "istio_tcp_connections_opened_total") && strings.Contains(key, `connection_security_policy="mutual_tls"`) {
+		if strings.HasPrefix(key, "istio_tcp_connections_opened_total") &&
+			strings.Contains(key, `connection_security_policy="mutual_tls"`) {
 			var n float64
 			fmt.Sscan(value, &n)
 			opened += n
@@ -269,10 +282,12 @@ func TestLabelsOfTheRefused(t *testing.T) {
 
 // TestClip: labels are valid UTF-8 of a bounded length.
 func TestClip(t *testing.T) {
-	in := labelInput{derived: &derived{baggage: hbone.Baggage{Workload: strings.Repeat("é", 300), Namespace: "a\xffb"}, hasID: true,
-		id: identity.ID{TrustDomain: strings.Repeat("t", 2000), Namespace: "n", ServiceAccount: "s"}}}
+	in := labelInput{derived: &derived{baggage: hbone.Baggage{Workload: strings.Repeat("é", 300), Namespace: "a\xffb"},
+		hasID: true,
+		id:    identity.ID{TrustDomain: strings.Repeat("t", 2000), Namespace: "n", ServiceAccount: "s"}}}
 	l := makeLabels(in)
-	if got := l[lSourceWorkload]; len(got) > maxClaimed+1 || !strings.HasPrefix(got, "éé") || strings.ToValidUTF8(got, "!") != got {
+	if got := l[lSourceWorkload]; len(got) > maxClaimed+1 || !strings.HasPrefix(got, "éé") ||
+		strings.ToValidUTF8(got, "!") != got {
 		t.Errorf("%d bytes: %q", len(got), got)
 	}
 	if l[lSourceNamespace] != "a?b" || len(l[lSourcePrincipal]) > maxLabel {

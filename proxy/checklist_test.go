@@ -44,7 +44,8 @@ func (w *world) lastLine(i int) string {
 	return l[len(l)-1]
 }
 
-// lineWith is the one access line of pod i with a text in it. Lines stand in the order in which connections end, which is not that in which they began.
+// lineWith is the one access line of pod i with a text in it. Lines stand in the order in which connections end,
+// which is not that in which they began.
 func (w *world) lineWith(i int, text string) string {
 	w.t.Helper()
 	var found []string
@@ -99,7 +100,8 @@ func TestMappedAddresses(t *testing.T) {
 	}
 	w.settle()
 	w.stop()
-	wantTexts(t, w.lineWith(0, "src.addr=10.91.1.2:20410 "), "dst.addr=10.91.2.2:15008 dst.hbone_addr=10.91.2.2:9000 ", `dst.workload="b"`)
+	wantTexts(t, w.lineWith(0, "src.addr=10.91.1.2:20410 "), "dst.addr=10.91.2.2:15008 dst.hbone_addr=10.91.2.2:9000 ",
+		`dst.workload="b"`)
 	wantTexts(t, w.lineWith(1, "src.addr=10.91.66.6:4000 "), "explicitly denied by: default/deny-7777")
 }
 
@@ -152,7 +154,8 @@ func TestConnectTimeout(t *testing.T) {
 	}
 }
 
-// TestUnknownLocal: checklist 45, a pod without a record waits 5 s for it; then the connection is refused, warned of and not counted.
+// TestUnknownLocal: checklist 45, a pod without a record waits 5 s for it; then the connection is refused, warned of
+// and not counted.
 func TestUnknownLocal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
@@ -170,7 +173,8 @@ func TestUnknownLocal(t *testing.T) {
 		if d := time.Since(start); d != 5*time.Second || f.app != nil {
 			t.Errorf("after %v: accepted %v", d, f.app != nil)
 		}
-		wantTexts(t, log.String(), "level=WARN", `msg="connection failed"`, `error="failed to fetch information about local workload: sa.ns (pod)"`)
+		wantTexts(t, log.String(), "level=WARN", `msg="connection failed"`,
+			`error="failed to fetch information about local workload: sa.ns (pod)"`)
 		if got := gather(t, m); len(got) != 0 {
 			t.Errorf("counted: %v", got)
 		}
@@ -191,8 +195,10 @@ func TestResponseBaggage(t *testing.T) {
 	s.Close()
 	w.settle()
 	w.stop()
-	wantTexts(t, w.lines(0)[0], `dst.workload="b" dst.namespace="default" dst.identity="spiffe://cluster.local/ns/default/sa/b"`)
-	if got := seriesWith(t, w.metrics[0], "connections_closed", `destination_workload="b-deploy"`, `destination_canonical_revision="v2"`, `destination_zone="z1"`); len(got) != 1 {
+	wantTexts(t, w.lines(0)[0],
+		`dst.workload="b" dst.namespace="default" dst.identity="spiffe://cluster.local/ns/default/sa/b"`)
+	if got := seriesWith(t, w.metrics[0], "connections_closed", `destination_workload="b-deploy"`,
+		`destination_canonical_revision="v2"`, `destination_zone="z1"`); len(got) != 1 {
 		t.Errorf("%v", gather(t, w.metrics[0]))
 	}
 }
@@ -206,7 +212,8 @@ func TestOtherStatus(t *testing.T) {
 		here, there := tcpPair(t)
 		work.Go(func() {
 			defer there.Close()
-			cert, err := w.certs.Certificate(context.Background(), identity.ID{TrustDomain: "cluster.local", Namespace: "default", ServiceAccount: "b"})
+			cert, err := w.certs.Certificate(context.Background(),
+				identity.ID{TrustDomain: "cluster.local", Namespace: "default", ServiceAccount: "b"})
 			if err != nil {
 				t.Error(err)
 				return
@@ -220,7 +227,8 @@ func TestOtherStatus(t *testing.T) {
 		})
 		return here, nil
 	}
-	if _, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.2:9000"); err != errRefused || r != refusal.Reset {
+	if _, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.2:9000"); err != errRefused ||
+		r != refusal.Reset {
 		t.Errorf("%v, %d", err, r)
 	}
 	w.settle()
@@ -231,7 +239,8 @@ func TestOtherStatus(t *testing.T) {
 	}
 }
 
-// TestTunnelSharing: checklist 62, 63 and 70, and 78 on the way: b is the waypoint of two services and an endpoint of two.
+// TestTunnelSharing: checklist 62, 63 and 70, and 78 on the way: b is the waypoint of two services and an endpoint of
+// two.
 func TestTunnelSharing(t *testing.T) {
 	w := newWorldWith(t, func(_ *world, _ int, o *Options) { o.Config.SOCKS5 = true })
 	const x, y = "spiffe://cluster.local/ns/default/sa/x", "spiffe://cluster.local/ns/default/sa/y"
@@ -290,7 +299,8 @@ func TestNoCertificate(t *testing.T) {
 	}
 	eventually(t, "the end of the connection", func() bool { return w.tunnels.Load() == 0 })
 	w.stop()
-	wantTexts(t, w.lastLine(1), "\twarn\taccess\tconnection failed\t", "src.addr=10.91.1.2:4000 ", `direction="inbound" error="tls handshake error: `)
+	wantTexts(t, w.lastLine(1), "\twarn\taccess\tconnection failed\t", "src.addr=10.91.1.2:4000 ",
+		`direction="inbound" error="tls handshake error: `)
 	if got := gather(t, w.metrics[1]); len(got) != 0 {
 		t.Errorf("counted: %v", got)
 	}
@@ -308,11 +318,13 @@ func TestWhoTheSourceIs(t *testing.T) {
 		want      string
 	}{
 		{"97: the record wins over baggage", "10.91.1.2:4000", nil, `src.workload="a" src.namespace="default" ` + a},
-		{"97: the identity is that of the certificate", "10.91.0.2:4000", nil, `src.workload="plain" src.namespace="default" ` + a},
+		{"97: the identity is that of the certificate", "10.91.0.2:4000", nil,
+			`src.workload="plain" src.namespace="default" ` + a},
 		{"95: our network in other letters", "10.91.1.2:4000", new("nET1"), `src.workload="a" src.namespace="default" ` + a},
 		{"96: another network", "10.91.1.2:4000", new("net2"), `src.workload="liar" src.namespace="far" ` + a},
 	} {
-		req := &hbone.Request{Authority: "10.91.2.2:9000", Baggage: "k8s.namespace.name=far,k8s.deployment.name=liar,service.name=liar"}
+		req := &hbone.Request{Authority: "10.91.2.2:9000",
+			Baggage: "k8s.namespace.name=far,k8s.deployment.name=liar,service.name=liar"}
 		if c.network != nil {
 			req.ForwardedNetwork, req.SendForwardedNetwork = *c.network, true
 		}
@@ -353,7 +365,8 @@ func TestStreamResets(t *testing.T) {
 	w := newWorld(t)
 	w.listen(appB, echo)
 	cc := w.peerOfB("10.91.1.2:4000")
-	for i, code := range []http2.ErrCode{http2.ErrCodeCancel, http2.ErrCodeInternal, http2.ErrCodeNo, http2.ErrCodeCancel} {
+	for i, code := range []http2.ErrCode{http2.ErrCodeCancel, http2.ErrCodeInternal, http2.ErrCodeNo,
+		http2.ErrCodeCancel} {
 		ended := i == 3
 		s, _, err := cc.Open(t.Context(), &hbone.Request{Authority: "10.91.2.2:9000"})
 		if err != nil {
@@ -375,7 +388,8 @@ func TestStreamResets(t *testing.T) {
 	}
 }
 
-// TestForcedDrain: checklist 145, a connection that is cut at the deadline is closed without a flag, is an error in the log and no failure.
+// TestForcedDrain: checklist 145, a connection that is cut at the deadline is closed without a flag, is an error in
+// the log and no failure.
 func TestForcedDrain(t *testing.T) {
 	w := newWorld(t)
 	outside := netip.MustParseAddrPort("192.0.2.1:80")
@@ -387,14 +401,17 @@ func TestForcedDrain(t *testing.T) {
 	<-done
 	app.Close()
 	w.stop()
-	wantTexts(t, w.lastLine(0), "\terror\taccess\tconnection complete\t", `error="connection closed due to connection drain"`)
-	closed, failed := seriesWith(t, w.metrics[0], "connections_closed", `response_flags="-"`), seriesWith(t, w.metrics[0], "connections_failed")
+	wantTexts(t, w.lastLine(0), "\terror\taccess\tconnection complete\t",
+		`error="connection closed due to connection drain"`)
+	closed, failed := seriesWith(t, w.metrics[0], "connections_closed", `response_flags="-"`),
+		seriesWith(t, w.metrics[0], "connections_failed")
 	if len(closed) != 1 || !strings.HasSuffix(closed[0], " 1") || len(failed) != 0 {
 		t.Errorf("closed %v, failed %v", closed, failed)
 	}
 }
 
-// TestInnerTunnels: checklist 44, each connection of a double tunnel has an inner one of its own, and all share the outer.
+// TestInnerTunnels: checklist 44, each connection of a double tunnel has an inner one of its own, and all share the
+// outer.
 func TestInnerTunnels(t *testing.T) {
 	w, g := newDoubleWorld(t, nil)
 	w.listen(appB, echo)

@@ -17,8 +17,8 @@ type crashingConn struct{ Conn }
 
 func (c crashingConn) Read([]byte) (int, error) { panic("boom") }
 
-// TestPanicEndsOneConnection: a panic while a connection is copied ends it at both of its ends and in the books; the proxy goes on, and
-// can be closed.
+// TestPanicEndsOneConnection: a panic while a connection is copied ends it at both of its ends and in the books; the
+// proxy goes on, and can be closed.
 func TestPanicEndsOneConnection(t *testing.T) {
 	panics := rescue.New(slog.New(slog.DiscardHandler))
 	w := newWorldWith(t, func(_ *world, _ int, o *Options) { o.Panics = panics })
@@ -78,7 +78,8 @@ func TestPanicEndsOneConnection(t *testing.T) {
 	}
 }
 
-// TestPanicBeforeTheVerdict: one that comes while a connection is decided leaves no visit, no socket and no connection behind.
+// TestPanicBeforeTheVerdict: one that comes while a connection is decided leaves no visit, no socket and no
+// connection behind.
 func TestPanicBeforeTheVerdict(t *testing.T) {
 	panics := rescue.New(slog.New(slog.DiscardHandler))
 	w := newWorldWith(t, func(_ *world, i int, o *Options) {

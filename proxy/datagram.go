@@ -27,10 +27,10 @@ type DatagramVerdict struct {
 }
 
 // JudgeDatagram asks the policies of a flow's destination what they ask of a plaintext connection: whether one that
-// proves no identity may come to this port. A destination with strict mutual TLS refuses it, one that is open to all, or
-// on that port, or that is not the mesh's, does not. Of a service's endpoints all must agree: which of them it will be, the
-// network decides. A workload that is called has to be judged by its caller as well as by its own node, which may be another's (ztunnel
-// captures no UDP).
+// proves no identity may come to this port. A destination with strict mutual TLS refuses it, one that is open to all,
+// or on that port, or that is not the mesh's, does not. Of a service's endpoints all must agree: which of them it
+// will be, the network decides. A workload that is called has to be judged by its caller as well as by its own node,
+// which may be another's (ztunnel captures no UDP).
 func JudgeDatagram(v *state.View, q DatagramQuestion) DatagramVerdict {
 	w, svc := v.FindAddress(q.Network, q.Dst.Addr(), q.ClientNS)
 	switch {
@@ -62,12 +62,14 @@ func JudgeDatagram(v *state.View, q DatagramQuestion) DatagramVerdict {
 }
 
 func judgeDatagram(v *state.View, w *state.Workload, src netip.Addr, dst netip.AddrPort) DatagramVerdict {
-	return DatagramVerdict{Known: true, Workload: w, Verdict: rbac.Evaluate(v.PoliciesFor(w), rbac.Question{Src: src, Dst: dst})}
+	return DatagramVerdict{Known: true, Workload: w,
+		Verdict: rbac.Evaluate(v.PoliciesFor(w), rbac.Question{Src: src, Dst: dst})}
 }
 
-// AllowDatagram judges a UDP flow of the pod's by what is known now, without waiting: inbound is one that src begins with the
-// pod, else the pod begins it. What connections would wait for (the pod's own record, a policy that is listed and not loaded, an
-// on-demand look-up) is no until it is there; a sender of datagrams tries again. A refusal is logged, within the budget of its source.
+// AllowDatagram judges a UDP flow of the pod's by what is known now, without waiting: inbound is one that src begins
+// with the pod, else the pod begins it. What connections would wait for (the pod's own record, a policy that is
+// listed and not loaded, an on-demand look-up) is no until it is there; a sender of datagrams tries again. A refusal
+// is logged, within the budget of its source.
 func (p *Proxy) AllowDatagram(inbound bool, src, dst netip.AddrPort) bool {
 	view := p.o.Knowledge.View()
 	local := view.WorkloadByInfo(p.o.Info)
@@ -79,7 +81,8 @@ func (p *Proxy) AllowDatagram(inbound bool, src, dst netip.AddrPort) bool {
 	if inbound {
 		d = judgeDatagram(view, local, src.Addr(), dst)
 	} else {
-		d = JudgeDatagram(view, DatagramQuestion{Network: p.o.Config.NetworkName, ClientNS: local.Namespace, Src: src, Dst: dst})
+		d = JudgeDatagram(view, DatagramQuestion{Network: p.o.Config.NetworkName, ClientNS: local.Namespace, Src: src,
+			Dst: dst})
 	}
 	if !d.Known && !p.knownAbsent(state.NetworkAddress{Network: p.o.Config.NetworkName, Addr: dst.Addr()}.String()) {
 		return false // asked for

@@ -14,13 +14,15 @@ import (
 
 // strict is what istiod makes of PeerAuthentication STRICT, but for some ports.
 func strict(exempt ...string) func(string) string {
-	policy := "- {name: istio_converted_static_strict, namespace: default, scope: WorkloadSelector, action: Deny, dryRun: false, rules: [[[{notPrincipals: [{Presence: []}]}]"
+	policy := "- {name: istio_converted_static_strict, namespace: default, scope: WorkloadSelector, action: Deny, " +
+		"dryRun: false, rules: [[[{notPrincipals: [{Presence: []}]}]"
 	if len(exempt) > 0 {
 		policy += ", [{notDestinationPorts: [" + strings.Join(exempt, ", ") + "]}]"
 	}
 	policy += "]]}\n"
 	return func(s string) string {
-		return strings.Replace(s, "  workloadIps: [\"10.91.2.2\"]\n", "  workloadIps: [\"10.91.2.2\"]\n  authorizationPolicies: [default/istio_converted_static_strict]\n", 1) + policy
+		return strings.Replace(s, "  workloadIps: [\"10.91.2.2\"]\n",
+			"  workloadIps: [\"10.91.2.2\"]\n  authorizationPolicies: [default/istio_converted_static_strict]\n", 1) + policy
 	}
 }
 
@@ -54,7 +56,8 @@ func TestDatagramPolicies(t *testing.T) {
 			t.Errorf("%s: the caller allows it: %v", tt.name, got)
 		}
 		if tt.inbound != "" {
-			if got := w.proxies[1].AllowDatagram(true, netip.AddrPortFrom(addrA, 4000), netip.MustParseAddrPort(tt.inbound)); got != tt.in {
+			if got := w.proxies[1].AllowDatagram(true, netip.AddrPortFrom(addrA, 4000),
+				netip.MustParseAddrPort(tt.inbound)); got != tt.in {
 				t.Errorf("%s: the called allows it: %v", tt.name, got)
 			}
 		}
@@ -65,7 +68,8 @@ func TestDatagramPolicies(t *testing.T) {
 	}
 }
 
-// What a connection would wait for is no for a datagram until it is there: the pod's record, a policy that is listed, a look-up.
+// What a connection would wait for is no for a datagram until it is there: the pod's record, a policy that is listed,
+// a look-up.
 func TestDatagramNotYet(t *testing.T) {
 	dst := netip.MustParseAddrPort("10.91.2.2:9000")
 	src := netip.AddrPortFrom(addrA, 4000)
@@ -86,7 +90,9 @@ func TestDatagramNotYet(t *testing.T) {
 	if w.proxies[1].AllowDatagram(true, src, dst) {
 		t.Error("allowed without a policy that does not come")
 	}
-	w.know.publish(loadView(t, func(s string) string { return strings.Replace(s, "  name: b\n", "  name: elsewhere\n", 1) }))
+	w.know.publish(loadView(t, func(s string) string {
+		return strings.Replace(s, "  name: b\n", "  name: elsewhere\n", 1)
+	}))
 	if w.proxies[1].AllowDatagram(true, src, dst) {
 		t.Error("allowed before the pod's record is known")
 	}

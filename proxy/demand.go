@@ -21,7 +21,8 @@ const (
 // asked for it once, and try is called again with what is known then. An error means that something which try
 // missed is not known to be in the mesh or not: what try made of it must not be used, or what belongs in the
 // mesh goes out in plaintext.
-func (p *Proxy) asking(ctx context.Context, wait time.Duration, view *state.View, try func(view *state.View, missed *string)) error {
+func (p *Proxy) asking(ctx context.Context, wait time.Duration, view *state.View,
+	try func(view *state.View, missed *string)) error {
 	if p.o.Demand == nil {
 		try(view, nil)
 		return nil

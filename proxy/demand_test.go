@@ -107,20 +107,27 @@ func TestDemand(t *testing.T) {
 func TestDemandBounds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		know := &fakeKnowledge{view: new(state.View), changed: make(chan struct{})}
-		p := New(Options{Knowledge: know, Log: slog.New(slog.DiscardHandler), Demand: func(ctx context.Context, _ string) error {
-			<-ctx.Done()
-			return ctx.Err()
-		}})
+		p := New(Options{Knowledge: know, Log: slog.New(slog.DiscardHandler),
+			Demand: func(ctx context.Context, _ string) error {
+				<-ctx.Done()
+				return ctx.Err()
+			}})
 		defer p.Close()
 		start := time.Now()
 		n := 0
-		err := p.asking(t.Context(), demandWait, know.View(), func(_ *state.View, missed *string) { n++; *missed = "/10.0.0.1" })
+		err := p.asking(t.Context(), demandWait, know.View(), func(_ *state.View, missed *string) {
+			n++
+			*missed = "/10.0.0.1"
+		})
 		if d := time.Since(start); d != demandWait || n != 1 || !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("%v, %d tries, %v", d, n, err)
 		}
 		n = 0
 		p.o.Demand = func(context.Context, string) error { return nil }
-		err = p.asking(t.Context(), demandWait, know.View(), func(_ *state.View, missed *string) { n++; *missed = fmt.Sprint(n) })
+		err = p.asking(t.Context(), demandWait, know.View(), func(_ *state.View, missed *string) {
+			n++
+			*missed = fmt.Sprint(n)
+		})
 		if n != maxDemanded+1 || err == nil || !strings.Contains(err.Error(), `"5" is one name more`) {
 			t.Errorf("%d tries, %v", n, err)
 		}
@@ -130,10 +137,11 @@ func TestDemandBounds(t *testing.T) {
 	})
 }
 
-// TestDemandUnanswered: what cannot be looked up is refused, with a reset and at once when the error comes; it may be in
-// the mesh, and nothing of it may go out in plaintext.
+// TestDemandUnanswered: what cannot be looked up is refused, with a reset and at once when the error comes; it may be
+// in the mesh, and nothing of it may go out in plaintext.
 func TestDemandUnanswered(t *testing.T) {
-	for what, failure := range map[string]error{"silence": fmt.Errorf("no answer: %w", context.DeadlineExceeded), "full": errors.New("too many names wait")} {
+	for what, failure := range map[string]error{"silence": fmt.Errorf("no answer: %w", context.DeadlineExceeded),
+		"full": errors.New("too many names wait")} {
 		var asked atomic.Int32
 		w := newWorldWith(t, func(_ *world, i int, o *Options) {
 			if i == 0 {
@@ -151,7 +159,8 @@ func TestDemandUnanswered(t *testing.T) {
 		if plain.Load() != 0 || asked.Load() != 1 {
 			t.Errorf("%s: %d plaintext connections, asked %d times", what, plain.Load(), asked.Load())
 		}
-		if l := strings.Join(w.lines(0), "\n"); !strings.Contains(l, `error="failed to look up the destination, which may be in the mesh: `) {
+		if l := strings.Join(w.lines(0), "\n"); !strings.Contains(l,
+			`error="failed to look up the destination, which may be in the mesh: `) {
 			t.Error(what, l)
 		}
 	}
@@ -233,7 +242,9 @@ services:
 		}
 		got = append(got, s)
 	}
-	want := "4 source_workload=a-deploy source_canonical_service=a source_canonical_revision=v1 source_workload_namespace=default source_principal=spiffe://cluster.local/ns/default/sa/a source_app=a source_version=v1 source_cluster=Kubernetes hostname=db.example.com"
+	want := "4 source_workload=a-deploy source_canonical_service=a source_canonical_revision=v1 " +
+		"source_workload_namespace=default source_principal=spiffe://cluster.local/ns/default/sa/a source_app=a " +
+		"source_version=v1 source_cluster=Kubernetes hostname=db.example.com"
 	if len(got) != 1 || got[0] != want {
 		t.Errorf("%q", got)
 	}

@@ -7,10 +7,10 @@
 //  1. Flow. A SYN is held and comes in as a Flow (ServeOutbound, ServePassthrough), or a SOCKS5 request that is one
 //     (ServeSOCKS), or a CONNECT on a stream of a peer's tunnel (ServeMesh, serveStream). It becomes a connection
 //     (enter, connection.go), which a cut can end from here on (await).
-//  2. Decision. Package route says where it goes, from the newest View (decide in outbound.go, receive in inbound.go);
-//     what the View does not know is asked for (ondemand.go). The connection is registered with its path in the table,
-//     and then, if it is inbound, package rbac says whether it may (admit): in this order, so that a change of policy in
-//     between finds it.
+//  2. Decision. Package route says where it goes, from the newest View (decide in outbound.go, receive in
+//     inbound.go); what the View does not know is asked for (ondemand.go). The connection is registered with its path
+//     in the table, and then, if it is inbound, package rbac says whether it may (admit): in this order, so that a
+//     change of policy in between finds it.
 //  3. Upstream. The far side is connected: a stream of a pooled tunnel, plain TCP (connect), a tunnel within a
 //     gateway's (double.go), or the application (reach). One endpoint that fails may give way to another (retry.go).
 //  4. Accept. Only now is the near side told: SYN-ACK, SOCKS5's success, or 200. What failed before is refused instead,
@@ -60,7 +60,8 @@
 //   - 2026-11-28: what outsiders can take (handshakes, tunnels without a stream, requests, log lines) is shared
 //     by package fair; an evicted connection is reset, and said by the report rather than by a line of its own.
 //   - 2026-11-28: a connection is counted after its policy check, and what a peer says of itself (baggage) is read
-//     only then: a refused peer chooses no label. An admitted one may fill 64 KiB of series, then it counts by identity.
+//     only then: a refused peer chooses no label. An admitted one may fill 64 KiB of series, then it counts by
+//     identity.
 //   - 2026-11-28: a policy that the workload lists and that is not loaded is waited for, up to 3 s from when it was
 //     first missed, and then left out as in ztunnel; ZTUN_UNKNOWN_POLICY=deny refuses.
 //   - 2026-11-28: RST_STREAM before END_STREAM is a reset at the application whatever its code, and an error in the
@@ -79,8 +80,9 @@
 //     way (istio-cni's SNAT on the same node, masquerading): the connection stands, lists of source addresses in
 //     policies are undecided. An address that nobody has is not suspected: peers of other networks come from such.
 //   - 2026-11-28: what an operator sees of connections (history.go) is their own books: a live one points at them, an
-//     ended one leaves them in a ring of the pod, without a lock or memory of its own. Those that never stood have another
-//     ring, so that a scan does not push out what really happened.
-//   - 2026-11-28: a peer of the mesh that is refused is told why (x-ztun-reason, ZTUN_SEND_REASON): the name of a policy and
-//     the application's error, 256 bytes at most. It proved who it is, and its operator would find it in our log only.
+//     ended one leaves them in a ring of the pod, without a lock or memory of its own. Those that never stood have
+//     another ring, so that a scan does not push out what really happened.
+//   - 2026-11-28: a peer of the mesh that is refused is told why (x-ztun-reason, ZTUN_SEND_REASON): the name of a
+//     policy and the application's error, 256 bytes at most. It proved who it is, and its operator would find it in
+//     our log only.
 package proxy

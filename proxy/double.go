@@ -14,7 +14,8 @@ import (
 // gateway and, within it, a tunnel of the connection's own to whoever the gateway chooses. The inner one
 // is never shared, so that each connection may end at another endpoint (spec 2.9). far is what the far
 // end proves and says of itself.
-func (c *connection) connectDouble(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision) (up Conn, far *derived, failed *Error) {
+func (c *connection) connectDouble(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision) (
+	up Conn, far *derived, failed *Error) {
 	p := c.p
 	req := request(local, src, d)
 	outer, failed := p.connectHBONE(ctx, local, src, d, req)

@@ -122,7 +122,8 @@ func (g *gateway) serve(raw net.Conn) {
 func (g *gateway) stream(s *hbone.ServerStream) {
 	_, network := s.ForwardedNetwork()
 	g.mu.Lock()
-	g.requests = append(g.requests, hbone.Request{Authority: s.Authority(), Baggage: strings.Join(s.Baggage(), "|"), Forwarded: s.Forwarded(), Traceparent: s.Traceparent(), SendForwardedNetwork: network})
+	g.requests = append(g.requests, hbone.Request{Authority: s.Authority(), Baggage: strings.Join(s.Baggage(), "|"),
+		Forwarded: s.Forwarded(), Traceparent: s.Traceparent(), SendForwardedNetwork: network})
 	g.mu.Unlock()
 	if status := g.status.Load(); status != 0 {
 		s.Refuse(int(status))
@@ -179,8 +180,10 @@ func TestDoubleHBONE(t *testing.T) {
 		t.Errorf("%d outer tunnels, want 1", n)
 	}
 	for _, r := range g.requests {
-		if r.Authority != "b.svc:80" || r.SendForwardedNetwork || r.Forwarded != `for="10.91.1.2:20410";host=b.svc` || len(r.Traceparent) != 55 ||
-			r.Baggage != "k8s.cluster.name=c1,k8s.namespace.name=default,k8s.deployment.name=a-deploy,service.name=a,service.version=v1,cloud.region=r1,cloud.availability_zone=z1" {
+		if r.Authority != "b.svc:80" || r.SendForwardedNetwork || r.Forwarded != `for="10.91.1.2:20410";host=b.svc` ||
+			len(r.Traceparent) != 55 ||
+			r.Baggage !=
+				"k8s.cluster.name=c1,k8s.namespace.name=default,k8s.deployment.name=a-deploy,service.name=a,service.version=v1,cloud.region=r1,cloud.availability_zone=z1" {
 			t.Errorf("outer request %+v", r)
 		}
 	}
@@ -228,18 +231,23 @@ func TestDoubleHBONERefused(t *testing.T) {
 		name, dst, text, workload string
 		prepare                   func()
 	}{
-		{"the application's port is closed", "10.96.0.10:81", "http status: 503 Service Unavailable", "gateway-pod", func() {}},
+		{"the application's port is closed", "10.96.0.10:81", "http status: 503 Service Unavailable", "gateway-pod",
+			func() {}},
 		{"policy denies", "10.96.0.10:82", "http status: 401 Unauthorized", "gateway-pod", func() {}},
-		{"checklist 43: a service without identities", "10.96.0.11:80", "io error: identity verification error: peer did not present the expected SAN (), got spiffe://cluster.local/ns/default/sa/b", "gateway-pod", func() {}},
+		{"checklist 43: a service without identities", "10.96.0.11:80",
+			"io error: identity verification error: peer did not present the expected SAN (), got " +
+				"spiffe://cluster.local/ns/default/sa/b", "gateway-pod", func() {}},
 		{"the gateway refuses", "10.96.0.10:80", "http status: 503 Service Unavailable", "gateway-pod", sayNo(503)},
-		{"the gateway is somebody else", "10.96.0.10:80", "io error: identity verification error: peer did not present the expected SAN (spiffe://cluster.local/ns/gw/sa/gateway), got spiffe://cluster.local/ns/gw/sa/impostor", "gateway-pod", func() {
-			g.status.Store(0)
-			g.as = other
-			for _, p := range w.proxies { // no tunnel to the true one any more
-				p.pool.Shutdown(t.Context())
-				p.pool = hbone.NewPool(hbone.PoolOptions{Dial: p.dialTunnel})
-			}
-		}},
+		{"the gateway is somebody else", "10.96.0.10:80",
+			"io error: identity verification error: peer did not present the expected SAN " +
+				"(spiffe://cluster.local/ns/gw/sa/gateway), got spiffe://cluster.local/ns/gw/sa/impostor", "gateway-pod", func() {
+				g.status.Store(0)
+				g.as = other
+				for _, p := range w.proxies { // no tunnel to the true one any more
+					p.pool.Shutdown(t.Context())
+					p.pool = hbone.NewPool(hbone.PoolOptions{Dial: p.dialTunnel})
+				}
+			}},
 	} {
 		tt.prepare()
 		_, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, tt.dst)
@@ -249,14 +257,16 @@ func TestDoubleHBONERefused(t *testing.T) {
 		w.settle()
 		l := w.lines(0)
 		last := l[len(l)-1]
-		if !strings.Contains(last, `error="`+tt.text+`"`) || !strings.Contains(last, `dst.workload="`+tt.workload+`"`) || !strings.Contains(last, "\terror\t") {
+		if !strings.Contains(last, `error="`+tt.text+`"`) || !strings.Contains(last, `dst.workload="`+tt.workload+`"`) ||
+			!strings.Contains(last, "\terror\t") {
 			t.Errorf("%s:\n%s\nwant %s", tt.name, last, tt.text)
 		}
 	}
 	w.stop()
 	flagged := 0
 	for k, v := range gather(t, w.metrics[0]) {
-		if strings.HasPrefix(k, "istio_tcp_connections_failed_total") && strings.Contains(k, `response_flags="CONNECT"`) && v == "4" {
+		if strings.HasPrefix(k, "istio_tcp_connections_failed_total") && strings.Contains(k, `response_flags="CONNECT"`) &&
+			v == "4" {
 			flagged++
 		}
 	}
@@ -278,7 +288,8 @@ func TestDoubleHBONEWithoutBaggage(t *testing.T) {
 	<-done
 	w.settle()
 	w.stop()
-	want := `dst.hbone_addr=b.svc:80 dst.service="b.svc" dst.identity="spiffe://cluster.local/ns/default/sa/b" direction="outbound"`
+	want :=
+		`dst.hbone_addr=b.svc:80 dst.service="b.svc" dst.identity="spiffe://cluster.local/ns/default/sa/b" direction="outbound"`
 	if l := w.lines(0); len(l) != 1 || !strings.Contains(l[0], want) {
 		t.Errorf("%q", l)
 	}

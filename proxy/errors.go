@@ -27,7 +27,8 @@ const (
 	FlagCertRevoked
 )
 
-var flagTexts = [...]string{"-", "DENY", "CONNECT", "TLS_FAILURE", "H2_HANDSHAKE_FAILURE", "NETWORK_POLICY", "IDENTITY_ERROR", "CERT_REVOKED"}
+var flagTexts = [...]string{"-", "DENY", "CONNECT", "TLS_FAILURE", "H2_HANDSHAKE_FAILURE", "NETWORK_POLICY",
+	"IDENTITY_ERROR", "CERT_REVOKED"}
 
 func (f Flag) String() string { return flagTexts[f] }
 
@@ -60,22 +61,29 @@ type reason struct {
 }
 
 var reasons = [...]reason{
-	kindIO:              {prefix: "io error: ", flag: FlagConnect, status: 503, refuse: refusal.Reset},
-	kindUnknownWorkload: {prefix: "failed to fetch information about local workload: ", flag: FlagNone, status: 503, refuse: refusal.Reset},
-	kindLookup:          {prefix: "failed to look up the destination, which may be in the mesh: ", flag: FlagNone, status: 503, refuse: refusal.Reset},
-	kindRoute:           {prefix: "", flag: FlagConnect, status: 503, refuse: refusal.Reset},
-	kindNetworkPolicy:   {prefix: "connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: ", flag: FlagNetworkPolicy, status: 503, refuse: refusal.Silent},
+	kindIO: {prefix: "io error: ", flag: FlagConnect, status: 503, refuse: refusal.Reset},
+	kindUnknownWorkload: {prefix: "failed to fetch information about local workload: ", flag: FlagNone, status: 503,
+		refuse: refusal.Reset},
+	kindLookup: {prefix: "failed to look up the destination, which may be in the mesh: ", flag: FlagNone,
+		status: 503, refuse: refusal.Reset},
+	kindRoute: {prefix: "", flag: FlagConnect, status: 503, refuse: refusal.Reset},
+	kindNetworkPolicy: {prefix: "connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: ",
+		flag: FlagNetworkPolicy, status: 503, refuse: refusal.Silent},
 	// ztunnel reports a failed tunnel handshake as an I/O error with the flag CONNECT (spec 2.10).
-	kindTLS:          {prefix: "io error: ", flag: FlagConnect, status: 503, refuse: refusal.Reset},
-	kindIdentity:     {prefix: "identity error: ", flag: FlagIdentity, status: 503, refuse: refusal.Reset},
-	kindH2:           {prefix: "h2 failed: ", flag: FlagH2Handshake, status: 503, refuse: refusal.Reset},
-	kindStatus:       {prefix: "", flag: FlagConnect, status: 503, refuse: refusal.Reset},
-	kindApp:          {prefix: "connection failed: ", flag: FlagConnect, status: 503, refuse: refusal.Reset},
-	kindDenied:       {prefix: "", flag: FlagDeny, status: 401, refuse: refusal.Reset},
-	kindPolicyChange: {prefix: "connection closed due to policy change", flag: FlagDeny, status: 401, refuse: refusal.Reset},
-	kindRevoked:      {prefix: "connection closed: peer certificate revoked by CRL", flag: FlagCertRevoked, status: 503, refuse: refusal.Reset},
-	kindDrain:        {prefix: "connection closed due to connection drain", flag: FlagNone, status: 503, refuse: refusal.Reset},
-	kindCrowded:      {prefix: "too many connections of this pod await an answer (ZTUN_MAX_INFLIGHT)", flag: FlagConnect, status: 503, refuse: refusal.Silent},
+	kindTLS:      {prefix: "io error: ", flag: FlagConnect, status: 503, refuse: refusal.Reset},
+	kindIdentity: {prefix: "identity error: ", flag: FlagIdentity, status: 503, refuse: refusal.Reset},
+	kindH2:       {prefix: "h2 failed: ", flag: FlagH2Handshake, status: 503, refuse: refusal.Reset},
+	kindStatus:   {prefix: "", flag: FlagConnect, status: 503, refuse: refusal.Reset},
+	kindApp:      {prefix: "connection failed: ", flag: FlagConnect, status: 503, refuse: refusal.Reset},
+	kindDenied:   {prefix: "", flag: FlagDeny, status: 401, refuse: refusal.Reset},
+	kindPolicyChange: {prefix: "connection closed due to policy change", flag: FlagDeny, status: 401,
+		refuse: refusal.Reset},
+	kindRevoked: {prefix: "connection closed: peer certificate revoked by CRL", flag: FlagCertRevoked, status: 503,
+		refuse: refusal.Reset},
+	kindDrain: {prefix: "connection closed due to connection drain", flag: FlagNone, status: 503,
+		refuse: refusal.Reset},
+	kindCrowded: {prefix: "too many connections of this pod await an answer (ZTUN_MAX_INFLIGHT)", flag: FlagConnect,
+		status: 503, refuse: refusal.Silent},
 }
 
 // Error is a failed connection: a row of the table above and the cause.
@@ -104,7 +112,8 @@ func (e *Error) Refusal() refusal.Way {
 	case e.cause == nil || e.kind == kindDenied || e.kind == kindStatus || e.kind == kindLookup:
 	case errors.Is(e.cause, syscall.EHOSTUNREACH):
 		return refusal.HostUnreachable
-	case errors.Is(e.cause, syscall.ENETUNREACH), errors.Is(e.cause, syscall.EAFNOSUPPORT): // the pod has no address of that family
+	// the pod has no address of that family
+	case errors.Is(e.cause, syscall.ENETUNREACH), errors.Is(e.cause, syscall.EAFNOSUPPORT):
 		return refusal.NetUnreachable
 	case timedOut(e.cause):
 		return refusal.Silent
@@ -120,7 +129,8 @@ func (e *Error) statusIs(status int) bool {
 
 // timedOut reports whether err is a connect that was never answered.
 func timedOut(err error) bool {
-	return errors.Is(err, syscall.ETIMEDOUT) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded)
+	return errors.Is(err, syscall.ETIMEDOUT) || errors.Is(err, context.DeadlineExceeded) ||
+		errors.Is(err, os.ErrDeadlineExceeded)
 }
 
 // osText renders an error as ztunnel's runtime does: "Connection refused (os error 111)", without Go's

@@ -47,10 +47,11 @@ func outcomeText(err error) string {
 
 const connects = "connect succeeds if the application listens"
 
-// ExplainOutbound says what would happen to a connection that the pod opens. The way is found by what finds it for real connections,
-// and a look-up on demand is really made.
+// ExplainOutbound says what would happen to a connection that the pod opens. The way is found by what finds it for
+// real connections, and a look-up on demand is really made.
 func (p *Proxy) ExplainOutbound(ctx context.Context, q ExplainQuestion) *Explanation {
-	x := &Explanation{Direction: directions[outbound], Pod: p.o.Info.Namespace + "/" + p.o.Info.Name, Called: canonical(q.Dst)}
+	x := &Explanation{Direction: directions[outbound], Pod: p.o.Info.Namespace + "/" + p.o.Info.Name,
+		Called: canonical(q.Dst)}
 	src := netip.AddrPortFrom(q.Src, 0)
 	var trace route.Trace
 	d, local, err := p.decide(ctx, src, x.Called, nil, &trace)
@@ -96,15 +97,18 @@ func (p *Proxy) explainStep(x *Explanation, s *route.Step) {
 			x.add("called", true, fmt.Sprintf("%s is nothing that the mesh knows", s.Target))
 		}
 	case route.StepServiceWaypoint:
-		x.add("waypoint", true, fmt.Sprintf("service %s is reached through the waypoint %s", s.Service.Key(), gatewayText(s.Gateway)))
+		x.add("waypoint", true, fmt.Sprintf("service %s is reached through the waypoint %s", s.Service.Key(),
+			gatewayText(s.Gateway)))
 	case route.StepWorkloadWaypoint:
-		x.add("waypoint", true, fmt.Sprintf("workload %s is reached through the waypoint %s", s.Workload.UID, gatewayText(s.Gateway)))
+		x.add("waypoint", true, fmt.Sprintf("workload %s is reached through the waypoint %s", s.Workload.UID,
+			gatewayText(s.Gateway)))
 	case route.StepFromWaypoint:
 		x.add("waypoint", true,
 			fmt.Sprintf("workload %s has the waypoint %s, which is the caller itself", s.Workload.UID, gatewayText(s.Gateway)))
 	case route.StepNetworkGateway:
 		x.add("gateway", true,
-			fmt.Sprintf("workload %s is in network %q, whose gateway is %s", s.Workload.UID, s.Workload.Network, gatewayText(s.Gateway)))
+			fmt.Sprintf("workload %s is in network %q, whose gateway is %s", s.Workload.UID, s.Workload.Network,
+				gatewayText(s.Gateway)))
 	case route.StepNoPort:
 		x.add("endpoints", false, fmt.Sprintf("service %s has no port %d", s.Service.Key(), s.Target.Port()))
 	case route.StepPassthrough:
@@ -156,7 +160,8 @@ func (p *Proxy) explainTunnel(x *Explanation, q ExplainQuestion, local *state.Wo
 	x.add("tunnel", true, text)
 }
 
-// predict says what the other node's policies would say, as far as this one knows them: by the same decisions, made here.
+// predict says what the other node's policies would say, as far as this one knows them: by the same decisions, made
+// here.
 func (p *Proxy) predict(x *Explanation, src netip.Addr, local *state.Workload, d *route.Decision) {
 	switch {
 	case d.Protocol == route.DoubleHBONE:
@@ -171,13 +176,15 @@ func (p *Proxy) predict(x *Explanation, src netip.Addr, local *state.Workload, d
 	if d.Service != nil {
 		host = d.Service.Hostname
 	}
-	in, err := route.Inbound(view, route.InboundQuestion{Network: p.o.Config.NetworkName, Local: d.Workload, LocalAddr: d.Actual.Addr(),
+	in, err := route.Inbound(view, route.InboundQuestion{Network: p.o.Config.NetworkName, Local: d.Workload,
+		LocalAddr: d.Actual.Addr(),
 		Authority: d.Authority(), ForwardedHost: host, Illegal: p.illegal})
 	if err != nil {
 		x.answer("request", statusOf(err), err)
 		return
 	}
-	v, hits := rbac.Explain(view.PoliciesFor(d.Workload), rbac.Question{Src: src, Dst: in.App, ID: local.Identity(), HasID: true})
+	v, hits := rbac.Explain(view.PoliciesFor(d.Workload), rbac.Question{Src: src, Dst: in.App, ID: local.Identity(),
+		HasID: true})
 	v = p.o.Policies.missing(v)
 	x.policies(v, hits, " (at the other end, as this node knows its policies)")
 	if err := v.Err(); err != nil {
@@ -198,7 +205,8 @@ func (x *Explanation) answer(step string, status int, why error) {
 
 // ExplainInbound says what would happen to a connection that reaches the pod.
 func (p *Proxy) ExplainInbound(ctx context.Context, q ExplainQuestion) *Explanation {
-	x := &Explanation{Direction: directions[inbound], Pod: p.o.Info.Namespace + "/" + p.o.Info.Name, Called: canonical(q.Dst)}
+	x := &Explanation{Direction: directions[inbound], Pod: p.o.Info.Namespace + "/" + p.o.Info.Name,
+		Called: canonical(q.Dst)}
 	src := q.Src.Unmap()
 	view, local, err := p.localWorkload(ctx)
 	if err != nil {
@@ -209,10 +217,12 @@ func (p *Proxy) ExplainInbound(ctx context.Context, q ExplainQuestion) *Explanat
 	app, text := appDial{src: netip.AddrPortFrom(src, 0), dst: x.Called}, ""
 	if q.HasID {
 		var in route.InboundDecision
-		in, err = route.Inbound(view, route.InboundQuestion{Network: p.o.Config.NetworkName, Local: local, LocalAddr: x.Called.Addr(),
+		in, err = route.Inbound(view, route.InboundQuestion{Network: p.o.Config.NetworkName, Local: local,
+			LocalAddr: x.Called.Addr(),
 			Authority: x.Called.String(), Illegal: p.illegal})
 		if err == nil {
-			app = p.appDial(&tunnel{src: app.src, dst: netip.AddrPortFrom(x.Called.Addr(), ports.HBONE), peer: q.ID, hasPeer: true}, in)
+			app = p.appDial(&tunnel{src: app.src, dst: netip.AddrPortFrom(x.Called.Addr(), ports.HBONE), peer: q.ID,
+				hasPeer: true}, in)
 			x.Called = in.App
 		}
 		text = fmt.Sprintf("over a tunnel from %s, which proves to be %s, to %s", src, q.ID, x.Called)
@@ -247,7 +257,8 @@ func (p *Proxy) ExplainInbound(ctx context.Context, q ExplainQuestion) *Explanat
 }
 
 // probe makes the connection, and ends it as soon as it stands.
-func (p *Proxy) probe(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision) *ExplanationProbe {
+func (p *Proxy) probe(ctx context.Context, local *state.Workload, src netip.AddrPort,
+	d route.Decision) *ExplanationProbe {
 	c := p.enter(outbound)
 	if c == nil {
 		return &ExplanationProbe{Step: "tunnel", Error: "the daemon is shutting down", Outcome: outcomeText(nil)}
@@ -269,7 +280,8 @@ func (p *Proxy) probe(ctx context.Context, local *state.Workload, src netip.Addr
 }
 
 func probeOf(start time.Time, step string, err error, wrap func(error) *Error) *ExplanationProbe {
-	r := &ExplanationProbe{OK: err == nil, Millis: float64(time.Since(start).Microseconds()) / 1000, Outcome: "connect succeeds"}
+	r := &ExplanationProbe{OK: err == nil, Millis: float64(time.Since(start).Microseconds()) / 1000,
+		Outcome: "connect succeeds"}
 	if err != nil {
 		if wrap != nil {
 			err = wrap(err)
@@ -281,7 +293,8 @@ func probeOf(start time.Time, step string, err error, wrap func(error) *Error) *
 
 func decisionOf(d *route.Decision) *ExplanationDecision {
 	x := &ExplanationDecision{
-		Protocol: d.Protocol.String(), NextHop: d.Actual, Authority: d.Authority(), Waypoint: d.Waypoint, Alternatives: d.Alternatives(),
+		Protocol: d.Protocol.String(), NextHop: d.Actual, Authority: d.Authority(), Waypoint: d.Waypoint,
+		Alternatives: d.Alternatives(),
 	}
 	texts := func(ids []identity.ID) (out []string) {
 		for _, id := range ids {
@@ -314,7 +327,8 @@ func routeText(d *route.Decision) string {
 		return fmt.Sprintf("plain TCP to %s (workload %s does not take HBONE)", d.Actual, d.Workload.UID) + more
 	}
 	x := decisionOf(d)
-	text := fmt.Sprintf("%s to %s, CONNECT %s, expecting %s", d.Protocol, d.Actual, x.Authority, strings.Join(x.Identities, " or "))
+	text := fmt.Sprintf("%s to %s, CONNECT %s, expecting %s", d.Protocol, d.Actual, x.Authority,
+		strings.Join(x.Identities, " or "))
 	if d.Protocol == route.DoubleHBONE {
 		text += ", and beyond the gateway " + strings.Join(x.Inner, " or ")
 	}

@@ -9,8 +9,8 @@ import (
 	"ztun/proxy/identity"
 )
 
-// TestExplainAgrees holds explanations and probes against what happens to the same connection: refused or not, and the reason in
-// the access line. (test/e2e does so for every row of the routing table, with two daemons.)
+// TestExplainAgrees holds explanations and probes against what happens to the same connection: refused or not, and
+// the reason in the access line. (test/e2e does so for every row of the routing table, with two daemons.)
 func TestExplainAgrees(t *testing.T) {
 	w := newWorldWith(t, func(_ *world, _ int, o *Options) { o.Config.SendReason = true })
 	w.listen(appB, echo)
@@ -24,9 +24,11 @@ func TestExplainAgrees(t *testing.T) {
 		contains string // some text of it
 	}{
 		{dst: "10.91.2.2:9000", steps: "source called route tunnel policies", contains: "CONNECT 10.91.2.2:9000"},
-		{dst: "10.91.2.2:7777", refused: true, steps: "source called route tunnel policies", probe: "answer", contains: "explicitly denied by default/deny-7777"},
+		{dst: "10.91.2.2:7777", refused: true, steps: "source called route tunnel policies", probe: "answer",
+			contains: "explicitly denied by default/deny-7777"},
 		{dst: "10.91.2.2:9001", steps: "source called route tunnel policies", probe: "answer"},
-		{dst: "10.91.2.2:15008", refused: true, steps: "source called route tunnel request", probe: "answer", contains: "recursive call"},
+		{dst: "10.91.2.2:15008", refused: true, steps: "source called route tunnel request", probe: "answer",
+			contains: "recursive call"},
 		{dst: "10.96.0.10:80", steps: "source called endpoints route tunnel policies", contains: "default/b was drawn"},
 		{dst: "10.96.0.10:82", refused: true, steps: "source called endpoints route", contains: "has no port 82"},
 		{dst: "10.96.0.12:80", refused: true, steps: "source called endpoints route", contains: "0 usable"},
@@ -42,7 +44,8 @@ func TestExplainAgrees(t *testing.T) {
 			steps = append(steps, s.Step)
 			text += s.Text + "\n"
 		}
-		if x.Refused != c.refused || strings.Join(steps, " ") != c.steps || !strings.Contains(text, c.contains) || x.Probe != nil {
+		if x.Refused != c.refused || strings.Join(steps, " ") != c.steps || !strings.Contains(text, c.contains) ||
+			x.Probe != nil {
 			t.Errorf("%s: %+v", c.dst, x)
 		}
 		// Now what happens: by a probe, and by a connection of the application.
@@ -61,7 +64,8 @@ func TestExplainAgrees(t *testing.T) {
 		}
 		switch {
 		case c.refused && probe == nil: // it has no way
-		case probe.OK != (err == nil) || probe.Step != c.probe || !probe.OK && !strings.Contains(line, `error="`+probe.Error+`"`):
+		case probe.OK != (err == nil) || probe.Step != c.probe || !probe.OK &&
+			!strings.Contains(line, `error="`+probe.Error+`"`):
 			t.Errorf("%s: probed is %+v, the connection %v, logged\n%s", c.dst, probe, err, line)
 		}
 	}

@@ -73,8 +73,9 @@ type ExplanationDecision struct {
 
 // ExplanationProbe is what a real attempt came to: a CONNECT, or a SYN where there is no tunnel, and nothing else.
 type ExplanationProbe struct {
-	OK      bool    `json:"ok"`
-	Step    string  `json:"step,omitempty"` // at which it failed: certificate, connect, handshake, tunnel, answer or application
+	OK bool `json:"ok"`
+	// at which it failed: certificate, connect, handshake, tunnel, answer or application
+	Step    string  `json:"step,omitempty"`
 	Error   string  `json:"error,omitempty"`
 	Millis  float64 `json:"millis"`
 	Outcome string  `json:"outcome"` // what the one who connects would see
@@ -120,8 +121,10 @@ func (x *Explanation) policies(v rbac.Verdict, hits []rbac.Hit, where string) {
 	s := x.add("policies", v.Allowed, text+where)
 	for _, h := range hits {
 		p := ExplanationPolicy{
-			Policy: h.Policy.Key, Action: h.Policy.Action.String(), Scope: h.Policy.Scope.String(), DryRun: h.Policy.DryRun, Missing: h.Policy.IsMissing(),
-			Matches: h.Rule >= 0, Decides: v.Policy == h.Policy.Key && (v.Reason == rbac.ReasonDenied || v.Reason == rbac.ReasonAllowed),
+			Policy: h.Policy.Key, Action: h.Policy.Action.String(), Scope: h.Policy.Scope.String(), DryRun: h.Policy.DryRun,
+			Missing: h.Policy.IsMissing(),
+			Matches: h.Rule >= 0, Decides: v.Policy == h.Policy.Key && (v.Reason == rbac.ReasonDenied ||
+				v.Reason == rbac.ReasonAllowed),
 		}
 		if h.Rule >= 0 {
 			p.Rule, p.Text = h.Rule+1, h.Policy.Rules[h.Rule].String()

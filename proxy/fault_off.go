@@ -4,5 +4,6 @@ package proxy
 
 import "net/netip"
 
-// fault is where a test's build (tag ztun_faults) panics, to see what a panic ends; see fault_on.go. Here it is nothing.
+// fault is where a test's build (tag ztun_faults) panics, to see what a panic ends; see fault_on.go. Here it is
+// nothing.
 func fault(string, netip.AddrPort) {}

@@ -15,7 +15,8 @@ import (
 
 // syn is a flow of the test's for a proxy, which serves it in the background.
 func (w *world) syn(serve func(Flow), src, dst string, mod func(*fakeFlow)) (f *fakeFlow, over <-chan struct{}) {
-	f = &fakeFlow{t: w.t, src: netip.MustParseAddrPort(src), dst: netip.MustParseAddrPort(dst), decided: make(chan struct{})}
+	f = &fakeFlow{t: w.t, src: netip.MustParseAddrPort(src), dst: netip.MustParseAddrPort(dst),
+		decided: make(chan struct{})}
 	if mod != nil {
 		mod(f)
 	}
@@ -41,8 +42,8 @@ func counted(t *testing.T, w *world, i int) (opened, closed int) {
 	return opened, closed
 }
 
-// A client that does not end its handshake is none: the application has not seen it, and nothing is counted or logged. The
-// port's state is told all the same, by the answer to the SYN.
+// A client that does not end its handshake is none: the application has not seen it, and nothing is counted or
+// logged. The port's state is told all the same, by the answer to the SYN.
 func TestPassthroughHandshakeFirst(t *testing.T) {
 	w := newWorld(t)
 	var seen atomic.Int32
@@ -100,8 +101,8 @@ func TestPassthroughHandshakeFirst(t *testing.T) {
 	wantTexts(t, w.lastLine(1), "\terror\t", "Connection refused (os error 111)")
 }
 
-// The kernel sends the SYN of one connect to a peer that does not answer several times: that is one connection in the log and in
-// metrics. When the peer answers after all, that is a connection of its own.
+// The kernel sends the SYN of one connect to a peer that does not answer several times: that is one connection in the
+// log and in metrics. When the peer answers after all, that is a connection of its own.
 func TestRetransmittedSYN(t *testing.T) {
 	for _, inbound := range []bool{false, true} {
 		w := newWorld(t)

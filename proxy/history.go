@@ -71,8 +71,8 @@ type past struct {
 	flag    Flag
 }
 
-// ring remembers the last connections that have ended. It holds on to their own books, so that remembering one costs two
-// atomic operations. A nil ring remembers nothing.
+// ring remembers the last connections that have ended. It holds on to their own books, so that remembering one costs
+// two atomic operations. A nil ring remembers nothing.
 type ring struct {
 	next  atomic.Uint64
 	slots []atomic.Pointer[books]
@@ -124,8 +124,8 @@ func (h *history) remember(b *books, err error, reason string, flag Flag) {
 	}
 }
 
-// deny keeps the books of a connection that was turned down before anything was counted (spec 11, "early deny"): a WARN line,
-// and what an operator sees of it. dir is the direction.
+// deny keeps the books of a connection that was turned down before anything was counted (spec 11, "early deny"): a
+// WARN line, and what an operator sees of it. dir is the direction.
 func (p *Proxy) deny(dir int, src, dst netip.AddrPort, err error) {
 	b := &books{p: p, outbound: dir == outbound, src: src, dst: dst, labels: &p.unlabelled}
 	if dir == inbound {
@@ -136,7 +136,8 @@ func (p *Proxy) deny(dir int, src, dst netip.AddrPort, err error) {
 
 // denyMesh is deny for what comes over a tunnel, whose peer may have shown who it is.
 func (p *Proxy) denyMesh(t *tunnel, authority string, err error) {
-	b := &books{p: p, src: t.src, dst: t.dst, hbone: clip(authority, maxReason), protocol: route.HBONE, labels: &p.unlabelled}
+	b := &books{p: p, src: t.src, dst: t.dst, hbone: clip(authority, maxReason), protocol: route.HBONE,
+		labels: &p.unlabelled}
 	if t.hasPeer {
 		b.mtls, b.labels = true, &labels{lSourcePrincipal: t.peer.String()}
 	}
@@ -182,7 +183,8 @@ func (p *Proxy) Ended() iter.Seq[ConnectionInfo] {
 // info is what the books hold.
 func (b *books) info() ConnectionInfo {
 	i := ConnectionInfo{
-		Direction: directions[outbound], Protocol: b.protocol.String(), Called: b.called, Service: b.labels[lDestinationService],
+		Direction: directions[outbound], Protocol: b.protocol.String(), Called: b.called,
+		Service:   b.labels[lDestinationService],
 		Authority: b.hbone, Start: b.start, Sent: b.sent.Load(), Received: b.received.Load(),
 		Source: Party{
 			Addr: b.src, Workload: firstNonEmpty(b.srcName, b.labels[lSourceCanonicalService]),

@@ -16,8 +16,8 @@ func remembering(n int) func(*world, int, *Options) {
 	return func(_ *world, _ int, o *Options) { o.Config.Remember = n }
 }
 
-// TestLiveAndEnded follows one connection through both pods' books: who with whom, over which tunnel, how many bytes, and what
-// became of it.
+// TestLiveAndEnded follows one connection through both pods' books: who with whom, over which tunnel, how many bytes,
+// and what became of it.
 func TestLiveAndEnded(t *testing.T) {
 	w := newWorldWith(t, remembering(4))
 	w.listen(appB, echo)
@@ -41,8 +41,10 @@ func TestLiveAndEnded(t *testing.T) {
 	})
 	for i, dir := range []string{"outbound", "inbound"} {
 		l := live[i]
-		if l.Direction != dir || l.State != "open" || l.Protocol != "HBONE" || l.Source.Identity != a || l.Destination.Identity != b ||
-			l.Source.Workload != "a" || l.Destination.Workload != "b" || i == 0 && l.Service != "b.default.svc.cluster.local" || time.Since(l.Start) > time.Minute {
+		if l.Direction != dir || l.State != "open" || l.Protocol != "HBONE" || l.Source.Identity != a ||
+			l.Destination.Identity != b ||
+			l.Source.Workload != "a" || l.Destination.Workload != "b" || i == 0 && l.Service != "b.default.svc.cluster.local" ||
+			time.Since(l.Start) > time.Minute {
 			t.Errorf("%s: %+v", dir, l)
 		}
 		if !l.TunnelLocal.IsValid() || !l.TunnelRemote.IsValid() {
@@ -61,7 +63,8 @@ func TestLiveAndEnded(t *testing.T) {
 		if len(all) != 1 || len(slices.Collect(p.Live())) != 0 {
 			t.Fatalf("pod %d remembers %d", i, len(all))
 		}
-		if e := all[0]; e.State != "ended" || e.Outcome != OutcomeSuccess || e.Reason != "" || e.Flag != "-" || e.End.Before(e.Start) ||
+		if e := all[0]; e.State != "ended" || e.Outcome != OutcomeSuccess || e.Reason != "" || e.Flag != "-" ||
+			e.End.Before(e.Start) ||
 			e.Source.Identity != a || e.Destination.Identity != b || e.Sent != 4 || e.Received != 4 {
 			t.Errorf("pod %d: %+v", i, e)
 		}
@@ -73,8 +76,10 @@ func TestEndedOutcomes(t *testing.T) {
 	w := newWorldWith(t, remembering(8))
 	w.listen(appB, echo)
 	deny := loadView(t, func(s string) string {
-		s = strings.Replace(s, "  workloadIps: [\"10.91.2.2\"]\n", "  workloadIps: [\"10.91.2.2\"]\n  authorizationPolicies: [default/no]\n", 1)
-		return s + "- {name: no, namespace: default, scope: WorkloadSelector, action: Deny, dryRun: false, rules: [[[{destinationPorts: [9000]}]]]}\n"
+		s = strings.Replace(s, "  workloadIps: [\"10.91.2.2\"]\n",
+			"  workloadIps: [\"10.91.2.2\"]\n  authorizationPolicies: [default/no]\n", 1)
+		return s + "- {name: no, namespace: default, scope: WorkloadSelector, action: Deny, dryRun: false, rules: " +
+			"[[[{destinationPorts: [9000]}]]]}\n"
 	})
 	app, _, done, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.2:9000")
 	if err != nil {
@@ -112,13 +117,14 @@ func TestEndedOutcomes(t *testing.T) {
 	has(1, "passthrough", OutcomeDenied, "default/no")
 }
 
-// TestHistoryIsBounded: as many are remembered as were asked for, the newest ones, and those that were turned down take no place
-// of those that stood.
+// TestHistoryIsBounded: as many are remembered as were asked for, the newest ones, and those that were turned down
+// take no place of those that stood.
 func TestHistoryIsBounded(t *testing.T) {
 	h := history{newRing(3), newRing(3)}
 	p := &Proxy{}
 	add := func(port int, carried bool, err error) {
-		c := &books{p: p, carried: carried, src: netip.AddrPortFrom(addrA, uint16(port)), labels: &p.unlabelled, start: time.Now()}
+		c := &books{p: p, carried: carried, src: netip.AddrPortFrom(addrA, uint16(port)), labels: &p.unlabelled,
+			start: time.Now()}
 		reason := ""
 		if err != nil {
 			reason = err.Error()
@@ -160,7 +166,8 @@ func TestConnectingIsListed(t *testing.T) {
 	go func() { defer close(over); w.proxies[0].ServeOutbound(f) }()
 	eventually(t, "the connection is listed", func() bool {
 		for l := range w.proxies[0].Live() {
-			return l.State == "connecting" && l.Direction == "outbound" && l.Source.Addr == f.src && l.Destination.Addr.Addr() == addrB && !l.Start.IsZero()
+			return l.State == "connecting" && l.Direction == "outbound" && l.Source.Addr == f.src && l.Destination.Addr.Addr() ==
+				addrB && !l.Start.IsZero()
 		}
 		return false
 	})

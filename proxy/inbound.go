@@ -27,7 +27,8 @@ type tunnel struct {
 	src, dst netip.AddrPort // TCP peer; our address and port 15008
 	peer     identity.ID
 	hasPeer  bool
-	// place is the connection's among those that have carried nothing yet. The first CONNECT that is granted gives it back.
+	// place is the connection's among those that have carried nothing yet. The first CONNECT that is granted gives it
+	// back.
 	place *fair.Place[netip.Addr]
 }
 
@@ -111,7 +112,9 @@ func (p *Proxy) awaitByte(raw net.Conn) error {
 	}
 	raw.SetReadDeadline(time.Now().Add(handshakeTimeout))
 	defer raw.SetReadDeadline(time.Time{})
-	defer context.AfterFunc(p.ctx, p.o.Panics.Func("the end of a handshake", func() { raw.SetReadDeadline(time.Unix(1, 0)) }, nil))()
+	defer context.AfterFunc(p.ctx, p.o.Panics.Func("the end of a handshake", func() {
+		raw.SetReadDeadline(time.Unix(1, 0))
+	}, nil))()
 	var b [1]byte
 	var n int
 	var rerr error
@@ -181,7 +184,8 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	c := p.enterStream(stop)
 	defer c.settle()
 	q := rbac.Question{Src: t.src.Addr(), Dst: in.App, ID: t.peer, HasID: t.hasPeer, SrcUnknown: p.rewritten(t, source)}
-	c.register(path{inbound: true, start: start, src: t.src, originalDst: t.dst, actualDst: in.App, protocol: route.HBONE.String(), policy: q})
+	c.register(path{inbound: true, start: start, src: t.src, originalDst: t.dst, actualDst: in.App,
+		protocol: route.HBONE.String(), policy: q})
 	failed := c.admit(ctx, p.policyLog(t.src, s.Traceparent()), local)
 	der := &derived{id: t.peer, hasID: t.hasPeer}
 	if p.o.Config.ResponseBaggage && failed == nil {
@@ -221,8 +225,8 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	c.carry(down, up)
 }
 
-// refuseStream answers a request that is turned down. A peer who has proven who it is learns why, which its operator would have to
-// look up in our log otherwise (ZTUN_SEND_REASON).
+// refuseStream answers a request that is turned down. A peer who has proven who it is learns why, which its operator
+// would have to look up in our log otherwise (ZTUN_SEND_REASON).
 func (p *Proxy) refuseStream(t *tunnel, s *hbone.ServerStream, status int, why error) {
 	resp := &hbone.Response{Status: status}
 	if p.o.Config.SendReason && t.hasPeer {
@@ -251,13 +255,16 @@ func (p *Proxy) rewritten(t *tunnel, at *state.Workload) bool {
 	if at != nil {
 		owner = at.UID
 	}
-	p.bounds.warnings.Log(context.Background(), slog.LevelWarn, src.String(), "the source address of a mesh connection is not its peer's: something on the way rewrites it, and policies about source addresses cannot be decided",
+	p.bounds.warnings.Log(context.Background(), slog.LevelWarn, src.String(),
+		"the source address of a mesh connection is not its peer's: something on the way rewrites it, and policies about "+
+			"source addresses cannot be decided",
 		slog.Any("src", t.src), slog.String("peer", t.peer.String()), slog.String("address_of", owner))
 	return true
 }
 
 // receive validates a CONNECT and finds its next hop. An error is an early denial: nothing is counted.
-func (p *Proxy) receive(ctx context.Context, t *tunnel, s *hbone.ServerStream) (*state.View, *state.Workload, route.InboundDecision, error) {
+func (p *Proxy) receive(ctx context.Context, t *tunnel, s *hbone.ServerStream) (*state.View, *state.Workload,
+	route.InboundDecision, error) {
 	var none route.InboundDecision
 	if s.Method() != http.MethodConnect {
 		return nil, nil, none, &route.Error{Code: route.BadMethod, Subject: s.Method()}

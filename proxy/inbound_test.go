@@ -24,7 +24,8 @@ import (
 func (w *world) peerOfB(src string) *hbone.ClientConn {
 	w.t.Helper()
 	view := w.proxies[1].o.Knowledge.View()
-	a, b := identity.ID{TrustDomain: "cluster.local", Namespace: "default", ServiceAccount: "a"}, view.WorkloadByAddr(w.proxies[1].o.Config.NetworkName, addrB)
+	a, b := identity.ID{TrustDomain: "cluster.local", Namespace: "default", ServiceAccount: "a"},
+		view.WorkloadByAddr(w.proxies[1].o.Config.NetworkName, addrB)
 	cert, err := w.certs.Certificate(context.Background(), a)
 	if err != nil {
 		w.t.Fatal(err)
@@ -33,7 +34,8 @@ func (w *world) peerOfB(src string) *hbone.ClientConn {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	conn, _, err := hbone.Client(context.Background(), raw, identity.ClientTLS(cert, []identity.ID{b.Identity()}, identity.Params{}), nil)
+	conn, _, err := hbone.Client(context.Background(), raw, identity.ClientTLS(cert, []identity.ID{b.Identity()},
+		identity.Params{}), nil)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -70,7 +72,8 @@ func TestInboundAnswers(t *testing.T) {
 		{authority: "10.91.2.2", status: 400},
 		{authority: ""},
 		{authority: "a b c"},
-		{authority: "10.91.2.2:9000", status: 200, headers: hbone.Request{Baggage: "=;,;;x", Forwarded: `for="nonsense`, Traceparent: "zz"}},
+		{authority: "10.91.2.2:9000", status: 200, headers: hbone.Request{Baggage: "=;,;;x", Forwarded: `for="nonsense`,
+			Traceparent: "zz"}},
 		{authority: "10.91.2.2:9000", status: 200, headers: hbone.Request{Forwarded: `for="10.1.2.3:44"`}},
 	} {
 		req := tt.headers
@@ -97,7 +100,9 @@ func TestInboundAnswers(t *testing.T) {
 	w.settle()
 	w.stop()
 	lines := strings.Join(w.lines(1), "\n")
-	for _, want := range []string{"ip mismatch: 10.91.2.2 != 10.91.1.2", "no service or workload for hostname: nope.default.svc.cluster.local", "no valid authority pseudo header: 10.91.2.2", "connection failed: Connection refused (os error 111)"} {
+	for _, want := range []string{"ip mismatch: 10.91.2.2 != 10.91.1.2",
+		"no service or workload for hostname: nope.default.svc.cluster.local", "no valid authority pseudo header: 10.91.2.2",
+		"connection failed: Connection refused (os error 111)"} {
 		if !strings.Contains(lines, `error="`+want+`"`) {
 			t.Errorf("not logged: %s", want)
 		}
@@ -106,7 +111,8 @@ func TestInboundAnswers(t *testing.T) {
 
 // proxied makes b have an application tunnel with PROXY protocol at 15088.
 func proxied(s string) string {
-	return strings.Replace(s, `  workloadIps: ["10.91.2.2"]`, "  workloadIps: [\"10.91.2.2\"]\n  applicationTunnel: {protocol: PROXY, port: 15088}", 1)
+	return strings.Replace(s, `  workloadIps: ["10.91.2.2"]`,
+		"  workloadIps: [\"10.91.2.2\"]\n  applicationTunnel: {protocol: PROXY, port: 15088}", 1)
 }
 
 // TestApplicationTunnel: checklist 100, 101, 103, 104; also any authority is accepted (79).
@@ -159,7 +165,8 @@ func TestApplicationTunnel(t *testing.T) {
 		w.know.publish(loadView(t, func(s string) string {
 			return strings.Replace(proxied(s), "destinationPorts: [7777]", "destinationPorts: [15088]", 1)
 		}))
-		if _, resp, _ := cc.Open(t.Context(), &hbone.Request{Authority: "10.91.2.2:9000"}); resp == nil || resp.Status != 401 {
+		if _, resp, _ := cc.Open(t.Context(), &hbone.Request{Authority: "10.91.2.2:9000"}); resp == nil ||
+			resp.Status != 401 {
 			t.Errorf("policy on the tunnel's port: %+v", resp)
 		}
 		w.settle()
@@ -178,7 +185,8 @@ func TestProxyHeader(t *testing.T) {
 		id, want string
 	}{
 		{v4, v4, "", head + "\x11\x00\x0c\x0a\x00\x00\x01\x0a\x00\x00\x01\x01\x02\x01\x02"},
-		{v6, v6, "x", head + "\x21\x00\x28" + string(v6.Addr().AsSlice()) + string(v6.Addr().AsSlice()) + "\x03\x04\x03\x04\xd0\x00\x01x"},
+		{v6, v6, "x", head + "\x21\x00\x28" + string(v6.Addr().AsSlice()) + string(v6.Addr().AsSlice()) +
+			"\x03\x04\x03\x04\xd0\x00\x01x"},
 		{v4, v6, "x", head + "\x01\x00\x04\xd0\x00\x01x"},
 		{v6, v4, "", head + "\x01\x00\x00"},
 	} {
@@ -222,7 +230,9 @@ func TestPeerGivesUp(t *testing.T) {
 func TestShutdownCutsRequests(t *testing.T) {
 	w := newWorld(t)
 	cc := w.peerOfB("10.91.1.2:4000")
-	w.know.publish(loadView(t, func(s string) string { return strings.Replace(s, "  serviceAccount: b\n", "  serviceAccount: z\n", 1) }))
+	w.know.publish(loadView(t, func(s string) string {
+		return strings.Replace(s, "  serviceAccount: b\n", "  serviceAccount: z\n", 1)
+	}))
 	answered := make(chan struct{})
 	go func() {
 		defer close(answered)
@@ -275,11 +285,13 @@ func TestPolicyLog(t *testing.T) {
 			w.know.publish(loadView(t, func(s string) string { return change(s) + dryRun }))
 		}
 		strict := func(s string) string {
-			return strings.Replace(s, `  workloadIps: ["10.91.2.2"]`, "  workloadIps: [\"10.91.2.2\"]\n  authorizationPolicies: [istio-system/istio_converted_static_strict]", 1)
+			return strings.Replace(s, `  workloadIps: ["10.91.2.2"]`,
+				"  workloadIps: [\"10.91.2.2\"]\n  authorizationPolicies: [istio-system/istio_converted_static_strict]", 1)
 		}
 		cc := w.peerOfB("10.91.1.2:4000")
 		open := func(port string) {
-			s, _, err := cc.Open(t.Context(), &hbone.Request{Authority: "10.91.2.2:" + port, Traceparent: "00-0123456789abcdef0123456789abcdef-0123456789abcdef-00"})
+			s, _, err := cc.Open(t.Context(), &hbone.Request{Authority: "10.91.2.2:" + port,
+				Traceparent: "00-0123456789abcdef0123456789abcdef-0123456789abcdef-00"})
 			if err == nil {
 				s.Close()
 			}
@@ -301,7 +313,8 @@ func TestPolicyLog(t *testing.T) {
 		w.settle()
 		w.stop()
 		log.Close(context.Background())
-		wantTexts(t, w.lineWith(1, "src.addr=10.91.2.1:4444 "), `error="connection closed due to policy rejection: explicitly denied by: istio-system/istio_converted_static_strict"`)
+		wantTexts(t, w.lineWith(1, "src.addr=10.91.2.1:4444 "),
+			`error="connection closed due to policy rejection: explicitly denied by: istio-system/istio_converted_static_strict"`)
 		if !info {
 			if out.Len() != 0 {
 				t.Errorf("logged at info:\n%s", &out)
@@ -321,7 +334,8 @@ func TestPolicyLog(t *testing.T) {
 		for _, l := range strings.Split(strings.TrimSuffix(out.String(), "\n"), "\n") {
 			_, rest, _ := strings.Cut(l, "\t")
 			if strings.Contains(rest, "peer=10.91.2.1:4444") {
-				if !strings.HasSuffix(rest, `dry-run deny policy match	policy="default/would-deny"`) && !strings.HasSuffix(rest, `}	deny policy match	policy="istio-system/istio_converted_static_strict"`) {
+				if !strings.HasSuffix(rest, `dry-run deny policy match	policy="default/would-deny"`) &&
+					!strings.HasSuffix(rest, `}	deny policy match	policy="istio-system/istio_converted_static_strict"`) {
 					t.Errorf("plaintext: %s", rest)
 				}
 				continue

@@ -45,7 +45,8 @@ var labelNames = [nLabels]string{
 	"source_workload", "source_canonical_service", "source_canonical_revision", "source_workload_namespace",
 	"source_principal", "source_app", "source_version", "source_cluster",
 	"destination_service", "destination_service_namespace", "destination_service_name",
-	"destination_workload", "destination_canonical_service", "destination_canonical_revision", "destination_workload_namespace",
+	"destination_workload", "destination_canonical_service", "destination_canonical_revision",
+	"destination_workload_namespace",
 	"destination_principal", "destination_app", "destination_version", "destination_cluster",
 	"request_protocol", "response_flags", "connection_security_policy",
 	"source_region", "source_zone", "destination_region", "destination_zone",
@@ -76,14 +77,17 @@ func (s labelSet) has(i int) bool { return s>>i&1 != 0 }
 
 // The labels that baggage fills in.
 const (
-	sourceClaims labelSet = 1<<lSourceWorkload | 1<<lSourceCanonicalService | 1<<lSourceCanonicalRevision | 1<<lSourceNamespace |
+	sourceClaims labelSet = 1<<lSourceWorkload | 1<<lSourceCanonicalService | 1<<lSourceCanonicalRevision |
+		1<<lSourceNamespace |
 		1<<lSourceApp | 1<<lSourceVersion | 1<<lSourceCluster | 1<<lSourceRegion | 1<<lSourceZone
-	destinationClaims labelSet = 1<<lDestinationWorkload | 1<<lDestinationCanonicalService | 1<<lDestinationCanonicalRevision |
-		1<<lDestinationNamespace | 1<<lDestinationApp | 1<<lDestinationVersion | 1<<lDestinationCluster | 1<<lDestinationRegion | 1<<lDestinationZone
+	destinationClaims labelSet = 1<<lDestinationWorkload | 1<<lDestinationCanonicalService |
+		1<<lDestinationCanonicalRevision |
+		1<<lDestinationNamespace | 1<<lDestinationApp | 1<<lDestinationVersion | 1<<lDestinationCluster |
+		1<<lDestinationRegion | 1<<lDestinationZone
 )
 
-// claims tells whose claims there are among the labels made of in, by identity, and which labels they are. A peer without
-// an identity is known by its address only to those who need not be: all such peers are one.
+// claims tells whose claims there are among the labels made of in, by identity, and which labels they are. A peer
+// without an identity is known by its address only to those who need not be: all such peers are one.
 func (in *labelInput) claims() (claimant string, set labelSet) {
 	who := func(d *derived) string {
 		if d.hasID {

@@ -51,15 +51,20 @@ type Metrics struct {
 
 // NewMetrics makes an empty set.
 func NewMetrics() *Metrics {
-	m := &Metrics{start: time.Now(), series: map[labels]*series{}, claims: map[string]int{}, descs: map[string]*prometheus.Desc{}}
+	m := &Metrics{start: time.Now(), series: map[labels]*series{}, claims: map[string]int{},
+		descs: map[string]*prometheus.Desc{}}
 	for _, f := range families {
 		m.descs[f.name] = prometheus.NewDesc(f.name, f.help, labelNames[:], nil)
 	}
-	m.descs[overflowName] = prometheus.NewDesc(overflowName, "Label sets counted in the overflow series because the table of series was full.", nil, nil)
-	m.descs[disclaimedName] = prometheus.NewDesc(disclaimedName, "Label sets counted without what the peer claims to be, because it has claimed too much.", nil, nil)
-	m.descs[expiredName] = prometheus.NewDesc(expiredName, "Label sets that have expired: idle, and their workloads gone.", nil, nil)
+	m.descs[overflowName] = prometheus.NewDesc(overflowName,
+		"Label sets counted in the overflow series because the table of series was full.", nil, nil)
+	m.descs[disclaimedName] = prometheus.NewDesc(disclaimedName,
+		"Label sets counted without what the peer claims to be, because it has claimed too much.", nil, nil)
+	m.descs[expiredName] = prometheus.NewDesc(expiredName, "Label sets that have expired: idle, and their workloads gone.",
+		nil, nil)
 	m.descs[sizeName] = prometheus.NewDesc(sizeName, "Label sets in the table of series.", nil, nil)
-	m.descs[socketsName] = prometheus.NewDesc(socketsName, "The current number of open TCP sockets (unstable).", []string{"reporter"}, nil)
+	m.descs[socketsName] = prometheus.NewDesc(socketsName, "The current number of open TCP sockets (unstable).",
+		[]string{"reporter"}, nil)
 	return m
 }
 
@@ -76,11 +81,26 @@ var families = [...]struct {
 	name, help string
 	value      func(*series) (uint64, bool)
 }{
-	{"istio_tcp_connections_opened_total", "The total number of TCP connections opened.", func(s *series) (uint64, bool) { return s.opened.Load(), s.isOpen.Load() }},
-	{"istio_tcp_connections_closed_total", "The total number of TCP connections closed.", func(s *series) (uint64, bool) { v := s.closed.Load(); return v, v > 0 }},
-	{"istio_tcp_received_bytes_total", "The size of total bytes received during request in case of a TCP connection.", func(s *series) (uint64, bool) { return s.received.Load(), s.isOpen.Load() }},
-	{"istio_tcp_sent_bytes_total", "The size of total bytes sent during response in case of a TCP connection.", func(s *series) (uint64, bool) { return s.sent.Load(), s.isOpen.Load() }},
-	{"istio_tcp_connections_failed_total", "The total number of TCP connections that failed (unstable).", func(s *series) (uint64, bool) { v := s.failed.Load(); return v, v > 0 }},
+	{"istio_tcp_connections_opened_total", "The total number of TCP connections opened.", func(s *series) (uint64, bool) {
+		return s.opened.Load(), s.isOpen.Load()
+	}},
+	{"istio_tcp_connections_closed_total", "The total number of TCP connections closed.", func(s *series) (uint64, bool) {
+		v := s.closed.Load()
+		return v, v > 0
+	}},
+	{"istio_tcp_received_bytes_total", "The size of total bytes received during request in case of a TCP connection.",
+		func(s *series) (uint64, bool) {
+			return s.received.Load(), s.isOpen.Load()
+		}},
+	{"istio_tcp_sent_bytes_total", "The size of total bytes sent during response in case of a TCP connection.",
+		func(s *series) (uint64, bool) {
+			return s.sent.Load(), s.isOpen.Load()
+		}},
+	{"istio_tcp_connections_failed_total", "The total number of TCP connections that failed (unstable).",
+		func(s *series) (uint64, bool) {
+			v := s.failed.Load()
+			return v, v > 0
+		}},
 }
 
 // get finds or makes the series of l, for one user more until release. claimant is whose claims some of the labels

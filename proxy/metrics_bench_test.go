@@ -10,7 +10,8 @@ import (
 func benchLabels(n int) []labels {
 	ls := make([]labels, n)
 	for i := range ls {
-		ls[i] = labels{lReporter: reporterSource, lSourceWorkload: "a-deploy", lDestinationWorkload: fmt.Sprint("w", i), lSourceNamespace: "default", lResponseFlags: "-"}
+		ls[i] = labels{lReporter: reporterSource, lSourceWorkload: "a-deploy", lDestinationWorkload: fmt.Sprint("w", i),
+			lSourceNamespace: "default", lResponseFlags: "-"}
 	}
 	return ls
 }

@@ -22,7 +22,8 @@ func (m *Metrics) has(l labels) bool {
 	return m.series[l] != nil
 }
 
-// TestSeriesExpire: a series leaves when nobody uses it, it has been idle for long enough, and one of its workloads is gone; not before.
+// TestSeriesExpire: a series leaves when nobody uses it, it has been idle for long enough, and one of its workloads
+// is gone; not before.
 func TestSeriesExpire(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := NewMetrics()
@@ -37,7 +38,8 @@ func TestSeriesExpire(t *testing.T) {
 				ws[w] = exists[w.Workload]
 			}
 		}
-		both, gone, unknown, open, failed := seriesOf("a", "b"), seriesOf("a", "gone"), seriesOf("", ""), seriesOf("gone", "b"), seriesOf("gone", "b")
+		both, gone, unknown, open, failed := seriesOf("a", "b"), seriesOf("a", "gone"), seriesOf("", ""),
+			seriesOf("gone", "b"), seriesOf("gone", "b")
 		failed[lResponseFlags] = FlagConnect.String()
 		half := seriesOf("a", "") // to somebody unknown: the source keeps it
 		for _, l := range []labels{both, gone, unknown, half} {
@@ -56,7 +58,8 @@ func TestSeriesExpire(t *testing.T) {
 			name string
 			l    labels
 			want bool
-		}{{"both exist", both, true}, {"one is gone", gone, false}, {"nobody known", unknown, false}, {"half known", half, true},
+		}{{"both exist", both, true}, {"one is gone", gone, false}, {"nobody known", unknown, false},
+			{"half known", half, true},
 			{"gone, but a connection is open", open, true}, {"failures of the gone", failed, false}} {
 			if got := m.has(c.l); got != c.want {
 				t.Errorf("%s: kept %v", c.name, got)
@@ -92,7 +95,8 @@ func TestSeriesExpire(t *testing.T) {
 	})
 }
 
-// TestSeriesExpireUnderPressure: a table that is nearly full lets go of what is idle, whoever it belongs to; the bound holds and says so.
+// TestSeriesExpireUnderPressure: a table that is nearly full lets go of what is idle, whoever it belongs to; the
+// bound holds and says so.
 func TestSeriesExpireUnderPressure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := NewMetrics()
@@ -140,7 +144,8 @@ func TestMetricsRun(t *testing.T) {
 	})
 }
 
-// TestSeriesRace: what connections count while series expire is never lost: every count is in a series that was shown, or expired after.
+// TestSeriesRace: what connections count while series expire is never lost: every count is in a series that was
+// shown, or expired after.
 func TestSeriesRace(t *testing.T) {
 	m := NewMetrics()
 	m.start = time.Now().Add(-2 * seriesIdle) // everything unused counts as idle

@@ -55,7 +55,8 @@ const maxOnDemand = 5000
 // NewOnDemandDNS makes an empty set.
 func NewOnDemandDNS() *OnDemandDNS {
 	return &OnDemandDNS{
-		desc:   prometheus.NewDesc("istio_on_demand_dns_total", "The total number of requests that used on-demand DNS (unstable).", onDemandNames[:], nil),
+		desc: prometheus.NewDesc("istio_on_demand_dns_total",
+			"The total number of requests that used on-demand DNS (unstable).", onDemandNames[:], nil),
 		counts: map[onDemandLabels]*atomic.Uint64{},
 	}
 }

@@ -45,7 +45,8 @@ func (c *connection) outbound(f Flow, start time.Time) {
 	a := attempts{c: c, local: local, src: src, dst: dst}
 	for {
 		c.register(path{start: start, src: src, originalDst: dst, actualDst: d.Actual, protocol: d.Protocol.String()})
-		e := entry{outbound: true, src: src, called: dst, dst: d.Actual, protocol: d.Protocol, source: local, dest: d.Workload, service: d.Service, start: start}
+		e := entry{outbound: true, src: src, called: dst, dst: d.Actual, protocol: d.Protocol, source: local,
+			dest: d.Workload, service: d.Service, start: start}
 		if d.Protocol != route.TCP {
 			e.mtls = true
 			e.hbone = d.Authority()
@@ -79,7 +80,8 @@ func (c *connection) outbound(f Flow, start time.Time) {
 	}
 }
 
-// turnDown refuses the flow of a failed connection and keeps its books, unless it fails by silence once more: then it was counted.
+// turnDown refuses the flow of a failed connection and keeps its books, unless it fails by silence once more: then it
+// was counted.
 func (c *connection) turnDown(e entry, f Flow, failed *Error) {
 	refuse(f, failed)
 	if !f.Again() || failed.Refusal() != refusal.Silent {
@@ -101,9 +103,10 @@ func refuse(f Flow, err error) {
 	}
 }
 
-// decide finds the way of an outbound connection, past endpoints that were tried. An error is an early denial: nothing is
-// counted. A trace, if there is one, is told why (`ztun explain`).
-func (p *Proxy) decide(ctx context.Context, src, dst netip.AddrPort, tried []*state.Workload, trace *route.Trace) (d route.Decision, local *state.Workload, err error) {
+// decide finds the way of an outbound connection, past endpoints that were tried. An error is an early denial:
+// nothing is counted. A trace, if there is one, is told why (`ztun explain`).
+func (p *Proxy) decide(ctx context.Context, src, dst netip.AddrPort, tried []*state.Workload, trace *route.Trace) (
+	d route.Decision, local *state.Workload, err error) {
 	if err := route.CheckOutbound(dst, p.illegal); err != nil {
 		return d, nil, err
 	}
@@ -111,7 +114,8 @@ func (p *Proxy) decide(ctx context.Context, src, dst netip.AddrPort, tried []*st
 	if err != nil {
 		return d, nil, err
 	}
-	q := route.Question{Network: p.o.Config.NetworkName, Source: local, SrcIP: src.Addr(), Dst: dst, Rand: p.o.Random, Trace: trace}
+	q := route.Question{Network: p.o.Config.NetworkName, Source: local, SrcIP: src.Addr(), Dst: dst, Rand: p.o.Random,
+		Trace: trace}
 	if unknown := p.asking(ctx, demandWait, view, func(view *state.View, missed *string) {
 		q.Missed = missed
 		d, err = p.choose(view, q, tried)
@@ -126,7 +130,8 @@ func (p *Proxy) decide(ctx context.Context, src, dst netip.AddrPort, tried []*st
 
 // connect opens the upstream side: a stream of a pooled tunnel whose CONNECT was answered with 200, or
 // a plain connection.
-func (p *Proxy) connect(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision) (Conn, *Error) {
+func (p *Proxy) connect(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision) (Conn,
+	*Error) {
 	if d.Protocol == route.HBONE {
 		return p.connectHBONE(ctx, local, src, d, request(local, src, d))
 	}
@@ -160,7 +165,8 @@ func request(local *state.Workload, src netip.AddrPort, d route.Decision) hbone.
 	}
 }
 
-func (p *Proxy) connectHBONE(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision, req hbone.Request) (Conn, *Error) {
+func (p *Proxy) connectHBONE(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision,
+	req hbone.Request) (Conn, *Error) {
 	rctx, cancel := context.WithTimeout(ctx, connectTimeout+handshakeTimeout+responseTimeout)
 	defer cancel()
 	stream, _, err := p.pool.Open(rctx, hbone.Key{

@@ -47,7 +47,8 @@ func (p *Proxy) ServePassthrough(f Flow) {
 		start:   start,
 	}
 	q := rbac.Question{Src: src.Addr(), Dst: dst}
-	c.register(path{inbound: true, start: start, src: src, originalDst: dst, actualDst: dst, protocol: route.TCP.String(), policy: q})
+	c.register(path{inbound: true, start: start, src: src, originalDst: dst, actualDst: dst, protocol: route.TCP.String(),
+		policy: q})
 	failed := c.admit(ctx, p.policyLog(src, ""), local)
 	if failed == nil {
 		if err := p.probeApp(ctx, src.Addr(), dst); err != nil {
@@ -58,8 +59,8 @@ func (p *Proxy) ServePassthrough(f Flow) {
 		c.turnDown(e, f, failed)
 		return
 	}
-	// Anybody can send a SYN in anybody's name: only whoever has ended the handshake is a client, which is counted and which the
-	// application sees. From here on a failure is a reset of what the client takes for connected.
+	// Anybody can send a SYN in anybody's name: only whoever has ended the handshake is a client, which is counted and
+	// which the application sees. From here on a failure is a reset of what the client takes for connected.
 	down, err := f.Accept()
 	if err != nil {
 		c.leave()

@@ -31,14 +31,15 @@ const (
 
 // Config is what one proxy takes from the environment.
 type Config struct {
-	NetworkName      string // NETWORK
-	ResponseBaggage  bool   // ENABLE_RESPONSE_BAGGAGE
-	TLS              identity.Params
-	HBONE            hbone.Config
-	PoolMaxStreams   int           // POOL_MAX_STREAMS_PER_CONNECTION
-	PoolUnused       time.Duration // POOL_UNUSED_RELEASE_TIMEOUT
-	SOCKS5           bool          // UNSTABLE_ENABLE_SOCKS5: its port is then illegal, too
-	MaxMeshHandshake int           // TLS handshakes under way on 15008 per pod; the greediest source loses one. SOCKS5's as well
+	NetworkName     string // NETWORK
+	ResponseBaggage bool   // ENABLE_RESPONSE_BAGGAGE
+	TLS             identity.Params
+	HBONE           hbone.Config
+	PoolMaxStreams  int           // POOL_MAX_STREAMS_PER_CONNECTION
+	PoolUnused      time.Duration // POOL_UNUSED_RELEASE_TIMEOUT
+	SOCKS5          bool          // UNSTABLE_ENABLE_SOCKS5: its port is then illegal, too
+	// TLS handshakes under way on 15008 per pod; the greediest source loses one. SOCKS5's as well
+	MaxMeshHandshake int
 	// LocalhostAppTunnel (LOCALHOST_APP_TUNNEL, ztunnel's default is true): application tunnels with PROXY
 	// protocol are dialled on the pod's loopback, else at the pod's address, as the client.
 	LocalhostAppTunnel bool
@@ -273,7 +274,8 @@ type Stats struct {
 
 // Stats returns the figures of this moment.
 func (p *Proxy) Stats() Stats {
-	return Stats{Pool: p.pool.Stats(), Tunnels: p.tunnels.Counts(), Overloaded: p.bounds.turned.Load(), Retried: p.retried.Load(), SourceRewritten: p.foreign.Load()}
+	return Stats{Pool: p.pool.Stats(), Tunnels: p.tunnels.Counts(), Overloaded: p.bounds.turned.Load(),
+		Retried: p.retried.Load(), SourceRewritten: p.foreign.Load()}
 }
 
 // ConnectionDump is one connection as /config_dump lists it.
@@ -289,7 +291,8 @@ func (p *Proxy) Connections() []ConnectionDump {
 	out := make([]ConnectionDump, len(list))
 	for i, c := range list {
 		on := c.where()
-		out[i] = ConnectionDump{Inbound: on.inbound, Src: on.src, OriginalDst: on.originalDst, ActualDst: on.actualDst, Protocol: on.protocol}
+		out[i] = ConnectionDump{Inbound: on.inbound, Src: on.src, OriginalDst: on.originalDst, ActualDst: on.actualDst,
+			Protocol: on.protocol}
 	}
 	return out
 }
@@ -310,7 +313,8 @@ func (p *Proxy) Shutdown(ctx context.Context) {
 	select {
 	case <-p.table.empty():
 	case <-ctx.Done():
-		p.o.Log.Warn("drain duration expired with pending connections, forcefully shutting down", "connections", len(p.table.snapshot()))
+		p.o.Log.Warn("drain duration expired with pending connections, forcefully shutting down", "connections",
+			len(p.table.snapshot()))
 		p.table.severAll(fail(kindDrain, nil)) // before their tunnels go: the reason is ours
 	}
 	// And what is no connection yet, such as a request that waits for the pod's record.
@@ -346,7 +350,8 @@ func (p *Proxy) Close() {
 	}
 	p.pool.Close()
 	if !p.o.Panics.Wait(&p.work) {
-		p.o.Log.Warn("connections are left that wait for what a panic left undone", "pod", p.o.Info.Namespace+"/"+p.o.Info.Name)
+		p.o.Log.Warn("connections are left that wait for what a panic left undone", "pod", p.o.Info.Namespace+"/"+
+			p.o.Info.Name)
 	}
 	p.bounds.close()
 }

@@ -166,7 +166,8 @@ func TestRecheck(t *testing.T) {
 	roundTrip(t, kept)
 	kept.Close()
 	<-keptDone
-	if _, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.2:9000"); err != errRefused || r != refusal.Reset {
+	if _, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.2:9000"); err != errRefused ||
+		r != refusal.Reset {
 		t.Errorf("a new connection: %v, %d", err, r)
 	}
 	w.stop()
@@ -265,7 +266,9 @@ func TestUnknownWorkload(t *testing.T) {
 	w := newWorld(t)
 	w.listen(appB, echo)
 	full := w.know.View()
-	w.know.publish(loadView(t, func(s string) string { return strings.Replace(s, "  serviceAccount: a\n", "  serviceAccount: z\n", 1) }))
+	w.know.publish(loadView(t, func(s string) string {
+		return strings.Replace(s, "  serviceAccount: a\n", "  serviceAccount: z\n", 1)
+	}))
 	go func() {
 		time.Sleep(100 * time.Millisecond)
 		w.know.publish(full)
@@ -289,11 +292,16 @@ func TestErrorTable(t *testing.T) {
 		refusal refusal.Way
 	}{
 		{fail(kindIO, dial(syscall.ECONNREFUSED)), "io error: Connection refused (os error 111)", "CONNECT", refusal.Reset},
-		{fail(kindIO, dial(syscall.EHOSTUNREACH)), "io error: No route to host (os error 113)", "CONNECT", refusal.HostUnreachable},
-		{fail(kindIO, dial(syscall.ENETUNREACH)), "io error: Network is unreachable (os error 101)", "CONNECT", refusal.NetUnreachable},
+		{fail(kindIO, dial(syscall.EHOSTUNREACH)), "io error: No route to host (os error 113)", "CONNECT",
+			refusal.HostUnreachable},
+		{fail(kindIO, dial(syscall.ENETUNREACH)), "io error: Network is unreachable (os error 101)", "CONNECT",
+			refusal.NetUnreachable},
 		{fail(kindIO, context.DeadlineExceeded), "io error: deadline has elapsed", "CONNECT", refusal.Silent},
-		{fail(kindNetworkPolicy, dial(syscall.ETIMEDOUT)), "connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: Connection timed out (os error 110)", "NETWORK_POLICY", refusal.Silent},
-		{fail(kindApp, dial(syscall.ECONNREFUSED)), "connection failed: Connection refused (os error 111)", "CONNECT", refusal.Reset},
+		{fail(kindNetworkPolicy, dial(syscall.ETIMEDOUT)),
+			"connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: Connection timed out (os error 110)",
+			"NETWORK_POLICY", refusal.Silent},
+		{fail(kindApp, dial(syscall.ECONNREFUSED)), "connection failed: Connection refused (os error 111)", "CONNECT",
+			refusal.Reset},
 		{fail(kindTLS, context.DeadlineExceeded), "io error: deadline has elapsed", "CONNECT", refusal.Silent},
 		{fail(kindPolicyChange, nil), "connection closed due to policy change", "DENY", refusal.Reset},
 		{fail(kindDrain, nil), "connection closed due to connection drain", "-", refusal.Reset},

@@ -12,7 +12,8 @@ import (
 	"ztun/proxy/state"
 )
 
-// Bounds of trying another endpoint of a service. The application's SYN is held meanwhile, and nothing of it has been sent.
+// Bounds of trying another endpoint of a service. The application's SYN is held meanwhile, and nothing of it has been
+// sent.
 const (
 	maxTries  = 3                // endpoints that one connection tries
 	tryTime   = 2 * time.Second  // for each but the last; a client may give up after 4 s
@@ -20,7 +21,8 @@ const (
 	maxAiling = 1024             // endpoints remembered
 )
 
-// ailing are the endpoints that could not be reached of late: only the first connection is to pay for a pod that is gone.
+// ailing are the endpoints that could not be reached of late: only the first connection is to pay for a pod that is
+// gone.
 type ailing struct {
 	some  atomic.Bool // false: the table is empty, which is the rule
 	mu    sync.Mutex
@@ -135,8 +137,9 @@ func (a *attempts) another(ctx context.Context, d route.Decision, failed *Error)
 	return d, cut
 }
 
-// elsewhere reports whether another endpoint of the service may do what this one did not: it could not be reached, proved to be somebody
-// else, or could not reach its application. What a peer refuses (401 and the like), and what a waypoint could not do, is an answer.
+// elsewhere reports whether another endpoint of the service may do what this one did not: it could not be reached,
+// proved to be somebody else, or could not reach its application. What a peer refuses (401 and the like), and what a
+// waypoint could not do, is an answer.
 func (e *Error) elsewhere(waypoint bool) bool {
 	switch e.kind {
 	case kindIO, kindNetworkPolicy, kindTLS, kindH2:

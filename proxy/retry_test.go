@@ -18,7 +18,8 @@ import (
 // withDead adds pod c, 10.91.2.99, to the service of b.
 func withDead(s string) string {
 	i := strings.Index(s, "workloadIps: [\"10.91.2.99\"]")
-	return s[:i] + strings.Replace(s[i:], "services: {}", "services:\n    \"default/b.default.svc.cluster.local\":\n      80: 9000", 1)
+	return s[:i] + strings.Replace(s[i:], "services: {}",
+		"services:\n    \"default/b.default.svc.cluster.local\":\n      80: 9000", 1)
 }
 
 // deadNetwork answers dials of c's port 15008 in its own way.
@@ -45,8 +46,8 @@ func vanished(ctx context.Context) (net.Conn, error) {
 	return nil, &net.OpError{Op: "dial", Net: "tcp", Err: os.ErrDeadlineExceeded}
 }
 
-// TestNextEndpoint: a service of which one endpoint refuses, is gone, or is somebody else by now, is reached at the other one, for
-// every connection; a connection counts once. Only the first pays for a pod that is gone.
+// TestNextEndpoint: a service of which one endpoint refuses, is gone, or is somebody else by now, is reached at the
+// other one, for every connection; a connection counts once. Only the first pays for a pod that is gone.
 func TestNextEndpoint(t *testing.T) {
 	for _, tt := range []struct {
 		name string
@@ -123,7 +124,8 @@ func TestRefusedIsAnAnswer(t *testing.T) {
 		return strings.Replace(withDead(s), "destinationPorts: [7777]", "destinationPorts: [7777, 9000]", 1)
 	}))
 	w.proxies[0].ailing.add(&state.Workload{UID: "cluster1//v1/Pod/other/c"}) // b is asked first
-	if _, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.96.0.10:80"); err != errRefused || r != refusal.Reset {
+	if _, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.96.0.10:80"); err != errRefused ||
+		r != refusal.Reset {
 		t.Errorf("refused by policy: %v", err)
 	}
 	if n := dials.Load(); n != 0 {
@@ -138,7 +140,8 @@ func TestRefusedIsAnAnswer(t *testing.T) {
 	}
 	// A pod that is called by its own address has no other endpoint.
 	dials.Store(0)
-	if _, _, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.99:9000"); err != errRefused || dials.Load() != 1 {
+	if _, _, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.91.2.99:9000"); err != errRefused ||
+		dials.Load() != 1 {
 		t.Errorf("by its own address: %v, %d dials", err, dials.Load())
 	}
 }
@@ -151,7 +154,8 @@ func TestAllEndpointsFail(t *testing.T) {
 	})
 	w.know.publish(loadView(t, withDead))
 	for want := int32(2); want <= 6; want += 2 { // also while all of them ail
-		if _, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.96.0.10:80"); err != errRefused || r != refusal.Reset {
+		if _, r, _, err := w.connect(w.proxies[0].ServeOutbound, srcA, "10.96.0.10:80"); err != errRefused ||
+			r != refusal.Reset {
 			t.Errorf("%v, %d", err, r)
 		}
 		if n := dials.Load(); n != want {

@@ -51,7 +51,8 @@ func crlCA(t *testing.T) (*ca.Manager, func(serial *big.Int) *identity.CRL) {
 		issuer.KeyUsage |= x509.KeyUsageCRLSign
 		der, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{
 			Number: big.NewInt(1), ThisUpdate: time.Now().Add(-time.Minute), NextUpdate: time.Now().Add(time.Hour),
-			RevokedCertificateEntries: []x509.RevocationListEntry{{SerialNumber: serial, RevocationTime: time.Now().Add(-time.Minute)}},
+			RevokedCertificateEntries: []x509.RevocationListEntry{
+				{SerialNumber: serial, RevocationTime: time.Now().Add(-time.Minute)}},
 		}, &issuer, key.(crypto.Signer))
 		if err != nil {
 			t.Fatal(err)
@@ -64,8 +65,8 @@ func crlCA(t *testing.T) (*ca.Manager, func(serial *big.Int) *identity.CRL) {
 	}
 }
 
-// TestRevoked: a list that names a peer cuts the tunnels that are open to it, on whichever side has the list, and lets no new one through
-// (spec dataplane 8.6, checklist 136 and 137).
+// TestRevoked: a list that names a peer cuts the tunnels that are open to it, on whichever side has the list, and
+// lets no new one through (spec dataplane 8.6, checklist 136 and 137).
 func TestRevoked(t *testing.T) {
 	for i, side := range []string{"client", "server"} {
 		t.Run(side, func(t *testing.T) {

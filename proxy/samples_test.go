@@ -48,9 +48,9 @@ func sampleLines(t *testing.T, file string) []string {
 	return out
 }
 
-// TestDriveSamples sends the connections of samples/drive.txt through both proxies (without the last,
-// which stays in the pod's kernel) and compares access lines and metrics with those of a real ztunnel, field by field and in order. Times,
-// ports and durations are not compared.
+// TestDriveSamples sends the connections of samples/drive.txt through both proxies (without the last, which stays in
+// the pod's kernel) and compares access lines and metrics with those of a real ztunnel, field by field and in order.
+// Times, ports and durations are not compared.
 func TestDriveSamples(t *testing.T) {
 	w := newWorldWith(t, func(_ *world, _ int, o *Options) {
 		o.Config.SOCKS5 = true

@@ -22,8 +22,8 @@ type Flow interface {
 	Refuse(r refusal.Way)
 	// Again reports whether this is the sender's next SYN of an attempt that was refused with refusal.Silent before.
 	Again() bool
-	// OnGone has f called once when the flow loses its place to others before it is accepted or refused, at once if it has: what
-	// is under way for it is to end. f must not wait. A later f takes the place of an earlier one.
+	// OnGone has f called once when the flow loses its place to others before it is accepted or refused, at once if it
+	// has: what is under way for it is to end. f must not wait. A later f takes the place of an earlier one.
 	OnGone(f func())
 }
 

@@ -44,7 +44,8 @@ func (p *Proxy) ServeSOCKS(raw net.Conn) {
 	}()
 	if err := f.negotiate(p); err != nil {
 		if reply, ok := socks.ReplyOf(err); ok {
-			p.bounds.warnings.Log(context.Background(), slog.LevelWarn, "socks", "SOCKS5 handshake failed", slog.Any("client", f.src), slog.Any("error", err))
+			p.bounds.warnings.Log(context.Background(), slog.LevelWarn, "socks", "SOCKS5 handshake failed",
+				slog.Any("client", f.src), slog.Any("error", err))
 			f.end(reply)
 		}
 		return
@@ -73,7 +74,9 @@ func (f *socksFlow) negotiate(p *Proxy) error {
 	}
 	defer place.Release()
 	f.conn.SetDeadline(time.Now().Add(handshakeTimeout))
-	cut := context.AfterFunc(f.ctx, p.o.Panics.Func("the end of a SOCKS5 handshake", func() { f.conn.SetDeadline(time.Unix(1, 0)) }, nil))
+	cut := context.AfterFunc(f.ctx, p.o.Panics.Func("the end of a SOCKS5 handshake", func() {
+		f.conn.SetDeadline(time.Unix(1, 0))
+	}, nil))
 	req, err := socks.Negotiate(f.conn)
 	if !cut() {
 		return net.ErrClosed // the proxy is closing
@@ -97,7 +100,9 @@ func (f *socksFlow) negotiate(p *Proxy) error {
 // loopback that it came by; if the pod has no address of it, the other one counts.
 func (p *Proxy) lookupName(ctx context.Context, host string, v6 bool) (netip.Addr, error) {
 	if p.o.Names == nil {
-		return netip.Addr{}, &socks.Error{Reply: socks.NotSupported, Err: errors.New("names cannot be resolved: the DNS proxy is off (request for " + strconv.Quote(host) + ")")}
+		return netip.Addr{},
+			&socks.Error{Reply: socks.NotSupported,
+				Err: errors.New("names cannot be resolved: the DNS proxy is off (request for " + strconv.Quote(host) + ")")}
 	}
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
@@ -149,7 +154,9 @@ func (f *socksFlow) RefuseFor(err error) { f.end(socksReply(err)) }
 // overtake the answer: the client gets a moment to read it.
 func (f *socksFlow) end(r socks.Reply) {
 	f.conn.SetDeadline(time.Now().Add(refusalRead))
-	defer context.AfterFunc(f.ctx, f.panics.Func("the end of a SOCKS5 handshake", func() { f.conn.SetDeadline(time.Unix(1, 0)) }, nil))()
+	defer context.AfterFunc(f.ctx, f.panics.Func("the end of a SOCKS5 handshake", func() {
+		f.conn.SetDeadline(time.Unix(1, 0))
+	}, nil))()
 	if socks.WriteReply(f.conn, r) == nil && f.conn.CloseWrite() == nil {
 		io.Copy(io.Discard, io.LimitReader(f.conn, 64<<10))
 	}

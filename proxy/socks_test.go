@@ -79,7 +79,8 @@ func TestSOCKSFailures(t *testing.T) {
 
 	w.stop()
 	lines := strings.Join(w.lines(0), "\n")
-	for _, want := range []string{"no healthy upstream: 10.96.0.12:80", "attempted recursive call to ourselves", "http status: 401 Unauthorized", "io error: No route to host (os error 113)"} {
+	for _, want := range []string{"no healthy upstream: 10.96.0.12:80", "attempted recursive call to ourselves",
+		"http status: 401 Unauthorized", "io error: No route to host (os error 113)"} {
 		if !strings.Contains(lines, `error="`+want+`"`) {
 			t.Errorf("not logged: %s", want)
 		}
@@ -127,7 +128,8 @@ func TestSOCKSNames(t *testing.T) {
 	} {
 		info := state.WorkloadInfo{Name: "p", Namespace: "ns", ServiceAccount: "sa"}
 		b := state.NewBuilder("")
-		b.InsertWorkload(&state.Workload{UID: "p", Name: info.Name, Namespace: info.Namespace, ServiceAccount: info.ServiceAccount, Addresses: tt.pod})
+		b.InsertWorkload(&state.Workload{UID: "p", Name: info.Name, Namespace: info.Namespace,
+			ServiceAccount: info.ServiceAccount, Addresses: tt.pod})
 		p := New(Options{Info: info, Knowledge: &fakeKnowledge{view: b.Build()}, Log: slog.New(slog.DiscardHandler),
 			Names: func(context.Context, string) ([]netip.Addr, error) { return tt.names, nil }})
 		if got, err := p.lookupName(t.Context(), "x", tt.client6); err != nil || got != tt.wantAddr {
@@ -167,8 +169,8 @@ func TestSOCKSClient(t *testing.T) {
 	c.Close()
 }
 
-// TestSOCKSBounds: the number of handshakes is bounded, and at the bound the oldest goes; a client that says nothing is let go when
-// the proxy closes.
+// TestSOCKSBounds: the number of handshakes is bounded, and at the bound the oldest goes; a client that says nothing
+// is let go when the proxy closes.
 func TestSOCKSBounds(t *testing.T) {
 	w := newWorldWith(t, func(_ *world, _ int, o *Options) { o.Config.MaxMeshHandshake = 1 })
 	ended := func(c *net.TCPConn) {

@@ -60,7 +60,8 @@ func (u *UnknownPolicies) Dump() []UnknownPolicy {
 	defer u.mu.Unlock()
 	out := make([]UnknownPolicy, 0, len(u.since))
 	for key, e := range u.since {
-		d := UnknownPolicy{Policy: key, Workload: e.workload, Since: e.since.UTC().Truncate(time.Millisecond), Decision: "skip"}
+		d := UnknownPolicy{Policy: key, Workload: e.workload, Since: e.since.UTC().Truncate(time.Millisecond),
+			Decision: "skip"}
 		switch {
 		case time.Since(e.since) < u.wait:
 			d.Decision = "wait"

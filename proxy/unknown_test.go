@@ -14,14 +14,17 @@ import (
 // listing makes b list the policy default/late; with is its text, "" while it is not loaded.
 func listing(with string) func(string) string {
 	return func(s string) string {
-		s = strings.Replace(s, "  workloadIps: [\"10.91.2.2\"]\n", "  workloadIps: [\"10.91.2.2\"]\n  authorizationPolicies: [default/late]\n", 1)
+		s = strings.Replace(s, "  workloadIps: [\"10.91.2.2\"]\n",
+			"  workloadIps: [\"10.91.2.2\"]\n  authorizationPolicies: [default/late]\n", 1)
 		return s + with
 	}
 }
 
 const (
-	lateDeny  = "- {name: late, namespace: default, scope: WorkloadSelector, action: Deny, dryRun: false, rules: [[[{destinationPorts: [9000]}]]]}\n"
-	lateAllow = "- {name: late, namespace: default, scope: WorkloadSelector, action: Allow, dryRun: false, rules: [[[{destinationPorts: [9000, 9001]}]]]}\n"
+	lateDeny = "- {name: late, namespace: default, scope: WorkloadSelector, action: Deny, dryRun: false, rules: " +
+		"[[[{destinationPorts: [9000]}]]]}\n"
+	lateAllow = "- {name: late, namespace: default, scope: WorkloadSelector, action: Allow, dryRun: false, rules: " +
+		"[[[{destinationPorts: [9000, 9001]}]]]}\n"
 )
 
 var infoB = []state.WorkloadInfo{{Name: "b", Namespace: "default", ServiceAccount: "b"}}
@@ -56,7 +59,8 @@ func (w *world) attempt() (ok bool, took time.Duration) {
 	return err == nil, took
 }
 
-// TestPolicyUnderWay: a workload arrives before the policy that it lists; a connection in between is decided by the policy.
+// TestPolicyUnderWay: a workload arrives before the policy that it lists; a connection in between is decided by the
+// policy.
 func TestPolicyUnderWay(t *testing.T) {
 	for _, tt := range []struct {
 		name, policy string
@@ -80,8 +84,8 @@ func TestPolicyUnderWay(t *testing.T) {
 	}
 }
 
-// TestPolicyNeverComes: a policy that does not come holds connections up for a while, once, and is then left out as in ztunnel,
-// or refuses if so configured.
+// TestPolicyNeverComes: a policy that does not come holds connections up for a while, once, and is then left out as
+// in ztunnel, or refuses if so configured.
 func TestPolicyNeverComes(t *testing.T) {
 	const wait = 300 * time.Millisecond
 	for _, deny := range []bool{false, true} {
@@ -96,7 +100,8 @@ func TestPolicyNeverComes(t *testing.T) {
 		}
 		u.Follow(w.know.View(), infoB)
 		d := u.Dump()
-		if want := map[bool]string{false: "skip", true: "deny"}[deny]; len(d) != 1 || d[0].Policy != "default/late" || d[0].Decision != want || d[0].Workload == "" {
+		if want := map[bool]string{false: "skip", true: "deny"}[deny]; len(d) != 1 || d[0].Policy != "default/late" ||
+			d[0].Decision != want || d[0].Workload == "" {
 			t.Errorf("dump: %+v", d)
 		}
 		if s := u.Stats(); s.Unknown != 1 || s.Held != 1 || s.Without != 6 {
@@ -115,15 +120,16 @@ func TestPolicyNeverComes(t *testing.T) {
 		if ok, took := w.attempt(); ok == deny || took < wait/2 {
 			t.Errorf("deny %v: after it was made anew: connected %v after %v", deny, ok, took)
 		}
-		if deny && !strings.Contains(strings.Join(w.lines(1), "\n"), "explicitly denied by: default/late (policy not loaded)") {
+		if deny && !strings.Contains(strings.Join(w.lines(1), "\n"),
+			"explicitly denied by: default/late (policy not loaded)") {
 			t.Errorf("refused for another reason:\n%s", strings.Join(w.lines(1), "\n"))
 		}
 		w.stop()
 	}
 }
 
-// TestRecheckWaits: a live connection that only a policy which is still missing may allow is cut when nobody waits for that any
-// longer, and not before; and a missing policy cuts nobody whom the others allow.
+// TestRecheckWaits: a live connection that only a policy which is still missing may allow is cut when nobody waits
+// for that any longer, and not before; and a missing policy cuts nobody whom the others allow.
 func TestRecheckWaits(t *testing.T) {
 	const wait = 500 * time.Millisecond
 	w, u, _ := unknownWorld(t, false, wait)

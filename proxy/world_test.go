@@ -125,7 +125,8 @@ func newWorldWith(t *testing.T, change func(w *world, i int, o *Options)) *world
 		o := Options{
 			Info:    state.WorkloadInfo{Name: name, Namespace: "default", ServiceAccount: name},
 			Network: &fakeNetwork{w: w, self: []netip.Addr{addrA, addrB}[i]}, Knowledge: w.know, Certs: certs,
-			Resolver: net.DefaultResolver, Metrics: w.metrics[i], Access: w.zlogs[i].Logger("access"), Log: slog.New(slog.DiscardHandler),
+			Resolver: net.DefaultResolver, Metrics: w.metrics[i], Access: w.zlogs[i].Logger("access"),
+			Log:    slog.New(slog.DiscardHandler),
 			Random: mrand.Uint64N, Config: Config{ResponseBaggage: true, PoolMaxStreams: 100, PoolUnused: time.Minute},
 		}
 		if change != nil {
@@ -147,7 +148,8 @@ func newWorldWith(t *testing.T, change func(w *world, i int, o *Options)) *world
 				io.ReadFull(c, src)
 				w.tunnels.Add(1)
 				defer w.tunnels.Add(-1)
-				w.proxies[1].ServeMesh(&addressed{Conn: c, local: netip.AddrPortFrom(addrB, 15008), remote: netip.MustParseAddrPort(string(src))})
+				w.proxies[1].ServeMesh(&addressed{Conn: c, local: netip.AddrPortFrom(addrB, 15008),
+					remote: netip.MustParseAddrPort(string(src))})
 			})
 		}
 	})
@@ -314,8 +316,10 @@ func (f *fakeFlow) Refuse(r refusal.Way) { f.refusal = r; close(f.decided) }
 var errRefused = errors.New("refused")
 
 // connect sends a SYN through serve and waits for the verdict. done ends with the connection.
-func (w *world) connect(serve func(Flow), src, dst string) (app *net.TCPConn, refusal refusal.Way, done <-chan struct{}, err error) {
-	f := &fakeFlow{t: w.t, src: netip.MustParseAddrPort(src), dst: netip.MustParseAddrPort(dst), decided: make(chan struct{})}
+func (w *world) connect(serve func(Flow), src, dst string) (app *net.TCPConn, refusal refusal.Way, done <-chan struct{},
+	err error) {
+	f := &fakeFlow{t: w.t, src: netip.MustParseAddrPort(src), dst: netip.MustParseAddrPort(dst),
+		decided: make(chan struct{})}
 	over := make(chan struct{})
 	go func() { defer close(over); serve(f) }()
 	select {

@@ -6,7 +6,8 @@ import (
 	"testing"
 )
 
-// BenchmarkWritePacket writes into a device whose kernel drops the packet (its UDP port is closed and ICMP goes back out at the device's end), in three pieces.
+// BenchmarkWritePacket writes into a device whose kernel drops the packet (its UDP port is closed and ICMP goes back
+// out at the device's end), in three pieces.
 func BenchmarkWritePacket(b *testing.B) {
 	for _, plain := range []bool{false, true} {
 		b.Run(fmt.Sprintf("plain=%v", plain), func(b *testing.B) {

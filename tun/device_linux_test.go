@@ -17,8 +17,9 @@ import (
 	"ztun/tun/tuntest/nslab"
 )
 
-// The lab of these tests: a namespace with one device, the kernel at 10.9.0.1 and fd09::1, we being everything else on the link. The kernel's own
-// noise (MLD reports, router solicitations) passes by and is skipped by the readers' filters.
+// The lab of these tests: a namespace with one device, the kernel at 10.9.0.1 and fd09::1, we being everything else
+// on the link. The kernel's own noise (MLD reports, router solicitations) passes by and is skipped by the readers'
+// filters.
 
 const patience = 20 * time.Second
 
@@ -140,7 +141,8 @@ func (l *lab) kernelUDP(t testing.TB) *net.UDPConn {
 	return c
 }
 
-// makeUDP builds a packet from us to the kernel's socket. With partial only the pseudo-header is summed, as for FlagNeedsCSum.
+// makeUDP builds a packet from us to the kernel's socket. With partial only the pseudo-header is summed, as for
+// FlagNeedsCSum.
 func (l *lab) makeUDP(payload []byte, partial bool) []byte {
 	k, us := l.addrs()
 	ip := l.ipLen()
@@ -238,8 +240,8 @@ func TestOffloadHere(t *testing.T) {
 	}
 }
 
-// TestUDPFromKernel: small packets of the kernel arrive whole; checksums are complete on the plain path, and either complete or declared
-// incomplete on the fast path.
+// TestUDPFromKernel: small packets of the kernel arrive whole; checksums are complete on the plain path, and either
+// complete or declared incomplete on the fast path.
 func TestUDPFromKernel(t *testing.T) {
 	eachPath(t, func(t *testing.T, plain, v6 bool) {
 		l := openLab(t, Options{Plain: plain})
@@ -266,7 +268,8 @@ func TestUDPFromKernel(t *testing.T) {
 	})
 }
 
-// TestUDPToKernel: what we write arrives at the kernel's socket, from buffers in pieces, checksum complete or left to do.
+// TestUDPToKernel: what we write arrives at the kernel's socket, from buffers in pieces, checksum complete or left to
+// do.
 func TestUDPToKernel(t *testing.T) {
 	eachPath(t, func(t *testing.T, plain, v6 bool) {
 		l := openLab(t, Options{Plain: plain})
@@ -308,7 +311,8 @@ func TestUDPSuperPacketToKernel(t *testing.T) {
 		const segment, count = 1200, 40
 		payload := pattern(segment*count - 100)
 		p := l.makeUDP(payload, true)
-		h := VNetHdr{Flags: FlagNeedsCSum, GSOType: GSOUDPL4, HdrLen: uint16(l.ipLen() + 8), GSOSize: segment, CSumStart: uint16(l.ipLen()), CSumOffset: 6}
+		h := VNetHdr{Flags: FlagNeedsCSum, GSOType: GSOUDPL4, HdrLen: uint16(l.ipLen() + 8), GSOSize: segment,
+			CSumStart: uint16(l.ipLen()), CSumOffset: 6}
 		if err := l.dev.WritePacket(&h, [][]byte{p}); err != nil {
 			t.Fatal(err)
 		}
@@ -327,7 +331,8 @@ func TestUDPSuperPacketToKernel(t *testing.T) {
 	})
 }
 
-// TestUDPSuperPacketFromKernel: an application that sends with UDP_SEGMENT has its super-packet delivered whole on the fast path, split on the plain one.
+// TestUDPSuperPacketFromKernel: an application that sends with UDP_SEGMENT has its super-packet delivered whole on
+// the fast path, split on the plain one.
 func TestUDPSuperPacketFromKernel(t *testing.T) {
 	eachPath(t, func(t *testing.T, plain, v6 bool) {
 		l := openLab(t, Options{Plain: plain})
@@ -354,7 +359,8 @@ func TestUDPSuperPacketFromKernel(t *testing.T) {
 		head := l.ipLen() + 8
 		if !plain {
 			g := next(t, packets)
-			if g.hdr.GSOType != GSOUDPL4 || int(g.hdr.GSOSize) != segment || int(g.hdr.HdrLen) != head || !bytes.Equal(g.data[head:], payload) {
+			if g.hdr.GSOType != GSOUDPL4 || int(g.hdr.GSOSize) != segment || int(g.hdr.HdrLen) != head ||
+				!bytes.Equal(g.data[head:], payload) {
 				t.Errorf("header %v, %d bytes", &g.hdr, len(g.data))
 			}
 			return
@@ -373,7 +379,8 @@ func TestUDPSuperPacketFromKernel(t *testing.T) {
 	})
 }
 
-// TestForwardedSuperPacket: a super-packet that the kernel forwards from another device carries a header length of the kernel's linear part; ours is right.
+// TestForwardedSuperPacket: a super-packet that the kernel forwards from another device carries a header length of
+// the kernel's linear part; ours is right.
 func TestForwardedSuperPacket(t *testing.T) {
 	eachFamily(t, func(t *testing.T, v6 bool) {
 		l := openLab(t, Options{})
@@ -391,7 +398,8 @@ func TestForwardedSuperPacket(t *testing.T) {
 		l.ns.IP(t, "addr", "add", "10.8.0.1/24", "dev", "v0")
 		l.ns.IP(t, "addr", "add", "fd08::1/64", "dev", "v0", "nodad")
 		err := l.ns.Do(func() error {
-			return errors.Join(os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0), os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0))
+			return errors.Join(os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0),
+				os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0))
 		})
 		if err != nil {
 			t.Fatal(err)

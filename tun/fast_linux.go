@@ -25,8 +25,8 @@ type fast struct {
 	badHeaders, short atomic.Uint64
 }
 
-// vector is one direction's system call: everything that it needs, made once. Its memory is not shared between the directions, so reader and
-// writer need no lock.
+// vector is one direction's system call: everything that it needs, made once. Its memory is not shared between the
+// directions, so reader and writer need no lock.
 type vector struct {
 	call  func(fd uintptr) bool // rd.read or wr.write, bound once: a method value made per call would allocate
 	iov   []unix.Iovec          // header, then the caller's buffers; for reads, then spill
@@ -37,8 +37,8 @@ type vector struct {
 }
 
 func newFast(h *handle, off Offload) (*fast, error) {
-	// The file must be attached and nonblocking before it meets the poller: an unattached one reports an error event and is never
-	// polled again.
+	// The file must be attached and nonblocking before it meets the poller: an unattached one reports an error event and
+	// is never polled again.
 	d := &fast{handle: h, off: off, file: os.NewFile(uintptr(h.fd), clonePath)}
 	h.fd = -1 // the file owns it now
 	rc, err := d.file.SyscallConn()
@@ -125,7 +125,8 @@ func (d *fast) Close() error {
 	return d.file.Close()
 }
 
-// errno turns a system call's errno into what Device promises. An Errno becomes an error without allocating, since all are below 256.
+// errno turns a system call's errno into what Device promises. An Errno becomes an error without allocating, since
+// all are below 256.
 func (d *fast) errno(e syscall.Errno) error {
 	if e == unix.EBADFD {
 		return ErrDeviceDeleted
@@ -162,8 +163,9 @@ func (v *vector) unload() { clear(v.iov) }
 func (v *vector) read(fd uintptr) bool  { return v.do(unix.SYS_READV, fd) }
 func (v *vector) write(fd uintptr) bool { return v.do(unix.SYS_WRITEV, fd) }
 
-// do makes the call without telling the scheduler: the file is non-blocking, so the call takes as long as the copying does, and handing this
-// thread's processor to another thread meanwhile costs more wake-ups than it wins (10 to 15 % of a relay's CPU with 8 streams, measured 2026-11-23).
+// do makes the call without telling the scheduler: the file is non-blocking, so the call takes as long as the copying
+// does, and handing this thread's processor to another thread meanwhile costs more wake-ups than it wins (10 to 15 %
+// of a relay's CPU with 8 streams, measured 2026-11-23).
 func (v *vector) do(trap, fd uintptr) bool {
 	for {
 		n, _, errno := unix.RawSyscall(trap, fd, uintptr(unsafe.Pointer(unsafe.SliceData(v.iov))), uintptr(len(v.iov)))

@@ -46,7 +46,8 @@ func TestNothingLeft(t *testing.T) {
 	}
 }
 
-// TestHolderKilled: a process that holds a persistent device is killed; the device stays without carrier and can be taken over at once.
+// TestHolderKilled: a process that holds a persistent device is killed; the device stays without carrier and can be
+// taken over at once.
 func TestHolderKilled(t *testing.T) {
 	ns := nslab.New(t)
 	exe, err := os.Executable()

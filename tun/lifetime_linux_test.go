@@ -70,8 +70,9 @@ func TestCloseUnblocks(t *testing.T) {
 	}
 }
 
-// TestPersistent: addresses and routes outlive Close; without a holder there is no carrier; whoever opens it next gets a working device, with either path
-// before and after. This is what a daemon finds that starts after one that was killed.
+// TestPersistent: addresses and routes outlive Close; without a holder there is no carrier; whoever opens it next
+// gets a working device, with either path before and after. This is what a daemon finds that starts after one that
+// was killed.
 func TestPersistent(t *testing.T) {
 	for _, before := range []bool{false, true} {
 		for _, after := range []bool{false, true} {
@@ -97,7 +98,8 @@ func TestPersistent(t *testing.T) {
 				if link := l.ns.IP(t, "link", "show", "zt0"); !strings.Contains(link, "mtu 1400") {
 					t.Errorf("the MTU is not the new one: %s", link)
 				}
-				if got := strings.ReplaceAll(l.ns.IP(t, "route")+l.ns.IP(t, "-6", "route"), " linkdown", ""); normal(got) != normal(routes) {
+				if got := strings.ReplaceAll(l.ns.IP(t, "route")+l.ns.IP(t, "-6", "route"), " linkdown", ""); normal(got) !=
+					normal(routes) {
 					t.Errorf("routes before:\n%s\nafter:\n%s", routes, got)
 				}
 				// It works, both ways.
@@ -129,7 +131,8 @@ func TestPersistent(t *testing.T) {
 	}
 }
 
-// TestTakeOverForeignFlags: a persistent device made by somebody else, with several queues and packet information, is taken over.
+// TestTakeOverForeignFlags: a persistent device made by somebody else, with several queues and packet information, is
+// taken over.
 func TestTakeOverForeignFlags(t *testing.T) {
 	for _, extra := range [][]string{nil, {"pi"}, {"multi_queue"}, {"vnet_hdr"}, {"multi_queue", "vnet_hdr", "pi"}} {
 		t.Run(strings.Join(extra, "+"), func(t *testing.T) {
@@ -238,7 +241,9 @@ func TestRemove(t *testing.T) {
 // TestFallback: a kernel that refuses super-packets leads to the plain path, with the reason; the device works.
 func TestFallback(t *testing.T) {
 	ns := nslab.New(t)
-	dev, err := open(Options{Name: "zt0", NetNS: ns.NS}, func(int) (probeResult, error) { return probeResult{}, unix.EINVAL })
+	dev, err := open(Options{Name: "zt0", NetNS: ns.NS}, func(int) (probeResult, error) {
+		return probeResult{}, unix.EINVAL
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -250,7 +255,9 @@ func TestFallback(t *testing.T) {
 		t.Errorf("a header on the plain path: %v", err)
 	}
 	// And a kernel without USO alone keeps the fast path.
-	dev2, err := open(Options{Name: "zt1", NetNS: ns.NS}, func(int) (probeResult, error) { return probeResult{whyNoUSO: "x"}, nil })
+	dev2, err := open(Options{Name: "zt1", NetNS: ns.NS}, func(int) (probeResult, error) {
+		return probeResult{whyNoUSO: "x"}, nil
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -260,8 +267,8 @@ func TestFallback(t *testing.T) {
 	}
 }
 
-// TestProbeIsHarmless: the probe's packets, written to a live device of a forwarding namespace, cause no packet in return, and the kernel's counters
-// say that they were dropped as malformed.
+// TestProbeIsHarmless: the probe's packets, written to a live device of a forwarding namespace, cause no packet in
+// return, and the kernel's counters say that they were dropped as malformed.
 func TestProbeIsHarmless(t *testing.T) {
 	l := openLab(t, Options{})
 	if !l.dev.Offload().VNetHdr {
@@ -403,7 +410,8 @@ func TestDeviceDeleted(t *testing.T) {
 	}
 }
 
-// TestSetMTU: the kernel's packets follow it, on the plain path super-packets of the larger size are split without harm.
+// TestSetMTU: the kernel's packets follow it, on the plain path super-packets of the larger size are split without
+// harm.
 func TestSetMTU(t *testing.T) {
 	for _, plain := range []bool{false, true} {
 		l := openLab(t, Options{Plain: plain})

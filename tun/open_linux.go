@@ -18,7 +18,8 @@ const clonePath = "/dev/net/tun"
 
 const tcpOffload = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
 
-// handle is an attached device file before it becomes a Device, and the part of a Device that is not reading and writing.
+// handle is an attached device file before it becomes a Device, and the part of a Device that is not reading and
+// writing.
 type handle struct {
 	name string
 	fd   int      // the device file; owned by the Device's os.File once there is one
@@ -27,9 +28,9 @@ type handle struct {
 	mtu  atomic.Int64
 }
 
-// Open makes the device that o describes, or takes over a persistent one of that name, and finds out what offload it can do. The device is not
-// brought up and gets no address: package steer does that. Errors say what is missing; they match unix.EPERM, unix.EBUSY, fs.ErrNotExist and
-// so on by errors.Is.
+// Open makes the device that o describes, or takes over a persistent one of that name, and finds out what offload it
+// can do. The device is not brought up and gets no address: package steer does that. Errors say what is missing; they
+// match unix.EPERM, unix.EBUSY, fs.ErrNotExist and so on by errors.Is.
 func Open(o Options) (Device, error) { return open(o, probe) }
 
 // open is Open with the probe replaced, for tests.
@@ -64,8 +65,8 @@ func openHere(o Options, probe func(fd int) (probeResult, error)) (Device, error
 	if o.Plain {
 		off.Why = "the plain path was asked for"
 	}
-	// Without this the kernel hands over only complete packets, and the splitter has nothing to do; wireguard's device demands that it
-	// succeeds wherever there is a virtio header.
+	// Without this the kernel hands over only complete packets, and the splitter has nothing to do; wireguard's device
+	// demands that it succeeds wherever there is a virtio header.
 	vnet := true
 	if err := unix.IoctlSetInt(h.fd, unix.TUNSETOFFLOAD, tcpOffload); err != nil {
 		vnet = false
@@ -102,7 +103,8 @@ func openHere(o Options, probe func(fd int) (probeResult, error)) (Device, error
 	return dev, nil
 }
 
-// finish sets what remains and wraps h. Persistence comes last, so that a failure leaves no device behind that was not there before.
+// finish sets what remains and wraps h. Persistence comes last, so that a failure leaves no device behind that was
+// not there before.
 func finish(h *handle, o Options, off Offload) (Device, error) {
 	err := h.ifreq(unix.SIOCSIFTXQLEN, func(r *unix.Ifreq) { r.SetUint32(uint32(o.TxQueueLen)) })
 	if errors.Is(err, unix.EPERM) {
@@ -128,8 +130,8 @@ func finish(h *handle, o Options, off Offload) (Device, error) {
 	return newPlain(h, off)
 }
 
-// Remove deletes the persistent device name of namespace ns (nil: the process's own). A device that does not exist is no error; one that somebody
-// holds open is unix.EBUSY, one that is no TUN unix.EINVAL.
+// Remove deletes the persistent device name of namespace ns (nil: the process's own). A device that does not exist is
+// no error; one that somebody holds open is unix.EBUSY, one that is no TUN unix.EINVAL.
 func Remove(ns *netns.NS, name string) error {
 	if err := checkName(name); err != nil {
 		return err
@@ -151,21 +153,24 @@ func Remove(ns *netns.NS, name string) error {
 	})
 }
 
-// attach opens the clone device in the thread's namespace and attaches it to the interface name, which it creates if need be.
+// attach opens the clone device in the thread's namespace and attaches it to the interface name, which it creates if
+// need be.
 func attach(name string, vnet bool) (*handle, error) {
 	h, err := attachFlags(name, tunFlags(vnet))
 	if errors.Is(err, unix.EINVAL) {
-		// The interface exists and is something else. The one case to cure is a persistent TUN with several queues: the flag cannot be
-		// changed, and to join as one more queue would share the packets with whoever holds the others.
+		// The interface exists and is something else. The one case to cure is a persistent TUN with several queues: the
+		// flag cannot be changed, and to join as one more queue would share the packets with whoever holds the others.
 		if dropMultiQueue(name) == nil {
 			h, err = attachFlags(name, tunFlags(vnet))
 		}
 	}
 	switch {
 	case errors.Is(err, unix.EINVAL):
-		return nil, fmt.Errorf("cannot open device %s: an interface of that name exists and is not a TUN device for us: %w", name, unix.EINVAL)
+		return nil, fmt.Errorf("cannot open device %s: an interface of that name exists and is not a TUN device for us: %w",
+			name, unix.EINVAL)
 	case errors.Is(err, unix.EBUSY):
-		return nil, fmt.Errorf("cannot open device %s: it is in use by another process (another ztun on this namespace?): %w", name, unix.EBUSY)
+		return nil, fmt.Errorf("cannot open device %s: it is in use by another process (another ztun on this namespace?): %w",
+			name, unix.EBUSY)
 	}
 	return h, err
 }
@@ -178,8 +183,8 @@ func tunFlags(vnet bool) uint16 {
 	return flags
 }
 
-// dropMultiQueue deletes the persistent multi-queue TUN name if nobody holds it. Otherwise it leaves it as it was, and returns an error if it is
-// no such device.
+// dropMultiQueue deletes the persistent multi-queue TUN name if nobody holds it. Otherwise it leaves it as it was,
+// and returns an error if it is no such device.
 func dropMultiQueue(name string) error {
 	const flags = unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_MULTI_QUEUE
 	h, err := attachFlags(name, flags)
@@ -222,7 +227,8 @@ func (h *handle) attach(flags uint16) (err error) {
 	h.fd, err = unix.Open(clonePath, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	switch {
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
-		return fmt.Errorf("cannot open %s: %w (is the kernel's tun module there? try `modprobe tun`, or in a container give it the device)", clonePath, err)
+		return fmt.Errorf("cannot open %s: %w (is the kernel's tun module there? try `modprobe tun`, or in a container "+
+			"give it the device)", clonePath, err)
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
 		return fmt.Errorf("cannot open %s: %w (root is needed, or access to the device file)", clonePath, err)
 	case err != nil:
@@ -351,14 +357,16 @@ func checkMTU(mtu int) error {
 	return nil
 }
 
-// checkName applies the kernel's rules for interface names (dev_valid_name), and refuses '%', which the kernel takes as a pattern to fill in.
+// checkName applies the kernel's rules for interface names (dev_valid_name), and refuses '%', which the kernel takes
+// as a pattern to fill in.
 func checkName(name string) error {
 	switch {
 	case name == "" || name == "." || name == "..",
 		len(name) >= unix.IFNAMSIZ,
 		strings.ContainsAny(name, "/:%"),
 		strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == 0x7f }):
-		return fmt.Errorf("%q is not a name for a device: 1 to %d bytes without spaces, '/', ':' or '%%' are allowed", name, unix.IFNAMSIZ-1)
+		return fmt.Errorf("%q is not a name for a device: 1 to %d bytes without spaces, '/', ':' or '%%' are allowed", name,
+			unix.IFNAMSIZ-1)
 	}
 	return nil
 }

@@ -11,9 +11,10 @@ import (
 	wgtun "golang.zx2c4.com/wireguard/tun"
 )
 
-// plain is the device of the fallback: wireguard's, one complete packet at a time. Where the kernel hands over super-packets, wireguard's Read
-// splits them into a batch of buffers and computes their checksums; they wait there to be read one by one. Writes are always of one packet, so
-// that wireguard never joins packets into a super-packet: the kernel's refusal of those is what usually brought us here.
+// plain is the device of the fallback: wireguard's, one complete packet at a time. Where the kernel hands over
+// super-packets, wireguard's Read splits them into a batch of buffers and computes their checksums; they wait there
+// to be read one by one. Writes are always of one packet, so that wireguard never joins packets into a super-packet:
+// the kernel's refusal of those is what usually brought us here.
 type plain struct {
 	*handle
 	off    Offload
@@ -45,7 +46,8 @@ func newPlain(h *handle, off Offload) (*plain, error) {
 	h.name = name
 	d := &plain{handle: h, off: off, dev: dev, wbuf: make([]byte, wgOffset+MaxPacket)}
 	n := dev.BatchSize()
-	d.arena, err = unix.Mmap(-1, 0, n*MaxPacket, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+	d.arena, err = unix.Mmap(-1, 0, n*MaxPacket, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|
+		unix.MAP_NORESERVE)
 	if err != nil {
 		dev.Close()
 		return nil, os.NewSyscallError("mmap", err)
@@ -149,7 +151,8 @@ func (d *plain) Close() error {
 // errBadPacket stands for wireguard's complaints about a packet's contents, which are no reason to stop.
 var errBadPacket = errors.New("tun: bad packet")
 
-// failure turns an error of wireguard's into what Device promises. Wireguard takes a deleted device (EBADFD) for a closed one.
+// failure turns an error of wireguard's into what Device promises. Wireguard takes a deleted device (EBADFD) for a
+// closed one.
 func (d *plain) failure(err error) error {
 	if errors.Is(err, os.ErrClosed) {
 		if d.closed.Load() {

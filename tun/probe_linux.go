@@ -14,9 +14,9 @@ type probeResult struct {
 	whyNoUSO string
 }
 
-// probe finds out whether the kernel takes super-packets from us, by writing harmless ones, and asks for UDP ones. An error says why the fast path
-// cannot be used. TUNSETOFFLOAD's success says only what the kernel may give us; some kernels refuse what we write all the same
-// (tailscale#13041: EINVAL on TCP GSO writes, Linux 6.6.44 and others).
+// probe finds out whether the kernel takes super-packets from us, by writing harmless ones, and asks for UDP ones. An
+// error says why the fast path cannot be used. TUNSETOFFLOAD's success says only what the kernel may give us; some
+// kernels refuse what we write all the same (tailscale#13041: EINVAL on TCP GSO writes, Linux 6.6.44 and others).
 func probe(fd int) (probeResult, error) {
 	for _, p := range []struct {
 		what string
@@ -32,15 +32,16 @@ func probe(fd int) (probeResult, error) {
 	if err := writeProbe(fd, GSOUDPL4); err != nil {
 		// Take the promise back, or the kernel would go on sending us UDP super-packets.
 		if undo := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, tcpOffload); undo != nil {
-			return probeResult{}, fmt.Errorf("the kernel refuses UDP super-packets: %w, and to turn their offload off: %w", err, undo)
+			return probeResult{}, fmt.Errorf("the kernel refuses UDP super-packets: %w, and to turn their offload off: %w",
+				err, undo)
 		}
 		return probeResult{whyNoUSO: fmt.Sprintf("the kernel refuses UDP super-packets: %v", err)}, nil
 	}
 	return probeResult{uso: true}, nil
 }
 
-// writeProbe writes one super-packet of two segments. EIO counts as success: the kernel has parsed header and packet by then and found only that
-// the interface is down, as a new one is.
+// writeProbe writes one super-packet of two segments. EIO counts as success: the kernel has parsed header and packet
+// by then and found only that the interface is down, as a new one is.
 func writeProbe(fd int, kind uint8) error {
 	n, err := unix.Write(fd, probePacket(kind))
 	switch {
@@ -52,8 +53,9 @@ func writeProbe(fd int, kind uint8) error {
 	return err
 }
 
-// probePacket returns header and packet of a super-packet that the kernel drops before it looks at the destination, so that it does no harm on a
-// live device: IPv4 ones have a wrong header checksum (ip_rcv_core), IPv6 ones a multicast source (ip6_rcv_core).
+// probePacket returns header and packet of a super-packet that the kernel drops before it looks at the destination,
+// so that it does no harm on a live device: IPv4 ones have a wrong header checksum (ip_rcv_core), IPv6 ones a
+// multicast source (ip6_rcv_core).
 func probePacket(kind uint8) []byte {
 	const payload, segment = 200, 100
 	ip, tail := 20, tcpMinHeader

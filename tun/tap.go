@@ -30,8 +30,9 @@ var ErrTapBusy = errors.New("tun: too many look at this device already")
 // NewTap makes a device that can be looked at.
 func NewTap(d Device) *Tap { return &Tap{Device: d, done: make(chan struct{})} }
 
-// Look has see called with every packet from now on: n bytes in bufs, sent by the interface's own side or not. It must not wait,
-// nor keep the buffers; reader and writer of the device call it at the same time, and perhaps once more when stop has returned.
+// Look has see called with every packet from now on: n bytes in bufs, sent by the interface's own side or not. It
+// must not wait, nor keep the buffers; reader and writer of the device call it at the same time, and perhaps once
+// more when stop has returned.
 func (t *Tap) Look(see func(sent bool, bufs [][]byte, n int)) (stop func(), err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

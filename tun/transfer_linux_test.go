@@ -14,9 +14,9 @@ import (
 	"ztun/tun/tuntest/nslab"
 )
 
-// TestTCPThroughTwoDevices joins two namespaces by two devices and copies packets between them as they come, headers and super-packets
-// included, while the kernels at both ends talk TCP: the whole of reading and writing, with real traffic. Fast to plain proves that the
-// plain path hands out only complete packets.
+// TestTCPThroughTwoDevices joins two namespaces by two devices and copies packets between them as they come, headers
+// and super-packets included, while the kernels at both ends talk TCP: the whole of reading and writing, with real
+// traffic. Fast to plain proves that the plain path hands out only complete packets.
 func TestTCPThroughTwoDevices(t *testing.T) {
 	for _, c := range []struct {
 		plain bool

@@ -6,12 +6,15 @@ import (
 	"fmt"
 )
 
-// VNetHdrLen is the length in bytes of the header in front of every packet at the device file: virtio's legacy header without num_buffers.
+// VNetHdrLen is the length in bytes of the header in front of every packet at the device file: virtio's legacy header
+// without num_buffers.
 const VNetHdrLen = 10
 
 // Flags of VNetHdr (linux/virtio_net.h; virtio 1.2, section 5.1.6).
 const (
-	FlagNeedsCSum = 1 // the checksum at CSumStart+CSumOffset holds the pseudo-header's sum only; whoever consumes the packet completes or ignores it
+	// the checksum at CSumStart+CSumOffset holds the pseudo-header's sum only; whoever consumes the packet completes or
+	// ignores it
+	FlagNeedsCSum = 1
 	FlagDataValid = 2 // the kernel has verified the checksum
 )
 
@@ -21,7 +24,8 @@ const (
 	GSOTCPv4 = 1
 	GSOTCPv6 = 4
 	GSOUDPL4 = 5
-	GSOECN   = 0x80 // added to a TCP type: CWR is set on the first segment alone. Not asked for, so it does not come from the kernel
+	// added to a TCP type: CWR is set on the first segment alone. Not asked for, so it does not come from the kernel
+	GSOECN = 0x80
 )
 
 const (
@@ -29,13 +33,16 @@ const (
 	udpHeader    = 8
 )
 
-// VNetHdr is struct virtio_net_hdr: what is left to be done to the packet that follows it. The zero value says: nothing.
+// VNetHdr is struct virtio_net_hdr: what is left to be done to the packet that follows it. The zero value says:
+// nothing.
 type VNetHdr struct {
 	Flags   uint8 // FlagNeedsCSum, FlagDataValid
 	GSOType uint8 // GSONone, or the kind of super-packet
-	// HdrLen is the length in bytes of a super-packet's IP and transport headers; GSOSize the payload bytes of each segment to be cut.
+	// HdrLen is the length in bytes of a super-packet's IP and transport headers; GSOSize the payload bytes of each
+	// segment to be cut.
 	HdrLen, GSOSize uint16
-	// CSumStart is where the transport header begins, CSumOffset where in it the checksum lies. Meaningful with FlagNeedsCSum.
+	// CSumStart is where the transport header begins, CSumOffset where in it the checksum lies. Meaningful with
+	// FlagNeedsCSum.
 	CSumStart, CSumOffset uint16
 }
 
@@ -49,8 +56,8 @@ var (
 	errHdrTCP      = errors.New("virtio header: bad TCP header length in super-packet")
 )
 
-// Decode reads the header from the first VNetHdrLen bytes of b, little endian (we ask the kernel for it with TUNSETVNETLE). The only error is a b too
-// short. The values may be nonsense: see Validate.
+// Decode reads the header from the first VNetHdrLen bytes of b, little endian (we ask the kernel for it with
+// TUNSETVNETLE). The only error is a b too short. The values may be nonsense: see Validate.
 func (h *VNetHdr) Decode(b []byte) error {
 	if len(b) < VNetHdrLen {
 		return errHdrShort
@@ -81,11 +88,13 @@ func (h *VNetHdr) GSO() bool { return h.GSOType&^GSOECN != GSONone }
 
 // String is for messages and tests.
 func (h *VNetHdr) String() string {
-	return fmt.Sprintf("flags=%#x gso=%d hdr_len=%d gso_size=%d csum=%d+%d", h.Flags, h.GSOType, h.HdrLen, h.GSOSize, h.CSumStart, h.CSumOffset)
+	return fmt.Sprintf("flags=%#x gso=%d hdr_len=%d gso_size=%d csum=%d+%d", h.Flags, h.GSOType, h.HdrLen, h.GSOSize,
+		h.CSumStart, h.CSumOffset)
 }
 
-// Validate says whether the header fits a packet of n bytes (without the header): all offsets inside the packet, the type known, a super-packet with a
-// segment size and a checksum start. Unknown flags are let pass, as virtio demands. It does not allocate.
+// Validate says whether the header fits a packet of n bytes (without the header): all offsets inside the packet, the
+// type known, a super-packet with a segment size and a checksum start. Unknown flags are let pass, as virtio demands.
+// It does not allocate.
 func (h *VNetHdr) Validate(n int) error {
 	switch h.GSOType &^ GSOECN {
 	case GSONone:
@@ -118,10 +127,10 @@ func (h *VNetHdr) Validate(n int) error {
 	return nil
 }
 
-// Fix recomputes HdrLen of a super-packet of n bytes scattered over bufs, from the TCP data offset. The kernel fills in the length of the linear part of
-// its buffer, which is the whole first segment when the packet is forwarded rather than local (wireguard-go tun_linux.go has the same cure). It
-// leaves other packets alone. It returns an error, and h as it was, if the packet is too short or the TCP header impossible. It does not
-// allocate.
+// Fix recomputes HdrLen of a super-packet of n bytes scattered over bufs, from the TCP data offset. The kernel fills
+// in the length of the linear part of its buffer, which is the whole first segment when the packet is forwarded
+// rather than local (wireguard-go tun_linux.go has the same cure). It leaves other packets alone. It returns an
+// error, and h as it was, if the packet is too short or the TCP header impossible. It does not allocate.
 func (h *VNetHdr) Fix(n int, bufs [][]byte) error {
 	var hdrLen int
 	switch h.GSOType &^ GSOECN {

@@ -7,7 +7,8 @@ import (
 
 func TestVNetHdrCodec(t *testing.T) {
 	b := []byte{0x01, 0x81, 0x36, 0x00, 0xb4, 0x05, 0x14, 0x00, 0x10, 0x02}
-	want := VNetHdr{Flags: FlagNeedsCSum, GSOType: GSOTCPv4 | GSOECN, HdrLen: 54, GSOSize: 1460, CSumStart: 20, CSumOffset: 0x210}
+	want := VNetHdr{Flags: FlagNeedsCSum, GSOType: GSOTCPv4 | GSOECN, HdrLen: 54, GSOSize: 1460, CSumStart: 20,
+		CSumOffset: 0x210}
 	var h VNetHdr
 	if err := h.Decode(b); err != nil || h != want {
 		t.Errorf("Decode: %v, %v", &h, err)
@@ -38,7 +39,8 @@ func TestVNetHdrValidate(t *testing.T) {
 		{"zero", VNetHdr{}, 0, nil},
 		{"checksum at the very end", VNetHdr{Flags: FlagNeedsCSum, CSumStart: 20, CSumOffset: 6}, 28, nil},
 		{"checksum outside by one", VNetHdr{Flags: FlagNeedsCSum, CSumStart: 20, CSumOffset: 6}, 27, errHdrCSum},
-		{"checksum offsets that wrap", VNetHdr{Flags: FlagNeedsCSum, CSumStart: 0xffff, CSumOffset: 0xffff}, 1500, errHdrCSum},
+		{"checksum offsets that wrap", VNetHdr{Flags: FlagNeedsCSum, CSumStart: 0xffff, CSumOffset: 0xffff}, 1500,
+			errHdrCSum},
 		{"offsets without meaning", VNetHdr{CSumStart: 0xffff, HdrLen: 0xffff, GSOSize: 1}, 20, nil},
 		{"unknown flag", VNetHdr{Flags: 0x80}, 20, nil},
 		{"TCP", tcp, 10000, nil},
@@ -95,8 +97,8 @@ func TestVNetHdrFix(t *testing.T) {
 	}
 }
 
-// FuzzVNetHdr: whatever the kernel, or a bug, puts in front of a packet: decoding never panics, what is accepted lies within the packet, and encoding
-// gives the same bytes back.
+// FuzzVNetHdr: whatever the kernel, or a bug, puts in front of a packet: decoding never panics, what is accepted lies
+// within the packet, and encoding gives the same bytes back.
 func FuzzVNetHdr(f *testing.F) {
 	f.Add([]byte{}, uint16(0))
 	f.Add(make([]byte, VNetHdrLen), uint16(1))
@@ -124,7 +126,8 @@ func FuzzVNetHdr(f *testing.F) {
 			if h != before {
 				t.Fatalf("Fix failed and changed %v to %v", &before, &h)
 			}
-		} else if h.GSO() && (h.GSOType&^GSOECN == GSOTCPv4 || h.GSOType&^GSOECN == GSOTCPv6 || h.GSOType&^GSOECN == GSOUDPL4) &&
+		} else if h.GSO() && (h.GSOType&^GSOECN == GSOTCPv4 || h.GSOType&^GSOECN == GSOTCPv6 ||
+			h.GSOType&^GSOECN == GSOUDPL4) &&
 			(int(h.HdrLen) > n || h.HdrLen < h.CSumStart) {
 			t.Fatalf("Fix made %v for a packet of %d bytes", &h, n)
 		}

@@ -15,9 +15,11 @@ import (
 // TestShortLives: certificates of two seconds to two minutes, backdated as the local CA does, are renewed a few times
 // per life, not in a hot loop, and one is always valid.
 func TestShortLives(t *testing.T) {
-	for _, ttl := range []time.Duration{2 * time.Second, 5 * time.Second, time.Minute, 2 * time.Minute, 130 * time.Second, time.Hour} {
+	for _, ttl := range []time.Duration{2 * time.Second, 5 * time.Second, time.Minute, 2 * time.Minute, 130 * time.Second,
+		time.Hour} {
 		t.Run(ttl.String(), func(t *testing.T) {
-			f := &fakeSigner{answer: func(id identity.ID, csr []byte, ttl time.Duration) ([]*x509.Certificate, []*x509.Certificate, error) {
+			f := &fakeSigner{answer: func(id identity.ID, csr []byte, ttl time.Duration) ([]*x509.Certificate,
+				[]*x509.Certificate, error) {
 				return NewFake().Sign(context.Background(), id, csr, ttl)
 			}}
 			bubble(t, ManagerOptions{Signer: f, TTL: ttl}, func(t *testing.T, m *Manager) {
@@ -46,7 +48,8 @@ func TestBrokenAnswers(t *testing.T) {
 		"empty": {func(identity.ID, []byte, time.Duration) ([]*x509.Certificate, []*x509.Certificate, error) {
 			return nil, nil, nil
 		}, "chain returned from CA is empty for: spiffe://cluster.local/ns/default/sa/a"},
-		"another identity": {func(_ identity.ID, _ []byte, _ time.Duration) ([]*x509.Certificate, []*x509.Certificate, error) {
+		"another identity": {func(_ identity.ID, _ []byte, _ time.Duration) ([]*x509.Certificate, []*x509.Certificate,
+			error) {
 			_, csr, err := NewRequest(id("b"))
 			if err != nil {
 				return nil, nil, err
@@ -62,7 +65,8 @@ func TestBrokenAnswers(t *testing.T) {
 		}, "certificate does not belong to the requested key for: spiffe://cluster.local/ns/default/sa/a"},
 		"expired": {func(id identity.ID, csr []byte, _ time.Duration) ([]*x509.Certificate, []*x509.Certificate, error) {
 			return issue(id, csr, now().Add(-time.Hour), now().Add(-time.Minute))
-		}, "certificate from CA for spiffe://cluster.local/ns/default/sa/a had expired at 1999-12-31T23:59:00Z when it arrived: is the clock right?"},
+		}, "certificate from CA for spiffe://cluster.local/ns/default/sa/a had expired at 1999-12-31T23:59:00Z when it " +
+			"arrived: is the clock right?"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := &fakeSigner{answer: c.answer}
@@ -82,7 +86,8 @@ func TestBrokenAnswers(t *testing.T) {
 // TestNotYetValid: a CA whose clock is ahead of ours: used (peers may agree with the CA), with a warning.
 func TestNotYetValid(t *testing.T) {
 	var log bytes.Buffer
-	f := &fakeSigner{answer: func(id identity.ID, csr []byte, ttl time.Duration) ([]*x509.Certificate, []*x509.Certificate, error) {
+	f := &fakeSigner{answer: func(id identity.ID, csr []byte, ttl time.Duration) ([]*x509.Certificate, []*x509.Certificate,
+		error) {
 		return issue(id, csr, time.Now().Add(time.Hour), time.Now().Add(time.Hour+ttl))
 	}}
 	bubble(t, ManagerOptions{Signer: f, Logger: slog.New(slog.NewTextHandler(&log, nil))}, func(t *testing.T, m *Manager) {

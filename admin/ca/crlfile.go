@@ -14,8 +14,8 @@ import (
 	"ztun/proxy/identity"
 )
 
-// CRLFile keeps an identity.Revocation at what files say: the operator's (CRL_PATH; spec/dataplane.md 8.6) and the one in
-// which Revocations keeps the control plane's list. A fault of one leaves the other in force.
+// CRLFile keeps an identity.Revocation at what files say: the operator's (CRL_PATH; spec/dataplane.md 8.6) and the
+// one in which Revocations keeps the control plane's list. A fault of one leaves the other in force.
 type CRLFile struct {
 	rev  *identity.Revocation
 	log  *slog.Logger
@@ -65,8 +65,9 @@ func (f *CRLFile) paths() []string {
 	return all
 }
 
-// Load reads the files and puts them in force. What of that fails leaves what is in force, nothing at first: the error is
-// logged as a warning and traffic flows (checklist 137); Run tries again when a file changes. Errors name the file.
+// Load reads the files and puts them in force. What of that fails leaves what is in force, nothing at first: the
+// error is logged as a warning and traffic flows (checklist 137); Run tries again when a file changes. Errors name
+// the file.
 func (f *CRLFile) Load() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -131,7 +132,8 @@ func (f *CRLFile) replace(crl *identity.CRL) {
 	cut := f.rev.Replace(crl)
 	f.stats.Loads++
 	f.stats.Cut += uint64(cut)
-	attrs := []any{"path", strings.Join(f.paths(), ", "), "lists", crl.Lists(), "entries", crl.Entries(), "tunnelsCut", cut}
+	attrs := []any{"path", strings.Join(f.paths(), ", "), "lists", crl.Lists(), "entries", crl.Entries(),
+		"tunnelsCut", cut}
 	next := crl.NextUpdate()
 	if !next.IsZero() {
 		attrs = append(attrs, "nextUpdate", next.UTC())
@@ -145,7 +147,8 @@ func (f *CRLFile) replace(crl *identity.CRL) {
 
 // Run loads the files and then whenever one has changed and been left alone for 2 s, until ctx ends; it returns nil.
 func (f *CRLFile) Run(ctx context.Context) error {
-	watch(ctx, f.paths(), identity.MaxCRL, f.log, f.wait.settle, f.wait.poll, func() { _ = f.Load() }) // logged, and in Stats
+	// logged, and in Stats
+	watch(ctx, f.paths(), identity.MaxCRL, f.log, f.wait.settle, f.wait.poll, func() { _ = f.Load() })
 	return nil
 }
 

@@ -23,9 +23,11 @@ import (
 // fakeCRL is a list of the fake CA.
 func fakeCRL(t testing.TB, life time.Duration, revoked ...*x509.Certificate) []byte {
 	t.Helper()
-	l := &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now().Add(-2 * time.Hour), NextUpdate: time.Now().Add(life)}
+	l := &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now().Add(-2 * time.Hour),
+		NextUpdate: time.Now().Add(life)}
 	for _, c := range revoked {
-		l.RevokedCertificateEntries = append(l.RevokedCertificateEntries, x509.RevocationListEntry{SerialNumber: c.SerialNumber, RevocationTime: time.Now()})
+		l.RevokedCertificateEntries = append(l.RevokedCertificateEntries,
+			x509.RevocationListEntry{SerialNumber: c.SerialNumber, RevocationTime: time.Now()})
 	}
 	ca := NewFake()
 	issuer := *ca.cert
@@ -94,16 +96,23 @@ func TestCRLFile(t *testing.T) {
 		entries int    // in force; -1: none at all
 		log     string
 	}{
-		{"missing at the start", nil, "no such file or directory", -1, `level=WARN msg="cannot load certificate revocation lists: nothing is revoked, the file is read when it appears"`},
-		{"corrupt at the start", []byte("garbage"), "CRL, taken for DER as there is no PEM block in it: x509: malformed crl", -1, `level=WARN msg="cannot load certificate revocation lists: nothing is revoked"`},
-		{"the same again", []byte("garbage"), "CRL, taken for DER as there is no PEM block in it: x509: malformed crl", -1, ""},
+		{"missing at the start", nil, "no such file or directory", -1,
+			`level=WARN msg="cannot load certificate revocation lists: nothing is revoked, the file is read when it appears"`},
+		{"corrupt at the start", []byte("garbage"), "CRL, taken for DER as there is no PEM block in it: x509: malformed crl",
+			-1, `level=WARN msg="cannot load certificate revocation lists: nothing is revoked"`},
+		{"the same again", []byte("garbage"), "CRL, taken for DER as there is no PEM block in it: x509: malformed crl",
+			-1, ""},
 		{"empty", []byte{}, "", 0, `level=INFO msg="certificate revocation lists loaded"`},
 		{"one", list, "", 1, "lists=1 entries=1 tunnelsCut=0 nextUpdate="},
 		{"one, written again", list, "", 1, ""},
-		{"corrupt", []byte("-----BEGIN X509 CRL-----\n"), "CRL: only 0 of 1 PEM blocks are whole: is the file cut short?", 1, "what was loaded before stays in force"},
-		{"missing", nil, "no such file or directory", 1, "what was loaded before stays in force, the file is read when it appears"},
-		{"two, ended", fakeCRL(t, -time.Hour, one.Leaf, two.Leaf), "", 2, "level=WARN msg=\"certificate revocation lists loaded; one is older than it wants to be, and obeyed all the same\""},
-		{"too large", make([]byte, identity.MaxCRL+1), "larger than 8388608 bytes: is this the right file?", 2, "what was loaded before stays in force"},
+		{"corrupt", []byte("-----BEGIN X509 CRL-----\n"), "CRL: only 0 of 1 PEM blocks are whole: is the file cut short?", 1,
+			"what was loaded before stays in force"},
+		{"missing", nil, "no such file or directory", 1,
+			"what was loaded before stays in force, the file is read when it appears"},
+		{"two, ended", fakeCRL(t, -time.Hour, one.Leaf, two.Leaf), "", 2,
+			"level=WARN msg=\"certificate revocation lists loaded; one is older than it wants to be, and obeyed all the same\""},
+		{"too large", make([]byte, identity.MaxCRL+1), "larger than 8388608 bytes: is this the right file?", 2,
+			"what was loaded before stays in force"},
 	} {
 		if step.put == nil {
 			os.Remove(path)
@@ -111,7 +120,8 @@ func TestCRLFile(t *testing.T) {
 			writeFile(t, path, step.put)
 		}
 		err := f.Load()
-		if (err == nil) != (step.err == "") || err != nil && (!strings.Contains(err.Error(), path+": ") || !strings.HasSuffix(err.Error(), step.err)) {
+		if (err == nil) != (step.err == "") || err != nil && (!strings.Contains(err.Error(), path+": ") ||
+			!strings.HasSuffix(err.Error(), step.err)) {
 			t.Errorf("%s: %v", step.name, err)
 		}
 		if crl := rev.CRL(); (crl == nil) != (step.entries < 0) || crl != nil && crl.Entries() != step.entries {
@@ -188,7 +198,10 @@ func TestCRLCutsTunnel(t *testing.T) {
 	}
 	defer conn.Close()
 	var reason error
-	release, err := rev.Track(client, conn.ConnectionState(), identity.ClientSide, func(err error) { reason = err; conn.NetConn().Close() })
+	release, err := rev.Track(client, conn.ConnectionState(), identity.ClientSide, func(err error) {
+		reason = err
+		conn.NetConn().Close()
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -225,7 +238,8 @@ func TestCRLCutsTunnel(t *testing.T) {
 	})
 }
 
-// TestWatchPolls: a file in a directory that does not exist yet, and a link into another directory, are seen at intervals.
+// TestWatchPolls: a file in a directory that does not exist yet, and a link into another directory, are seen at
+// intervals.
 func TestWatchPolls(t *testing.T) {
 	dir := t.TempDir()
 	one := fakeCertificate(t, "a")
@@ -255,7 +269,8 @@ func TestWatchPolls(t *testing.T) {
 	}
 }
 
-// TestCRLOfTwoFiles: the operator's list and the control plane's are in force together, each comes and goes wrong by itself.
+// TestCRLOfTwoFiles: the operator's list and the control plane's are in force together, each comes and goes wrong by
+// itself.
 func TestCRLOfTwoFiles(t *testing.T) {
 	one, two := fakeCertificate(t, "a"), fakeCertificate(t, "b")
 	dir := t.TempDir()

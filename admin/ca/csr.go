@@ -43,7 +43,8 @@ func requestFor(id identity.ID, key crypto.Signer) (csr []byte, err error) {
 	if err != nil {
 		return nil, err
 	}
-	csr, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{ExtraExtensions: []pkix.Extension{san}}, key)
+	csr, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{ExtraExtensions: []pkix.Extension{san}},
+		key)
 	if err != nil {
 		return nil, fmt.Errorf("certificate request for %s: %w", id, err)
 	}

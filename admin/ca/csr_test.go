@@ -30,13 +30,15 @@ func TestRequestShape(t *testing.T) {
 		t.Fatal(err)
 	}
 	public, ok := req.PublicKey.(*ecdsa.PublicKey)
-	if !ok || public.Curve != elliptic.P256() || !public.Equal(key.Public()) || req.SignatureAlgorithm != x509.ECDSAWithSHA256 {
+	if !ok || public.Curve != elliptic.P256() || !public.Equal(key.Public()) ||
+		req.SignatureAlgorithm != x509.ECDSAWithSHA256 {
 		t.Errorf("key %T, signature %v", req.PublicKey, req.SignatureAlgorithm)
 	}
 	if string(req.RawSubject) != "\x30\x00" {
 		t.Errorf("subject %x", req.RawSubject)
 	}
-	if len(req.Extensions) != 1 || !req.Extensions[0].Critical || len(req.URIs) != 1 || req.URIs[0].String() != id("a").String() {
+	if len(req.Extensions) != 1 || !req.Extensions[0].Critical || len(req.URIs) != 1 ||
+		req.URIs[0].String() != id("a").String() {
 		t.Errorf("extensions %+v, URIs %v", req.Extensions, req.URIs)
 	}
 	other, _, err := NewRequest(id("a"))
@@ -61,7 +63,8 @@ func TestLocalSign(t *testing.T) {
 	leaf, now := chain[0], time.Now()
 	same(t, "notBefore", leaf.NotBefore, now.Add(-2*time.Minute))
 	same(t, "notAfter", leaf.NotAfter, now.Add(time.Hour))
-	if len(chain) != 1 || len(roots) != 1 || string(leaf.RawSubject) != "\x30\x00" || leaf.IsCA || !leaf.BasicConstraintsValid {
+	if len(chain) != 1 || len(roots) != 1 || string(leaf.RawSubject) != "\x30\x00" || leaf.IsCA ||
+		!leaf.BasicConstraintsValid {
 		t.Errorf("%+v", leaf)
 	}
 	if got, ok := identity.First(leaf); !ok || got != id("a") || len(identity.URIs(leaf.Extensions)) != 1 {
@@ -139,21 +142,28 @@ func TestBadRequests(t *testing.T) {
 		csr  []byte
 		want string
 	}{
-		"nothing":         {nil, "certificate request: "},
-		"garbage":         {[]byte("garbage"), "certificate request: "},
-		"signature":       {broken, "certificate request: "},
-		"P-384":           {make(p384, exts(san)), "not on P-256"},
-		"RSA":             {make(rsaKey, exts(san)), "not on P-256"},
-		"subject":         {make(p256, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "x"}, ExtraExtensions: []pkix.Extension{san}}), "subject is not empty"},
-		"no SAN":          {make(p256, exts()), "the one extension"},
-		"SAN not crit":    {make(p256, exts(lax)), "the one extension"},
-		"CA please":       {make(p256, exts(san, pkix.Extension{Id: []int{2, 5, 29, 19}, Value: []byte{0x30, 3, 1, 1, 0xff}})), "the one extension"},
-		"DNS":             {make(p256, &x509.CertificateRequest{DNSNames: []string{"x"}, IPAddresses: []net.IP{{1, 2, 3, 4}}}), "the one extension"},
+		"nothing":   {nil, "certificate request: "},
+		"garbage":   {[]byte("garbage"), "certificate request: "},
+		"signature": {broken, "certificate request: "},
+		"P-384":     {make(p384, exts(san)), "not on P-256"},
+		"RSA":       {make(rsaKey, exts(san)), "not on P-256"},
+		"subject": {
+			make(p256, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "x"}, ExtraExtensions: []pkix.Extension{san}}),
+			"subject is not empty"},
+		"no SAN":       {make(p256, exts()), "the one extension"},
+		"SAN not crit": {make(p256, exts(lax)), "the one extension"},
+		"CA please": {
+			make(p256, exts(san, pkix.Extension{Id: []int{2, 5, 29, 19}, Value: []byte{0x30, 3, 1, 1, 0xff}})),
+			"the one extension"},
+		"DNS": {
+			make(p256, &x509.CertificateRequest{DNSNames: []string{"x"}, IPAddresses: []net.IP{{1, 2, 3, 4}}}),
+			"the one extension"},
 		"another's":       {other, "did not find expected SAN: spiffe://cluster.local/ns/default/sa/a"},
 		"trailing bytes":  {append(append([]byte(nil), good...), 0), "certificate request: "},
 		"identity's case": {make(p256, exts(mustSAN(t, id("A")))), "did not find expected SAN"},
 	} {
-		if chain, _, err := l.Sign(t.Context(), id("a"), c.csr, time.Hour); err == nil || !strings.Contains(err.Error(), c.want) {
+		if chain, _, err := l.Sign(t.Context(), id("a"), c.csr, time.Hour); err == nil ||
+			!strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, %v", name, chain, err)
 		}
 	}
@@ -197,9 +207,12 @@ func TestParseChain(t *testing.T) {
 		{[]string{leaf, root + root}, 1, 2, 0, ""},
 		{[]string{leaf, bad + root + "junk"}, 1, 1, 1, ""},
 		{nil, 0, 0, 0, "chain returned from CA is empty for: spiffe://cluster.local/ns/default/sa/a"},
-		{[]string{leaf}, 0, 0, 0, "no root certificate present in the chain returned from CA for: spiffe://cluster.local/ns/default/sa/a"},
-		{[]string{leaf, bad}, 0, 0, 1, "no root certificate present in the chain returned from CA for: spiffe://cluster.local/ns/default/sa/a"},
-		{[]string{leaf, ""}, 0, 0, 0, "no root certificate present in the chain returned from CA for: spiffe://cluster.local/ns/default/sa/a"},
+		{[]string{leaf}, 0, 0, 0,
+			"no root certificate present in the chain returned from CA for: spiffe://cluster.local/ns/default/sa/a"},
+		{[]string{leaf, bad}, 0, 0, 1,
+			"no root certificate present in the chain returned from CA for: spiffe://cluster.local/ns/default/sa/a"},
+		{[]string{leaf, ""}, 0, 0, 0,
+			"no root certificate present in the chain returned from CA for: spiffe://cluster.local/ns/default/sa/a"},
 		{[]string{"junk", root}, 0, 0, 0, "element 0 of the chain from CA is not PEM"},
 		{[]string{leaf, bad, root}, 0, 0, 0, "element 1 of the chain from CA: "},
 	} {

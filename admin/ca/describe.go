@@ -13,7 +13,8 @@ import (
 // `openssl x509 -fingerprint -sha256` without colons), end.
 func Describe(c *x509.Certificate) string {
 	sum := sha256.Sum256(c.Raw)
-	return fmt.Sprintf("%q sha256 %s until %s", clip(c.Subject.String()), hex.EncodeToString(sum[:]), c.NotAfter.UTC().Format(time.RFC3339))
+	return fmt.Sprintf("%q sha256 %s until %s", clip(c.Subject.String()), hex.EncodeToString(sum[:]),
+		c.NotAfter.UTC().Format(time.RFC3339))
 }
 
 // describeAll names at most five.

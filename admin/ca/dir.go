@@ -58,7 +58,8 @@ func InitDir(dir, trustDomain string) error {
 	now := time.Now()
 	root := &x509.Certificate{
 		// Another CA made in the same way must not look like the same issuer to a verifier: the time tells them apart.
-		Subject:               pkix.Name{Organization: []string{trustDomain}, CommonName: "ztun local CA " + now.UTC().Format(time.RFC3339)},
+		Subject: pkix.Name{Organization: []string{trustDomain}, CommonName: "ztun local CA " +
+			now.UTC().Format(time.RFC3339)},
 		URIs:                  []*url.URL{{Scheme: "spiffe", Host: trustDomain}},
 		NotBefore:             now.Add(-backdate),
 		NotAfter:              now.Add(rootLife),
@@ -106,11 +107,11 @@ func writeNew(dir, name string, mode fs.FileMode, content []byte) (err error) {
 	return nil
 }
 
-// LoadDir reads a CA directory made by InitDir, one of Istio's plug-in layout, or any other with a root-cert.pem and a
-// ca-key.pem, such as the test root of ztunnel's sources. The key may be EC or RSA, as PKCS#8, SEC 1 or PKCS#1. A key that
-// others than owner and group may read, or the group may write, is taken with a warning (Local.Warnings): such
-// directories come out of version control and images. Errors name the file, what is wrong and what to do; that of a
-// missing file wraps fs.ErrNotExist.
+// LoadDir reads a CA directory made by InitDir, one of Istio's plug-in layout, or any other with a root-cert.pem and
+// a ca-key.pem, such as the test root of ztunnel's sources. The key may be EC or RSA, as PKCS#8, SEC 1 or PKCS#1. A
+// key that others than owner and group may read, or the group may write, is taken with a warning (Local.Warnings):
+// such directories come out of version control and images. Errors name the file, what is wrong and what to do; that
+// of a missing file wraps fs.ErrNotExist.
 func LoadDir(dir string) (*Local, error) {
 	roots, err := readCerts(dir, rootFile)
 	if err != nil {
@@ -161,9 +162,12 @@ func LoadDir(dir string) (*Local, error) {
 		return nil, dirError(dir, rootFile, errors.New("the signing certificate is not allowed to sign (not a CA)"))
 	}
 	if now := time.Now(); now.After(l.cert.NotAfter) {
-		return nil, dirError(dir, rootFile, fmt.Errorf("the signing certificate expired at %s", l.cert.NotAfter.UTC().Format(time.RFC3339)))
+		return nil,
+			dirError(dir, rootFile, fmt.Errorf("the signing certificate expired at %s",
+				l.cert.NotAfter.UTC().Format(time.RFC3339)))
 	} else if now.Before(l.cert.NotBefore) {
-		return nil, dirError(dir, rootFile, fmt.Errorf("the signing certificate is not valid before %s: is the clock right?", l.cert.NotBefore.UTC().Format(time.RFC3339)))
+		return nil, dirError(dir, rootFile, fmt.Errorf("the signing certificate is not valid before %s: is the clock right?",
+			l.cert.NotBefore.UTC().Format(time.RFC3339)))
 	}
 	// A root made by InitDir names its trust domain as SPIFFE wants it (X.509-SVID, section 4.1).
 	if uris := l.cert.URIs; len(uris) == 1 && uris[0].Scheme == "spiffe" && uris[0].Path == "" {
@@ -244,7 +248,8 @@ func readKey(dir string) (key crypto.Signer, open string, err error) {
 	}
 	// Others should not read it, the group not write it: a group that shares the key (Kubernetes' fsGroup) may read.
 	if mode := info.Mode().Perm(); mode&0o027 != 0 {
-		open = fmt.Sprintf("%s: permissions %04o are too open for a CA key, unless everybody knows it: run chmod 600", filepath.Join(dir, keyFile), mode)
+		open = fmt.Sprintf("%s: permissions %04o are too open for a CA key, unless everybody knows it: run chmod 600",
+			filepath.Join(dir, keyFile), mode)
 	}
 	if key, err = parseKey(b); err != nil {
 		return nil, "", dirError(dir, keyFile, err)

@@ -87,14 +87,16 @@ func TestInitAndLoad(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := a.Leaf.Verify(x509.VerifyOptions{Roots: pool(two.Roots()), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err != nil {
+	if _, err := a.Leaf.Verify(x509.VerifyOptions{Roots: pool(two.Roots()),
+		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err != nil {
 		t.Error(err)
 	}
 	if len(a.Intermediates) != 0 {
 		t.Error("the root was sent along")
 	}
 	_, err = sign(t, one, identity.ID{TrustDomain: "other", Namespace: "n", ServiceAccount: "s"})
-	if err == nil || err.Error() != "local CA signs for trust domain cluster.local only, not for spiffe://other/ns/n/sa/s" {
+	if err == nil ||
+		err.Error() != "local CA signs for trust domain cluster.local only, not for spiffe://other/ns/n/sa/s" {
 		t.Error(err)
 	}
 }
@@ -167,7 +169,8 @@ func TestBrokenDirs(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		tmpl := &x509.Certificate{Subject: pkix.Name{CommonName: "old"}, NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(-time.Hour), IsCA: true, BasicConstraintsValid: true}
+		tmpl := &x509.Certificate{Subject: pkix.Name{CommonName: "old"}, NotBefore: time.Now().Add(-2 * time.Hour),
+			NotAfter: time.Now().Add(-time.Hour), IsCA: true, BasicConstraintsValid: true}
 		der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
 		if err != nil {
 			t.Fatal(err)
@@ -179,7 +182,8 @@ func TestBrokenDirs(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		tmpl := &x509.Certificate{Subject: pkix.Name{CommonName: "leaf"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), BasicConstraintsValid: true}
+		tmpl := &x509.Certificate{Subject: pkix.Name{CommonName: "leaf"}, NotBefore: time.Now().Add(-time.Hour),
+			NotAfter: time.Now().Add(time.Hour), BasicConstraintsValid: true}
 		der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, l.key.Public(), l.key)
 		if err != nil {
 			t.Fatal(err)
@@ -192,30 +196,44 @@ func TestBrokenDirs(t *testing.T) {
 		file  string
 		want  string
 	}{
-		{"no root", func(d string) { os.Remove(filepath.Join(d, rootFile)) }, rootFile, "no such file or directory (make a CA with `ztun ca init DIR`"},
-		{"no key", func(d string) { os.Remove(filepath.Join(d, keyFile)) }, keyFile, "no such file or directory (make a CA with `ztun ca init DIR`"},
+		{"no root", func(d string) {
+			os.Remove(filepath.Join(d, rootFile))
+		}, rootFile, "no such file or directory (make a CA with `ztun ca init DIR`"},
+		{"no key", func(d string) {
+			os.Remove(filepath.Join(d, keyFile))
+		}, keyFile, "no such file or directory (make a CA with `ztun ca init DIR`"},
 		{"no directory", func(d string) { os.RemoveAll(d) }, rootFile, "no such file or directory"},
 		{"root empty", func(d string) { write(t, d, rootFile, 0o644, nil) }, rootFile, "no PEM certificate in it"},
 		{"key empty", func(d string) { write(t, d, keyFile, 0o600, nil) }, keyFile, "no PEM private key in it"},
-		{"key is a certificate", func(d string) { write(t, d, keyFile, 0o600, read(t, d, rootFile)) }, keyFile, "no PEM private key in it"},
+		{"key is a certificate", func(d string) {
+			write(t, d, keyFile, 0o600, read(t, d, rootFile))
+		}, keyFile, "no PEM private key in it"},
 		{"root garbage", func(d string) {
-			write(t, d, rootFile, 0o644, append(read(t, d, rootFile), "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"...))
+			write(t, d, rootFile, 0o644,
+				append(read(t, d, rootFile), "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"...))
 		}, rootFile, "certificate 2: "},
 		{"key garbage", func(d string) {
 			write(t, d, keyFile, 0o600, []byte("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"))
 		}, keyFile, "private key: "},
 		{"key encrypted", func(d string) {
-			write(t, d, keyFile, 0o600, []byte("-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n"))
+			write(t, d, keyFile, 0o600,
+				[]byte("-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n"))
 		}, keyFile, "the key is encrypted"},
-		{"another CA's key", func(d string) { write(t, d, keyFile, 0o600, read(t, foreign, keyFile)) }, keyFile, "is not the key of any certificate in root-cert.pem"},
+		{"another CA's key", func(d string) {
+			write(t, d, keyFile, 0o600, read(t, foreign, keyFile))
+		}, keyFile, "is not the key of any certificate in root-cert.pem"},
 		{"root is a directory", func(d string) {
 			os.Remove(filepath.Join(d, rootFile))
 			os.Mkdir(filepath.Join(d, rootFile), 0o755)
 		}, rootFile, "not a regular file"},
-		{"root too large", func(d string) { write(t, d, rootFile, 0o644, make([]byte, maxFile+1)) }, rootFile, "not a regular file of at most"},
+		{"root too large", func(d string) {
+			write(t, d, rootFile, 0o644, make([]byte, maxFile+1))
+		}, rootFile, "not a regular file of at most"},
 		{"root expired", ended, rootFile, "the signing certificate expired at "},
 		{"root is no CA", notCA, rootFile, "not a CA"},
-		{"another CA's certificate", func(d string) { write(t, d, certFile, 0o644, read(t, foreign, rootFile)) }, keyFile, "is not the key of ca-cert.pem"},
+		{"another CA's certificate", func(d string) {
+			write(t, d, certFile, 0o644, read(t, foreign, rootFile))
+		}, keyFile, "is not the key of ca-cert.pem"},
 		{"chain garbage", func(d string) {
 			write(t, d, certFile, 0o644, read(t, d, rootFile))
 			write(t, d, chainFile, 0o644, []byte("x"))
@@ -225,7 +243,8 @@ func TestBrokenDirs(t *testing.T) {
 			dir := initDir(t, "cluster.local")
 			c.spoil(dir)
 			l, err := LoadDir(dir)
-			if err == nil || !strings.HasPrefix(err.Error(), filepath.Join(dir, c.file)+": ") || !strings.Contains(err.Error(), c.want) {
+			if err == nil || !strings.HasPrefix(err.Error(), filepath.Join(dir, c.file)+": ") ||
+				!strings.Contains(err.Error(), c.want) {
 				t.Errorf("%v, %v", l, err)
 			}
 			if strings.HasPrefix(c.name, "no ") && !errors.Is(err, fs.ErrNotExist) {
@@ -237,7 +256,8 @@ func TestBrokenDirs(t *testing.T) {
 
 // TestOpenKeys: a key that too many may read or write is taken, with a warning; a group that shares it may read it.
 func TestOpenKeys(t *testing.T) {
-	for mode, want := range map[fs.FileMode]string{0o600: "", 0o640: "", 0o400: "", 0o644: "permissions 0644 are too open", 0o660: "permissions 0660 are too open"} {
+	for mode, want := range map[fs.FileMode]string{0o600: "", 0o640: "", 0o400: "", 0o644: "permissions 0644 are too open",
+		0o660: "permissions 0660 are too open"} {
 		dir := initDir(t, "cluster.local")
 		write(t, dir, keyFile, mode, read(t, dir, keyFile))
 		l, err := LoadDir(dir)
@@ -271,7 +291,8 @@ func TestRootRotation(t *testing.T) {
 	}
 }
 
-// TestPluginLayout: Istio's files, an intermediate CA with a PKCS#1-style EC key, signing below a root it has no key of.
+// TestPluginLayout: Istio's files, an intermediate CA with a PKCS#1-style EC key, signing below a root it has no key
+// of.
 func TestPluginLayout(t *testing.T) {
 	root := NewFake()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -279,7 +300,8 @@ func TestPluginLayout(t *testing.T) {
 		t.Fatal(err)
 	}
 	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
-		Subject: pkix.Name{Organization: []string{"Istio"}, CommonName: "Intermediate CA"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(30 * time.Minute),
+		Subject:   pkix.Name{Organization: []string{"Istio"}, CommonName: "Intermediate CA"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(30 * time.Minute),
 		KeyUsage: x509.KeyUsageCertSign, IsCA: true, BasicConstraintsValid: true,
 	}, root.cert, key.Public(), root.key)
 	if err != nil {
@@ -294,7 +316,9 @@ func TestPluginLayout(t *testing.T) {
 	write(t, dir, rootFile, 0o644, fakeCert)
 	write(t, dir, certFile, 0o644, cert)
 	write(t, dir, chainFile, 0o644, append(cert, fakeCert...))
-	write(t, dir, keyFile, 0o600, append([]byte("-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n"), pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER})...))
+	write(t, dir, keyFile, 0o600,
+		append([]byte("-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n"),
+			pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER})...))
 	l, err := LoadDir(dir)
 	if err != nil {
 		t.Fatal(err)

@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// FuzzRoots reads root bundles of a CA's directory: all of it or nothing, nothing that is not in it, and one certificate
-// more if one is put before it.
+// FuzzRoots reads root bundles of a CA's directory: all of it or nothing, nothing that is not in it, and one
+// certificate more if one is put before it.
 func FuzzRoots(f *testing.F) {
 	f.Add([]byte(nil))
 	f.Add(fakeCert)

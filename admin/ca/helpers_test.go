@@ -44,7 +44,8 @@ func (f *fakeSigner) calls() int {
 	return len(f.order)
 }
 
-func (f *fakeSigner) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time.Duration) ([]*x509.Certificate, []*x509.Certificate, error) {
+func (f *fakeSigner) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time.Duration) ([]*x509.Certificate,
+	[]*x509.Certificate, error) {
 	f.mu.Lock()
 	f.order = append(f.order, id.ServiceAccount)
 	f.at = append(f.at, time.Now())
@@ -72,7 +73,8 @@ func (f *fakeSigner) Sign(ctx context.Context, id identity.ID, csr []byte, ttl t
 }
 
 // issue signs with the fake CA's key, with these very times.
-func issue(id identity.ID, csr []byte, notBefore, notAfter time.Time) ([]*x509.Certificate, []*x509.Certificate, error) {
+func issue(id identity.ID, csr []byte, notBefore, notAfter time.Time) ([]*x509.Certificate, []*x509.Certificate,
+	error) {
 	ca := NewFake()
 	req, err := checkRequest(id, csr)
 	if err != nil {

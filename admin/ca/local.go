@@ -17,7 +17,8 @@ import (
 // backdate is how far a leaf's validity starts in the past, istiod's allowance for peers whose clocks are behind.
 const backdate = 2 * time.Minute
 
-// Local is a CA whose key is in this process: the Signer of machines without istiod. Immutable, safe for concurrent use.
+// Local is a CA whose key is in this process: the Signer of machines without istiod. Immutable, safe for concurrent
+// use.
 type Local struct {
 	cert        *x509.Certificate
 	key         crypto.Signer
@@ -68,7 +69,8 @@ func (l *Local) Warnings() []string { return l.warnings }
 // Sign issues a certificate for id to the key of csr, which must have NewRequest's shape. It is valid from two minutes
 // ago (istiod's allowance for clock skew) until ttl from now or the end of the CA, whichever is first; usable by both
 // ends of a tunnel; nothing else: no CA, no names but the SPIFFE URI.
-func (l *Local) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time.Duration) (chain, roots []*x509.Certificate, err error) {
+func (l *Local) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time.Duration) (chain,
+	roots []*x509.Certificate, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, nil, err
 	}
@@ -81,7 +83,8 @@ func (l *Local) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time.D
 	}
 	now := time.Now()
 	if now.After(l.cert.NotAfter) {
-		return nil, nil, fmt.Errorf("local CA expired at %s: make a new one with `ztun ca init DIR`", l.cert.NotAfter.UTC().Format(time.RFC3339))
+		return nil, nil, fmt.Errorf("local CA expired at %s: make a new one with `ztun ca init DIR`",
+			l.cert.NotAfter.UTC().Format(time.RFC3339))
 	}
 	notAfter := now.Add(ttl)
 	if notAfter.After(l.cert.NotAfter) {

@@ -229,9 +229,11 @@ func (m *Manager) fetch(ctx context.Context, id identity.ID) (*identity.Certific
 		return nil, err
 	}
 	if now := time.Now(); now.After(cert.Leaf.NotAfter) {
-		return nil, fmt.Errorf("certificate from CA for %s had expired at %s when it arrived: is the clock right?", id, cert.Leaf.NotAfter.UTC().Format(time.RFC3339))
+		return nil, fmt.Errorf("certificate from CA for %s had expired at %s when it arrived: is the clock right?", id,
+			cert.Leaf.NotAfter.UTC().Format(time.RFC3339))
 	} else if now.Before(cert.Leaf.NotBefore) {
-		m.log.Warn("certificate from CA is not valid yet: is the clock right?", "identity", id.String(), "notBefore", cert.Leaf.NotBefore.UTC())
+		m.log.Warn("certificate from CA is not valid yet: is the clock right?", "identity", id.String(), "notBefore",
+			cert.Leaf.NotBefore.UTC())
 	}
 	return cert, nil
 }
@@ -261,7 +263,8 @@ func (m *Manager) finish(ctx context.Context, e *entry, cert *identity.Certifica
 		e.cert, e.err, e.failures, e.step = cert, nil, 0, 0
 		due := renewAt(now, cert.Leaf.NotBefore, cert.Leaf.NotAfter, m.opts.Rand())
 		m.queue.push(e, background, due, now)
-		m.log.Debug("certificate received", "identity", e.id.String(), "notAfter", cert.Leaf.NotAfter.UTC(), "renewal", due.UTC())
+		m.log.Debug("certificate received", "identity", e.id.String(), "notAfter", cert.Leaf.NotAfter.UTC(), "renewal",
+			due.UTC())
 		m.recall(now)
 		m.trusted(e, now)
 	case errors.Is(ctx.Err(), context.Canceled): // not forgotten, so Run is ending: nobody failed
@@ -292,9 +295,9 @@ func (m *Manager) finish(ctx context.Context, e *entry, cert *identity.Certifica
 }
 
 // Certificate returns id's certificate, fetching it with the highest priority if there is none; concurrent callers
-// share the fetch. After a failed fetch it waits up to 2 s for another attempt, unless the last one was a moment ago, and
-// returns its error; but while an older certificate is valid it returns that one. Other errors: ErrForgotten, ErrBusy,
-// ErrStopped, ctx's.
+// share the fetch. After a failed fetch it waits up to 2 s for another attempt, unless the last one was a moment ago,
+// and returns its error; but while an older certificate is valid it returns that one. Other errors: ErrForgotten,
+// ErrBusy, ErrStopped, ctx's.
 func (m *Manager) Certificate(ctx context.Context, id identity.ID) (*identity.Certificate, error) {
 	return m.get(ctx, id, realTime)
 }

@@ -140,7 +140,10 @@ func TestDayLong(t *testing.T) {
 func TestJitter(t *testing.T) {
 	f := &fakeSigner{}
 	n := 0.0
-	bubble(t, ManagerOptions{Signer: f, Concurrency: 1, Rand: func() float64 { n += 0.01; return n }}, func(t *testing.T, m *Manager) {
+	bubble(t, ManagerOptions{Signer: f, Concurrency: 1, Rand: func() float64 {
+		n += 0.01
+		return n
+	}}, func(t *testing.T, m *Manager) {
 		start := time.Now()
 		for i := range 50 {
 			must(t, m, fmt.Sprint(i))
@@ -389,16 +392,20 @@ func TestBeforeRun(t *testing.T) {
 // TestWarning: the fake CA says what it is; keys are in no log line.
 func TestWarning(t *testing.T) {
 	var log bytes.Buffer
-	bubble(t, ManagerOptions{Signer: NewFake(), Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))},
+	bubble(t,
+		ManagerOptions{Signer: NewFake(),
+			Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))},
 		func(t *testing.T, m *Manager) {
 			must(t, m, "a")
-			if s := log.String(); !strings.Contains(s, "level=WARN") || !strings.Contains(s, "fake CA") || !strings.Contains(s, "certificate received") {
+			if s := log.String(); !strings.Contains(s, "level=WARN") || !strings.Contains(s, "fake CA") ||
+				!strings.Contains(s, "certificate received") {
 				t.Error(s)
 			}
 		})
 }
 
-// TestFirstExpiry: the certificate that ends first is told, and is no longer once it is renewed or its identity forgotten.
+// TestFirstExpiry: the certificate that ends first is told, and is no longer once it is renewed or its identity
+// forgotten.
 func TestFirstExpiry(t *testing.T) {
 	f := &fakeSigner{latency: time.Second}
 	bubble(t, ManagerOptions{Signer: f, TTL: time.Hour}, func(t *testing.T, m *Manager) {

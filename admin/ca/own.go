@@ -97,12 +97,14 @@ func (w *Own) renewIfDue(ctx context.Context) error {
 		return errors.New("the certificate that came is for another key")
 	}
 	if !chain[0].NotAfter.After(pair.Leaf.NotAfter) {
-		return fmt.Errorf("the certificate that came ends at %s, no later than the old one", chain[0].NotAfter.UTC().Format(time.RFC3339))
+		return fmt.Errorf("the certificate that came ends at %s, no later than the old one",
+			chain[0].NotAfter.UTC().Format(time.RFC3339))
 	}
 	if err := WriteFile(w.o.CertFile, 0o644, encodePEM(chain)); err != nil {
 		return err
 	}
-	w.o.Logger.Info("renewed this node's client certificate", "file", w.o.CertFile, "valid until", chain[0].NotAfter.UTC().Format(time.RFC3339))
+	w.o.Logger.Info("renewed this node's client certificate", "file", w.o.CertFile, "valid until",
+		chain[0].NotAfter.UTC().Format(time.RFC3339))
 	return nil
 }
 

@@ -48,7 +48,8 @@ func (d *Dir) load() (changed bool, err error) {
 	for _, w := range l.Warnings() {
 		d.log.Warn(w)
 	}
-	d.log.Info("local CA", "path", d.path, "signer", Describe(l.cert), "roots", describeAll(l.roots), "trustDomain", l.trustDomain)
+	d.log.Info("local CA", "path", d.path, "signer", Describe(l.cert), "roots", describeAll(l.roots), "trustDomain",
+		l.trustDomain)
 	d.now.Store(l)
 	return true, nil
 }
@@ -57,7 +58,8 @@ func (d *Dir) load() (changed bool, err error) {
 func (d *Dir) TrustDomain() string { return d.now.Load().TrustDomain() }
 
 // Sign is that of the Local that the directory holds, or held when it was last in order.
-func (d *Dir) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time.Duration) (chain, roots []*x509.Certificate, err error) {
+func (d *Dir) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time.Duration) (chain,
+	roots []*x509.Certificate, err error) {
 	return d.now.Load().Sign(ctx, id, csr, ttl)
 }
 

@@ -24,7 +24,8 @@ func rsaDir(t *testing.T, keyType string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tmpl := &x509.Certificate{Subject: pkix.Name{Organization: []string{"cluster.local"}}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+	tmpl := &x509.Certificate{Subject: pkix.Name{Organization: []string{"cluster.local"}},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 		KeyUsage: x509.KeyUsageCertSign, IsCA: true, BasicConstraintsValid: true}
 	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
 	if err != nil {
@@ -59,7 +60,8 @@ func TestForeignRoots(t *testing.T) {
 			t.Error(err)
 		}
 		sum := sha256.Sum256(a.Roots[0].Raw)
-		for _, want := range []string{"level=WARN", "0644", "O=cluster.local", hex.EncodeToString(sum[:]), a.Roots[0].NotAfter.UTC().Format(time.RFC3339)} {
+		for _, want := range []string{"level=WARN", "0644", "O=cluster.local", hex.EncodeToString(sum[:]),
+			a.Roots[0].NotAfter.UTC().Format(time.RFC3339)} {
 			if !strings.Contains(log.String(), want) {
 				t.Errorf("%s: no %q in %s", keyType, want, log.String())
 			}
@@ -67,7 +69,8 @@ func TestForeignRoots(t *testing.T) {
 	}
 }
 
-// TestReload: a root or a key that is replaced signs without a restart; half a change, or a broken file, changes nothing.
+// TestReload: a root or a key that is replaced signs without a restart; half a change, or a broken file, changes
+// nothing.
 func TestReload(t *testing.T) {
 	dir, next := initDir(t, "cluster.local"), initDir(t, "cluster.local")
 	var log lockedBuffer
@@ -112,7 +115,8 @@ func TestReload(t *testing.T) {
 		t.Error("the old root still signs")
 	}
 	write(t, dir, rootFile, 0o644, []byte("half"))
-	for end := time.Now().Add(20 * time.Second); !strings.Contains(log.String(), "going on with what was read before"); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(20 * time.Second); !strings.Contains(log.String(),
+		"going on with what was read before"); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal(log.String())
 		}

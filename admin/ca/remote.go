@@ -90,10 +90,11 @@ type channel struct {
 
 // RemoteStats are a Remote's counters.
 type RemoteStats struct {
-	Requests uint64            // calls of Sign
-	Failures map[string]uint64 // by gRPC code ("Unavailable"), "local" (files, token) or "answer" (what came is no certificate)
-	Channels uint64            // channels made
-	Kept     uint64            // times an old channel was used because a new one could not be made
+	Requests uint64 // calls of Sign
+	// by gRPC code ("Unavailable"), "local" (files, token) or "answer" (what came is no certificate)
+	Failures map[string]uint64
+	Channels uint64 // channels made
+	Kept     uint64 // times an old channel was used because a new one could not be made
 
 	LastError   string // of the last failure
 	LastErrorAt time.Time
@@ -135,7 +136,8 @@ func (r *Remote) renew() {
 	defer r.mu.Unlock()
 	if r.ch != nil { // otherwise the first call will read them
 		r.stale = true
-		r.log.Info("the next request uses a new connection to the CA: its files may have changed", "address", r.o.Connector.Address())
+		r.log.Info("the next request uses a new connection to the CA: its files may have changed", "address",
+			r.o.Connector.Address())
 	}
 }
 
@@ -164,9 +166,10 @@ func (r *Remote) Stats() RemoteStats {
 	return s
 }
 
-// Sign asks the CA. Errors: *SigningError, those of ParseChain, *identity.SANError (with Impersonate: the certificate is
-// somebody else's), the connector's (a file, the token), ErrClosed.
-func (r *Remote) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time.Duration) (chain, roots []*x509.Certificate, err error) {
+// Sign asks the CA. Errors: *SigningError, those of ParseChain, *identity.SANError (with Impersonate: the certificate
+// is somebody else's), the connector's (a file, the token), ErrClosed.
+func (r *Remote) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time.Duration) (chain,
+	roots []*x509.Certificate, err error) {
 	chain, roots, kind, err := r.sign(ctx, id, csr, ttl)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -181,13 +184,15 @@ func (r *Remote) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time.
 }
 
 // sign makes the call; kind names the class of an error for RemoteStats.Failures.
-func (r *Remote) sign(ctx context.Context, id identity.ID, csr []byte, ttl time.Duration) (chain, roots []*x509.Certificate, kind string, err error) {
+func (r *Remote) sign(ctx context.Context, id identity.ID, csr []byte, ttl time.Duration) (chain,
+	roots []*x509.Certificate, kind string, err error) {
 	req := &citadelpb.IstioCertificateRequest{
 		Csr:              string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr})),
 		ValidityDuration: int64(ttl / time.Second),
 	}
 	if r.o.Impersonate {
-		req.Metadata = &structpb.Struct{Fields: map[string]*structpb.Value{"ImpersonatedIdentity": structpb.NewStringValue(id.String())}}
+		req.Metadata =
+			&structpb.Struct{Fields: map[string]*structpb.Value{"ImpersonatedIdentity": structpb.NewStringValue(id.String())}}
 	}
 	if ctx, err = r.o.Connector.Context(ctx); err != nil {
 		return nil, nil, "local", fmt.Errorf("asking the CA: %w", err)
@@ -204,7 +209,8 @@ func (r *Remote) sign(ctx context.Context, id identity.ID, csr []byte, ttl time.
 	}
 	chain, roots, skipped, err := ParseChain(id, answer.GetCertChain())
 	if skipped > 0 {
-		r.log.Warn("root certificates from CA do not parse, skipped", "identity", id.String(), "skipped", skipped, "taken", len(roots))
+		r.log.Warn("root certificates from CA do not parse, skipped", "identity", id.String(), "skipped", skipped, "taken",
+			len(roots))
 	}
 	if err != nil {
 		return nil, nil, "answer", err

@@ -45,7 +45,8 @@ func newTLSRoot(t testing.TB) *tlsRoot {
 		t.Fatal(err)
 	}
 	tmpl := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: "TLS root"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: "TLS root"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
@@ -95,7 +96,8 @@ type caServer struct {
 	conns    int
 }
 
-func (s *caServer) CreateCertificate(ctx context.Context, req *citadelpb.IstioCertificateRequest) (*citadelpb.IstioCertificateResponse, error) {
+func (s *caServer) CreateCertificate(ctx context.Context, req *citadelpb.IstioCertificateRequest) (
+	*citadelpb.IstioCertificateResponse, error) {
 	s.mu.Lock()
 	s.requests = append(s.requests, proto.Clone(req).(*citadelpb.IstioCertificateRequest))
 	s.md, _ = metadata.FromIncomingContext(ctx)
@@ -133,7 +135,8 @@ func issueFor(who identity.ID, req *citadelpb.IstioCertificateRequest) ([]string
 	}
 	fake := NewFake()
 	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
-		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Duration(req.ValidityDuration) * time.Second), ExtraExtensions: []pkix.Extension{san},
+		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Duration(req.ValidityDuration) * time.Second),
+		ExtraExtensions: []pkix.Extension{san},
 	}, fake.cert, csr.PublicKey, fake.key)
 	if err != nil {
 		return nil, err

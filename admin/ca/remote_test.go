@@ -57,19 +57,24 @@ func TestRemoteShared(t *testing.T) {
 			asked[name] = true
 			block, _ := pem.Decode([]byte(req.Csr))
 			csr, err := x509.ParseCertificateRequest(block.Bytes)
-			if err != nil || len(csr.Subject.Names) != 0 || len(csr.Extensions) != 1 || !csr.Extensions[0].Critical || len(csr.URIs) != 1 || csr.URIs[0].String() != name {
+			if err != nil || len(csr.Subject.Names) != 0 || len(csr.Extensions) != 1 || !csr.Extensions[0].Critical ||
+				len(csr.URIs) != 1 || csr.URIs[0].String() != name {
 				t.Errorf("%+v, %v", csr, err)
-			} else if key, ok := csr.PublicKey.(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P256() || csr.SignatureAlgorithm != x509.ECDSAWithSHA256 {
+			} else if key, ok := csr.PublicKey.(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P256() ||
+				csr.SignatureAlgorithm != x509.ECDSAWithSHA256 {
 				t.Errorf("%T %v", csr.PublicKey, csr.SignatureAlgorithm)
 			}
 		}
-		if want := map[string]bool{who[0].String(): true, who[1].String(): true, who[2].String(): true}; !maps.Equal(asked, want) {
+		if want := map[string]bool{who[0].String(): true, who[1].String(): true, who[2].String(): true}; !maps.Equal(
+			asked, want) {
 			t.Errorf("asked for %v", asked)
 		}
-		if got := strings.Join(append(append(s.md.Get("authorization"), s.md.Get("clusterid")...), s.md.Get("foo")...), "|"); got != "Bearer tok|c1|bar" {
+		if got := strings.Join(append(append(s.md.Get("authorization"), s.md.Get("clusterid")...), s.md.Get("foo")...),
+			"|"); got != "Bearer tok|c1|bar" {
 			t.Errorf("headers %q", got)
 		}
-		if st := r.Stats(); st.Requests != 3 || len(st.Failures) != 0 || st.Channels != 1 || st.LastSuccess.IsZero() || st.LastError != "" {
+		if st := r.Stats(); st.Requests != 3 || len(st.Failures) != 0 || st.Channels != 1 || st.LastSuccess.IsZero() ||
+			st.LastError != "" {
 			t.Errorf("%+v", st)
 		}
 	}
@@ -117,7 +122,9 @@ func TestRemoteAnswers(t *testing.T) {
 			return []string{"x", good(req)[1]}, nil
 		}, "answer",
 			"element 0 of the chain from CA is not PEM"},
-		"somebody else's": {func(req *citadelpb.IstioCertificateRequest) ([]string, error) { return issueFor(id("b"), req) }, "answer",
+		"somebody else's": {func(req *citadelpb.IstioCertificateRequest) ([]string, error) {
+			return issueFor(id("b"), req)
+		}, "answer",
 			"did not find expected SAN: spiffe://cluster.local/ns/default/sa/a"},
 		"nobody's": {func(req *citadelpb.IstioCertificateRequest) ([]string, error) {
 			chain := good(req)
@@ -127,7 +134,9 @@ func TestRemoteAnswers(t *testing.T) {
 			"did not find expected SAN: spiffe://cluster.local/ns/default/sa/a"},
 		"refused": {func(*citadelpb.IstioCertificateRequest) ([]string, error) {
 			return nil, status.Error(codes.Unauthenticated, "request authentication failure")
-		}, "Unauthenticated", "signing gRPC error (Unauthenticated): request authentication failure (hint: check the control plane logs for more information)"},
+		}, "Unauthenticated",
+			"signing gRPC error (Unauthenticated): request authentication failure (hint: check the control plane logs for " +
+				"more information)"},
 		"broken": {func(*citadelpb.IstioCertificateRequest) ([]string, error) {
 			return nil, status.Error(codes.Internal, "no key")
 		}, "Internal",
@@ -143,7 +152,8 @@ func TestRemoteAnswers(t *testing.T) {
 			if _, _, err := ask(t, r); err == nil || err.Error() != c.want {
 				t.Errorf("got %v\nwant %s", err, c.want)
 			}
-			if st := r.Stats(); st.Requests != before.Requests+1 || st.Failures[c.class] != before.Failures[c.class]+1 || st.LastError != c.want || st.LastErrorAt.IsZero() {
+			if st := r.Stats(); st.Requests != before.Requests+1 || st.Failures[c.class] != before.Failures[c.class]+1 ||
+				st.LastError != c.want || st.LastErrorAt.IsZero() {
 				t.Errorf("%+v", st)
 			}
 		})
@@ -191,7 +201,8 @@ func TestRemoteOwnFaults(t *testing.T) {
 	}
 	missing := filepath.Join(t.TempDir(), "none.pem")
 	r = s.remote(t, true, func(o *istiod.Options) { o.Roots = istiod.Roots{File: missing} })
-	if _, _, err := ask(t, r); err == nil || err.Error() != "asking the CA: control plane "+s.addr+": root certificates: open "+missing+": no such file or directory" {
+	if _, _, err := ask(t, r); err == nil || err.Error() != "asking the CA: control plane "+s.addr+
+		": root certificates: open "+missing+": no such file or directory" {
 		t.Error(err)
 	}
 	if st := r.Stats(); st.Failures["local"] != 1 || st.Channels != 0 {
@@ -266,7 +277,8 @@ func TestRemoteRootReplaced(t *testing.T) {
 	}
 }
 
-// TestRemoteRecovers: a CA that was down is asked anew at each fetch, on a connection of its own, with the roots of then.
+// TestRemoteRecovers: a CA that was down is asked anew at each fetch, on a connection of its own, with the roots of
+// then.
 func TestRemoteRecovers(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -283,14 +295,17 @@ func TestRemoteRecovers(t *testing.T) {
 	r := NewRemote(RemoteOptions{Connector: c, Impersonate: true})
 	defer r.Close()
 	for range 3 {
-		want := `signing gRPC error (Unavailable): connection error: desc = "transport: Error while dialing: dial tcp ` + addr + `: connect: connection refused"`
+		want := `signing gRPC error (Unavailable): connection error: desc = "transport: Error while dialing: dial tcp ` +
+			addr + `: connect: connection refused"`
 		if _, _, err := ask(t, r); err == nil || err.Error() != want {
 			t.Fatalf("got  %v\nwant %s", err, want)
 		}
 	}
 	s := startCAServer(t, addr)
-	want := `signing gRPC error (Unavailable): connection error: desc = "transport: authentication handshake failed: tls: failed to verify certificate: x509: certificate signed by unknown authority`
-	if _, _, err := ask(t, r); err == nil || !strings.HasPrefix(err.Error(), want) || !strings.HasSuffix(err.Error(), "(not trusted by "+path+`)"`) {
+	want :=
+		`signing gRPC error (Unavailable): connection error: desc = "transport: authentication handshake failed: tls: failed to verify certificate: x509: certificate signed by unknown authority`
+	if _, _, err := ask(t, r); err == nil || !strings.HasPrefix(err.Error(), want) ||
+		!strings.HasSuffix(err.Error(), "(not trusted by "+path+`)"`) {
 		t.Fatalf("got  %v\nwant %s", err, want)
 	}
 	writeFile(t, path, s.root.pem())
@@ -348,7 +363,8 @@ func TestRemoteHung(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	var se *SigningError
-	if _, _, err := r.Sign(ctx, id("a"), csr, time.Hour); !errors.As(err, &se) || se.Code != codes.DeadlineExceeded || !strings.HasPrefix(err.Error(), "signing gRPC error (DeadlineExceeded): ") {
+	if _, _, err := r.Sign(ctx, id("a"), csr, time.Hour); !errors.As(err, &se) || se.Code != codes.DeadlineExceeded ||
+		!strings.HasPrefix(err.Error(), "signing gRPC error (DeadlineExceeded): ") {
 		t.Error(err)
 	}
 }
@@ -365,7 +381,8 @@ func TestRemoteTalkative(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, _, err = r.Sign(t.Context(), id("a"), csr, time.Hour)
-	if err == nil || len(err.Error()) > 2200 || !strings.HasPrefix(err.Error(), "signing gRPC error (Internal): no") || !utf8.ValidString(err.Error()) {
+	if err == nil || len(err.Error()) > 2200 || !strings.HasPrefix(err.Error(), "signing gRPC error (Internal): no") ||
+		!utf8.ValidString(err.Error()) {
 		t.Errorf("%.100q", err)
 	}
 	if text := r.Stats().LastError; len(text) > 2200 {

@@ -24,8 +24,9 @@ func newRoot(t *testing.T, name string) *x509.Certificate {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, IsCA: true, BasicConstraintsValid: true,
-		NotBefore: time.Unix(0, 0), NotAfter: time.Unix(1<<33, 0)}
+	c := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, IsCA: true,
+		BasicConstraintsValid: true,
+		NotBefore:             time.Unix(0, 0), NotAfter: time.Unix(1<<33, 0)}
 	der, err := x509.CreateCertificate(rand.Reader, c, c, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)
@@ -120,8 +121,8 @@ func TestBackForAll(t *testing.T) {
 	}
 }
 
-// TestNewRoots: the first certificate with other roots has all others renewed within seconds, not at half of their lives,
-// and not all at once.
+// TestNewRoots: the first certificate with other roots has all others renewed within seconds, not at half of their
+// lives, and not all at once.
 func TestNewRoots(t *testing.T) {
 	roots := []*x509.Certificate{newRoot(t, "old")}
 	f := &fakeSigner{}

@@ -21,8 +21,8 @@ import (
 	"ztun/proxy/identity"
 )
 
-// How `ztun control` tells its nodes what is revoked: a stream that answers an empty request (google.protobuf.Empty) with
-// the revocation list in DER (google.protobuf.BytesValue), as it is now and after each change.
+// How `ztun control` tells its nodes what is revoked: a stream that answers an empty request (google.protobuf.Empty)
+// with the revocation list in DER (google.protobuf.BytesValue), as it is now and after each change.
 const (
 	RevocationsService = "ztun.control.v1.Revocations"
 	RevocationsWatch   = "Watch"
@@ -107,7 +107,8 @@ func (r *Revocations) follow(ctx context.Context) (got bool, err error) {
 		}
 		got = true
 		if err := r.put(m.Value); err != nil {
-			r.o.Logger.Warn("the control plane's revocation list is not used, what is known stays in force", "error", err.Error())
+			r.o.Logger.Warn("the control plane's revocation list is not used, what is known stays in force", "error",
+				err.Error())
 		}
 	}
 }

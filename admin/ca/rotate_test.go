@@ -18,7 +18,8 @@ func TestRenewAt(t *testing.T) {
 		{-2 * time.Minute, 24 * time.Hour, 0, 12*time.Hour - time.Minute}, // the spec's half-life counts the backdating
 		{0, 100 * time.Second, 0, 50 * time.Second},
 		{0, 100 * time.Second, 0.5, 47500 * time.Millisecond},
-		{-2 * time.Minute, time.Minute, 0, 20 * time.Second},                 // half-life was 30 s ago: a third of what is left
+		// half-life was 30 s ago: a third of what is left
+		{-2 * time.Minute, time.Minute, 0, 20 * time.Second},
 		{-2 * time.Minute, 130 * time.Second, 0, 130 * time.Second / 3},      // half-life is 5 s away: too hasty
 		{-23 * time.Hour, time.Hour, 0, 20 * time.Minute},                    // an old certificate, or a CA behind us
 		{time.Hour, 25 * time.Hour, 0, 13 * time.Hour},                       // a CA ahead of us
@@ -54,7 +55,8 @@ func TestRetryAfter(t *testing.T) {
 	want := []time.Duration{1, 2, 4, 8, 16, 32, 64, 128, 150, 150}
 	for i, w := range want {
 		w *= time.Second
-		if lo, mid, hi := retryAfter(i+1, 0), retryAfter(i+1, 0.5), retryAfter(i+1, 1); lo != w*8/10 || mid != w || hi < w*12/10-1 || hi > w*12/10+1 {
+		if lo, mid, hi := retryAfter(i+1, 0), retryAfter(i+1, 0.5), retryAfter(i+1, 1); lo != w*8/10 || mid != w ||
+			hi < w*12/10-1 || hi > w*12/10+1 {
 			t.Errorf("failure %d: %v %v %v", i+1, lo, mid, hi)
 		}
 	}

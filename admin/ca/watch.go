@@ -20,10 +20,11 @@ const (
 )
 
 // watch calls changed, from this goroutine, once at the start, for what happened before nobody saw, and then when the
-// content of one of the files has changed: also when a file appears, vanishes, or is replaced by Kubernetes' swap of the
-// ..data link in its directory. It returns when ctx ends. limit bounds what is read of a file, in bytes; a larger one counts as changed whenever its
-// size or time changes.
-func watch(ctx context.Context, files []string, limit int64, log *slog.Logger, settle, poll time.Duration, changed func()) {
+// content of one of the files has changed: also when a file appears, vanishes, or is replaced by Kubernetes' swap of
+// the ..data link in its directory. It returns when ctx ends. limit bounds what is read of a file, in bytes; a larger
+// one counts as changed whenever its size or time changes.
+func watch(ctx context.Context, files []string, limit int64, log *slog.Logger, settle, poll time.Duration,
+	changed func()) {
 	var seen [sha256.Size]byte
 	watching.Run(ctx, watching.Options{
 		Dirs: watching.DirsOf(files...), Concerns: watching.Files(files...), Settle: settle, Poll: poll, Log: log,

@@ -64,13 +64,15 @@ func (r *report) at(p place, field, format string, args ...any) {
 	if field != "" {
 		key += "." + field
 	}
-	r.list = append(r.list, Problem{File: p.file.path, Line: p.file.line(section, index), Key: key, Text: fmt.Sprintf(format, args...)})
+	r.list = append(r.list, Problem{File: p.file.path, Line: p.file.line(section, index), Key: key,
+		Text: fmt.Sprintf(format, args...)})
 }
 
 // build makes a snapshot of files, sharing with prev (nil at first) what has not changed; prev itself if nothing has.
-// With errors there is no snapshot. trustDomain is the CA's ("": it signs for any), limit the largest resource in bytes.
-// joined are the nodes that there are; nil: workloads' nodes are not looked at.
-func build(files []*file, prev *snapshot, trustDomain string, limit int, joined map[string]bool) (s *snapshot, errors, warnings report) {
+// With errors there is no snapshot. trustDomain is the CA's ("": it signs for any), limit the largest resource in
+// bytes. joined are the nodes that there are; nil: workloads' nodes are not looked at.
+func build(files []*file, prev *snapshot, trustDomain string, limit int, joined map[string]bool) (s *snapshot, errors,
+	warnings report) {
 	b := &builder{
 		trustDomain: trustDomain, limit: limit, names: make(map[string]place), policies: make(map[string]place),
 		joined: joined, selected: make(map[string]bool), addresses: make(map[state.NetworkAddress]place),
@@ -172,10 +174,12 @@ func (b *builder) check(p place) {
 	case r.workload != nil:
 		w := r.workload
 		if b.trustDomain != "" && w.TrustDomain != b.trustDomain {
-			b.warnings.at(p, "trustDomain", "%q is not the CA's %q: %s gets no certificate", w.TrustDomain, b.trustDomain, r.name)
+			b.warnings.at(p, "trustDomain", "%q is not the CA's %q: %s gets no certificate", w.TrustDomain,
+				b.trustDomain, r.name)
 		}
 		if _, ok := workloadType(w.WorkloadType); !ok {
-			b.warnings.at(p, "workloadType", "%q is not one of deployment, cronjob, pod, job: sent as deployment", w.WorkloadType)
+			b.warnings.at(p, "workloadType", "%q is not one of deployment, cronjob, pod, job: sent as deployment",
+				w.WorkloadType)
 		}
 		for _, e := range w.Services {
 			if b.service(e.Service) == nil {
@@ -184,7 +188,9 @@ func (b *builder) check(p place) {
 		}
 		for _, key := range w.AuthorizationPolicies {
 			if q, ok := b.policies[key]; !ok {
-				b.warnings.at(p, "authorizationPolicies", "there is no policy %q: nodes hold connections to %s for a while and then decide without it, or refuse them with ZTUN_UNKNOWN_POLICY=deny", key, r.name)
+				b.warnings.at(p, "authorizationPolicies",
+					"there is no policy %q: nodes hold connections to %s for a while and then decide without it, or refuse them "+
+						"with ZTUN_UNKNOWN_POLICY=deny", key, r.name)
 			} else if q.resource().policy.Scope != rbac.ScopeWorkloadSelector {
 				b.warnings.at(p, "authorizationPolicies", "policy %q is not of scope WorkloadSelector", key)
 			}
@@ -212,7 +218,8 @@ func (b *builder) check(p place) {
 		}
 	default:
 		if r.policy.Scope == rbac.ScopeWorkloadSelector && !b.selected[r.name] {
-			b.warnings.at(p, "", "no workload lists %q in its authorizationPolicies: a policy of scope WorkloadSelector has no effect then", r.name)
+			b.warnings.at(p, "", "no workload lists %q in its authorizationPolicies: a policy of scope WorkloadSelector has "+
+				"no effect then", r.name)
 		}
 		b.principals(p, r.policy)
 	}
@@ -226,7 +233,8 @@ func (b *builder) claim(p place, field string, a state.NetworkAddress) {
 		return
 	}
 	if first != p {
-		b.warnings.at(p, field, "%s is %s's as well, in %s: nodes take it for one of the two", a, first.resource().title(), first.where())
+		b.warnings.at(p, field, "%s is %s's as well, in %s: nodes take it for one of the two", a, first.resource().title(),
+			first.where())
 	}
 }
 
@@ -336,7 +344,8 @@ func (b *builder) endpoint(p place, s *state.Service, e state.Endpoint) {
 			b.warnings.at(p, "endpoints", "%q is %v here and %v as a workload: left out", e.UID, e.Status, w.Status)
 			return
 		}
-		b.warnings.at(p, "endpoints", "%q is %v here and %v as a workload: nodes go by the workload", e.UID, e.Status, w.Status)
+		b.warnings.at(p, "endpoints", "%q is %v here and %v as a workload: nodes go by the workload", e.UID, e.Status,
+			w.Status)
 	}
 	if b.extra == nil {
 		b.extra = make(map[string][]state.WorkloadService)
@@ -390,7 +399,9 @@ func (b *builder) withServices(p place, r *resource, more []state.WorkloadServic
 	}
 	next.workload = &w
 	if n := next.size(); n > b.limit {
-		b.errors.at(p, "services", "with the services that name it the workload takes %d bytes on the wire, more than the %d of one message", n, b.limit)
+		b.errors.at(p, "services",
+			"with the services that name it the workload takes %d bytes on the wire, more than the %d of one message", n,
+			b.limit)
 		return nil
 	}
 	if old != nil && old.version == next.version {

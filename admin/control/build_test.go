@@ -50,9 +50,12 @@ func TestProblems(t *testing.T) {
 		files            map[string]string
 		errors, warnings string
 	}{
-		{"good", map[string]string{"a.yaml": "{}", "sub/b.yml": service, "sub/sub/c.json": `{"policies": []}`, "README.md": "no", ".hidden.yaml": "[", ".git/x.yaml": "["}, "", ""},
-		{"nothing", map[string]string{"README.md": "no"}, `no *.yaml, *.yml or *.json file in ROOT (a file with "{}" in it says that nothing exists)`, ""},
-		{"every file is checked", map[string]string{"a.yaml": "workloads:\n- {uid: u}\n", "b/b.yaml": "services: x", "c.yaml": "", "d.yaml": "a: [\n"},
+		{"good", map[string]string{"a.yaml": "{}", "sub/b.yml": service, "sub/sub/c.json": `{"policies": []}`,
+			"README.md": "no", ".hidden.yaml": "[", ".git/x.yaml": "["}, "", ""},
+		{"nothing", map[string]string{"README.md": "no"},
+			`no *.yaml, *.yml or *.json file in ROOT (a file with "{}" in it says that nothing exists)`, ""},
+		{"every file is checked", map[string]string{"a.yaml": "workloads:\n- {uid: u}\n", "b/b.yaml": "services: x",
+			"c.yaml": "", "d.yaml": "a: [\n"},
 			"a.yaml:2: workloads[0]: \"namespace\" is missing\n" +
 				"a.yaml:2: workloads[0]: \"workloadIps\" is missing\n" +
 				"a.yaml:2: workloads[0]: \"services\" is missing\n" +
@@ -60,21 +63,27 @@ func TestProblems(t *testing.T) {
 				"c.yaml: the file is empty (\"{}\" says that nothing exists)\n" +
 				"d.yaml:1: not YAML: did not find expected node content", ""},
 		{"repeated over files", map[string]string{
-			"a.yaml": workloadsYAML("x:10.0.0.1:n", "y:10.0.0.2:n") + service + "policies:\n- {name: p, namespace: ns, scope: Global, action: Allow, dryRun: false, rules: []}\n",
-			"b.yaml": "\n" + service + "policies:\n\n- {name: p, namespace: ns, scope: Global, action: Deny, dryRun: false, rules: []}\n" + workloadsYAML("z:10.0.0.1:n", "y:10.0.0.2:n")},
+			"a.yaml": workloadsYAML("x:10.0.0.1:n", "y:10.0.0.2:n") + service +
+				"policies:\n- {name: p, namespace: ns, scope: Global, action: Allow, dryRun: false, rules: []}\n",
+			"b.yaml": "\n" + service + "policies:\n\n- {name: p, namespace: ns, scope: Global, action: Deny, dryRun: false, " +
+				"rules: []}\n" + workloadsYAML("z:10.0.0.1:n", "y:10.0.0.2:n")},
 			"b.yaml:8: workloads[1]: workload \"u/y\" is already in a.yaml:3\n" +
 				"b.yaml:2: services[0]: service \"ns/s.host\" is already in a.yaml:4\n" +
 				"b.yaml:5: policies[0]: policy \"ns/p\" is already in a.yaml:6", ""},
-		{"a workload named as a service", map[string]string{"a.yaml": service + strings.ReplaceAll(workloadsYAML("x:10.0.0.1:n"), "u/x", "ns/s.host")},
+		{"a workload named as a service",
+			map[string]string{"a.yaml": service + strings.ReplaceAll(workloadsYAML("x:10.0.0.1:n"), "u/x", "ns/s.host")},
 			`a.yaml:1: services[0]: service "ns/s.host" is already in a.yaml:3`, ""},
 		{"nameless", map[string]string{"a.yaml": "workloads:\n- {namespace: ns, workloadIps: [], services: {}}\n" +
-			"services:\n- {name: s, namespace: n/s, hostname: h, vips: [], ports: {}}\n- {name: s, namespace: n, hostname: '', vips: [], ports: {}}\n" +
+			"services:\n- {name: s, namespace: n/s, hostname: h, vips: [], ports: {}}\n- {name: s, namespace: n, hostname: " +
+			"'', vips: [], ports: {}}\n" +
 			"policies:\n- {name: '', namespace: ns, scope: Global, action: Allow, dryRun: false, rules: []}\n"},
-			"a.yaml:2: workloads[0].uid: is missing: it is the workload's name for the nodes, like \"cluster//Pod/namespace/name\"\n" +
+			"a.yaml:2: workloads[0].uid: is missing: it is the workload's name for the nodes, like " +
+				"\"cluster//Pod/namespace/name\"\n" +
 				"a.yaml:4: services[0]: namespace \"n/s\" and hostname \"h\": want a hostname, and no slash in either\n" +
 				"a.yaml:5: services[1]: namespace \"n\" and hostname \"\": want a hostname, and no slash in either\n" +
 				"a.yaml:7: policies[0].name: is missing", ""},
-		{"too large for a message", map[string]string{"a.yaml": strings.ReplaceAll(workloadsYAML("x:10.0.0.1:n"), "name: x", "name: "+strings.Repeat("x", 5000))},
+		{"too large for a message", map[string]string{"a.yaml": strings.ReplaceAll(workloadsYAML("x:10.0.0.1:n"), "name: x",
+			"name: "+strings.Repeat("x", 5000))},
 			`a.yaml:2: workloads[0]: takes 5176 bytes on the wire, more than the 4096 of one message`, ""},
 		{"references to nothing", map[string]string{"a.yaml": `
 workloads:
@@ -163,7 +172,8 @@ func TestNeverPrincipal(t *testing.T) {
 		ids = append(ids, id)
 	}
 	matches := func(m rbac.StringMatch) bool {
-		p := &rbac.Policy{Key: "ns/p", Name: "p", Namespace: "ns", Action: rbac.Deny, Rules: []rbac.Rule{{{{Principals: []rbac.StringMatch{m}}}}}}
+		p := &rbac.Policy{Key: "ns/p", Name: "p", Namespace: "ns", Action: rbac.Deny,
+			Rules: []rbac.Rule{{{{Principals: []rbac.StringMatch{m}}}}}}
 		for _, id := range ids {
 			if !rbac.Evaluate([]*rbac.Policy{p}, rbac.Question{ID: id, HasID: true}).Allowed {
 				return true
@@ -185,10 +195,14 @@ func TestNeverPrincipal(t *testing.T) {
 		}
 	}
 	for _, m := range []rbac.StringMatch{
-		{Kind: rbac.Exact, Value: "shop/front"}, {Kind: rbac.Exact, Value: "cluster.local/ns/shop"}, {Kind: rbac.Exact, Value: "cluster.local/ns/shop/sa/"},
-		{Kind: rbac.Exact, Value: "cluster.local/ns/shop/sa/front/x"}, {Kind: rbac.Exact, Value: "cluster.local/sa/shop/ns/front"}, {Kind: rbac.Exact, Value: "*"},
-		{Kind: rbac.Prefix, Value: "spiffe://"}, {Kind: rbac.Prefix, Value: "cluster.local/shop"}, {Kind: rbac.Prefix, Value: "/ns/"}, {Kind: rbac.Prefix, Value: "a/ns/b/sb"},
-		{Kind: rbac.Suffix, Value: "shop/front"}, {Kind: rbac.Suffix, Value: "/sa/"}, {Kind: rbac.Suffix, Value: "x/b/sa/front"},
+		{Kind: rbac.Exact, Value: "shop/front"}, {Kind: rbac.Exact, Value: "cluster.local/ns/shop"},
+		{Kind: rbac.Exact, Value: "cluster.local/ns/shop/sa/"},
+		{Kind: rbac.Exact, Value: "cluster.local/ns/shop/sa/front/x"},
+		{Kind: rbac.Exact, Value: "cluster.local/sa/shop/ns/front"}, {Kind: rbac.Exact, Value: "*"},
+		{Kind: rbac.Prefix, Value: "spiffe://"}, {Kind: rbac.Prefix, Value: "cluster.local/shop"},
+		{Kind: rbac.Prefix, Value: "/ns/"}, {Kind: rbac.Prefix, Value: "a/ns/b/sb"},
+		{Kind: rbac.Suffix, Value: "shop/front"}, {Kind: rbac.Suffix, Value: "/sa/"},
+		{Kind: rbac.Suffix, Value: "x/b/sa/front"},
 	} {
 		if why := neverPrincipal(m); why == "" || matches(m) {
 			t.Errorf("%v %q: %q", m.Kind, m.Value, why)
@@ -209,7 +223,8 @@ func TestManyProblems(t *testing.T) {
 	_, errs, _ := build(files, nil, "", 1<<20, nil)
 	equal(t, "counted", errs.count, 500)
 	equal(t, "listed", len(errs.list), maxReported)
-	equal(t, "the last of them", errs.list[99].String(), `b.yaml:101: workloads[99]: workload "u/w99" is already in a.yaml:101`)
+	equal(t, "the last of them", errs.list[99].String(),
+		`b.yaml:101: workloads[99]: workload "u/w99" is already in a.yaml:101`)
 }
 
 // Endpoints that a service is given become entries of the workloads.
@@ -321,11 +336,14 @@ func TestRunsOnNode(t *testing.T) {
 	s, _, _ := readDir(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a", "y:10.0.0.2:node-b") +
 		"- {uid: nowhere, namespace: ns, serviceAccount: free, workloadIps: [], services: {}}\n"}, 1<<20)
 	id := func(sa string) bool {
-		return s.runs("node-a", (&state.Workload{TrustDomain: "cluster.local", Namespace: "ns", ServiceAccount: sa}).Identity())
+		return s.runs("node-a", (&state.Workload{TrustDomain: "cluster.local", Namespace: "ns", ServiceAccount: sa}).
+			Identity())
 	}
 	equal(t, "own", id("sa-x"), true)
 	equal(t, "another node's", id("sa-y"), false)
 	equal(t, "of no node", id("free"), false)
 	equal(t, "of nobody", id("nobody"), false)
-	equal(t, "of a node without workloads", s.runs("", (&state.Workload{TrustDomain: "cluster.local", Namespace: "ns", ServiceAccount: "free"}).Identity()), false)
+	equal(t, "of a node without workloads",
+		s.runs("", (&state.Workload{TrustDomain: "cluster.local", Namespace: "ns", ServiceAccount: "free"}).Identity()),
+		false)
 }

@@ -27,17 +27,20 @@ type places struct {
 
 func newPlaces(l limits, c *counters, report *fair.Report) *places {
 	return &places{
-		strangers: fair.NewLedger(fair.LedgerOptions[netip.Addr]{Limit: int64(l.strangers), Turned: func(source netip.Addr, evicted bool) {
-			c.connectionsRefused.Add(1)
-			report.Turned("control_strangers", "", source.String(), evicted)
-		}}),
-		nodes: fair.NewLedger(fair.LedgerOptions[string]{Limit: int64(l.connections), PerSource: int64(l.connsOfNode), Turned: func(node string, evicted bool) {
-			c.connectionsRefused.Add(1)
-			report.Turned("control_nodes", "", node, evicted)
-		}}),
-		watches: fair.NewLedger(fair.LedgerOptions[string]{Limit: int64(l.streams), PerSource: int64(l.streamsOfNode), Turned: func(node string, evicted bool) {
-			report.Turned("control_revocation_streams", "", node, evicted)
-		}}),
+		strangers: fair.NewLedger(fair.LedgerOptions[netip.Addr]{Limit: int64(l.strangers),
+			Turned: func(source netip.Addr, evicted bool) {
+				c.connectionsRefused.Add(1)
+				report.Turned("control_strangers", "", source.String(), evicted)
+			}}),
+		nodes: fair.NewLedger(fair.LedgerOptions[string]{Limit: int64(l.connections), PerSource: int64(l.connsOfNode),
+			Turned: func(node string, evicted bool) {
+				c.connectionsRefused.Add(1)
+				report.Turned("control_nodes", "", node, evicted)
+			}}),
+		watches: fair.NewLedger(fair.LedgerOptions[string]{Limit: int64(l.streams), PerSource: int64(l.streamsOfNode),
+			Turned: func(node string, evicted bool) {
+				report.Turned("control_revocation_streams", "", node, evicted)
+			}}),
 	}
 }
 
@@ -163,7 +166,8 @@ func verifyClient(certs []*x509.Certificate, roots *x509.CertPool) error {
 	if certs[0].IsCA {
 		return errors.New("it is a CA's")
 	}
-	o := x509.VerifyOptions{Roots: roots, Intermediates: x509.NewCertPool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
+	o := x509.VerifyOptions{Roots: roots, Intermediates: x509.NewCertPool(),
+		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
 	for _, c := range certs[1:] {
 		o.Intermediates.AddCert(c)
 	}

@@ -14,9 +14,12 @@ import (
 	"ztun/admin/pb/discoverypb"
 )
 
-// Whoever connects and cannot say who he is gives his place back, also if he keeps calling; a node that is quiet keeps its.
+// Whoever connects and cannot say who he is gives his place back, also if he keeps calling; a node that is quiet
+// keeps its.
 func TestStrangersLeave(t *testing.T) {
-	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a")}, func(l *limits) { l.strangers, l.firstRequest = 3, 2*time.Second })
+	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a")}, func(l *limits) {
+		l.strangers, l.firstRequest = 3, 2*time.Second
+	})
 	node := w.connect("node-a")
 	node.begin(typeAddress, nil)
 	node.ack(node.recv())
@@ -37,7 +40,9 @@ func TestStrangersLeave(t *testing.T) {
 			}
 		}
 	}
-	eventually(t, "the places are free", func() bool { return w.srv.places.strangers.Used() == 0 && w.srv.places.nodes.Used() == 1 })
+	eventually(t, "the places are free", func() bool {
+		return w.srv.places.strangers.Used() == 0 && w.srv.places.nodes.Used() == 1
+	})
 	// The node's is as it was.
 	w.write("b.yaml", workloadsYAML("y:10.0.0.2:node-a"))
 	equal(t, "update", names(node.recv()), "u/y")
@@ -81,8 +86,8 @@ func (w *world) stopOne(node string) error {
 	return net.ErrClosed
 }
 
-// TestSilentCrowd: thousands of silent connections, some of them after a handshake, do not keep a node out, neither from
-// another address nor from their own; its calls all succeed, and its connections stay.
+// TestSilentCrowd: thousands of silent connections, some of them after a handshake, do not keep a node out, neither
+// from another address nor from their own; its calls all succeed, and its connections stay.
 func TestSilentCrowd(t *testing.T) {
 	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a")}, func(l *limits) { l.strangers = 64 })
 	node := w.connect("node-a")

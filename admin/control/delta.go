@@ -67,7 +67,8 @@ type item struct {
 }
 
 func newSubscription(typeURL, node string) *subscription {
-	return &subscription{typeURL: typeURL, node: node, names: make(map[string]struct{}), gone: make(map[string]struct{}), target: &table{}}
+	return &subscription{typeURL: typeURL, node: node, names: make(map[string]struct{}), gone: make(map[string]struct{}),
+		target: &table{}}
 }
 
 // request takes in a request of this type. An error ends the stream.

@@ -80,16 +80,20 @@ func TestSubscription(t *testing.T) {
 		url   string
 		steps []step
 	}{
-		{"no names is everything", typeAddress, []step{{req: request("", ""), want: all}, {want: "none"}, {ack: true, want: "none"}}},
+		{"no names is everything", typeAddress, []step{{req: request("", ""), want: all}, {want: "none"},
+			{ack: true, want: "none"}}},
 		{"so is *", typeAddress, []step{{req: request("*", ""), want: all}}},
 		{"policies", typeAuthorization, []step{{req: request("", ""), want: "+shop/p"}}},
-		{"an unknown type is answered, empty", "type.googleapis.com/x", []step{{req: request("", ""), want: ""}, {ack: true, want: "none"}}},
+		{"an unknown type is answered, empty", "type.googleapis.com/x",
+			[]step{{req: request("", ""), want: ""}, {ack: true, want: "none"}}},
 		{"reconnect with everything: nothing is sent again, but an answer", typeAddress, []step{
-			{req: request("", "", version("shop/stock.host"), version("u/extra"), version("u/front"), version("u/host"), version("u/stock")), want: ""}}},
+			{req: request("", "", version("shop/stock.host"), version("u/extra"), version("u/front"), version("u/host"),
+				version("u/stock")), want: ""}}},
 		{"reconnect with empty versions: all are sent again", typeAddress, []step{
 			{req: request("", "", "shop/stock.host=", "u/extra=", "u/front=", "u/host=", "u/stock="), want: all}}},
 		{"reconnect: what is gone is removed, what is old is sent", typeAddress, []step{
-			{req: request("", "", "gone/service=1", "u/gone=2", version("u/front"), "u/host=old", version("u/extra"), version("u/stock"), version("shop/stock.host")),
+			{req: request("", "", "gone/service=1", "u/gone=2", version("u/front"), "u/host=old", version("u/extra"),
+				version("u/stock"), version("shop/stock.host")),
 				want: "+u/host -gone/service -u/gone"}}},
 		{"while a message is under way nothing is sent, then the newest", typeAddress, []step{
 			{req: request("", ""), want: all},
@@ -100,7 +104,8 @@ func TestSubscription(t *testing.T) {
 			{yaml: meshYAML, ack: true, want: "+u/front +u/host"}}},
 		{"removal", typeAddress, []step{
 			{req: request("", ""), want: all},
-			{ack: true, yaml: workloadsYAML("front:10.0.0.1:node-a"), want: "+u/front -shop/stock.host -u/extra -u/host -u/stock"}}},
+			{ack: true, yaml: workloadsYAML("front:10.0.0.1:node-a"),
+				want: "+u/front -shop/stock.host -u/extra -u/host -u/stock"}}},
 		{"on demand: the node's own workloads, then what is asked for", typeAddress, []step{
 			{req: request("*", "*"), want: "+u/front"},
 			{ack: true, req: request("/10.0.0.2", ""), want: "+u/stock"},
@@ -113,19 +118,22 @@ func TestSubscription(t *testing.T) {
 		{"on demand: a service brings its workloads", typeAddress, []step{
 			{req: request("*", "*"), want: "+u/front"},
 			{ack: true, req: request("/10.9.0.1", ""), want: "+shop/stock.host +u/stock"},
-			{ack: true, yaml: strings.ReplaceAll(meshYAML, "network: edge, node: node-b, services: {}", `network: edge, node: node-b, services: {"shop/stock.host": {}}`), want: "+u/extra"}}},
+			{ack: true, yaml: strings.ReplaceAll(meshYAML, "network: edge, node: node-b, services: {}",
+				`network: edge, node: node-b, services: {"shop/stock.host": {}}`), want: "+u/extra"}}},
 		{"on demand: an address in a range is answered by that name", typeAddress, []step{
 			{req: request("* /10.10.3.4", "*"), want: "+shop/stock.host(/10.10.3.4) +u/front +u/stock"}}},
 		{"on demand: a workload on its host's network is not found by address", typeAddress, []step{
 			{req: request("* /10.0.0.1", "*"), want: "+u/front"}}},
 		{"on demand: what was asked for and comes later is sent", typeAddress, []step{
 			{req: request("* /10.0.0.77", "*"), want: "+u/front -/10.0.0.77"},
-			{ack: true, yaml: meshYAML + "- {name: q, namespace: shop, scope: Global, action: Deny, dryRun: false, rules: []}\n", want: "none"},
+			{ack: true, yaml: meshYAML + "- {name: q, namespace: shop, scope: Global, action: Deny, dryRun: false, rules: []}\n",
+				want: "none"},
 			{yaml: strings.ReplaceAll(meshYAML, "10.0.0.3]", "10.0.0.77]"), want: "none"},
 			{yaml: strings.ReplaceAll(meshYAML, "10.0.0.3], network: edge", "10.0.0.77]"), want: "+u/extra"},
 			{ack: true, yaml: meshYAML, want: "-u/extra"}}},
 		{"on demand reconnect: names of the last stream are asked for again", typeAddress, []step{
-			{req: request("*", "*", "/10.0.0.2=", version("u/stock"), version("u/front"), "shop/stock.host=old", "/10.0.0.99=", "u/gone=1"),
+			{req: request("*", "*", "/10.0.0.2=", version("u/stock"), version("u/front"), "shop/stock.host=old", "/10.0.0.99=",
+				"u/gone=1"),
 				want: "+shop/stock.host -/10.0.0.99 -u/gone"},
 			{ack: true, yaml: strings.ReplaceAll(meshYAML, "fd00::2", "fd00::3"), want: "+u/stock"}}},
 		{"giving up a name: its end is not told", typeAddress, []step{
@@ -208,11 +216,13 @@ func TestBounds(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "longer than 1024 bytes") {
 		t.Fatal(err)
 	}
-	many := &discoverypb.DeltaDiscoveryRequest{ResourceNamesSubscribe: []string{"*"}, ResourceNamesUnsubscribe: []string{"*"}}
+	many := &discoverypb.DeltaDiscoveryRequest{ResourceNamesSubscribe: []string{"*"},
+		ResourceNamesUnsubscribe: []string{"*"}}
 	for i := range maxNames + 1 {
 		many.ResourceNamesSubscribe = append(many.ResourceNamesSubscribe, fmt.Sprint("u/", i))
 	}
-	if err := newSubscription(typeAddress, "node-a").request(many, time.Now()); err == nil || !strings.Contains(err.Error(), "more than 20000 names") {
+	if err := newSubscription(typeAddress, "node-a").request(many, time.Now()); err == nil ||
+		!strings.Contains(err.Error(), "more than 20000 names") {
 		t.Fatal(err)
 	}
 	// The same name over and over, while no reply comes.
@@ -266,7 +276,8 @@ func TestSubscriptionConverges(t *testing.T) {
 		publish := func() {
 			l := &xds.Local{}
 			for _, i := range rapid.SliceOfNDistinct(rapid.IntRange(0, 11), 0, 12, rapid.ID).Draw(t, "workloads") {
-				w := &state.Workload{UID: fmt.Sprint("u/", i), Namespace: "ns", Node: fmt.Sprint("n", i%3), Capacity: uint32(rapid.IntRange(1, 2).Draw(t, "capacity"))}
+				w := &state.Workload{UID: fmt.Sprint("u/", i), Namespace: "ns", Node: fmt.Sprint("n", i%3),
+					Capacity: uint32(rapid.IntRange(1, 2).Draw(t, "capacity"))}
 				w.Addresses = append(w.Addresses, addr4(0x0a000000+rapid.IntRange(0, 5).Draw(t, "address")))
 				if rapid.Bool().Draw(t, "backs") {
 					w.Services = append(w.Services, state.WorkloadService{Service: state.ServiceKey{Namespace: "ns", Hostname: "s0"}})
@@ -349,10 +360,12 @@ func TestSubscriptionConverges(t *testing.T) {
 			"release": func(*rapid.T) { d.release() },
 			"again":   func(*rapid.T) { connect() },
 			"ask": func(t *rapid.T) {
-				name := rapid.SampledFrom([]string{"u/3", "ns/s0", "/10.0.0.1", "/10.0.1.0", "/10.0.1.1", "u/nobody"}).Draw(t, "name")
+				name := rapid.SampledFrom([]string{"u/3", "ns/s0", "/10.0.0.1", "/10.0.1.0", "/10.0.1.1", "u/nobody"}).Draw(
+					t, "name")
 				asked[name] = true
 				d.publish(snap)
-				if err := d.request(&discoverypb.DeltaDiscoveryRequest{ResourceNamesSubscribe: []string{name}}, time.Now()); err != nil {
+				if err := d.request(&discoverypb.DeltaDiscoveryRequest{ResourceNamesSubscribe: []string{name}},
+					time.Now()); err != nil {
 					t.Fatal(err)
 				}
 			},
@@ -395,9 +408,11 @@ func (t *table) all() []*resource {
 	return out
 }
 
-// All responses but the last of a state say that more follows; the last one comes even if what was left has gone by then.
+// All responses but the last of a state say that more follows; the last one comes even if what was left has gone by
+// then.
 func TestMoreFollows(t *testing.T) {
-	first := snapshotOf(t, nil, fromLocal(t, "a.yaml", parse(t, workloadsYAML("a:10.0.0.1:n", "b:10.0.0.2:n", "c:10.0.0.3:n"))))
+	first := snapshotOf(t, nil,
+		fromLocal(t, "a.yaml", parse(t, workloadsYAML("a:10.0.0.1:n", "b:10.0.0.2:n", "c:10.0.0.3:n"))))
 	d := newSubscription(typeAddress, "n")
 	d.publish(first)
 	check(t, d.request(&discoverypb.DeltaDiscoveryRequest{TypeUrl: typeAddress}, time.Now()))

@@ -18,10 +18,11 @@
 //   - The first answer to a type is sent even if empty. Names of initial_resource_versions that are gone are removed,
 //     resources of the same version are not sent again.
 //   - A reply with error_detail is recorded and never answered; a stale nonce counts as neither ACK nor NACK.
-//   - No names is the wildcard. Subscribing to and unsubscribing from "*" at once is "on demand": the first answer holds
-//     the node's own workloads, "network/ip" is answered with that as alias, a service brings its workloads along, an
-//     unknown name is answered in removed_resources.
-//   - Codes and texts of refused calls, the default life of a certificate (24 h), and that more than 90 days are refused.
+//   - No names is the wildcard. Subscribing to and unsubscribing from "*" at once is "on demand": the first answer
+//     holds the node's own workloads, "network/ip" is answered with that as alias, a service brings its workloads
+//     along, an unknown name is answered in removed_resources.
+//   - Codes and texts of refused calls, the default life of a certificate (24 h), and that more than 90 days are
+//     refused.
 //
 // # Where it differs
 //
@@ -62,14 +63,14 @@
 //     4,096 places, with 30 s each. TLS has 5 s. The bounds fit themselves to the process's open files.
 //   - 2026-11-23: a client certificate counts by the hash of its key in nodes/, not by its name: certificates of
 //     workloads come from the same CA and must not open the control plane.
-//   - 2026-11-28: a node that leaves loses all that it has. Each certificate is noted in issued/ before the node gets it;
-//     leaving turns the notes into entries of a CRL, which nodes follow by a stream of their own (revocations.go) rather
-//     than as an xDS type: ADS is istiod's protocol, and a client that asks istiod for an unknown type is on its own.
-//     Whoever joins anew (--renew) loses the client certificate alone: its workloads must go on. crl.pem is for whoever
-//     reads files (CRL_PATH of a real ztunnel).
-//   - 2026-11-28: a node may ask for what life it likes and gets 24 h at most (--max-life): what no list reaches ends by
-//     itself in a day. Shortened and not refused: a node with SECRET_TTL=72h goes on to work.
-//   - 2026-11-28: client certificates are judged with the call and not in the handshake, so that a node whose certificate
-//     has expired goes on by its token, visibly. A daemon renews its own at two thirds of its life, for the same key
-//     (the key is what nodes/ knows), by the call that signs for the node's proxy.
+//   - 2026-11-28: a node that leaves loses all that it has. Each certificate is noted in issued/ before the node gets
+//     it; leaving turns the notes into entries of a CRL, which nodes follow by a stream of their own (revocations.go)
+//     rather than as an xDS type: ADS is istiod's protocol, and a client that asks istiod for an unknown type is on
+//     its own. Whoever joins anew (--renew) loses the client certificate alone: its workloads must go on. crl.pem is
+//     for whoever reads files (CRL_PATH of a real ztunnel).
+//   - 2026-11-28: a node may ask for what life it likes and gets 24 h at most (--max-life): what no list reaches ends
+//     by itself in a day. Shortened and not refused: a node with SECRET_TTL=72h goes on to work.
+//   - 2026-11-28: client certificates are judged with the call and not in the handshake, so that a node whose
+//     certificate has expired goes on by its token, visibly. A daemon renews its own at two thirds of its life, for
+//     the same key (the key is what nodes/ knows), by the call that signs for the node's proxy.
 package control

@@ -84,7 +84,8 @@ func EncodeWorkload(w *state.Workload) *workloadpb.Address {
 	case state.TunnelNone:
 		m.ApplicationTunnel = &workloadpb.ApplicationTunnel{Port: uint32(w.Tunnel.Port)}
 	case state.TunnelProxy:
-		m.ApplicationTunnel = &workloadpb.ApplicationTunnel{Protocol: workloadpb.ApplicationTunnel_PROXY, Port: uint32(w.Tunnel.Port)}
+		m.ApplicationTunnel = &workloadpb.ApplicationTunnel{Protocol: workloadpb.ApplicationTunnel_PROXY,
+			Port: uint32(w.Tunnel.Port)}
 	}
 	if len(w.Services) > 0 {
 		m.Services = make(map[string]*workloadpb.PortList, len(w.Services))
@@ -133,7 +134,8 @@ func EncodeService(s *state.Service) *workloadpb.Address {
 	}
 	for i := range s.WeightedWaypoints {
 		w := &s.WeightedWaypoints[i]
-		m.WeightedWaypoints = append(m.WeightedWaypoints, &workloadpb.WeightedWaypoint{Destination: encodeGateway(&w.Destination), Weight: w.Weight})
+		m.WeightedWaypoints = append(m.WeightedWaypoints,
+			&workloadpb.WeightedWaypoint{Destination: encodeGateway(&w.Destination), Weight: w.Weight})
 	}
 	if s.Visibility == state.NamespaceOnly {
 		m.Visibility = workloadpb.Service_NAMESPACE
@@ -159,7 +161,8 @@ func encodeGateway(g *state.GatewayAddress) *workloadpb.GatewayAddress {
 	}
 	m := &workloadpb.GatewayAddress{HboneMtlsPort: uint32(g.Port)}
 	if g.Host.Hostname != "" {
-		m.Destination = &workloadpb.GatewayAddress_Hostname{Hostname: &workloadpb.NamespacedHostname{Namespace: g.Host.Namespace, Hostname: g.Host.Hostname}}
+		m.Destination = &workloadpb.GatewayAddress_Hostname{
+			Hostname: &workloadpb.NamespacedHostname{Namespace: g.Host.Namespace, Hostname: g.Host.Hostname}}
 	} else {
 		m.Destination = &workloadpb.GatewayAddress_Address{Address: encodeAddress(g.Addr)}
 	}

@@ -151,7 +151,11 @@ func TestDefaults(t *testing.T) {
 	check(t, proto.Unmarshal(f.encoded[0].payload, got))
 	compare(t, got, &workloadpb.Address{}, `workload { uid: "u" namespace: "n" trust_domain: "example.org" }`)
 	// What equals the default of the wire is left out.
-	g := &file{local: parse(t, "workloads: [{uid: u, namespace: n, trustDomain: cluster.local, serviceAccount: default, clusterId: Kubernetes, workloadType: deployment, workloadIps: [], services: {}}]")}
+	g :=
+		&file{
+			local: parse(t,
+				"workloads: [{uid: u, namespace: n, trustDomain: cluster.local, serviceAccount: default, clusterId: Kubernetes, "+
+					"workloadType: deployment, workloadIps: [], services: {}}]")}
 	check(t, g.encode("example.org"))
 	check(t, proto.Unmarshal(g.encoded[0].payload, got))
 	compare(t, got, &workloadpb.Address{}, `workload { uid: "u" namespace: "n" }`)
@@ -162,7 +166,8 @@ func TestVersion(t *testing.T) {
 	r, err := newResource("", &workloadpb.Address{})
 	check(t, err)
 	equal(t, "xxhash64 of nothing", r.version, "ef46db3751d8e999")
-	if _, err := newResource("x", &workloadpb.Service{Name: "\xff"}); err == nil || !strings.Contains(err.Error(), "UTF-8") {
+	if _, err := newResource("x", &workloadpb.Service{Name: "\xff"}); err == nil ||
+		!strings.Contains(err.Error(), "UTF-8") {
 		t.Fatal(err)
 	}
 }

@@ -16,14 +16,16 @@ func TestExampleLoads(t *testing.T) {
 	b, err := os.ReadFile(path)
 	check(t, err)
 	text := string(b)
-	if strings.Contains(text, "@") || !strings.Contains(text, "!Exact example.org/ns/shop/sa/front") || strings.Contains(text, "cluster.local/ns") {
+	if strings.Contains(text, "@") || !strings.Contains(text, "!Exact example.org/ns/shop/sa/front") ||
+		strings.Contains(text, "cluster.local/ns") {
 		t.Errorf("the trust domain is not in its place:\n%s", text)
 	}
 	load := func(what string, workloads, services, policies int) SnapshotStatus {
 		t.Helper()
 		st, err := Check(dir, "")
 		check(t, err)
-		if st.ErrorCount != 0 || st.WarningCount != 0 || st.Workloads != workloads || st.Services != services || st.Policies != policies {
+		if st.ErrorCount != 0 || st.WarningCount != 0 || st.Workloads != workloads || st.Services != services ||
+			st.Policies != policies {
 			t.Errorf("%s: %+v", what, st)
 		}
 		return st
@@ -38,10 +40,13 @@ func TestExampleLoads(t *testing.T) {
 	check(t, os.WriteFile(path, []byte(all), 0o644))
 	load("with all optional lines", 3, 1, 2)
 	// A slip of the pen is named, with what was meant.
-	check(t, os.WriteFile(path, []byte(strings.Replace(text, "  serviceAccount: front", "  serviceAcount: front", 1)), 0o644))
+	check(t, os.WriteFile(path, []byte(strings.Replace(text, "  serviceAccount: front", "  serviceAcount: front", 1)),
+		0o644))
 	st, err := Check(dir, "")
 	check(t, err)
-	if st.ErrorCount != 1 || !strings.Contains(st.Errors[0].String(), `example.yaml:15: workloads[0].serviceAcount: unknown key; did you mean "serviceAccount"?`) {
+	if st.ErrorCount != 1 ||
+		!strings.Contains(st.Errors[0].String(),
+			`example.yaml:15: workloads[0].serviceAcount: unknown key; did you mean "serviceAccount"?`) {
 		t.Errorf("%+v", st.Errors)
 	}
 }

@@ -24,7 +24,8 @@ func FuzzRequests(f *testing.F) {
 	}
 	add(request("", ""))
 	add(request("*", "*", "/10.0.0.2=", "u/x=1"), request("/10.0.0.2 shop/stock.host //", "u/x *"))
-	add(request("* /10.10.0.1", "*"), &discoverypb.DeltaDiscoveryRequest{ResponseNonce: "v1-1", ErrorDetail: &discoverypb.Status{Message: "x"}})
+	add(request("* /10.10.0.1", "*"), &discoverypb.DeltaDiscoveryRequest{ResponseNonce: "v1-1",
+		ErrorDetail: &discoverypb.Status{Message: "x"}})
 	f.Fuzz(func(t *testing.T, first, second []byte) {
 		for _, url := range []string{typeAddress, typeAuthorization} {
 			d := newSubscription(url, "node-a")

@@ -176,9 +176,10 @@ type client struct {
 }
 
 func nodeOf(name string) *discoverypb.Node {
-	return &discoverypb.Node{Id: "ztunnel~10.0.0.9~zt.istio-system~istio-system.svc.cluster.local", Metadata: &structpb.Struct{
-		Fields: map[string]*structpb.Value{"NODE_NAME": structpb.NewStringValue(name)},
-	}}
+	return &discoverypb.Node{Id: "ztunnel~10.0.0.9~zt.istio-system~istio-system.svc.cluster.local",
+		Metadata: &structpb.Struct{
+			Fields: map[string]*structpb.Value{"NODE_NAME": structpb.NewStringValue(name)},
+		}}
 }
 
 // connect opens a stream of a node, by token.
@@ -192,7 +193,8 @@ func (w *world) open(cc *grpc.ClientConn, ctx context.Context, node string) *cli
 	ctx, cancel := context.WithCancel(ctx)
 	rpc, err := discoverypb.NewAggregatedDiscoveryServiceClient(cc).DeltaAggregatedResources(ctx)
 	check(w.t, err)
-	c := &client{t: w.t, rpc: rpc, cancel: cancel, node: nodeOf(node), got: make(chan *discoverypb.DeltaDiscoveryResponse), err: make(chan error, 1)}
+	c := &client{t: w.t, rpc: rpc, cancel: cancel, node: nodeOf(node), got: make(chan *discoverypb.DeltaDiscoveryResponse),
+		err: make(chan error, 1)}
 	go func() {
 		for {
 			m, err := rpc.Recv()
@@ -245,7 +247,8 @@ func (c *client) ack(m *discoverypb.DeltaDiscoveryResponse) {
 
 func (c *client) nack(m *discoverypb.DeltaDiscoveryResponse, text string) {
 	c.t.Helper()
-	c.send(&discoverypb.DeltaDiscoveryRequest{TypeUrl: m.TypeUrl, ResponseNonce: m.Nonce, ErrorDetail: &discoverypb.Status{Message: text}})
+	c.send(&discoverypb.DeltaDiscoveryRequest{TypeUrl: m.TypeUrl, ResponseNonce: m.Nonce,
+		ErrorDetail: &discoverypb.Status{Message: text}})
 }
 
 // silent fails if a message arrives.
@@ -334,7 +337,8 @@ func workloadsYAML(specs ...string) string {
 	b.WriteString("workloads:\n")
 	for _, s := range specs {
 		p := strings.Split(s, ":")
-		fmt.Fprintf(b, "- {uid: u/%s, name: %s, namespace: ns, serviceAccount: sa-%s, workloadIps: [%s], node: %s, protocol: HBONE, services: {}}\n", p[0], p[0], p[0], p[1], p[2])
+		fmt.Fprintf(b, "- {uid: u/%s, name: %s, namespace: ns, serviceAccount: sa-%s, workloadIps: [%s], node: %s, "+
+			"protocol: HBONE, services: {}}\n", p[0], p[0], p[0], p[1], p[2])
 	}
 	return b.String()
 }
@@ -351,10 +355,14 @@ func crowd(n int) *xds.Local {
 	for i := range n {
 		name := fmt.Sprintf("pod-%d-7d9f6c5b8-x2k4z", i)
 		l.Workloads = append(l.Workloads, &state.Workload{
-			UID: "Kubernetes//Pod/crowd/" + name, Name: name, Namespace: "crowd", ServiceAccount: fmt.Sprint("sa-", i%50), Node: fmt.Sprint("node-", i%500),
-			WorkloadName: "deployment-name", CanonicalName: "deployment-name", CanonicalRevision: "latest", Protocol: state.HBONE, Capacity: 1,
+			UID: "Kubernetes//Pod/crowd/" + name, Name: name, Namespace: "crowd", ServiceAccount: fmt.Sprint("sa-", i%50),
+			Node:         fmt.Sprint("node-", i%500),
+			WorkloadName: "deployment-name", CanonicalName: "deployment-name", CanonicalRevision: "latest",
+			Protocol: state.HBONE, Capacity: 1,
 			Addresses: nil, Locality: state.Locality{Region: "region-1", Zone: "zone-a"},
-			Services: []state.WorkloadService{{Service: state.ServiceKey{Namespace: "crowd", Hostname: fmt.Sprintf("svc-%d.crowd.svc.cluster.local", i/10%max(1, n/10))}, Ports: state.PortMap{{Service: 80, Target: 8080}}}},
+			Services: []state.WorkloadService{
+				{Service: state.ServiceKey{Namespace: "crowd", Hostname: fmt.Sprintf("svc-%d.crowd.svc.cluster.local",
+					i/10%max(1, n/10))}, Ports: state.PortMap{{Service: 80, Target: 8080}}}},
 		})
 		l.Workloads[i].Addresses = append(l.Workloads[i].Addresses, addr4(0x0a000000+i))
 	}

@@ -180,7 +180,8 @@ func (s *issuedStore) makeList(now time.Time) error {
 		err = fmt.Errorf("%d revoked certificates, of which the list has the %d that live longest", len(all), maxRevoked)
 		all = all[:maxRevoked]
 	}
-	t := &x509.RevocationList{Number: big.NewInt(now.UnixNano()), ThisUpdate: now.Add(-backdate), NextUpdate: now.Add(crlLife)}
+	t := &x509.RevocationList{Number: big.NewInt(now.UnixNano()), ThisUpdate: now.Add(-backdate),
+		NextUpdate: now.Add(crlLife)}
 	for _, c := range all {
 		t.RevokedCertificateEntries = append(t.RevokedCertificateEntries, x509.RevocationListEntry{
 			SerialNumber: new(big.Int).SetBytes([]byte(c.serial)), RevocationTime: now.Add(-backdate),

@@ -46,7 +46,8 @@ const DefaultLife = 365 * 24 * time.Hour
 
 // nodeIdentity is the SPIFFE id of every node's proxy, that of ztunnel in an Istio mesh.
 func nodeIdentity(trustDomain string) identity.ID {
-	return identity.ID{TrustDomain: or(trustDomain, defaultTrustDomain), Namespace: "istio-system", ServiceAccount: "ztunnel"}
+	return identity.ID{TrustDomain: or(trustDomain, defaultTrustDomain), Namespace: "istio-system",
+		ServiceAccount: "ztunnel"}
 }
 
 // example is the file that Init writes, but for the trust domain.
@@ -73,7 +74,8 @@ func Init(dir, trustDomain string) error {
 	if l, err := os.ReadDir(mesh); err != nil || len(l) > 0 {
 		return err // a mesh that is there already
 	}
-	return ca.WriteFile(filepath.Join(mesh, "example.yaml"), 0o644, []byte(strings.ReplaceAll(example, "@TRUST_DOMAIN@", trustDomain)))
+	return ca.WriteFile(filepath.Join(mesh, "example.yaml"), 0o644,
+		[]byte(strings.ReplaceAll(example, "@TRUST_DOMAIN@", trustDomain)))
 }
 
 // JoinOptions say who joins.
@@ -93,7 +95,8 @@ func Join(ctx context.Context, o JoinOptions) error {
 	}
 	path := filepath.Join(o.Dir, nodesDir, o.Node+".json")
 	if _, err := os.Stat(path); err == nil && !o.Renew {
-		return fmt.Errorf("node %s has joined (%s): %w; --renew makes new credentials and ends the old ones", o.Node, path, fs.ErrExist)
+		return fmt.Errorf("node %s has joined (%s): %w; --renew makes new credentials and ends the old ones", o.Node, path,
+			fs.ErrExist)
 	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -155,7 +158,8 @@ func Join(ctx context.Context, o JoinOptions) error {
 	if err := writeNode(filepath.Join(o.Dir, nodesDir), record); err != nil {
 		return err
 	}
-	return appendSigned(filepath.Join(o.Dir, issuedDir), o.Node, signed{string(chain[0].SerialNumber.Bytes()), chain[0].NotAfter.Unix()})
+	return appendSigned(filepath.Join(o.Dir, issuedDir), o.Node, signed{string(chain[0].SerialNumber.Bytes()),
+		chain[0].NotAfter.Unix()})
 }
 
 // replaced revokes the client certificate of a node that joins anew. Its workloads' certificates stay: they are renewed
@@ -179,11 +183,12 @@ func replaced(dir, node string, now time.Time) error {
 	if err := os.MkdirAll(filepath.Join(dir, issuedDir), 0o700); err != nil {
 		return err
 	}
-	return writeSigned(leftPath(filepath.Join(dir, issuedDir), node, now), []signed{{string(serial.Bytes()), old.Expires.Unix()}})
+	return writeSigned(leftPath(filepath.Join(dir, issuedDir), node, now),
+		[]signed{{string(serial.Bytes()), old.Expires.Unix()}})
 }
 
-// Leave ends the credentials of a node. A running control plane ends the node's streams within seconds, and revokes what
-// certificates the node has: the other nodes learn of it by the revocation list that they follow.
+// Leave ends the credentials of a node. A running control plane ends the node's streams within seconds, and revokes
+// what certificates the node has: the other nodes learn of it by the revocation list that they follow.
 func Leave(dir, node string) error {
 	if err := checkNodeName(node); err != nil {
 		return err

@@ -12,8 +12,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-// The names by which dashboards and alerts know the control plane: an interface, to be changed like one. A test compares them with
-// docs/metrics.md.
+// The names by which dashboards and alerts know the control plane: an interface, to be changed like one. A test
+// compares them with docs/metrics.md.
 
 // gauge is a metric of the whole, and where a Status has it. A time that is zero has no sample.
 type gauge struct {
@@ -22,18 +22,41 @@ type gauge struct {
 }
 
 var gauges = []gauge{
-	{"snapshot_version", "Versions of the mesh published since the start; 0: nothing yet.", func(s *Status) float64 { return float64(s.Snapshot.Version) }},
-	{"snapshot_published_timestamp_seconds", "When the newest version was published, in Unix time.", func(s *Status) float64 { return unixTime(s.Snapshot.PublishedAt) }},
-	{"snapshot_workloads", "Workloads that are published.", func(s *Status) float64 { return float64(s.Snapshot.Workloads) }},
+	{"snapshot_version", "Versions of the mesh published since the start; 0: nothing yet.", func(s *Status) float64 {
+		return float64(s.Snapshot.Version)
+	}},
+	{"snapshot_published_timestamp_seconds", "When the newest version was published, in Unix time.",
+		func(s *Status) float64 {
+			return unixTime(s.Snapshot.PublishedAt)
+		}},
+	{"snapshot_workloads", "Workloads that are published.", func(s *Status) float64 {
+		return float64(s.Snapshot.Workloads)
+	}},
 	{"snapshot_services", "Services that are published.", func(s *Status) float64 { return float64(s.Snapshot.Services) }},
 	{"snapshot_policies", "Policies that are published.", func(s *Status) float64 { return float64(s.Snapshot.Policies) }},
-	{"directory_errors", "Errors in the mesh's directory: while there are any, what is published is older.", func(s *Status) float64 { return float64(s.Snapshot.ErrorCount) }},
-	{"directory_warnings", "Warnings about the mesh's directory.", func(s *Status) float64 { return float64(s.Snapshot.WarningCount) }},
-	{"directory_load_seconds", "How long the last load of the directory took.", func(s *Status) float64 { return s.Snapshot.LoadSeconds }},
-	{"certificate_expiry_timestamp_seconds", "When the server's own certificate ends, in Unix time.", func(s *Status) float64 { return unixTime(s.Certificate.NotAfter) }},
-	{"revoked_certificates", "Certificates of nodes that have left and that have not expired.", func(s *Status) float64 { return float64(s.Revoked.Certificates) }},
-	{"nodes_not_joined", "Nodes that workloads name and that have no credentials, at most 100.", func(s *Status) float64 { return float64(len(s.NotJoined)) }},
-	{"credential_problems", "Files of nodes' credentials that cannot be used.", func(s *Status) float64 { return float64(len(s.Problems)) }},
+	{"directory_errors", "Errors in the mesh's directory: while there are any, what is published is older.",
+		func(s *Status) float64 {
+			return float64(s.Snapshot.ErrorCount)
+		}},
+	{"directory_warnings", "Warnings about the mesh's directory.", func(s *Status) float64 {
+		return float64(s.Snapshot.WarningCount)
+	}},
+	{"directory_load_seconds", "How long the last load of the directory took.", func(s *Status) float64 {
+		return s.Snapshot.LoadSeconds
+	}},
+	{"certificate_expiry_timestamp_seconds", "When the server's own certificate ends, in Unix time.",
+		func(s *Status) float64 {
+			return unixTime(s.Certificate.NotAfter)
+		}},
+	{"revoked_certificates", "Certificates of nodes that have left and that have not expired.", func(s *Status) float64 {
+		return float64(s.Revoked.Certificates)
+	}},
+	{"nodes_not_joined", "Nodes that workloads name and that have no credentials, at most 100.", func(s *Status) float64 {
+		return float64(len(s.NotJoined))
+	}},
+	{"credential_problems", "Files of nodes' credentials that cannot be used.", func(s *Status) float64 {
+		return float64(len(s.Problems))
+	}},
 }
 
 // totals are the counters of Status.Counters.
@@ -51,8 +74,9 @@ var totals = map[string]struct{ name, help string }{
 	"nacks":              {"nacks_total", "Messages that nodes have rejected."},
 	"stale":              {"stale_replies_total", "Replies to another message than the last."},
 	"signed":             {"certificates_signed_total", "Certificates issued to workloads and nodes."},
-	"signRefused":        {"certificates_refused_total", "Requests for certificates that were refused: for an identity that is not the node's, or malformed."},
-	"signLimited":        {"certificates_limited_total", "Requests for certificates beyond a node's rate."},
+	"signRefused": {"certificates_refused_total",
+		"Requests for certificates that were refused: for an identity that is not the node's, or malformed."},
+	"signLimited": {"certificates_limited_total", "Requests for certificates beyond a node's rate."},
 }
 
 // collector exports a Status at each scrape. Nodes are told apart by name: there are as many as have joined.
@@ -69,7 +93,8 @@ type collector struct {
 func newCollector(s *Server) *collector {
 	d := func(name, help string, labels ...string) *prometheus.Desc {
 		if strings.HasSuffix(name, "_seconds") {
-			return prometheus.V2.NewDesc("ztun_control_"+name, help, prometheus.UnconstrainedLabels(labels), nil, prometheus.WithUnit("seconds"))
+			return prometheus.V2.NewDesc("ztun_control_"+name, help, prometheus.UnconstrainedLabels(labels), nil,
+				prometheus.WithUnit("seconds"))
 		}
 		return prometheus.NewDesc("ztun_control_"+name, help, labels, nil)
 	}
@@ -83,12 +108,16 @@ func newCollector(s *Server) *collector {
 		},
 		connected: d("node_connected", "Whether a node that has joined has a stream.", "node"),
 		pods:      d("node_pods", "Workloads that are published for a node.", "node"),
-		expires:   d("node_certificate_expiry_timestamp_seconds", "When a node's client certificate ends, in Unix time.", "node"),
-		acked:     d("node_acknowledged_version", "The newest version that a node has been sent entirely and has replied to.", "node", "type"),
-		lag:       d("node_lag_versions", "Versions that a node is behind.", "node", "type"),
-		behind:    d("node_lag_seconds", "For how long a node has been behind.", "node", "type"),
-		rejects:   d("node_rejecting", "1: the node's last reply was a rejection.", "node", "type"),
-		turned:    d("bounded_total", "What a bound turned away: places that were taken from the greediest source, and newcomers that got none.", "resource", "outcome"),
+		expires: d("node_certificate_expiry_timestamp_seconds", "When a node's client certificate ends, in Unix time.",
+			"node"),
+		acked: d("node_acknowledged_version", "The newest version that a node has been sent entirely and has replied to.",
+			"node", "type"),
+		lag:     d("node_lag_versions", "Versions that a node is behind.", "node", "type"),
+		behind:  d("node_lag_seconds", "For how long a node has been behind.", "node", "type"),
+		rejects: d("node_rejecting", "1: the node's last reply was a rejection.", "node", "type"),
+		turned: d("bounded_total",
+			"What a bound turned away: places that were taken from the greediest source, and newcomers that got none.",
+			"resource", "outcome"),
 	}
 	for _, g := range gauges {
 		c.gauges = append(c.gauges, d(g.name, g.help))
@@ -142,7 +171,8 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-// byNode is the newest stream of each node: it may have another while that is being replaced. The list is sorted by node and time.
+// byNode is the newest stream of each node: it may have another while that is being replaced. The list is sorted by
+// node and time.
 func byNode(all []NodeStatus) []NodeStatus {
 	out := all[:0:0]
 	for _, n := range all {
@@ -174,6 +204,8 @@ func truth(b bool) float64 {
 // metrics is the handler of /metrics. Two scrapes at a time; the others are told to come again.
 func (s *Server) metrics() http.Handler {
 	r := prometheus.NewRegistry()
-	r.MustRegister(newCollector(s), collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	return promhttp.HandlerFor(r, promhttp.HandlerOpts{MaxRequestsInFlight: 2, EnableOpenMetrics: true, ErrorLog: log.New(io.Discard, "", 0), ErrorHandling: promhttp.ContinueOnError})
+	r.MustRegister(newCollector(s), collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return promhttp.HandlerFor(r, promhttp.HandlerOpts{MaxRequestsInFlight: 2, EnableOpenMetrics: true,
+		ErrorLog: log.New(io.Discard, "", 0), ErrorHandling: promhttp.ContinueOnError})
 }

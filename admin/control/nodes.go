@@ -125,7 +125,8 @@ func (s *nodeStore) rescanLocked(now time.Time) {
 			continue
 		}
 		if len(files) == maxNodes {
-			s.problems = append(s.problems, Problem{File: "nodes", Text: fmt.Sprintf("more than %d files: the rest is ignored", maxNodes)})
+			s.problems = append(s.problems,
+				Problem{File: "nodes", Text: fmt.Sprintf("more than %d files: the rest is ignored", maxNodes)})
 			break
 		}
 		files[e.Name()] = s.load(e)
@@ -134,12 +135,15 @@ func (s *nodeStore) rescanLocked(now time.Time) {
 	for _, name := range slices.Sorted(maps.Keys(files)) {
 		f := files[name]
 		if !f.ok {
-			s.problems = append(s.problems, Problem{File: "nodes/" + name, Text: "cannot be used: run ztun control join --renew for this node"})
+			s.problems = append(s.problems,
+				Problem{File: "nodes/" + name, Text: "cannot be used: run ztun control join --renew for this node"})
 			continue
 		}
 		token, key := enter(byToken, f.node.Token, f.node.Node), enter(byKey, f.node.Key, f.node.Node)
 		if !token || !key {
-			s.problems = append(s.problems, Problem{File: "nodes/" + name, Text: "has a credential of another node, for which it counts: run ztun control join --renew for this node"})
+			s.problems = append(s.problems,
+				Problem{File: "nodes/" + name,
+					Text: "has a credential of another node, for which it counts: run ztun control join --renew for this node"})
 		}
 	}
 	lost := lacks(byToken, s.byToken) || lacks(byKey, s.byKey)
@@ -320,7 +324,9 @@ func (s *nodeStore) authenticate(ctx context.Context, md metadata.MD) (*caller, 
 	cert, err := clientCert(ctx, time.Now())
 	switch {
 	case err != nil && !c.hasToken:
-		return nil, fmt.Errorf("the client certificate does not count (%w) and there is no token: run ztun control join --renew for this node", err)
+		return nil,
+			fmt.Errorf("the client certificate does not count (%w) and there is no token: run ztun control join --renew for "+
+				"this node", err)
 	case err != nil:
 		c.certErr = err
 	case cert != nil:
@@ -333,7 +339,9 @@ func (s *nodeStore) authenticate(ctx context.Context, md metadata.MD) (*caller, 
 			c.node, c.hasKey = node, true
 			c.how = strings.TrimPrefix(c.how+"+certificate", "+")
 		case !c.hasToken:
-			return nil, errors.New("the client certificate is not one that ztun control join made (or the node was removed, or joined anew)")
+			return nil,
+				errors.New(
+					"the client certificate is not one that ztun control join made (or the node was removed, or joined anew)")
 		}
 	}
 	if !c.hasToken && !c.hasKey {
@@ -351,8 +359,8 @@ func bearer(md metadata.MD) (string, bool) {
 	return "", false
 }
 
-// clientCert returns the connection's client certificate, nil if it has none, or why it does not count. TLS has seen that
-// the client has its key; whose it is and until when is looked at here, so that a token can stand in.
+// clientCert returns the connection's client certificate, nil if it has none, or why it does not count. TLS has seen
+// that the client has its key; whose it is and until when is looked at here, so that a token can stand in.
 func clientCert(ctx context.Context, now time.Time) (*x509.Certificate, error) {
 	i := infoOf(ctx)
 	switch {

@@ -12,7 +12,8 @@ import (
 // FuzzNode: any file is a node's with a credential, and survives being written again, or it is none.
 func FuzzNode(f *testing.F) {
 	sum := strings.Repeat("ab", 32)
-	f.Add("node-a.json", `{"node":"node-a","created":"2026-11-23T12:00:00Z","tokenSHA256":"`+sum+`","publicKeySHA256":"`+sum+`","certificateNotAfter":"2027-11-23T12:00:00Z"}`)
+	f.Add("node-a.json", `{"node":"node-a","created":"2026-11-23T12:00:00Z","tokenSHA256":"`+sum+`","publicKeySHA256":"`+
+		sum+`","certificateNotAfter":"2027-11-23T12:00:00Z"}`)
 	f.Add("x.json", `{"node":"x"}`)
 	f.Add(".json", `{"tokenSHA256":"`+sum+`"}`)
 	f.Fuzz(func(t *testing.T, name, text string) {
@@ -36,7 +37,8 @@ func FuzzNode(f *testing.F) {
 	})
 }
 
-// A credential that two files have is the first's; both are there, and the second is reported. What is no file of a node is, too.
+// A credential that two files have is the first's; both are there, and the second is reported. What is no file of a
+// node is, too.
 func TestNodeFiles(t *testing.T) {
 	dir := t.TempDir()
 	sum := func(c string) string { return strings.Repeat(c, 64) }
@@ -53,7 +55,8 @@ func TestNodeFiles(t *testing.T) {
 	s := newNodeStore(dir)
 	s.rescan()
 	nodes, problems := s.joined()
-	if len(nodes) != 2 || len(problems) != 5 || !strings.Contains(problems[0].String(), "nodes/b.json: has a credential of another node") {
+	if len(nodes) != 2 || len(problems) != 5 ||
+		!strings.Contains(problems[0].String(), "nodes/b.json: has a credential of another node") {
 		t.Fatal(nodes, problems)
 	}
 	h, _ := parseHash(sum("a"))

@@ -24,7 +24,8 @@ func fetch(t *testing.T, url string) (string, http.Header) {
 	return string(b), resp.Header
 }
 
-// TestMetrics: a scrape tells the nodes, what they have acknowledged and what was pushed; each counter of the status has a name.
+// TestMetrics: a scrape tells the nodes, what they have acknowledged and what was pushed; each counter of the status
+// has a name.
 func TestMetrics(t *testing.T) {
 	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a", "y:10.0.0.2:node-a")}, nil)
 	defer http.DefaultClient.CloseIdleConnections()
@@ -38,9 +39,12 @@ func TestMetrics(t *testing.T) {
 		return strings.Contains(text, `ztun_control_node_acknowledged_version{node="node-a",type="Address"} 1`)
 	})
 	for _, want := range []string{
-		`ztun_control_node_connected{node="node-a"} 1`, `ztun_control_node_connected{node="node-b"} 0`, `ztun_control_node_pods{node="node-a"} 2`,
-		`ztun_control_node_lag_versions{node="node-a",type="Address"} 0`, `ztun_control_node_rejecting{node="node-a",type="Address"} 0`,
-		"ztun_control_pushes_total 1", "ztun_control_acks_total 1", "ztun_control_snapshot_workloads 2", "ztun_control_directory_errors 0", "process_open_fds ",
+		`ztun_control_node_connected{node="node-a"} 1`, `ztun_control_node_connected{node="node-b"} 0`,
+		`ztun_control_node_pods{node="node-a"} 2`,
+		`ztun_control_node_lag_versions{node="node-a",type="Address"} 0`,
+		`ztun_control_node_rejecting{node="node-a",type="Address"} 0`,
+		"ztun_control_pushes_total 1", "ztun_control_acks_total 1", "ztun_control_snapshot_workloads 2",
+		"ztun_control_directory_errors 0", "process_open_fds ",
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %s in\n%s", want, text)
@@ -74,7 +78,8 @@ func TestPage(t *testing.T) {
 		if !strings.Contains(h.Get("Content-Security-Policy"), "default-src 'none'") {
 			t.Fatal(h)
 		}
-		return strings.Contains(body, "node-a") && strings.Contains(body, "waiting for reply") && strings.Contains(body, "ns/x")
+		return strings.Contains(body, "node-a") && strings.Contains(body, "waiting for reply") &&
+			strings.Contains(body, "ns/x")
 	})
 	req, err := http.NewRequest("GET", base+"/", nil)
 	check(t, err)
@@ -90,9 +95,12 @@ func TestPage(t *testing.T) {
 		now := time.Now()
 		p, err := page.New(pageText, func() any {
 			problem := []Problem{{File: x, Line: 1, Key: x, Text: x}}
-			return pageOf(Status{Now: now, Listen: []string{x}, Snapshot: SnapshotStatus{Version: 1, PublishedAt: now, ErrorCount: 1, Errors: problem, Warnings: problem},
-				Certificate: CertificateStatus{NotAfter: now.Add(time.Hour), Error: x}, Revoked: RevocationStatus{Problem: x}, Problems: problem, NotJoined: []string{x}, Counters: map[string]uint64{"messages": 1},
-				Nodes: []NodeStatus{{Node: x, Connected: true, Since: now, Peer: x, Auth: x, ID: x, CertificateNotAfter: now.Add(time.Hour), CertificateProblem: x, Pods: 1, PodNames: []string{x},
+			return pageOf(Status{Now: now, Listen: []string{x}, Snapshot: SnapshotStatus{Version: 1, PublishedAt: now,
+				ErrorCount: 1, Errors: problem, Warnings: problem},
+				Certificate: CertificateStatus{NotAfter: now.Add(time.Hour), Error: x}, Revoked: RevocationStatus{Problem: x},
+				Problems: problem, NotJoined: []string{x}, Counters: map[string]uint64{"messages": 1},
+				Nodes: []NodeStatus{{Node: x, Connected: true, Since: now, Peer: x, Auth: x, ID: x,
+					CertificateNotAfter: now.Add(time.Hour), CertificateProblem: x, Pods: 1, PodNames: []string{x},
 					Types: []TypeStatus{{Type: x, NACKs: 1, LastNACK: x, LastNACKAt: now, Rejecting: true, Lag: 1, LagSeconds: 5}}}}})
 		})
 		check(t, err)
@@ -105,7 +113,8 @@ func TestPage(t *testing.T) {
 		return times.ReplaceAllString(strings.Join(tags.FindAllString(rec.Body.String(), -1), "\n"), "")
 	}
 	want := shape("harmless")
-	for _, x := range []string{`<script>alert(1)</script>`, `"><img src=x onerror=alert(1)>`, `' onload='alert(1)`, "</script><svg onload=alert(1)>", "a\u202eb"} {
+	for _, x := range []string{`<script>alert(1)</script>`, `"><img src=x onerror=alert(1)>`, `' onload='alert(1)`,
+		"</script><svg onload=alert(1)>", "a\u202eb"} {
 		if shape(x) != want {
 			t.Errorf("%q changes the page's tags", x)
 		}
@@ -117,8 +126,10 @@ func TestNodesInTrouble(t *testing.T) {
 	sync := []TypeStatus{{Type: "Address", SentNonce: "v1", AckedNonce: "v1", Synced: 1}}
 	now := time.Now()
 	p := pageOf(Status{Nodes: []NodeStatus{
-		{Node: "a", Connected: true, Since: now.Add(-time.Hour), Types: []TypeStatus{{Rejecting: true}}}, {Node: "a", Connected: true, Since: now, Types: sync},
-		{Node: "b", Connected: true, Types: []TypeStatus{{SentNonce: "v1", Lag: 1, Waiting: true}}}, {Node: "c"}, {Node: "d", Connected: true, Types: []TypeStatus{sync[0], {Rejecting: true}}}, {Node: "e", Connected: true},
+		{Node: "a", Connected: true, Since: now.Add(-time.Hour), Types: []TypeStatus{{Rejecting: true}}},
+		{Node: "a", Connected: true, Since: now, Types: sync},
+		{Node: "b", Connected: true, Types: []TypeStatus{{SentNonce: "v1", Lag: 1, Waiting: true}}}, {Node: "c"},
+		{Node: "d", Connected: true, Types: []TypeStatus{sync[0], {Rejecting: true}}}, {Node: "e", Connected: true},
 	}})
 	got := ""
 	for _, n := range p.Shown {

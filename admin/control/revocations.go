@@ -18,9 +18,10 @@ func revocationsDesc() *grpc.ServiceDesc {
 	return &grpc.ServiceDesc{
 		ServiceName: ca.RevocationsService,
 		HandlerType: (*any)(nil),
-		Streams: []grpc.StreamDesc{{StreamName: ca.RevocationsWatch, ServerStreams: true, Handler: func(srv any, st grpc.ServerStream) error {
-			return srv.(*Server).watchRevocations(st)
-		}}},
+		Streams: []grpc.StreamDesc{{StreamName: ca.RevocationsWatch, ServerStreams: true,
+			Handler: func(srv any, st grpc.ServerStream) error {
+				return srv.(*Server).watchRevocations(st)
+			}}},
 	}
 }
 
@@ -28,7 +29,8 @@ func (s *Server) watchRevocations(st grpc.ServerStream) error {
 	c := callerOf(st.Context())
 	place := s.places.watches.Take(c.node, 1, nil)
 	if place == nil {
-		return status.Errorf(codes.ResourceExhausted, "node %s follows the revocation list %d times already", c.node, s.places.watches.Held(c.node))
+		return status.Errorf(codes.ResourceExhausted, "node %s follows the revocation list %d times already", c.node,
+			s.places.watches.Held(c.node))
 	}
 	defer place.Release()
 	if err := st.RecvMsg(&emptypb.Empty{}); err != nil {
@@ -71,7 +73,9 @@ func (s *Server) revoke() {
 	}
 	before, _ := s.issued.current()
 	problem := s.issued.status().Problem
-	if err := s.issued.refresh(func(node string) bool { return joined[node] }, time.Now()); err != nil && err.Error() != problem {
+	if err := s.issued.refresh(func(node string) bool {
+		return joined[node]
+	}, time.Now()); err != nil && err.Error() != problem {
 		s.logger.Error("what was signed for nodes that have left may not be revoked", "error", err.Error())
 	}
 	if now, _ := s.issued.current(); before != nil && string(now) != string(before) {

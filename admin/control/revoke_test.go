@@ -34,8 +34,10 @@ func (w *world) nodeConnector(node string) *istiod.Connector {
 	w.t.Helper()
 	dir := w.creds(node)
 	c, err := istiod.New(istiod.Options{
-		Address: "https://" + w.addr, Roots: istiod.Roots{File: filepath.Join(dir, RootFile)}, Token: istiod.Token{File: filepath.Join(dir, TokenFile)},
-		ClientCert: filepath.Join(dir, CertFile), ClientKey: filepath.Join(dir, KeyFile), Logger: slog.New(slog.DiscardHandler),
+		Address: "https://" + w.addr, Roots: istiod.Roots{File: filepath.Join(dir, RootFile)},
+		Token:      istiod.Token{File: filepath.Join(dir, TokenFile)},
+		ClientCert: filepath.Join(dir, CertFile), ClientKey: filepath.Join(dir, KeyFile),
+		Logger: slog.New(slog.DiscardHandler),
 	})
 	check(w.t, err)
 	return c
@@ -47,7 +49,9 @@ func (w *world) revocations(node string) *follower {
 	f := &follower{path: filepath.Join(w.t.TempDir(), "crl.pem"), rev: &identity.Revocation{}}
 	file := ca.NewCRLFile("", f.rev, nil)
 	file.Also(f.path)
-	r := ca.NewRevocations(ca.RevocationsOptions{Connector: w.nodeConnector(node), Path: f.path, Put: func() { file.Load() }})
+	r := ca.NewRevocations(ca.RevocationsOptions{Connector: w.nodeConnector(node), Path: f.path, Put: func() {
+		file.Load()
+	}})
 	ctx, cancel := context.WithCancel(context.Background())
 	var work sync.WaitGroup
 	work.Go(func() { r.Run(ctx) })
@@ -96,8 +100,8 @@ func (w *world) workload(node, id string) string {
 
 func sorted(l ...string) string { slices.Sort(l); return strings.Join(l, " ") }
 
-// TestLeaveRevokes: what a node that leaves has is on the list, which the others get without asking again; it stays there
-// when the control plane starts anew and when the node joins again; and nobody else's is.
+// TestLeaveRevokes: what a node that leaves has is on the list, which the others get without asking again; it stays
+// there when the control plane starts anew and when the node joins again; and nobody else's is.
 func TestLeaveRevokes(t *testing.T) {
 	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a", "y:10.0.0.2:node-b")}, nil)
 	const x, y = "spiffe://cluster.local/ns/ns/sa/sa-x", "spiffe://cluster.local/ns/ns/sa/sa-y"
@@ -108,7 +112,9 @@ func TestLeaveRevokes(t *testing.T) {
 	equal(t, "revoked at first", len(w.serials(node.path)), 0)
 	check(t, Leave(w.dir, "node-a"))
 	want := sorted(first, a1, a2)
-	eventually(t, "the list", func() bool { return strings.Join(w.serials(node.path), " ") == want && node.rev.CRL().Entries() == 3 })
+	eventually(t, "the list", func() bool {
+		return strings.Join(w.serials(node.path), " ") == want && node.rev.CRL().Entries() == 3
+	})
 	equal(t, "for others", strings.Join(w.serials(filepath.Join(w.dir, crlFile)), " "), want)
 	equal(t, "status", w.srv.Status().Revoked.Certificates, 3)
 	if strings.Contains(want, b1) {
@@ -144,7 +150,9 @@ func TestLeaveRevokes(t *testing.T) {
 	// Left and joined again before anybody has looked.
 	check(t, Leave(w.dir, "node-b"))
 	w.join("node-b")
-	eventually(t, "left for a moment", func() bool { return slices.Contains(w.serials(filepath.Join(w.dir, crlFile)), b1) })
+	eventually(t, "left for a moment", func() bool {
+		return slices.Contains(w.serials(filepath.Join(w.dir, crlFile)), b1)
+	})
 }
 
 // A directory of nodes that cannot be read is no reason to revoke what they have; a file that cannot, neither.
@@ -187,7 +195,8 @@ func TestIssuedStore(t *testing.T) {
 	check(t, s.add("n", cert(1, time.Minute), now))
 	check(t, s.add("n", cert(2, time.Hour), now))
 	check(t, s.add("n", cert(3, time.Hour), now))
-	if err := s.add("n", cert(4, time.Hour), now); err == nil || !strings.Contains(err.Error(), "node n has 3 certificates") {
+	if err := s.add("n", cert(4, time.Hour), now); err == nil ||
+		!strings.Contains(err.Error(), "node n has 3 certificates") {
 		t.Fatal(err)
 	}
 	check(t, s.add("other", cert(4, time.Hour), now))
@@ -223,8 +232,8 @@ func TestIssuedStore(t *testing.T) {
 	}
 }
 
-// TestExpiredClientCertificate: a node whose client certificate has expired goes on by its token; the log and the status say
-// so. Without a token it is told why.
+// TestExpiredClientCertificate: a node whose client certificate has expired goes on by its token; the log and the
+// status say so. Without a token it is told why.
 func TestExpiredClientCertificate(t *testing.T) {
 	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a")}, nil)
 	w.expire("node-a")
@@ -233,7 +242,8 @@ func TestExpiredClientCertificate(t *testing.T) {
 	c.begin(typeAddress, nil)
 	equal(t, "by token", names(c.recv()), "u/x")
 	n := w.srv.Status().Nodes[0]
-	if n.Auth != "token" || !strings.Contains(n.CertificateProblem, "expired at") || n.CertificateNotAfter.After(time.Now()) {
+	if n.Auth != "token" || !strings.Contains(n.CertificateProblem, "expired at") ||
+		n.CertificateNotAfter.After(time.Now()) {
 		t.Fatalf("%+v", n)
 	}
 	var table strings.Builder
@@ -250,7 +260,8 @@ func TestExpiredClientCertificate(t *testing.T) {
 	c.fails(codes.Unauthenticated, "the client certificate does not count (it expired at")
 
 	// It renews the certificate by its token, and shows the new one from then on.
-	own := ca.NewOwn(ca.OwnOptions{Connector: w.nodeConnector("node-a"), CertFile: filepath.Join(w.creds("node-a"), CertFile), KeyFile: filepath.Join(w.creds("node-a"), KeyFile)})
+	own := ca.NewOwn(ca.OwnOptions{Connector: w.nodeConnector("node-a"),
+		CertFile: filepath.Join(w.creds("node-a"), CertFile), KeyFile: filepath.Join(w.creds("node-a"), KeyFile)})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() { defer close(done); own.Run(ctx) }()
@@ -279,7 +290,8 @@ func TestOwnCertificateNotDue(t *testing.T) {
 	dir := w.creds("node-a")
 	before, err := os.ReadFile(filepath.Join(dir, CertFile))
 	check(t, err)
-	own := ca.NewOwn(ca.OwnOptions{Connector: w.nodeConnector("node-a"), CertFile: filepath.Join(dir, CertFile), KeyFile: filepath.Join(dir, KeyFile)})
+	own := ca.NewOwn(ca.OwnOptions{Connector: w.nodeConnector("node-a"), CertFile: filepath.Join(dir, CertFile),
+		KeyFile: filepath.Join(dir, KeyFile)})
 	ctx, cancel := context.WithTimeout(t.Context(), quiet)
 	defer cancel()
 	check(t, own.Run(ctx))
@@ -314,7 +326,8 @@ func (w *world) ownCSR(node string) string {
 	pair := w.tls(node).Certificates[0]
 	san, err := identity.SANExtension(nodeIdentity("cluster.local"))
 	check(w.t, err)
-	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{ExtraExtensions: []pkix.Extension{san}}, pair.PrivateKey)
+	der, err := x509.CreateCertificateRequest(rand.Reader,
+		&x509.CertificateRequest{ExtraExtensions: []pkix.Extension{san}}, pair.PrivateKey)
 	check(w.t, err)
 	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
 }

@@ -27,7 +27,8 @@ import (
 func normal(l *xds.Local) *xds.Local {
 	byUID := map[string]*state.Workload{}
 	for _, w := range l.Workloads {
-		w.TrustDomain, w.ServiceAccount, w.ClusterID, w.WorkloadType = or(w.TrustDomain, "cluster.local"), or(w.ServiceAccount, "default"), or(w.ClusterID, "Kubernetes"), or(w.WorkloadType, "deployment")
+		w.TrustDomain, w.ServiceAccount, w.ClusterID, w.WorkloadType = or(w.TrustDomain, "cluster.local"),
+			or(w.ServiceAccount, "default"), or(w.ClusterID, "Kubernetes"), or(w.WorkloadType, "deployment")
 		w.Unlisted = false
 		byUID[w.UID] = w
 	}
@@ -63,7 +64,8 @@ func dump(t *testing.T, v *state.View) string {
 // connector is the way of a node to the control plane of a test.
 func (w *world) connector(node string, byCert bool) *istiod.Connector {
 	w.t.Helper()
-	o := istiod.Options{Address: "https://" + w.addr, Roots: istiod.Roots{File: filepath.Join(w.creds(node), RootFile)}, ClusterID: "Kubernetes", MaxRecv: 200 << 20}
+	o := istiod.Options{Address: "https://" + w.addr, Roots: istiod.Roots{File: filepath.Join(w.creds(node), RootFile)},
+		ClusterID: "Kubernetes", MaxRecv: 200 << 20}
 	if byCert {
 		o.ClientCert, o.ClientKey = filepath.Join(w.creds(node), CertFile), filepath.Join(w.creds(node), KeyFile)
 	} else {
@@ -116,7 +118,8 @@ func TestRoundTrip(t *testing.T) {
 	for round := range 25 {
 		l := randomLocal(rnd)
 		// Written as JSON of the same schema, over two files.
-		cut := &xds.Local{Workloads: l.Workloads[len(l.Workloads)/2:], Services: l.Services[len(l.Services)/2:], Policies: l.Policies}
+		cut := &xds.Local{Workloads: l.Workloads[len(l.Workloads)/2:], Services: l.Services[len(l.Services)/2:],
+			Policies: l.Policies}
 		rest := &xds.Local{Workloads: l.Workloads[:len(l.Workloads)/2], Services: l.Services[:len(l.Services)/2]}
 		var a, b bytes.Buffer
 		check(t, xds.WriteStatic(&a, cut))
@@ -181,7 +184,8 @@ func randomLocal(r *rand.Rand) *xds.Local {
 	}
 	for i := range r.IntN(8) {
 		s := &state.Service{
-			Name: fmt.Sprint("s", i), Namespace: pick("n1", "n2"), Hostname: fmt.Sprintf("s%d.host", i), Ports: ports(), Waypoint: gateway(),
+			Name: fmt.Sprint("s", i), Namespace: pick("n1", "n2"), Hostname: fmt.Sprintf("s%d.host", i), Ports: ports(),
+			Waypoint:  gateway(),
 			Canonical: coin(), Visibility: state.Visibility(r.IntN(2)), IPFamilies: state.IPFamilies(r.IntN(4)),
 		}
 		for range r.IntN(3) {
@@ -206,10 +210,14 @@ func randomLocal(r *rand.Rand) *xds.Local {
 	}
 	for i := range r.IntN(12) {
 		w := &state.Workload{
-			UID: fmt.Sprint("c//Pod/n/", i), Name: fmt.Sprint("w", i), Namespace: pick("n1", "n2"), ServiceAccount: pick("", "default", "sa"), TrustDomain: pick("", "cluster.local", "td"),
-			Network: pick("", "edge"), WorkloadName: pick("", "x"), WorkloadType: pick("", "deployment", "cronjob", "pod", "job"), CanonicalName: pick("", "c"), CanonicalRevision: pick("", "v1"),
-			Hostname: pick("", "h.example"), Node: pick("", "node-a", "node-b"), ClusterID: pick("", "Kubernetes", "c1"), Waypoint: gateway(), NetworkGateway: gateway(),
-			Capacity: uint32(r.IntN(3)), Tunnel: state.ApplicationTunnel{Protocol: state.TunnelProtocol(r.IntN(3))}, Protocol: state.Protocol(r.IntN(2)),
+			UID: fmt.Sprint("c//Pod/n/", i), Name: fmt.Sprint("w", i), Namespace: pick("n1", "n2"),
+			ServiceAccount: pick("", "default", "sa"), TrustDomain: pick("", "cluster.local", "td"),
+			Network: pick("", "edge"), WorkloadName: pick("", "x"), WorkloadType: pick("", "deployment", "cronjob", "pod",
+				"job"), CanonicalName: pick("", "c"), CanonicalRevision: pick("", "v1"),
+			Hostname: pick("", "h.example"), Node: pick("", "node-a", "node-b"), ClusterID: pick("", "Kubernetes", "c1"),
+			Waypoint: gateway(), NetworkGateway: gateway(),
+			Capacity: uint32(r.IntN(3)), Tunnel: state.ApplicationTunnel{Protocol: state.TunnelProtocol(r.IntN(3))},
+			Protocol:    state.Protocol(r.IntN(2)),
 			NetworkMode: state.NetworkMode(r.IntN(2)), Status: state.Status(r.IntN(2)), NativeTunnel: coin(), Unlisted: true,
 		}
 		if w.Tunnel.Protocol != state.TunnelAbsent {
@@ -252,7 +260,8 @@ func randomLocal(r *rand.Rand) *xds.Local {
 		return out
 	}
 	for i := range r.IntN(6) {
-		p := &rbac.Policy{Name: fmt.Sprint("p", i), Namespace: "n1", Scope: rbac.Scope(r.IntN(3)), Action: rbac.Action(r.IntN(2)), DryRun: coin()}
+		p := &rbac.Policy{Name: fmt.Sprint("p", i), Namespace: "n1", Scope: rbac.Scope(r.IntN(3)),
+			Action: rbac.Action(r.IntN(2)), DryRun: coin()}
 		for range r.IntN(3) {
 			rule := rbac.Rule{}
 			for range r.IntN(3) {
@@ -266,7 +275,8 @@ func randomLocal(r *rand.Rand) *xds.Local {
 						m.DestinationPorts, m.NotServiceAccounts = []uint16{80, 0}, []rbac.ServiceAccount{{Namespace: "n", Name: "sa"}}
 					}
 					if coin() {
-						m.NotDestinationPorts, m.ServiceAccounts = []uint16{65535}, []rbac.ServiceAccount{{Namespace: "n", Name: "sa"}, {Namespace: "m", Name: "x"}}
+						m.NotDestinationPorts, m.ServiceAccounts = []uint16{65535}, []rbac.ServiceAccount{{Namespace: "n", Name: "sa"},
+							{Namespace: "m", Name: "x"}}
 					}
 					clause = append(clause, m)
 				}
@@ -297,7 +307,8 @@ func TestRemoteCA(t *testing.T) {
 		id.ServiceAccount = "sa-y"
 		_, der, err = ca.NewRequest(id)
 		check(t, err)
-		if _, _, err = remote.Sign(ctx, id, der, time.Hour); err == nil || !strings.Contains(err.Error(), "request impersonation authentication failure") {
+		if _, _, err = remote.Sign(ctx, id, der, time.Hour); err == nil ||
+			!strings.Contains(err.Error(), "request impersonation authentication failure") {
 			t.Fatal(err)
 		}
 	}

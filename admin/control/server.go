@@ -66,8 +66,10 @@ type limits struct {
 
 func defaultLimits() limits {
 	return limits{
-		message: 3 << 20, receive: 32 << 20, connections: 4096, strangers: 2048, streams: 2048, streamsOfNode: 4, connsOfNode: 32,
-		signBurst: 2000, signRate: 50, signOfNode: 16, certsOfNode: 20_000, handshake: 5 * time.Second, firstRequest: 30 * time.Second, rescan: 2 * time.Second,
+		message: 3 << 20, receive: 32 << 20, connections: 4096, strangers: 2048, streams: 2048, streamsOfNode: 4,
+		connsOfNode: 32,
+		signBurst:   2000, signRate: 50, signOfNode: 16, certsOfNode: 20_000, handshake: 5 * time.Second,
+		firstRequest: 30 * time.Second, rescan: 2 * time.Second,
 	}
 }
 
@@ -148,8 +150,9 @@ func newServer(ctx context.Context, o Options, l limits) (s *Server, err error) 
 	}
 	s = &Server{
 		limits: l, logger: o.Logger, maxLife: o.MaxLife, feed: newFeed(), nodes: newNodeStore(filepath.Join(o.Dir, nodesDir)),
-		rates: newRates(l.signBurst, l.signRate, l.signOfNode), signing: make(chan struct{}, 4), streams: make(map[*stream]struct{}),
-		report: fair.NewReport(o.Logger), local: guard.NewLocal(guard.LocalOptions{Logger: o.Logger}),
+		rates: newRates(l.signBurst, l.signRate, l.signOfNode), signing: make(chan struct{}, 4),
+		streams: make(map[*stream]struct{}),
+		report:  fair.NewReport(o.Logger), local: guard.NewLocal(guard.LocalOptions{Logger: o.Logger}),
 		tokens: fair.NewLines(fair.LinesOptions{Log: o.Logger, PerSecond: 1.0 / 3600, Burst: 1}),
 	}
 	s.places = newPlaces(l, &s.counters, s.report)
@@ -213,7 +216,9 @@ func newServer(ctx context.Context, o Options, l limits) (s *Server, err error) 
 		return s, err
 	}
 	bounds := guard.NewConns(guard.ConnsOptions{Resource: "control_status_connections", Report: s.report})
-	s.http = &http.Server{Handler: s.local.Handler(s.handler(page)), ConnState: bounds.Change, ReadHeaderTimeout: 2 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
+	s.http = &http.Server{Handler: s.local.Handler(s.handler(page)), ConnState: bounds.Change,
+		ReadHeaderTimeout: 2 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
+		IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
 	return s, nil
 }
 
@@ -322,7 +327,8 @@ func (s *Server) admit(ctx context.Context, info *tap.Info) (context.Context, er
 			return nil, status.Error(codes.ResourceExhausted, err.Error())
 		}
 		if c.certErr != nil {
-			s.tokens.Log(ctx, slog.LevelWarn, c.node, "a node's client certificate does not count, its token does", slog.String("node", c.node), slog.String("error", c.certErr.Error()))
+			s.tokens.Log(ctx, slog.LevelWarn, c.node, "a node's client certificate does not count, its token does",
+				slog.String("node", c.node), slog.String("error", c.certErr.Error()))
 		}
 		return context.WithValue(ctx, callerKey{}, c), nil
 	}
@@ -387,7 +393,8 @@ func listenLoopback(addr string) (net.Listener, error) {
 		return nil, fmt.Errorf("--admin %s: %w", addr, err)
 	}
 	if !a.IP.IsLoopback() {
-		return nil, fmt.Errorf("--admin %s: only a loopback address, such as 127.0.0.1:15014: the status is not for everybody", addr)
+		return nil,
+			fmt.Errorf("--admin %s: only a loopback address, such as 127.0.0.1:15014: the status is not for everybody", addr)
 	}
 	return net.ListenTCP("tcp", a)
 }

@@ -27,7 +27,8 @@ const policyYAML = "policies:\n- {name: p, namespace: ns, scope: Namespace, acti
 
 // The whole of a connection: two types, ACK, change, removal, NACK, reconnect.
 func TestStream(t *testing.T) {
-	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a", "y:10.0.0.2:node-b"), "sub/p.yaml": policyYAML}, nil)
+	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a", "y:10.0.0.2:node-b"),
+		"sub/p.yaml": policyYAML}, nil)
 	c := w.connect("node-a")
 	c.begin(typeAddress, nil)
 	m := c.recv()
@@ -92,7 +93,8 @@ func TestBadDirectory(t *testing.T) {
 	st := w.srv.Status().Snapshot
 	equal(t, "version", st.Version, 1)
 	equal(t, "workloads", st.Workloads, 1)
-	equal(t, "the error", st.Errors[0].String(), `b.yaml:2: workloads[0].uid: want a string, found the number 7 (put it in quotes)`)
+	equal(t, "the error", st.Errors[0].String(),
+		`b.yaml:2: workloads[0].uid: want a string, found the number 7 (put it in quotes)`)
 	equal(t, "since", st.FailedSince.IsZero(), false)
 	c.silent()
 	second := w.connect("node-b") // new nodes get the last good state
@@ -126,16 +128,20 @@ func TestNothingGoodYet(t *testing.T) {
 }
 
 func TestOnDemandStream(t *testing.T) {
-	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a", "y:10.0.0.2:node-b", "z:10.0.0.3:node-b")}, nil)
+	w :=
+		start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a", "y:10.0.0.2:node-b", "z:10.0.0.3:node-b")},
+			nil)
 	c := w.connect("node-a")
-	c.send(&discoverypb.DeltaDiscoveryRequest{Node: c.node, TypeUrl: typeAddress, ResourceNamesSubscribe: []string{"*"}, ResourceNamesUnsubscribe: []string{"*"}})
+	c.send(&discoverypb.DeltaDiscoveryRequest{Node: c.node, TypeUrl: typeAddress, ResourceNamesSubscribe: []string{"*"},
+		ResourceNamesUnsubscribe: []string{"*"}})
 	m := c.recv()
 	equal(t, "own workloads", names(m), "u/x")
 	c.ack(m)
 	c.send(&discoverypb.DeltaDiscoveryRequest{TypeUrl: typeAddress, ResourceNamesSubscribe: []string{"/10.0.0.2"}})
 	m = c.recv()
 	equal(t, "asked for", names(m)+fmt.Sprint(m.Resources[0].Aliases), "u/y[/10.0.0.2]")
-	c.send(&discoverypb.DeltaDiscoveryRequest{TypeUrl: typeAddress, ResourceNamesSubscribe: []string{"/10.0.0.99"}}) // before the ACK
+	// before the ACK
+	c.send(&discoverypb.DeltaDiscoveryRequest{TypeUrl: typeAddress, ResourceNamesSubscribe: []string{"/10.0.0.99"}})
 	c.ack(m)
 	m = c.recv()
 	equal(t, "unknown", fmt.Sprint(m.RemovedResources), "[/10.0.0.99]")
@@ -153,9 +159,12 @@ func TestAuthentication(t *testing.T) {
 		c.begin(typeAddress, nil)
 		return c
 	}
-	begin(w.open(plain, ctx, "node-a")).fails(codes.Unauthenticated, "authentication failure: neither a bearer token nor a client certificate")
-	begin(w.open(plain, withToken(ctx, "wrong"), "node-a")).fails(codes.Unauthenticated, "authentication failure: the token is unknown")
-	begin(w.open(plain, withToken(ctx, w.token("node-a")), "node-b")).fails(codes.PermissionDenied, `no identities of the caller matched NODE_NAME "node-b"`)
+	begin(w.open(plain, ctx, "node-a")).fails(codes.Unauthenticated,
+		"authentication failure: neither a bearer token nor a client certificate")
+	begin(w.open(plain, withToken(ctx, "wrong"), "node-a")).fails(codes.Unauthenticated,
+		"authentication failure: the token is unknown")
+	begin(w.open(plain, withToken(ctx, w.token("node-a")), "node-b")).fails(codes.PermissionDenied,
+		`no identities of the caller matched NODE_NAME "node-b"`)
 	begin(w.open(plain, withToken(ctx, w.token("node-a")), "")).fails(codes.PermissionDenied, `NODE_NAME ""`)
 	c := w.open(plain, withToken(ctx, w.token("node-a")), "node-a")
 	c.send(&discoverypb.DeltaDiscoveryRequest{TypeUrl: typeAddress})
@@ -185,14 +194,16 @@ func TestAuthentication(t *testing.T) {
 	pair, err := tls.LoadX509KeyPair(filepath.Join(other, "out", CertFile), filepath.Join(other, "out", KeyFile))
 	check(t, err)
 	foreign := w.tls("")
-	foreign.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil } // whatever the server asks for
+	// whatever the server asks for
+	foreign.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }
 	fctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	rpc, err := discoverypb.NewAggregatedDiscoveryServiceClient(w.dial(foreign)).DeltaAggregatedResources(fctx)
 	if err == nil { // in TLS 1.3 the client is done before the server has looked at its certificate
 		_, err = rpc.Recv()
 	}
-	wantStatus(t, err, codes.Unauthenticated, "the client certificate does not count (x509: certificate signed by unknown authority")
+	wantStatus(t, err, codes.Unauthenticated,
+		"the client certificate does not count (x509: certificate signed by unknown authority")
 	// Nor is a CA's own.
 	caPair, err := tls.LoadX509KeyPair(filepath.Join(w.dir, caDir, certFile), filepath.Join(w.dir, caDir, caKeyFile))
 	if errors.Is(err, fs.ErrNotExist) { // the root signs
@@ -223,7 +234,8 @@ func TestJoinAndLeave(t *testing.T) {
 		c.begin(typeAddress, nil)
 		c.ack(c.recv())
 	}
-	if err := Join(t.Context(), JoinOptions{Dir: w.dir, Node: "node-a", Out: t.TempDir()}); err == nil || !strings.Contains(err.Error(), "--renew") {
+	if err := Join(t.Context(), JoinOptions{Dir: w.dir, Node: "node-a", Out: t.TempDir()}); err == nil ||
+		!strings.Contains(err.Error(), "--renew") {
 		t.Fatal(err)
 	}
 	w.join("node-a")
@@ -245,7 +257,8 @@ func TestJoinAndLeave(t *testing.T) {
 	}
 	c2.cancel()
 	for _, name := range []string{"", ".", "..", "a/b", "-x", "a b", "../../etc/x"} {
-		if err := Join(t.Context(), JoinOptions{Dir: w.dir, Node: name, Out: t.TempDir()}); err == nil || !strings.Contains(err.Error(), "node name") {
+		if err := Join(t.Context(), JoinOptions{Dir: w.dir, Node: name, Out: t.TempDir()}); err == nil ||
+			!strings.Contains(err.Error(), "node name") {
 			t.Fatal(name, err)
 		}
 	}
@@ -287,7 +300,8 @@ func TestStreamBounds(t *testing.T) {
 	b.fails(codes.ResourceExhausted, "more than 8 types")
 	a2.begin(typeAddress, map[string]string{strings.Repeat("x", 20_000): ""})
 	a2.fails(codes.ResourceExhausted, "larger than max")
-	w.open(cc, withToken(context.Background(), w.token("node-b")), "node-b").fails(codes.DeadlineExceeded, "no request within")
+	w.open(cc, withToken(context.Background(), w.token("node-b")), "node-b").fails(codes.DeadlineExceeded,
+		"no request within")
 	a1.silent()
 	// Connections.
 	var open []net.Conn
@@ -361,7 +375,8 @@ func TestSlowReader(t *testing.T) {
 	}
 }
 
-// 100,000 workloads at first connect: messages of bounded size, one at a time, and little memory besides what is served.
+// 100,000 workloads at first connect: messages of bounded size, one at a time, and little memory besides what is
+// served.
 func TestCrowd(t *testing.T) {
 	w := start(t, map[string]string{"a.yaml": "{}"}, nil)
 	eventually(t, "started", func() bool { return w.srv.feed.get() != nil })
@@ -435,7 +450,8 @@ func TestServerCertificate(t *testing.T) {
 	equal(t, "not due", w.srv.cert.current.Load(), was)
 	w.srv.cert.current.Store(&serving{cert: was.cert, names: []string{"10.0.0.1"}}) // the addresses were others
 	check(t, w.srv.cert.renew())
-	equal(t, "new serial number", w.srv.cert.current.Load().cert.Leaf.SerialNumber.Cmp(was.cert.Leaf.SerialNumber) != 0, true)
+	equal(t, "new serial number", w.srv.cert.current.Load().cert.Leaf.SerialNumber.Cmp(was.cert.Leaf.SerialNumber) !=
+		0, true)
 	half, err := w.srv.authority.issueServer([]string{"localhost"}, time.Second)
 	check(t, err)
 	w.srv.cert.current.Store(&serving{cert: half, names: w.srv.cert.names()}) // past half of its life: it is backdated
@@ -449,12 +465,14 @@ func TestStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	check(t, Init(dir, "cluster.local"))
-	if _, err := New(t.Context(), Options{Dir: dir, Listen: []string{"127.0.0.1:0"}, Admin: "0.0.0.0:0"}); err == nil || !strings.Contains(err.Error(), "loopback") {
+	if _, err := New(t.Context(), Options{Dir: dir, Listen: []string{"127.0.0.1:0"}, Admin: "0.0.0.0:0"}); err == nil ||
+		!strings.Contains(err.Error(), "loopback") {
 		t.Fatal(err)
 	}
 	s, err := New(t.Context(), Options{Dir: dir, Listen: []string{"127.0.0.1:0", "[::1]:0"}})
 	check(t, err)
-	if _, err := New(t.Context(), Options{Dir: dir, Listen: []string{"127.0.0.1:0"}}); err == nil || !strings.Contains(err.Error(), "another ztun control") {
+	if _, err := New(t.Context(), Options{Dir: dir, Listen: []string{"127.0.0.1:0"}}); err == nil ||
+		!strings.Contains(err.Error(), "another ztun control") {
 		t.Fatal(err)
 	}
 	equal(t, "addresses", len(s.Addrs()), 2)
@@ -475,7 +493,8 @@ func TestStart(t *testing.T) {
 		t.Fatal(st.Warnings)
 	}
 	check(t, os.WriteFile(filepath.Join(dir, socketName), nil, 0o600))
-	if _, err := New(t.Context(), Options{Dir: dir, Listen: []string{"127.0.0.1:0"}}); err == nil || !strings.Contains(err.Error(), "not a socket") {
+	if _, err := New(t.Context(), Options{Dir: dir, Listen: []string{"127.0.0.1:0"}}); err == nil ||
+		!strings.Contains(err.Error(), "not a socket") {
 		t.Fatal(err)
 	}
 }

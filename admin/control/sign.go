@@ -19,8 +19,9 @@ import (
 	"ztun/proxy/identity"
 )
 
-// Lives of certificates. What is asked for beyond maxTTL is refused, as by istiod; what is longer than Options.MaxLife is
-// shortened: who asks for a week can live with a day, and a node that has left is to lose what it has.
+// Lives of certificates. What is asked for beyond maxTTL is refused, as by istiod; what is longer than
+// Options.MaxLife is shortened: who asks for a week can live with a day, and a node that has left is to lose what it
+// has.
 const (
 	defaultTTL     = 24 * time.Hour
 	maxTTL         = 2160 * time.Hour
@@ -34,8 +35,8 @@ type caServer struct {
 	*Server
 }
 
-// caServiceDesc is the certificate service with its call handled as a stream, which is the same on the wire: so a call is
-// counted before its request is read, which may be large.
+// caServiceDesc is the certificate service with its call handled as a stream, which is the same on the wire: so a
+// call is counted before its request is read, which may be large.
 func caServiceDesc() *grpc.ServiceDesc {
 	return &grpc.ServiceDesc{
 		ServiceName: citadelpb.IstioCertificateService_ServiceDesc.ServiceName,
@@ -68,7 +69,8 @@ func caServiceDesc() *grpc.ServiceDesc {
 
 // CreateCertificate signs for the identity of a workload of the caller's node (ImpersonatedIdentity), or without one
 // for the node's proxy itself. Codes and texts are istiod's; the reason follows a colon.
-func (s caServer) CreateCertificate(ctx context.Context, req *citadelpb.IstioCertificateRequest) (*citadelpb.IstioCertificateResponse, error) {
+func (s caServer) CreateCertificate(ctx context.Context, req *citadelpb.IstioCertificateRequest) (
+	*citadelpb.IstioCertificateResponse, error) {
 	c := callerOf(ctx)
 	out, err := s.sign(ctx, c, req)
 	if err != nil {
@@ -80,7 +82,8 @@ func (s caServer) CreateCertificate(ctx context.Context, req *citadelpb.IstioCer
 	return out, nil
 }
 
-func (s caServer) sign(ctx context.Context, c *caller, req *citadelpb.IstioCertificateRequest) (*citadelpb.IstioCertificateResponse, error) {
+func (s caServer) sign(ctx context.Context, c *caller, req *citadelpb.IstioCertificateRequest) (
+	*citadelpb.IstioCertificateResponse, error) {
 	id := nodeIdentity(s.authority.TrustDomain())
 	impersonated := req.GetMetadata().GetFields()["ImpersonatedIdentity"].GetStringValue()
 	if impersonated != "" {
@@ -90,10 +93,13 @@ func (s caServer) sign(ctx context.Context, c *caller, req *citadelpb.IstioCerti
 		}
 		snap := s.feed.get()
 		if snap == nil {
-			return nil, status.Error(codes.Unavailable, "the control plane has not loaded its directory yet; see ztun control status")
+			return nil,
+				status.Error(codes.Unavailable, "the control plane has not loaded its directory yet; see ztun control status")
 		}
 		if !snap.runs(c.node, id) {
-			return nil, status.Errorf(codes.Unauthenticated, "request impersonation authentication failure: no workload of %s has node %q", id, c.node)
+			return nil,
+				status.Errorf(codes.Unauthenticated, "request impersonation authentication failure: no workload of %s has node %q",
+					id, c.node)
 		}
 	}
 	block, _ := pem.Decode([]byte(req.Csr))
@@ -110,7 +116,9 @@ func (s caServer) sign(ctx context.Context, c *caller, req *citadelpb.IstioCerti
 	case joinCert:
 		ttl = min(ttl, DefaultLife)
 	case ttl > maxTTL:
-		return nil, status.Errorf(codes.InvalidArgument, "CSR signing error (requested TTL %v is greater than the max allowed TTL %v)", ttl, maxTTL)
+		return nil,
+			status.Errorf(codes.InvalidArgument, "CSR signing error (requested TTL %v is greater than the max allowed TTL %v)",
+				ttl, maxTTL)
 	default:
 		ttl = min(ttl, s.maxLife)
 	}
@@ -125,7 +133,9 @@ func (s caServer) sign(ctx context.Context, c *caller, req *citadelpb.IstioCerti
 		return nil, status.Errorf(codes.InvalidArgument, "CSR signing error (%v)", err)
 	}
 	if err := s.issued.add(c.node, chain[0], time.Now()); err != nil {
-		return nil, status.Errorf(codes.ResourceExhausted, "the certificate could not be noted for the day that the node leaves (%v)", err)
+		return nil,
+			status.Errorf(codes.ResourceExhausted, "the certificate could not be noted for the day that the node leaves (%v)",
+				err)
 	}
 	// Noted first, looked at second: who leaves meanwhile gets nothing, or what will be revoked.
 	if s.nodes.rescanChanged(); !s.nodes.valid(c) {
@@ -133,7 +143,8 @@ func (s caServer) sign(ctx context.Context, c *caller, req *citadelpb.IstioCerti
 	}
 	if joinCert {
 		if err := s.nodes.renewed(c.node, chain[0].NotAfter); err != nil {
-			s.refusal("a node has a new client certificate, and the status may show the end of the old one", "node", c.node, "error", err.Error())
+			s.refusal("a node has a new client certificate, and the status may show the end of the old one", "node", c.node,
+				"error", err.Error())
 		}
 	}
 	out := &citadelpb.IstioCertificateResponse{}
@@ -191,7 +202,8 @@ func (r *rates) begin(node string, now time.Time) error {
 	case b.busy >= r.atOnce:
 		return fmt.Errorf("node %s has %d certificate requests under way already", node, b.busy)
 	case b.tokens < 1:
-		return fmt.Errorf("node %s asks for certificates too fast: at most %d at first and %d per second", node, r.burst, r.perSecond)
+		return fmt.Errorf("node %s asks for certificates too fast: at most %d at first and %d per second", node, r.burst,
+			r.perSecond)
 	}
 	b.tokens--
 	b.busy++

@@ -32,13 +32,15 @@ func csr(t *testing.T, id string) (crypto.Signer, string) {
 func signRequest(csr, impersonated string, seconds int64) *citadelpb.IstioCertificateRequest {
 	r := &citadelpb.IstioCertificateRequest{Csr: csr, ValidityDuration: seconds}
 	if impersonated != "" {
-		r.Metadata = &structpb.Struct{Fields: map[string]*structpb.Value{"ImpersonatedIdentity": structpb.NewStringValue(impersonated)}}
+		r.Metadata =
+			&structpb.Struct{Fields: map[string]*structpb.Value{"ImpersonatedIdentity": structpb.NewStringValue(impersonated)}}
 	}
 	return r
 }
 
 // sign calls CreateCertificate with a node's token ("": without).
-func (w *world) sign(cc *grpc.ClientConn, node string, r *citadelpb.IstioCertificateRequest) (*citadelpb.IstioCertificateResponse, error) {
+func (w *world) sign(cc *grpc.ClientConn, node string, r *citadelpb.IstioCertificateRequest) (
+	*citadelpb.IstioCertificateResponse, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	if node != "" {
@@ -60,7 +62,8 @@ func (w *world) workloadCert(node, id string) (chain [][]byte, key crypto.Signer
 func TestImpersonation(t *testing.T) {
 	const td = "spiffe://cluster.local/"
 	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a", "y:10.0.0.2:node-b") +
-		"- {uid: o, namespace: ns, serviceAccount: other, trustDomain: other.td, workloadIps: [], node: node-a, services: {}}\n" +
+		"- {uid: o, namespace: ns, serviceAccount: other, trustDomain: other.td, workloadIps: [], node: node-a, services: " +
+		"{}}\n" +
 		"- {uid: free, namespace: ns, serviceAccount: free, workloadIps: [], services: {}}\n"}, nil)
 	plain := w.dial(w.tls(""))
 	const denied = "request impersonation authentication failure"
@@ -75,19 +78,29 @@ func TestImpersonation(t *testing.T) {
 		{name: "default life", node: "node-a", id: td + "ns/ns/sa/sa-x", life: 24 * time.Hour},
 		{name: "negative life", node: "node-a", id: td + "ns/ns/sa/sa-x", seconds: -5, life: 24 * time.Hour},
 		{name: "longest life", node: "node-a", id: td + "ns/ns/sa/sa-x", seconds: 24 * 3600, life: 24 * time.Hour},
-		{name: "longer than a node may have it", node: "node-a", id: td + "ns/ns/sa/sa-x", seconds: 2160 * 3600, life: 24 * time.Hour},
-		{name: "too long", node: "node-a", id: td + "ns/ns/sa/sa-x", seconds: 100 * 24 * 3600, code: codes.InvalidArgument, text: "greater than the max allowed TTL 2160h0m0s"},
-		{name: "absurdly long", node: "node-a", id: td + "ns/ns/sa/sa-x", seconds: 1<<63 - 1, code: codes.InvalidArgument, text: "greater than the max allowed TTL"},
-		{name: "nobody impersonated: the node's proxy", node: "node-a", csr: td + "ns/istio-system/sa/ztunnel", life: 24 * time.Hour},
-		{name: "another node's workload", node: "node-a", id: td + "ns/ns/sa/sa-y", code: codes.Unauthenticated, text: denied + ": no workload of spiffe://cluster.local/ns/ns/sa/sa-y has node \"node-a\""},
+		{name: "longer than a node may have it", node: "node-a", id: td + "ns/ns/sa/sa-x", seconds: 2160 * 3600,
+			life: 24 * time.Hour},
+		{name: "too long", node: "node-a", id: td + "ns/ns/sa/sa-x", seconds: 100 * 24 * 3600, code: codes.InvalidArgument,
+			text: "greater than the max allowed TTL 2160h0m0s"},
+		{name: "absurdly long", node: "node-a", id: td + "ns/ns/sa/sa-x", seconds: 1<<63 - 1, code: codes.InvalidArgument,
+			text: "greater than the max allowed TTL"},
+		{name: "nobody impersonated: the node's proxy", node: "node-a", csr: td + "ns/istio-system/sa/ztunnel",
+			life: 24 * time.Hour},
+		{name: "another node's workload", node: "node-a", id: td + "ns/ns/sa/sa-y", code: codes.Unauthenticated,
+			text: denied + ": no workload of spiffe://cluster.local/ns/ns/sa/sa-y has node \"node-a\""},
 		{name: "its own node's", node: "node-b", id: td + "ns/ns/sa/sa-y", life: 24 * time.Hour},
 		{name: "a workload of no node", node: "node-a", id: td + "ns/ns/sa/free", code: codes.Unauthenticated, text: denied},
 		{name: "nobody", node: "node-a", id: td + "ns/ns/sa/nobody", code: codes.Unauthenticated, text: denied},
-		{name: "the proxy's identity is no workload's", node: "node-a", id: td + "ns/istio-system/sa/ztunnel", code: codes.Unauthenticated, text: denied},
-		{name: "another trust domain", node: "node-a", id: "spiffe://x.td/ns/ns/sa/sa-x", code: codes.Unauthenticated, text: denied},
-		{name: "a workload of another trust domain than the CA's", node: "node-a", id: "spiffe://other.td/ns/ns/sa/other", code: codes.InvalidArgument, text: "signs for trust domain cluster.local only"},
-		{name: "no SPIFFE id", node: "node-a", id: "sa-x", csr: td + "ns/ns/sa/sa-x", code: codes.Unauthenticated, text: denied},
-		{name: "a CSR for somebody else", node: "node-a", id: td + "ns/ns/sa/sa-x", csr: td + "ns/ns/sa/sa-y", code: codes.InvalidArgument, text: "CSR signing error"},
+		{name: "the proxy's identity is no workload's", node: "node-a", id: td + "ns/istio-system/sa/ztunnel",
+			code: codes.Unauthenticated, text: denied},
+		{name: "another trust domain", node: "node-a", id: "spiffe://x.td/ns/ns/sa/sa-x", code: codes.Unauthenticated,
+			text: denied},
+		{name: "a workload of another trust domain than the CA's", node: "node-a", id: "spiffe://other.td/ns/ns/sa/other",
+			code: codes.InvalidArgument, text: "signs for trust domain cluster.local only"},
+		{name: "no SPIFFE id", node: "node-a", id: "sa-x", csr: td + "ns/ns/sa/sa-x", code: codes.Unauthenticated,
+			text: denied},
+		{name: "a CSR for somebody else", node: "node-a", id: td + "ns/ns/sa/sa-x", csr: td + "ns/ns/sa/sa-y",
+			code: codes.InvalidArgument, text: "CSR signing error"},
 		{name: "no token", id: td + "ns/ns/sa/sa-x", code: codes.Unauthenticated, text: "request authenticate failure"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -105,13 +118,16 @@ func TestImpersonation(t *testing.T) {
 			cert, err := identity.New(id, key, chain, roots)
 			check(t, err)
 			equal(t, "life", time.Until(cert.Leaf.NotAfter).Round(time.Minute), test.life)
-			_, err = cert.Leaf.Verify(x509.VerifyOptions{Roots: cert.Pool, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}})
+			_, err =
+				cert.Leaf.Verify(x509.VerifyOptions{Roots: cert.Pool, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth,
+					x509.ExtKeyUsageClientAuth}})
 			check(t, err)
 		})
 	}
 	_, err := w.sign(plain, "node-a", signRequest("garbage", td+"ns/ns/sa/sa-x", 0))
 	wantStatus(t, err, codes.InvalidArgument, "the CSR is not PEM")
-	_, err = w.sign(plain, "node-a", signRequest("-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n", td+"ns/ns/sa/sa-x", 0))
+	_, err = w.sign(plain, "node-a",
+		signRequest("-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n", td+"ns/ns/sa/sa-x", 0))
 	wantStatus(t, err, codes.InvalidArgument, "CSR signing error")
 	// By client certificate.
 	_, text := csr(t, td+"ns/ns/sa/sa-x")
@@ -169,7 +185,8 @@ func TestRates(t *testing.T) {
 		time.Sleep(time.Hour)
 		check(t, r.begin("a", time.Now()))
 		check(t, r.begin("a", time.Now()))
-		if err := r.begin("a", time.Now()); err == nil || err.Error() != "node a has 2 certificate requests under way already" {
+		if err := r.begin("a", time.Now()); err == nil ||
+			err.Error() != "node a has 2 certificate requests under way already" {
 			t.Fatal(err)
 		}
 		check(t, r.begin("b", time.Now()))
@@ -186,7 +203,8 @@ func TestHalfRequests(t *testing.T) {
 	cc := w.dial(w.tls(""))
 	method := citadelpb.IstioCertificateService_CreateCertificate_FullMethodName
 	for range 2 {
-		_, err := cc.NewStream(withToken(ctx, w.token("node-a")), &grpc.StreamDesc{ClientStreams: true}, method) // and no message
+		// and no message
+		_, err := cc.NewStream(withToken(ctx, w.token("node-a")), &grpc.StreamDesc{ClientStreams: true}, method)
 		check(t, err)
 	}
 	busy := func() (n int) {

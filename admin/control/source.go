@@ -129,8 +129,10 @@ func (s *source) log(st SnapshotStatus, warnings report) {
 	for _, p := range st.Warnings[:min(most, len(st.Warnings))] {
 		s.logger.Warn(p.String())
 	}
-	s.logger.Info("published", "version", st.Version, "files", st.Files, "workloads", st.Workloads, "services", st.Services,
-		"policies", st.Policies, "warnings", warnings.count, "took", time.Duration(st.LoadSeconds*float64(time.Second)).Round(time.Millisecond))
+	s.logger.Info("published", "version", st.Version, "files", st.Files, "workloads", st.Workloads, "services",
+		st.Services,
+		"policies", st.Policies, "warnings", warnings.count, "took", time.Duration(st.LoadSeconds*float64(time.Second)).Round(
+			time.Millisecond))
 }
 
 func (s *source) snapshotStatus() SnapshotStatus {

@@ -25,9 +25,10 @@ type Status struct {
 	Certificate CertificateStatus `json:"certificate"`
 	Revoked     RevocationStatus  `json:"revoked"`
 	Nodes       []NodeStatus      `json:"nodes"`
-	NotJoined   []string          `json:"notJoined,omitempty"` // nodes that workloads name and that have no credentials; at most 100
-	Problems    []Problem         `json:"problems,omitempty"`  // with the nodes' credentials
-	Counters    map[string]uint64 `json:"counters"`            // since the start; bounded.*: what each bound turned away
+	// nodes that workloads name and that have no credentials; at most 100
+	NotJoined []string          `json:"notJoined,omitempty"`
+	Problems  []Problem         `json:"problems,omitempty"` // with the nodes' credentials
+	Counters  map[string]uint64 `json:"counters"`           // since the start; bounded.*: what each bound turned away
 }
 
 // SnapshotStatus is what is published and how the last load of the directory went.
@@ -78,7 +79,8 @@ type NodeStatus struct {
 	PodNames  []string     `json:"podNames,omitempty"` // namespace/name, at most 30 of them
 	// CertificateNotAfter is the end of the client certificate that it has from join, or from renewing that.
 	CertificateNotAfter time.Time `json:"certificateNotAfter,omitzero"`
-	CertificateProblem  string    `json:"certificateProblem,omitempty"` // why what it showed does not count; its token does
+	// why what it showed does not count; its token does
+	CertificateProblem string `json:"certificateProblem,omitempty"`
 }
 
 // TypeStatus is one type on a stream. Versions are those of snapshots.
@@ -174,7 +176,8 @@ func (c *counters) values() map[string]uint64 {
 // Status says how things are.
 func (s *Server) Status() Status {
 	now := time.Now()
-	out := Status{Now: now.UTC(), Snapshot: s.source.snapshotStatus(), Counters: s.counters.values(), Nodes: []NodeStatus{}}
+	out := Status{Now: now.UTC(), Snapshot: s.source.snapshotStatus(), Counters: s.counters.values(),
+		Nodes: []NodeStatus{}}
 	for _, l := range s.listeners {
 		out.Listen = append(out.Listen, l.Addr().String())
 	}
@@ -257,8 +260,8 @@ func (s *Server) handler(page http.Handler) http.Handler {
 	return helpful(mux)
 }
 
-// helpful answers what the mux has no handler for in a line that says what there is: 405 where the path is known for GET,
-// else 404.
+// helpful answers what the mux has no handler for in a line that says what there is: 405 where the path is known for
+// GET, else 404.
 func helpful(mux *http.ServeMux) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if _, pattern := mux.Handler(r); pattern != "" {
@@ -292,7 +295,8 @@ func FetchStatus(ctx context.Context, socket string) (*Status, error) {
 	}
 	resp, err := (&http.Client{Transport: tr, Timeout: 10 * time.Second}).Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("no control plane answers at %s (is ztun control running, with this --dir?): %w", socket, errors.Unwrap(err))
+		return nil, fmt.Errorf("no control plane answers at %s (is ztun control running, with this --dir?): %w", socket,
+			errors.Unwrap(err))
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
@@ -310,7 +314,8 @@ func (st *Status) WriteTable(out io.Writer) error {
 	w := &errWriter{w: out}
 	st.Snapshot.write(w, st.Now)
 	if e := st.Certificate.Error; e != "" {
-		fmt.Fprintf(w, "server certificate: valid until %s, cannot be renewed: %s\n", stampText(st.Certificate.NotAfter), printable(e))
+		fmt.Fprintf(w, "server certificate: valid until %s, cannot be renewed: %s\n", stampText(st.Certificate.NotAfter),
+			printable(e))
 	}
 	for _, p := range st.Problems {
 		fmt.Fprintf(w, "credentials: %s\n", printable(p.String()))
@@ -334,10 +339,12 @@ func (st *Status) WriteTable(out io.Writer) error {
 			if n.Connected {
 				state, since = "no request yet", age(st.Now, n.Since)
 			}
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t-\t-\t-\t%s\t-\t-\n", printable(n.Node), since, or(n.Peer, "-"), or(n.Auth, "-"), n.certificateLeft(st.Now), state)
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t-\t-\t-\t%s\t-\t-\n", printable(n.Node), since, or(n.Peer, "-"), or(n.Auth, "-"),
+				n.certificateLeft(st.Now), state)
 		}
 		for _, y := range n.Types {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\n", printable(n.Node), age(st.Now, n.Since), n.Peer, n.Auth, n.certificateLeft(st.Now),
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\n", printable(n.Node), age(st.Now, n.Since), n.Peer,
+				n.Auth, n.certificateLeft(st.Now),
 				printable(y.Type), or(y.SentNonce, "-"), or(y.AckedNonce, "-"), y.state(), y.lagText(), y.NACKs)
 		}
 	}
@@ -354,7 +361,8 @@ func (st *Status) WriteTable(out io.Writer) error {
 	for _, n := range st.Nodes {
 		for _, y := range n.Types {
 			if y.LastNACK != "" {
-				fmt.Fprintf(w, "\n%s rejected %s %s ago: %s\n", printable(n.Node), printable(y.Type), age(st.Now, y.LastNACKAt), printable(y.LastNACK))
+				fmt.Fprintf(w, "\n%s rejected %s %s ago: %s\n", printable(n.Node), printable(y.Type), age(st.Now, y.LastNACKAt),
+					printable(y.LastNACK))
 			}
 		}
 	}
@@ -383,11 +391,13 @@ func (n *NodeStatus) certificateText(now time.Time) string {
 	case n.CertificateNotAfter.IsZero():
 		return ""
 	case left <= 0:
-		return fmt.Sprintf("its client certificate expired at %s: it needs its token, or ztun control join --renew", stampText(n.CertificateNotAfter))
+		return fmt.Sprintf("its client certificate expired at %s: it needs its token, or ztun control join --renew",
+			stampText(n.CertificateNotAfter))
 	case n.CertificateProblem != "":
 		return "the client certificate that it shows does not count, its token does: " + n.CertificateProblem
 	case left < expiresSoon:
-		return fmt.Sprintf("its client certificate expires at %s, in %s", stampText(n.CertificateNotAfter), duration(left.Seconds()))
+		return fmt.Sprintf("its client certificate expires at %s, in %s", stampText(n.CertificateNotAfter),
+			duration(left.Seconds()))
 	}
 	return ""
 }
@@ -400,7 +410,8 @@ func (s *SnapshotStatus) write(w io.Writer, now time.Time) {
 			s.Version, age(now, s.PublishedAt), s.Files, s.Workloads, s.Services, s.Policies)
 	}
 	if s.ErrorCount > 0 {
-		fmt.Fprintf(w, "NOT UP TO DATE: the directory cannot be published since %s, %d errors:\n", age(now, s.FailedSince), s.ErrorCount)
+		fmt.Fprintf(w, "NOT UP TO DATE: the directory cannot be published since %s, %d errors:\n", age(now, s.FailedSince),
+			s.ErrorCount)
 		WriteProblems(w, s.Errors, s.ErrorCount)
 	}
 	if s.WarningCount > 0 {

@@ -25,25 +25,35 @@ func TestStatusTable(t *testing.T) {
 		Snapshot: SnapshotStatus{
 			Version: 7, PublishedAt: now.Add(-3 * time.Hour), Files: 3, Workloads: 120, Services: 14, Policies: 5,
 			FailedSince: now.Add(-90 * time.Second), ErrorCount: 12,
-			Errors:       []Problem{{File: "shop/stock.yaml", Line: 12, Key: "workloads[3].protocol", Text: `want one of TCP, HBONE, found "http"`}, {File: "b.yaml", Text: "the file is \x1b[31mempty"}},
-			WarningCount: 1, Warnings: []Problem{{File: "a.yaml", Line: 4, Key: "workloads[1].waypoint", Text: `there is no service or workload "ns/wp.host"`}},
+			Errors: []Problem{{File: "shop/stock.yaml", Line: 12, Key: "workloads[3].protocol",
+				Text: `want one of TCP, HBONE, found "http"`}, {File: "b.yaml", Text: "the file is \x1b[31mempty"}},
+			WarningCount: 1,
+			Warnings: []Problem{{File: "a.yaml", Line: 4, Key: "workloads[1].waypoint",
+				Text: `there is no service or workload "ns/wp.host"`}},
 		},
 		Certificate: CertificateStatus{NotAfter: now.Add(time.Hour), Error: "the CA expired"},
 		Revoked:     RevocationStatus{Certificates: 3, ListedAt: now, Problem: "no key\x1b"},
 		Problems:    []Problem{{File: "nodes/x.json", Text: "cannot be used"}},
 		Nodes: []NodeStatus{
-			{Node: "node-a", Connected: true, Since: now.Add(-49 * time.Hour), Peer: "10.0.0.1:4711", Auth: "token", CertificateNotAfter: now.Add(200 * 24 * time.Hour), Types: []TypeStatus{
-				{Type: "Address", SentNonce: "v7-31", AckedNonce: "v7-31", Synced: 7},
-				{Type: "Authorization", SentNonce: "v6-3", AckedNonce: "v5-2", Synced: 6, Lag: 1, LagSeconds: 75, NACKs: 2, Rejecting: true, LastNACK: "shop/p: bad\nname", LastNACKAt: now.Add(-4200 * time.Millisecond)},
-			}},
-			{Node: "node-b", Connected: true, Since: now.Add(-time.Minute), Peer: "10.0.0.2:4712", Auth: "certificate", Types: []TypeStatus{
-				{Type: "Address", SentNonce: "v7-1", Waiting: true, Lag: 7, LagSeconds: 59.96},
-			}},
+			{Node: "node-a", Connected: true, Since: now.Add(-49 * time.Hour), Peer: "10.0.0.1:4711", Auth: "token",
+				CertificateNotAfter: now.Add(200 * 24 * time.Hour), Types: []TypeStatus{
+					{Type: "Address", SentNonce: "v7-31", AckedNonce: "v7-31", Synced: 7},
+					{Type: "Authorization", SentNonce: "v6-3", AckedNonce: "v5-2", Synced: 6, Lag: 1, LagSeconds: 75, NACKs: 2,
+						Rejecting: true, LastNACK: "shop/p: bad\nname", LastNACKAt: now.Add(-4200 * time.Millisecond)},
+				}},
+			{Node: "node-b", Connected: true, Since: now.Add(-time.Minute), Peer: "10.0.0.2:4712", Auth: "certificate",
+				Types: []TypeStatus{
+					{Type: "Address", SentNonce: "v7-1", Waiting: true, Lag: 7, LagSeconds: 59.96},
+				}},
 			{Node: "node-c", Connected: true, Since: now, Peer: "10.0.0.3:4713", Auth: "token"},
 			{Node: "node-d", CertificateNotAfter: now.Add(50 * time.Hour)},
-			{Node: "node-da", Connected: true, Since: now, Peer: "10.0.0.6:1", Auth: "token", CertificateNotAfter: now.Add(-time.Hour), CertificateProblem: "it expired"},
-			{Node: "node-db", Connected: true, Since: now, Peer: "10.0.0.7:1", Auth: "token", CertificateNotAfter: now.Add(999 * time.Hour), CertificateProblem: "of another CA"},
-			{Node: "node-e", Connected: true, Since: now, Peer: "10.0.0.5:4715", Auth: "token", Types: []TypeStatus{{Type: "Address"}}}, // nothing is published, say
+			{Node: "node-da", Connected: true, Since: now, Peer: "10.0.0.6:1", Auth: "token",
+				CertificateNotAfter: now.Add(-time.Hour), CertificateProblem: "it expired"},
+			{Node: "node-db", Connected: true, Since: now, Peer: "10.0.0.7:1", Auth: "token",
+				CertificateNotAfter: now.Add(999 * time.Hour), CertificateProblem: "of another CA"},
+			// nothing is published, say
+			{Node: "node-e", Connected: true, Since: now, Peer: "10.0.0.5:4715", Auth: "token",
+				Types: []TypeStatus{{Type: "Address"}}},
 		},
 	}
 	compareGolden(t, "status.txt", st.table(t))
@@ -88,12 +98,14 @@ func TestStatus(t *testing.T) {
 	st, err := FetchStatus(t.Context(), socket)
 	check(t, err)
 	n := st.Nodes[0]
-	if len(st.Nodes) != 2 || n.Node != "node-a" || !n.Connected || n.Auth != "token" || n.Identity != "spiffe://cluster.local/ns/istio-system/sa/ztunnel" ||
+	if len(st.Nodes) != 2 || n.Node != "node-a" || !n.Connected || n.Auth != "token" ||
+		n.Identity != "spiffe://cluster.local/ns/istio-system/sa/ztunnel" ||
 		n.ID != c.node.Id || n.Peer == "" || st.Nodes[1].Node != "node-b" || st.Nodes[1].Connected {
 		t.Fatalf("%+v", st.Nodes)
 	}
 	y := n.Types[0]
-	if y.Type != "Address" || !y.Waiting || y.SentNonce != m.Nonce || y.SentVersion != 1 || y.Lag != 1 || y.AckedNonce != "" || y.Resources != 1 {
+	if y.Type != "Address" || !y.Waiting || y.SentNonce != m.Nonce || y.SentVersion != 1 || y.Lag != 1 ||
+		y.AckedNonce != "" || y.Resources != 1 {
 		t.Fatalf("%+v", y)
 	}
 	c.ack(m)
@@ -104,7 +116,8 @@ func TestStatus(t *testing.T) {
 		return !y.Waiting && y.AckedNonce == m.Nonce && y.AckedVersion == 1 && y.Lag == 0 && y.LagSeconds == 0
 	})
 	base := "http://" + w.srv.AdminAddr().String()
-	for path, want := range map[string]int{"/status": 200, "/healthz/ready": 200, "/metrics": 200, "/": 200, "/nothing": 404} {
+	for path, want := range map[string]int{"/status": 200, "/healthz/ready": 200, "/metrics": 200, "/": 200,
+		"/nothing": 404} {
 		resp, err := http.Get(base + path)
 		check(t, err)
 		body, err := io.ReadAll(resp.Body)
@@ -134,7 +147,8 @@ func TestStatus(t *testing.T) {
 	}
 	http.DefaultClient.CloseIdleConnections()
 	check(t, w.stop())
-	if _, err := FetchStatus(context.Background(), socket); err == nil || !strings.Contains(err.Error(), "is ztun control running") {
+	if _, err := FetchStatus(context.Background(), socket); err == nil ||
+		!strings.Contains(err.Error(), "is ztun control running") {
 		t.Fatal(err)
 	}
 }

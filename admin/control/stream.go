@@ -75,7 +75,8 @@ type stream struct {
 }
 
 // DeltaAggregatedResources serves one stream until it ends, its node's credentials do, or a request is not acceptable.
-func (s adsServer) DeltaAggregatedResources(rpc grpc.BidiStreamingServer[discoverypb.DeltaDiscoveryRequest, discoverypb.DeltaDiscoveryResponse]) error {
+func (s adsServer) DeltaAggregatedResources(rpc grpc.BidiStreamingServer[discoverypb.DeltaDiscoveryRequest,
+	discoverypb.DeltaDiscoveryResponse]) error {
 	st := &stream{
 		Server: s.Server, caller: callerOf(rpc.Context()), rpc: rpc, since: time.Now(),
 		types: make(map[string]*subscription), behind: make(map[string]time.Time),
@@ -127,7 +128,8 @@ func (st *stream) serve() error {
 		snap, newer := st.feed.watch()
 		revoked := st.nodes.watch()
 		if !st.nodes.valid(st.caller) {
-			return status.Error(codes.Unauthenticated, "authentication failure: the node's credentials have been replaced or removed")
+			return status.Error(codes.Unauthenticated,
+				"authentication failure: the node's credentials have been replaced or removed")
 		}
 		if err := st.send(snap); err != nil {
 			return err
@@ -168,7 +170,8 @@ func (st *stream) request(req *discoverypb.DeltaDiscoveryRequest) error {
 			return status.Errorf(codes.ResourceExhausted, "more than %d types on one stream", maxTypes)
 		}
 		if req.TypeUrl != typeAddress && req.TypeUrl != typeAuthorization {
-			st.logger.Warn("node asks for a type that is not served: the answer is empty", "node", st.caller.node, "type", clip(req.TypeUrl, 200))
+			st.logger.Warn("node asks for a type that is not served: the answer is empty", "node", st.caller.node, "type",
+				clip(req.TypeUrl, 200))
 		}
 		d = newSubscription(req.TypeUrl, st.caller.node)
 		st.types[req.TypeUrl] = d
@@ -180,7 +183,8 @@ func (st *stream) request(req *discoverypb.DeltaDiscoveryRequest) error {
 	}
 	if d.stats.nacks > before.nacks {
 		st.counters.nacks.Add(1)
-		st.logger.Warn("node rejects resources", "node", st.caller.node, "type", typeName(d.typeURL), "nonce", d.stats.lastNACKNonce, "error", d.stats.lastNACK)
+		st.logger.Warn("node rejects resources", "node", st.caller.node, "type", typeName(d.typeURL), "nonce",
+			d.stats.lastNACKNonce, "error", d.stats.lastNACK)
 	}
 	st.counters.acks.Add(d.stats.acks - before.acks)
 	st.counters.stale.Add(d.stats.stale - before.stale)
@@ -194,7 +198,9 @@ func (st *stream) checkNode(n *discoverypb.Node) error {
 	}
 	name := n.GetMetadata().GetFields()["NODE_NAME"].GetStringValue()
 	if name != st.caller.node {
-		return status.Errorf(codes.PermissionDenied, "no identities of the caller matched NODE_NAME %q: its credentials are those of node %q (NODE_NAME must be what was given to ztun control join)", clip(name, 300), st.caller.node)
+		return status.Errorf(codes.PermissionDenied,
+			"no identities of the caller matched NODE_NAME %q: its credentials are those of node %q (NODE_NAME must be what "+
+				"was given to ztun control join)", clip(name, 300), st.caller.node)
 	}
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -233,8 +239,8 @@ func (st *stream) send(snap *snapshot) error {
 func (m *message) encode(typeURL string) *discoverypb.DeltaDiscoveryResponse {
 	version, _, _ := strings.Cut(m.nonce, "-")
 	if !m.complete {
-		// The node does not have all of the snapshot yet: admin/xds calls it ready, and what was not named gone, with the first
-		// response without this. Others ignore the field.
+		// The node does not have all of the snapshot yet: admin/xds calls it ready, and what was not named gone, with the
+		// first response without this. Others ignore the field.
 		version += xds.MoreFollows
 	}
 	out := &discoverypb.DeltaDiscoveryResponse{

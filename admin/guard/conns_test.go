@@ -94,12 +94,13 @@ func TestBusy(t *testing.T) {
 	for _, keep := range []bool{false, true} {
 		release := make(chan struct{})
 		entered := make(chan struct{}, 100)
-		c, port := server(t, ConnsOptions{Busy: 4, KeepBusy: keep}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if r.Header.Get("X-Slow") != "" {
-				entered <- struct{}{}
-				<-release
-			}
-		}))
+		c, port := server(t, ConnsOptions{Busy: 4, KeepBusy: keep},
+			http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.Header.Get("X-Slow") != "" {
+					entered <- struct{}{}
+					<-release
+				}
+			}))
 		var slow []net.Conn
 		for range 4 {
 			a := dial(t, "127.0.0.2", port)

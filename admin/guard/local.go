@@ -65,7 +65,8 @@ func (l *Local) Handler(next http.Handler) http.Handler {
 			return
 		}
 		l.refused.Add(1)
-		l.lines.Log(r.Context(), slog.LevelWarn, "", "request refused", slog.String("method", clip(r.Method)), slog.String("path", clip(r.URL.Path)),
+		l.lines.Log(r.Context(), slog.LevelWarn, "", "request refused", slog.String("method", clip(r.Method)),
+			slog.String("path", clip(r.URL.Path)),
 			slog.String("peer", r.RemoteAddr), slog.String("error", err.Error()))
 		if code == http.StatusUnauthorized {
 			w.Header().Set("WWW-Authenticate", "Bearer")
@@ -87,7 +88,9 @@ func (l *Local) check(r *http.Request) (code int, err error) {
 		return 0, nil
 	}
 	if isForm(r) {
-		return http.StatusUnsupportedMediaType, errors.New("a body of this Content-Type is what web pages send, and none is read here: write parameters into the query")
+		return http.StatusUnsupportedMediaType,
+			errors.New(
+				"a body of this Content-Type is what web pages send, and none is read here: write parameters into the query")
 	}
 	if l.o.Token == "" {
 		return 0, nil
@@ -100,7 +103,8 @@ func (l *Local) check(r *http.Request) (code int, err error) {
 	scheme, got, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	a, b := sha256.Sum256([]byte(want)), sha256.Sum256([]byte(strings.TrimSpace(got)))
 	if !strings.EqualFold(scheme, "Bearer") || subtle.ConstantTimeCompare(a[:], b[:]) != 1 {
-		return http.StatusUnauthorized, fmt.Errorf("%s needs the token of ZTUN_ADMIN_TOKEN_FILE: Authorization: Bearer TOKEN", clip(r.Method))
+		return http.StatusUnauthorized, fmt.Errorf("%s needs the token of ZTUN_ADMIN_TOKEN_FILE: Authorization: Bearer TOKEN",
+			clip(r.Method))
 	}
 	return 0, nil
 }

@@ -49,7 +49,8 @@ func trimToken(name, text string) (string, error) {
 		return "", fmt.Errorf("%s is empty", name)
 	}
 	if at := badByte(token); at >= 0 {
-		return "", fmt.Errorf("%s: byte %#02x at position %d cannot be in a header: it must be one line of printable ASCII", name, token[at], at)
+		return "", fmt.Errorf("%s: byte %#02x at position %d cannot be in a header: it must be one line of printable ASCII",
+			name, token[at], at)
 	}
 	return token, nil
 }
@@ -75,7 +76,8 @@ func (c *Connector) Context(ctx context.Context) (context.Context, error) {
 // parseHeaders checks XDS_HEADER_* and CA_HEADER_*.
 func parseHeaders(headers [][2]string) (metadata.MD, error) {
 	// HTTP/2 and gRPC have their own use for these, and gRPC drops them without a word.
-	taken := []string{"connection", "content-type", "host", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade", "user-agent"}
+	taken := []string{"connection", "content-type", "host", "keep-alive", "proxy-connection", "te", "transfer-encoding",
+		"upgrade", "user-agent"}
 	md := metadata.MD{}
 	for _, h := range headers {
 		key, value := strings.ToLower(h[0]), h[1]

@@ -12,7 +12,8 @@ import (
 func TestFIPS(t *testing.T) {
 	for _, mode := range []string{"on", "only"} {
 		t.Run(mode, func(t *testing.T) {
-			cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^(TestConnection|TestMetadata)$", "-test.v", "-test.timeout=60s")
+			cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^(TestConnection|TestMetadata)$", "-test.v",
+				"-test.timeout=60s")
 			cmd.Env = append(os.Environ(), "GODEBUG=fips140="+mode)
 			out, err := cmd.CombinedOutput()
 			for _, want := range []string{"--- PASS: TestConnection/post-quantum", "--- PASS: TestMetadata"} {

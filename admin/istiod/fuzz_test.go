@@ -24,7 +24,8 @@ func FuzzRoots(f *testing.F) {
 	f.Add(sound)
 	f.Fuzz(func(t *testing.T, text []byte) {
 		pool, n, bad := parseRoots(text)
-		if most := bytes.Count(text, []byte("-----BEGIN CERTIFICATE-----")); n > most || n == 0 && !pool.Equal(x509.NewCertPool()) {
+		if most := bytes.Count(text, []byte("-----BEGIN CERTIFICATE-----")); n > most ||
+			n == 0 && !pool.Equal(x509.NewCertPool()) {
 			t.Fatalf("%d roots of at most %d", n, most)
 		}
 		more, m, worse := parseRoots(append(bytes.Clone(sound), text...))

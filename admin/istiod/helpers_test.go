@@ -42,8 +42,9 @@ func newAuthority(t testing.TB) *authority {
 		t.Fatal(err)
 	}
 	tmpl := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "root"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "root"}, NotBefore: time.Now().Add(-time.Hour),
+		NotAfter: time.Now().Add(time.Hour),
+		IsCA:     true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
 	if err != nil {
@@ -68,7 +69,8 @@ func (a *authority) issue(t testing.TB, life time.Duration, names ...string) tls
 		t.Fatal(err)
 	}
 	tmpl := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(life),
+		SerialNumber: big.NewInt(time.Now().UnixNano()), NotBefore: time.Now().Add(-time.Hour),
+		NotAfter:    time.Now().Add(life),
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
 	for _, n := range names {
@@ -123,7 +125,8 @@ type server struct {
 	state  tls.ConnectionState
 }
 
-func (s *server) CreateCertificate(ctx context.Context, _ *citadelpb.IstioCertificateRequest) (*citadelpb.IstioCertificateResponse, error) {
+func (s *server) CreateCertificate(ctx context.Context, _ *citadelpb.IstioCertificateRequest) (
+	*citadelpb.IstioCertificateResponse, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.md, _ = metadata.FromIncomingContext(ctx)
@@ -188,7 +191,8 @@ func callOn(t testing.TB, c *Connector) (string, error) {
 	if ctx, err = c.Context(ctx); err != nil {
 		return "", err
 	}
-	resp, err := citadelpb.NewIstioCertificateServiceClient(conn).CreateCertificate(ctx, &citadelpb.IstioCertificateRequest{Csr: "csr"})
+	resp, err := citadelpb.NewIstioCertificateServiceClient(conn).CreateCertificate(ctx,
+		&citadelpb.IstioCertificateRequest{Csr: "csr"})
 	if err != nil {
 		return "", said{err}
 	}

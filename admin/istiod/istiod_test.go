@@ -60,8 +60,10 @@ func TestConnection(t *testing.T) {
 		{"IP literal", ip, "", Options{Roots: roots}, ""},
 		{"host name", local, "localhost", Options{Roots: roots}, ""},
 		{"root file", ip, "", Options{Roots: Roots{File: file(t, "roots.pem", ca.pem())}}, ""},
-		{"two roots in the file, and what is none", ip, "", Options{Roots: Roots{File: file(t, "roots.pem", slices.Concat(other.pem(),
-			[]byte("-----BEGIN CERTIFICATE-----\nbm9uZQ==\n-----END CERTIFICATE-----\n-----BEGIN X-----\n-----END X-----\n"), ca.pem()))}}, ""},
+		{"two roots in the file, and what is none", ip, "",
+			Options{Roots: Roots{File: file(t, "roots.pem", slices.Concat(other.pem(),
+				[]byte("-----BEGIN CERTIFICATE-----\nbm9uZQ==\n-----END CERTIFICATE-----\n-----BEGIN X-----\n-----END X-----\n"),
+				ca.pem()))}}, ""},
 		{"alternate name", local, "", Options{Roots: roots, AltHostname: "istiod.istio-system.svc"}, ""},
 		{"alternate IP", ip, "localhost", Options{Roots: roots, AltHostname: "127.0.0.1"}, ""},
 		{"TLS 1.2 where it is allowed", only12, "", Options{Roots: roots, TLS12: true}, ""},
@@ -69,25 +71,33 @@ func TestConnection(t *testing.T) {
 		{"client certificate", asks, "", Options{Roots: roots, ClientCert: cert, ClientKey: key}, ""},
 
 		{"wrong name", local, "", Options{Roots: roots},
-			shake + `tls: failed to verify certificate: x509: cannot validate certificate for 127.0.0.1 because it doesn't contain any IP SANs\""`},
+			shake +
+				`tls: failed to verify certificate: x509: cannot validate certificate for 127.0.0.1 because it doesn't contain any IP SANs\""`},
 		{"wrong name and wrong alternate", ip, "localhost", Options{Roots: roots, AltHostname: "istiod.x"},
-			shake + `tls: failed to verify certificate: x509: certificate is not valid for any names, but wanted to match localhost (nor is it for the alternate hostname istiod.x)\""`},
+			shake +
+				`tls: failed to verify certificate: x509: certificate is not valid for any names, but wanted to match localhost (nor is it for the alternate hostname istiod.x)\""`},
 		{"chain before name", expired, "localhost", Options{Roots: roots, AltHostname: "127.0.0.1"},
 			shake + `tls: failed to verify certificate: x509: certificate has expired or is not yet valid: `},
 		{"wrong root", ip, "", Options{Roots: Roots{File: file(t, "roots.pem", other.pem())}}, unknown},
 		{"no root", ip, "", Options{}, unknown + ` (not trusted by any root certificate, for none is configured)\""`},
 		{"a path taken for PEM", ip, "", Options{Roots: Roots{PEM: []byte(missing)}},
-			unknown + ` (not trusted by the text given for root certificates, for there is none in it: is it meant to be the path of a file that exists?)\""`},
-		{"the system's roots", ip, "", Options{Roots: Roots{System: true}}, unknown + ` (not trusted by the system's root certificates)\""`},
+			unknown +
+				` (not trusted by the text given for root certificates, for there is none in it: is it meant to be the path of a file that exists?)\""`},
+		{"the system's roots", ip, "", Options{Roots: Roots{System: true}},
+			unknown + ` (not trusted by the system's root certificates)\""`},
 		{"no root file", ip, "", Options{Roots: Roots{File: missing}},
 			"control plane 127.0.0.1:PORT: root certificates: open " + missing + ": no such file or directory"},
-		{"empty root file", ip, "", Options{Roots: Roots{File: file(t, "r.pem", []byte("\n"))}}, "control plane 127.0.0.1:PORT: root certificates "},
+		{"empty root file", ip, "", Options{Roots: Roots{File: file(t, "r.pem", []byte("\n"))}},
+			"control plane 127.0.0.1:PORT: root certificates "},
 		{"TLS 1.2", only12, "", Options{Roots: roots}, shake + `remote error: tls: protocol version not supported\""`},
-		{"TLS 1.2 and post-quantum", only12, "", Options{Roots: roots, TLS12: true, PQC: true}, shake + `remote error: tls: protocol version not supported\""`},
-		{"server without X25519MLKEM768", noPQ, "", Options{Roots: roots, PQC: true}, shake + `remote error: tls: handshake failure\""`},
+		{"TLS 1.2 and post-quantum", only12, "", Options{Roots: roots, TLS12: true, PQC: true},
+			shake + `remote error: tls: protocol version not supported\""`},
+		{"server without X25519MLKEM768", noPQ, "", Options{Roots: roots, PQC: true},
+			shake + `remote error: tls: handshake failure\""`},
 		{"client certificate wanted", asks, "", Options{Roots: roots}, `status: Unavailable, message: "`},
 		{"client certificate of another key", asks, "", Options{Roots: roots, ClientCert: cert, ClientKey: wrongKey},
-			"control plane 127.0.0.1:PORT: client certificate " + cert + " with key " + wrongKey + ": tls: private key does not match public key"},
+			"control plane 127.0.0.1:PORT: client certificate " + cert + " with key " + wrongKey +
+				": tls: private key does not match public key"},
 		{"no client key file", asks, "", Options{Roots: roots, ClientCert: cert, ClientKey: missing},
 			"control plane 127.0.0.1:PORT: client key: open " + missing + ": no such file or directory"},
 	} {
@@ -151,12 +161,15 @@ func TestRootsAreReread(t *testing.T) {
 		{other.pem(), `(not trusted by ` + path + `)\""`},
 		{[]byte("garbage"), "root certificates " + path + ": there is no certificate in PEM form in it"},
 		{[]byte(" \n"), "root certificates " + path + ": the file is empty"},
-		{[]byte("-----BEGIN CERTIFICATE-----\nbm9uZQ==\n-----END CERTIFICATE-----\n"), "root certificates " + path + ": x509: malformed certificate"},
-		{bytes.Repeat([]byte("#"), maxRoots+1), "root certificates " + path + ": larger than 4194304 bytes: is this the right file?"},
+		{[]byte("-----BEGIN CERTIFICATE-----\nbm9uZQ==\n-----END CERTIFICATE-----\n"), "root certificates " + path +
+			": x509: malformed certificate"},
+		{bytes.Repeat([]byte("#"), maxRoots+1), "root certificates " + path +
+			": larger than 4194304 bytes: is this the right file?"},
 		{ca.pem(), ""},
 	} {
 		write(t, path, step.roots)
-		if _, err := callOn(t, c); step.want == "" && err != nil || step.want != "" && (err == nil || !strings.Contains(err.Error(), step.want)) {
+		if _, err := callOn(t, c); step.want == "" && err != nil || step.want != "" &&
+			(err == nil || !strings.Contains(err.Error(), step.want)) {
 			t.Errorf("got %v, want %q", err, step.want)
 		}
 	}
@@ -174,12 +187,14 @@ func TestUnreachable(t *testing.T) {
 	addr := l.Addr().String()
 	l.Close()
 	_, err = call(t, Options{Address: addr})
-	want := `status: Unavailable, message: "connection error: desc = \"transport: Error while dialing: dial tcp ` + addr + `: connect: connection refused\""`
+	want := `status: Unavailable, message: "connection error: desc = \"transport: Error while dialing: dial tcp ` + addr +
+		`: connect: connection refused\""`
 	if err == nil || err.Error() != want || status.Code(err) != codes.Unavailable {
 		t.Errorf("got  %v\nwant %s", err, want)
 	}
 	_, err = call(t, Options{Address: "no-such-host.invalid:15012"})
-	if err == nil || !strings.Contains(err.Error(), "lookup no-such-host.invalid") || strings.Count(err.Error(), "(hint: ") != 1 {
+	if err == nil || !strings.Contains(err.Error(), "lookup no-such-host.invalid") ||
+		strings.Count(err.Error(), "(hint: ") != 1 {
 		t.Errorf("got %v", err)
 	}
 }
@@ -232,7 +247,9 @@ func TestKeepalive(t *testing.T) {
 	} {
 		var got int
 		var gerr error
-		if err := raw.Control(func(fd uintptr) { got, gerr = syscall.GetsockoptInt(int(fd), o.level, o.name) }); err != nil || gerr != nil || got != o.want {
+		if err := raw.Control(func(fd uintptr) {
+			got, gerr = syscall.GetsockoptInt(int(fd), o.level, o.name)
+		}); err != nil || gerr != nil || got != o.want {
 			t.Errorf("option %d: %d, want %d (%v, %v)", o.name, got, o.want, err, gerr)
 		}
 	}
@@ -243,8 +260,10 @@ func TestLargestMessage(t *testing.T) {
 	ca := newAuthority(t)
 	s := serve(t, &tls.Config{Certificates: []tls.Certificate{ca.issue(t, time.Hour, "127.0.0.1")}})
 	s.answer = []string{strings.Repeat("x", 5<<20)}
-	for limit, want := range map[int]codes.Code{0: codes.ResourceExhausted, 5 << 20: codes.ResourceExhausted, 6 << 20: codes.OK} {
-		if _, err := call(t, Options{Address: s.addr, Roots: Roots{PEM: ca.pem()}, MaxRecv: limit}); status.Code(err) != want {
+	for limit, want := range map[int]codes.Code{0: codes.ResourceExhausted, 5 << 20: codes.ResourceExhausted,
+		6 << 20: codes.OK} {
+		if _, err := call(t, Options{Address: s.addr, Roots: Roots{PEM: ca.pem()}, MaxRecv: limit}); status.Code(
+			err) != want {
 			t.Errorf("limit %d: %v", limit, err)
 		}
 	}
@@ -255,7 +274,8 @@ func TestMetadata(t *testing.T) {
 	ca := newAuthority(t)
 	s := serve(t, &tls.Config{Certificates: []tls.Certificate{ca.issue(t, time.Hour, "127.0.0.1")}})
 	path := file(t, "istio-token", []byte("first\n"))
-	o := Options{Address: s.addr, Roots: Roots{PEM: ca.pem()}, ClusterID: "c1", Headers: [][2]string{{"FOO_BAR", "v"}, {"authorization", "mine"}, {"x", "1"}, {"X", "2"}}}
+	o := Options{Address: s.addr, Roots: Roots{PEM: ca.pem()}, ClusterID: "c1",
+		Headers: [][2]string{{"FOO_BAR", "v"}, {"authorization", "mine"}, {"x", "1"}, {"X", "2"}}}
 	see := func(o Options, auth, cluster string) {
 		t.Helper()
 		if _, err := call(t, o); err != nil {
@@ -305,10 +325,12 @@ func TestTokenFile(t *testing.T) {
 	}
 	check("token: open " + path + ": no such file or directory")
 	for text, want := range map[string]string{
-		"":                              " is empty",
-		" \n":                           " is empty",
-		"secret\nsecret":                ": byte 0x0a at position 6 cannot be in a header: it must be one line of printable ASCII",
-		"\xef\xbb\xbfsecret":            ": byte 0xef at position 0 cannot be in a header: it must be one line of printable ASCII",
+		"":    " is empty",
+		" \n": " is empty",
+		"secret\nsecret": ": byte 0x0a at position 6 cannot be in a header: it must be one line of " +
+			"printable ASCII",
+		"\xef\xbb\xbfsecret": ": byte 0xef at position 0 cannot be in a header: it must be one line of " +
+			"printable ASCII",
 		strings.Repeat("s", maxToken+1): ": larger than 65536 bytes: is this the right file?",
 	} {
 		write(t, path, []byte(text))
@@ -328,7 +350,8 @@ func TestPipes(t *testing.T) {
 	}{
 		{Options{Token: Token{File: path}}, "token " + path + ": not a regular file"},
 		{Options{Roots: Roots{File: path}}, "control plane localhost:1: root certificates " + path + ": not a regular file"},
-		{Options{ClientCert: path, ClientKey: path}, "control plane localhost:1: client certificate " + path + ": not a regular file"},
+		{Options{ClientCert: path, ClientKey: path}, "control plane localhost:1: client certificate " + path +
+			": not a regular file"},
 	} {
 		c.o.Address = "localhost:1"
 		con, err := New(c.o)
@@ -352,28 +375,38 @@ func TestRefusedOptions(t *testing.T) {
 		want string
 	}{
 		{Options{}, "control plane address is empty"},
-		{Options{Address: "http://istiod:15012"}, `control plane address "http://istiod:15012": tokens and keys' certificates go over TLS only: use https://, or leave the scheme out`},
-		{Options{Address: "tcp://istiod:15012"}, `control plane address "tcp://istiod:15012": unknown scheme tcp: use https://, or leave the scheme out`},
+		{Options{Address: "http://istiod:15012"},
+			`control plane address "http://istiod:15012": tokens and keys' certificates go over TLS only: use https://, or leave the scheme out`},
+		{Options{Address: "tcp://istiod:15012"},
+			`control plane address "tcp://istiod:15012": unknown scheme tcp: use https://, or leave the scheme out`},
 		{Options{Address: "https://:15012"}, `control plane address "https://:15012": there is no host in it`},
-		{Options{Address: "istiod:15012/v3"}, `control plane address "istiod:15012/v3": it must be host and port alone, such as istiod.istio-system.svc:15012`},
-		{Options{Address: "user@istiod:15012"}, `control plane address "user@istiod:15012": it must be host and port alone, such as istiod.istio-system.svc:15012`},
+		{Options{Address: "istiod:15012/v3"},
+			`control plane address "istiod:15012/v3": it must be host and port alone, such as istiod.istio-system.svc:15012`},
+		{Options{Address: "user@istiod:15012"},
+			`control plane address "user@istiod:15012": it must be host and port alone, such as istiod.istio-system.svc:15012`},
 		{Options{Address: "istiod:0"}, `control plane address "istiod:0": port 0 is not one of 1 to 65535`},
 		{Options{Address: "istiod:65536"}, `control plane address "istiod:65536": port 65536 is not one of 1 to 65535`},
 		{Options{Address: "istiod:grpc"}, `control plane address "istiod:grpc": invalid port ":grpc" after host`},
 		{Options{Address: "a b"}, `control plane address "a b": invalid character " " in host name`},
-		{Options{Address: "i", Roots: Roots{File: "x", System: true}}, "root certificates: more than one of file, text and system are given"},
+		{Options{Address: "i", Roots: Roots{File: "x", System: true}},
+			"root certificates: more than one of file, text and system are given"},
 		{Options{Address: "i", Token: Token{File: "x", Literal: "y"}}, "token: both a file and a literal are given"},
 		{Options{Address: "i", Token: Token{Literal: " "}}, "token is empty"},
-		{Options{Address: "i", Token: Token{Literal: "t\x00n"}}, "token: byte 0x00 at position 1 cannot be in a header: it must be one line of printable ASCII"},
+		{Options{Address: "i", Token: Token{Literal: "t\x00n"}},
+			"token: byte 0x00 at position 1 cannot be in a header: it must be one line of printable ASCII"},
 		{Options{Address: "i", ClusterID: "c\n"}, `cluster id "c\n": byte 0x0a cannot be in a header`},
 		{Options{Address: "i", ClientKey: "x"}, "client certificate and client key: one is given without the other"},
 		{Options{Address: "i", MaxRecv: -1}, "largest message -1 bytes: cannot be negative"},
 		{Options{Address: "i", Headers: [][2]string{{"", "v"}}}, "header: its name is empty"},
-		{Options{Address: "i", Headers: [][2]string{{"A B", "v"}}}, `header "A B": a name consists of letters, digits, -, _ and .`},
-		{Options{Address: "i", Headers: [][2]string{{":path", "v"}}}, `header ":path": a name consists of letters, digits, -, _ and .`},
+		{Options{Address: "i", Headers: [][2]string{{"A B", "v"}}},
+			`header "A B": a name consists of letters, digits, -, _ and .`},
+		{Options{Address: "i", Headers: [][2]string{{":path", "v"}}},
+			`header ":path": a name consists of letters, digits, -, _ and .`},
 		{Options{Address: "i", Headers: [][2]string{{"TE", "v"}}}, `header "TE": the name is HTTP's or gRPC's own`},
-		{Options{Address: "i", Headers: [][2]string{{"grpc-timeout", "v"}}}, `header "grpc-timeout": the name is HTTP's or gRPC's own`},
-		{Options{Address: "i", Headers: [][2]string{{"x-bin", "v"}}}, `header "x-bin": names that end in -bin are for binary values`},
+		{Options{Address: "i", Headers: [][2]string{{"grpc-timeout", "v"}}},
+			`header "grpc-timeout": the name is HTTP's or gRPC's own`},
+		{Options{Address: "i", Headers: [][2]string{{"x-bin", "v"}}},
+			`header "x-bin": names that end in -bin are for binary values`},
 		{Options{Address: "i", Headers: [][2]string{{"x", "é"}}}, `header "x": byte 0xc3 of its value cannot be in a header`},
 	} {
 		if _, err := New(c.o); err == nil || err.Error() != c.want {

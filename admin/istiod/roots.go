@@ -38,7 +38,8 @@ func (r Roots) check() error {
 // What nothing is trusted by.
 const (
 	noRoots   = "any root certificate, for none is configured"
-	emptyText = "the text given for root certificates, for there is none in it: is it meant to be the path of a file that exists?"
+	emptyText = "the text given for root certificates, for there is none in it: is it meant to be the path of a file " +
+		"that exists?"
 )
 
 // load reads the roots and says where they come from, for errors. A text without a certificate is no error, like no
@@ -83,8 +84,8 @@ func loadFile(path string) (*x509.CertPool, error) {
 	return nil, fmt.Errorf("root certificates %s: there is no certificate in PEM form in it", path)
 }
 
-// readFile reads at most limit bytes of a regular file; errors begin with what. Anything else is not even opened: a pipe
-// would wait for its other end, for ever and past the end of the process's patience.
+// readFile reads at most limit bytes of a regular file; errors begin with what. Anything else is not even opened: a
+// pipe would wait for its other end, for ever and past the end of the process's patience.
 func readFile(what, path string, limit int64) ([]byte, error) {
 	if s, err := os.Stat(path); err == nil && !s.Mode().IsRegular() {
 		return nil, fmt.Errorf("%s %s: not a regular file", what, path)

@@ -13,8 +13,8 @@ import (
 // longest is how much of a foreign text is shown, in characters.
 const longest = 300
 
-// clean is a text that somebody else chose, fit to be shown: what does not print, or turns the text around it, is shown by
-// its number; what is beyond the bound by dots.
+// clean is a text that somebody else chose, fit to be shown: what does not print, or turns the text around it, is
+// shown by its number; what is beyond the bound by dots.
 func clean(s string) string {
 	var b strings.Builder
 	n := 0
@@ -146,6 +146,7 @@ func spark(values []float64) template.HTML {
 		}
 		fmt.Fprintf(&line, "%.1f,%.1f ", 100*float64(i)/float64(len(values)-1), y)
 	}
-	return template.HTML(fmt.Sprintf(`<svg class="spark" viewBox="0 0 100 24" preserveAspectRatio="none" aria-hidden="true">`+
-		`<polygon points="0,24 %s100,24"/><polyline points="%[1]s"/></svg>`, line.String()))
+	return template.HTML(
+		fmt.Sprintf(`<svg class="spark" viewBox="0 0 100 24" preserveAspectRatio="none" aria-hidden="true">`+
+			`<polygon points="0,24 %s100,24"/><polyline points="%[1]s"/></svg>`, line.String()))
 }

@@ -36,8 +36,8 @@ type Page struct {
 // fresh is how long a rendering is good for.
 const fresh = time.Second
 
-// New makes a page of a template that defines "title", "status" (beside the title, in the head), "nav" (list items) and "main".
-// data is called for each rendering, by one caller at a time.
+// New makes a page of a template that defines "title", "status" (beside the title, in the head), "nav" (list items)
+// and "main". data is called for each rendering, by one caller at a time.
 func New(text string, data func() any) (*Page, error) {
 	t, err := template.New("layout").Funcs(functions()).Parse(layout)
 	if err == nil {
@@ -48,8 +48,9 @@ func New(text string, data func() any) (*Page, error) {
 	}
 	return &Page{t: t, data: data, header: http.Header{
 		"Content-Type": {"text/html; charset=utf-8"},
-		"Content-Security-Policy": {fmt.Sprintf("default-src 'none'; style-src '%s'; script-src '%s'; img-src data:; connect-src 'self'; "+
-			"form-action 'self'; base-uri 'none'; frame-ancestors 'none'", sourceHash(style), sourceHash(script))},
+		"Content-Security-Policy": {
+			fmt.Sprintf("default-src 'none'; style-src '%s'; script-src '%s'; img-src data:; connect-src 'self'; "+
+				"form-action 'self'; base-uri 'none'; frame-ancestors 'none'", sourceHash(style), sourceHash(script))},
 		"X-Content-Type-Options":       {"nosniff"},
 		"X-Frame-Options":              {"DENY"},
 		"Referrer-Policy":              {"same-origin"},
@@ -97,7 +98,8 @@ func functions() template.FuncMap {
 	return template.FuncMap{
 		"style":  func() template.CSS { return template.CSS(style) },
 		"script": func() template.JS { return template.JS(script) },
-		"clean":  clean, "ago": ago, "span": span, "until": until, "stamp": stamp, "bytes": amount, "count": count, "rate": rate, "spark": spark,
+		"clean":  clean, "ago": ago, "span": span, "until": until, "stamp": stamp, "bytes": amount, "count": count,
+		"rate": rate, "spark": spark,
 		"lower": strings.ToLower,
 	}
 }

@@ -9,8 +9,10 @@ import (
 
 func TestClean(t *testing.T) {
 	for in, want := range map[string]string{
-		"default/shop": "default/shop", "Zürich 東京": "Zürich 東京", "a\tb\n": `a\u{9}b\u{a}`, "x\u202ey": `x\u{202e}y`, "\u200bz": `\u{200b}z`,
-		"a\xffb": `a\xffb`, "\uFFFD": "\uFFFD", strings.Repeat("ä", 301): strings.Repeat("ä", 300) + "...", strings.Repeat("ä", 300): strings.Repeat("ä", 300),
+		"default/shop": "default/shop", "Zürich 東京": "Zürich 東京", "a\tb\n": `a\u{9}b\u{a}`, "x\u202ey": `x\u{202e}y`,
+		"\u200bz": `\u{200b}z`,
+		"a\xffb":  `a\xffb`, "\uFFFD": "\uFFFD", strings.Repeat("ä", 301): strings.Repeat("ä", 300) + "...",
+		strings.Repeat("ä", 300): strings.Repeat("ä", 300),
 	} {
 		if got := clean(in); got != want {
 			t.Errorf("%.20q: %.40q, want %.40q", in, got, want)
@@ -20,10 +22,12 @@ func TestClean(t *testing.T) {
 
 func TestFormats(t *testing.T) {
 	for got, want := range map[string]string{
-		span(0): "0 ms", span(1500 * time.Millisecond): "1 s", span(90 * time.Second): "1 min", span(150 * time.Minute): "2 h 30 min", span(2 * time.Hour): "2 h",
+		span(0): "0 ms", span(1500 * time.Millisecond): "1 s", span(90 * time.Second): "1 min",
+		span(150 * time.Minute): "2 h 30 min", span(2 * time.Hour): "2 h",
 		span(47 * time.Hour): "47 h", span(72 * time.Hour): "3 days", span(-time.Second): "0 ms",
 		amount(1023): "1023 B", amount(uint64(1536)): "1.5 KiB", amount(int64(5 << 30)): "5 GiB", amount(2e18): "1776 PiB",
-		count(999): "999", count(1234567): "1\u202f234\u202f567", count(-1234): "-1\u202f234", rate(0): "0", rate(0.01): "<0.1", rate(0.25): "0.2", rate(12.6): "13", rate(2500): "2\u202f500",
+		count(999): "999", count(1234567): "1\u202f234\u202f567", count(-1234): "-1\u202f234", rate(0): "0",
+		rate(0.01): "<0.1", rate(0.25): "0.2", rate(12.6): "13", rate(2500): "2\u202f500",
 		ago(time.Time{}): "", until(time.Now().Add(-time.Hour)): "1 h ago", until(time.Now().Add(61 * time.Minute)): "in 1 h",
 	} {
 		if got != want {

@@ -8,9 +8,9 @@ import "strings"
 // maxWord bounds the work for foreign input: no word that we know is longer.
 const maxWord = 64
 
-// Closest returns the word among those known that is nearest to word: at most a third of its letters (at least one, at
-// most three) have to be changed, inserted, left out or exchanged with their neighbour; capitals, dashes and underscores
-// do not count. It is "" where none is near. Of equally near ones the first is taken.
+// Closest returns the word among those known that is nearest to word: at most a third of its letters (at least one,
+// at most three) have to be changed, inserted, left out or exchanged with their neighbour; capitals, dashes and
+// underscores do not count. It is "" where none is near. Of equally near ones the first is taken.
 func Closest(word string, known []string) string {
 	w := plain(word)
 	if w == "" || len(word) > maxWord {

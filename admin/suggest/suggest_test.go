@@ -6,10 +6,13 @@ import (
 )
 
 func TestClosest(t *testing.T) {
-	known := []string{"workloadIps", "workloadName", "services", "list", "add", "del", "reset", "service-account", "LOCAL_XDS_PATH"}
+	known := []string{"workloadIps", "workloadName", "services", "list", "add", "del", "reset", "service-account",
+		"LOCAL_XDS_PATH"}
 	for word, want := range map[string]string{
-		"workloadIPs": "workloadIps", "workloadIp": "workloadIps", "workload_ips": "workloadIps", "worklaodIps": "workloadIps",
-		"lst": "list", "lsit": "list", "adn": "add", "rest": "reset", "serviceaccount": "service-account", "sevices": "services",
+		"workloadIPs": "workloadIps", "workloadIp": "workloadIps", "workload_ips": "workloadIps",
+		"worklaodIps": "workloadIps",
+		"lst":         "list", "lsit": "list", "adn": "add", "rest": "reset", "serviceaccount": "service-account",
+		"sevices":        "services",
 		"local-xds-path": "LOCAL_XDS_PATH",
 		"":               "", "xyz": "", "l": "", "remove": "", "-": "", strings.Repeat("list", 100): "",
 	} {

@@ -31,7 +31,8 @@ const (
 	Polled                // it is time
 )
 
-// Run calls look once now and then whenever something may have changed, until ctx ends. look runs on this goroutine, never twice at once.
+// Run calls look once now and then whenever something may have changed, until ctx ends. look runs on this goroutine,
+// never twice at once.
 func Run(ctx context.Context, o Options, look func(Cause)) {
 	var events <-chan fsnotify.Event
 	var errs <-chan error
@@ -118,7 +119,8 @@ func Run(ctx context.Context, o Options, look func(Cause)) {
 	}
 }
 
-// Files is a Concerns for files of known names: an event about one of them, or about the link by which Kubernetes swaps whole volumes.
+// Files is a Concerns for files of known names: an event about one of them, or about the link by which Kubernetes
+// swaps whole volumes.
 func Files(paths ...string) func(fsnotify.Event) bool {
 	return func(e fsnotify.Event) bool {
 		name := filepath.Base(e.Name)

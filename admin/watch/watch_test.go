@@ -63,7 +63,8 @@ func TestReported(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "file")
 	write(t, file, "a")
-	looks := watched(t, Options{Dirs: DirsOf(file), Concerns: Files(file), Settle: 100 * time.Millisecond, Poll: time.Hour})
+	looks := watched(t, Options{Dirs: DirsOf(file), Concerns: Files(file), Settle: 100 * time.Millisecond,
+		Poll: time.Hour})
 	write(t, filepath.Join(dir, "other"), "x")
 	if err := os.Chmod(file, 0o644); err != nil {
 		t.Fatal(err)
@@ -110,7 +111,8 @@ func TestSettles(t *testing.T) {
 
 func TestPolled(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "file")
-	looks := watched(t, Options{Dirs: DirsOf(file), Concerns: Files(file), Settle: time.Millisecond, Poll: 50 * time.Millisecond})
+	looks := watched(t, Options{Dirs: DirsOf(file), Concerns: Files(file), Settle: time.Millisecond,
+		Poll: 50 * time.Millisecond})
 	for range 3 {
 		if c := next(t, looks); c != Polled {
 			t.Fatalf("cause %d", c)
@@ -118,12 +120,14 @@ func TestPolled(t *testing.T) {
 	}
 }
 
-// A directory that is not there yet is watched once it is found. What happens in it between the look that finds it and the
-// watch is looked at, too.
+// A directory that is not there yet is watched once it is found. What happens in it between the look that finds it
+// and the watch is looked at, too.
 func TestDirectoryComesLater(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "later")
 	file := filepath.Join(dir, "file")
-	looks := watched(t, Options{Dirs: DirsOf(file), Concerns: func(e fsnotify.Event) bool { return true }, Settle: 10 * time.Millisecond, Poll: 200 * time.Millisecond})
+	looks := watched(t, Options{Dirs: DirsOf(file), Concerns: func(e fsnotify.Event) bool {
+		return true
+	}, Settle: 10 * time.Millisecond, Poll: 200 * time.Millisecond})
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}

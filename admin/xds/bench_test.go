@@ -18,14 +18,16 @@ func meshPod(i int) *workloadpb.Workload {
 	name := fmt.Sprintf("app-%d-7c9d8b5f4-%05x", app, i)
 	return &workloadpb.Workload{
 		Uid:  fmt.Sprintf("Kubernetes//Pod/ns-%d/%s", ns, name),
-		Name: name, Namespace: fmt.Sprintf("ns-%d", ns), Network: "net1", ClusterId: "Kubernetes", TrustDomain: "cluster.local",
-		Addresses: [][]byte{{10, byte(i >> 16), byte(i >> 8), byte(i)}}, Node: fmt.Sprintf("node-%d", i%500),
+		Name: name, Namespace: fmt.Sprintf("ns-%d", ns), Network: "net1", ClusterId: "Kubernetes",
+		TrustDomain: "cluster.local",
+		Addresses:   [][]byte{{10, byte(i >> 16), byte(i >> 8), byte(i)}}, Node: fmt.Sprintf("node-%d", i%500),
 		ServiceAccount: fmt.Sprintf("app-%d", app), CanonicalName: fmt.Sprintf("app-%d", app), CanonicalRevision: "v1",
 		WorkloadType: workloadpb.WorkloadType_DEPLOYMENT, WorkloadName: fmt.Sprintf("app-%d", app),
 		TunnelProtocol: workloadpb.TunnelProtocol_HBONE,
 		Locality:       &workloadpb.Locality{Region: "eu-west", Zone: fmt.Sprintf("eu-west-%d", i%3)},
 		Services: map[string]*workloadpb.PortList{
-			fmt.Sprintf("ns-%d/app-%d.ns-%d.svc.cluster.local", ns, app, ns): {Ports: []*workloadpb.Port{{ServicePort: 80, TargetPort: 8080}}},
+			fmt.Sprintf("ns-%d/app-%d.ns-%d.svc.cluster.local", ns, app,
+				ns): {Ports: []*workloadpb.Port{{ServicePort: 80, TargetPort: 8080}}},
 		},
 	}
 }
@@ -34,7 +36,8 @@ func meshPod(i int) *workloadpb.Workload {
 func meshService(i int) *workloadpb.Service {
 	ns := i / 20
 	return &workloadpb.Service{
-		Name: fmt.Sprintf("app-%d", i), Namespace: fmt.Sprintf("ns-%d", ns), Hostname: fmt.Sprintf("app-%d.ns-%d.svc.cluster.local", i, ns),
+		Name: fmt.Sprintf("app-%d", i), Namespace: fmt.Sprintf("ns-%d", ns),
+		Hostname:  fmt.Sprintf("app-%d.ns-%d.svc.cluster.local", i, ns),
 		Addresses: []*workloadpb.NetworkAddress{{Network: "net1", Address: []byte{10, 200, byte(i >> 8), byte(i)}}},
 		Ports:     []*workloadpb.Port{{ServicePort: 80, TargetPort: 8080}}, Canonical: true,
 	}

@@ -53,7 +53,8 @@ type Client struct {
 	store   *store
 	backoff backoff
 	limits  limits
-	pause   func(ctx context.Context, d time.Duration, wake <-chan struct{}) // sleeps, or less if ctx ends or somebody wants an answer
+	// sleeps, or less if ctx ends or somebody wants an answer
+	pause func(ctx context.Context, d time.Duration, wake <-chan struct{})
 
 	wanted  map[string]bool // types that Synced waits for
 	unheard map[string]bool // types without a response since the start or a reset
@@ -88,7 +89,8 @@ func NewClient(o ClientOptions) *Client {
 		backoff: newBackoff(rand.Int64N),
 		// istiod ends streams after some 30 minutes by itself: an hour of silence on
 		// a living connection is a quiet mesh, or a server that has lost us.
-		limits: limits{open: 30 * time.Second, send: time.Minute, first: 2 * time.Minute, silence: time.Hour, demand: demandWait},
+		limits: limits{open: 30 * time.Second, send: time.Minute, first: 2 * time.Minute, silence: time.Hour,
+			demand: demandWait},
 		pause:  sleep,
 		wanted: map[string]bool{}, unheard: map[string]bool{},
 		demands: newDemands(o.Turned),

@@ -51,7 +51,8 @@ func TestNode(t *testing.T) {
 	n := NewNode(NodeInfo{
 		IP: "10.0.0.9", Pod: "zt", Namespace: "istio-system", NodeName: "node-1",
 		Metadata: map[string]string{"CLUSTER_ID": "c1", "NAME": "other", "LABELS": "text", "RAW": "a\xffb"},
-		JSON:     map[string]json.RawMessage{"LABELS": json.RawMessage(`{"a":1,"b":[true,null,"x"]}`), "BAD": json.RawMessage(`{`)},
+		JSON: map[string]json.RawMessage{"LABELS": json.RawMessage(`{"a":1,"b":[true,null,"x"]}`),
+			"BAD": json.RawMessage(`{`)},
 	})
 	if n.ID != "ztunnel~10.0.0.9~zt.istio-system~istio-system.svc.cluster.local" {
 		t.Error(n.ID)
@@ -88,22 +89,27 @@ func TestStream(t *testing.T) {
 	r := run(t, a)
 	defer r.cancel()
 	s, addr, pol := a.begin()
-	if m, _ := grpc.MethodFromServerStream(s.s); m != "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources" {
+	if m, _ := grpc.MethodFromServerStream(s.s); m !=
+		"/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources" {
 		t.Error("checklist 16:", m)
 	}
 	for want, got := range map[string]*discoverypb.DeltaDiscoveryRequest{TypeAddress: addr, TypeAuthorization: pol} {
 		// checklist 17
-		if diff := cmp.Diff(&discoverypb.DeltaDiscoveryRequest{TypeUrl: want, Node: r.o.Node.wire()}, got, protocmp.Transform()); diff != "" {
+		if diff := cmp.Diff(&discoverypb.DeltaDiscoveryRequest{TypeUrl: want, Node: r.o.Node.wire()}, got,
+			protocmp.Transform()); diff != "" {
 			t.Error(diff)
 		}
 	}
-	if md, _ := metadata.FromIncomingContext(s.s.Context()); !slices.Equal(md["content-type"], []string{"application/grpc"}) || md["authorization"] != nil || md["clusterid"] != nil {
+	if md, _ := metadata.FromIncomingContext(s.s.Context()); !slices.Equal(md["content-type"],
+		[]string{"application/grpc"}) || md["authorization"] != nil || md["clusterid"] != nil {
 		t.Error(md)
 	}
 
-	s.send(&discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAddress, Nonce: "n1", Resources: []*discoverypb.Resource{pod(0), pod(1), service(0)}})
+	s.send(&discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAddress, Nonce: "n1",
+		Resources: []*discoverypb.Resource{pod(0), pod(1), service(0)}})
 	// checklist 22
-	if diff := cmp.Diff(&discoverypb.DeltaDiscoveryRequest{TypeUrl: TypeAddress, ResponseNonce: "n1"}, s.recv(), protocmp.Transform()); diff != "" {
+	if diff := cmp.Diff(&discoverypb.DeltaDiscoveryRequest{TypeUrl: TypeAddress, ResponseNonce: "n1"}, s.recv(),
+		protocmp.Transform()); diff != "" {
 		t.Error(diff)
 	}
 	if p := r.next(); p.policies || len(p.v.ServiceByNSHost("ns-0", meshService(0).Hostname).Endpoints) != 2 {
@@ -123,14 +129,16 @@ func TestStream(t *testing.T) {
 		t.Error(p)
 	}
 	// checklist 27, 28: the update of pod 2 comes before its removal, whatever the order of names.
-	s.accepted(&discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAddress, Nonce: "n2", Resources: []*discoverypb.Resource{pod(2)},
+	s.accepted(&discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAddress, Nonce: "n2",
+		Resources:        []*discoverypb.Resource{pod(2)},
 		RemovedResources: []string{pod(2).Name, pod(1).Name, service(0).Name, "nobody", "no/body", "a/b/c", ""}})
 	p := r.next()
 	if w, n, _ := p.v.Counts(); w != 1 || n != 0 {
 		t.Error(w, n)
 	}
 	st := r.Stats()
-	if !st.Connected || st.Messages[TypeAddress] != 2 || st.Messages[TypeAuthorization] != 2 || st.LastMessage.IsZero() || st.Nacks != 0 || st.Retained[TypeAddress] != 1 || len(st.Pending) != 0 {
+	if !st.Connected || st.Messages[TypeAddress] != 2 || st.Messages[TypeAuthorization] != 2 || st.LastMessage.IsZero() ||
+		st.Nacks != 0 || st.Retained[TypeAddress] != 1 || len(st.Pending) != 0 {
 		t.Errorf("%+v", st)
 	}
 	want := 0
@@ -144,7 +152,8 @@ func TestStream(t *testing.T) {
 	// checklist 32: what is known survives; it is echoed.
 	s.end(nil)
 	s, addr, pol = a.begin()
-	if diff := cmp.Diff(map[string]string{pod(0).Name: "1"}, addr.InitialResourceVersions); diff != "" || addr.Node == nil {
+	if diff := cmp.Diff(map[string]string{pod(0).Name: "1"}, addr.InitialResourceVersions); diff != "" ||
+		addr.Node == nil {
 		t.Error(diff)
 	}
 	if diff := cmp.Diff(map[string]string{"ns/p": ""}, pol.InitialResourceVersions); diff != "" || pol.Node == nil {
@@ -154,7 +163,8 @@ func TestStream(t *testing.T) {
 		t.Error(w, n)
 	}
 	// The server says what went while it was away.
-	s.accepted(&discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAddress, Nonce: "n3", Resources: []*discoverypb.Resource{pod(5)}, RemovedResources: []string{pod(0).Name}})
+	s.accepted(&discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAddress, Nonce: "n3",
+		Resources: []*discoverypb.Resource{pod(5)}, RemovedResources: []string{pod(0).Name}})
 	p = r.next()
 	if w := p.v.Workloads(); len(w) != 1 || w[0].UID != pod(5).Name {
 		t.Error(w)
@@ -176,7 +186,8 @@ func TestNACK(t *testing.T) {
 	a := newADS(t)
 	r := run(t, a)
 	s, _, _ := a.begin()
-	got := s.exchange(&discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAddress, Nonce: "n1", Resources: []*discoverypb.Resource{pod(0), badPod(1), pod(2)}})
+	got := s.exchange(&discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAddress, Nonce: "n1",
+		Resources: []*discoverypb.Resource{pod(0), badPod(1), pod(2)}})
 	want := &discoverypb.DeltaDiscoveryRequest{TypeUrl: TypeAddress, ResponseNonce: "n1", ErrorDetail: &discoverypb.Status{
 		Message: pod(1).Name + ": tunnel_protocol LEGACY_ISTIO_MTLS is not supported"}}
 	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
@@ -187,11 +198,14 @@ func TestNACK(t *testing.T) {
 	}
 	s.accepted(policies())
 	// checklist 24: what was understood and refused goes before what could not be read.
-	got = s.exchange(&discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAddress, Nonce: "n2", Resources: []*discoverypb.Resource{
-		{Name: "none"}, {Name: "junk", Resource: &anypb.Any{Value: []byte{0xff}}}, badPod(3), {Name: "empty", Resource: &anypb.Any{}}}})
+	got = s.exchange(&discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAddress, Nonce: "n2",
+		Resources: []*discoverypb.Resource{
+			{Name: "none"}, {Name: "junk", Resource: &anypb.Any{Value: []byte{0xff}}}, badPod(3),
+			{Name: "empty", Resource: &anypb.Any{}}}})
 	msg := got.ErrorDetail.GetMessage()
 	items := strings.Split(msg, "; ")
-	if len(items) != 4 || !strings.HasPrefix(items[0], pod(3).Name+": ") || items[1] != "empty: neither a workload nor a service" ||
+	if len(items) != 4 || !strings.HasPrefix(items[0], pod(3).Name+": ") ||
+		items[1] != "empty: neither a workload nor a service" ||
 		items[2] != "none: resource without content" || !strings.HasPrefix(items[3], "junk: cannot decode: ") {
 		t.Errorf("%q", msg)
 	}
@@ -201,7 +215,8 @@ func TestNACK(t *testing.T) {
 	default:
 	}
 	st := r.Stats()
-	if st.Nacks != 2 || st.Refused[TypeAddress] != 5 || st.Rejected[TypeAddress][pod(1).Name] == "" || !slices.Equal(st.Pending, []string{TypeAddress}) {
+	if st.Nacks != 2 || st.Refused[TypeAddress] != 5 || st.Rejected[TypeAddress][pod(1).Name] == "" ||
+		!slices.Equal(st.Pending, []string{TypeAddress}) {
 		t.Errorf("%+v", st)
 	}
 
@@ -241,11 +256,13 @@ func TestUnknownType(t *testing.T) {
 	r := run(t, a)
 	s, _, _ := a.begin()
 	for i := range 3 * maxURLs {
-		s.accepted(&discoverypb.DeltaDiscoveryResponse{TypeUrl: fmt.Sprintf("type.example/%d", i), Nonce: "x", Resources: []*discoverypb.Resource{pod(0)}, RemovedResources: []string{"a/b"}})
+		s.accepted(&discoverypb.DeltaDiscoveryResponse{TypeUrl: fmt.Sprintf("type.example/%d", i), Nonce: "x",
+			Resources: []*discoverypb.Resource{pod(0)}, RemovedResources: []string{"a/b"}})
 	}
 	r.nothingPublished()
 	st := r.Stats()
-	if st.UnknownTypes != 3*maxURLs || len(st.Messages) != maxURLs+1 || st.Messages["other"] != 2*maxURLs || st.MessageBytes["other"] == 0 {
+	if st.UnknownTypes != 3*maxURLs || len(st.Messages) != maxURLs+1 || st.Messages["other"] != 2*maxURLs ||
+		st.MessageBytes["other"] == 0 {
 		t.Errorf("%+v", st)
 	}
 }
@@ -282,8 +299,14 @@ func TestEndings(t *testing.T) {
 		{"clean", func(_ *ads, s *adsStream) { hello(s); s.end(nil) }, "Complete", 0},
 		{"clean before headers", func(_ *ads, s *adsStream) { s.end(nil) }, "Complete", 0},
 		{"unknown", func(_ *ads, s *adsStream) { hello(s); s.end(errTest) }, "Reconnect", 10 * time.Millisecond},
-		{"cancelled", func(_ *ads, s *adsStream) { hello(s); s.end(status.Error(codes.Canceled, "x")) }, "Reconnect", 10 * time.Millisecond},
-		{"deadline", func(_ *ads, s *adsStream) { hello(s); s.end(status.Error(codes.DeadlineExceeded, "x")) }, "Reconnect", 10 * time.Millisecond},
+		{"cancelled", func(_ *ads, s *adsStream) {
+			hello(s)
+			s.end(status.Error(codes.Canceled, "x"))
+		}, "Reconnect", 10 * time.Millisecond},
+		{"deadline", func(_ *ads, s *adsStream) {
+			hello(s)
+			s.end(status.Error(codes.DeadlineExceeded, "x"))
+		}, "Reconnect", 10 * time.Millisecond},
 		{"closing", func(_ *ads, s *adsStream) {
 			hello(s)
 			s.end(status.Error(codes.Unavailable, "the transport is closing"))
@@ -292,11 +315,22 @@ func TestEndings(t *testing.T) {
 			hello(s)
 			s.end(status.Error(codes.Unavailable, "x, received prior goaway: y"))
 		}, "Reconnect", 10 * time.Millisecond},
-		{"unavailable", func(_ *ads, s *adsStream) { hello(s); s.end(status.Error(codes.Unavailable, "busy")) }, "Error", 20 * time.Millisecond},
-		{"internal", func(_ *ads, s *adsStream) { hello(s); s.end(status.Error(codes.Internal, "x")) }, "Error", 20 * time.Millisecond},
-		{"before headers", func(_ *ads, s *adsStream) { s.end(status.Error(codes.Unauthenticated, "authentication failure")) }, "ConnectionError", 20 * time.Millisecond},
+		{"unavailable", func(_ *ads, s *adsStream) {
+			hello(s)
+			s.end(status.Error(codes.Unavailable, "busy"))
+		}, "Error", 20 * time.Millisecond},
+		{"internal", func(_ *ads, s *adsStream) {
+			hello(s)
+			s.end(status.Error(codes.Internal, "x"))
+		}, "Error", 20 * time.Millisecond},
+		{"before headers", func(_ *ads, s *adsStream) {
+			s.end(status.Error(codes.Unauthenticated, "authentication failure"))
+		}, "ConnectionError", 20 * time.Millisecond},
 		{"unknown before headers", func(_ *ads, s *adsStream) { s.end(errTest) }, "ConnectionError", 20 * time.Millisecond},
-		{"connection lost", func(a *ads, s *adsStream) { hello(s); a.set(func() { a.conns[0].Close() }) }, "Error", 20 * time.Millisecond},
+		{"connection lost", func(a *ads, s *adsStream) {
+			hello(s)
+			a.set(func() { a.conns[0].Close() })
+		}, "Error", 20 * time.Millisecond},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			a := newADS(t)
@@ -373,18 +407,26 @@ func TestBackoff(t *testing.T) {
 		want   []time.Duration
 	}{
 		{"failures", zero, slices.Repeat([]ending{fail}, 12),
-			[]time.Duration{ms(20), ms(40), ms(80), ms(160), ms(320), ms(640), ms(1280), ms(2560), ms(5120), ms(10240), ms(15000), ms(15000)}},
+			[]time.Duration{ms(20), ms(40), ms(80), ms(160), ms(320), ms(640), ms(1280), ms(2560), ms(5120), ms(10240),
+				ms(15000), ms(15000)}},
 		{"jitter", most, slices.Repeat([]ending{fail}, 12),
-			[]time.Duration{ms(25), ms(50), ms(100), ms(200), ms(400), ms(800), ms(1600), ms(3200), ms(6400), ms(12800), ms(11250), ms(11250)}},
-		{"12.22: a healthy life", zero, []ending{fail, fail, fail, {step: stepFailed, lived: time.Second, messages: 1, healthy: true}, fail},
+			[]time.Duration{ms(25), ms(50), ms(100), ms(200), ms(400), ms(800), ms(1600), ms(3200), ms(6400), ms(12800),
+				ms(11250), ms(11250)}},
+		{"12.22: a healthy life", zero,
+			[]ending{fail, fail, fail, {step: stepFailed, lived: time.Second, messages: 1, healthy: true}, fail},
 			[]time.Duration{ms(20), ms(40), ms(80), ms(20), ms(40)}},
-		{"answers and breaks, again and again", zero, slices.Repeat([]ending{{step: stepFailed, messages: 2, healthy: true}}, 6),
+		{"answers and breaks, again and again", zero,
+			slices.Repeat([]ending{{step: stepFailed, messages: 2, healthy: true}}, 6),
 			[]time.Duration{ms(20), ms(20), ms(20), ms(40), ms(80), ms(160)}},
-		{"long but mute", zero, []ending{fail, fail, {step: stepFailed, lived: time.Hour}}, []time.Duration{ms(20), ms(40), ms(80)}},
-		{"short and busy", zero, []ending{fail, fail, {step: stepFailed, lived: time.Second, messages: 9}}, []time.Duration{ms(20), ms(40), ms(80)}},
-		{"other ends reset", zero, []ending{fail, fail, {step: stepSoon, lived: time.Minute}, fail, fail, {step: stepNow, lived: time.Minute}, fail},
+		{"long but mute", zero, []ending{fail, fail, {step: stepFailed, lived: time.Hour}},
+			[]time.Duration{ms(20), ms(40), ms(80)}},
+		{"short and busy", zero, []ending{fail, fail, {step: stepFailed, lived: time.Second, messages: 9}},
+			[]time.Duration{ms(20), ms(40), ms(80)}},
+		{"other ends reset", zero, []ending{fail, fail, {step: stepSoon, lived: time.Minute}, fail, fail,
+			{step: stepNow, lived: time.Minute}, fail},
 			[]time.Duration{ms(20), ms(40), ms(10), ms(20), ms(40), 0, ms(20)}},
-		{"hangs up at once", zero, append(slices.Repeat([]ending{{step: stepNow, messages: 1}}, 6), ending{step: stepNow, lived: time.Minute}, ending{step: stepNow}),
+		{"hangs up at once", zero, append(slices.Repeat([]ending{{step: stepNow, messages: 1}}, 6),
+			ending{step: stepNow, lived: time.Minute}, ending{step: stepNow}),
 			[]time.Duration{0, 0, 0, ms(20), ms(40), ms(80), 0, 0}},
 	} {
 		b := newBackoff(c.random)
@@ -400,7 +442,8 @@ func TestBackoff(t *testing.T) {
 
 // The base is there before the control plane is, and both are one.
 func TestBase(t *testing.T) {
-	base, err := ParseLocal([]byte(`{workloads: [{uid: local, workloadIps: [10.9.9.9], namespace: n, name: l, services: {}}]}`))
+	base, err :=
+		ParseLocal([]byte(`{workloads: [{uid: local, workloadIps: [10.9.9.9], namespace: n, name: l, services: {}}]}`))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -429,7 +472,8 @@ func TestTooManyNames(t *testing.T) {
 	long := strings.Repeat("x", 2000)
 	all := addresses()
 	for i := range n {
-		all.Resources = append(all.Resources, workloadResource(&workloadpb.Workload{Uid: fmt.Sprint(i, long), Name: fmt.Sprint(i)}, "1"))
+		all.Resources = append(all.Resources,
+			workloadResource(&workloadpb.Workload{Uid: fmt.Sprint(i, long), Name: fmt.Sprint(i)}, "1"))
 	}
 	s.accepted(all)
 	s.accepted(policies(policyResource("ns/p"), policyResource("ns/q")))
@@ -446,7 +490,8 @@ func TestTooManyNames(t *testing.T) {
 		case <-s.s.Context().Done():
 		}
 	}
-	if len(addr.InitialResourceVersions)+len(pol.InitialResourceVersions) != 0 || r.Stats().Terminations["ConnectionError"] != 1 {
+	if len(addr.InitialResourceVersions)+len(pol.InitialResourceVersions) != 0 ||
+		r.Stats().Terminations["ConnectionError"] != 1 {
 		t.Fatal(len(addr.InitialResourceVersions), r.Stats())
 	}
 	all.Resources = append(all.Resources[10:], pod(0))
@@ -473,12 +518,14 @@ func TestTrouble(t *testing.T) {
 	heard := make(chan error, 10)
 	r := run(t, a, func(c *Client) { c.o.Trouble = func(err error) { heard <- err } })
 	s, _, _ := a.begin()
-	s.end(status.Error(codes.PermissionDenied, `no identities of the caller matched (NODE_NAME must be what was given to ztun control join)`))
+	s.end(status.Error(codes.PermissionDenied,
+		`no identities of the caller matched (NODE_NAME must be what was given to ztun control join)`))
 	if err := <-heard; !strings.HasSuffix(err.Error(), "ztun control join)") { // no hint of ours after one of theirs
 		t.Error(err)
 	}
 	s, _, _ = a.begin()
-	s.send(&discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAddress, Nonce: "1", Resources: []*discoverypb.Resource{badPod(0)}})
+	s.send(&discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAddress, Nonce: "1",
+		Resources: []*discoverypb.Resource{badPod(0)}})
 	if err := <-heard; !strings.Contains(err.Error(), "LEGACY_ISTIO_MTLS is not supported") {
 		t.Error(err)
 	}
@@ -536,7 +583,8 @@ func TestParts(t *testing.T) {
 		t.Error("after the first part", w)
 	}
 	s.accepted(part(true, pod(2)))
-	if v := r.next().v; v.WorkloadByUID(meshPod(1).Uid) != nil || v.WorkloadByUID(meshPod(0).Uid) == nil || v.WorkloadByUID(meshPod(2).Uid) == nil {
+	if v := r.next().v; v.WorkloadByUID(meshPod(1).Uid) != nil || v.WorkloadByUID(meshPod(0).Uid) == nil ||
+		v.WorkloadByUID(meshPod(2).Uid) == nil {
 		t.Error("in the end", v.Workloads())
 	}
 }

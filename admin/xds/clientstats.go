@@ -40,7 +40,8 @@ type ClientStats struct {
 
 func newClientStats() ClientStats {
 	return ClientStats{
-		Terminations: map[string]uint64{}, Messages: map[string]uint64{}, MessageBytes: map[string]uint64{}, Refused: map[string]uint64{},
+		Terminations: map[string]uint64{}, Messages: map[string]uint64{}, MessageBytes: map[string]uint64{},
+		Refused:  map[string]uint64{},
 		Retained: map[string]int{}, Rejected: map[string]map[string]string{},
 	}
 }

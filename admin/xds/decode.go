@@ -65,8 +65,9 @@ func (d *decoder) workload(name string, x *workloadpb.Workload) (*state.Workload
 	}
 	w := &state.Workload{
 		UID: x.Uid, Name: x.Name, Namespace: d.str(x.Namespace),
-		TrustDomain: d.str(cmp.Or(x.TrustDomain, defaultTrustDomain)), ServiceAccount: d.str(cmp.Or(x.ServiceAccount, "default")),
-		Network: d.str(x.Network), WorkloadName: d.str(x.WorkloadName), WorkloadType: workloadType(x.WorkloadType),
+		TrustDomain:    d.str(cmp.Or(x.TrustDomain, defaultTrustDomain)),
+		ServiceAccount: d.str(cmp.Or(x.ServiceAccount, "default")),
+		Network:        d.str(x.Network), WorkloadName: d.str(x.WorkloadName), WorkloadType: workloadType(x.WorkloadType),
 		CanonicalName: d.str(x.CanonicalName), CanonicalRevision: d.str(x.CanonicalRevision),
 		Hostname: d.str(x.Hostname), Node: d.str(x.Node), ClusterID: d.str(cmp.Or(x.ClusterId, "Kubernetes")),
 		Capacity: 1, NativeTunnel: x.NativeTunnel,
@@ -180,7 +181,8 @@ func (d *decoder) workloadServices(m map[string]*workloadpb.PortList) ([]state.W
 		if err != nil {
 			return nil, fmt.Errorf("%q: %w", n, err)
 		}
-		l[i] = state.WorkloadService{Service: state.ServiceKey{Namespace: d.str(strings.Clone(k.Namespace)), Hostname: d.str(strings.Clone(k.Hostname))}, Ports: ports}
+		l[i] = state.WorkloadService{Service: state.ServiceKey{Namespace: d.str(strings.Clone(k.Namespace)),
+			Hostname: d.str(strings.Clone(k.Hostname))}, Ports: ports}
 	}
 	if len(key) <= maxInterned {
 		d.services.put(string(key), l)
@@ -200,7 +202,8 @@ func (d *decoder) service(x *workloadpb.Service) (*state.Service, error) {
 		s.Visibility = state.NamespaceOnly // unknown ones are public, as in ztunnel
 	}
 	switch x.IpFamilies {
-	case workloadpb.IPFamilies_AUTOMATIC, workloadpb.IPFamilies_IPV4_ONLY, workloadpb.IPFamilies_IPV6_ONLY, workloadpb.IPFamilies_DUAL:
+	case workloadpb.IPFamilies_AUTOMATIC, workloadpb.IPFamilies_IPV4_ONLY, workloadpb.IPFamilies_IPV6_ONLY,
+		workloadpb.IPFamilies_DUAL:
 		s.IPFamilies = state.IPFamilies(x.IpFamilies)
 	default:
 		return nil, fmt.Errorf("unknown ip_families %v", x.IpFamilies)

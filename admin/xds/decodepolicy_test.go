@@ -35,8 +35,9 @@ func fullPolicyPB() *securitypb.Authorization {
 		Namespaces: []*securitypb.StringMatch{exact("a"), prefix}, NotNamespaces: []*securitypb.StringMatch{suffix},
 		Principals: []*securitypb.StringMatch{presence}, NotPrincipals: []*securitypb.StringMatch{exact("td/ns/a/sa/b")},
 		SourceIps: []*securitypb.Address{ip("10.0.0.0", 8)}, NotSourceIps: []*securitypb.Address{ip("2001:db8::", 32)},
-		DestinationIps: []*securitypb.Address{ip("::ffff:10.0.0.1", 128)}, NotDestinationIps: []*securitypb.Address{ip("0.0.0.0", 0)},
-		DestinationPorts: []uint32{80, 443}, NotDestinationPorts: []uint32{22},
+		DestinationIps:    []*securitypb.Address{ip("::ffff:10.0.0.1", 128)},
+		NotDestinationIps: []*securitypb.Address{ip("0.0.0.0", 0)},
+		DestinationPorts:  []uint32{80, 443}, NotDestinationPorts: []uint32{22},
 		ServiceAccounts:    []*securitypb.ServiceAccountMatch{{Namespace: "a", ServiceAccount: "b"}},
 		NotServiceAccounts: []*securitypb.ServiceAccountMatch{{Namespace: "c", ServiceAccount: "d"}},
 	}, &securitypb.Match{})
@@ -52,13 +53,17 @@ func TestDecodePolicy(t *testing.T) {
 	want := &rbac.Policy{
 		Key: "ns/key", Name: "p", Namespace: "ns", Scope: rbac.ScopeWorkloadSelector, Action: rbac.Deny, DryRun: true,
 		Rules: []rbac.Rule{{{{
-			Namespaces:    []rbac.StringMatch{{Kind: rbac.Exact, Value: "a"}, {Kind: rbac.Prefix, Value: "pre"}},
-			NotNamespaces: []rbac.StringMatch{{Kind: rbac.Suffix, Value: "suf"}},
-			Principals:    []rbac.StringMatch{{Kind: rbac.Presence}}, NotPrincipals: []rbac.StringMatch{{Kind: rbac.Exact, Value: "td/ns/a/sa/b"}},
-			SourceIPs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, NotSourceIPs: []netip.Prefix{netip.MustParsePrefix("2001:db8::/32")},
-			DestinationIPs: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/32")}, NotDestinationIPs: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")},
-			DestinationPorts: []uint16{80, 443}, NotDestinationPorts: []uint16{22},
-			ServiceAccounts: []rbac.ServiceAccount{{Namespace: "a", Name: "b"}}, NotServiceAccounts: []rbac.ServiceAccount{{Namespace: "c", Name: "d"}},
+			Namespaces:        []rbac.StringMatch{{Kind: rbac.Exact, Value: "a"}, {Kind: rbac.Prefix, Value: "pre"}},
+			NotNamespaces:     []rbac.StringMatch{{Kind: rbac.Suffix, Value: "suf"}},
+			Principals:        []rbac.StringMatch{{Kind: rbac.Presence}},
+			NotPrincipals:     []rbac.StringMatch{{Kind: rbac.Exact, Value: "td/ns/a/sa/b"}},
+			SourceIPs:         []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
+			NotSourceIPs:      []netip.Prefix{netip.MustParsePrefix("2001:db8::/32")},
+			DestinationIPs:    []netip.Prefix{netip.MustParsePrefix("10.0.0.1/32")},
+			NotDestinationIPs: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")},
+			DestinationPorts:  []uint16{80, 443}, NotDestinationPorts: []uint16{22},
+			ServiceAccounts:    []rbac.ServiceAccount{{Namespace: "a", Name: "b"}},
+			NotServiceAccounts: []rbac.ServiceAccount{{Namespace: "c", Name: "d"}},
 		}, {}}}, {}},
 	}
 	var d decoder
@@ -66,7 +71,9 @@ func TestDecodePolicy(t *testing.T) {
 	if err != nil || damage != "" {
 		t.Fatal(damage, err)
 	}
-	if diff := cmp.Diff(want, got, cmp.AllowUnexported(rbac.Policy{}), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(rbac.Policy{}), cmp.Comparer(func(a, b netip.Prefix) bool {
+		return a == b
+	})); diff != "" {
 		t.Fatal(diff)
 	}
 }
@@ -121,7 +128,8 @@ func TestDamagedPolicyNeverWidens(t *testing.T) {
 	badLen := []*securitypb.Address{{Address: []byte{1, 2, 3, 4}, Length: 33}}
 	mapped := []*securitypb.Address{{Address: netip.MustParseAddr("::ffff:1.2.3.4").AsSlice(), Length: 95}}
 	matches := map[string]*securitypb.Match{}
-	for kind, l := range map[string][]*securitypb.StringMatch{"of no kind": none, "empty string": empty, "an empty string match": emptyPrefix, "empty string match": emptySuffix} {
+	for kind, l := range map[string][]*securitypb.StringMatch{"of no kind": none, "empty string": empty,
+		"an empty string match": emptyPrefix, "empty string match": emptySuffix} {
 		matches["namespaces: "+kind] = &securitypb.Match{Namespaces: l}
 		matches["not_namespaces: "+kind] = &securitypb.Match{NotNamespaces: l}
 		matches["principals: "+kind] = &securitypb.Match{Principals: l}
@@ -138,7 +146,8 @@ func TestDamagedPolicyNeverWidens(t *testing.T) {
 
 	conns := []rbac.Question{
 		{Src: netip.MustParseAddr("1.2.3.4"), Dst: netip.MustParseAddrPort("1.2.3.4:80")},
-		{Src: netip.MustParseAddr("1.2.3.4"), Dst: netip.MustParseAddrPort("1.2.3.4:80"), HasID: true, ID: identity.ID{TrustDomain: "td", Namespace: "ns", ServiceAccount: "sa"}},
+		{Src: netip.MustParseAddr("1.2.3.4"), Dst: netip.MustParseAddrPort("1.2.3.4:80"), HasID: true,
+			ID: identity.ID{TrustDomain: "td", Namespace: "ns", ServiceAccount: "sa"}},
 		{Src: netip.MustParseAddr("2001:db8::1"), Dst: netip.MustParseAddrPort("[2001:db8::2]:443"), HasID: true},
 	}
 	for name, m := range matches {
@@ -148,7 +157,8 @@ func TestDamagedPolicyNeverWidens(t *testing.T) {
 			var d decoder
 			p, damage, err := d.policy("k", marshal(t, x))
 			field, why, _ := strings.Cut(name, ": ")
-			if err != nil || !strings.HasPrefix(damage, "rules[0].clauses[0].matches[0]."+field+": ") || !strings.Contains(damage, why) {
+			if err != nil || !strings.HasPrefix(damage, "rules[0].clauses[0].matches[0]."+field+": ") ||
+				!strings.Contains(damage, why) {
 				t.Fatalf("%s: damage %q, %v", name, damage, err)
 			}
 			for _, c := range conns {
@@ -160,7 +170,9 @@ func TestDamagedPolicyNeverWidens(t *testing.T) {
 	}
 	// Good entries beside a bad one still count.
 	var d decoder
-	p, _, err := d.policy("k", marshal(t, policyPB(&securitypb.Match{SourceIps: []*securitypb.Address{badIP[0], {Address: []byte{1, 2, 3, 0}, Length: 24}}})))
+	p, _, err := d.policy("k",
+		marshal(t,
+			policyPB(&securitypb.Match{SourceIps: []*securitypb.Address{badIP[0], {Address: []byte{1, 2, 3, 0}, Length: 24}}})))
 	if err != nil || !p.Matches(conns[0]) || p.Matches(conns[2]) {
 		t.Error(p, err)
 	}
@@ -169,7 +181,9 @@ func TestDamagedPolicyNeverWidens(t *testing.T) {
 // A policy decodes whole or not at all, and one that lost something says so.
 func FuzzPolicy(f *testing.F) {
 	f.Add(fullPolicy(f))
-	f.Add(marshal(f, policyPB(&securitypb.Match{Namespaces: []*securitypb.StringMatch{{}}, SourceIps: []*securitypb.Address{{}}})))
+	f.Add(
+		marshal(f,
+			policyPB(&securitypb.Match{Namespaces: []*securitypb.StringMatch{{}}, SourceIps: []*securitypb.Address{{}}})))
 	f.Fuzz(func(t *testing.T, payload []byte) {
 		var d decoder
 		p, damage, err := d.policy("k", payload)

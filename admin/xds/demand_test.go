@@ -210,7 +210,8 @@ func TestDemand(t *testing.T) {
 	s.end(nil)
 	s, addr, _ = a.begin()
 	wantNames := map[string]string{pod(0).Name: "1", service(0).Name: "5", pod(3).Name: "4", "net1/10.0.0.7": ""}
-	if diff := cmp.Diff(wantNames, addr.InitialResourceVersions); diff != "" || !slices.Equal(addr.ResourceNamesUnsubscribe, []string{"*"}) {
+	if diff := cmp.Diff(wantNames, addr.InitialResourceVersions); diff != "" ||
+		!slices.Equal(addr.ResourceNamesUnsubscribe, []string{"*"}) {
 		t.Error(diff)
 	}
 	s.quiet()
@@ -269,7 +270,8 @@ func TestDemandUnanswered(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if st := c2.Stats(); st.Waiting != 0 || st.DemandsFull != 3 || turned.Load() != 3 || len(c2.demands.unsent) != 0 || c2.demands.shares.Used() != 0 {
+	if st := c2.Stats(); st.Waiting != 0 || st.DemandsFull != 3 || turned.Load() != 3 || len(c2.demands.unsent) != 0 ||
+		c2.demands.shares.Used() != 0 {
 		t.Errorf("%+v", st)
 	}
 }

@@ -70,7 +70,8 @@ func TestDumpFull(t *testing.T) {
 	staged := *l.Workloads[0]
 	staged.UID, staged.Unlisted = "a-listed", false
 	staged.Services = append(staged.Services, state.WorkloadService{
-		Service: state.ServiceKey{Namespace: "shop", Hostname: "not-there.svc"}, Ports: state.PortMap{{Service: 1, Target: 2}},
+		Service: state.ServiceKey{Namespace: "shop", Hostname: "not-there.svc"},
+		Ports:   state.PortMap{{Service: 1, Target: 2}},
 	})
 	l.Workloads = append(l.Workloads, &staged)
 	v := l.View("")
@@ -79,7 +80,8 @@ func TestDumpFull(t *testing.T) {
 	for i, m := range []struct {
 		name  string
 		write func(io.Writer, *state.View) error
-	}{{"policies", WritePolicies}, {"services", WriteServices}, {"stagedServices", WriteStaged}, {"workloads", WriteWorkloads}} {
+	}{{"policies", WritePolicies}, {"services", WriteServices}, {"stagedServices", WriteStaged},
+		{"workloads", WriteWorkloads}} {
 		if i > 0 {
 			b.WriteString(",\n")
 		}
@@ -99,7 +101,9 @@ func TestDumpEmpty(t *testing.T) {
 	for want, write := range map[string]func(io.Writer) error{
 		"[]": func(w io.Writer) error { return WriteWorkloads(w, nil) },
 		"{}": func(w io.Writer) error { return WriteStaged(w, nil) },
-		"{\n    \"policies\": [],\n    \"services\": [],\n    \"workloads\": []\n  }": func(w io.Writer) error { return WriteStatic(w, nil) },
+		"{\n    \"policies\": [],\n    \"services\": [],\n    \"workloads\": []\n  }": func(w io.Writer) error {
+			return WriteStatic(w, nil)
+		},
 	} {
 		var b bytes.Buffer
 		if err := write(&b); err != nil || b.String() != want {
@@ -123,17 +127,21 @@ func many(n int) *Local {
 	l := &Local{}
 	for i := range n / 10 {
 		l.Services = append(l.Services, &state.Service{
-			Name: fmt.Sprintf("svc-%d", i), Namespace: fmt.Sprintf("ns-%d", i%100), Hostname: fmt.Sprintf("svc-%d.ns-%d.svc.cluster.local", i, i%100),
-			VIPs:  []state.NetworkAddress{{Addr: netip.AddrFrom4([4]byte{10, 96, byte(i >> 8), byte(i)})}},
-			Ports: state.PortMap{{Service: 80, Target: 8080}, {Service: 443, Target: 8443}},
+			Name: fmt.Sprintf("svc-%d", i), Namespace: fmt.Sprintf("ns-%d", i%100),
+			Hostname: fmt.Sprintf("svc-%d.ns-%d.svc.cluster.local", i, i%100),
+			VIPs:     []state.NetworkAddress{{Addr: netip.AddrFrom4([4]byte{10, 96, byte(i >> 8), byte(i)})}},
+			Ports:    state.PortMap{{Service: 80, Target: 8080}, {Service: 443, Target: 8443}},
 		})
 	}
 	for i := range n {
 		s := l.Services[(i/10)%len(l.Services)]
 		l.Workloads = append(l.Workloads, &state.Workload{
-			UID: fmt.Sprintf("Kubernetes//Pod/%s/pod-%06d", s.Namespace, i), Name: fmt.Sprintf("pod-%06d", i), Namespace: s.Namespace,
-			TrustDomain: "cluster.local", ServiceAccount: "default", WorkloadName: s.Name, WorkloadType: "deployment", CanonicalName: s.Name,
-			CanonicalRevision: "latest", Node: fmt.Sprintf("node-%d", i%500), ClusterID: "Kubernetes", Capacity: 1, Protocol: state.HBONE,
+			UID: fmt.Sprintf("Kubernetes//Pod/%s/pod-%06d", s.Namespace, i), Name: fmt.Sprintf("pod-%06d", i),
+			Namespace:   s.Namespace,
+			TrustDomain: "cluster.local", ServiceAccount: "default", WorkloadName: s.Name, WorkloadType: "deployment",
+			CanonicalName:     s.Name,
+			CanonicalRevision: "latest", Node: fmt.Sprintf("node-%d", i%500), ClusterID: "Kubernetes", Capacity: 1,
+			Protocol:  state.HBONE,
 			Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)})},
 			Services:  []state.WorkloadService{{Service: s.Key(), Ports: s.Ports}},
 		})
@@ -183,7 +191,8 @@ func TestDumpIsJSON(t *testing.T) {
 
 func TestDumpEscapes(t *testing.T) {
 	for in, want := range map[string]string{
-		"": `""`, "plain": `"plain"`, "a\"b\\c": `"a\"b\\c"`, "<&>/": `"<&>/"`, "\n\r\t\b\f\x01\x1f\x7f": `"\n\r\t\b\f\u0001\u001f\u007f"`,
+		"": `""`, "plain": `"plain"`, "a\"b\\c": `"a\"b\\c"`, "<&>/": `"<&>/"`,
+		"\n\r\t\b\f\x01\x1f\x7f": `"\n\r\t\b\f\u0001\u001f\u007f"`,
 		"grün \u2028 \U0001F600": "\"grün \\u2028 \U0001F600\"", "\xffa\xc3": "\"\uFFFDa\uFFFD\"",
 	} {
 		j := newJSONWriter(nil, 0)
@@ -200,8 +209,10 @@ func TestDumpEscapes(t *testing.T) {
 
 func TestDumpPortOrder(t *testing.T) {
 	j := newJSONWriter(nil, 0)
-	j.ports(state.PortMap{{Service: 8, Target: 1}, {Service: 80, Target: 2}, {Service: 443, Target: 3}, {Service: 9, Target: 4}, {Service: 800, Target: 5},
-		{Service: 65535, Target: 6}, {Service: 10, Target: 7}, {Service: 1, Target: 8}, {Service: 100, Target: 9}, {Service: 11, Target: 10}})
+	j.ports(state.PortMap{{Service: 8, Target: 1}, {Service: 80, Target: 2}, {Service: 443, Target: 3},
+		{Service: 9, Target: 4}, {Service: 800, Target: 5},
+		{Service: 65535, Target: 6}, {Service: 10, Target: 7}, {Service: 1, Target: 8}, {Service: 100, Target: 9},
+		{Service: 11, Target: 10}})
 	var b bytes.Buffer
 	if err := json.Compact(&b, j.b); err != nil {
 		t.Fatal(err)
@@ -215,7 +226,8 @@ func TestDumpPortOrder(t *testing.T) {
 func TestDumpAllocations(t *testing.T) {
 	const n = 5000
 	v := many(n).View("")
-	for name, write := range map[string]func(io.Writer, *state.View) error{"workloads": WriteWorkloads, "services": WriteServices} {
+	for name, write := range map[string]func(io.Writer, *state.View) error{"workloads": WriteWorkloads,
+		"services": WriteServices} {
 		if got := testing.AllocsPerRun(5, func() { write(io.Discard, v) }); got > 50 {
 			t.Errorf("%s: %v allocations for %d entries", name, got, n)
 		}

@@ -55,7 +55,8 @@ func newADS(t testing.TB, o ...grpc.ServerOption) *ads {
 	return a
 }
 
-func (a *ads) DeltaAggregatedResources(s grpc.BidiStreamingServer[discoverypb.DeltaDiscoveryRequest, discoverypb.DeltaDiscoveryResponse]) error {
+func (a *ads) DeltaAggregatedResources(s grpc.BidiStreamingServer[discoverypb.DeltaDiscoveryRequest,
+	discoverypb.DeltaDiscoveryResponse]) error {
 	st := &adsStream{t: a.t, s: s, reqs: make(chan *discoverypb.DeltaDiscoveryRequest, 1000), over: make(chan error, 1)}
 	go func() { // ends with the stream
 		for {

@@ -236,7 +236,8 @@ func TestLoad(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	write(t, path, "x: y\n")
-	if _, err := f.Load(); !isContent(err) || err.Error() != path+": line 1: x: unknown key; a file has policies, services, workloads" {
+	if _, err := f.Load(); !isContent(err) ||
+		err.Error() != path+": line 1: x: unknown key; a file has policies, services, workloads" {
 		t.Errorf("%v", err)
 	}
 	write(t, path, text("one"))

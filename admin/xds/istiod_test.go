@@ -13,8 +13,8 @@ import (
 	"ztun/admin/pb/discoverypb"
 )
 
-// istiod is a control plane that keeps its books of an on-demand stream as Istio's does (its discovery server, 1.30): it
-// is silent about a request that changes none of the names it watches for the node, answers one that subscribes to
+// istiod is a control plane that keeps its books of an on-demand stream as Istio's does (its discovery server, 1.30):
+// it is silent about a request that changes none of the names it watches for the node, answers one that subscribes to
 // nothing with the removal of everything, and for a pushed change looks at names only, never at aliases.
 type istiod struct {
 	t *testing.T
@@ -139,9 +139,9 @@ func podWithAddress(i int, version string) *discoverypb.Resource {
 	return aliased(r, fmt.Sprintf("net1/10.%d.%d.%d", byte(i>>16), byte(i>>8), byte(i)))
 }
 
-// TestOnDemandLife: whatever is asked for, comes, goes and breaks, every look-up is answered, and what the control plane
-// has is there. At the second look-up of an outside address istiod used to be told to forget a name and nothing else,
-// and took everything back.
+// TestOnDemandLife: whatever is asked for, comes, goes and breaks, every look-up is answered, and what the control
+// plane has is there. At the second look-up of an outside address istiod used to be told to forget a name and nothing
+// else, and took everything back.
 func TestOnDemandLife(t *testing.T) {
 	defer goleak.VerifyNone(t)
 	a := newADS(t)
@@ -191,7 +191,8 @@ func TestOnDemandLife(t *testing.T) {
 		case 5:
 			i.set(name(n), nil)
 		case 6: // several at once
-			wait := []<-chan error{r.ask(t.Context(), addr(n)), r.ask(t.Context(), "net1/192.0.2.9"), r.ask(t.Context(), addr(2+rng.IntN(5)))}
+			wait := []<-chan error{r.ask(t.Context(), addr(n)), r.ask(t.Context(), "net1/192.0.2.9"),
+				r.ask(t.Context(), addr(2+rng.IntN(5)))}
 			for _, w := range wait {
 				if err := r.answered(w); err != nil {
 					t.Fatal(err)
@@ -224,8 +225,8 @@ func TestOnDemandLife(t *testing.T) {
 	}
 }
 
-// TestAbsentIsRemembered: that there is no such thing is asked for once in a while, not once per connection; a push ends
-// the belief, and so does a new stream; while there is none it holds.
+// TestAbsentIsRemembered: that there is no such thing is asked for once in a while, not once per connection; a push
+// ends the belief, and so does a new stream; while there is none it holds.
 func TestAbsentIsRemembered(t *testing.T) {
 	a := newADS(t)
 	r := run(t, a, onDemand)
@@ -333,7 +334,8 @@ func TestAskedIsBounded(t *testing.T) {
 	s.accepted(goneMessage(gone...))
 	c := r.ask(t.Context(), "one/more")
 	req := s.recv()
-	if len(req.ResourceNamesSubscribe) != 1 || req.ResourceNamesSubscribe[0] != "one/more" || len(req.ResourceNamesUnsubscribe) != maxAsked {
+	if len(req.ResourceNamesSubscribe) != 1 || req.ResourceNamesSubscribe[0] != "one/more" ||
+		len(req.ResourceNamesUnsubscribe) != maxAsked {
 		t.Fatalf("subscribes to %q, lets %d names go", req.ResourceNamesSubscribe, len(req.ResourceNamesUnsubscribe))
 	}
 	for _, n := range req.ResourceNamesUnsubscribe {
@@ -356,8 +358,8 @@ func TestAskedIsBounded(t *testing.T) {
 	}
 }
 
-// TestRefusedIsNotAbsent: a push of something that is refused ends the belief that there is no such thing; while an older
-// version is held, that is what there is.
+// TestRefusedIsNotAbsent: a push of something that is refused ends the belief that there is no such thing; while an
+// older version is held, that is what there is.
 func TestRefusedIsNotAbsent(t *testing.T) {
 	a := newADS(t)
 	r := run(t, a, onDemand)
@@ -381,7 +383,8 @@ func TestRefusedIsNotAbsent(t *testing.T) {
 
 	st := newStore("", nil)
 	feed(t, st, addresses(pod(1)))
-	if a := feed(t, st, addresses(badPod(1), badPod(2))); a.refused != 2 || len(a.lost) != 1 || a.lost[pod(2).Name] == nil {
+	if a := feed(t, st, addresses(badPod(1), badPod(2))); a.refused != 2 || len(a.lost) != 1 ||
+		a.lost[pod(2).Name] == nil {
 		t.Errorf("lost %v", a.lost)
 	}
 }

@@ -38,8 +38,9 @@ func TestSchema(t *testing.T) {
 	wp := &state.GatewayAddress{Host: state.ServiceKey{Namespace: "shop", Hostname: "wp.svc"}, Port: 15008}
 	want := &Local{
 		Workloads: []*state.Workload{{
-			UID: "dev//Pod/shop/stock-1", Name: "stock-1", Namespace: "shop", TrustDomain: "cluster.local", ServiceAccount: "stock",
-			Network: "edge", WorkloadName: "stock", WorkloadType: "job", CanonicalName: "stock", CanonicalRevision: "1",
+			UID: "dev//Pod/shop/stock-1", Name: "stock-1", Namespace: "shop", TrustDomain: "cluster.local",
+			ServiceAccount: "stock",
+			Network:        "edge", WorkloadName: "stock", WorkloadType: "job", CanonicalName: "stock", CanonicalRevision: "1",
 			Hostname: "stock.example.com", Node: "node-b", ClusterID: "dev", Locality: state.Locality{Region: "r1", Zone: "z1"},
 			Addresses: []netip.Addr{ip("10.9.0.3"), ip("fd00:9::3")},
 			Services: []state.WorkloadService{{
@@ -61,15 +62,18 @@ func TestSchema(t *testing.T) {
 			Waypoint:          gw,
 			WeightedWaypoints: []state.WeightedWaypoint{{Destination: *wp, Weight: 90}},
 			LoadBalancer: &state.LoadBalancer{Mode: state.LBFailover, HealthPolicy: state.AllowAll,
-				Preferences: []state.Scope{state.ScopeNetwork, state.ScopeRegion, state.ScopeZone, state.ScopeSubzone, state.ScopeNode, state.ScopeCluster}},
+				Preferences: []state.Scope{state.ScopeNetwork, state.ScopeRegion, state.ScopeZone, state.ScopeSubzone,
+					state.ScopeNode, state.ScopeCluster}},
 			IPFamilies: state.FamiliesIPv4, Canonical: true, Visibility: state.NamespaceOnly,
 			Endpoints: []state.Endpoint{{UID: "other", Ports: state.PortMap{{Service: 80, Target: 81}}, Status: state.Healthy}},
 		}},
 		Policies: []*rbac.Policy{{
-			Key: "shop/front-only", Name: "front-only", Namespace: "shop", Scope: rbac.ScopeWorkloadSelector, Action: rbac.Allow, DryRun: true,
+			Key: "shop/front-only", Name: "front-only", Namespace: "shop", Scope: rbac.ScopeWorkloadSelector, Action: rbac.Allow,
+			DryRun: true,
 			Rules: []rbac.Rule{{
 				{{
-					Namespaces:        []rbac.StringMatch{{Kind: rbac.Exact, Value: "a"}, {Kind: rbac.Prefix, Value: "b"}, {Kind: rbac.Suffix, Value: "c"}, {Kind: rbac.Presence}},
+					Namespaces: []rbac.StringMatch{{Kind: rbac.Exact, Value: "a"}, {Kind: rbac.Prefix, Value: "b"},
+						{Kind: rbac.Suffix, Value: "c"}, {Kind: rbac.Presence}},
 					NotNamespaces:     []rbac.StringMatch{{Kind: rbac.Exact, Value: "1"}},
 					Principals:        []rbac.StringMatch{{Kind: rbac.Exact, Value: "cluster.local/ns/shop/sa/front"}},
 					NotPrincipals:     []rbac.StringMatch{{Kind: rbac.Presence}},
@@ -79,12 +83,15 @@ func TestSchema(t *testing.T) {
 					NotDestinationIPs: []netip.Prefix{pfx("fd00::1/64")},
 				}},
 				{{DestinationPorts: []uint16{8080}}, {NotDestinationPorts: []uint16{1}},
-					{ServiceAccounts: []rbac.ServiceAccount{{Namespace: "shop", Name: "front"}}, NotServiceAccounts: []rbac.ServiceAccount{{Namespace: "shop", Name: "back"}}}, {}},
+					{ServiceAccounts: []rbac.ServiceAccount{{Namespace: "shop", Name: "front"}},
+						NotServiceAccounts: []rbac.ServiceAccount{{Namespace: "shop", Name: "back"}}}, {}},
 			}, {}},
 		}},
 	}
 	opts := cmp.Options{cmpopts.EquateEmpty(), cmpopts.IgnoreUnexported(state.Service{}, rbac.Policy{}),
-		cmp.Comparer(func(a, b netip.Addr) bool { return a == b }), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })}
+		cmp.Comparer(func(a, b netip.Addr) bool {
+			return a == b
+		}), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })}
 	if diff := cmp.Diff(want, got, opts); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
@@ -131,7 +138,8 @@ func TestEmptyFile(t *testing.T) {
 const (
 	workloadHead = "workloads:\n- name: w\n  namespace: n\n  workloadIps: [10.0.0.1]\n  services: {}\n"
 	serviceHead  = "services:\n- name: s\n  namespace: n\n  hostname: h\n  vips: []\n  ports: {}\n"
-	policyHead   = "policies:\n- name: p\n  namespace: n\n  scope: Namespace\n  action: Deny\n  dryRun: false\n  rules:\n  - - - "
+	policyHead   = "policies:\n- name: p\n  namespace: n\n  scope: Namespace\n  action: Deny\n  dryRun: false\n  " +
+		"rules:\n  - - - "
 )
 
 func TestErrors(t *testing.T) {
@@ -139,7 +147,8 @@ func TestErrors(t *testing.T) {
 		{"no content", "", `the file is empty ("{}" says that nothing exists)`},
 		{"comments only", "# soon\n", `the file is empty ("{}" says that nothing exists)`},
 		{"not YAML", "workloads:\n- {\n", "line 2: not YAML: did not find expected node content"},
-		{"bad indentation deep in a block", workloadHead + "   node: x\n  protocol: HBONE\n", "line 6: not YAML: did not find expected key"},
+		{"bad indentation deep in a block", workloadHead + "   node: x\n  protocol: HBONE\n",
+			"line 6: not YAML: did not find expected key"},
 		{"open quote", workloadHead + "  node: \"x\n  protocol: HBONE\n", "line 6: not YAML: found unexpected end of stream"},
 		{"unknown alias", workloadHead + "  node: *x\n", "line 6: not YAML: unknown anchor 'x' referenced"},
 		{"tab", "workloads:\n\t- x\n", "line 2: not YAML: found character that cannot start any token"},
@@ -148,60 +157,99 @@ func TestErrors(t *testing.T) {
 		{"unknown section", "{}\nfoo: 1", "line 2: not YAML: did not find expected <document start>"},
 		{"unknown top key", "workload: []\n", `line 1: workload: unknown key; did you mean "workloads"?`},
 		{"not a list", "workloads: {}\n", "line 1: workloads: want a list, found a map"},
-		{"unknown key", workloadHead + "  waypiont: x\n", `line 6: workloads[0].waypiont: unknown key; did you mean "waypoint"?`},
+		{"unknown key", workloadHead + "  waypiont: x\n",
+			`line 6: workloads[0].waypiont: unknown key; did you mean "waypoint"?`},
 		{"key twice", workloadHead + "  name: v\n", "line 6: workloads[0].name: given twice (first on line 2)"},
-		{"missing keys", "workloads:\n- name: w\n", `line 2: workloads[0]: "namespace" is missing; line 2: workloads[0]: "workloadIps" is missing; line 2: workloads[0]: "services" is missing`},
-		{"null for a required key", "workloads:\n- {namespace: n, workloadIps: ~, services: {}}\n", `line 2: workloads[0].workloadIps: needs a value`},
+		{"missing keys", "workloads:\n- name: w\n",
+			`line 2: workloads[0]: "namespace" is missing; line 2: workloads[0]: "workloadIps" is missing; line 2: workloads[0]: "services" is missing`},
+		{"null for a required key", "workloads:\n- {namespace: n, workloadIps: ~, services: {}}\n",
+			`line 2: workloads[0].workloadIps: needs a value`},
 		{"null entry", "workloads:\n-\n", "line 2: workloads[0]: want a map, found nothing"},
-		{"a number as name", workloadHead + "  node: 1\n", "line 6: workloads[0].node: want a string, found the number 1 (put it in quotes)"},
-		{"a bool as name", workloadHead + "  node: true\n", "line 6: workloads[0].node: want a string, found true (put it in quotes)"},
+		{"a number as name", workloadHead + "  node: 1\n",
+			"line 6: workloads[0].node: want a string, found the number 1 (put it in quotes)"},
+		{"a bool as name", workloadHead + "  node: true\n",
+			"line 6: workloads[0].node: want a string, found true (put it in quotes)"},
 		{"a list as name", workloadHead + "  node: []\n", "line 6: workloads[0].node: want a string, found a list"},
 		{"a tag as name", workloadHead + "  node: !x y\n", `line 6: workloads[0].node: want a string, found !x "y"`},
-		{"protocol", workloadHead + "  protocol: hbone\n", `line 6: workloads[0].protocol: want one of TCP, HBONE, found "hbone"`},
+		{"protocol", workloadHead + "  protocol: hbone\n",
+			`line 6: workloads[0].protocol: want one of TCP, HBONE, found "hbone"`},
 		{"null protocol", workloadHead + "  protocol:\n", `line 6: workloads[0].protocol: want a string, found nothing`},
-		{"address", "workloads:\n- {namespace: n, workloadIps: [10.0.0.256], services: {}}\n", `line 2: workloads[0].workloadIps[0]: want an IP address, found "10.0.0.256"`},
-		{"empty address", "workloads:\n- {namespace: n, workloadIps: [\"\"], services: {}}\n", `line 2: workloads[0].workloadIps[0]: want an IP address, found ""`},
-		{"address with zone", "workloads:\n- {namespace: n, workloadIps: [fe80::1%eth0], services: {}}\n", `line 2: workloads[0].workloadIps[0]: want an IP address, found "fe80::1%eth0"`},
-		{"service without slash", "workloads:\n- {namespace: n, workloadIps: [], services: {s: {}}}\n", `line 2: workloads[0].services.s: want namespace/hostname as key`},
-		{"port name", "workloads:\n- {namespace: n, workloadIps: [], services: {n/s: {http: 80}}}\n", `line 2: workloads[0].services["n/s"].http: want a port number as key`},
-		{"port range", "workloads:\n- {namespace: n, workloadIps: [], services: {n/s: {80: 65536}}}\n", `line 2: workloads[0].services["n/s"].80: want a number from 0 to 65535, found the number 65536`},
-		{"port twice", "workloads:\n- {namespace: n, workloadIps: [], services: {n/s: {80: 1, 080: 2}}}\n", `line 2: workloads[0].services["n/s"]: a port is given twice`},
-		{"capacity", workloadHead + "  capacity: -1\n", `line 6: workloads[0].capacity: want a number from 0 to 4294967295, found the number -1`},
-		{"locality", workloadHead + "  locality: {region: r}\n", `line 6: workloads[0].locality: "zone" is missing; line 6: workloads[0].locality: "subzone" is missing`},
-		{"gateway without port", workloadHead + "  waypoint: {destination: a/b}\n", `line 6: workloads[0].waypoint: "hboneMtlsPort" is missing`},
-		{"gateway destination", workloadHead + "  waypoint: {destination: ab, hboneMtlsPort: 1}\n", `line 6: workloads[0].waypoint.destination: want network/ip or namespace/hostname, found "ab"`},
-		{"tunnel", workloadHead + "  applicationTunnel: {port: 1}\n", `line 6: workloads[0].applicationTunnel: "protocol" is missing`},
-		{"bool", workloadHead + "  nativeTunnel: yes\n", `line 6: workloads[0].nativeTunnel: want true or false, found "yes"`},
-		{"uid twice", "workloads:\n- {uid: u, namespace: n, workloadIps: [], services: {}}\n- {uid: u, namespace: n, workloadIps: [], services: {}}\n",
+		{"address", "workloads:\n- {namespace: n, workloadIps: [10.0.0.256], services: {}}\n",
+			`line 2: workloads[0].workloadIps[0]: want an IP address, found "10.0.0.256"`},
+		{"empty address", "workloads:\n- {namespace: n, workloadIps: [\"\"], services: {}}\n",
+			`line 2: workloads[0].workloadIps[0]: want an IP address, found ""`},
+		{"address with zone", "workloads:\n- {namespace: n, workloadIps: [fe80::1%eth0], services: {}}\n",
+			`line 2: workloads[0].workloadIps[0]: want an IP address, found "fe80::1%eth0"`},
+		{"service without slash", "workloads:\n- {namespace: n, workloadIps: [], services: {s: {}}}\n",
+			`line 2: workloads[0].services.s: want namespace/hostname as key`},
+		{"port name", "workloads:\n- {namespace: n, workloadIps: [], services: {n/s: {http: 80}}}\n",
+			`line 2: workloads[0].services["n/s"].http: want a port number as key`},
+		{"port range", "workloads:\n- {namespace: n, workloadIps: [], services: {n/s: {80: 65536}}}\n",
+			`line 2: workloads[0].services["n/s"].80: want a number from 0 to 65535, found the number 65536`},
+		{"port twice", "workloads:\n- {namespace: n, workloadIps: [], services: {n/s: {80: 1, 080: 2}}}\n",
+			`line 2: workloads[0].services["n/s"]: a port is given twice`},
+		{"capacity", workloadHead + "  capacity: -1\n",
+			`line 6: workloads[0].capacity: want a number from 0 to 4294967295, found the number -1`},
+		{"locality", workloadHead + "  locality: {region: r}\n",
+			`line 6: workloads[0].locality: "zone" is missing; line 6: workloads[0].locality: "subzone" is missing`},
+		{"gateway without port", workloadHead + "  waypoint: {destination: a/b}\n",
+			`line 6: workloads[0].waypoint: "hboneMtlsPort" is missing`},
+		{"gateway destination", workloadHead + "  waypoint: {destination: ab, hboneMtlsPort: 1}\n",
+			`line 6: workloads[0].waypoint.destination: want network/ip or namespace/hostname, found "ab"`},
+		{"tunnel", workloadHead + "  applicationTunnel: {port: 1}\n",
+			`line 6: workloads[0].applicationTunnel: "protocol" is missing`},
+		{"bool", workloadHead + "  nativeTunnel: yes\n",
+			`line 6: workloads[0].nativeTunnel: want true or false, found "yes"`},
+		{"uid twice", "workloads:\n- {uid: u, namespace: n, workloadIps: [], services: {}}\n- {uid: u, namespace: n, " +
+			"workloadIps: [], services: {}}\n",
 			`line 3: workloads[1]: uid "u" already used on line 2`},
-		{"service twice", serviceHead + "- {name: t, namespace: n, hostname: h, vips: [], ports: {}}\n", `line 7: services[1]: namespace and hostname "n/h" already used on line 2`},
-		{"service without ports", "services:\n- {name: s, namespace: n, hostname: h, vips: []}\n", `line 2: services[0]: "ports" is missing`},
+		{"service twice", serviceHead + "- {name: t, namespace: n, hostname: h, vips: [], ports: {}}\n",
+			`line 7: services[1]: namespace and hostname "n/h" already used on line 2`},
+		{"service without ports", "services:\n- {name: s, namespace: n, hostname: h, vips: []}\n",
+			`line 2: services[0]: "ports" is missing`},
 		{"vip without network", "services:\n- {name: s, namespace: n, hostname: h, vips: [10.0.0.1], ports: {}}\n",
 			`line 2: services[0].vips[0]: want network/ip (/10.0.0.1 in the default network), found "10.0.0.1"`},
-		{"cidr", serviceHead + "  cidrVips: [{network: \"\", cidr: 10.0.0.0/33}]\n", `line 7: services[0].cidrVips[0].cidr: want an address range like 10.0.0.0/8, found "10.0.0.0/33"`},
-		{"half a balancer", serviceHead + "  loadBalancer: {mode: Strict}\n", `line 7: services[0].loadBalancer: "routingPreferences" is missing; line 7: services[0].loadBalancer: "healthPolicy" is missing`},
-		{"scope of preference", serviceHead + "  loadBalancer: {mode: Strict, routingPreferences: [Rack], healthPolicy: AllowAll}\n",
+		{"cidr", serviceHead + "  cidrVips: [{network: \"\", cidr: 10.0.0.0/33}]\n",
+			`line 7: services[0].cidrVips[0].cidr: want an address range like 10.0.0.0/8, found "10.0.0.0/33"`},
+		{"half a balancer", serviceHead + "  loadBalancer: {mode: Strict}\n",
+			`line 7: services[0].loadBalancer: "routingPreferences" is missing; line 7: services[0].loadBalancer: "healthPolicy" is missing`},
+		{"scope of preference",
+			serviceHead + "  loadBalancer: {mode: Strict, routingPreferences: [Rack], healthPolicy: AllowAll}\n",
 			`line 7: services[0].loadBalancer.routingPreferences[0]: want one of Region, Zone, Subzone, Node, Cluster, Network, found "Rack"`},
-		{"endpoint uid", serviceHead + "  endpoints: {u: {workloadUid: v, port: {}, status: Healthy}}\n", `line 7: services[0].endpoints.u.workloadUid: want the same uid as the key, "u"`},
-		{"policy without dryRun", "policies:\n- {name: p, namespace: n, scope: Global, action: Deny, rules: []}\n", `line 2: policies[0]: "dryRun" is missing`},
+		{"endpoint uid", serviceHead + "  endpoints: {u: {workloadUid: v, port: {}, status: Healthy}}\n",
+			`line 7: services[0].endpoints.u.workloadUid: want the same uid as the key, "u"`},
+		{"policy without dryRun", "policies:\n- {name: p, namespace: n, scope: Global, action: Deny, rules: []}\n",
+			`line 2: policies[0]: "dryRun" is missing`},
 		{"policy scope", "policies:\n- {name: p, namespace: n, scope: Mesh, action: Deny, rules: [], dryRun: false}\n",
 			`line 2: policies[0].scope: want one of Global, Namespace, WorkloadSelector, found "Mesh"`},
-		{"misspelt constraint", policyHead + "destinationPort: [1]\n", `line 8: policies[0].rules[0][0][0].destinationPort: unknown key; did you mean "destinationPorts"?`},
+		{"misspelt constraint", policyHead + "destinationPort: [1]\n",
+			`line 8: policies[0].rules[0][0][0].destinationPort: unknown key; did you mean "destinationPorts"?`},
 		{"misspelt account", policyHead + "serviceAccounts: [{namespace: a, serviceAcount: b}]\n",
 			`line 8: policies[0].rules[0][0][0].serviceAccounts[0].serviceAcount: unknown key; did you mean "serviceAccount"?; line 8: policies[0].rules[0][0][0].serviceAccounts[0]: "serviceAccount" is missing`},
-		{"plain string match", policyHead + "principals: [x]\n", `line 8: policies[0].rules[0][0][0].principals[0]: want !Exact x, !Prefix x, !Suffix x or !Presence [], found "x"`},
-		{"unknown tag", policyHead + "principals: [!Regex x]\n", `line 8: policies[0].rules[0][0][0].principals[0]: want !Exact x, !Prefix x, !Suffix x or !Presence [], found !Regex "x"`},
-		{"unknown kind", policyHead + "principals: [{Regex: x}]\n", `line 8: policies[0].rules[0][0][0].principals[0].Regex: unknown key; a string match has Exact, Prefix, Presence, Suffix`},
-		{"two kinds", policyHead + "principals: [{Exact: x, Prefix: y}]\n", `line 8: policies[0].rules[0][0][0].principals[0]: want !Exact x, !Prefix x, !Suffix x or !Presence [], found a map`},
-		{"presence of something", policyHead + "principals: [!Presence x]\n", `line 8: policies[0].rules[0][0][0].principals[0]: Presence takes no value: !Presence []`},
-		{"exactly a list", policyHead + "principals: [!Exact [x]]\n", `line 8: policies[0].rules[0][0][0].principals[0]: want a string after !Exact`},
-		{"exactly nothing", policyHead + "principals: [{Exact: }]\n", `line 8: policies[0].rules[0][0][0].principals[0].Exact: needs a value`},
-		{"range in policy", policyHead + "sourceIps: [10.0.0.1]\n", `line 8: policies[0].rules[0][0][0].sourceIps[0]: want an address range like 10.0.0.0/8, found "10.0.0.1"`},
-		{"null match", policyHead + "\n", `line 8: policies[0].rules[0][0][0]: want a map, found nothing ({} is a match without conditions, which never holds)`},
-		{"null port", policyHead + "destinationPorts: [~]\n", `line 8: policies[0].rules[0][0][0].destinationPorts[0]: want a port number, found nothing`},
-		{"merge key", workloadHead + "  <<: {node: x}\n", `line 6: workloads[0].<<: unknown key; a workload has applicationTunnel, authorizationPolicies, canonicalName, canonicalRevision, capacity, clusterId, hostname, ` +
-			`locality, name, namespace, nativeTunnel, network, networkGateway, networkMode, node, protocol, serviceAccount, services, status, trustDomain, uid, ` +
-			`waypoint, workloadIps, workloadName, workloadType`},
+		{"plain string match", policyHead + "principals: [x]\n",
+			`line 8: policies[0].rules[0][0][0].principals[0]: want !Exact x, !Prefix x, !Suffix x or !Presence [], found "x"`},
+		{"unknown tag", policyHead + "principals: [!Regex x]\n",
+			`line 8: policies[0].rules[0][0][0].principals[0]: want !Exact x, !Prefix x, !Suffix x or !Presence [], found !Regex "x"`},
+		{"unknown kind", policyHead + "principals: [{Regex: x}]\n",
+			`line 8: policies[0].rules[0][0][0].principals[0].Regex: unknown key; a string match has Exact, Prefix, Presence, Suffix`},
+		{"two kinds", policyHead + "principals: [{Exact: x, Prefix: y}]\n",
+			`line 8: policies[0].rules[0][0][0].principals[0]: want !Exact x, !Prefix x, !Suffix x or !Presence [], found a map`},
+		{"presence of something", policyHead + "principals: [!Presence x]\n",
+			`line 8: policies[0].rules[0][0][0].principals[0]: Presence takes no value: !Presence []`},
+		{"exactly a list", policyHead + "principals: [!Exact [x]]\n",
+			`line 8: policies[0].rules[0][0][0].principals[0]: want a string after !Exact`},
+		{"exactly nothing", policyHead + "principals: [{Exact: }]\n",
+			`line 8: policies[0].rules[0][0][0].principals[0].Exact: needs a value`},
+		{"range in policy", policyHead + "sourceIps: [10.0.0.1]\n",
+			`line 8: policies[0].rules[0][0][0].sourceIps[0]: want an address range like 10.0.0.0/8, found "10.0.0.1"`},
+		{"null match", policyHead + "\n",
+			`line 8: policies[0].rules[0][0][0]: want a map, found nothing ({} is a match without conditions, which never holds)`},
+		{"null port", policyHead + "destinationPorts: [~]\n",
+			`line 8: policies[0].rules[0][0][0].destinationPorts[0]: want a port number, found nothing`},
+		{"merge key", workloadHead + "  <<: {node: x}\n",
+			`line 6: workloads[0].<<: unknown key; a workload has applicationTunnel, authorizationPolicies, canonicalName, canonicalRevision, capacity, clusterId, hostname, ` +
+				`locality, name, namespace, nativeTunnel, network, networkGateway, networkMode, node, protocol, serviceAccount, services, status, trustDomain, uid, ` +
+				`waypoint, workloadIps, workloadName, workloadType`},
 	} {
 		l, err := ParseLocal([]byte(tt.text))
 		if err == nil {
@@ -223,7 +271,8 @@ func TestManyErrors(t *testing.T) {
 
 // Aliases work, but do not multiply without bound.
 func TestAliases(t *testing.T) {
-	l := parse(t, "workloads:\n- {uid: a, namespace: &ns shop, workloadIps: &ips [10.0.0.1], services: {}}\n- {uid: b, namespace: *ns, workloadIps: *ips, services: {}}\n")
+	l := parse(t, "workloads:\n- {uid: a, namespace: &ns shop, workloadIps: &ips [10.0.0.1], services: {}}\n- {uid: b, "+
+		"namespace: *ns, workloadIps: *ips, services: {}}\n")
 	if l.Workloads[1].Namespace != "shop" || len(l.Workloads[1].Addresses) != 1 {
 		t.Errorf("%+v", l.Workloads[1])
 	}

@@ -129,8 +129,8 @@ func (v *value) describe() string {
 	}
 }
 
-// object reads a map of the schema: it calls field for each key that is given, and reports those that the schema does not
-// have and those that it requires. A null counts as an absent map, if nothing is required.
+// object reads a map of the schema: it calls field for each key that is given, and reports those that the schema does
+// not have and those that it requires. A null counts as an absent map, if nothing is required.
 func (v *value) object(o *Object, field func(key string, x *value)) {
 	v.entries(func(key string, x *value) bool {
 		if o.knows(key) {
@@ -152,8 +152,8 @@ func (v *value) table(entry func(key string, x *value)) {
 	}, nil)
 }
 
-// entries calls field for each entry of a map. field returns false for a key that it does not know; unknown is then what is
-// said of it. A null counts as an absent map.
+// entries calls field for each entry of a map. field returns false for a key that it does not know; unknown is then
+// what is said of it. A null counts as an absent map.
 func (v *value) entries(field func(key string, x *value) bool, unknown func(key string) string) {
 	if v.null() {
 		return

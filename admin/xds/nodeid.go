@@ -64,7 +64,8 @@ func NewNode(i NodeInfo) Node {
 // wire returns the message. Text that is not UTF-8 is mended: it would keep the
 // message from being sent at all.
 func (n Node) wire() *discoverypb.Node {
-	out := &discoverypb.Node{Id: strings.ToValidUTF8(n.ID, "?"), Metadata: &structpb.Struct{Fields: map[string]*structpb.Value{}}}
+	out := &discoverypb.Node{Id: strings.ToValidUTF8(n.ID, "?"),
+		Metadata: &structpb.Struct{Fields: map[string]*structpb.Value{}}}
 	for k, v := range n.Metadata {
 		if s, ok := v.(string); ok {
 			v = strings.ToValidUTF8(s, "?")

@@ -42,8 +42,9 @@ func written(o *Object, keys []string, value map[string]string) string {
 	return fmt.Sprintf(within[o.Name], "{"+strings.Join(parts, ", ")+"}")
 }
 
-// The schema says what the reader does: each key is taken with its example, which means something; without a key that is
-// required there is an error, without another one what its default says; and where there are but some values, those are it.
+// The schema says what the reader does: each key is taken with its example, which means something; without a key that
+// is required there is an error, without another one what its default says; and where there are but some values,
+// those are it.
 func TestSchemaIsTheReaders(t *testing.T) {
 	all := schema()
 	if len(all) != len(within) {
@@ -74,7 +75,8 @@ func TestSchemaIsTheReaders(t *testing.T) {
 			keys := base
 			if f.Required {
 				without := slices.DeleteFunc(slices.Clone(base), func(k string) bool { return k == f.Name })
-				if _, err := ParseLocal([]byte(written(o, without, example))); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%q is missing", f.Name)) {
+				if _, err := ParseLocal([]byte(written(o, without, example))); err == nil ||
+					!strings.Contains(err.Error(), fmt.Sprintf("%q is missing", f.Name)) {
 					t.Errorf("%s is said to be required; without it: %v", what, err)
 				}
 			} else {
@@ -86,7 +88,10 @@ func TestSchemaIsTheReaders(t *testing.T) {
 				}
 				value[f.Name] = f.Default
 				if l := parse(t, written(o, keys, value)); !reflect.DeepEqual(l, absent) {
-					t.Errorf("%s: %s is not its default: %s", what, f.Default, cmp.Diff(absent, l, cmp.Exporter(func(reflect.Type) bool { return true })))
+					t.Errorf("%s: %s is not its default: %s", what, f.Default,
+						cmp.Diff(absent, l, cmp.Exporter(func(reflect.Type) bool {
+							return true
+						})))
 				}
 				if l := parse(t, written(o, keys, example)); reflect.DeepEqual(l, absent) {
 					t.Errorf("%s: its example %s changes nothing", what, f.Example)
@@ -120,7 +125,8 @@ func TestSchemaIsTheReaders(t *testing.T) {
 			if wrong := strings.ToUpper(f.Name[:1]) + f.Name[1:]; !o.Loose {
 				value[wrong] = f.Example
 				_, err := ParseLocal([]byte(written(o, append(slices.Clone(base), wrong), value)))
-				if want := fmt.Sprintf("unknown key; did you mean %q?", f.Name); err == nil || !strings.Contains(err.Error(), want) {
+				if want := fmt.Sprintf("unknown key; did you mean %q?", f.Name); err == nil ||
+					!strings.Contains(err.Error(), want) {
 					t.Errorf("%s as %s: %v, want %s", what, wrong, err, want)
 				}
 			}
@@ -178,7 +184,8 @@ func meshFilesPage() string {
 			}
 			fmt.Fprintf(&b, "| `%s` | %s | %s | `%s` | %s |\n", f.Name, value, def, f.Example, f.Meaning)
 		}
-		if list := map[string]string{"workload": "workloads", "service": "services", "policy": "policies"}[o.Name]; list != "" {
+		if list := map[string]string{"workload": "workloads", "service": "services", "policy": "policies"}[o.Name]; list !=
+			"" {
 			fmt.Fprintf(&b, "\nWith every key:\n\n```yaml\n%s:\n", list)
 			for i, f := range o.Fields {
 				fmt.Fprintf(&b, "%s%s: %s\n", map[bool]string{true: "- ", false: "  "}[i == 0], f.Name, f.Example)
@@ -242,7 +249,8 @@ Strings that look like numbers or ` + "`true`" + ` need quotes. Ports are 0 to 6
 // schema lists the maps of a workload file, the outermost first.
 func schema() []*Object {
 	return []*Object{
-		&fileObject, &workloadObject, &localityObject, &tunnelObject, &gatewayObject, &serviceObject, &cidrObject, &endpointObject,
+		&fileObject, &workloadObject, &localityObject, &tunnelObject, &gatewayObject, &serviceObject, &cidrObject,
+		&endpointObject,
 		&weightedObject, &balancerObject, &policyObject, &matchObject, &accountObject, &stringObject,
 	}
 }

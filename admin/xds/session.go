@@ -128,7 +128,8 @@ func (s *session) run(ctx context.Context, in <-chan received) ending {
 // dead peers, is the connection's; this is for peers that live but do nothing.
 func (s *session) patience() (time.Duration, error) {
 	if l := s.c.limits; len(s.c.unheard) > 0 {
-		return l.first, fmt.Errorf("%w: no response for %s within %v", errStalled, strings.Join(listed(s.c.unheard), " and "), l.first)
+		return l.first, fmt.Errorf("%w: no response for %s within %v", errStalled, strings.Join(listed(s.c.unheard), " and "),
+			l.first)
 	}
 	return s.c.limits.silence, errSilent
 }
@@ -214,7 +215,8 @@ func (s *session) ask() error {
 	if len(s.asked)+len(fresh) > maxAsked {
 		drop = append(s.idle(), again...)
 	}
-	r := &discoverypb.DeltaDiscoveryRequest{TypeUrl: TypeAddress, ResourceNamesSubscribe: fresh, ResourceNamesUnsubscribe: drop}
+	r := &discoverypb.DeltaDiscoveryRequest{TypeUrl: TypeAddress, ResourceNamesSubscribe: fresh,
+		ResourceNamesUnsubscribe: drop}
 	if len(fresh) == 0 {
 		r.ResourceNamesSubscribe = []string{nothing}
 	}
@@ -274,7 +276,8 @@ func (s *session) response(raw []byte) error {
 	for _, w := range a.warnings {
 		c.log.Warn(w, "type", m.typeURL)
 	}
-	c.log.Debug("received response", "type", m.typeURL, "resources", m.resources, "removed", m.removed, "refused", a.refused)
+	c.log.Debug("received response", "type", m.typeURL, "resources", m.resources, "removed", m.removed, "refused",
+		a.refused)
 
 	if !m.more {
 		delete(c.unheard, m.typeURL)
@@ -366,9 +369,10 @@ func (s *session) end(ctx context.Context, r received) ending {
 		return e
 	}
 	st := status.Convert(r.err)
-	// The text is gRPC's own. The code alone says as well that there are too many calls or streams, and a server that does not refuse
-	// the size may send what it has in several responses, of which the first is not all.
-	if st.Code() == codes.ResourceExhausted && strings.Contains(st.Message(), "larger than max") && s.large && s.messages == 0 && !s.c.noNames {
+	// The text is gRPC's own. The code alone says as well that there are too many calls or streams, and a server that
+	// does not refuse the size may send what it has in several responses, of which the first is not all.
+	if st.Code() == codes.ResourceExhausted && strings.Contains(st.Message(), "larger than max") && s.large &&
+		s.messages == 0 && !s.c.noNames {
 		s.c.noNames = true
 		s.c.log.Warn("the control plane does not take the list of what is known here; asking for everything from now on",
 			"names", s.c.store.kept[TypeAddress].len())

@@ -34,8 +34,9 @@ type kept struct {
 	// named by it. istiod has none such.
 	renamed map[string]string
 	refused map[string]string // names whose last version was refused, and why; at most maxRefused
-	all     bool              // the next response is the whole, with those that it says follow: what they do not name is gone
-	named   map[string]struct{}
+	// the next response is the whole, with those that it says follow: what they do not name is gone
+	all   bool
+	named map[string]struct{}
 }
 
 // maxRefused bounds the refused resources that Stats can name.

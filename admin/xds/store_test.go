@@ -88,7 +88,8 @@ func answers(v *state.View) string {
 		b.WriteByte('\n')
 	}
 	for i := range 4 {
-		for _, ip := range []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), netip.AddrFrom4([4]byte{10, 1, 0, byte(i)})} {
+		for _, ip := range []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}),
+			netip.AddrFrom4([4]byte{10, 1, 0, byte(i)})} {
 			w, s := v.FindAddress("", ip, "ns0")
 			vip := v.ServiceByVIP("", ip, "ns1")
 			fmt.Fprintf(&b, "%v: ", ip)
@@ -111,11 +112,14 @@ func answers(v *state.View) string {
 func drawAddress(t *rapid.T, name string) []byte {
 	byteIn := func(label string, n int) byte { return byte(rapid.IntRange(0, n-1).Draw(t, label)) }
 	if rapid.IntRange(0, 9).Draw(t, "bad") == 0 {
-		return rapid.SampledFrom([][]byte{{0xff}, {}, marshal(t0, workloadAddress(&workloadpb.Workload{Uid: name, TunnelProtocol: 2}))}).Draw(t, "badness")
+		return rapid.SampledFrom(
+			[][]byte{{0xff}, {}, marshal(t0, workloadAddress(&workloadpb.Workload{Uid: name, TunnelProtocol: 2}))}).Draw(t,
+			"badness")
 	}
 	if ns, host, ok := strings.Cut(name, "/"); ok && !strings.Contains(host, "/") {
 		s := &workloadpb.Service{Name: host, Namespace: ns, Hostname: host, Canonical: rapid.Bool().Draw(t, "canonical"),
-			Addresses: []*workloadpb.NetworkAddress{{Address: []byte{10, 1, 0, byteIn("vip", 4)}}}, Visibility: workloadpb.Service_Visibility(byteIn("vis", 2))}
+			Addresses:  []*workloadpb.NetworkAddress{{Address: []byte{10, 1, 0, byteIn("vip", 4)}}},
+			Visibility: workloadpb.Service_Visibility(byteIn("vis", 2))}
 		if rapid.Bool().Draw(t, "cidr") {
 			n := uint32(24 + byteIn("bits", 8))
 			s.Addresses = append(s.Addresses, &workloadpb.NetworkAddress{Address: []byte{10, 1, 0, 0}, Length: &n})
@@ -129,10 +133,13 @@ func drawAddress(t *rapid.T, name string) []byte {
 	if strings.HasPrefix(name, "odd") { // named by something else than its uid
 		uid = fmt.Sprintf("c//Pod/%s/%d", name, byteIn("uid", 2))
 	}
-	w := &workloadpb.Workload{Uid: uid, Name: "w", Namespace: fmt.Sprintf("ns%d", byteIn("ns", 2)), Addresses: [][]byte{{10, 0, 0, byteIn("ip", 4)}},
-		TunnelProtocol: workloadpb.TunnelProtocol(byteIn("tunnel", 2)), Status: workloadpb.WorkloadStatus(byteIn("status", 2)), Services: map[string]*workloadpb.PortList{}}
+	w := &workloadpb.Workload{Uid: uid, Name: "w", Namespace: fmt.Sprintf("ns%d", byteIn("ns", 2)),
+		Addresses:      [][]byte{{10, 0, 0, byteIn("ip", 4)}},
+		TunnelProtocol: workloadpb.TunnelProtocol(byteIn("tunnel", 2)),
+		Status:         workloadpb.WorkloadStatus(byteIn("status", 2)), Services: map[string]*workloadpb.PortList{}}
 	for range byteIn("services", 3) {
-		w.Services[fmt.Sprintf("ns%d/h%d", byteIn("sns", 2), byteIn("sh", 2))] = &workloadpb.PortList{Ports: []*workloadpb.Port{{ServicePort: 80, TargetPort: uint32(byteIn("port", 3))}}}
+		w.Services[fmt.Sprintf("ns%d/h%d", byteIn("sns", 2), byteIn("sh", 2))] =
+			&workloadpb.PortList{Ports: []*workloadpb.Port{{ServicePort: 80, TargetPort: uint32(byteIn("port", 3))}}}
 	}
 	if rapid.Bool().Draw(t, "selected") {
 		w.AuthorizationPolicies = []string{fmt.Sprintf("ns%d/p%d", byteIn("pns", 2), byteIn("p", 2))}
@@ -180,7 +187,8 @@ func TestStoreAgainstOracle(t *testing.T) {
 			r := &discoverypb.DeltaDiscoveryResponse{TypeUrl: typeURL, RemovedResources: removed}
 			o, bad := have[typeURL], map[string]int{}
 			for _, x := range rs {
-				r.Resources = append(r.Resources, &discoverypb.Resource{Name: x.name, Version: x.version, Resource: &anypb.Any{Value: x.payload}})
+				r.Resources = append(r.Resources, &discoverypb.Resource{Name: x.name, Version: x.version,
+					Resource: &anypb.Any{Value: x.payload}})
 				if good(typeURL, x) {
 					o.set(x)
 				} else {
@@ -413,7 +421,8 @@ func TestNamesThatAreNotKeys(t *testing.T) {
 func TestPolicyAgain(t *testing.T) {
 	s := newStore("", nil)
 	policy := func(port uint32) *discoverypb.Resource {
-		return &discoverypb.Resource{Name: "ns/p", Resource: &anypb.Any{Value: marshal(t, policyPB(&securitypb.Match{DestinationPorts: []uint32{port}}))}}
+		return &discoverypb.Resource{Name: "ns/p",
+			Resource: &anypb.Any{Value: marshal(t, policyPB(&securitypb.Match{DestinationPorts: []uint32{port}}))}}
 	}
 	msg := func(rs ...*discoverypb.Resource) *discoverypb.DeltaDiscoveryResponse {
 		return &discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAuthorization, Resources: rs}
@@ -430,7 +439,8 @@ func TestPolicyAgain(t *testing.T) {
 	if p := s.view.Policy("ns/p"); !slices.Equal(p.Rules[0][0][0].DestinationPorts, []uint16{1}) {
 		t.Fatal("the last of a message does not count", p)
 	}
-	if a := feed(t, s, &discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAuthorization, RemovedResources: []string{"ns/none"}}); a.changed {
+	if a := feed(t, s, &discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAuthorization,
+		RemovedResources: []string{"ns/none"}}); a.changed {
 		t.Fatal(a)
 	}
 }
@@ -440,7 +450,8 @@ func TestNackBounded(t *testing.T) {
 	s := newStore("", nil)
 	r := addresses()
 	for i := range 20_000 {
-		r.Resources = append(r.Resources, &discoverypb.Resource{Name: fmt.Sprintf("%d-%s", i, strings.Repeat("x", 2000)), Resource: &anypb.Any{}})
+		r.Resources = append(r.Resources, &discoverypb.Resource{Name: fmt.Sprintf("%d-%s", i, strings.Repeat("x", 2000)),
+			Resource: &anypb.Any{}})
 	}
 	a := feed(t, s, r)
 	if a.refused != 20_000 || len(a.nack) > maxNack+4096 || !strings.HasSuffix(a.nack, " more") {
@@ -461,7 +472,8 @@ func TestDecodePanicRefuses(t *testing.T) {
 		}
 		return decode(name, payload)
 	}
-	a := feed(t, s, addresses(workloadResource(meshPod(0), "1"), workloadResource(meshPod(1), "1"), workloadResource(meshPod(2), "1")))
+	a := feed(t, s, addresses(workloadResource(meshPod(0), "1"), workloadResource(meshPod(1), "1"),
+		workloadResource(meshPod(2), "1")))
 	if want := meshPod(1).Uid + ": internal error: panic: boom"; a.nack != want {
 		t.Fatalf("%q, want %q", a.nack, want)
 	}
@@ -482,7 +494,8 @@ func TestRetained(t *testing.T) {
 	r.set("gone", []byte("1"))
 	r.set("gone", []byte("x"))
 	r.del("gone")
-	if diff := cmp.Diff(want, maps.Collect(r.all())); diff != "" || r.len() != len(want) || r.has("gone") || !r.has("1") || !r.has("3") {
+	if diff := cmp.Diff(want, maps.Collect(r.all())); diff != "" || r.len() != len(want) || r.has("gone") || !r.has("1") ||
+		!r.has("3") {
 		t.Fatal(diff)
 	}
 	r.forgetVersions()

@@ -33,12 +33,14 @@ func TestStall(t *testing.T) {
 	defer r.cancel()
 	a.begin() // mute
 	s, _, _ := a.begin()
-	if st := r.Stats(); st.Stalls != 1 || st.Terminations["ConnectionError"] != 1 || !strings.Contains(st.LastError, "no response for "+TypeAddress+" and "+TypeAuthorization) {
+	if st := r.Stats(); st.Stalls != 1 || st.Terminations["ConnectionError"] != 1 ||
+		!strings.Contains(st.LastError, "no response for "+TypeAddress+" and "+TypeAuthorization) {
 		t.Errorf("%+v", st)
 	}
 	s.accepted(addresses(pod(0)))
 	s, addr, _ := a.begin()
-	if st := r.Stats(); st.Stalls != 2 || st.Terminations["Error"] != 1 || !strings.Contains(st.LastError, "no response for "+TypeAuthorization+" within") {
+	if st := r.Stats(); st.Stalls != 2 || st.Terminations["Error"] != 1 ||
+		!strings.Contains(st.LastError, "no response for "+TypeAuthorization+" within") {
 		t.Errorf("%+v", st)
 	}
 	if len(addr.InitialResourceVersions) != 1 || r.view.Load().WorkloadByUID(pod(0).Name) == nil {
@@ -131,7 +133,9 @@ func TestServerDoesNotRead(t *testing.T) {
 	}))
 	go srv.Serve(lis)
 	defer srv.Stop()
-	c := NewClient(ClientOptions{Connector: dialer(func() (net.Conn, error) { return net.Dial("tcp", lis.Addr().String()) })})
+	c := NewClient(ClientOptions{Connector: dialer(func() (net.Conn, error) {
+		return net.Dial("tcp", lis.Addr().String())
+	})})
 	c.limits.send = 100 * time.Millisecond
 	for i := range 5000 {
 		c.store.kept[TypeAddress].set(fmt.Sprint(i, strings.Repeat("x", 200)), nil)
@@ -179,7 +183,8 @@ func TestGarbage(t *testing.T) {
 				t.Fatal(err)
 			}
 			s, addr, _ := a.begin()
-			if st := r.Stats(); st.Terminations["Error"] != 1 || !strings.Contains(st.LastError, "not a DeltaDiscoveryResponse") || st.Panics != 0 {
+			if st := r.Stats(); st.Terminations["Error"] != 1 ||
+				!strings.Contains(st.LastError, "not a DeltaDiscoveryResponse") || st.Panics != 0 {
 				t.Errorf("%+v", st)
 			}
 			if len(addr.InitialResourceVersions) != 1 {
@@ -335,7 +340,8 @@ func TestPanic(t *testing.T) {
 		t.Error(addr, pol)
 	}
 	// Workloads without their policies are not shown.
-	s.accepted(&discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAddress, Nonce: "n", Resources: []*discoverypb.Resource{pod(0), pod(2)}, RemovedResources: []string{pod(1).Name}})
+	s.accepted(&discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAddress, Nonce: "n",
+		Resources: []*discoverypb.Resource{pod(0), pod(2)}, RemovedResources: []string{pod(1).Name}})
 	r.nothingPublished()
 	s.accepted(policies(policyResource("ns/p")))
 	p := r.next()

@@ -84,9 +84,9 @@ func (c *Control) Filter() string {
 	return c.current.String()
 }
 
-// Change applies what POST /logging asks for and returns the filter then in force. levels is a comma
-// separated list of clauses, each exactly a level's name or target=level (`mod:level`, which ztunnel's own help
-// text advertises and its server refuses, is made target=level by the admin server). With reset they are added to the filter of the
+// Change applies what POST /logging asks for and returns the filter then in force. levels is a comma separated list
+// of clauses, each exactly a level's name or target=level (`mod:level`, which ztunnel's own help text advertises and
+// its server refuses, is made target=level by the admin server). With reset they are added to the filter of the
 // start, else to the one in force. On an error nothing changes.
 func (c *Control) Change(levels string, reset bool) (string, error) {
 	c.mu.Lock()

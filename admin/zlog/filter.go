@@ -31,9 +31,11 @@ func levels() []string { return []string{"off", "error", "warn", "info", "debug"
 // which as a target would turn off everything else.
 func targets() []string {
 	return []string{
-		"access", "admin", "bounds", "ca", "control", "crl", "dns", "hbone", "inbound", "istiod", "netstack", "outbound", "pods", "proxy", "readiness",
+		"access", "admin", "bounds", "ca", "control", "crl", "dns", "hbone", "inbound", "istiod", "netstack", "outbound",
+		"pods", "proxy", "readiness",
 		"state", "stats", "xds", "ztun",
-		"h2", "hickory_proto", "hickory_resolver", "hickory_server", "hyper", "hyper_util", "rustls", "tokio", "tonic", "tower", "ztunnel",
+		"h2", "hickory_proto", "hickory_resolver", "hickory_server", "hyper", "hyper_util", "rustls", "tokio", "tonic",
+		"tower", "ztunnel",
 	}
 }
 
@@ -105,8 +107,10 @@ func parseDirective(clause string) (directive, error) {
 		}
 		if !strings.Contains(clause, "::") && !slices.Contains(targets(), clause) {
 			known := append(levels(), targets()...)
-			return directive{}, fmt.Errorf("invalid log filter %q: neither a level (%s) nor a target that is known (%s=LEVEL for one that is not)%s",
-				clip(clause), strings.Join(levels(), ", "), clip(clause), suggest.DidYouMean(clause, known))
+			return directive{},
+				fmt.Errorf("invalid log filter %q: neither a level (%s) nor a target that is known (%s=LEVEL for one that is "+
+					"not)%s",
+					clip(clause), strings.Join(levels(), ", "), clip(clause), suggest.DidYouMean(clause, known))
 		}
 		level = "trace"
 	}
@@ -116,9 +120,12 @@ func parseDirective(clause string) (directive, error) {
 			strings.Join(levels(), ", "), suggest.DidYouMean(level, levels()))
 	}
 	if target == "" || len(target) > maxTarget {
-		return directive{}, fmt.Errorf("invalid log filter %q: the target must have 1 to %d characters", clip(clause), maxTarget)
+		return directive{}, fmt.Errorf("invalid log filter %q: the target must have 1 to %d characters", clip(clause),
+			maxTarget)
 	}
-	if i := strings.IndexFunc(target, func(r rune) bool { return r <= ' ' || r > '~' || strings.ContainsRune(`{}[]"`, r) }); i >= 0 {
+	if i := strings.IndexFunc(target, func(r rune) bool {
+		return r <= ' ' || r > '~' || strings.ContainsRune(`{}[]"`, r)
+	}); i >= 0 {
 		return directive{}, fmt.Errorf("invalid log filter %q: the target may not contain %q", clip(clause), target[i])
 	}
 	return directive{target, l}, nil

@@ -24,7 +24,8 @@ func TestParseFilter(t *testing.T) {
 		{"a=1,a=0", "hickory_server::server=off,a=off"},
 		{"aa=warn,ab=warn,b=info,warn", "hickory_server::server=off,ab=warn,aa=warn,b=info,warn"},
 		{"hickory_server::server=debug", "hickory_server::server=debug"},
-		{"a_much_longer::target::than::that=info,warn", "a_much_longer::target::than::that=info,hickory_server::server=off,warn"},
+		{"a_much_longer::target::than::that=info,warn",
+			"a_much_longer::target::than::that=info,hickory_server::server=off,warn"},
 	} {
 		f, err := ParseFilter(tc.in)
 		if err != nil {
@@ -39,7 +40,8 @@ func TestParseFilter(t *testing.T) {
 			t.Errorf("%q does not survive printing and parsing: %v, %v", f, again, err)
 		}
 	}
-	for _, bad := range []string{"=info", "x=foo", "x=", "x=info=debug", "a b=info", "x[span]=info", "x{f}=info", "é=info", strings.Repeat("x", 300) + "=info"} {
+	for _, bad := range []string{"=info", "x=foo", "x=", "x=info=debug", "a b=info", "x[span]=info", "x{f}=info", "é=info",
+		strings.Repeat("x", 300) + "=info"} {
 		if f, err := ParseFilter(bad); err == nil {
 			t.Errorf("ParseFilter(%q) = %s, want an error", bad, f)
 		} else if len(err.Error()) > 400 {
@@ -48,8 +50,9 @@ func TestParseFilter(t *testing.T) {
 	}
 	// A misspelt level is no target: it would turn off all that the program logs.
 	for bad, want := range map[string]string{
-		"debgu": `; did you mean "debug"?`, "inof": `; did you mean "info"?`, "info,acess": `; did you mean "access"?`, "warning": "(off, error, warn, info, debug, trace)",
-		"6": "neither a level", "access=debgu": `; did you mean "debug"?`, "all": "neither a level",
+		"debgu": `; did you mean "debug"?`, "inof": `; did you mean "info"?`, "info,acess": `; did you mean "access"?`,
+		"warning": "(off, error, warn, info, debug, trace)",
+		"6":       "neither a level", "access=debgu": `; did you mean "debug"?`, "all": "neither a level",
 	} {
 		if f, err := ParseFilter(bad); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("ParseFilter(%q) = %s, %v; want an error with %s", bad, f, err, want)
@@ -94,7 +97,8 @@ func TestFilterLevel(t *testing.T) {
 		}
 	}
 	f, _ = ParseFilter("ztunnel=debug")
-	for target, want := range map[string]slog.Level{"proxy": LevelDebug, "access": LevelOff, "dns": LevelOff, "dns::server": LevelDebug} {
+	for target, want := range map[string]slog.Level{"proxy": LevelDebug, "access": LevelOff, "dns": LevelOff,
+		"dns::server": LevelDebug} {
 		if got := f.Level(target); got != want {
 			t.Errorf("ztunnel=debug: Level(%q) = %v, want %v", target, got, want)
 		}

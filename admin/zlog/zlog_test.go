@@ -239,13 +239,15 @@ func TestFormats(t *testing.T) {
 	}
 	const ts = "2026-11-23T06:08:09.123456Z"
 	want := ts + "\twarn\txds:xds{id=4}:inner\thello\\tworld\tk=1 " +
-		`s="a \"b\"\n\u{1b}\\é` + "\uFFFD" + `" i=-3 f=1.5 b=true d=1.5s t=` + ts + ` err="went wrong" addr=fd00::1 ap=[fd00::1]:80 zone=fe80::1%e"0 net=10.0.0.0/8 none=invalid disp=a\nb nil=<nil> ints=[1 2] bad=!PANIC:no val="resolved" src.ns="x" src.deep.n=1` + "\n" +
+		`s="a \"b\"\n\u{1b}\\é` + "\uFFFD" + `" i=-3 f=1.5 b=true d=1.5s t=` + ts +
+		` err="went wrong" addr=fd00::1 ap=[fd00::1]:80 zone=fe80::1%e"0 net=10.0.0.0/8 none=invalid disp=a\nb nil=<nil> ints=[1 2] bad=!PANIC:no val="resolved" src.ns="x" src.deep.n=1` + "\n" +
 		ts + "\ttrace\tproxy\tno fields\t\n"
 	if got := emit(false); got != want {
 		t.Errorf("text:\n got %q\nwant %q", got, want)
 	}
 	want = `{"level":"warn","time":"` + ts + `","scope":"ztunnel::xds","message":"hello\tworld","k":1,` +
-		`"s":"a \"b\"\n\u001b\\é` + "\uFFFD" + `","i":-3,"f":1.5,"b":true,"d":"1.5s","t":"` + ts + `","err":"went wrong","addr":"fd00::1","ap":"[fd00::1]:80","zone":"fe80::1%e\"0","net":"10.0.0.0/8","none":"invalid","disp":"a\nb","nil":null,"ints":"[1 2]","bad":"!PANIC:no","val":"resolved","src.ns":"x","src.deep.n":1,"xds":{"id":4},"inner":{}}` + "\n" +
+		`"s":"a \"b\"\n\u001b\\é` + "\uFFFD" + `","i":-3,"f":1.5,"b":true,"d":"1.5s","t":"` + ts +
+		`","err":"went wrong","addr":"fd00::1","ap":"[fd00::1]:80","zone":"fe80::1%e\"0","net":"10.0.0.0/8","none":"invalid","disp":"a\nb","nil":null,"ints":"[1 2]","bad":"!PANIC:no","val":"resolved","src.ns":"x","src.deep.n":1,"xds":{"id":4},"inner":{}}` + "\n" +
 		`{"level":"trace","time":"` + ts + `","scope":"proxy","message":"no fields"}` + "\n"
 	got := emit(true)
 	if got != want {
@@ -286,10 +288,12 @@ func TestLongValues(t *testing.T) {
 	for _, js := range []bool{false, true} {
 		var out buffer
 		l := open(t, Options{Writer: &out, JSON: js})
-		l.Logger("x").Info(strings.Repeat("é", 100000), "k", strings.Repeat("\x01", 1<<20), "d", display(strings.Repeat("y", 1<<20)), "n", 1)
+		l.Logger("x").Info(strings.Repeat("é", 100000), "k", strings.Repeat("\x01", 1<<20), "d",
+			display(strings.Repeat("y", 1<<20)), "n", 1)
 		flush(t, l)
 		s := out.String()
-		if len(s) > 100<<10 || strings.Count(s, "\n") != 1 || strings.Count(s, cutMark) != 3 || !(strings.Contains(s, "n=1") || strings.Contains(s, `"n":1`)) {
+		if len(s) > 100<<10 || strings.Count(s, "\n") != 1 || strings.Count(s, cutMark) != 3 ||
+			!(strings.Contains(s, "n=1") || strings.Contains(s, `"n":1`)) {
 			t.Errorf("json=%v: line of %d bytes", js, len(s))
 		}
 		if js && !json.Valid([]byte(s)) {
@@ -484,10 +488,12 @@ func accessAttrs() []slog.Attr {
 		slog.Any("src.addr", netip.MustParseAddrPort("10.91.1.2:20410")),
 		slog.String("src.workload", "a"), slog.String("src.namespace", "default"),
 		slog.String("src.identity", "spiffe://cluster.local/ns/default/sa/a"), slog.String("src.cluster", "Kubernetes"),
-		slog.Any("dst.addr", netip.MustParseAddrPort("10.91.2.2:15008")), slog.Any("dst.hbone_addr", display("10.91.2.2:9000")),
+		slog.Any("dst.addr", netip.MustParseAddrPort("10.91.2.2:15008")),
+		slog.Any("dst.hbone_addr", display("10.91.2.2:9000")),
 		slog.String("dst.workload", "b"), slog.String("dst.namespace", "default"),
 		slog.String("dst.identity", "spiffe://cluster.local/ns/default/sa/b"), slog.String("dst.cluster", "Kubernetes"),
-		slog.String("direction", "outbound"), slog.Uint64("bytes_sent", 78), slog.Uint64("bytes_recv", 1837), slog.String("duration", "98ms"),
+		slog.String("direction", "outbound"), slog.Uint64("bytes_sent", 78), slog.Uint64("bytes_recv", 1837),
+		slog.String("duration", "98ms"),
 	}
 }
 

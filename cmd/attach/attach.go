@@ -117,8 +117,8 @@ type Ways interface {
 	ListenPacket(network, addr string) (net.PacketConn, error)
 }
 
-// Handler is who serves one pod. It may be called before Attach has returned; each call but AllowDatagram has a goroutine
-// of its own, which may block.
+// Handler is who serves one pod. It may be called before Attach has returned; each call but AllowDatagram has a
+// goroutine of its own, which may block.
 type Handler interface {
 	// ServeOutbound gets a connection that the pod's application opens, DNS over TCP as well.
 	ServeOutbound(f proxy.Flow)

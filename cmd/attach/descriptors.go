@@ -52,8 +52,11 @@ var ErrNoDescriptor = fmt.Errorf("%w: the daemon's descriptors are shared out; r
 // NewDescriptors shares out what limit leaves.
 func NewDescriptors(limit uint64, report *fair.Report) *Descriptors {
 	n := int64(min(limit, 1<<30))
-	d := &Descriptors{report: report, limit: n - min(ownDescriptors, n/4), inPods: map[string]*fair.Ledger[netip.Addr]{}, dialled: map[*net.TCPConn]*Share{}}
-	d.all = fair.NewLedger(fair.LedgerOptions[fdHolder]{Limit: d.limit, Turned: func(h fdHolder, evicted bool) { d.turned(h.pod, h.from, evicted) }})
+	d := &Descriptors{report: report, limit: n - min(ownDescriptors, n/4), inPods: map[string]*fair.Ledger[netip.Addr]{},
+		dialled: map[*net.TCPConn]*Share{}}
+	d.all = fair.NewLedger(fair.LedgerOptions[fdHolder]{Limit: d.limit, Turned: func(h fdHolder, evicted bool) {
+		d.turned(h.pod, h.from, evicted)
+	}})
 	return d
 }
 
@@ -137,7 +140,10 @@ func (d *Descriptors) clients(pod string) *fair.Ledger[netip.Addr] {
 	defer d.mu.Unlock()
 	l := d.inPods[pod]
 	if l == nil {
-		l = fair.NewLedger(fair.LedgerOptions[netip.Addr]{Limit: max(d.limit/podShare, 1), Turned: func(from netip.Addr, evicted bool) { d.turned(pod, from, evicted) }})
+		l = fair.NewLedger(fair.LedgerOptions[netip.Addr]{Limit: max(d.limit/podShare, 1),
+			Turned: func(from netip.Addr, evicted bool) {
+				d.turned(pod, from, evicted)
+			}})
 		d.inPods[pod] = l
 	}
 	return l
@@ -168,9 +174,10 @@ func (d *Descriptors) Outbound(pod string, giveUp func()) *Share {
 	return p
 }
 
-// Dial calls dst within the pod's share: without a place there it fails with ErrNoDescriptor. When somebody else needs the place while
-// the call is being made, its context ends.
-func (d *Descriptors) Dial(ctx context.Context, pod string, dst netip.AddrPort, dial func(context.Context) (*net.TCPConn, error)) (*net.TCPConn, error) {
+// Dial calls dst within the pod's share: without a place there it fails with ErrNoDescriptor. When somebody else
+// needs the place while the call is being made, its context ends.
+func (d *Descriptors) Dial(ctx context.Context, pod string, dst netip.AddrPort,
+	dial func(context.Context) (*net.TCPConn, error)) (*net.TCPConn, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	place := d.Outbound(pod, cancel)

@@ -106,7 +106,8 @@ func TestDescriptorsAreShared(t *testing.T) {
 	if used := d.all.Used(); used != 1 { // extra's
 		t.Errorf("%d are taken in the end", used)
 	}
-	if c := report.Counts(); len(c) != 1 || c[0].Pod != "default/greedy" || c[0].Resource != "descriptors" || c[0].Evicted != 6 || c[0].Refused != 8 {
+	if c := report.Counts(); len(c) != 1 || c[0].Pod != "default/greedy" || c[0].Resource != "descriptors" ||
+		c[0].Evicted != 6 || c[0].Refused != 8 {
 		t.Errorf("reported: %+v", c)
 	}
 }

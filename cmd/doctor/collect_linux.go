@@ -116,7 +116,8 @@ func host(ctx context.Context, o Options, node *netns.NS, blind func(string, err
 	if h.Seen, err = steer.Observe(node); err != nil {
 		blind("devices, rules and routes", err)
 	}
-	paths := []string{"net/ipv4/ip_forward", "net/ipv4/conf/all/rp_filter", "net/ipv4/conf/" + o.NodeTUN + "/rp_filter", "net/ipv4/ip_local_port_range"}
+	paths := []string{"net/ipv4/ip_forward", "net/ipv4/conf/all/rp_filter", "net/ipv4/conf/" + o.NodeTUN + "/rp_filter",
+		"net/ipv4/ip_local_port_range"}
 	if !o.Running { // the daemon turns forwarding on when it starts
 		paths = paths[1:]
 	}
@@ -168,7 +169,8 @@ func taken(ports []uint16) (busy []uint16) {
 	return busy
 }
 
-// filters reads the rules of packet filters, by the programs that are there. That rules exist which no program here can read is an error.
+// filters reads the rules of packet filters, by the programs that are there. That rules exist which no program here
+// can read is an error.
 func filters(ctx context.Context) ([]string, error) {
 	var lines []string
 	var errs []error

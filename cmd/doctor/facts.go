@@ -8,7 +8,8 @@ import (
 	"ztun/tun/steer"
 )
 
-// Facts are what was seen. Zero values mean that all is well or that there was nothing to see, so that tests state only what is wrong.
+// Facts are what was seen. Zero values mean that all is well or that there was nothing to see, so that tests state
+// only what is wrong.
 type Facts struct {
 	Now     time.Time
 	Host    Host
@@ -28,17 +29,18 @@ type Blind struct {
 
 // Host is the node's kernel and network namespace.
 type Host struct {
-	Kernel    string            // its release, "6.1.0-13-amd64"
-	TUN       string            // why /dev/net/tun cannot be used; "" it can
-	Sysctls   map[string]string // by path below /proc/sys; what is not there is not in it
-	NodeTUN   string            // the name of the node's device
-	TUNFlags  uint64            // of the node's device (/sys/class/net/NAME/tun_flags); 0: there is none
-	PlainTUN  bool              // offloads are turned off by configuration
-	Seen      steer.Seen
-	Missing   []steer.Step // of the node's plan; only while the daemon runs
-	Filters   []string     // lines of packet filters' rules, each with the program that printed it in front ("iptables-save: -A ...")
-	Taken     []uint16     // ports of ours that somebody listens on, while the daemon does not run
-	Conntrack [2]int       // entries and their bound; zero without connection tracking
+	Kernel   string            // its release, "6.1.0-13-amd64"
+	TUN      string            // why /dev/net/tun cannot be used; "" it can
+	Sysctls  map[string]string // by path below /proc/sys; what is not there is not in it
+	NodeTUN  string            // the name of the node's device
+	TUNFlags uint64            // of the node's device (/sys/class/net/NAME/tun_flags); 0: there is none
+	PlainTUN bool              // offloads are turned off by configuration
+	Seen     steer.Seen
+	Missing  []steer.Step // of the node's plan; only while the daemon runs
+	// lines of packet filters' rules, each with the program that printed it in front ("iptables-save: -A ...")
+	Filters   []string
+	Taken     []uint16 // ports of ours that somebody listens on, while the daemon does not run
+	Conntrack [2]int   // entries and their bound; zero without connection tracking
 }
 
 // Daemon is what answers at the control socket.

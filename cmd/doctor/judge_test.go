@@ -37,9 +37,11 @@ func issue(t *testing.T, from, to time.Duration) (leaf, root *x509.Certificate) 
 		}
 		return c
 	}
-	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "root"}, NotBefore: now.Add(-1000 * time.Hour), NotAfter: now.Add(1000 * time.Hour), IsCA: true, BasicConstraintsValid: true}
+	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "root"},
+		NotBefore: now.Add(-1000 * time.Hour), NotAfter: now.Add(1000 * time.Hour), IsCA: true, BasicConstraintsValid: true}
 	root = make(tmpl, tmpl)
-	return make(&x509.Certificate{SerialNumber: big.NewInt(2), NotBefore: now.Add(from), NotAfter: now.Add(to)}, root), root
+	return make(&x509.Certificate{SerialNumber: big.NewInt(2), NotBefore: now.Add(from), NotAfter: now.Add(to)}, root),
+		root
 }
 
 // healthy is a node on which everything is as it should be, and much of what is allowed is there.
@@ -50,20 +52,26 @@ func healthy(t *testing.T) Facts {
 		Host: Host{
 			Kernel: "6.1.0-13-amd64", NodeTUN: "ztun-node", TUNFlags: iffVNetHdr | 0x1001, Conntrack: [2]int{100, 65536},
 			Sysctls: map[string]string{
-				"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1", "net/ipv4/conf/all/rp_filter": "2", "net/ipv4/conf/ztun-node/rp_filter": "0",
-				"net/ipv4/ip_local_port_range": "32768\t60999", "net/ipv6/conf/eth0/accept_ra": "0",
+				"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1", "net/ipv4/conf/all/rp_filter": "2",
+				"net/ipv4/conf/ztun-node/rp_filter": "0",
+				"net/ipv4/ip_local_port_range":      "32768\t60999", "net/ipv6/conf/eth0/accept_ra": "0",
 			},
 			Seen: steer.Seen{
-				Links: []steer.SeenLink{{Name: "eth0", Up: true, MTU: 1500, Default: true}, {Name: "ztun-node", TUN: true, Up: true, MTU: 65535}},
-				Rules: []steer.SeenRule{{Pref: 0, Table: 255, Text: "local"}, {Ours: true, Pref: 10, Table: 15008}, {Pref: 32766, Table: 254}},
-				Pods:  []netip.Addr{netip.MustParseAddr("10.1.0.2")},
+				Links: []steer.SeenLink{{Name: "eth0", Up: true, MTU: 1500, Default: true},
+					{Name: "ztun-node", TUN: true, Up: true, MTU: 65535}},
+				Rules: []steer.SeenRule{{Pref: 0, Table: 255, Text: "local"}, {Ours: true, Pref: 10, Table: 15008},
+					{Pref: 32766, Table: 254}},
+				Pods: []netip.Addr{netip.MustParseAddr("10.1.0.2")},
 			},
-			Filters: []string{"iptables-save: -A INPUT -p tcp -m tcp --dport 22 -j ACCEPT", "iptables-save: -A POSTROUTING -s 10.9.0.0/16 -o eth0 -j MASQUERADE", "nft: tcp dport 8080 drop"},
+			Filters: []string{"iptables-save: -A INPUT -p tcp -m tcp --dport 22 -j ACCEPT",
+				"iptables-save: -A POSTROUTING -s 10.9.0.0/16 -o eth0 -j MASQUERADE", "nft: tcp dport 8080 drop"},
 		},
-		Control: []Upstream{{Variable: "XDS_ADDRESS", Address: "istiod:15012", Token: Token{Path: "/token", Expires: now.Add(time.Hour)}}},
-		Certs:   []Cert{{Identity: "spiffe://cluster.local/ns/default/sa/a", State: "Available", Chain: []*x509.Certificate{leaf}, Roots: []*x509.Certificate{root}, Domain: "cluster.local"}},
-		Peers:   []Peer{{Node: "n2", Addr: netip.MustParseAddrPort("10.1.1.2:15008"), MTU: 1500}},
-		Pods:    []Pod{{Name: "default/a", State: "Up", Ref: "/var/run/netns/a"}},
+		Control: []Upstream{{Variable: "XDS_ADDRESS", Address: "istiod:15012",
+			Token: Token{Path: "/token", Expires: now.Add(time.Hour)}}},
+		Certs: []Cert{{Identity: "spiffe://cluster.local/ns/default/sa/a", State: "Available",
+			Chain: []*x509.Certificate{leaf}, Roots: []*x509.Certificate{root}, Domain: "cluster.local"}},
+		Peers: []Peer{{Node: "n2", Addr: netip.MustParseAddrPort("10.1.1.2:15008"), MTU: 1500}},
+		Pods:  []Pod{{Name: "default/a", State: "Up", Ref: "/var/run/netns/a"}},
 	}
 }
 
@@ -89,7 +97,8 @@ func TestPlantedFaults(t *testing.T) {
 			f.Certs[0].Chain, f.Certs[0].Roots = []*x509.Certificate{leaf}, []*x509.Certificate{root}
 		}
 	}
-	podPlan := steer.PodPlan(steer.PodConfig{Name: "default/a", Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2")}, TUN: "ztun0", NodeTUN: "ztun-node"})
+	podPlan := steer.PodPlan(steer.PodConfig{Name: "default/a", Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2")},
+		TUN: "ztun0", NodeTUN: "ztun-node"})
 	nodePlan := steer.NodePlan(steer.NodeConfig{TUN: "ztun-node", IPv6: true})
 	pick := func(p steer.Plan, part string) []steer.Step {
 		i := slices.IndexFunc(p.Steps, func(s steer.Step) bool { return strings.Contains(s.Do.String(), part) })
@@ -109,54 +118,102 @@ func TestPlantedFaults(t *testing.T) {
 		{"no tun", func(f *Facts) { f.Host.TUN = "no such device" }, "host", "TUN devices cannot be made", "modprobe tun"},
 		{"slow node device", func(f *Facts) { f.Host.TUNFlags = 0x1001 }, "host", "ztun-node is without offloads", "offload"},
 		{"taken port", func(f *Facts) { f.Host.Taken = []uint16{15008} }, "host", "port 15008 is taken", "ss -ltnp"},
-		{"conntrack full", func(f *Facts) { f.Host.Conntrack = [2]int{65000, 65536} }, "host", "65000 of 65536", "nf_conntrack_max=262144"},
-		{"no forwarding", sysctl("net/ipv4/ip_forward", "0"), "host", "IPv4 forwarding is off", "sysctl -w net.ipv4.ip_forward=1"},
-		{"no IPv6 forwarding", sysctl("net/ipv6/conf/all/forwarding", "0"), "host", "IPv6 forwarding is off", "sysctl -w net.ipv6.conf.all.forwarding=1"},
-		{"strict rp_filter", sysctl("net/ipv4/conf/all/rp_filter", "1"), "host", "strict reverse path filtering", "sysctl -w net.ipv4.conf.ztun-node.rp_filter=2"},
-		{"local ports", sysctl("net/ipv4/ip_local_port_range", "1024\t65535"), "host", "overlap with the mesh's", "sysctl -w net.ipv4.ip_local_port_range='1024 60999'"},
-		{"accept_ra", sysctl("net/ipv6/conf/eth0/accept_ra", "1"), "host", "device eth0 takes router advertisements", "accept_ra=2"},
-		{"rule gone", func(f *Facts) { f.Host.Missing = pick(nodePlan, "pref 10") }, "host", "plan is not in force", "ip rule add pref 10"},
+		{"conntrack full", func(f *Facts) {
+			f.Host.Conntrack = [2]int{65000, 65536}
+		}, "host", "65000 of 65536", "nf_conntrack_max=262144"},
+		{"no forwarding", sysctl("net/ipv4/ip_forward", "0"), "host", "IPv4 forwarding is off",
+			"sysctl -w net.ipv4.ip_forward=1"},
+		{"no IPv6 forwarding", sysctl("net/ipv6/conf/all/forwarding", "0"), "host", "IPv6 forwarding is off",
+			"sysctl -w net.ipv6.conf.all.forwarding=1"},
+		{"strict rp_filter", sysctl("net/ipv4/conf/all/rp_filter", "1"), "host", "strict reverse path filtering",
+			"sysctl -w net.ipv4.conf.ztun-node.rp_filter=2"},
+		{"local ports", sysctl("net/ipv4/ip_local_port_range", "1024\t65535"), "host", "overlap with the mesh's",
+			"sysctl -w net.ipv4.ip_local_port_range='1024 60999'"},
+		{"accept_ra", sysctl("net/ipv6/conf/eth0/accept_ra", "1"), "host", "device eth0 takes router advertisements",
+			"accept_ra=2"},
+		{"rule gone", func(f *Facts) {
+			f.Host.Missing = pick(nodePlan, "pref 10")
+		}, "host", "plan is not in force", "ip rule add pref 10"},
 		{"foreign rule", func(f *Facts) {
 			f.Host.Seen.Rules = append(f.Host.Seen.Rules, steer.SeenRule{Pref: 5, Table: 100, Text: "from all lookup 100"})
 		}, "host", "from all lookup 100", "ip rule del pref 5"},
 		{"foreign IPv6 rule", func(f *Facts) {
 			f.Host.Seen.Rules = append(f.Host.Seen.Rules, steer.SeenRule{V6: true, Pref: 5, Table: 100})
 		}, "host", "in the way", "ip -6 rule del pref 5"},
-		{"dropped port", filter("iptables-save: -A INPUT -p tcp -m tcp --dport 15008 -j DROP"), "host", "refuses a port of the mesh", "iptables -S"},
-		{"dropped port, nft", filter("nft: tcp dport 15008 reject with tcp reset"), "host", "refuses a port of the mesh", "nft -a list ruleset"},
-		{"redirected port", filter("ip6tables-save: -A PREROUTING -p tcp -m tcp --dport 15008 -j REDIRECT --to-ports 9999"), "host", "a rule about a port of the mesh", "ip6tables -S"},
-		{"istio's redirection", filter("iptables-save: -A ISTIO_OUTPUT -p tcp -j REDIRECT --to-ports 15001"), "host", "Istio's redirection", "iptables -S"},
-		{"istio-cni's SNAT", filter("iptables-save: -A ISTIO_POSTRT -m owner --socket-exists -p tcp -m set --match-set istio-inpod-probes-v4 dst -j SNAT --to-source 169.254.7.127"), "host", "istio-cni has a rule", "iptables -S"},
-		{"masqueraded pod", filter("iptables-save: -A POSTROUTING -s 10.1.0.2/32 -j MASQUERADE"), "host", "source address of a captured pod is rewritten", "iptables -S"},
-		{"dropped device", filter("iptables-save: -A FORWARD -i ztun-node -j DROP"), "host", "goes by ztun's device", "iptables -S"},
+		{"dropped port", filter("iptables-save: -A INPUT -p tcp -m tcp --dport 15008 -j DROP"), "host",
+			"refuses a port of the mesh", "iptables -S"},
+		{"dropped port, nft", filter("nft: tcp dport 15008 reject with tcp reset"), "host", "refuses a port of the mesh",
+			"nft -a list ruleset"},
+		{"redirected port", filter("ip6tables-save: -A PREROUTING -p tcp -m tcp --dport 15008 -j REDIRECT --to-ports 9999"),
+			"host", "a rule about a port of the mesh", "ip6tables -S"},
+		{"istio's redirection", filter("iptables-save: -A ISTIO_OUTPUT -p tcp -j REDIRECT --to-ports 15001"), "host",
+			"Istio's redirection", "iptables -S"},
+		{"istio-cni's SNAT",
+			filter("iptables-save: -A ISTIO_POSTRT -m owner --socket-exists -p tcp -m set --match-set istio-inpod-probes-v4 " +
+				"dst -j SNAT --to-source 169.254.7.127"), "host", "istio-cni has a rule", "iptables -S"},
+		{"masqueraded pod", filter("iptables-save: -A POSTROUTING -s 10.1.0.2/32 -j MASQUERADE"), "host",
+			"source address of a captured pod is rewritten", "iptables -S"},
+		{"dropped device", filter("iptables-save: -A FORWARD -i ztun-node -j DROP"), "host", "goes by ztun's device",
+			"iptables -S"},
 		{"no daemon", func(f *Facts) { f.Daemon.Error = "no control socket" }, "host", "does not answer", "ztun proxy"},
 		{"not ready", func(f *Facts) { f.Daemon.Ready = "pending: certificates" }, "host", "pending: certificates", "15021"},
-		{"no roots", func(f *Facts) { f.Control[0].Roots = "no such file" }, "control plane", "no roots for istiod:15012", "XDS_ROOT_CA"},
-		{"no token", func(f *Facts) { f.Control[0].Token.Error = "no such file" }, "control plane", "token cannot be read", "ls -l /token"},
-		{"token ended", func(f *Facts) { f.Control[0].Token.Expires = now.Add(-time.Minute) }, "control plane", "has ended at 2026-11-28T11:59:00Z", "ls -l /token"},
-		{"control plane away", func(f *Facts) { f.Control[0].Error = "connection refused" }, "control plane", "cannot be reached: connection refused", "nc -vz istiod 15012"},
-		{"foreign control plane", func(f *Facts) { f.Control[0].Error = "x509: certificate signed by unknown authority" }, "control plane", "is refused", "openssl s_client"},
+		{"no roots", func(f *Facts) {
+			f.Control[0].Roots = "no such file"
+		}, "control plane", "no roots for istiod:15012", "XDS_ROOT_CA"},
+		{"no token", func(f *Facts) {
+			f.Control[0].Token.Error = "no such file"
+		}, "control plane", "token cannot be read", "ls -l /token"},
+		{"token ended", func(f *Facts) {
+			f.Control[0].Token.Expires = now.Add(-time.Minute)
+		}, "control plane", "has ended at 2026-11-28T11:59:00Z", "ls -l /token"},
+		{"control plane away", func(f *Facts) {
+			f.Control[0].Error = "connection refused"
+		}, "control plane", "cannot be reached: connection refused", "nc -vz istiod 15012"},
+		{"foreign control plane", func(f *Facts) {
+			f.Control[0].Error = "x509: certificate signed by unknown authority"
+		}, "control plane", "is refused", "openssl s_client"},
 		{"clock behind", func(f *Facts) {
 			f.Control[0].Error = "x509: certificate has expired or is not yet valid: current time A is before B"
 		}, "control plane", "clocks differ", "timedatectl"},
 		{"control plane's certificate ended", func(f *Facts) {
 			f.Control[0].Error = "x509: certificate has expired or is not yet valid: current time A is after B"
 		}, "control plane", "is refused", "openssl s_client"},
-		{"no certificate", func(f *Facts) { f.Certs[0].State, f.Certs[0].Chain = "Unavailable: denied", nil }, "certificates", "has no certificate: denied", "config_dump"},
+		{"no certificate", func(f *Facts) {
+			f.Certs[0].State, f.Certs[0].Chain = "Unavailable: denied", nil
+		}, "certificates", "has no certificate: denied", "config_dump"},
 		{"certificate ended", cert(-25*time.Hour, -time.Hour), "certificates", "has ended", "config_dump"},
 		{"certificate of the future", cert(time.Hour, 25*time.Hour), "certificates", "valid only from", "timedatectl"},
 		{"certificate not renewed", cert(-23*time.Hour, time.Hour), "certificates", "has not been renewed", "config_dump"},
-		{"another root", func(f *Facts) { _, root := issue(t, 0, 0); f.Certs[0].Roots = []*x509.Certificate{root} }, "certificates", "does not lead to the roots", "config_dump"},
-		{"another trust domain", func(f *Facts) { f.Certs[0].Domain = "example.org" }, "certificates", "not of the trust domain example.org", "trust_domain"},
-		{"peer away", func(f *Facts) { f.Peers[0].Error = "i/o timeout" }, "peers", "node n2 cannot be reached at 10.1.1.2:15008", "nc -vz 10.1.1.2 15008"},
+		{"another root", func(f *Facts) {
+			_, root := issue(t, 0, 0)
+			f.Certs[0].Roots = []*x509.Certificate{root}
+		}, "certificates", "does not lead to the roots", "config_dump"},
+		{"another trust domain", func(f *Facts) {
+			f.Certs[0].Domain = "example.org"
+		}, "certificates", "not of the trust domain example.org", "trust_domain"},
+		{"peer away", func(f *Facts) {
+			f.Peers[0].Error = "i/o timeout"
+		}, "peers", "node n2 cannot be reached at 10.1.1.2:15008", "nc -vz 10.1.1.2 15008"},
 		{"small MTU", func(f *Facts) { f.Peers[0].MTU = 600 }, "peers", "600 bytes", "tracepath"},
-		{"pod failed", func(f *Facts) { f.Pods[0].State, f.Pods[0].Error = "Failed", "no namespace" }, "pods", "is Failed: no namespace", "ztun pod list"},
-		{"pod gone", func(f *Facts) { f.Pods[0].NetNS = "no such file" }, "pods", "cannot be opened", "ztun pod del --namespace default --name a"},
-		{"pod's device down", func(f *Facts) { f.Pods[0].Missing = pick(podPlan, "link set ztun0") }, "pods", "ztun0", "nsenter --net=/var/run/netns/a ip link set ztun0 up"},
-		{"pod's default route gone", func(f *Facts) { f.Pods[0].Missing = pick(podPlan, "default") }, "pods", "default dev ztun0", "nsenter --net=/var/run/netns/a ip route"},
-		{"route to the pod gone", func(f *Facts) { f.Pods[0].Missing = pick(podPlan, "10.1.0.2/32 dev ztun-node") }, "pods", "in the node's namespace", "ip route"},
+		{"pod failed", func(f *Facts) {
+			f.Pods[0].State, f.Pods[0].Error = "Failed", "no namespace"
+		}, "pods", "is Failed: no namespace", "ztun pod list"},
+		{"pod gone", func(f *Facts) {
+			f.Pods[0].NetNS = "no such file"
+		}, "pods", "cannot be opened", "ztun pod del --namespace default --name a"},
+		{"pod's device down", func(f *Facts) {
+			f.Pods[0].Missing = pick(podPlan, "link set ztun0")
+		}, "pods", "ztun0", "nsenter --net=/var/run/netns/a ip link set ztun0 up"},
+		{"pod's default route gone", func(f *Facts) {
+			f.Pods[0].Missing = pick(podPlan, "default")
+		}, "pods", "default dev ztun0", "nsenter --net=/var/run/netns/a ip route"},
+		{"route to the pod gone", func(f *Facts) {
+			f.Pods[0].Missing = pick(podPlan, "10.1.0.2/32 dev ztun-node")
+		}, "pods", "in the node's namespace", "ip route"},
 		{"no DNS", func(f *Facts) { f.Pods[0].DNS = "i/o timeout" }, "pods", "no answer to a DNS query", "dig"},
-		{"slow pod", func(f *Facts) { f.Pods[0].Slow = "the kernel refuses TCPv4 super-packets" }, "pods", "without offloads: the kernel refuses", "uname"},
+		{"slow pod", func(f *Facts) {
+			f.Pods[0].Slow = "the kernel refuses TCPv4 super-packets"
+		}, "pods", "without offloads: the kernel refuses", "uname"},
 	}
 	if len(faults) < 20 {
 		t.Fatalf("%d faults", len(faults))
@@ -169,7 +226,8 @@ func TestPlantedFaults(t *testing.T) {
 			if len(got) != 1 {
 				t.Fatalf("%d findings: %+v", len(got), got)
 			}
-			if g := got[0]; g.Area != p.area || !strings.Contains(g.What, p.what) || !strings.Contains(g.Mend, p.mend) || g.Why == "" {
+			if g := got[0]; g.Area != p.area || !strings.Contains(g.What, p.what) || !strings.Contains(g.Mend, p.mend) ||
+				g.Why == "" {
 				t.Errorf("%+v", g)
 			}
 		})

@@ -15,8 +15,8 @@ import (
 	"ztun/proxy/state"
 )
 
-// The admin runtime: the goroutines that are not traffic, each labelled role=admin in profiles, and what a change of what
-// is known asks for. They wait for files and networks; no worker waits for them. See worker.go.
+// The admin runtime: the goroutines that are not traffic, each labelled role=admin in profiles, and what a change of
+// what is known asks for. They wait for files and networks; no worker waits for them. See worker.go.
 
 // admin starts a goroutine of the admin runtime; serve one that ends when what it serves is closed. An
 // unexpected end of either ends the process.
@@ -85,7 +85,8 @@ func (d *daemon) newState() {
 	}
 }
 
-// podsChanged is called when a pod came or went: one that is new needs its record, and the control plane may be waited for.
+// podsChanged is called when a pod came or went: one that is new needs its record, and the control plane may be
+// waited for.
 func (d *daemon) podsChanged() {
 	d.know.poke()
 	if client := d.xds.Load(); client != nil {

@@ -43,17 +43,21 @@ func newMemoryDaemon(t *testing.T) *memoryDaemon {
 	log := zlog.New(zlog.Options{Writer: io.Discard, Control: zlog.NewControl(filter)})
 	c := load(t, "ISTIO_META_DNS_CAPTURE", "false")
 	c.StateDir = t.TempDir()
-	d := &daemon{c: c, log: log, logger: log.Logger("ztun"), report: fair.NewReport(log.Logger("bounds")), panics: rescue.New(log.Logger("ztun")),
+	d := &daemon{c: c, log: log, logger: log.Logger("ztun"), report: fair.NewReport(log.Logger("bounds")),
+		panics:     rescue.New(log.Logger("ztun")),
 		certs:      ca.NewManager(ca.ManagerOptions{Signer: ca.NewFake(), TTL: time.Hour}),
 		handshakes: fair.NewTurns[proxy.Crypto](1, time.Millisecond, time.Millisecond),
-		metrics:    proxy.NewMetrics(), policies: proxy.NewUnknownPolicies(false, log.Logger("proxy")), onDemandDNS: proxy.NewOnDemandDNS(),
-		resolve: resolve.New(resolve.Options{}), know: newKnowledge()}
+		metrics:    proxy.NewMetrics(), policies: proxy.NewUnknownPolicies(false, log.Logger("proxy")),
+		onDemandDNS: proxy.NewOnDemandDNS(),
+		resolve:     resolve.New(resolve.Options{}), know: newKnowledge()}
 	d.loop = admin.NewLoop(admin.LoopOptions{Published: d.know.published})
 	d.know.view = d.loop.View
 	m := &memoryDaemon{daemon: d, net: attachtest.NewNetwork(), pods: newPodManager(c, log.Logger("pods"))}
 	d.pods = m.pods
-	d.kind = m.net.Kind(attach.Options{MTU: 1500, IPv6: true, Stack: c.stack(), Report: d.report, Panics: d.panics, Logger: log.Logger})
-	m.pods.kind, m.pods.new, m.pods.changed, m.pods.known, m.pods.panics = d.kind, d.newPod, d.podsChanged, d.known, d.panics
+	d.kind = m.net.Kind(attach.Options{MTU: 1500, IPv6: true, Stack: c.stack(), Report: d.report, Panics: d.panics,
+		Logger: log.Logger})
+	m.pods.kind, m.pods.new, m.pods.changed, m.pods.known, m.pods.panics = d.kind, d.newPod, d.podsChanged, d.known,
+		d.panics
 	ctx, cancel := context.WithCancel(context.Background())
 	var work sync.WaitGroup
 	work.Go(func() { d.certs.Run(ctx) })
@@ -131,7 +135,8 @@ func ask(t *testing.T, from *attachtest.Host, dst string) (string, error) {
 func TestAttachmentInMemory(t *testing.T) {
 	m := newMemoryDaemon(t)
 	addr := netip.MustParseAddr
-	one, two, outside := m.net.Host("host-one", addr("10.1.0.1")), m.net.Host("host-two", addr("10.1.0.2")), m.net.Host("host-three", addr("10.1.0.3"))
+	one, two, outside := m.net.Host("host-one", addr("10.1.0.1")), m.net.Host("host-two", addr("10.1.0.2")),
+		m.net.Host("host-three", addr("10.1.0.3"))
 	two.Listen(80, echo)
 	outside.Listen(80, echo)
 	m.knows(t, "")
@@ -208,7 +213,8 @@ func TestPodsAreKnownByUID(t *testing.T) {
 	} {
 		s := second
 		wrong.change(&s)
-		if err := m.pods.Add(t.Context(), s); !errors.Is(err, admin.ErrPodConflict) || !strings.Contains(err.Error(), wrong.say) {
+		if err := m.pods.Add(t.Context(), s); !errors.Is(err, admin.ErrPodConflict) ||
+			!strings.Contains(err.Error(), wrong.say) {
 			t.Errorf("%v, want a conflict that says %q", err, wrong.say)
 		}
 	}
@@ -224,7 +230,8 @@ func TestPodsAreKnownByUID(t *testing.T) {
 		t.Errorf("labels %q, want %q", labels, want)
 	}
 	// By name it cannot be said which is meant.
-	if err := m.pods.Delete(t.Context(), "n", "one"); !errors.Is(err, admin.ErrPodConflict) || !strings.Contains(err.Error(), "uid-1, uid-2") {
+	if err := m.pods.Delete(t.Context(), "n", "one"); !errors.Is(err, admin.ErrPodConflict) ||
+		!strings.Contains(err.Error(), "uid-1, uid-2") {
 		t.Errorf("delete by name: %v", err)
 	}
 	// A namespace that came as a descriptor is not in the list for the next daemon; the others are, with their uid.
@@ -247,13 +254,16 @@ func TestPodsAreKnownByUID(t *testing.T) {
 		t.Fatal(err)
 	}
 	saved, err := readSaved(b)
-	if err != nil || len(saved) != 2 || saved[0].UID+saved[1].UID != "uid-1uid-2" && saved[0].UID+saved[1].UID != "uid-2uid-1" {
+	if err != nil || len(saved) != 2 || saved[0].UID+saved[1].UID != "uid-1uid-2" && saved[0].UID+saved[1].UID !=
+		"uid-2uid-1" {
 		t.Errorf("saved %s, %v", b, err)
 	}
 	// The one whose namespace ends is let go of; the other goes on.
 	later.Vanish()
 	m.pods.dropVanished()
-	if all := m.pods.List(); len(all) != 2 || slices.ContainsFunc(all, func(p admin.PodStatus) bool { return p.UID == "uid-2" }) {
+	if all := m.pods.List(); len(all) != 2 || slices.ContainsFunc(all, func(p admin.PodStatus) bool {
+		return p.UID == "uid-2"
+	}) {
 		t.Errorf("after one has vanished: %+v", all)
 	}
 }

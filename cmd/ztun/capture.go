@@ -54,7 +54,8 @@ func (d *daemon) captureHandler(w http.ResponseWriter, r *http.Request) {
 	defer stop()
 	w.Header().Set("Content-Type", "application/x-pcapng")
 	out := &patient{w: w, c: http.NewResponseController(w)}
-	if c.w, err = capture.NewWriter(out, tap.Name(), "pod "+p.label+", in the clear, by ztun capture", c.snap); err != nil {
+	if c.w, err = capture.NewWriter(out, tap.Name(), "pod "+p.label+", in the clear, by ztun capture",
+		c.snap); err != nil {
 		return
 	}
 	c.run(r.Context().Done(), tap.Done())
@@ -124,7 +125,8 @@ func (c *capturing) read(q url.Values) error {
 	}
 	c.left = number("count", 1<<62, 1<<62)
 	c.snap = int(number("snaplen", captureSnap, captureSnap))
-	c.time = time.Duration(number("seconds", uint64(captureTime/time.Second), uint64(captureTime/time.Second))) * time.Second
+	c.time = time.Duration(number("seconds", uint64(captureTime/time.Second),
+		uint64(captureTime/time.Second))) * time.Second
 	c.queue = capture.NewQueue(want, c.snap, captureQueue)
 	return err
 }
@@ -182,8 +184,8 @@ func (c *capturing) write(now bool) (wait time.Duration, err error) {
 	return 0, nil
 }
 
-// comment is what the first packet of a flow is marked with, or how long it is to wait for that: nothing is decided yet when a
-// SYN passes.
+// comment is what the first packet of a flow is marked with, or how long it is to wait for that: nothing is decided
+// yet when a SYN passes.
 func (c *capturing) comment(x *capture.Captured) (text string, wait time.Duration) {
 	f := flowOf(x.Src, x.Dst)
 	state, met := c.flows[f]
@@ -216,7 +218,8 @@ func (c *capturing) decision(x *capture.Captured) string {
 	return c.look(x)
 }
 
-// look finds a flow. Towards the application a connection has a port that is netstack's: it is found by the client's address.
+// look finds a flow. Towards the application a connection has a port that is netstack's: it is found by the client's
+// address.
 func (c *capturing) look(x *capture.Captured) string {
 	noPort := func(e netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(e.Addr(), 0) }
 	for _, f := range []flow{flowOf(x.Src, x.Dst), flowOf(noPort(x.Src), x.Dst), flowOf(x.Src, noPort(x.Dst))} {

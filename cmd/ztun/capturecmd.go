@@ -25,13 +25,20 @@ func captureCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "capture POD [FILTER...]",
 		Short: "write what a pod sends and receives, in the clear, as pcapng",
-		Long: "Writes to its output, as pcapng for tshark and tcpdump, what the TUN device of a pod of this node carries: the application's\n" +
-			"side of its connections, in the clear; between the nodes only TLS is to be seen. The first packet of each connection has a comment\n" +
-			"with both identities and what was decided. It ends after --count packets, after --duration, or when it is interrupted. Packets\n" +
-			"may be larger than the MTU, and their checksums not filled in: that is left to each other by both ends of the device.\n\n" +
-			"FILTER is a few of tcpdump's words: tcp, udp, icmp, host ADDRESS, net PREFIX, port PORT, the last three with src or dst in front,\n" +
-			"not, and, or, and parentheses. What the reader is too slow for is left out; how much is said at the end of the file.",
-		Example: "  ztun capture front-1 > front.pcapng\n  ztun capture shop/front-1 tcp and dst port 80 --duration 10s | tshark -r -",
+		Long: "Writes to its output, as pcapng for tshark and tcpdump, what the TUN device of a pod of this node carries: " +
+			"the application's\n" +
+			"side of its connections, in the clear; between the nodes only TLS is to be seen. The first packet of each " +
+			"connection has a comment\n" +
+			"with both identities and what was decided. It ends after --count packets, after --duration, or when it is " +
+			"interrupted. Packets\n" +
+			"may be larger than the MTU, and their checksums not filled in: that is left to each other by both ends of the " +
+			"device.\n\n" +
+			"FILTER is a few of tcpdump's words: tcp, udp, icmp, host ADDRESS, net PREFIX, port PORT, the last three with src " +
+			"or dst in front,\n" +
+			"not, and, or, and parentheses. What the reader is too slow for is left out; how much is said at the end of the " +
+			"file.",
+		Example: "  ztun capture front-1 > front.pcapng\n  ztun capture shop/front-1 tcp and dst port 80 --duration 10s | " +
+			"tshark -r -",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return usageError(cmd, errors.New("ztun capture wants the name of a POD"))
@@ -55,7 +62,8 @@ func captureCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			q := url.Values{"pod": {refOf(pod.PodSpec).String()}, "filter": {strings.Join(args[1:], " ")}, "snaplen": {strconv.Itoa(snap)}}
+			q := url.Values{"pod": {refOf(pod.PodSpec).String()}, "filter": {strings.Join(args[1:], " ")},
+				"snaplen": {strconv.Itoa(snap)}}
 			if count > 0 {
 				q.Set("count", strconv.FormatUint(count, 10))
 			}
@@ -80,7 +88,8 @@ func captureCommand() *cobra.Command {
 		},
 		ValidArgsFunction: func(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 			if len(args) > 0 {
-				return []string{"tcp", "udp", "icmp", "host", "net", "port", "src", "dst", "not", "and", "or"}, cobra.ShellCompDirectiveNoFileComp
+				return []string{"tcp", "udp", "icmp", "host", "net", "port", "src", "dst", "not", "and", "or"},
+					cobra.ShellCompDirectiveNoFileComp
 			}
 			return podNames(cmd.Context(), a.client(), "default"), cobra.ShellCompDirectiveNoFileComp
 		},

@@ -41,7 +41,8 @@ func TestUserTimeout(t *testing.T) {
 	}{
 		{nil, 0},
 		{[]string{"USER_TIMEOUT_ENABLED", "true"}, 1800 * time.Second},
-		{[]string{"USER_TIMEOUT_ENABLED", "true", "KEEPALIVE_TIME", "10s", "KEEPALIVE_INTERVAL", "2s", "KEEPALIVE_RETRIES", "3"}, 16 * time.Second},
+		{[]string{"USER_TIMEOUT_ENABLED", "true", "KEEPALIVE_TIME", "10s", "KEEPALIVE_INTERVAL", "2s", "KEEPALIVE_RETRIES",
+			"3"}, 16 * time.Second},
 	} {
 		if got := load(t, c.set...).meshSocket().UserTimeout; got != c.want {
 			t.Errorf("%q: %v, want %v", c.set, got, c.want)
@@ -60,28 +61,32 @@ func TestGracePeriods(t *testing.T) {
 
 // TestDumpKeys: controlplane checklist 75, the keys of /config_dump are ztunnel's in shared mode.
 func TestDumpKeys(t *testing.T) {
-	d := &daemon{c: load(t), loop: admin.NewLoop(admin.LoopOptions{}), policies: proxy.NewUnknownPolicies(false, slog.New(slog.DiscardHandler))}
-	want := []string{"certificates", "config", "policies", "services", "stagedServices", "staticConfig", "version", "workloadState", "workloads"}
+	d := &daemon{c: load(t), loop: admin.NewLoop(admin.LoopOptions{}),
+		policies: proxy.NewUnknownPolicies(false, slog.New(slog.DiscardHandler))}
+	want := []string{"certificates", "config", "policies", "services", "stagedServices", "staticConfig", "version",
+		"workloadState", "workloads"}
 	if got := slices.Sorted(maps.Keys(d.dump())); !slices.Equal(got, want) {
 		t.Errorf("%q", got)
 	}
 	// One more where a policy is listed and missing.
 	b := state.NewBuilder("")
-	b.InsertWorkload(&state.Workload{UID: "u", Name: "a", Namespace: "n", ServiceAccount: "s", AuthorizationPolicies: []string{"n/gone"}})
+	b.InsertWorkload(&state.Workload{UID: "u", Name: "a", Namespace: "n", ServiceAccount: "s",
+		AuthorizationPolicies: []string{"n/gone"}})
 	d.policies.Follow(b.Build(), []state.WorkloadInfo{{Name: "a", Namespace: "n", ServiceAccount: "s"}})
 	if got := slices.Sorted(maps.Keys(d.dump())); !slices.Contains(got, "unknownPolicies") {
 		t.Errorf("a policy is missing, and the dump does not say so: %q", got)
 	}
 }
 
-// TestIdentitiesOfTheNode: controlplane checklist 59 and dataplane 135. Certificates are fetched for pods of this node alone, live through
-// updates of their workloads, and are dropped with the last pod of their identity.
+// TestIdentitiesOfTheNode: controlplane checklist 59 and dataplane 135. Certificates are fetched for pods of this
+// node alone, live through updates of their workloads, and are dropped with the last pod of their identity.
 func TestIdentitiesOfTheNode(t *testing.T) {
 	var work sync.WaitGroup
 	ctx, cancel := context.WithCancel(t.Context())
 	defer work.Wait()
 	defer cancel()
-	d := &daemon{c: load(t), certs: ca.NewManager(ca.ManagerOptions{Signer: ca.NewFake(), TTL: time.Hour}), policies: proxy.NewUnknownPolicies(false, slog.New(slog.DiscardHandler)), loop: admin.NewLoop(admin.LoopOptions{})}
+	d := &daemon{c: load(t), certs: ca.NewManager(ca.ManagerOptions{Signer: ca.NewFake(), TTL: time.Hour}),
+		policies: proxy.NewUnknownPolicies(false, slog.New(slog.DiscardHandler)), loop: admin.NewLoop(admin.LoopOptions{})}
 	d.pods = newPodManager(d.c, slog.New(slog.DiscardHandler))
 	work.Go(func() { d.certs.Run(ctx) })
 	work.Go(func() { d.loop.Run(ctx) })
@@ -90,7 +95,8 @@ func TestIdentitiesOfTheNode(t *testing.T) {
 	attach := func(name string) {
 		info := state.WorkloadInfo{Name: name, Namespace: "n", ServiceAccount: "shared"}
 		p := &pod{spec: admin.PodSpec{Name: name, Namespace: "n", ServiceAccount: "shared"},
-			proxy: proxy.New(proxy.Options{Info: info, Knowledge: d.know, Metrics: proxy.NewMetrics(), Log: slog.New(slog.DiscardHandler), Access: slog.New(slog.DiscardHandler)})}
+			proxy: proxy.New(proxy.Options{Info: info, Knowledge: d.know, Metrics: proxy.NewMetrics(),
+				Log: slog.New(slog.DiscardHandler), Access: slog.New(slog.DiscardHandler)})}
 		t.Cleanup(p.proxy.Close)
 		d.pods.pods[uidOf(p.spec)] = p
 	}
@@ -130,7 +136,8 @@ workloads:
 		t.Fatal(err)
 	}
 	publish(strings.ReplaceAll(world, "10.0.0.1", "10.0.0.9"))
-	if again, err := d.certs.Certificate(t.Context(), d.loop.View().WorkloadByUID("one").Identity()); err != nil || again != first {
+	if again, err := d.certs.Certificate(t.Context(), d.loop.View().WorkloadByUID("one").Identity()); err != nil ||
+		again != first {
 		t.Errorf("an update of the workload: another certificate, %v", err)
 	}
 	delete(d.pods.pods, "n/one")
@@ -141,17 +148,21 @@ workloads:
 	wanted("both are gone", "")
 }
 
-// TestRevocationCounter: dataplane checklist 136, a server that is on the list is one more rejection of reporter source.
+// TestRevocationCounter: dataplane checklist 136, a server that is on the list is one more rejection of reporter
+// source.
 func TestRevocationCounter(t *testing.T) {
 	id := identity.ID{TrustDomain: "td", Namespace: "n", ServiceAccount: "s"}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	root := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "root"}, NotAfter: time.Now().Add(time.Hour), IsCA: true,
+	root := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "root"},
+		NotAfter: time.Now().Add(time.Hour), IsCA: true,
 		BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign, SubjectKeyId: []byte("root")}
-	leaf := &x509.Certificate{SerialNumber: big.NewInt(2), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}, URIs: []*url.URL{{Scheme: "spiffe", Host: "td", Path: "/ns/n/sa/s"}}}
+	leaf := &x509.Certificate{SerialNumber: big.NewInt(2), NotAfter: time.Now().Add(time.Hour),
+		KeyUsage:    x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		URIs:        []*url.URL{{Scheme: "spiffe", Host: "td", Path: "/ns/n/sa/s"}}}
 	sign := func(c *x509.Certificate) *x509.Certificate {
 		der, err := x509.CreateCertificate(rand.Reader, c, root, &key.PublicKey, key)
 		if err != nil {
@@ -169,8 +180,10 @@ func TestRevocationCounter(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	list, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now(), NextUpdate: time.Now().Add(time.Hour),
-		RevokedCertificateEntries: []x509.RevocationListEntry{{SerialNumber: leaf.SerialNumber, RevocationTime: time.Now()}}}, root, key)
+	list, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now(),
+		NextUpdate:                time.Now().Add(time.Hour),
+		RevokedCertificateEntries: []x509.RevocationListEntry{{SerialNumber: leaf.SerialNumber, RevocationTime: time.Now()}}},
+		root, key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -196,7 +209,8 @@ func TestRevocationCounter(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := tls.Client(c, identity.ClientTLS(cert, []identity.ID{id}, d.tls())).Handshake(); err == nil || !strings.Contains(err.Error(), "revoked by CRL") {
+	if err := tls.Client(c, identity.ClientTLS(cert, []identity.ID{id}, d.tls())).Handshake(); err == nil ||
+		!strings.Contains(err.Error(), "revoked by CRL") {
 		t.Errorf("handshake: %v", err)
 	}
 	c.Close()
@@ -216,7 +230,8 @@ func TestRevocationCounter(t *testing.T) {
 			got = append(got, v.String())
 		}
 	}
-	if len(got) != 1 || !strings.Contains(got[0], `name:"reporter"`) || !strings.Contains(got[0], `value:"source"`) || !strings.Contains(strings.ReplaceAll(got[0], " ", ""), "counter:{value:1}") {
+	if len(got) != 1 || !strings.Contains(got[0], `name:"reporter"`) || !strings.Contains(got[0], `value:"source"`) ||
+		!strings.Contains(strings.ReplaceAll(got[0], " ", ""), "counter:{value:1}") {
 		t.Errorf("%q", got)
 	}
 }

@@ -35,10 +35,13 @@ func (c *dataplaneCollector) Collect(ch chan<- prometheus.Metric) {
 	}
 	emitBudget(ch, "", c.d.memory.all)
 	ch <- prometheus.MustNewConstMetric(
-		prometheus.NewDesc("ztun_panics_total", "Panics of the data plane that were caught; each ended a connection or a pod's stack. The log has their stacks.", nil, nil),
+		prometheus.NewDesc("ztun_panics_total",
+			"Panics of the data plane that were caught; each ended a connection or a pod's stack. The log has their stacks.",
+			nil, nil),
 		prometheus.CounterValue, float64(c.d.panics.Total()))
 	ch <- prometheus.MustNewConstMetric(
-		prometheus.NewDesc("ztun_mesh_unknown_destination_total", "Connections to port 15008 of an address that no attached pod has.", nil, nil),
+		prometheus.NewDesc("ztun_mesh_unknown_destination_total",
+			"Connections to port 15008 of an address that no attached pod has.", nil, nil),
 		prometheus.CounterValue, float64(node.MeshUnknown))
 }
 
@@ -52,14 +55,18 @@ type controlCollector struct {
 // Describe sends nothing: what there is depends on the configuration.
 func (c *controlCollector) Describe(chan<- *prometheus.Desc) {}
 
-var boundedFamily = prometheus.NewDesc("ztun_bounded_total", "What a bound turned away: places that were taken from the greediest source, and newcomers that got none.",
+var boundedFamily = prometheus.NewDesc("ztun_bounded_total",
+	"What a bound turned away: places that were taken from the greediest source, and newcomers that got none.",
 	[]string{"resource", "pod", "outcome"}, nil)
 
-var firstExpiry = prometheus.NewDesc("ztun_certificates_first_expiry_timestamp_seconds", "When the certificate ends that ends first, in Unix time.", nil, nil)
+var firstExpiry = prometheus.NewDesc("ztun_certificates_first_expiry_timestamp_seconds",
+	"When the certificate ends that ends first, in Unix time.", nil, nil)
 
 var crlFamilies = [...]*prometheus.Desc{
-	prometheus.NewDesc("istio_crl_policy_rejections_total", "The total number of connections rejected due to CRL policy (unstable)", []string{"reporter"}, nil),
-	prometheus.NewDesc("istio_crl_untracked_connections_total", "The total number of connections not tracked for CRL enforcement (unstable)", []string{"reporter"}, nil),
+	prometheus.NewDesc("istio_crl_policy_rejections_total",
+		"The total number of connections rejected due to CRL policy (unstable)", []string{"reporter"}, nil),
+	prometheus.NewDesc("istio_crl_untracked_connections_total",
+		"The total number of connections not tracked for CRL enforcement (unstable)", []string{"reporter"}, nil),
 }
 
 // Collect implements prometheus.Collector.
@@ -86,7 +93,9 @@ func (c *controlCollector) Collect(ch chan<- prometheus.Metric) {
 		s := r.Stats()
 		c.tables.authority.emit(ch, s)
 		for code, n := range s.Failures {
-			ch <- prometheus.MustNewConstMetric(prometheus.NewDesc("ztun_ca_failures_total", "Certificate requests that failed, by gRPC code.", []string{"code"}, nil), prometheus.CounterValue, float64(n), code)
+			ch <- prometheus.MustNewConstMetric(prometheus.NewDesc("ztun_ca_failures_total",
+				"Certificate requests that failed, by gRPC code.", []string{"code"}, nil), prometheus.CounterValue,
+				float64(n), code)
 		}
 	}
 	if c.d.crl == nil {
@@ -98,7 +107,8 @@ func (c *controlCollector) Collect(ch chan<- prometheus.Metric) {
 	for i, counts := range [...][2]uint64{s.Rejected, s.Untracked} {
 		for side, n := range counts {
 			if n > 0 { // ztunnel has no series before the first
-				ch <- prometheus.MustNewConstMetric(crlFamilies[i], prometheus.CounterValue, float64(n), [...]string{"source", "destination"}[side])
+				ch <- prometheus.MustNewConstMetric(crlFamilies[i], prometheus.CounterValue, float64(n),
+					[...]string{"source", "destination"}[side])
 			}
 		}
 	}

@@ -42,8 +42,8 @@ func files(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective
 	return nil, cobra.ShellCompDirectiveDefault
 }
 
-// completions says, by the name of a flag, what its value may be; it holds for all commands, so that a flag means the same
-// everywhere. client is the daemon's, dir the control plane's directory.
+// completions says, by the name of a flag, what its value may be; it holds for all commands, so that a flag means the
+// same everywhere. client is the daemon's, dir the control plane's directory.
 func completions(cmd *cobra.Command) map[string]completion {
 	flag := func(name string) string {
 		f := cmd.Flag(name)
@@ -86,12 +86,14 @@ func completions(cmd *cobra.Command) map[string]completion {
 		"outcome":   values("success", "denied", "failed", "cut", "bad"),
 		"sort":      values("age", "bytes", "sent", "received", "pod", "peer"),
 		"from":      pods(func(p admin.PodStatus) string { return p.Namespace + "/" + p.Name }),
-		"to":        nothing, "identity": nothing, "count": nothing, "duration": nothing, "snaplen": nothing, "peer": nothing, "limit": nothing, "since": nothing, "timeout": nothing,
+		"to":        nothing, "identity": nothing, "count": nothing, "duration": nothing, "snaplen": nothing, "peer": nothing,
+		"limit": nothing, "since": nothing, "timeout": nothing,
 		"log-format": values("plain", "json"),
 		"log":        values("error", "warn", "info", "debug", "trace", "off"),
 		"dir":        directories, "state-dir": directories, "out": directories, "mesh": directories,
 		"socket": files, "status-socket": files,
-		"service-account": nothing, "ip": nothing, "mtu": nothing, "listen": nothing, "host": nothing, "admin": nothing, "max-life": nothing,
+		"service-account": nothing, "ip": nothing, "mtu": nothing, "listen": nothing, "host": nothing, "admin": nothing,
+		"max-life":     nothing,
 		"trust-domain": nothing, "life": nothing,
 	}
 }

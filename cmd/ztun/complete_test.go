@@ -25,14 +25,17 @@ func podsOf(t *testing.T, names ...string) (socket string) {
 	}
 	for _, n := range names {
 		ns, name, _ := strings.Cut(n, "/")
-		list.Pods = append(list.Pods, admin.PodStatus{PodSpec: admin.PodSpec{Name: name, Namespace: ns, NetNS: "/no/such/namespace"}})
+		list.Pods = append(list.Pods,
+			admin.PodStatus{PodSpec: admin.PodSpec{Name: name, Namespace: ns, NetNS: "/no/such/namespace"}})
 	}
 	socket = filepath.Join(t.TempDir(), "s")
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { json.NewEncoder(w).Encode(list) })}
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		json.NewEncoder(w).Encode(list)
+	})}
 	done := make(chan struct{})
 	go func() { defer close(done); srv.Serve(l) }()
 	t.Cleanup(func() { srv.Close(); <-done })
@@ -56,7 +59,8 @@ func TestCompletion(t *testing.T) {
 		want []string
 	}{
 		{[]string{"pod", "exec", "--socket", socket, ""}, []string{"front", "stock", "shop/till", ":4"}},
-		{[]string{"pod", "exec", "--socket", socket, "-n", "shop", ""}, []string{"default/front", "default/stock", "till", ":4"}},
+		{[]string{"pod", "exec", "--socket", socket, "-n", "shop", ""},
+			[]string{"default/front", "default/stock", "till", ":4"}},
 		{[]string{"pod", "del", "--socket", socket, "--name", ""}, []string{"front", "stock", ":4"}},
 		{[]string{"pod", "del", "--socket", socket, "--namespace", "shop", "--name", ""}, []string{"till", ":4"}},
 		{[]string{"pod", "del", "--socket", socket, "--namespace", ""}, []string{"default", "shop", ":4"}},
@@ -84,7 +88,8 @@ func TestCompletion(t *testing.T) {
 	}
 }
 
-// Every flag with a value has a completion: a shell that offers the files of this directory for the name of a node misleads.
+// Every flag with a value has a completion: a shell that offers the files of this directory for the name of a node
+// misleads.
 func TestEveryFlagCompletes(t *testing.T) {
 	var walk func(*cobra.Command)
 	walk = func(cmd *cobra.Command) {
@@ -101,7 +106,8 @@ func TestEveryFlagCompletes(t *testing.T) {
 }
 
 func TestFindPod(t *testing.T) {
-	pods, err := admin.NewPodClient(podsOf(t, "default/front", "shop/till", "shop/front", "shop/stock")).List(context.Background())
+	pods, err := admin.NewPodClient(podsOf(t, "default/front", "shop/till", "shop/front", "shop/stock")).List(
+		context.Background())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -114,7 +120,8 @@ func TestFindPod(t *testing.T) {
 		{"shop", "nothing", "", "no pod shop/nothing among the 4 of this daemon"},
 	} {
 		p, err := findPod(pods, tc.namespace, tc.name)
-		if got := p.Namespace + "/" + p.Name; tc.err == "" && (err != nil || got != tc.found) || tc.err != "" && (err == nil || err.Error() != tc.err) {
+		if got := p.Namespace + "/" + p.Name; tc.err == "" && (err != nil || got != tc.found) || tc.err != "" &&
+			(err == nil || err.Error() != tc.err) {
 			t.Errorf("%s %s: %s, %v", tc.namespace, tc.name, got, err)
 		}
 	}
@@ -164,7 +171,8 @@ func TestManualPages(t *testing.T) {
 			return
 		}
 		b, err := os.ReadFile(filepath.Join(dirs[1], name))
-		if err != nil || string(a) != string(b) || !strings.Contains(string(a), ".SH SYNOPSIS") || strings.Contains(string(a), "0001") {
+		if err != nil || string(a) != string(b) || !strings.Contains(string(a), ".SH SYNOPSIS") ||
+			strings.Contains(string(a), "0001") {
 			t.Errorf("%s: %v\n%.300s", name, err, a)
 		}
 		for _, sub := range cmd.Commands() {

@@ -225,9 +225,11 @@ func (c *Config) finish(l *loader) error {
 	}
 	switch {
 	case c.XDSOnDemand && c.DNSProxy:
-		return &configError{"XDS_ON_DEMAND", "true", errors.New("the DNS proxy needs every service, not those in use: set ISTIO_META_DNS_CAPTURE=false")}
+		return &configError{"XDS_ON_DEMAND", "true",
+			errors.New("the DNS proxy needs every service, not those in use: set ISTIO_META_DNS_CAPTURE=false")}
 	case c.ConnWindow < c.StreamWindow:
-		return &configError{"HTTP2_CONNECTION_WINDOW_SIZE", fmt.Sprint(c.ConnWindow), errors.New("smaller than HTTP2_STREAM_WINDOW_SIZE: one stream could block all others")}
+		return &configError{"HTTP2_CONNECTION_WINDOW_SIZE", fmt.Sprint(c.ConnWindow),
+			errors.New("smaller than HTTP2_STREAM_WINDOW_SIZE: one stream could block all others")}
 	case c.SecretTTL < 10*time.Second:
 		return &configError{"SECRET_TTL", c.SecretTTL.String(), errors.New("shorter than 10s leaves no time to rotate")}
 	}
@@ -240,7 +242,8 @@ func (c *Config) finish(l *loader) error {
 		c.Socket = filepath.Join(c.StateDir, "ztun.sock")
 	}
 	c.TerminationDeadline = terminationDeadline(l.deadline, l.grace)
-	if c.WorkerThreads, err = workerThreads(l.workers, l.proxy.Concurrency, l.limit, l.request, l.cpuLimit, l.cpus); err != nil {
+	if c.WorkerThreads, err = workerThreads(l.workers, l.proxy.Concurrency, l.limit, l.request, l.cpuLimit,
+		l.cpus); err != nil {
 		return &configError{"ZTUNNEL_WORKER_THREADS", l.workers, err}
 	}
 	return nil
@@ -297,7 +300,9 @@ func workerThreads(explicit string, concurrency *uint16, limit, request, cpuLimi
 }
 
 func (l *loader) setMeshConfig(path string) error {
-	return l.addProxyConfig("ZTUN_MESH_CONFIG", func() (proxyConfig, error) { return readMeshConfig(path, l.given("ZTUN_MESH_CONFIG")) })
+	return l.addProxyConfig("ZTUN_MESH_CONFIG", func() (proxyConfig, error) {
+		return readMeshConfig(path, l.given("ZTUN_MESH_CONFIG"))
+	})
 }
 
 func (l *loader) setProxyConfig(text string) error {

@@ -106,7 +106,8 @@ func parseAddress(v string) (string, error) {
 // ownHeader reports names that HTTP/2 and gRPC have their own use for; gRPC drops them without a word.
 func ownHeader(key string) bool {
 	switch key {
-	case "connection", "content-type", "host", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade", "user-agent":
+	case "connection", "content-type", "host", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade",
+		"user-agent":
 		return true
 	}
 	return strings.HasPrefix(key, "grpc-") || strings.HasSuffix(key, "-bin")
@@ -123,7 +124,8 @@ func header(p *[][2]string) func(key, value string) error {
 		case key == "" || strings.ContainsFunc(key, func(r rune) bool { return !allowed(r) }):
 			return errors.New("the part after HEADER_ is no name of gRPC metadata: letters, digits, - _ and . only")
 		case ownHeader(key):
-			return errors.New("HTTP and gRPC keep this name for themselves (host, te, user-agent and the like, grpc-..., ...-bin)")
+			return errors.New("HTTP and gRPC keep this name for themselves (host, te, user-agent and the like, grpc-..., " +
+				"...-bin)")
 		case !isHeaderValue(value):
 			return errors.New("the value has characters that a header cannot carry")
 		}
@@ -188,12 +190,14 @@ func (c *Config) credentials(l *loader) error {
 	return nil
 }
 
-// deliberate refuses a configuration in which nothing says that this host is to be a node of a mesh: neither its name, nor where
-// workloads come from. Whoever tries what `ztun proxy` does must not find rules and forwarding changed after it.
+// deliberate refuses a configuration in which nothing says that this host is to be a node of a mesh: neither its
+// name, nor where workloads come from. Whoever tries what `ztun proxy` does must not find rules and forwarding
+// changed after it.
 func (c *Config) deliberate() error {
 	if c.NodeName == "" && c.guessed {
-		return &configError{"NODE_NAME", "", errors.New("nothing is configured, and this host is left as it is: name this node here, " +
-			"and a source of workloads in XDS_ADDRESS or LOCAL_XDS_PATH; ztun proxy --help has all variables")}
+		return &configError{"NODE_NAME", "",
+			errors.New("nothing is configured, and this host is left as it is: name this node here, " +
+				"and a source of workloads in XDS_ADDRESS or LOCAL_XDS_PATH; ztun proxy --help has all variables")}
 	}
 	return nil
 }
@@ -221,7 +225,8 @@ func (c *Config) sources(l *loader) error {
 	case c.LocalXDS != "" && c.LocalXDSPath != "":
 		return &configError{"LOCAL_XDS", "...", errors.New("LOCAL_XDS_PATH is set as well; only one of them may be")}
 	case c.XDSAddress == "" && c.LocalXDS == "" && c.LocalXDSPath == "":
-		return &configError{"XDS_ADDRESS", "", errors.New("no source of workloads: name a control plane here, or a workload file in LOCAL_XDS_PATH")}
+		return &configError{"XDS_ADDRESS", "",
+			errors.New("no source of workloads: name a control plane here, or a workload file in LOCAL_XDS_PATH")}
 	case c.FakeCA && c.LocalCADir != "":
 		return &configError{"FAKE_CA", "true", errors.New("LOCAL_CA_DIR is set as well; only one of them may be")}
 	case c.FakeCA: // CA_ADDRESS is not read, as in ztunnel
@@ -231,18 +236,22 @@ func (c *Config) sources(l *loader) error {
 	case l.ca == nil:
 		c.CAAddress = istiod
 	case *l.ca == "":
-		return &configError{"CA_ADDRESS", "", errors.New("no source of certificates: name a CA here; or run `ztun ca init DIR` and name DIR in LOCAL_CA_DIR; or set FAKE_CA=true for a test")}
+		return &configError{"CA_ADDRESS", "",
+			errors.New("no source of certificates: name a CA here; or run `ztun ca init DIR` and name DIR in LOCAL_CA_DIR; or " +
+				"set FAKE_CA=true for a test")}
 	default:
 		c.CAAddress = *l.ca
 	}
 	if !isHeaderValue(c.ClusterID) {
-		return &configError{"CLUSTER_ID", c.ClusterID, errors.New("it goes into a header of each call to the control plane, which cannot carry these characters")}
+		return &configError{"CLUSTER_ID", c.ClusterID,
+			errors.New("it goes into a header of each call to the control plane, which cannot carry these characters")}
 	}
 	if err := c.credentials(l); err != nil {
 		return &configError{"ZTUN_CONTROL_CREDENTIALS", c.ControlDir, err}
 	}
 	if (c.ClientCert == "") != (c.ClientKey == "") {
-		return &configError{"ZTUN_CONTROL_CERT", c.ClientCert, errors.New("ZTUN_CONTROL_CERT and ZTUN_CONTROL_KEY go together")}
+		return &configError{"ZTUN_CONTROL_CERT", c.ClientCert,
+			errors.New("ZTUN_CONTROL_CERT and ZTUN_CONTROL_KEY go together")}
 	}
 	for _, s := range []struct {
 		name, address string

@@ -19,7 +19,8 @@ func TestControlPlaneAddress(t *testing.T) { // checklist 2, 3, 4
 		{"istiod.x.svc:15012", "ca.y", "-", "https://istiod.x.svc:15012", "https://ca.y"},
 		{"https://[::1]:15012", "127.0.0.1:15012/", "-", "https://[::1]:15012", "https://127.0.0.1:15012/"},
 	} {
-		c := load(t, "XDS_ADDRESS", tc.xds, "CA_ADDRESS", tc.ca, "KUBERNETES_SERVICE_HOST", tc.kubernetes, "LOCAL_CA_DIR", "-")
+		c := load(t, "XDS_ADDRESS", tc.xds, "CA_ADDRESS", tc.ca, "KUBERNETES_SERVICE_HOST", tc.kubernetes,
+			"LOCAL_CA_DIR", "-")
 		if c.XDSAddress != tc.wantXDS || c.CAAddress != tc.wantCA {
 			t.Errorf("%+v: %s, %s", tc, c.XDSAddress, c.CAAddress)
 		}
@@ -44,7 +45,8 @@ func TestSourcesOfKnowledge(t *testing.T) {
 		t.Errorf("LOCAL_CA_DIR: %+v", c)
 	}
 	for _, tc := range []struct{ name, says string }{{"XDS_ADDRESS", "LOCAL_XDS_PATH"}, {"CA_ADDRESS", "ztun ca init"}} {
-		_, err := loadConfig(env("LOCAL_XDS_PATH", map[bool]string{true: "-", false: "/w"}[tc.name == "XDS_ADDRESS"], "LOCAL_CA_DIR", "-", "CA_ADDRESS", ""))
+		_, err := loadConfig(env("LOCAL_XDS_PATH", map[bool]string{true: "-", false: "/w"}[tc.name == "XDS_ADDRESS"],
+			"LOCAL_CA_DIR", "-", "CA_ADDRESS", ""))
 		var ce *configError
 		if !errors.As(err, &ce) || ce.name != tc.name || !strings.Contains(err.Error(), tc.says) {
 			t.Errorf("no source for %s: %v", tc.name, err)
@@ -58,7 +60,8 @@ func TestRootSources(t *testing.T) {
 	pem := "-----BEGIN CERTIFICATE-----\nMA==\n-----END CERTIFICATE-----\n"
 	remote := []string{"XDS_ADDRESS", "-", "LOCAL_CA_DIR", "-"}
 	c := load(t, remote...)
-	if len(c.Warnings) != 2 || !strings.Contains(c.Warnings[0], "XDS_ROOT_CA") || c.XDSRoots.File != "" || c.XDSRoots.PEM != nil || c.XDSRoots.System {
+	if len(c.Warnings) != 2 || !strings.Contains(c.Warnings[0], "XDS_ROOT_CA") || c.XDSRoots.File != "" ||
+		c.XDSRoots.PEM != nil || c.XDSRoots.System {
 		t.Errorf("nothing mounted: %+v %q", c.XDSRoots, c.Warnings)
 	}
 	c = load(t, append(remote, "XDS_ROOT_CA", "SYSTEM", "CA_ROOT_CA", pem)...)
@@ -113,11 +116,13 @@ func TestHeaders(t *testing.T) { // checklist 14
 }
 
 func TestMetadata(t *testing.T) { // checklist 13, 20
-	c := load(t, "ISTIO_META_CLUSTER_ID", "c1", "CLUSTER_ID", "c2", "ISTIO_METAJSON_LABELS", `{"a":1}`, "ISTIO_METAJSON_BAD", "{", "ISTIO_METAJSON_NULL", "null")
+	c := load(t, "ISTIO_META_CLUSTER_ID", "c1", "CLUSTER_ID", "c2", "ISTIO_METAJSON_LABELS", `{"a":1}`,
+		"ISTIO_METAJSON_BAD", "{", "ISTIO_METAJSON_NULL", "null")
 	if c.ClusterID != "c1" || c.ProxyMetadata["CLUSTER_ID"] != "c1" || len(c.ProxyMetadata) != 1 {
 		t.Errorf("cluster %q, metadata %v", c.ClusterID, c.ProxyMetadata)
 	}
-	if string(c.MetaJSON["LABELS"]) != `{"a":1}` || string(c.MetaJSON["NULL"]) != "null" || len(c.MetaJSON) != 2 || len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0], "ISTIO_METAJSON_BAD") {
+	if string(c.MetaJSON["LABELS"]) != `{"a":1}` || string(c.MetaJSON["NULL"]) != "null" || len(c.MetaJSON) != 2 ||
+		len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0], "ISTIO_METAJSON_BAD") {
 		t.Errorf("JSON %s, warnings %q", c.MetaJSON, c.Warnings)
 	}
 	if !json.Valid(c.MetaJSON["LABELS"]) {
@@ -138,7 +143,8 @@ func TestControlCredentials(t *testing.T) {
 	set := []string{"ZTUN_CONTROL_CREDENTIALS", dir, "XDS_ADDRESS", "-", "LOCAL_CA_DIR", "-"}
 	broken := func(says string) {
 		t.Helper()
-		if _, err := loadConfig(env(set...)); err == nil || !strings.Contains(err.Error(), says) || !strings.Contains(err.Error(), "ZTUN_CONTROL_CREDENTIALS") {
+		if _, err := loadConfig(env(set...)); err == nil || !strings.Contains(err.Error(), says) ||
+			!strings.Contains(err.Error(), "ZTUN_CONTROL_CREDENTIALS") {
 			t.Errorf("%v, want %q", err, says)
 		}
 	}
@@ -149,15 +155,18 @@ func TestControlCredentials(t *testing.T) {
 	broken("only one of")
 	key := file("key.pem")
 	c := load(t, set...)
-	if c.XDSRoots.File != root || c.CARoots.File != root || c.TokenFile != "" || c.ClientCert != cert || c.ClientKey != key || c.ControlDir != dir || len(c.Warnings) != 0 {
+	if c.XDSRoots.File != root || c.CARoots.File != root || c.TokenFile != "" || c.ClientCert != cert ||
+		c.ClientKey != key || c.ControlDir != dir || len(c.Warnings) != 0 {
 		t.Errorf("certificate only: %+v", c)
 	}
 	token := file("token")
 	if c := load(t, set...); c.TokenFile != token || c.ClientCert != cert {
 		t.Errorf("all: %+v", c)
 	}
-	c = load(t, append(set, "XDS_ROOT_CA", "SYSTEM", "AUTH_TOKEN", "t", "ZTUN_CONTROL_CERT", "/c", "ZTUN_CONTROL_KEY", "/k")...)
-	if !c.XDSRoots.System || c.XDSRoots.File != "" || c.CARoots.File != root || c.TokenLiteral != "t" || c.TokenFile != "" || c.ClientCert != "/c" || c.ClientKey != "/k" {
+	c = load(t, append(set, "XDS_ROOT_CA", "SYSTEM", "AUTH_TOKEN", "t", "ZTUN_CONTROL_CERT", "/c", "ZTUN_CONTROL_KEY",
+		"/k")...)
+	if !c.XDSRoots.System || c.XDSRoots.File != "" || c.CARoots.File != root || c.TokenLiteral != "t" ||
+		c.TokenFile != "" || c.ClientCert != "/c" || c.ClientKey != "/k" {
 		t.Errorf("specific variables: %+v", c)
 	}
 }
@@ -176,7 +185,8 @@ func TestDeliberate(t *testing.T) {
 		{[]string{"LOCAL_XDS_PATH", "world.yaml"}, true},
 		{[]string{"KUBERNETES_SERVICE_HOST", "10.0.0.1"}, true},
 	} {
-		c, err := loadConfig(env(append([]string{"LOCAL_XDS_PATH", "-", "LOCAL_CA_DIR", "-", "XDS_ADDRESS", "-"}, tc.env...)...))
+		c, err :=
+			loadConfig(env(append([]string{"LOCAL_XDS_PATH", "-", "LOCAL_CA_DIR", "-", "XDS_ADDRESS", "-"}, tc.env...)...))
 		if err != nil {
 			t.Errorf("%q: %v", tc.env, err)
 			continue

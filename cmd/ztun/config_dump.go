@@ -72,8 +72,9 @@ func (c *Config) dump() map[string]any {
 		"secretTtl":                secsNanos(c.SecretTTL),
 		"selfTerminationDeadline":  secsNanos(c.TerminationDeadline),
 		"socketConfig": map[string]any{
-			"keepaliveEnabled": c.KeepaliveEnabled, "keepaliveInterval": secsNanos(c.KeepaliveInterval), "keepaliveRetries": c.KeepaliveRetries,
-			"keepaliveTime": secsNanos(c.KeepaliveTime), "userTimeoutEnabled": c.UserTimeout,
+			"keepaliveEnabled": c.KeepaliveEnabled, "keepaliveInterval": secsNanos(c.KeepaliveInterval),
+			"keepaliveRetries": c.KeepaliveRetries,
+			"keepaliveTime":    secsNanos(c.KeepaliveTime), "userTimeoutEnabled": c.UserTimeout,
 		},
 		"socks5Addr":      socks,
 		"statsAddr":       c.socket(c.StatsPort),
@@ -92,10 +93,13 @@ func (c *Config) dump() map[string]any {
 func (c *Config) dumpOwn() map[string]any {
 	return map[string]any{
 		"adaptiveProcessors": c.AdaptiveProcessors, "authzPolicyInfoLogging": c.AuthzInfo, "clientCert": orNull(c.ClientCert),
-		"controlCredentials": orNull(c.ControlDir), "localCaDir": orNull(c.LocalCADir), "localXdsPath": orNull(c.LocalXDSPath),
-		"memoryLimit": c.MemoryLimit, "podMemory": c.PodMemory,
-		"maxInFlight": c.MaxInFlight, "maxInFlightPerDestination": c.MaxInFlightPerDestination, "dnsRate": c.DNSRate, "flows": c.Flows, "sendReason": c.SendReason, "dnsSearch": c.DNSSearch, "mtu": c.MTU, "nodeTun": c.NodeTUN,
-		"pqc": c.PQC, "socket": c.Socket, "stateDir": c.StateDir, "tls12": c.TLS12, "tokenFile": orNull(c.TokenFile), "tunPlain": c.TUNPlain,
+		"controlCredentials": orNull(c.ControlDir), "localCaDir": orNull(c.LocalCADir),
+		"localXdsPath": orNull(c.LocalXDSPath),
+		"memoryLimit":  c.MemoryLimit, "podMemory": c.PodMemory,
+		"maxInFlight": c.MaxInFlight, "maxInFlightPerDestination": c.MaxInFlightPerDestination, "dnsRate": c.DNSRate,
+		"flows": c.Flows, "sendReason": c.SendReason, "dnsSearch": c.DNSSearch, "mtu": c.MTU, "nodeTun": c.NodeTUN,
+		"pqc": c.PQC, "socket": c.Socket, "stateDir": c.StateDir, "tls12": c.TLS12, "tokenFile": orNull(c.TokenFile),
+		"tunPlain":          c.TUNPlain,
 		"denyUnknownPolicy": c.DenyUnknownPolicy, "dropCapabilities": c.DropCapabilities,
 	}
 }
@@ -211,9 +215,9 @@ func (r resolver) addrs() (all []netip.AddrPort) {
 	return all
 }
 
-// searchDomains are what pods append to names besides the cluster's own domains: what is configured, or what the daemon's own
-// resolver appends, since kubelet adds the node's search list to every pod's. A daemon that is a pod has domains of its own
-// namespace there, which are no other pod's.
+// searchDomains are what pods append to names besides the cluster's own domains: what is configured, or what the
+// daemon's own resolver appends, since kubelet adds the node's search list to every pod's. A daemon that is a pod has
+// domains of its own namespace there, which are no other pod's.
 func (c *Config) searchDomains(r resolver) (all []string) {
 	if len(c.DNSSearch) > 0 {
 		return c.DNSSearch
@@ -249,10 +253,14 @@ func (r resolver) options(ipv6 bool) any {
 		strategy = "Ipv4AndIpv6"
 	}
 	return map[string]any{
-		"allow_answers": []string{}, "attempts": r.attempts, "avoid_local_udp_ports": []int{}, "cache_size": 4096, "case_randomization": false,
-		"deny_answers": []string{}, "edns0": false, "edns_payload_len": 1232, "ip_strategy": strategy, "max_active_requests": 32,
-		"ndots": r.ndots, "negative_max_ttl": nil, "negative_min_ttl": nil, "num_concurrent_reqs": 2, "os_port_selection": false,
-		"positive_max_ttl": nil, "positive_min_ttl": nil, "preserve_intermediates": true, "recursion_desired": true,
-		"server_ordering_strategy": "QueryStatistics", "timeout": r.timeout, "trust_anchor": nil, "try_tcp_on_error": false, "use_hosts_file": "Auto",
+		"allow_answers": []string{}, "attempts": r.attempts, "avoid_local_udp_ports": []int{}, "cache_size": 4096,
+		"case_randomization": false,
+		"deny_answers":       []string{}, "edns0": false, "edns_payload_len": 1232, "ip_strategy": strategy,
+		"max_active_requests": 32,
+		"ndots":               r.ndots, "negative_max_ttl": nil, "negative_min_ttl": nil, "num_concurrent_reqs": 2,
+		"os_port_selection": false,
+		"positive_max_ttl":  nil, "positive_min_ttl": nil, "preserve_intermediates": true, "recursion_desired": true,
+		"server_ordering_strategy": "QueryStatistics", "timeout": r.timeout, "trust_anchor": nil, "try_tcp_on_error": false,
+		"use_hosts_file": "Auto",
 	}
 }

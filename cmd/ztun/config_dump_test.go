@@ -68,7 +68,8 @@ func keysOf(t *testing.T, text []byte) (keys []string) {
 // The same settings give the same dump as a real ztunnel: keys, their order, types, values. What differs
 // differs for a reason.
 func TestDumpIsZtunnels(t *testing.T) {
-	c := load(t, "NODE_NAME", "n1", "LOCAL_CA_DIR", "-", "FAKE_CA", "true", "ISTIO_META_DNS_CAPTURE", "true", "UNSTABLE_ENABLE_SOCKS5", "true",
+	c := load(t, "NODE_NAME", "n1", "LOCAL_CA_DIR", "-", "FAKE_CA", "true", "ISTIO_META_DNS_CAPTURE", "true",
+		"UNSTABLE_ENABLE_SOCKS5", "true",
 		"ENABLE_ORIG_SRC", "true", "PACKET_MARK", "1337", "ZTUNNEL_WORKER_THREADS", "2")
 	c.ProxyArgs = "proxy ztunnel"
 	text, got := jsonOf(t, c.dump())
@@ -106,17 +107,25 @@ func TestDumpOfEverything(t *testing.T) {
 	if err := os.WriteFile("root.pem", nil, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	c := load(t, "XDS_ADDRESS", "istiod:15012", "XDS_ROOT_CA", "root.pem", "CA_ROOT_CA", "SYSTEM", "LOCAL_CA_DIR", "-", "XDS_HEADER_A", "b", "CA_HEADER_C", "d",
-		"AUTH_TOKEN", "hunter2", "POD_NAMESPACE", "ns", "POD_NAME", "n", "SERVICE_ACCOUNT", "sa", "ISTIO_META_DNS_CAPTURE", "false", "ISTIO_META_DNS_PROXY_ADDR", "127.0.0.1:53",
-		"XDS_ON_DEMAND", "true", "ALT_XDS_HOSTNAME", "x", "ALT_CA_HOSTNAME", "y", "CRL_PATH", "/crl", "PREFERED_SERVICE_NAMESPACE", "p", "IPV6_ENABLED", "false",
+	c := load(t, "XDS_ADDRESS", "istiod:15012", "XDS_ROOT_CA", "root.pem", "CA_ROOT_CA", "SYSTEM", "LOCAL_CA_DIR", "-",
+		"XDS_HEADER_A", "b", "CA_HEADER_C", "d",
+		"AUTH_TOKEN", "hunter2", "POD_NAMESPACE", "ns", "POD_NAME", "n", "SERVICE_ACCOUNT", "sa", "ISTIO_META_DNS_CAPTURE",
+		"false", "ISTIO_META_DNS_PROXY_ADDR", "127.0.0.1:53",
+		"XDS_ON_DEMAND", "true", "ALT_XDS_HOSTNAME", "x", "ALT_CA_HOSTNAME", "y", "CRL_PATH", "/crl",
+		"PREFERED_SERVICE_NAMESPACE", "p", "IPV6_ENABLED", "false",
 		"SECRET_TTL", "1m500ms", "XDS_HEADER_B", "", "LOCALHOST_APP_TUNNEL", "false")
 	text, got := jsonOf(t, c.dump())
 	for k, want := range map[string]string{
-		"xdsAddress": `"https://istiod:15012"`, "caAddress": `"https://localhost:15012"`, "xdsRootCert": `{"File":"root.pem"}`, "caRootCert": `"Default"`,
-		"xdsHeaders": `[["a","b"],["b",""]]`, "caHeaders": `[["c","d"]]`, "ztunnelIdentity": `"spiffe://cluster.local/ns/ns/sa/sa"`,
-		"ztunnelWorkload": `{"name":"n","namespace":"ns","serviceAccount":"sa"}`, "dnsProxy": "false", "dnsProxyAddr": `{"SocketAddr":"127.0.0.1:53"}`,
-		"xdsOnDemand": "true", "altXdsHostname": `"x"`, "altCaHostname": `"y"`, "crlPath": `"/crl"`, "preferedServiceNamespace": `"p"`, "requireOriginalSource": "null",
-		"statsAddr": `{"SocketAddr":"0.0.0.0:15020"}`, "inboundAddr": `"0.0.0.0:15008"`, "secretTtl": `{"nanos":500000000,"secs":60}`, "illegalPorts": "[15001,15006,15008]",
+		"xdsAddress": `"https://istiod:15012"`, "caAddress": `"https://localhost:15012"`,
+		"xdsRootCert": `{"File":"root.pem"}`, "caRootCert": `"Default"`,
+		"xdsHeaders": `[["a","b"],["b",""]]`, "caHeaders": `[["c","d"]]`,
+		"ztunnelIdentity": `"spiffe://cluster.local/ns/ns/sa/sa"`,
+		"ztunnelWorkload": `{"name":"n","namespace":"ns","serviceAccount":"sa"}`, "dnsProxy": "false",
+		"dnsProxyAddr": `{"SocketAddr":"127.0.0.1:53"}`,
+		"xdsOnDemand":  "true", "altXdsHostname": `"x"`, "altCaHostname": `"y"`, "crlPath": `"/crl"`,
+		"preferedServiceNamespace": `"p"`, "requireOriginalSource": "null",
+		"statsAddr": `{"SocketAddr":"0.0.0.0:15020"}`, "inboundAddr": `"0.0.0.0:15008"`,
+		"secretTtl": `{"nanos":500000000,"secs":60}`, "illegalPorts": "[15001,15006,15008]",
 		"socks5Addr": "null", "adminAddr": `{"Localhost":[false,15000]}`, "localhostAppTunnel": "false",
 	} {
 		if b, _ := json.Marshal(got[k]); string(b) != want {
@@ -129,8 +138,10 @@ func TestDumpOfEverything(t *testing.T) {
 }
 
 func TestParseResolvConf(t *testing.T) {
-	r := parseResolvConf("domain d\nsearch a.b c\nnameserver ::1\nnameserver\nnameserver 1.1.1.1 # x\noptions ndots:5 timeout:x attempts:3 timeout:-1\nsearch e f\n\x00\xff")
-	if got := fmt.Sprint(r); got != fmt.Sprint(resolver{nameservers: []string{"::1", "1.1.1.1"}, domain: "d", search: []string{"e", "f"}, ndots: 5, timeout: 5, attempts: 3}) {
+	r := parseResolvConf("domain d\nsearch a.b c\nnameserver ::1\nnameserver\nnameserver 1.1.1.1 # x\noptions ndots:5 " +
+		"timeout:x attempts:3 timeout:-1\nsearch e f\n\x00\xff")
+	if got := fmt.Sprint(r); got != fmt.Sprint(resolver{nameservers: []string{"::1", "1.1.1.1"}, domain: "d",
+		search: []string{"e", "f"}, ndots: 5, timeout: 5, attempts: 3}) {
 		t.Errorf("%s", got)
 	}
 	if r := parseResolvConf(""); r.search == nil || r.ndots != 1 || r.timeout != 5 || r.attempts != 2 {
@@ -139,7 +150,8 @@ func TestParseResolvConf(t *testing.T) {
 }
 
 func TestSearchDomains(t *testing.T) {
-	r := resolver{search: []string{"istio-system.svc.cluster.local", "svc.cluster.local", "Cluster.local.", "corp.example.", "lab", "."}}
+	r := resolver{search: []string{"istio-system.svc.cluster.local", "svc.cluster.local", "Cluster.local.",
+		"corp.example.", "lab", "."}}
 	if got := fmt.Sprint((&Config{ClusterDomain: "cluster.local"}).searchDomains(r)); got != "[corp.example lab]" {
 		t.Errorf("of the daemon's resolver: %v", got)
 	}

@@ -19,7 +19,8 @@ func durationUnit(name string) (time.Duration, bool) {
 	switch strings.ToLower(name) {
 	case "ns", "nsec", "nanosecond":
 		return time.Nanosecond, true
-	case "us", "usec", "usecond", "microsecond", "µs", "µsec", "µsecond", "μs", "μsec", "μsecond": // micro sign and Greek mu
+	// micro sign and Greek mu
+	case "us", "usec", "usecond", "microsecond", "µs", "µsec", "µsecond", "μs", "μsec", "μsecond":
 		return time.Microsecond, true
 	case "ms", "msec", "millisecond":
 		return time.Millisecond, true

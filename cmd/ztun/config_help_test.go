@@ -39,10 +39,14 @@ func TestConfigurationPage(t *testing.T) {
 func configurationPage() string {
 	var b strings.Builder
 	b.WriteString("# Configuration\n\n" +
-		"Environment variables of `ztun proxy`; those without `ZTUN_` are ztunnel's own. A bad value, or one that does not apply to a\n" +
-		"TUN-based proxy, is one line that names the variable and says why, and exit code 2. `ztun proxy --help` prints the same table.\n\n" +
-		"A variable wins over `PROXY_CONFIG`, and that over the `defaultConfig` of the mesh configuration file. Booleans are `true` or\n" +
-		"`false`, numbers decimal, durations `1h30m`, `100ms`, `1m + 30s`, `10 * 1m` or seconds; set to nothing is a value, not the\n" +
+		"Environment variables of `ztun proxy`; those without `ZTUN_` are ztunnel's own. A bad value, or one that does not " +
+		"apply to a\n" +
+		"TUN-based proxy, is one line that names the variable and says why, and exit code 2. `ztun proxy --help` prints " +
+		"the same table.\n\n" +
+		"A variable wins over `PROXY_CONFIG`, and that over the `defaultConfig` of the mesh configuration file. Booleans " +
+		"are `true` or\n" +
+		"`false`, numbers decimal, durations `1h30m`, `100ms`, `1m + 30s`, `10 * 1m` or seconds; set to nothing is a " +
+		"value, not the\n" +
 		"default. A control plane is on unless `XDS_ADDRESS` is set to nothing: to run from files alone, set it so.\n\n" +
 		"This page is written by `go test ./cmd/ztun -run ConfigurationPage -update-page` from the program's own table.\n\n" +
 		"| variable | default | meaning |\n|---|---|---|\n")
@@ -65,7 +69,8 @@ func configurationPage() string {
 func TestHelpShape(t *testing.T) {
 	column, seen := 0, map[string]bool{}
 	lines := strings.Split(strings.TrimSuffix(helpTable(), "\n"), "\n")
-	all := append(names(variables(&Config{}, &loader{c: &Config{}})), names2(patterns(&Config{}, &loader{c: &Config{}}))...)
+	all := append(names(variables(&Config{}, &loader{c: &Config{}})),
+		names2(patterns(&Config{}, &loader{c: &Config{}}))...)
 	if len(lines) != len(all) || len(lines) < 70 {
 		t.Fatalf("%d lines for %d rows", len(lines), len(all))
 	}
@@ -75,7 +80,8 @@ func TestHelpShape(t *testing.T) {
 			t.Fatalf("line %d: %q", i, line)
 		}
 		seen[m[1]] = true
-		if !strings.HasSuffix(line, "  "+all[i].help) || all[i].help == "" || strings.Contains(all[i].help, "|") || strings.Contains(all[i].help, "  ") {
+		if !strings.HasSuffix(line, "  "+all[i].help) || all[i].help == "" || strings.Contains(all[i].help, "|") ||
+			strings.Contains(all[i].help, "  ") {
 			t.Errorf("%s: meaning %q", m[1], line)
 		}
 		at := utf8.RuneCountInString(strings.TrimSuffix(line, all[i].help))
@@ -132,7 +138,8 @@ func TestCommands(t *testing.T) {
 	for _, tc := range []struct {
 		args []string
 		code int
-	}{{[]string{"version"}, 0}, {[]string{"help"}, 0}, {[]string{"proxy", "--help"}, 0}, {[]string{"nonsense"}, 1}, {[]string{"version", "nonsense"}, 1}} {
+	}{{[]string{"version"}, 0}, {[]string{"help"}, 0}, {[]string{"proxy", "--help"}, 0}, {[]string{"nonsense"}, 1},
+		{[]string{"version", "nonsense"}, 1}} {
 		root := rootCommand()
 		root.SetArgs(tc.args)
 		root.SetOut(io.Discard)

@@ -41,7 +41,8 @@ func (m *metadataMap) UnmarshalYAML(n *yaml.Node) error {
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		key, value := plainNode(n.Content[i]), plainNode(n.Content[i+1])
 		// The parser takes an unquoted date for more than text.
-		if tag := value.ShortTag(); key.Kind != yaml.ScalarNode || value.Kind != yaml.ScalarNode || tag != "!!str" && tag != "!!timestamp" {
+		if tag := value.ShortTag(); key.Kind != yaml.ScalarNode || value.Kind != yaml.ScalarNode || tag != "!!str" &&
+			tag != "!!timestamp" {
 			return fmt.Errorf("line %d: proxyMetadata.%s: want a string; put it in quotes", value.Line, key.Value)
 		}
 		(*m)[key.Value] = value.Value

@@ -41,19 +41,24 @@ defaultConfig:
 `)
 	off := []string{"XDS_ADDRESS", "-"}
 	c := load(t, off...)
-	if c.XDSAddress != "https://mesh.example:15012" || c.AdminPort != 15100 || c.StatsPort != 15120 || c.WorkerThreads != 3 || c.DNSProxy {
+	if c.XDSAddress != "https://mesh.example:15012" || c.AdminPort != 15100 || c.StatsPort != 15120 ||
+		c.WorkerThreads != 3 || c.DNSProxy {
 		t.Errorf("from the mesh: %+v", c)
 	}
-	if want := map[string]string{"A": "mesh", "B": "mesh", "C": "mesh", "DNS_CAPTURE": "false"}; !maps.Equal(c.ProxyMetadata, want) {
+	if want := map[string]string{"A": "mesh", "B": "mesh", "C": "mesh", "DNS_CAPTURE": "false"}; !maps.Equal(
+		c.ProxyMetadata, want) {
 		t.Errorf("metadata %v", c.ProxyMetadata)
 	}
-	own := append(off, "PROXY_CONFIG", `{"discoveryAddress": "own.example", "statsPort": 15220, "proxyMetadata": {"B": "own", "ISTIO_META_C": "own"}}`)
+	own := append(off, "PROXY_CONFIG",
+		`{"discoveryAddress": "own.example", "statsPort": 15220, "proxyMetadata": {"B": "own", "ISTIO_META_C": "own"}}`)
 	c = load(t, own...)
 	if c.XDSAddress != "https://own.example" || c.AdminPort != 15100 || c.StatsPort != 15220 {
 		t.Errorf("PROXY_CONFIG over mesh: %+v", c)
 	}
-	c = load(t, append(own, "XDS_ADDRESS", "env.example:1", "ISTIO_META_C", "env", "ISTIO_META_DNS_CAPTURE", "TRUE", "ISTIO_META_D", "")...)
-	if want := map[string]string{"A": "mesh", "B": "own", "C": "env", "D": "", "DNS_CAPTURE": "TRUE"}; !maps.Equal(c.ProxyMetadata, want) || !c.DNSProxy {
+	c = load(t, append(own, "XDS_ADDRESS", "env.example:1", "ISTIO_META_C", "env", "ISTIO_META_DNS_CAPTURE", "TRUE",
+		"ISTIO_META_D", "")...)
+	if want := map[string]string{"A": "mesh", "B": "own", "C": "env", "D": "", "DNS_CAPTURE": "TRUE"}; !maps.Equal(
+		c.ProxyMetadata, want) || !c.DNSProxy {
 		t.Errorf("environment over both: %v, DNS %v", c.ProxyMetadata, c.DNSProxy)
 	}
 	if c.XDSAddress != "https://env.example:1" {
@@ -91,7 +96,8 @@ func TestBadSources(t *testing.T) {
 		{"", "proxyMetadata: [a]", "PROXY_CONFIG", "want a map"},
 		{"", "{}0", "PROXY_CONFIG", "more than one document"},
 		{"", "statsPort: 1\n---\nstatsPort: 2", "PROXY_CONFIG", "more than one document"},
-		{"", "proxyMetadata: {ISTIO_META_DNS_PROXY_ADDR: not-an-address}", "ISTIO_META_DNS_PROXY_ADDR", "localhost:PORT"}, // checklist 12
+		// checklist 12
+		{"", "proxyMetadata: {ISTIO_META_DNS_PROXY_ADDR: not-an-address}", "ISTIO_META_DNS_PROXY_ADDR", "localhost:PORT"},
 	} {
 		writeMesh(t, tc.mesh)
 		_, err := loadConfig(env("PROXY_CONFIG", tc.proxy, "XDS_ADDRESS", "-"))
@@ -103,7 +109,8 @@ func TestBadSources(t *testing.T) {
 }
 
 func TestProxyConfigTexts(t *testing.T) {
-	for _, text := range []string{"", " ", "{}", "null", "proxyMetadata:", "proxyMetadata: {}", "unknown: {a: [1]}", "{\n\t\"statsPort\": 15020\n}", "proxyMetadata: {A: 2026-11-23, B: '', C: \"true\"}"} {
+	for _, text := range []string{"", " ", "{}", "null", "proxyMetadata:", "proxyMetadata: {}", "unknown: {a: [1]}",
+		"{\n\t\"statsPort\": 15020\n}", "proxyMetadata: {A: 2026-11-23, B: '', C: \"true\"}"} {
 		if _, err := parseProxyConfig(text); err != nil {
 			t.Errorf("%q: %v", text, err)
 		}
@@ -120,12 +127,14 @@ func TestProxyConfigTexts(t *testing.T) {
 
 // DNS is on unless DNS_CAPTURE is there and is not true, in whatever case (spec controlplane 1.2).
 func TestDNSCapture(t *testing.T) {
-	for value, want := range map[string]bool{"-": true, "true": true, "TRUE": true, "false": false, "": false, "yes": false} {
+	for value, want := range map[string]bool{"-": true, "true": true, "TRUE": true, "false": false, "": false,
+		"yes": false} {
 		if c := load(t, "ISTIO_META_DNS_CAPTURE", value); c.DNSProxy != want {
 			t.Errorf("%q: %v", value, c.DNSProxy)
 		}
 	}
-	for value, want := range map[string]string{"localhost:53": "localhost:53", "127.0.0.2:5353": "127.0.0.2:5353", "[::1]:53": "[::1]:53"} {
+	for value, want := range map[string]string{"localhost:53": "localhost:53", "127.0.0.2:5353": "127.0.0.2:5353",
+		"[::1]:53": "[::1]:53"} {
 		if c := load(t, "ISTIO_META_DNS_PROXY_ADDR", value); c.DNSProxyAddr != want {
 			t.Errorf("%q: %q", value, c.DNSProxyAddr)
 		}
@@ -138,8 +147,10 @@ func TestDNSCapture(t *testing.T) {
 // FuzzProxyConfig: no text makes it crash, and what it takes for metadata are strings that it takes again.
 func FuzzProxyConfig(f *testing.F) {
 	for _, s := range []string{
-		"discoveryAddress: a:1\nproxyAdminPort: 1\nstatsPort: 2\nconcurrency: 3\nproxyMetadata:\n  A: b\n", `{"proxyMetadata": {"A": "true"}}`,
-		"proxyMetadata: {A: true}", "x: &d {A: a}\nproxyMetadata: *d", "proxyMetadata: {<<: {A: b}}", "a: &a [*a]", "{", "{}0", "a: 1\n---\nb: 2", "\xff", "proxyMetadata: {? [a] : b}",
+		"discoveryAddress: a:1\nproxyAdminPort: 1\nstatsPort: 2\nconcurrency: 3\nproxyMetadata:\n  A: b\n",
+		`{"proxyMetadata": {"A": "true"}}`,
+		"proxyMetadata: {A: true}", "x: &d {A: a}\nproxyMetadata: *d", "proxyMetadata: {<<: {A: b}}", "a: &a [*a]", "{",
+		"{}0", "a: 1\n---\nb: 2", "\xff", "proxyMetadata: {? [a] : b}",
 	} {
 		f.Add(s)
 	}

@@ -33,29 +33,49 @@ func variables(c *Config, l *loader) []variable {
 		{"INSTANCE_IP", "", "address of this proxy, as the control plane is told (1.1.1.1 if not set)", str(&c.InstanceIP)},
 		{"POD_NAME", "", "name of this proxy's own pod", str(&c.PodName)},
 		{"POD_NAMESPACE", "", "its namespace", str(&c.PodNamespace)},
-		{"SERVICE_ACCOUNT", "", "its service account; with the two above it is this proxy's own identity", str(&c.ServiceAccount)},
+		{"SERVICE_ACCOUNT", "", "its service account; with the two above it is this proxy's own identity",
+			str(&c.ServiceAccount)},
 		{"TRUST_DOMAIN", "cluster.local", "trust domain of this proxy's own identity", str(&c.TrustDomain)},
 		{"PROXY_MODE", "shared", "shared: one daemon for all pods of the node (the only mode)", proxyMode},
-		{"PROXY_WORKLOAD_INFO", "", "refused: the workload of dedicated mode; pods are named by `ztun pod add`", proxyWorkloadInfo},
-		{"ENABLE_PROXY", "true", "the HBONE proxy; must be on", onlyBool(true, "a TUN device is the pods' only way out: without the proxy their connections would end there")},
+		{"PROXY_WORKLOAD_INFO", "", "refused: the workload of dedicated mode; pods are named by `ztun pod add`",
+			proxyWorkloadInfo},
+		{"ENABLE_PROXY", "true", "the HBONE proxy; must be on",
+			onlyBool(true, "a TUN device is the pods' only way out: without the proxy their connections would end there")},
 
-		{"ZTUN_MESH_CONFIG", "./etc/istio/config/mesh", "Istio MeshConfig file (path fixed in ztunnel): its defaultConfig is a ProxyConfig; only a file named here must exist", l.setMeshConfig},
-		{"PROXY_CONFIG", "", "Istio ProxyConfig (YAML or JSON): discoveryAddress, proxyAdminPort, statsPort, concurrency, proxyMetadata; wins over the mesh's", l.setProxyConfig},
+		{"ZTUN_MESH_CONFIG", "./etc/istio/config/mesh",
+			"Istio MeshConfig file (path fixed in ztunnel): its defaultConfig is a ProxyConfig; only a file named here must " +
+				"exist", l.setMeshConfig},
+		{"PROXY_CONFIG", "", "Istio ProxyConfig (YAML or JSON): discoveryAddress, proxyAdminPort, statsPort, concurrency, " +
+			"proxyMetadata; wins over the mesh's", l.setProxyConfig},
 
-		{"KUBERNETES_SERVICE_HOST", "", "set in a pod: the default control plane is then istiod.istio-system.svc", func(string) error { l.kubernetes = true; return nil }},
-		{"XDS_ADDRESS", "", "control plane (default: ProxyConfig's discoveryAddress, else https://istiod.istio-system.svc:15012 in Kubernetes, https://localhost:15012 elsewhere); set to nothing: none", optional(&l.xds, parseAddress)},
+		{"KUBERNETES_SERVICE_HOST", "", "set in a pod: the default control plane is then istiod.istio-system.svc",
+			func(string) error {
+				l.kubernetes = true
+				return nil
+			}},
+		{"XDS_ADDRESS", "",
+			"control plane (default: ProxyConfig's discoveryAddress, else https://istiod.istio-system.svc:15012 in " +
+				"Kubernetes, https://localhost:15012 elsewhere); set to nothing: none", optional(&l.xds, parseAddress)},
 		{"XDS_ROOT_CA", defaultRoots, "who certifies the control plane: a file, SYSTEM, or PEM", roots(&c.XDSRoots)},
 		{"ALT_XDS_HOSTNAME", "", "another name that the control plane's certificate may have", str(&c.AltXDSHostname)},
 		{"XDS_ON_DEMAND", "false", "ask for workloads when they are needed; not with the DNS proxy", boolean(&c.XDSOnDemand)},
-		{"AUTH_TOKEN", defaultToken, "token for control plane and CA: a file (read at each call), else the token itself; set to nothing: none", l.setToken},
-		{"LOCAL_XDS_PATH", "", "workload file (ztunnel's local schema), reloaded when it changes; may stand beside a control plane", str(&c.LocalXDSPath)},
+		{"AUTH_TOKEN", defaultToken,
+			"token for control plane and CA: a file (read at each call), else the token itself; set to nothing: none",
+			l.setToken},
+		{"LOCAL_XDS_PATH", "",
+			"workload file (ztunnel's local schema), reloaded when it changes; may stand beside a control plane",
+			str(&c.LocalXDSPath)},
 		{"LOCAL_XDS", "", "the same, inline", str(&c.LocalXDS)},
-		{"CA_ADDRESS", "", "where workload certificates come from (default as XDS_ADDRESS, without discoveryAddress), unless LOCAL_CA_DIR or FAKE_CA is set", optional(&l.ca, parseAddress)},
+		{"CA_ADDRESS", "", "where workload certificates come from (default as XDS_ADDRESS, without discoveryAddress), " +
+			"unless LOCAL_CA_DIR or FAKE_CA is set", optional(&l.ca, parseAddress)},
 		{"CA_ROOT_CA", defaultRoots, "who certifies the CA's server: a file, SYSTEM, or PEM", roots(&c.CARoots)},
 		{"ALT_CA_HOSTNAME", "", "another name that the CA server's certificate may have", str(&c.AltCAHostname)},
 		{"LOCAL_CA_DIR", "", "directory of the local CA (see `ztun ca init`), in place of CA_ADDRESS", str(&c.LocalCADir)},
-		{"FAKE_CA", "false", "use the built-in test CA, which every copy of this program knows: for tests only", boolean(&c.FakeCA)},
-		{"ZTUN_CONTROL_CREDENTIALS", "", "directory that `ztun control join` has written: roots, token and client certificate for control plane and CA, where no other variable names them", str(&c.ControlDir)},
+		{"FAKE_CA", "false", "use the built-in test CA, which every copy of this program knows: for tests only",
+			boolean(&c.FakeCA)},
+		{"ZTUN_CONTROL_CREDENTIALS", "",
+			"directory that `ztun control join` has written: roots, token and client certificate for control plane and CA, " +
+				"where no other variable names them", str(&c.ControlDir)},
 		{"ZTUN_CONTROL_CERT", "", "client certificate for control plane and CA, PEM file", str(&c.ClientCert)},
 		{"ZTUN_CONTROL_KEY", "", "its key, PEM file", str(&c.ClientKey)},
 		{"SECRET_TTL", "24h", "lifetime of a workload certificate", duration(&c.SecretTTL)},
@@ -64,23 +84,30 @@ func variables(c *Config, l *loader) []variable {
 		{"COMPLIANCE_POLICY", "", "pqc: X25519MLKEM768 is the only key exchange", compliancePolicy(&c.PQC)},
 
 		{"ISTIO_META_DNS_CAPTURE", "true", "answer the pods' DNS queries (also ProxyConfig's proxyMetadata)", none},
-		{"ISTIO_META_DNS_PROXY_ADDR", "localhost:15053", "where the DNS proxy listens in a pod: localhost:PORT or IP:PORT (also proxyMetadata)", none},
-		{"PREFERED_SERVICE_NAMESPACE", "", "namespace that DNS prefers among services of one name (ztunnel's spelling)", str(&c.PreferredServiceNamespace)},
+		{"ISTIO_META_DNS_PROXY_ADDR", "localhost:15053",
+			"where the DNS proxy listens in a pod: localhost:PORT or IP:PORT (also proxyMetadata)", none},
+		{"PREFERED_SERVICE_NAMESPACE", "", "namespace that DNS prefers among services of one name (ztunnel's spelling)",
+			str(&c.PreferredServiceNamespace)},
 		{"UNSTABLE_ENABLE_SOCKS5", "false", "SOCKS5 on 127.0.0.1:15080 in each pod", boolean(&c.SOCKS5)},
 
-		{"HTTP2_STREAM_WINDOW_SIZE", "4194304", "HTTP/2 window of a stream, bytes; the largest one when readers are slow", uint32v(&c.StreamWindow, 65535, math.MaxInt32)},
-		{"HTTP2_CONNECTION_WINDOW_SIZE", "16777216", "HTTP/2 window of a connection, bytes", uint32v(&c.ConnWindow, 65535, math.MaxInt32)},
+		{"HTTP2_STREAM_WINDOW_SIZE", "4194304", "HTTP/2 window of a stream, bytes; the largest one when readers are slow",
+			uint32v(&c.StreamWindow, 65535, math.MaxInt32)},
+		{"HTTP2_CONNECTION_WINDOW_SIZE", "16777216", "HTTP/2 window of a connection, bytes",
+			uint32v(&c.ConnWindow, 65535, math.MaxInt32)},
 		{"HTTP2_FRAME_SIZE", "1048576", "largest HTTP/2 frame accepted, bytes", uint32v(&c.FrameSize, 16384, 1<<24-1)},
 		{"POOL_MAX_STREAMS_PER_CONNECTION", "100", "streams that one tunnel carries at most", uint16v(&c.PoolMaxStreams, 1)},
 		{"POOL_UNUSED_RELEASE_TIMEOUT", "5m", "an unused tunnel is closed after this", duration(&c.PoolUnused)},
 		{"ENABLE_RESPONSE_BAGGAGE", "true", "send and read baggage in answers", boolean(&c.ResponseBaggage)},
-		{"LOCALHOST_APP_TUNNEL", "true", "an application tunnel's PROXY protocol is spoken to the pod's loopback address", boolean(&c.LocalhostAppTunnel)},
-		{"ENABLE_ORIG_SRC", "", "connections reach applications from the client's own address: always, so false is refused", func(v string) error {
-			if v == "false" {
-				return errors.New("here applications always see the client's own address: it takes no privilege that could be missing, and there is nothing to switch off")
-			}
-			return optionalBool(&c.OriginalSource)(v)
-		}},
+		{"LOCALHOST_APP_TUNNEL", "true", "an application tunnel's PROXY protocol is spoken to the pod's loopback address",
+			boolean(&c.LocalhostAppTunnel)},
+		{"ENABLE_ORIG_SRC", "", "connections reach applications from the client's own address: always, so false is refused",
+			func(v string) error {
+				if v == "false" {
+					return errors.New("here applications always see the client's own address: it takes no privilege that could be " +
+						"missing, and there is nothing to switch off")
+				}
+				return optionalBool(&c.OriginalSource)(v)
+			}},
 
 		{"KEEPALIVE_ENABLED", "true", "TCP keepalive", boolean(&c.KeepaliveEnabled)},
 		{"KEEPALIVE_TIME", "180s", "idle time before the first probe", duration(&c.KeepaliveTime)},
@@ -88,41 +115,70 @@ func variables(c *Config, l *loader) []variable {
 		{"KEEPALIVE_RETRIES", "9", "probes before a connection is given up", uint32v(&c.KeepaliveRetries, 1, 127)},
 		{"USER_TIMEOUT_ENABLED", "false", "TCP_USER_TIMEOUT of time + retries x interval", boolean(&c.UserTimeout)},
 		{"IPV6_ENABLED", "true", "listen on and route IPv6, too", boolean(&c.IPv6)},
-		{"PACKET_MARK", "0", "SO_MARK of the sockets towards the network, 0 for none (ztunnel's 1337 serves its iptables rules, of which there are none here)", uint32v(&c.PacketMark, 0, math.MaxUint32)},
+		{"PACKET_MARK", "0", "SO_MARK of the sockets towards the network, 0 for none (ztunnel's 1337 serves its iptables " +
+			"rules, of which there are none here)", uint32v(&c.PacketMark, 0, math.MaxUint32)},
 		{"INPOD_UDS", "/var/run/ztunnel/ztunnel.sock", "istio-cni's socket; nothing reads it yet", str(&c.InpodUDS)},
-		{"INPOD_PORT_REUSE", "true", "SO_REUSEPORT in the pods; must be on: no port is bound there", onlyBool(true, "ports are served by a userspace stack behind the TUN, not by sockets in the pods: there is nothing to keep others from")},
+		{"INPOD_PORT_REUSE", "true", "SO_REUSEPORT in the pods; must be on: no port is bound there",
+			onlyBool(true, "ports are served by a userspace stack behind the TUN, not by sockets in the pods: there is "+
+				"nothing to keep others from")},
 
 		{"CONNECTION_TERMINATION_DEADLINE", "", "how long connections may finish after SIGTERM (default 5s)", l.setDeadline},
-		{"TERMINATION_GRACE_PERIOD_SECONDS", "", "the same, from the pod: N>10: N-5, else N-1 seconds, at least 1", l.setGrace},
-		{"ZTUNNEL_CPU_LIMIT", "", "processors of this machine, as the worker count sees them", ranged(&l.cpuLimit, 1, maxCPUs)},
+		{"TERMINATION_GRACE_PERIOD_SECONDS", "", "the same, from the pod: N>10: N-5, else N-1 seconds, at least 1",
+			l.setGrace},
+		{"ZTUNNEL_CPU_LIMIT", "", "processors of this machine, as the worker count sees them",
+			ranged(&l.cpuLimit, 1, maxCPUs)},
 		{"ZTUNNEL_RESOURCE_CPU_LIMIT", "", "CPU limit of the daemon (Kubernetes quantity)", quantity(&l.limit)},
 		{"ZTUNNEL_RESOURCE_CPU_REQUEST", "", "CPU request of the daemon (Kubernetes quantity)", quantity(&l.request)},
-		{"ZTUNNEL_WORKER_THREADS", "", "worker threads: N, N%, 0 = all; default a quarter of the processors, at least 2", l.setWorkers},
+		{"ZTUNNEL_WORKER_THREADS", "", "worker threads: N, N%, 0 = all; default a quarter of the processors, at least 2",
+			l.setWorkers},
 		{"RUST_LOG", "info", "log filter: level or target=level, comma separated", str(&c.RustLog)},
 		{"LOG_FORMAT", "plain", "json, or anything else for text", str(&c.LogFormat)},
-		{"AUTHZ_POLICY_INFO_LOGGING", "false", "log decisions of policies at info, not at debug", c.exactly(&c.AuthzInfo, "AUTHZ_POLICY_INFO_LOGGING")},
-		{"ZTUN_UNKNOWN_POLICY", "skip", "a policy that a workload lists and that does not arrive within seconds: skip decides without it (as ztunnel), deny refuses", unknownPolicy(&c.DenyUnknownPolicy)},
+		{"AUTHZ_POLICY_INFO_LOGGING", "false", "log decisions of policies at info, not at debug",
+			c.exactly(&c.AuthzInfo, "AUTHZ_POLICY_INFO_LOGGING")},
+		{"ZTUN_UNKNOWN_POLICY", "skip",
+			"a policy that a workload lists and that does not arrive within seconds: skip decides without it (as ztunnel), " +
+				"deny refuses", unknownPolicy(&c.DenyUnknownPolicy)},
 		{"ISTIO_META_ISTIO_VERSION", "unknown", "version shown by the istio_build metric", str(&c.IstioVersion)},
 
 		{"ZTUN_STATE_DIR", "/var/run/ztun", "where the daemon keeps its socket and the list of pods", str(&c.StateDir)},
 		{"ZTUN_SOCKET", "", "control socket of `ztun pod` (default ZTUN_STATE_DIR/ztun.sock)", str(&c.Socket)},
 		{"ZTUN_NODE_TUN", "ztun-node", "name of the node's TUN device", deviceName(&c.NodeTUN)},
 		{"ZTUN_MTU", "1500", "MTU of the TUN devices, bytes", ranged(&c.MTU, 1280, 65535)},
-		{"ZTUN_MAX_INFLIGHT", "4096", "connections of one pod that may wait for their verdict, in each direction; half of them for who has answered lately", ranged(&c.MaxInFlight, 2, 1<<20)},
-		{"ZTUN_MAX_INFLIGHT_PER_DESTINATION", "2048", "the same, to one destination or from one client", ranged(&c.MaxInFlightPerDestination, 1, 1<<20)},
-		{"ZTUN_FLOWS", "256", "ended connections of one pod that are remembered for `ztun flows`, and as many that were turned down; 0 for none", ranged(&c.Flows, 0, 1<<16)},
-		{"ZTUN_SEND_REASON", "true", "tell a peer of the mesh why its connection is refused (header x-ztun-reason): the name of a policy, the application's error", boolean(&c.SendReason)},
+		{"ZTUN_MAX_INFLIGHT", "4096",
+			"connections of one pod that may wait for their verdict, in each direction; half of them for who has answered " +
+				"lately", ranged(&c.MaxInFlight, 2, 1<<20)},
+		{"ZTUN_MAX_INFLIGHT_PER_DESTINATION", "2048", "the same, to one destination or from one client",
+			ranged(&c.MaxInFlightPerDestination, 1, 1<<20)},
+		{"ZTUN_FLOWS", "256", "ended connections of one pod that are remembered for `ztun flows`, and as many that were " +
+			"turned down; 0 for none", ranged(&c.Flows, 0, 1<<16)},
+		{"ZTUN_SEND_REASON", "true",
+			"tell a peer of the mesh why its connection is refused (header x-ztun-reason): the name of a policy, the " +
+				"application's error", boolean(&c.SendReason)},
 		{"ZTUN_DNS_RATE", "1000", "DNS queries of one pod per second; twice as many at once", ranged(&c.DNSRate, 1, 1<<20)},
-		{"ZTUN_UDP", "policy", "UDP and ICMP of the pods: policy carries them, in the clear, but for UDP that a policy of its destination would refuse as plaintext; all carries that, too (as under ztunnel, which captures no UDP); off drops everything but DNS queries", udpModes(&c.UDP)},
-		{"ZTUN_MAX_UDP_FLOWS", "16384", "UDP and ICMP flows of one pod, at most; the node has 65536", ranged(&c.MaxUDPFlows, 16, 65536)},
-		{"ZTUN_DNS_SEARCH", "", "search domains of pods beside the cluster's three, comma separated (default: those of the daemon's resolv.conf, as kubelet has it)", domains(&c.DNSSearch)},
-		{"ZTUN_MEMORY_LIMIT", "", "memory of the daemon (default the cgroup's limit): half of it is for bytes under way, and GOMEMLIMIT is nine tenths of it unless set", size(&c.MemoryLimit, 32<<20)},
-		{"ZTUN_POD_MEMORY", "", "bytes that may be under way for one pod (default half of what all have); nearing it, its buffers and windows stay small", size(&c.PodMemory, 1<<20)},
+		{"ZTUN_UDP", "policy", "UDP and ICMP of the pods: policy carries them, in the clear, but for UDP that a policy of " +
+			"its destination would refuse as plaintext; all carries that, too (as under ztunnel, which captures no UDP); off " +
+			"drops everything but DNS queries", udpModes(&c.UDP)},
+		{"ZTUN_MAX_UDP_FLOWS", "16384", "UDP and ICMP flows of one pod, at most; the node has 65536",
+			ranged(&c.MaxUDPFlows, 16, 65536)},
+		{"ZTUN_DNS_SEARCH", "", "search domains of pods beside the cluster's three, comma separated (default: those of the " +
+			"daemon's resolv.conf, as kubelet has it)", domains(&c.DNSSearch)},
+		{"ZTUN_MEMORY_LIMIT", "",
+			"memory of the daemon (default the cgroup's limit): half of it is for bytes under way, and GOMEMLIMIT is nine " +
+				"tenths of it unless set", size(&c.MemoryLimit, 32<<20)},
+		{"ZTUN_POD_MEMORY", "", "bytes that may be under way for one pod (default half of what all have); nearing it, its " +
+			"buffers and windows stay small", size(&c.PodMemory, 1<<20)},
 		{"ZTUN_TUN_PLAIN", "false", "use the portable TUN path without offload", boolean(&c.TUNPlain)},
-		{"ZTUN_ADAPTIVE_PROCESSORS", "true", "use as many processors as the work needs, up to the worker threads plus one; false: always that many", boolean(&c.AdaptiveProcessors)},
-		{"ZTUN_DROP_CAPABILITIES", "true", "keep only the capabilities that the configuration needs, and never get new ones; the process executes itself once for it", boolean(&c.DropCapabilities)},
-		{"ZTUN_ADMIN_TOKEN_FILE", "", "file with a token (read at each request): /quitquitquit and /logging then want it as Authorization: Bearer", tokenFile(&c.AdminToken)},
-		{"ZTUN_READINESS_PORT", "15021", "readiness port (fixed in ztunnel; for several daemons in one namespace)", uint16v(&c.ReadinessPort, 0)},
+		{"ZTUN_ADAPTIVE_PROCESSORS", "true",
+			"use as many processors as the work needs, up to the worker threads plus one; false: always that many",
+			boolean(&c.AdaptiveProcessors)},
+		{"ZTUN_DROP_CAPABILITIES", "true",
+			"keep only the capabilities that the configuration needs, and never get new ones; the process executes itself " +
+				"once for it", boolean(&c.DropCapabilities)},
+		{"ZTUN_ADMIN_TOKEN_FILE", "",
+			"file with a token (read at each request): /quitquitquit and /logging then want it as Authorization: Bearer",
+			tokenFile(&c.AdminToken)},
+		{"ZTUN_READINESS_PORT", "15021", "readiness port (fixed in ztunnel; for several daemons in one namespace)",
+			uint16v(&c.ReadinessPort, 0)},
 	}
 }
 

@@ -38,7 +38,8 @@ func load(t *testing.T, pairs ...string) *Config {
 
 func TestDefaults(t *testing.T) { // checklist 1; not 7: PACKET_MARK serves iptables rules, of which there are none here
 	c := load(t)
-	if c.StreamWindow != 4<<20 || c.ConnWindow != 16<<20 || c.FrameSize != 1<<20 || c.PoolMaxStreams != 100 || c.PoolUnused != 5*time.Minute {
+	if c.StreamWindow != 4<<20 || c.ConnWindow != 16<<20 || c.FrameSize != 1<<20 || c.PoolMaxStreams != 100 ||
+		c.PoolUnused != 5*time.Minute {
 		t.Errorf("HTTP/2 defaults: %+v", c)
 	}
 	if c.AdminPort != 15000 || c.StatsPort != 15020 || c.ReadinessPort != 15021 || c.TerminationDeadline != 5*time.Second {
@@ -50,10 +51,12 @@ func TestDefaults(t *testing.T) { // checklist 1; not 7: PACKET_MARK serves ipta
 	if c.Socket != "/var/run/ztun/ztun.sock" || c.MTU != 1500 || c.NodeTUN != "ztun-node" || c.SecretTTL != 24*time.Hour {
 		t.Errorf("own settings: %+v", c)
 	}
-	if !c.DNSProxy || c.DNSProxyAddr != "localhost:15053" || c.SOCKS5 || c.XDSOnDemand || c.TLS12 || c.PQC || c.AuthzInfo || !c.LocalhostAppTunnel || c.OriginalSource != nil {
+	if !c.DNSProxy || c.DNSProxyAddr != "localhost:15053" || c.SOCKS5 || c.XDSOnDemand || c.TLS12 || c.PQC ||
+		c.AuthzInfo || !c.LocalhostAppTunnel || c.OriginalSource != nil {
 		t.Errorf("switches: %+v", c)
 	}
-	if c.XDSAddress != "" || c.CAAddress != "" || c.ClusterID != "Kubernetes" || c.ClusterDomain != "cluster.local" || c.TrustDomain != "cluster.local" || !c.Identity.IsZero() || c.ProxyArgs != "proxy" {
+	if c.XDSAddress != "" || c.CAAddress != "" || c.ClusterID != "Kubernetes" || c.ClusterDomain != "cluster.local" ||
+		c.TrustDomain != "cluster.local" || !c.Identity.IsZero() || c.ProxyArgs != "proxy" {
 		t.Errorf("who and where: %+v", c)
 	}
 	if c.ProxyMetadata == nil || len(c.ProxyMetadata) != 0 || len(c.Warnings) != 0 {
@@ -141,7 +144,8 @@ func TestBadValuesNameTheVariable(t *testing.T) {
 			if !errors.As(err, &ce) {
 				t.Fatalf("got %v, want a configError", err)
 			}
-			if text := err.Error(); !strings.Contains(text+" ", tc.name) || !strings.HasPrefix(text, "invalid env var ") || !strings.Contains(text, tc.says) || strings.Contains(text, "\n") {
+			if text := err.Error(); !strings.Contains(text+" ", tc.name) || !strings.HasPrefix(text, "invalid env var ") ||
+				!strings.Contains(text, tc.says) || strings.Contains(text, "\n") {
 				t.Errorf("message %q", text)
 			}
 		})
@@ -149,7 +153,8 @@ func TestBadValuesNameTheVariable(t *testing.T) {
 }
 
 func TestTerminationDeadline(t *testing.T) { // spec controlplane checklist 8
-	for value, want := range map[string]time.Duration{"30": 25 * time.Second, "11": 6 * time.Second, "10": 9 * time.Second, "1": time.Second, "0": time.Second} {
+	for value, want := range map[string]time.Duration{"30": 25 * time.Second, "11": 6 * time.Second, "10": 9 * time.Second,
+		"1": time.Second, "0": time.Second} {
 		c, err := loadConfig(env("TERMINATION_GRACE_PERIOD_SECONDS", value))
 		if err != nil || c.TerminationDeadline != want {
 			t.Errorf("grace %s: %v, %v; want %v", value, c.TerminationDeadline, err, want)
@@ -211,7 +216,8 @@ func TestErrorsKeepSecrets(t *testing.T) {
 
 // What is not UTF-8 counts as not set (spec controlplane 1.1); "" is a value.
 func TestTextOnly(t *testing.T) {
-	c := load(t, "KEEPALIVE_RETRIES", "\xff", "XDS_HEADER_A", "\xff", "ISTIO_META_X", "\xff", "CLUSTER_ID", "", "ISTIO_META_Y", "")
+	c := load(t, "KEEPALIVE_RETRIES", "\xff", "XDS_HEADER_A", "\xff", "ISTIO_META_X", "\xff", "CLUSTER_ID", "",
+		"ISTIO_META_Y", "")
 	if c.KeepaliveRetries != 9 || len(c.XDSHeaders) != 0 || c.ClusterID != "" {
 		t.Errorf("%+v", c)
 	}
@@ -241,10 +247,13 @@ func TestExactlyTrue(t *testing.T) {
 
 func TestPlainVariables(t *testing.T) {
 	c := load(t, "UNSTABLE_ENABLE_SOCKS5", "true", "LOCALHOST_APP_TUNNEL", "false", "PREFERED_SERVICE_NAMESPACE", "p",
-		"CLUSTER_DOMAIN", "d.local", "CRL_PATH", "/crl.pem", "INSTANCE_IP", "10.0.0.9", "INPOD_UDS", "/x.sock", "SECRET_TTL", "1h30m",
-		"ALT_XDS_HOSTNAME", "x", "ALT_CA_HOSTNAME", "y", "ZTUN_CONTROL_CERT", "/c", "ZTUN_CONTROL_KEY", "/k", "INPOD_PORT_REUSE", "true", "PACKET_MARK", "1337")
+		"CLUSTER_DOMAIN", "d.local", "CRL_PATH", "/crl.pem", "INSTANCE_IP", "10.0.0.9", "INPOD_UDS", "/x.sock", "SECRET_TTL",
+		"1h30m",
+		"ALT_XDS_HOSTNAME", "x", "ALT_CA_HOSTNAME", "y", "ZTUN_CONTROL_CERT", "/c", "ZTUN_CONTROL_KEY", "/k",
+		"INPOD_PORT_REUSE", "true", "PACKET_MARK", "1337")
 	if !c.SOCKS5 || c.LocalhostAppTunnel || c.PreferredServiceNamespace != "p" || c.ClusterDomain != "d.local" ||
-		c.CRLPath != "/crl.pem" || c.InstanceIP != "10.0.0.9" || c.InpodUDS != "/x.sock" || c.AltXDSHostname != "x" || c.AltCAHostname != "y" ||
+		c.CRLPath != "/crl.pem" || c.InstanceIP != "10.0.0.9" || c.InpodUDS != "/x.sock" || c.AltXDSHostname != "x" ||
+		c.AltCAHostname != "y" ||
 		c.ClientCert != "/c" || c.ClientKey != "/k" || c.PacketMark != 1337 {
 		t.Errorf("%+v", c)
 	}

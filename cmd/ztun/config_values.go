@@ -73,7 +73,8 @@ func proxyMode(v string) error {
 	case "shared":
 		return nil
 	case "dedicated":
-		return errors.New("dedicated mode redirects its own namespace with iptables; a TUN-based proxy serves pods through their namespaces: use shared, and `ztun pod add`")
+		return errors.New("dedicated mode redirects its own namespace with iptables; a TUN-based proxy serves pods through " +
+			"their namespaces: use shared, and `ztun pod add`")
 	}
 	return errors.New("must be shared")
 }
@@ -93,7 +94,8 @@ func proxyWorkloadInfo(v string) error {
 	if err != nil {
 		return err
 	}
-	return fmt.Errorf("it names the one workload of dedicated mode; here pods are named one by one: `ztun pod add --namespace %s --name %s --service-account %s`", ns, name, sa)
+	return fmt.Errorf("it names the one workload of dedicated mode; here pods are named one by one: `ztun pod add "+
+		"--namespace %s --name %s --service-account %s`", ns, name, sa)
 }
 
 func compliancePolicy(p *bool) func(string) error {

@@ -18,22 +18,26 @@ type asker struct{ socket string }
 
 // bind adds --socket, to cmd and what is below it.
 func (a *asker) bind(cmd *cobra.Command) {
-	cmd.PersistentFlags().StringVar(&a.socket, "socket", defaultSocket(os.Getenv), "control socket of the daemon (ZTUN_SOCKET)")
+	cmd.PersistentFlags().StringVar(&a.socket, "socket", defaultSocket(os.Getenv),
+		"control socket of the daemon (ZTUN_SOCKET)")
 }
 
 func (a *asker) client() *admin.PodClient { return admin.NewPodClient(a.socket) }
 
 func connectionsCommand() *cobra.Command {
 	return listCommand(false, &cobra.Command{
-		Use: "connections", Short: "list the live connections of the pods: who with whom, over which tunnel, how much", Args: noArgs,
+		Use: "connections", Short: "list the live connections of the pods: who with whom, over which tunnel, how much",
+		Args: noArgs,
 	})
 }
 
 func flowsCommand() *cobra.Command {
 	return listCommand(true, &cobra.Command{
 		Use: "flows", Short: "list the connections that have ended lately, with outcome and reason", Args: noArgs,
-		Long: "Lists connections that have ended, the newest last, as far as the daemon remembers them (ZTUN_FLOWS for each pod).\n" +
-			"Outcomes are success, denied (a policy said no, here or at the peer), failed (it never stood, for another reason) and\n" +
+		Long: "Lists connections that have ended, the newest last, as far as the daemon remembers them (ZTUN_FLOWS for " +
+			"each pod).\n" +
+			"Outcomes are success, denied (a policy said no, here or at the peer), failed (it never stood, for another " +
+			"reason) and\n" +
 			"cut (it stood, and ended in an error or because policy, a revocation or a drain cut it).",
 	})
 }
@@ -49,7 +53,8 @@ func listCommand(ended bool, cmd *cobra.Command) *cobra.Command {
 	o.bind(cmd)
 	f := cmd.Flags()
 	f.StringVar(&q.Pod, "pod", "", "only of this pod: NAME or NAMESPACE/NAME")
-	f.StringVar(&q.Peer, "peer", "", "only with this peer: an address, a prefix, or a part of its name, service or identity")
+	f.StringVar(&q.Peer, "peer", "",
+		"only with this peer: an address, a prefix, or a part of its name, service or identity")
 	f.StringVar(&q.Direction, "direction", "", "outbound, inbound or passthrough (inbound plaintext)")
 	f.StringVar(&q.Sort, "sort", "", "age (youngest first, the default), bytes, sent, received, pod or peer")
 	f.IntVar(&q.Limit, "limit", 1000, "list so many at most")
@@ -87,7 +92,9 @@ func listCommand(ended bool, cmd *cobra.Command) *cobra.Command {
 		if !ended {
 			w.gone = func(c admin.Connection) admin.Connection { c.State = "gone"; return c }
 		}
-		err := w.run(cmd.Context(), follow, func(all []admin.Connection) any { return admin.Connections{Connections: all, Total: total} })
+		err := w.run(cmd.Context(), follow, func(all []admin.Connection) any {
+			return admin.Connections{Connections: all, Total: total}
+		})
 		if err == nil && !follow && !o.structured() && total > q.Limit && q.Limit > 0 {
 			fmt.Fprintf(cmd.ErrOrStderr(), "%d of %d are shown: see --limit, --pod and --peer\n", q.Limit, total)
 		}
@@ -148,8 +155,8 @@ var wideColumns = []connColumn{
 	{head: "FLAG", wide: true, cell: func(c admin.Connection) string { return c.Flag }},
 }
 
-// partyText is who a side is: the identity that its certificate proves as namespace/account; what is only said of a plaintext
-// address is in brackets.
+// partyText is who a side is: the identity that its certificate proves as namespace/account; what is only said of a
+// plaintext address is in brackets.
 func partyText(s *admin.Side) string {
 	if _, rest, ok := strings.Cut(s.Identity, "/ns/"); ok {
 		return strings.Replace(rest, "/sa/", "/", 1)

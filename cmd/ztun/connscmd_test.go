@@ -51,10 +51,14 @@ func fakeDaemon(t *testing.T, o admin.PodSocketOptions) string {
 
 func pastFlow(at time.Time, more func(*admin.Connection)) admin.Connection {
 	c := admin.Connection{
-		Pod: "default/a", Direction: "outbound", Protocol: "HBONE", State: "ended", Start: at, End: at.Add(1500 * time.Millisecond), Outcome: "success", Flag: "-",
-		Source:      admin.Side{Address: netip.MustParseAddrPort("10.1.0.2:4000"), Workload: "a", Namespace: "default", Identity: "spiffe://cluster.local/ns/default/sa/a"},
-		Destination: admin.Side{Address: netip.MustParseAddrPort("10.2.0.2:15008"), Workload: "c", Namespace: "default", Identity: "spiffe://cluster.local/ns/default/sa/c"},
-		Called:      netip.MustParseAddrPort("10.96.0.1:80"), Service: "c.default.svc.cluster.local", Authority: "10.2.0.2:8080", Sent: 1234, Received: 5 << 20,
+		Pod: "default/a", Direction: "outbound", Protocol: "HBONE", State: "ended", Start: at,
+		End: at.Add(1500 * time.Millisecond), Outcome: "success", Flag: "-",
+		Source: admin.Side{Address: netip.MustParseAddrPort("10.1.0.2:4000"), Workload: "a", Namespace: "default",
+			Identity: "spiffe://cluster.local/ns/default/sa/a"},
+		Destination: admin.Side{Address: netip.MustParseAddrPort("10.2.0.2:15008"), Workload: "c", Namespace: "default",
+			Identity: "spiffe://cluster.local/ns/default/sa/c"},
+		Called: netip.MustParseAddrPort("10.96.0.1:80"), Service: "c.default.svc.cluster.local",
+		Authority: "10.2.0.2:8080", Sent: 1234, Received: 5 << 20,
 	}
 	if more != nil {
 		more(&c)
@@ -84,10 +88,13 @@ func TestConnectionCommands(t *testing.T) {
 	})
 	live := pastFlow(time.Now().Add(-3*time.Hour-2*time.Minute-time.Second), func(c *admin.Connection) {
 		c.State, c.End, c.Outcome, c.Flag = "open", time.Time{}, "", ""
-		c.Tunnel = admin.Tunnel{Local: netip.MustParseAddrPort("10.1.0.2:33001"), Remote: netip.MustParseAddrPort("10.2.0.2:15008")}
+		c.Tunnel = admin.Tunnel{Local: netip.MustParseAddrPort("10.1.0.2:33001"),
+			Remote: netip.MustParseAddrPort("10.2.0.2:15008")}
 	})
-	socket := fakeDaemon(t, admin.PodSocketOptions{Pods: &fakePods{}, Connections: admin.ConnectionSource{Live: of(live), Ended: of(pastFlow(at, nil), denied)}})
-	local := strings.NewReplacer("12:00:01.500", at.Add(1500*time.Millisecond).Local().Format("15:04:05.000"), "12:00:02.500", at.Add(2500*time.Millisecond).Local().Format("15:04:05.000"))
+	socket := fakeDaemon(t, admin.PodSocketOptions{Pods: &fakePods{}, Connections: admin.ConnectionSource{Live: of(live),
+		Ended: of(pastFlow(at, nil), denied)}})
+	local := strings.NewReplacer("12:00:01.500", at.Add(1500*time.Millisecond).Local().Format("15:04:05.000"),
+		"12:00:02.500", at.Add(2500*time.Millisecond).Local().Format("15:04:05.000"))
 	for _, c := range []struct{ args, want string }{
 		{"connections", `
 POD        DIRECTION  PROTOCOL  STATE  SOURCE         DESTINATION   FROM       TO         SENT   RECEIVED  AGE   TUNNEL
@@ -137,7 +144,8 @@ total: 1
 	}
 	got, err := run(t, "connections", "-o", "json", "--socket", socket)
 	var l admin.Connections
-	if err != nil || json.Unmarshal([]byte(got), &l) != nil || l.Total != 1 || l.Connections[0].Tunnel != live.Tunnel || l.Connections[0].Sent != 1234 {
+	if err != nil || json.Unmarshal([]byte(got), &l) != nil || l.Total != 1 || l.Connections[0].Tunnel != live.Tunnel ||
+		l.Connections[0].Sent != 1234 {
 		t.Errorf("connections -o json: %v\n%s", err, got)
 	}
 	for args, want := range map[string]string{
@@ -147,7 +155,8 @@ total: 1
 		"connections --limit 9999999": "between 1 and 5000",
 		"connections a":               "takes no argument",
 	} {
-		if out, err := run(t, append(strings.Fields(args), "--socket", socket)...); err == nil || !strings.Contains(err.Error(), want) {
+		if out, err := run(t, append(strings.Fields(args), "--socket", socket)...); err == nil ||
+			!strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v %s, want %q", args, err, out, want)
 		}
 	}
@@ -166,9 +175,11 @@ func trimmed(s string) string {
 func TestWatch(t *testing.T) {
 	pods := &fakePods{}
 	pod := func(name string, inbound int) admin.PodStatus {
-		return admin.PodStatus{PodSpec: admin.PodSpec{Name: name, Namespace: "default"}, State: "Up", Connections: admin.PodConnections{Inbound: inbound}}
+		return admin.PodStatus{PodSpec: admin.PodSpec{Name: name, Namespace: "default"}, State: "Up",
+			Connections: admin.PodConnections{Inbound: inbound}}
 	}
-	rounds := [][]admin.PodStatus{{pod("a", 0), pod("b", 0)}, {pod("a", 0), pod("b", 0)}, {pod("a", 7), pod("b", 0)}, {pod("b", 0)}}
+	rounds := [][]admin.PodStatus{{pod("a", 0), pod("b", 0)}, {pod("a", 0), pod("b", 0)}, {pod("a", 7), pod("b", 0)},
+		{pod("b", 0)}}
 	ctx, cancel := context.WithCancel(t.Context())
 	round := 0
 	var out bytes.Buffer
@@ -190,7 +201,8 @@ func TestWatch(t *testing.T) {
 	if err := w.run(ctx, true, nil); err != nil {
 		t.Fatal(err)
 	}
-	want := "NAMESPACE  NAME  STATE\ndefault    a     Up\ndefault    b     Up\ndefault    a     Up\ndefault    a     Gone\n"
+	want :=
+		"NAMESPACE  NAME  STATE\ndefault    a     Up\ndefault    b     Up\ndefault    a     Up\ndefault    a     Gone\n"
 	if out.String() != want {
 		t.Errorf("shown:\n%swant:\n%s", out.String(), want)
 	}

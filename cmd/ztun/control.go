@@ -23,7 +23,8 @@ func controlCommand() *cobra.Command {
 	var logLevel, logFormat string
 	cmd := &cobra.Command{
 		Use: "control", Short: "run the embedded control plane, for machines without istiod", Args: noArgs,
-		Long: "Serves workloads, services and policies to the daemons of all nodes, and signs their certificates, as istiod\n" +
+		Long: "Serves workloads, services and policies to the daemons of all nodes, and signs their certificates, as " +
+			"istiod\n" +
 			"does, from a directory of YAML files in the schema of LOCAL_XDS. To begin:\n\n" +
 			"  ztun control init /etc/ztun-control\n" +
 			"  ztun control join --dir /etc/ztun-control --node node-a --out /etc/ztun   # for each node\n" +
@@ -32,16 +33,22 @@ func controlCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error { return runControl(cmd.Context(), o, logLevel, logFormat) },
 	}
 	cmd.PersistentFlags().StringVar(&o.Dir, "dir", ".", "directory of the control plane, made by ztun control init")
-	cmd.PersistentFlags().StringVar(&o.Socket, "status-socket", "", "Unix socket of the status (default control.sock in --dir)")
+	cmd.PersistentFlags().StringVar(&o.Socket, "status-socket", "",
+		"Unix socket of the status (default control.sock in --dir)")
 	f := cmd.Flags()
 	f.StringVar(&o.Mesh, "mesh", "", "directory of the YAML files (default mesh in --dir)")
 	f.StringSliceVar(&o.Listen, "listen", []string{control.DefaultListen}, "TLS addresses for the daemons")
-	f.StringSliceVar(&o.Hosts, "host", nil, "names and addresses in the server's certificate, besides localhost and the addresses it listens on (default the host name)")
-	f.StringVar(&o.Admin, "admin", "127.0.0.1:15014", `loopback address of the status over HTTP: a page at /, /status, /metrics, /healthz/ready ("": none)`)
-	f.DurationVar(&o.MaxLife, "max-life", control.DefaultMaxLife, "longest life of a workload's certificate; nodes that ask for more get this")
+	f.StringSliceVar(&o.Hosts, "host", nil,
+		"names and addresses in the server's certificate, besides localhost and the addresses it listens on (default the "+
+			"host name)")
+	f.StringVar(&o.Admin, "admin", "127.0.0.1:15014",
+		`loopback address of the status over HTTP: a page at /, /status, /metrics, /healthz/ready ("": none)`)
+	f.DurationVar(&o.MaxLife, "max-life", control.DefaultMaxLife,
+		"longest life of a workload's certificate; nodes that ask for more get this")
 	f.StringVar(&logLevel, "log", "info", "log levels, as RUST_LOG of ztun proxy")
 	f.StringVar(&logFormat, "log-format", "plain", "plain or json")
-	cmd.AddCommand(controlInitCommand(), controlJoinCommand(&o.Dir), controlLeaveCommand(&o.Dir), controlCheckCommand(&o), controlStatusCommand(&o))
+	cmd.AddCommand(controlInitCommand(), controlJoinCommand(&o.Dir), controlLeaveCommand(&o.Dir), controlCheckCommand(&o),
+		controlStatusCommand(&o))
 	return cmd
 }
 
@@ -71,12 +78,14 @@ func runControl(ctx context.Context, o control.Options, logLevel, logFormat stri
 func controlInitCommand() *cobra.Command {
 	var trustDomain string
 	cmd := &cobra.Command{
-		Use: "init DIR", Short: "make the directory of a new control plane: a CA, an example of a mesh", Args: oneArg("DIR"), ValidArgsFunction: directories,
+		Use: "init DIR", Short: "make the directory of a new control plane: a CA, an example of a mesh", Args: oneArg("DIR"),
+		ValidArgsFunction: directories,
 		RunE: func(_ *cobra.Command, args []string) error {
 			if err := control.Init(args[0], trustDomain); err != nil {
 				return err
 			}
-			fmt.Printf("made a control plane in %s: describe the mesh in %s, add nodes with ztun control join, start ztun control --dir %s\n",
+			fmt.Printf("made a control plane in %s: describe the mesh in %s, add nodes with ztun control join, start ztun "+
+				"control --dir %s\n",
 				args[0], filepath.Join(args[0], "mesh"), args[0])
 			return nil
 		},
@@ -105,7 +114,8 @@ func controlJoinCommand(dir *string) *cobra.Command {
 				}
 			}
 			root, address := filepath.Join(out, control.RootFile), "https://"+net.JoinHostPort(host, strconv.Itoa(ports.XDS))
-			fmt.Fprintf(os.Stderr, "wrote %s, %s, %s and %s to %s; the daemon of node %s needs one of token and certificate, and:\n",
+			fmt.Fprintf(os.Stderr, "wrote %s, %s, %s and %s to %s; the daemon of node %s needs one of token and certificate, "+
+				"and:\n",
 				control.RootFile, control.TokenFile, control.CertFile, control.KeyFile, out, o.Node)
 			fmt.Printf("NODE_NAME=%s\nXDS_ADDRESS=%s\nCA_ADDRESS=%s\nXDS_ROOT_CA=%s\nCA_ROOT_CA=%s\nAUTH_TOKEN=%s\n",
 				o.Node, address, address, root, root, filepath.Join(out, control.TokenFile))
@@ -131,7 +141,8 @@ func controlLeaveCommand(dir *string) *cobra.Command {
 			if err := control.Leave(*dir, node); err != nil {
 				return err
 			}
-			fmt.Printf("node %s has left; the control plane revokes its certificates and tells the nodes that follow it (crl.pem in %s for others)\n", node, *dir)
+			fmt.Printf("node %s has left; the control plane revokes its certificates and tells the nodes that follow it "+
+				"(crl.pem in %s for others)\n", node, *dir)
 			return nil
 		},
 	}
@@ -156,7 +167,8 @@ func controlCheckCommand(o *control.Options) *cobra.Command {
 				fmt.Printf("%d warnings:\n", st.WarningCount)
 				control.WriteProblems(os.Stdout, st.Warnings, st.WarningCount)
 			}
-			fmt.Printf("good: %d files, %d workloads, %d services, %d policies\n", st.Files, st.Workloads, st.Services, st.Policies)
+			fmt.Printf("good: %d files, %d workloads, %d services, %d policies\n", st.Files, st.Workloads, st.Services,
+				st.Policies)
 			return nil
 		},
 	}

@@ -61,7 +61,8 @@ type daemon struct {
 	// handshakes compute half of the worker threads at a time, so that the other half is left to those who move bytes.
 	handshakes *fair.Turns[proxy.Crypto]
 
-	// What hostnames of workloads resolve to, and names that the mesh does not know: in our own namespace, as ztunnel does.
+	// What hostnames of workloads resolve to, and names that the mesh does not know: in our own namespace, as ztunnel
+	// does.
 	resolve     *resolve.Cache
 	nameservers []netip.AddrPort
 	search      []string
@@ -174,7 +175,8 @@ func (d *daemon) start(ctx context.Context) error {
 			}
 		}
 		if c.ShutOut != "" {
-			d.logger.Warn("CAP_DAC_OVERRIDE is kept: without it the daemon may not use a path of its configuration", "path", c.ShutOut)
+			d.logger.Warn("CAP_DAC_OVERRIDE is kept: without it the daemon may not use a path of its configuration", "path",
+				c.ShutOut)
 		}
 	}
 	for _, w := range c.Warnings {
@@ -193,7 +195,10 @@ func (d *daemon) start(ctx context.Context) error {
 	if err := d.bindReadiness(); err != nil {
 		return err
 	}
-	d.admin(ctx, "readiness", func(ctx context.Context) error { sayReady(ctx, d.ready, d.logger.With("node", c.NodeName)); return nil })
+	d.admin(ctx, "readiness", func(ctx context.Context) error {
+		sayReady(ctx, d.ready, d.logger.With("node", c.NodeName))
+		return nil
+	})
 
 	signer, err := d.authority(ctx)
 	if err != nil {
@@ -221,7 +226,8 @@ func (d *daemon) start(ctx context.Context) error {
 	d.meter = admin.NewMeter(d.traffic)
 	d.admin(ctx, "meter", d.meter.Run)
 	d.admin(ctx, "series", func(ctx context.Context) error { d.metrics.Run(ctx, d.present); return nil })
-	d.file = &xds.File{Path: c.LocalXDSPath, Inline: c.LocalXDS, TrustDomain: trustDomain(signer, c.TrustDomain), Logger: d.log.Logger("xds")}
+	d.file = &xds.File{Path: c.LocalXDSPath, Inline: c.LocalXDS, TrustDomain: trustDomain(signer, c.TrustDomain),
+		Logger: d.log.Logger("xds")}
 	d.static = xds.NewStatic(d.file)
 	if err := d.bindAdmin(); err != nil {
 		return err
@@ -233,7 +239,8 @@ func (d *daemon) start(ctx context.Context) error {
 
 	// Bound before anything of the node or of the list of pods is touched: its lock tells two daemons with
 	// one ZTUN_STATE_DIR apart. It is served last.
-	d.control, err = admin.NewPodSocket(admin.PodSocketOptions{Path: c.Socket, Pods: d.pods, Connections: d.connections(), Handlers: d.handlers(), Report: d.report, Logger: d.log.Logger("pods")})
+	d.control, err = admin.NewPodSocket(admin.PodSocketOptions{Path: c.Socket, Pods: d.pods, Connections: d.connections(),
+		Handlers: d.handlers(), Report: d.report, Logger: d.log.Logger("pods")})
 	if err != nil {
 		return err
 	}

@@ -7,7 +7,8 @@ import (
 	"ztun/proxy/state"
 )
 
-// ZTUN_UDP and ZTUN_MAX_UDP_FLOWS decide whether datagrams are carried, whether policy is asked, and how many flows there may be.
+// ZTUN_UDP and ZTUN_MAX_UDP_FLOWS decide whether datagrams are carried, whether policy is asked, and how many flows
+// there may be.
 func TestDatagramModes(t *testing.T) {
 	know := newKnowledge()
 	know.view = func() *state.View { return nil }

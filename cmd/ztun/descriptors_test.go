@@ -13,7 +13,8 @@ import (
 	"ztun/tun/netns"
 )
 
-// A daemon without descriptors, or one that may not look, does not know whether a pod is gone, and keeps it. What is surely gone is told from that.
+// A daemon without descriptors, or one that may not look, does not know whether a pod is gone, and keeps it. What is
+// surely gone is told from that.
 func TestShortageIsNoVanishedPod(t *testing.T) {
 	kept, none := ownNamespace(t, "kept", "10.1.0.2"), ownNamespace(t, "none", "10.1.0.3")
 	file := ownNamespace(t, "file", "10.1.0.4")
@@ -71,14 +72,17 @@ func withoutDescriptors(t *testing.T, f func() error) error {
 	return f()
 }
 
-// A list of pods that cannot be read ends the start, so that the next change does not overwrite it; one that is no list is kept aside.
+// A list of pods that cannot be read ends the start, so that the next change does not overwrite it; one that is no
+// list is kept aside.
 func TestUnreadableListOfPods(t *testing.T) {
 	m, _ := testManager(t)
 	want := []byte(`[{"name":"a"}]`)
 	if err := os.WriteFile(m.stateFile(), want, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := withoutDescriptors(t, func() error { return m.adopt(t.Context()) }); !errors.Is(err, syscall.EMFILE) || !strings.Contains(err.Error(), m.stateFile()) {
+	if err := withoutDescriptors(t, func() error {
+		return m.adopt(t.Context())
+	}); !errors.Is(err, syscall.EMFILE) || !strings.Contains(err.Error(), m.stateFile()) {
 		t.Errorf("adopt: %v", err)
 	}
 	if b, err := os.ReadFile(m.stateFile()); err != nil || string(b) != string(want) {
@@ -149,8 +153,8 @@ func TestPodDescriptors(t *testing.T) {
 	if n := count() - before; n != 0 {
 		t.Errorf("afterwards %d descriptors are left", n)
 	}
-	// What is booked is what it is charged for, no less and no more: beside one pod's share of 10 another one fits into 20 and not into 19.
-	// (Of 26, 25 and 13 descriptors the daemon keeps a quarter.)
+	// What is booked is what it is charged for, no less and no more: beside one pod's share of 10 another one fits into
+	// 20 and not into 19. (Of 26, 25 and 13 descriptors the daemon keeps a quarter.)
 	for limit, fits := range map[uint64]bool{26: true, 25: false, 13: false} {
 		fds := l.open(t, limit)
 		if p, err = l.attach(t); err != nil {

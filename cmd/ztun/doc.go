@@ -2,9 +2,10 @@
 //
 // What flows through it: the environment (config.go is its only reader), signals, and the commands of `ztun pod`.
 // daemon.go is the composition root: it makes everything in start order and ends it in ztunnel's order of shutting
-// down; admin.go and worker.go are what it makes of the two runtimes. pod.go says what one pod consists of; pods.go attaches pods, remembers them over restarts and lets go of
-// those that vanish; kind.go chooses how they are attached (package cmd/attach), which nothing else here knows.
-// Nobody imports it. What it never does: look at a packet or a byte of a connection, or decide where one goes.
+// down; admin.go and worker.go are what it makes of the two runtimes. pod.go says what one pod consists of; pods.go
+// attaches pods, remembers them over restarts and lets go of those that vanish; kind.go chooses how they are attached
+// (package cmd/attach), which nothing else here knows. Nobody imports it. What it never does: look at a packet or a
+// byte of a connection, or decide where one goes.
 //
 // Decisions:
 //   - 2026-11-23: a daemon that ends leaves the pods' devices, addresses and routes where they are, and pods.json
@@ -18,6 +19,6 @@
 //   - 2026-11-23: a draining pod waits for its stack as well: what was copied in full may not have been read in full.
 //   - 2026-11-28: pods are known by uid, which is namespace/name where nobody gave one; two of one name can be there
 //     at once, and get two labels in logs and metrics.
-//   - 2026-11-28: explain asks the daemon and not a copy of its state: what it says is what the daemon does. capture holds a
-//     flow's first packet for up to 0.3 s, until the decision about it is known and can be its comment.
+//   - 2026-11-28: explain asks the daemon and not a copy of its state: what it says is what the daemon does. capture
+//     holds a flow's first packet for up to 0.3 s, until the decision about it is known and can be its comment.
 package main

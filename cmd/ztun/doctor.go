@@ -29,7 +29,8 @@ import (
 	"ztun/tun/netns"
 )
 
-// Exit codes of `ztun doctor`: 0 nothing found, 1 something is wrong (exitFailure), 2 not all could be looked at (exitConfig).
+// Exit codes of `ztun doctor`: 0 nothing found, 1 something is wrong (exitFailure), 2 not all could be looked at
+// (exitConfig).
 
 func doctorCommand() *cobra.Command {
 	var a asker
@@ -37,8 +38,10 @@ func doctorCommand() *cobra.Command {
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use: "doctor", Short: "find out what is wrong with this node, why it matters, and what mends it", Args: noArgs,
-		Long: "Looks at the host, the control plane, certificates, the other nodes and the pods, and says what is wrong, why it matters\n" +
-			"and which command mends it. It changes nothing. A running daemon is asked for its configuration; without one, this\n" +
+		Long: "Looks at the host, the control plane, certificates, the other nodes and the pods, and says what is wrong, " +
+			"why it matters\n" +
+			"and which command mends it. It changes nothing. A running daemon is asked for its configuration; without one, " +
+			"this\n" +
 			"command's own environment counts, as for `ztun proxy`. Run it as root, in the daemon's network namespace.\n\n" +
 			"Exit codes: 0 nothing is wrong, 1 something is, 2 nothing was found but not everything could be looked at.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -117,7 +120,8 @@ func examine(ctx context.Context, a asker) (doctor.Facts, error) {
 		if elsewhere, nerr := inAnother(pid); nerr != nil {
 			missed("the daemon's network namespace", nerr)
 		} else if elsewhere {
-			return doctor.Facts{}, fmt.Errorf("the daemon runs in another network namespace; use: nsenter --net=/proc/%d/ns/net ztun doctor", pid)
+			return doctor.Facts{},
+				fmt.Errorf("the daemon runs in another network namespace; use: nsenter --net=/proc/%d/ns/net ztun doctor", pid)
 		}
 	}
 	c, err := loadConfig(lookup, environ)
@@ -173,12 +177,14 @@ func upstreams(c *Config) []doctor.UpstreamOptions {
 		roots         RootSource
 		alt           string
 		headers       [][2]string
-	}{{"XDS_ADDRESS", c.XDSAddress, c.XDSRoots, c.AltXDSHostname, c.XDSHeaders}, {"CA_ADDRESS", c.CAAddress, c.CARoots, c.AltCAHostname, c.CAHeaders}} {
+	}{{"XDS_ADDRESS", c.XDSAddress, c.XDSRoots, c.AltXDSHostname, c.XDSHeaders},
+		{"CA_ADDRESS", c.CAAddress, c.CARoots, c.AltCAHostname, c.CAHeaders}} {
 		local := u.name == "CA_ADDRESS" && (c.FakeCA || c.LocalCADir != "")
 		if u.address == "" || local {
 			continue
 		}
-		up := doctor.UpstreamOptions{Upstream: doctor.Upstream{Variable: u.name, Address: u.address, Token: doctor.Token{Path: c.TokenFile}}}
+		up := doctor.UpstreamOptions{Upstream: doctor.Upstream{Variable: u.name, Address: u.address,
+			Token: doctor.Token{Path: c.TokenFile}}}
 		if u.roots.File != "" {
 			if _, err := os.ReadFile(u.roots.File); err != nil {
 				up.Roots = err.Error()
@@ -255,7 +261,8 @@ func inAnother(pid int) (bool, error) {
 const maxDump = 256 << 20
 
 func get(ctx context.Context, port uint16, path string) (code int, body []byte, err error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", port, path), http.NoBody)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", port, path),
+		http.NoBody)
 	if err != nil {
 		return 0, nil, err
 	}
@@ -331,7 +338,8 @@ func fromDump(body []byte, node, domain string) (certs []doctor.Cert, peers []do
 	}
 	seen := map[string]bool{node: true, "": true}
 	for _, w := range d.Workloads {
-		if seen[w.Node] || w.Protocol != "HBONE" || w.Status == "Unhealthy" || w.NetworkMode == "HostNetwork" || w.Network != "" || len(w.IPs) == 0 {
+		if seen[w.Node] || w.Protocol != "HBONE" || w.Status == "Unhealthy" || w.NetworkMode == "HostNetwork" ||
+			w.Network != "" || len(w.IPs) == 0 {
 			continue
 		}
 		seen[w.Node] = true

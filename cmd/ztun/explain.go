@@ -26,7 +26,8 @@ const explainTime = 45 * time.Second
 
 // handlers are what the control socket answers beside pods and connections.
 func (d *daemon) handlers() map[string]http.Handler {
-	return map[string]http.Handler{explainPath: http.HandlerFunc(d.explainHandler), capturePath: http.HandlerFunc(d.captureHandler)}
+	return map[string]http.Handler{explainPath: http.HandlerFunc(d.explainHandler),
+		capturePath: http.HandlerFunc(d.captureHandler)}
 }
 
 func (d *daemon) explainHandler(w http.ResponseWriter, r *http.Request) {

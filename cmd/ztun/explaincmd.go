@@ -22,12 +22,18 @@ func explainCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "explain POD DST:PORT | --from POD --to WORKLOAD:PORT | --inbound POD PORT --from WHO",
 		Short: "say what would happen to a connection now, and why",
-		Long: "Says what would happen to a connection now, and why: from the very decisions that are made for real ones, step by step.\n" +
-			"DST is an address or a name as the pod resolves it, POD a pod of this node (NAME or NAMESPACE/NAME), WORKLOAD one of the mesh.\n" +
-			"With --inbound it is about a connection that reaches PORT of the pod from WHO, an address or a workload: what it proves to be is\n" +
-			"the workload's identity, or --identity, or nothing (--plaintext). What policies at another node say is what this node knows of them.\n\n" +
-			"--probe really connects, by a CONNECT or a SYN and without any payload, and says at which step that failed. The exit code is 1 then.",
-		Example: "  ztun explain front-1 stock.shop:80\n  ztun explain --from front-1 --to shop/stock-1:8080 --probe\n  ztun explain --inbound stock-1 8080 --from shop/front-1",
+		Long: "Says what would happen to a connection now, and why: from the very decisions that are made for real ones, " +
+			"step by step.\n" +
+			"DST is an address or a name as the pod resolves it, POD a pod of this node (NAME or NAMESPACE/NAME), WORKLOAD " +
+			"one of the mesh.\n" +
+			"With --inbound it is about a connection that reaches PORT of the pod from WHO, an address or a workload: what it " +
+			"proves to be is\n" +
+			"the workload's identity, or --identity, or nothing (--plaintext). What policies at another node say is what this " +
+			"node knows of them.\n\n" +
+			"--probe really connects, by a CONNECT or a SYN and without any payload, and says at which step that failed. The " +
+			"exit code is 1 then.",
+		Example: "  ztun explain front-1 stock.shop:80\n  ztun explain --from front-1 --to shop/stock-1:8080 --probe\n  " +
+			"ztun explain --inbound stock-1 8080 --from shop/front-1",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			q, pod, err := explainQuery(cmd, args, from, to, inbound)
 			if err != nil {
@@ -89,7 +95,8 @@ func explainCommand() *cobra.Command {
 }
 
 // explainQuery reads the three forms of the command.
-func explainQuery(cmd *cobra.Command, args []string, from, to string, inbound bool) (q url.Values, pod string, err error) {
+func explainQuery(cmd *cobra.Command, args []string, from, to string, inbound bool) (q url.Values, pod string,
+	err error) {
 	q = url.Values{}
 	switch {
 	case inbound:
@@ -105,7 +112,8 @@ func explainQuery(cmd *cobra.Command, args []string, from, to string, inbound bo
 		return q, args[0], nil
 	case from != "" || to != "":
 		if len(args) != 0 || from == "" || to == "" {
-			return nil, "", usageError(cmd, errors.New("ztun explain wants both --from POD and --to WORKLOAD:PORT, and nothing else"))
+			return nil, "",
+				usageError(cmd, errors.New("ztun explain wants both --from POD and --to WORKLOAD:PORT, and nothing else"))
 		}
 		q.Set("workload", "1")
 		pod = from

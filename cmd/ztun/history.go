@@ -36,11 +36,14 @@ func (d *daemon) connections() admin.ConnectionSource {
 // shown is a connection in the words of the admin interface.
 func shown(pod string, i *proxy.ConnectionInfo) admin.Connection {
 	side := func(p *proxy.Party) admin.Side {
-		return admin.Side{Address: p.Addr, Workload: p.Workload, Namespace: p.Namespace, Identity: p.Identity, Cluster: p.Cluster}
+		return admin.Side{Address: p.Addr, Workload: p.Workload, Namespace: p.Namespace, Identity: p.Identity,
+			Cluster: p.Cluster}
 	}
 	return admin.Connection{
-		Pod: pod, Direction: i.Direction, Protocol: i.Protocol, State: i.State, Source: side(&i.Source), Destination: side(&i.Destination),
-		Called: i.Called, Service: i.Service, Authority: i.Authority, Tunnel: admin.Tunnel{Local: i.TunnelLocal, Remote: i.TunnelRemote},
-		Sent: i.Sent, Received: i.Received, Start: i.Start, End: i.End, Outcome: i.Outcome, Reason: i.Reason, Flag: i.Flag,
+		Pod: pod, Direction: i.Direction, Protocol: i.Protocol, State: i.State, Source: side(&i.Source),
+		Destination: side(&i.Destination),
+		Called:      i.Called, Service: i.Service, Authority: i.Authority,
+		Tunnel: admin.Tunnel{Local: i.TunnelLocal, Remote: i.TunnelRemote},
+		Sent:   i.Sent, Received: i.Received, Start: i.Start, End: i.End, Outcome: i.Outcome, Reason: i.Reason, Flag: i.Flag,
 	}
 }

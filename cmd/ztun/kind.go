@@ -44,9 +44,10 @@ const notSentLowat = 128 << 10
 
 // meshSocket is what the mesh's kernel sockets have in common.
 func (c *Config) meshSocket() netns.SocketOptions {
-	return netns.SocketOptions{UserTimeout: c.userTimeout(), NotSentLowat: notSentLowat, Mark: c.PacketMark, KeepAlive: net.KeepAliveConfig{
-		Enable: c.KeepaliveEnabled, Idle: c.KeepaliveTime, Interval: c.KeepaliveInterval, Count: int(c.KeepaliveRetries),
-	}}
+	return netns.SocketOptions{UserTimeout: c.userTimeout(), NotSentLowat: notSentLowat, Mark: c.PacketMark,
+		KeepAlive: net.KeepAliveConfig{
+			Enable: c.KeepaliveEnabled, Idle: c.KeepaliveTime, Interval: c.KeepaliveInterval, Count: int(c.KeepaliveRetries),
+		}}
 }
 
 // stack is what the stacks of all pods have in common.

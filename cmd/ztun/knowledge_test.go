@@ -14,14 +14,15 @@ import (
 	"ztun/proxy/state"
 )
 
-// TestWantedMeanwhile: a pod whose record arrives, and who is connected to, while the consequences of the View of before are
-// drawn, keeps its certificate: a connection that waits for it must not hear that nobody needs it.
+// TestWantedMeanwhile: a pod whose record arrives, and who is connected to, while the consequences of the View of
+// before are drawn, keeps its certificate: a connection that waits for it must not hear that nobody needs it.
 func TestWantedMeanwhile(t *testing.T) {
 	var work sync.WaitGroup
 	ctx, cancel := context.WithCancel(t.Context())
 	defer work.Wait()
 	defer cancel()
-	d := &daemon{c: load(t), certs: ca.NewManager(ca.ManagerOptions{Signer: ca.NewFake(), TTL: time.Hour}), policies: proxy.NewUnknownPolicies(false, slog.New(slog.DiscardHandler)), loop: admin.NewLoop(admin.LoopOptions{})}
+	d := &daemon{c: load(t), certs: ca.NewManager(ca.ManagerOptions{Signer: ca.NewFake(), TTL: time.Hour}),
+		policies: proxy.NewUnknownPolicies(false, slog.New(slog.DiscardHandler)), loop: admin.NewLoop(admin.LoopOptions{})}
 	d.pods = newPodManager(d.c, slog.New(slog.DiscardHandler))
 	work.Go(func() { d.certs.Run(ctx) })
 	work.Go(func() { d.loop.Run(ctx) })
@@ -29,10 +30,13 @@ func TestWantedMeanwhile(t *testing.T) {
 	d.know = newKnowledge()
 	d.know.view = func() *state.View { meanwhile(); return d.loop.View() } // the proxy's look, within newState
 	p := &pod{spec: admin.PodSpec{Name: "one", Namespace: "n", ServiceAccount: "s"},
-		proxy: proxy.New(proxy.Options{Knowledge: d.know, Metrics: proxy.NewMetrics(), Log: slog.New(slog.DiscardHandler), Access: slog.New(slog.DiscardHandler)})}
+		proxy: proxy.New(proxy.Options{Knowledge: d.know, Metrics: proxy.NewMetrics(), Log: slog.New(slog.DiscardHandler),
+			Access: slog.New(slog.DiscardHandler)})}
 	t.Cleanup(p.proxy.Close)
 	d.pods.pods[uidOf(p.spec)] = p
-	l, err := xds.ParseLocal([]byte(`workloads: [{uid: one, name: one, namespace: n, serviceAccount: s, workloadIps: [10.0.0.1], services: {}}]`))
+	l, err :=
+		xds.ParseLocal(
+			[]byte(`workloads: [{uid: one, name: one, namespace: n, serviceAccount: s, workloadIps: [10.0.0.1], services: {}}]`))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -48,7 +48,8 @@ func rootCommand() *cobra.Command {
 		Version:       versionText(),
 	}
 	root.SetVersionTemplate("{{.Version}}\n")
-	root.AddCommand(proxyCommand(), runCommand(), podCommand(), connectionsCommand(), flowsCommand(), explainCommand(), captureCommand(), doctorCommand(), nodeCommand(), caCommand(), controlCommand(), versionCommand(), manCommand())
+	root.AddCommand(proxyCommand(), runCommand(), podCommand(), connectionsCommand(), flowsCommand(), explainCommand(),
+		captureCommand(), doctorCommand(), nodeCommand(), caCommand(), controlCommand(), versionCommand(), manCommand())
 	root.SetFlagErrorFunc(flagError)
 	root.SetHelpCommand(helpCommand(root))
 	root.InitDefaultHelpCmd()

@@ -38,8 +38,8 @@ func manCommand() *cobra.Command {
 	return cmd
 }
 
-// manTree is the program's commands as the manual has them: what their help indents is set as it stands, and nothing but the
-// program's version decides what is written.
+// manTree is the program's commands as the manual has them: what their help indents is set as it stands, and nothing
+// but the program's version decides what is written.
 func manTree() *cobra.Command {
 	root := rootCommand()
 	root.DisableAutoGenTag = true

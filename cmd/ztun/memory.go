@@ -28,8 +28,9 @@ type memory struct {
 	pod   int64
 }
 
-// newMemory shares limit (ZTUN_MEMORY_LIMIT; 0: the cgroup's, else a quarter of the machine's memory is shared out). Half
-// of it is for bytes under way: the collector lets garbage grow beside them. pod is ZTUN_POD_MEMORY, 0: half of that.
+// newMemory shares limit (ZTUN_MEMORY_LIMIT; 0: the cgroup's, else a quarter of the machine's memory is shared out).
+// Half of it is for bytes under way: the collector lets garbage grow beside them. pod is ZTUN_POD_MEMORY, 0: half of
+// that.
 func newMemory(root string, limit, pod int64) *memory {
 	m := &memory{limit: limit, pod: pod}
 	if m.limit == 0 {
@@ -81,8 +82,10 @@ func (d *daemon) weigh(ctx context.Context) error {
 }
 
 var memoryFamilies = [...]*prometheus.Desc{
-	prometheus.NewDesc("ztun_memory_held_bytes", "What lies in the daemon for a pod's connections; an empty pod is all of them.", []string{"pod"}, nil),
-	prometheus.NewDesc("ztun_memory_budget_bytes", "How much may: from three quarters of it on buffers and windows are small.", []string{"pod"}, nil),
+	prometheus.NewDesc("ztun_memory_held_bytes",
+		"What lies in the daemon for a pod's connections; an empty pod is all of them.", []string{"pod"}, nil),
+	prometheus.NewDesc("ztun_memory_budget_bytes",
+		"How much may: from three quarters of it on buffers and windows are small.", []string{"pod"}, nil),
 }
 
 func emitBudget(ch chan<- prometheus.Metric, pod string, b *fair.Budget) {
@@ -148,7 +151,8 @@ func machineMemory(root string) int64 {
 var byteUnits = []struct {
 	suffix string
 	bytes  float64
-}{{"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}, {"Ki", 1 << 10}, {"Mi", 1 << 20}, {"Gi", 1 << 30}, {"k", 1e3}, {"M", 1e6}, {"G", 1e9}}
+}{{"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}, {"Ki", 1 << 10}, {"Mi", 1 << 20}, {"Gi", 1 << 30}, {"k", 1e3},
+	{"M", 1e6}, {"G", 1e9}}
 
 // size is a number of bytes, of least at the least.
 func size(p *int64, least int64) func(string) error {
@@ -162,7 +166,8 @@ func size(p *int64, least int64) func(string) error {
 		}
 		f, err := strconv.ParseFloat(number, 64)
 		if err != nil || !(f*unit >= float64(least)) || f*unit > math.MaxInt64/2 {
-			return errors.New("must be a number of bytes of at least " + strconv.FormatInt(least>>20, 10) + "Mi, such as 512Mi, 1.5Gi or 268435456")
+			return errors.New("must be a number of bytes of at least " + strconv.FormatInt(least>>20, 10) +
+				"Mi, such as 512Mi, 1.5Gi or 268435456")
 		}
 		*p = int64(f * unit)
 		return nil

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// covers fails for numeric fields of S that no family of the table shows, for families that show no field, and for names and helps that
-// are not as they should be.
+// covers fails for numeric fields of S that no family of the table shows, for families that show no field, and for
+// names and helps that are not as they should be.
 func covers[S any](t *testing.T, table families[S], seen map[string]bool) {
 	t.Helper()
 	var s S

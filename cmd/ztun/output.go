@@ -157,8 +157,8 @@ type watching[T any] struct {
 	out     io.Writer
 	o       *output
 	columns []column[T]
-	// fetch asks; key tells one thing from another, and text is what of it is worth another row when it has changed. gone, if
-	// there is one, is how something is shown that is there no longer.
+	// fetch asks; key tells one thing from another, and text is what of it is worth another row when it has changed.
+	// gone, if there is one, is how something is shown that is there no longer.
 	fetch func(context.Context) ([]T, error)
 	key   func(T) string
 	text  func(T) string
@@ -166,8 +166,8 @@ type watching[T any] struct {
 	every time.Duration
 }
 
-// run shows it once or, to follow, until ctx ends: on a terminal as a table that is drawn anew, elsewhere as a row, or a line of
-// JSON, or a document of YAML, for what is new or has changed.
+// run shows it once or, to follow, until ctx ends: on a terminal as a table that is drawn anew, elsewhere as a row,
+// or a line of JSON, or a document of YAML, for what is new or has changed.
 func (w watching[T]) run(ctx context.Context, follow bool, all func([]T) any) error {
 	items, err := w.fetch(ctx)
 	if err != nil {

@@ -37,11 +37,13 @@ func (d *daemon) overview() admin.Overview {
 			break
 		}
 		o.Rules = append(o.Rules, admin.OverviewPolicy{
-			Namespace: p.Namespace, Name: p.Name, Scope: p.Scope.String(), Action: p.Action.String(), DryRun: p.DryRun, Rules: len(p.Rules),
+			Namespace: p.Namespace, Name: p.Name, Scope: p.Scope.String(), Action: p.Action.String(), DryRun: p.DryRun,
+			Rules: len(p.Rules),
 		})
 	}
 	for _, m := range d.policies.Dump() {
-		o.Missing = append(o.Missing, admin.OverviewMissing{Policy: m.Policy, Workload: m.Workload, Decision: m.Decision, Since: m.Since})
+		o.Missing = append(o.Missing, admin.OverviewMissing{Policy: m.Policy, Workload: m.Workload, Decision: m.Decision,
+			Since: m.Since})
 	}
 	o.Memory, o.MemoryBudget = d.memory.all.Used(), d.memory.all.Limit()
 	return o

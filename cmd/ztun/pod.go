@@ -33,8 +33,8 @@ type pod struct {
 	udp    udpMode
 	log    *slog.Logger
 
-	// built is closed when what flows and queries go to stands, or never will (proxy is nil then): they may arrive as soon as there is an
-	// attachment, by the routes that a killed daemon has left.
+	// built is closed when what flows and queries go to stands, or never will (proxy is nil then): they may arrive as
+	// soon as there is an attachment, by the routes that a killed daemon has left.
 	built    chan struct{}
 	stopping atomic.Bool
 	running  sync.WaitGroup
@@ -65,7 +65,8 @@ type podParts struct {
 // newPod attaches a pod. What it has made is unmade when a later step fails.
 func newPod(ctx context.Context, parts *podParts, a attach.Pod) (_ *pod, err error) {
 	a.Memory = parts.memory.forPod()
-	p := &pod{memory: a.Memory, spec: a.PodSpec, uid: a.UID, label: a.Label, udp: parts.c.UDP, log: parts.log, panics: parts.panics, built: make(chan struct{})}
+	p := &pod{memory: a.Memory, spec: a.PodSpec, uid: a.UID, label: a.Label, udp: parts.c.UDP, log: parts.log,
+		panics: parts.panics, built: make(chan struct{})}
 	var undo []func()
 	defer func() {
 		close(p.built)

@@ -40,10 +40,12 @@ func newPodLab(t *testing.T) *podLab {
 	t.Helper()
 	l := &podLab{node: nslab.New(t), pod: nslab.New(t)}
 	c := load(t, "UNSTABLE_ENABLE_SOCKS5", "true")
-	l.spec = admin.PodSpec{Name: "p", Namespace: "default", ServiceAccount: "default", NetNS: l.pod.Path(), IPs: []netip.Addr{netip.MustParseAddr("10.91.1.2")}}
+	l.spec = admin.PodSpec{Name: "p", Namespace: "default", ServiceAccount: "default", NetNS: l.pod.Path(),
+		IPs: []netip.Addr{netip.MustParseAddr("10.91.1.2")}}
 	info := state.WorkloadInfo{Name: "p", Namespace: "default", ServiceAccount: "default"}
 	b := state.NewBuilder("")
-	b.InsertWorkload(&state.Workload{UID: "p", Name: info.Name, Namespace: info.Namespace, ServiceAccount: info.ServiceAccount, Addresses: l.spec.IPs})
+	b.InsertWorkload(&state.Workload{UID: "p", Name: info.Name, Namespace: info.Namespace,
+		ServiceAccount: info.ServiceAccount, Addresses: l.spec.IPs})
 	know := onePod{b.Build()}
 	quiet := slog.New(slog.DiscardHandler)
 	l.parts = &podParts{c: c, log: quiet, dnsLog: quiet, know: know,
@@ -51,7 +53,8 @@ func newPodLab(t *testing.T) *podLab {
 			if l.proxy != nil {
 				l.proxy(n)
 			}
-			return proxy.New(proxy.Options{Info: info, Network: n, Knowledge: know, Names: names, Metrics: proxy.NewMetrics(), Access: quiet, Log: quiet})
+			return proxy.New(proxy.Options{Info: info, Network: n, Knowledge: know, Names: names, Metrics: proxy.NewMetrics(),
+				Access: quiet, Log: quiet})
 		}}
 	l.open(t, 1024)
 	t.Cleanup(func() { l.close() })
@@ -67,7 +70,8 @@ func (l *podLab) open(t *testing.T, limit uint64) *attach.Descriptors {
 	fds := attach.NewDescriptors(limit, nil)
 	var serving sync.WaitGroup
 	kind := isolated.New(attach.Options{
-		NetNS: l.node.NS, NodeTUN: l.parts.c.NodeTUN, MTU: l.parts.c.MTU, IPv6: true, DNS: true, Socket: l.parts.c.meshSocket(), Stack: l.parts.c.stack(),
+		NetNS: l.node.NS, NodeTUN: l.parts.c.NodeTUN, MTU: l.parts.c.MTU, IPv6: true, DNS: true,
+		Socket: l.parts.c.meshSocket(), Stack: l.parts.c.stack(),
 		Descriptors: fds, Serve: func(_ string, f func() error) { serving.Go(func() { f() }) },
 		Logger: func(string) *slog.Logger { return slog.New(slog.DiscardHandler) },
 	})
@@ -129,9 +133,15 @@ func TestFailedAttachIsUndone(t *testing.T) {
 		obstruct func() (undo func())
 		say      []string
 	}{
-		{"the DNS proxy's TCP port is taken", func() func() { return hold("tcp", "127.0.0.1:15053") }, []string{"DNS proxy", "127.0.0.1:15053", "in use", "ISTIO_META_DNS_CAPTURE"}},
-		{"the DNS proxy's UDP port is taken", func() func() { return hold("udp", "[::1]:15053") }, []string{"DNS proxy", "[::1]:15053", "in use"}},
-		{"the SOCKS5 port is taken", func() func() { return hold("tcp", "127.0.0.1:15080") }, []string{"SOCKS5", "127.0.0.1:15080", "in use", "UNSTABLE_ENABLE_SOCKS5"}},
+		{"the DNS proxy's TCP port is taken", func() func() {
+			return hold("tcp", "127.0.0.1:15053")
+		}, []string{"DNS proxy", "127.0.0.1:15053", "in use", "ISTIO_META_DNS_CAPTURE"}},
+		{"the DNS proxy's UDP port is taken", func() func() {
+			return hold("udp", "[::1]:15053")
+		}, []string{"DNS proxy", "[::1]:15053", "in use"}},
+		{"the SOCKS5 port is taken", func() func() {
+			return hold("tcp", "127.0.0.1:15080")
+		}, []string{"SOCKS5", "127.0.0.1:15080", "in use", "UNSTABLE_ENABLE_SOCKS5"}},
 		{"the last step, the pod's routes", func() func() {
 			l.pod.IP(t, "link", "add", "v0", "type", "veth", "peer", "name", "v1")
 			// What the kernel does by and by is not to come between the two looks: no link-local addresses, and carrier.
@@ -143,7 +153,8 @@ func TestFailedAttachIsUndone(t *testing.T) {
 			l.pod.IP(t, "route", "add", "default", "via", "192.0.2.1")
 			for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 				state := l.pod.State(t)
-				if !strings.Contains(state, "NO-CARRIER") && !strings.Contains(state, "linkdown") && !strings.Contains(state, "state DOWN") {
+				if !strings.Contains(state, "NO-CARRIER") && !strings.Contains(state, "linkdown") &&
+					!strings.Contains(state, "state DOWN") {
 					break
 				}
 				if time.Now().After(end) {

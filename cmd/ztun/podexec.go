@@ -21,8 +21,8 @@ import (
 	"ztun/tun/netns"
 )
 
-// What a shell answers for a command that cannot be run; `ztun pod exec` does the same, and has the command's own exit code
-// otherwise: it becomes the command.
+// What a shell answers for a command that cannot be run; `ztun pod exec` does the same, and has the command's own
+// exit code otherwise: it becomes the command.
 const (
 	exitNotRunnable = 126
 	exitNotFound    = 127
@@ -32,8 +32,10 @@ func podExecCommand(client func() *admin.PodClient) *cobra.Command {
 	var namespace string
 	cmd := &cobra.Command{
 		Use: "exec NAME -- COMMAND [ARGUMENT...]", Short: "run a command in the network of a pod",
-		Long: "Runs a command in the network namespace of a pod of this node, as if it were the pod's application, and ends with its\n" +
-			"exit code. Files are those of the host, but for what /etc/netns has for the namespace's name (resolv.conf, hosts), as\n" +
+		Long: "Runs a command in the network namespace of a pod of this node, as if it were the pod's application, and " +
+			"ends with its\n" +
+			"exit code. Files are those of the host, but for what /etc/netns has for the namespace's name (resolv.conf, " +
+			"hosts), as\n" +
 			"with ip netns exec. Needs root (CAP_SYS_ADMIN).\n\n" +
 			"NAME may have the pod's namespace in front: shop/front-1.",
 		Example: "  ztun pod exec front-1 -- curl -s http://stock/\n  ztun pod exec -n shop front-1 -- ip route",
@@ -145,7 +147,8 @@ func ownFiles(ref string) error {
 	if !slices.Contains([]string{".", netns.Dir, "/run/netns"}, filepath.Dir(ref)) || err != nil || len(files) == 0 {
 		return nil // not a name of `ip netns`, or one without files
 	}
-	// Nothing of what follows may be seen by others. If it fails the thread must not be used again: nor is it, the process ends.
+	// Nothing of what follows may be seen by others. If it fails the thread must not be used again: nor is it, the
+	// process ends.
 	runtime.LockOSThread()
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 		return fmt.Errorf("mounting the files of %s: %w (CAP_SYS_ADMIN is needed)", dir, err)
@@ -163,8 +166,8 @@ func ownFiles(ref string) error {
 	return nil
 }
 
-// podNames are the names of the daemon's pods, for a shell that completes them: of one namespace by themselves, of others
-// with it. None if the daemon cannot be asked.
+// podNames are the names of the daemon's pods, for a shell that completes them: of one namespace by themselves, of
+// others with it. None if the daemon cannot be asked.
 func podNames(ctx context.Context, client *admin.PodClient, namespace string) []string {
 	ctx, cancel := context.WithTimeout(ctx, completionTimeout)
 	defer cancel()

@@ -14,8 +14,8 @@ import (
 	"ztun/proxy/dns"
 )
 
-// The listeners that a pod finds on its own loopback, in its own namespace: the DNS proxy (ISTIO_META_DNS_PROXY_ADDR, 15053)
-// and SOCKS5 (15080). They are kernel sockets, as loopback never reaches the TUN.
+// The listeners that a pod finds on its own loopback, in its own namespace: the DNS proxy (ISTIO_META_DNS_PROXY_ADDR,
+// 15053) and SOCKS5 (15080). They are kernel sockets, as loopback never reaches the TUN.
 
 // loopback are the addresses to listen on in a pod's namespace.
 func loopback(port uint16, ipv6 bool) []netip.AddrPort {
@@ -28,7 +28,8 @@ func loopback(port uint16, ipv6 bool) []netip.AddrPort {
 
 // listen opens the sockets of what in the pod's namespace; all or none. A pod without IPv6 on its loopback has only the
 // other. without is the setting that turns it off.
-func (p *pod) listen(what, without string, at []netip.AddrPort, packets bool) (ls []net.Listener, ps []net.PacketConn, err error) {
+func (p *pod) listen(what, without string, at []netip.AddrPort, packets bool) (ls []net.Listener, ps []net.PacketConn,
+	err error) {
 	for _, a := range at {
 		var l net.Listener
 		if l, err = p.att.Listen("tcp", a.String()); err == nil {
@@ -88,7 +89,8 @@ func (p *pod) serveNames(parts *podParts) error {
 	}
 	p.dns, err = dns.New(dns.Config{
 		Client: p.info(), Knowledge: parts.know, Upstream: podUpstream{p.att}, Nameservers: parts.nameservers,
-		Options: dns.Options{ClusterDomain: c.ClusterDomain, PreferredNamespace: c.PreferredServiceNamespace, IPv6: c.IPv6, ExtraSearch: parts.search},
+		Options: dns.Options{ClusterDomain: c.ClusterDomain, PreferredNamespace: c.PreferredServiceNamespace, IPv6: c.IPv6,
+			ExtraSearch: parts.search},
 		Packets: ps, Listeners: ls, Rate: c.DNSRate, Panics: parts.panics, Metrics: parts.dnsMetrics, Logger: parts.dnsLog,
 	})
 	if err != nil {

@@ -108,7 +108,8 @@ func (m *podManager) attach(ctx context.Context, spec attach.Pod) error {
 		return fmt.Errorf("%w: the daemon is shutting down", admin.ErrPodUnavailable)
 	}
 	if old != nil {
-		return fmt.Errorf("%w: pod %s is attached already (namespace %s); `ztun pod del` it first", admin.ErrPodConflict, spec.Label, old.spec.NetNS)
+		return fmt.Errorf("%w: pod %s is attached already (namespace %s); `ztun pod del` it first", admin.ErrPodConflict,
+			spec.Label, old.spec.NetNS)
 	}
 	if labels[spec.Label] {
 		spec.Label += "@" + uid // two of one name for a while: in messages and metrics they are told apart
@@ -135,7 +136,8 @@ func (m *podManager) attach(ctx context.Context, spec attach.Pod) error {
 	m.mu.Unlock()
 	m.started.Add(1)
 	m.changed()
-	m.log.Info("pod attached", "pod", p.label, "netns", p.spec.NetNS, "addresses", fmt.Sprint(p.spec.IPs), "offload", p.att.Status().Offload.VNetHdr)
+	m.log.Info("pod attached", "pod", p.label, "netns", p.spec.NetNS, "addresses", fmt.Sprint(p.spec.IPs), "offload",
+		p.att.Status().Offload.VNetHdr)
 	return nil
 }
 
@@ -201,7 +203,8 @@ func (m *podManager) find(ref admin.PodRef) (uid string, err error) {
 		return uids[0], nil
 	}
 	slices.Sort(uids)
-	return "", fmt.Errorf("%w: there are %d pods %s, of uids %s", admin.ErrPodConflict, len(uids), ref, strings.Join(uids, ", "))
+	return "", fmt.Errorf("%w: there are %d pods %s, of uids %s", admin.ErrPodConflict, len(uids), ref,
+		strings.Join(uids, ", "))
 }
 
 // detach drains a pod until ctx ends and removes every trace of it. op is held.
@@ -234,7 +237,8 @@ func (m *podManager) List() []admin.PodStatus {
 	for _, p := range m.pods {
 		s := p.status()
 		if s.Error == "" && !m.known(p.info()) {
-			s.Error = fmt.Sprintf("no workload record of name %s, namespace %s, service account %s yet: its connections wait for it for up to 5s each and are refused then", s.Name, s.Namespace, s.ServiceAccount)
+			s.Error = fmt.Sprintf("no workload record of name %s, namespace %s, service account %s yet: its connections wait "+
+				"for it for up to 5s each and are refused then", s.Name, s.Namespace, s.ServiceAccount)
 		}
 		out = append(out, s)
 	}
@@ -297,8 +301,8 @@ func (m *podManager) save() error {
 	return os.Rename(tmp, m.stateFile())
 }
 
-// readSaved reads what save wrote. What is wrong with one pod is no reason to forget the others: the error is about those that
-// are left out.
+// readSaved reads what save wrote. What is wrong with one pod is no reason to forget the others: the error is about
+// those that are left out.
 func readSaved(b []byte) (specs []savedPod, bad error) {
 	var raw []json.RawMessage
 	if err := json.Unmarshal(b, &raw); err != nil {
@@ -327,9 +331,10 @@ func readSaved(b []byte) (specs []savedPod, bad error) {
 	return specs, errors.Join(errs...)
 }
 
-// adopt attaches the pods of an earlier life again. A pod whose namespace is gone is dropped; one that
-// cannot be attached for another reason stays pending and is tried again. A list that cannot be read is an error: it may be
-// read the next time, and the next change of it would overwrite it. One that is no list, or has a pod that is none, is kept aside.
+// adopt attaches the pods of an earlier life again. A pod whose namespace is gone is dropped; one that cannot be
+// attached for another reason stays pending and is tried again. A list that cannot be read is an error: it may be
+// read the next time, and the next change of it would overwrite it. One that is no list, or has a pod that is none,
+// is kept aside.
 func (m *podManager) adopt(ctx context.Context) error {
 	b, err := os.ReadFile(m.stateFile())
 	if errors.Is(err, os.ErrNotExist) {
@@ -341,7 +346,8 @@ func (m *podManager) adopt(ctx context.Context) error {
 	specs, bad := readSaved(b)
 	if bad != nil {
 		aside := m.stateFile() + ".bad"
-		m.log.Error("the list of pods cannot be read as a whole; add the pods again that are missing", "file", m.stateFile(), "kept_as", aside,
+		m.log.Error("the list of pods cannot be read as a whole; add the pods again that are missing", "file", m.stateFile(),
+			"kept_as", aside,
 			"error", errors.Join(bad, os.Rename(m.stateFile(), aside)))
 	}
 	m.op.Lock()

@@ -32,7 +32,8 @@ func (*noKind) Leave()                          {}
 // testManager makes a podManager that can attach nothing, in a directory of its own.
 func testManager(t *testing.T, saved ...savedPod) (*podManager, *int) {
 	t.Helper()
-	m := newPodManager(&Config{StateDir: t.TempDir(), MTU: 1500, IPv6: true, TerminationDeadline: time.Second}, slog.New(slog.DiscardHandler))
+	m := newPodManager(&Config{StateDir: t.TempDir(), MTU: 1500, IPv6: true, TerminationDeadline: time.Second},
+		slog.New(slog.DiscardHandler))
 	swept := 0
 	m.new = func(context.Context, attach.Pod) (*pod, error) { return nil, errors.New("no devices here") }
 	m.changed = func() {}
@@ -58,7 +59,8 @@ func ownNamespace(t *testing.T, name, ip string) savedPod {
 	}
 	defer ns.Close()
 	s := savedPod{PodSpec: admin.PodSpec{
-		Name: name, Namespace: "default", ServiceAccount: "default", NetNS: "/proc/self/ns/net", IPs: []netip.Addr{netip.MustParseAddr(ip)},
+		Name: name, Namespace: "default", ServiceAccount: "default", NetNS: "/proc/self/ns/net",
+		IPs: []netip.Addr{netip.MustParseAddr(ip)},
 	}}
 	s.Dev, s.Ino = ns.ID()
 	return s
@@ -66,12 +68,14 @@ func ownNamespace(t *testing.T, name, ip string) savedPod {
 
 // A pod whose namespace has been replaced by another of the same path is not given its identity.
 func TestAdoptChecksTheNamespace(t *testing.T) {
-	same, other, nowhere := ownNamespace(t, "same", "10.1.0.2"), ownNamespace(t, "other", "10.1.0.3"), ownNamespace(t, "nowhere", "10.1.0.4")
+	same, other, nowhere := ownNamespace(t, "same", "10.1.0.2"), ownNamespace(t, "other", "10.1.0.3"),
+		ownNamespace(t, "nowhere", "10.1.0.4")
 	other.Ino++
 	nowhere.NetNS = filepath.Join(t.TempDir(), "gone")
 	m, _ := testManager(t, same, other, nowhere)
 	list := m.List()
-	if len(list) != 1 || list[0].Name != "same" || list[0].State != "Pending" || !strings.Contains(list[0].Error, "no devices here") {
+	if len(list) != 1 || list[0].Name != "same" || list[0].State != "Pending" ||
+		!strings.Contains(list[0].Error, "no devices here") {
 		t.Fatalf("pods after a restart: %+v", list)
 	}
 	b, err := os.ReadFile(m.stateFile())

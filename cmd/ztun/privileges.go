@@ -15,10 +15,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Least privilege: the daemon keeps the capabilities that what it is configured for needs and gives the rest up, for good and on all its
-// threads. Those of the Go runtime exist before main does, and in a program with cgo (the resolver's) nothing reaches them all; so the
-// process executes itself once more, from a thread that has given up the rest. The process id, the environment and open files of the
-// starter's stay.
+// Least privilege: the daemon keeps the capabilities that what it is configured for needs and gives the rest up, for
+// good and on all its threads. Those of the Go runtime exist before main does, and in a program with cgo (the
+// resolver's) nothing reaches them all; so the process executes itself once more, from a thread that has given up the
+// rest. The process id, the environment and open files of the starter's stay.
 
 // capSet is a set of capabilities, bit by bit.
 type capSet uint64
@@ -31,7 +31,8 @@ func capsOf(caps ...int) (s capSet) {
 }
 
 var capNames = map[int]string{
-	unix.CAP_DAC_OVERRIDE: "CAP_DAC_OVERRIDE", unix.CAP_NET_BIND_SERVICE: "CAP_NET_BIND_SERVICE", unix.CAP_NET_ADMIN: "CAP_NET_ADMIN",
+	unix.CAP_DAC_OVERRIDE: "CAP_DAC_OVERRIDE", unix.CAP_NET_BIND_SERVICE: "CAP_NET_BIND_SERVICE",
+	unix.CAP_NET_ADMIN:  "CAP_NET_ADMIN",
 	unix.CAP_SYS_PTRACE: "CAP_SYS_PTRACE", unix.CAP_SYS_ADMIN: "CAP_SYS_ADMIN",
 }
 
@@ -59,7 +60,8 @@ type need struct {
 // required is how many of needs the daemon cannot do without: the first ones.
 const required = 2
 
-// needs lists what a configuration needs. What is not held is not asked for: everything but the first two (required) does without.
+// needs lists what a configuration needs. What is not held is not asked for: everything but the first two (required)
+// does without.
 func needs(c *Config) []need {
 	all := []need{
 		{unix.CAP_NET_ADMIN, "TUN devices, addresses, routes and rules, transparent sockets"},
@@ -81,7 +83,8 @@ func needs(c *Config) []need {
 // files are the paths that a configuration reads, and the directories that it writes to.
 func (c *Config) files() (read, write []string) {
 	for _, p := range []string{
-		c.LocalXDSPath, c.LocalCADir, c.CRLPath, c.TokenFile, c.ClientCert, c.ClientKey, c.ControlDir, c.AdminToken, c.XDSRoots.File, c.CARoots.File,
+		c.LocalXDSPath, c.LocalCADir, c.CRLPath, c.TokenFile, c.ClientCert, c.ClientKey, c.ControlDir, c.AdminToken,
+		c.XDSRoots.File, c.CARoots.File,
 	} {
 		if p != "" {
 			read = append(read, p)
@@ -99,8 +102,8 @@ func (c *Config) files() (read, write []string) {
 // executedAgain marks, in the environment, that the process has executed itself: once is enough.
 const executedAgain = "ZTUN_EXECUTED_AGAIN"
 
-// dropPrivileges gives up what the configuration does not need. It returns what is held, when nothing more is to be given up; otherwise it does
-// not return but by an error, upon which the caller may go on with all that it had.
+// dropPrivileges gives up what the configuration does not need. It returns what is held, when nothing more is to be
+// given up; otherwise it does not return but by an error, upon which the caller may go on with all that it had.
 func dropPrivileges(c *Config) (held capSet, err error) {
 	again := os.Getenv(executedAgain) != ""
 	os.Unsetenv(executedAgain)
@@ -166,7 +169,8 @@ func dropOnThread(c *Config, again bool) (held capSet, err error) {
 		if errors.Is(err, unix.EINVAL) {
 			break // no more of them
 		}
-		if err != nil && !errors.Is(err, unix.EPERM) { // without CAP_SETPCAP: what is not permitted does not come back either, see above
+		// without CAP_SETPCAP: what is not permitted does not come back either, see above
+		if err != nil && !errors.Is(err, unix.EPERM) {
 			return held, os.NewSyscallError("prctl PR_CAPBSET_DROP", err)
 		}
 	}
@@ -219,7 +223,8 @@ func (c *Config) shutOut() string {
 	return ""
 }
 
-// ownProgram is the path to execute this very program by: its own, so that it keeps its name in lists of processes, unless another file has taken it.
+// ownProgram is the path to execute this very program by: its own, so that it keeps its name in lists of processes,
+// unless another file has taken it.
 func ownProgram() (string, error) {
 	const self = "/proc/self/exe"
 	mine, err := os.Stat(self)
@@ -250,7 +255,8 @@ func setCaps(effective, permitted, inheritable capSet) error {
 	var data [2]unix.CapUserData
 	for i := range data {
 		shift := 32 * i
-		data[i] = unix.CapUserData{Effective: uint32(effective >> shift), Permitted: uint32(permitted >> shift), Inheritable: uint32(inheritable >> shift)}
+		data[i] = unix.CapUserData{Effective: uint32(effective >> shift), Permitted: uint32(permitted >> shift),
+			Inheritable: uint32(inheritable >> shift)}
 	}
 	return os.NewSyscallError("capset", unix.Capset(&h, &data[0]))
 }

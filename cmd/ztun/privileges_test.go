@@ -34,7 +34,8 @@ func TestNeeds(t *testing.T) {
 	}
 }
 
-// A path of the configuration that only CAP_DAC_OVERRIDE opens is found, whether it is read, written, within a directory, or still to be made.
+// A path of the configuration that only CAP_DAC_OVERRIDE opens is found, whether it is read, written, within a
+// directory, or still to be made.
 func TestShutOut(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Fatal("this test gives files to another user and needs root")
@@ -64,16 +65,19 @@ func TestShutOut(t *testing.T) {
 	if err := os.Chown(others, 65534, 65534); err != nil {
 		t.Fatal(err)
 	}
-	ok := Config{StateDir: filepath.Join(mine, "a/b"), Socket: filepath.Join(mine, "a/b/s"), LocalXDSPath: good, CRLPath: filepath.Join(mine, "none")}
+	ok := Config{StateDir: filepath.Join(mine, "a/b"), Socket: filepath.Join(mine, "a/b/s"), LocalXDSPath: good,
+		CRLPath: filepath.Join(mine, "none")}
 	for name, c := range map[string]struct {
 		change func(c *Config)
 		want   string
 	}{
-		"all is ours":                 {func(*Config) {}, ""},
-		"another's file":              {func(c *Config) { c.TokenFile = bad }, bad},
-		"a file behind a directory":   {func(c *Config) { c.LocalXDSPath = hidden }, hidden},
-		"a key in a directory":        {func(c *Config) { c.LocalCADir = ca }, key},
-		"a state directory to be":     {func(c *Config) { c.StateDir = filepath.Join(others, "x/y") }, filepath.Join(others, "x/y")},
+		"all is ours":               {func(*Config) {}, ""},
+		"another's file":            {func(c *Config) { c.TokenFile = bad }, bad},
+		"a file behind a directory": {func(c *Config) { c.LocalXDSPath = hidden }, hidden},
+		"a key in a directory":      {func(c *Config) { c.LocalCADir = ca }, key},
+		"a state directory to be": {func(c *Config) {
+			c.StateDir = filepath.Join(others, "x/y")
+		}, filepath.Join(others, "x/y")},
 		"a socket in another's place": {func(c *Config) { c.Socket = filepath.Join(others, "sock") }, others},
 	} {
 		conf := ok

@@ -28,13 +28,13 @@ type processors struct {
 	large bool         // the heap is
 }
 
-// A heap is large from this many live bytes on: then a collection takes a tenth of a second and more. With one processor
-// Go looks at the network only every 10 ms while anything runs, the collector's idle work included, so that every
-// connection would feel every collection; and collections are to be rare.
+// A heap is large from this many live bytes on: then a collection takes a tenth of a second and more. With one
+// processor Go looks at the network only every 10 ms while anything runs, the collector's idle work included, so that
+// every connection would feel every collection; and collections are to be rare.
 const largeHeap = 48 << 20
 
-// The collector's percentages. The live heap of a small mesh is small and its garbage rare: collecting twice as often as
-// Go's default saves a tenth of the memory of idle connections and costs nothing that scripts/bench can see
+// The collector's percentages. The live heap of a small mesh is small and its garbage rare: collecting twice as often
+// as Go's default saves a tenth of the memory of idle connections and costs nothing that scripts/bench can see
 // (2026-11-23).
 const (
 	gcSmall = 50

@@ -18,8 +18,8 @@ import (
 	"ztun/proxy/identity"
 )
 
-// TestReadyIsSaidOnce: the log says ready when 15021 does, and not before; not ready when it does not any more; and now and
-// then why.
+// TestReadyIsSaidOnce: the log says ready when 15021 does, and not before; not ready when it does not any more; and
+// now and then why.
 func TestReadyIsSaidOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ready := admin.NewReady(time.Now)
@@ -87,7 +87,8 @@ type failing struct {
 	err error
 }
 
-func (f *failing) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time.Duration) (chain, roots []*x509.Certificate, err error) {
+func (f *failing) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time.Duration) (chain,
+	roots []*x509.Certificate, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.err != nil {
@@ -96,13 +97,14 @@ func (f *failing) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time
 	return f.Signer.Sign(ctx, id, csr, ttl)
 }
 
-// TestCertificatesAreReady: a CA that cannot be reached, or that refuses what the node's pods want, keeps the node unready
-// with the reason; later it does not make it so again.
+// TestCertificatesAreReady: a CA that cannot be reached, or that refuses what the node's pods want, keeps the node
+// unready with the reason; later it does not make it so again.
 func TestCertificatesAreReady(t *testing.T) {
 	signer := &failing{Signer: ca.NewFake(), err: errors.New("token refused")}
 	var mu sync.Mutex
 	reach := errors.New("connection refused")
-	d := &daemon{c: load(t), certs: ca.NewManager(ca.ManagerOptions{Signer: signer}), loop: admin.NewLoop(admin.LoopOptions{}), ready: admin.NewReady(time.Now)}
+	d := &daemon{c: load(t), certs: ca.NewManager(ca.ManagerOptions{Signer: signer}),
+		loop: admin.NewLoop(admin.LoopOptions{}), ready: admin.NewReady(time.Now)}
 	d.probeCA = func(context.Context) error {
 		mu.Lock()
 		defer mu.Unlock()
@@ -158,7 +160,9 @@ func TestCertificatesAreReady(t *testing.T) {
 
 	spec := admin.PodSpec{Name: "one", Namespace: "n", ServiceAccount: "s"}
 	d.pods.pods[uidOf(spec)] = &pod{spec: spec}
-	l, err := xds.ParseLocal([]byte(`workloads: [{uid: one, name: one, namespace: n, serviceAccount: s, workloadIps: [10.0.0.1], services: {}}]`))
+	l, err :=
+		xds.ParseLocal(
+			[]byte(`workloads: [{uid: one, name: one, namespace: n, serviceAccount: s, workloadIps: [10.0.0.1], services: {}}]`))
 	if err != nil {
 		t.Fatal(err)
 	}

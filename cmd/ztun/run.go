@@ -44,8 +44,10 @@ func runCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run [flags] -- COMMAND [ARGUMENT...]",
 		Short: "run a command as a workload of the mesh, without root",
-		Long: "Runs COMMAND, as the caller and without any privilege, in a network namespace whose only way out is the mesh:\n" +
-			"what it calls is reached over HBONE with the workload's identity where the mesh knows it, in plaintext elsewhere.\n" +
+		Long: "Runs COMMAND, as the caller and without any privilege, in a network namespace whose only way out is the " +
+			"mesh:\n" +
+			"what it calls is reached over HBONE with the workload's identity where the mesh knows it, in plaintext " +
+			"elsewhere.\n" +
 			"Needs user namespaces that users may make, and a /dev/net/tun that they may open. Calls only: nobody in the\n" +
 			"network reaches COMMAND. Configured like `ztun proxy`, with quieter logs (RUST_LOG=warn) on standard error.",
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -86,7 +88,8 @@ func runCommand() *cobra.Command {
 // and may do what a workload's daemon does.
 func runOutside() error {
 	if name := os.Getenv(runName); name != "" {
-		return fmt.Errorf("this is the workload %s of a `ztun run` already: one within another has no network to call by", name)
+		return fmt.Errorf("this is the workload %s of a `ztun run` already: one within another has no network to call by",
+			name)
 	}
 	if err := unix.Access("/dev/net/tun", unix.R_OK|unix.W_OK); err != nil {
 		return fmt.Errorf("/dev/net/tun cannot be opened: %w; as root: modprobe tun && chmod 0666 /dev/net/tun", err)
@@ -134,7 +137,8 @@ func follow(c *exec.Cmd, unable func(error) error) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGUSR1,
+		syscall.SIGUSR2)
 	defer signal.Stop(signals)
 	if err := c.Start(); err != nil {
 		return unable(err)

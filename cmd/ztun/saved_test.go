@@ -18,9 +18,11 @@ const savedA = `{"name":"a","namespace":"ns","serviceAccount":"sa","netns":"/run
 // One pod that cannot be read does not take the others of the list with it.
 func TestOneBadPod(t *testing.T) {
 	b := strings.NewReplacer(`"a"`, `"b"`, "10.0.0.1", "10.0.0.2", "fd00::1", "fd00::2").Replace(savedA)
-	for _, bad := range []string{`null`, `3`, `{}`, strings.Replace(savedA, "10.0.0.1", "10.0.0", 1), strings.Replace(savedA, `"a"`, `"../a"`, 1), savedA} {
+	for _, bad := range []string{`null`, `3`, `{}`, strings.Replace(savedA, "10.0.0.1", "10.0.0", 1),
+		strings.Replace(savedA, `"a"`, `"../a"`, 1), savedA} {
 		specs, err := readSaved([]byte("[" + savedA + "," + bad + "," + b + "]"))
-		if len(specs) != 2 || specs[0].Name != "a" || specs[1].Name != "b" || err == nil || !strings.Contains(err.Error(), "pod 2 of 3") {
+		if len(specs) != 2 || specs[0].Name != "a" || specs[1].Name != "b" || err == nil ||
+			!strings.Contains(err.Error(), "pod 2 of 3") {
 			t.Errorf("%s: %v, %v", bad, specs, err)
 		}
 	}
@@ -29,7 +31,8 @@ func TestOneBadPod(t *testing.T) {
 	}
 }
 
-// FuzzSavedPods: what is read of any pods.json are valid pods, each once, and reading what would be saved of them gives the same.
+// FuzzSavedPods: what is read of any pods.json are valid pods, each once, and reading what would be saved of them
+// gives the same.
 func FuzzSavedPods(f *testing.F) {
 	f.Add("[" + savedA + "]")
 	f.Add("[" + savedA + "," + savedA + ",null,{}]")
@@ -56,16 +59,19 @@ func FuzzSavedPods(f *testing.F) {
 
 // A long line is skipped, and what follows it is read.
 func TestResolvConfLongLine(t *testing.T) {
-	r := parseResolvConf("# " + strings.Repeat("x", 100_000) + "\nnameserver 10.0.0.53\nsearch a.b \xff\nnameserver ::ffff:10.0.0.54\n")
+	r := parseResolvConf("# " + strings.Repeat("x", 100_000) +
+		"\nnameserver 10.0.0.53\nsearch a.b \xff\nnameserver ::ffff:10.0.0.54\n")
 	if got := fmt.Sprint(r.addrs()); got != "[10.0.0.53:53 10.0.0.54:53]" || len(r.search) != 0 {
 		t.Errorf("%s, search %q", got, r.search)
 	}
-	if r := parseResolvConf(strings.Repeat("nameserver 10.0.0.1\n", 1000) + "search" + strings.Repeat(" x", 1000)); len(r.nameservers) != maxNameservers || len(r.search) != maxSearch {
+	if r := parseResolvConf(strings.Repeat("nameserver 10.0.0.1\n", 1000) + "search" + strings.Repeat(" x", 1000)); len(
+		r.nameservers) != maxNameservers || len(r.search) != maxSearch {
 		t.Errorf("%d nameservers, %d domains", len(r.nameservers), len(r.search))
 	}
 }
 
-// FuzzResolvConf: any text gives addresses that can be asked and a dump that is JSON, and lines that mean nothing change nothing.
+// FuzzResolvConf: any text gives addresses that can be asked and a dump that is JSON, and lines that mean nothing
+// change nothing.
 func FuzzResolvConf(f *testing.F) {
 	f.Add("nameserver 10.0.0.53\nnameserver fe80::1%eth0\nsearch a.b c.d\noptions ndots:5 timeout:2 attempts:x\n")
 	f.Add("domain x\r\n;nameserver 1.1.1.1\n\tnameserver ::1")

@@ -13,8 +13,9 @@ import (
 	"ztun/proxy/state"
 )
 
-// selfPod is the daemon's own pod as the mesh sees it (POD_NAME, POD_NAMESPACE, SERVICE_ACCOUNT): its metrics can be had
-// over HBONE at its own address, as ztunnel's in shared mode. It has no device: what it serves is in our own namespace.
+// selfPod is the daemon's own pod as the mesh sees it (POD_NAME, POD_NAMESPACE, SERVICE_ACCOUNT): its metrics can be
+// had over HBONE at its own address, as ztunnel's in shared mode. It has no device: what it serves is in our own
+// namespace.
 //
 // ztunnel connects to any port of its own pod then. Here that might be every port of the node, whose services the mesh
 // has no business with: it is the metrics' port alone.
@@ -31,7 +32,8 @@ func (d *daemon) newSelf() *selfPod {
 	if c.Identity == (identity.ID{}) {
 		return nil
 	}
-	s := &selfPod{spec: admin.PodSpec{Name: c.PodName, Namespace: c.PodNamespace, ServiceAccount: c.ServiceAccount}, view: d.loop.View}
+	s := &selfPod{spec: admin.PodSpec{Name: c.PodName, Namespace: c.PodNamespace, ServiceAccount: c.ServiceAccount},
+		view: d.loop.View}
 	s.addr, _ = netip.ParseAddr(c.InstanceIP)
 	s.addr = s.addr.Unmap()
 	s.proxy = d.newProxy(s.spec, selfNetwork{c.StatsPort}, nil, nil)

@@ -15,14 +15,16 @@ import (
 
 // bindReadiness starts 15021 first of all: a probe during start-up is answered "not ready", not refused.
 func (d *daemon) bindReadiness() error {
-	s, err := admin.NewReadiness(admin.ReadinessOptions{Port: d.c.ReadinessPort, IPv6: d.c.IPv6, Ready: d.ready, Report: d.report, Logger: d.log.Logger("readiness")})
+	s, err := admin.NewReadiness(admin.ReadinessOptions{Port: d.c.ReadinessPort, IPv6: d.c.IPv6, Ready: d.ready,
+		Report: d.report, Logger: d.log.Logger("readiness")})
 	return d.bound("readiness", s, err)
 }
 
 // bindAdmin starts 15000 and 15020.
 func (d *daemon) bindAdmin() error {
 	a, err := admin.NewAdmin(admin.AdminOptions{
-		Port: d.c.AdminPort, IPv6: d.c.loopbackIPv6(), Logging: d.log, Dump: d.dump, Connections: d.connections(), Quit: d.askToQuit,
+		Port: d.c.AdminPort, IPv6: d.c.loopbackIPv6(), Logging: d.log, Dump: d.dump, Connections: d.connections(),
+		Quit:     d.askToQuit,
 		Overview: d.overview, Meter: d.meter, Ready: d.ready,
 		Token: d.c.AdminToken, Report: d.report, Logger: d.log.Logger("admin"),
 	})
@@ -32,7 +34,8 @@ func (d *daemon) bindAdmin() error {
 	registry := prometheus.NewRegistry()
 	d.registry = registry
 	s, err := admin.NewStats(admin.StatsOptions{
-		Port: d.c.StatsPort, IPv6: d.c.IPv6, Registry: registry, Ordered: d.ordered(), Report: d.report, Logger: d.log.Logger("stats"),
+		Port: d.c.StatsPort, IPv6: d.c.IPv6, Registry: registry, Ordered: d.ordered(), Report: d.report,
+		Logger: d.log.Logger("stats"),
 	})
 	if err := d.bound("stats", s, err); err != nil {
 		return err
@@ -43,15 +46,19 @@ func (d *daemon) bindAdmin() error {
 		admin.VersionCollector(buildVersion()),
 		admin.WorkloadManagerCollector(func() admin.WorkloadManagerStats {
 			active, pending := d.pods.counts()
-			return admin.WorkloadManagerStats{Active: active, Pending: pending, Started: d.pods.started.Load(), Stopped: d.pods.stopped.Load()}
+			return admin.WorkloadManagerStats{Active: active, Pending: pending, Started: d.pods.started.Load(),
+				Stopped: d.pods.stopped.Load()}
 		}),
 		admin.GoCollector(),
-		admin.RuntimeCollector(admin.RuntimeSources{Workers: d.c.WorkerThreads, AdminTasks: func() int { return int(d.tasks.Load()) }, Servers: d.servers}),
+		admin.RuntimeCollector(admin.RuntimeSources{Workers: d.c.WorkerThreads, AdminTasks: func() int {
+			return int(d.tasks.Load())
+		}, Servers: d.servers}),
 		admin.XDSCollector(d.xdsStats),
 		&controlCollector{d: d, tables: newMetricTables()},
 		admin.SelfCollector(admin.SelfSources{Loop: d.loop, Servers: d.servers, Log: func() admin.LogStats {
 			s := d.log.Stats()
-			return admin.LogStats{Queued: s.Queued, Lines: s.Lines, Batches: s.Batches, Waits: s.Waits, Dropped: s.Dropped, WriteErrors: s.WriteErrors}
+			return admin.LogStats{Queued: s.Queued, Lines: s.Lines, Batches: s.Batches, Waits: s.Waits, Dropped: s.Dropped,
+				WriteErrors: s.WriteErrors}
 		}}),
 	)
 	return nil
@@ -81,7 +88,8 @@ func (d *daemon) xdsStats() (admin.XDSStats, bool) {
 		ConnectionErrors: s.Terminations["ConnectionError"], Errors: s.Terminations["Error"],
 		Reconnects: s.Terminations["Reconnect"], Completes: s.Terminations["Complete"],
 		Messages: s.Messages, Bytes: s.MessageBytes, Refused: s.Refused, Rejected: rejected, Connected: s.Connected,
-		LookupsWaiting: s.Waiting, LookupsFull: s.DemandsFull, LookupsUnanswered: s.DemandsUnanswered, LookupsRecalled: s.DemandsRecalled,
+		LookupsWaiting: s.Waiting, LookupsFull: s.DemandsFull, LookupsUnanswered: s.DemandsUnanswered,
+		LookupsRecalled: s.DemandsRecalled,
 	}, true
 }
 
@@ -148,7 +156,8 @@ func (d *daemon) podDumps() map[string]func() admin.PodDump {
 					e.Outbound = append(e.Outbound, c)
 				case !seen[x]:
 					seen[x] = true
-					c.OriginalDst = netip.AddrPort{} // null in ztunnel (samples/config_dump-inpod-b.json); istioctl shows it as the target
+					// null in ztunnel (samples/config_dump-inpod-b.json); istioctl shows it as the target
+					c.OriginalDst = netip.AddrPort{}
 					e.Inbound = append(e.Inbound, c)
 				}
 			}

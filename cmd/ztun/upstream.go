@@ -17,7 +17,8 @@ import (
 const maxXDS = 200 << 20
 
 // connector is the way to a control plane: what XDS_ADDRESS and CA_ADDRESS have in common.
-func (d *daemon) connector(name, address string, roots RootSource, alt string, headers [][2]string, maxRecv int) (*istiod.Connector, error) {
+func (d *daemon) connector(name, address string, roots RootSource, alt string, headers [][2]string, maxRecv int) (
+	*istiod.Connector, error) {
 	return newConnector(d.c, name, address, roots, alt, headers, maxRecv, d.log.Logger("istiod"))
 }
 
@@ -36,7 +37,8 @@ func newConnector(
 	return conn, nil
 }
 
-// authority makes the Signer, istiod or `ztun control`, a local CA, or the fake one, and the Manager of its certificates.
+// authority makes the Signer, istiod or `ztun control`, a local CA, or the fake one, and the Manager of its
+// certificates.
 func (d *daemon) authority(ctx context.Context) (ca.Signer, error) {
 	c := d.c
 	options := ca.ManagerOptions{TTL: c.SecretTTL, Logger: d.log.Logger("ca")}
@@ -44,7 +46,8 @@ func (d *daemon) authority(ctx context.Context) (ca.Signer, error) {
 	switch {
 	case c.FakeCA:
 		fake := ca.NewFake()
-		d.logger.Warn("FAKE_CA=true: certificates are signed with a key that everybody knows, and that is not ztunnel's; for tests only",
+		d.logger.Warn("FAKE_CA=true: certificates are signed with a key that everybody knows, and that is not ztunnel's; "+
+			"for tests only",
 			"root", ca.Describe(fake.Certificate()))
 		options.Signer = fake
 	case c.LocalCADir != "":
@@ -58,7 +61,10 @@ func (d *daemon) authority(ctx context.Context) (ca.Signer, error) {
 		if err != nil {
 			return nil, err
 		}
-		d.remoteCA = ca.NewRemote(ca.RemoteOptions{Connector: conn, Impersonate: true, Logger: d.log.Logger("ca"), Changed: func() { d.certs.Renew() }})
+		d.remoteCA = ca.NewRemote(ca.RemoteOptions{Connector: conn, Impersonate: true, Logger: d.log.Logger("ca"),
+			Changed: func() {
+				d.certs.Renew()
+			}})
 		d.probeCA = conn.Probe
 		options.Signer = d.remoteCA
 		if c.ControlDir != "" {
@@ -83,17 +89,20 @@ func trustDomain(signer ca.Signer, own string) string {
 	return own
 }
 
-// followControl takes from `ztun control` what istiod has not: the list of what is revoked, and a newer client certificate
-// of this node when its own nears its end.
+// followControl takes from `ztun control` what istiod has not: the list of what is revoked, and a newer client
+// certificate of this node when its own nears its end.
 func (d *daemon) followControl(ctx context.Context, conn *istiod.Connector) {
 	c, log := d.c, d.log.Logger("ca")
 	if c.ClientCert != "" && filepath.Dir(c.ClientCert) == filepath.Clean(c.ControlDir) {
-		d.admin(ctx, "own certificate", ca.NewOwn(ca.OwnOptions{Connector: conn, CertFile: c.ClientCert, KeyFile: c.ClientKey, Logger: log}).Run)
+		d.admin(ctx, "own certificate",
+			ca.NewOwn(ca.OwnOptions{Connector: conn, CertFile: c.ClientCert, KeyFile: c.ClientKey, Logger: log}).Run)
 	}
 	path := filepath.Join(c.StateDir, "control-crl.pem")
 	d.crl = ca.NewCRLFile(c.CRLPath, &d.revoked, d.log.Logger("crl"))
 	d.crl.Also(path)
-	follow := ca.NewRevocations(ca.RevocationsOptions{Connector: conn, Path: path, Put: func() { d.crl.Load() }, Logger: d.log.Logger("crl")})
+	follow := ca.NewRevocations(ca.RevocationsOptions{Connector: conn, Path: path, Put: func() {
+		d.crl.Load()
+	}, Logger: d.log.Logger("crl")})
 	d.admin(ctx, "revocations of the control plane", follow.Run)
 }
 
@@ -167,7 +176,8 @@ func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
 	synced := false
 	client := xds.NewClient(xds.ClientOptions{
 		Connector: conn, NodeName: c.NodeName, OnDemand: c.XDSOnDemand, Base: base, Logger: d.log.Logger("xds"),
-		Node: xds.NewNode(xds.NodeInfo{IP: c.InstanceIP, Pod: c.PodName, Namespace: c.PodNamespace, NodeName: c.NodeName, Metadata: c.ProxyMetadata, JSON: c.MetaJSON}),
+		Node: xds.NewNode(xds.NodeInfo{IP: c.InstanceIP, Pod: c.PodName, Namespace: c.PodNamespace, NodeName: c.NodeName,
+			Metadata: c.ProxyMetadata, JSON: c.MetaJSON}),
 		Publish: func(v *state.View, _ bool) {
 			if synced {
 				publish(v)

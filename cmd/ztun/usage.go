@@ -15,8 +15,8 @@ import (
 	"ztun/admin/suggest"
 )
 
-// What the commands say to those who mistype them: nothing that is not known is passed over in silence, and every refusal
-// names what may have been meant.
+// What the commands say to those who mistype them: nothing that is not known is passed over in silence, and every
+// refusal names what may have been meant.
 
 // noArgs refuses every argument.
 func noArgs(cmd *cobra.Command, args []string) error {
@@ -44,8 +44,8 @@ func usageError(cmd *cobra.Command, err error) error {
 	return fmt.Errorf("%w (%s --help says more)", err, cmd.CommandPath())
 }
 
-// strict makes a tree of commands refuse words that are neither a command nor a flag of theirs, with a suggestion. Cobra by
-// itself shows the help of a command with subcommands and ends with 0.
+// strict makes a tree of commands refuse words that are neither a command nor a flag of theirs, with a suggestion.
+// Cobra by itself shows the help of a command with subcommands and ends with 0.
 func strict(cmd *cobra.Command) {
 	if cmd.HasSubCommands() {
 		inner := cmd.Args
@@ -71,7 +71,8 @@ func unknownCommand(cmd *cobra.Command, word string) error {
 			known = append(known, append([]string{sub.Name()}, sub.Aliases...)...)
 		}
 	}
-	return usageError(cmd, fmt.Errorf("unknown command %q for %q%s", word, cmd.CommandPath(), suggest.DidYouMean(word, known)))
+	return usageError(cmd, fmt.Errorf("unknown command %q for %q%s", word, cmd.CommandPath(),
+		suggest.DidYouMean(word, known)))
 }
 
 // flagError names the flag that may have been meant.
@@ -137,9 +138,11 @@ func needRoot(what string, held capSet, needed ...need) error {
 	return fmt.Errorf("%s needs root (%s)", what, strings.Join(missing, "; "))
 }
 
-// permissionHint says what a refusal of the kernel asks for, where the error does not say so itself; "" for other errors.
+// permissionHint says what a refusal of the kernel asks for, where the error does not say so itself; "" for other
+// errors.
 func permissionHint(err error) string {
-	if !errors.Is(err, fs.ErrPermission) || strings.Contains(err.Error(), "CAP_") || strings.Contains(err.Error(), "root") {
+	if !errors.Is(err, fs.ErrPermission) || strings.Contains(err.Error(), "CAP_") ||
+		strings.Contains(err.Error(), "root") {
 		return ""
 	}
 	var op *net.OpError

@@ -55,14 +55,16 @@ func TestMistyped(t *testing.T) {
 			continue
 		}
 		// The last two are the commands' own texts, after the socket or with more in them.
-		if exact := strings.Contains(want, "says more"); exact && err.Error() != want || !exact && !strings.Contains(err.Error(), want) {
+		if exact := strings.Contains(want, "says more"); exact && err.Error() != want ||
+			!exact && !strings.Contains(err.Error(), want) {
 			t.Errorf("ztun %s:\n%s, want\n%s", args, err, want)
 		}
 		if out != "" {
 			t.Errorf("ztun %s printed %q beside its error", args, out)
 		}
 	}
-	for _, args := range []string{"", "pod", "ca", "help", "help pod", "help pod list", "--version", "version", "pod list --help"} {
+	for _, args := range []string{"", "pod", "ca", "help", "help pod", "help pod list", "--version", "version",
+		"pod list --help"} {
 		if out, err := run(t, strings.Fields(args)...); err != nil || len(out) < 20 {
 			t.Errorf("ztun %s: %q, %v", args, out, err)
 		}
@@ -96,16 +98,19 @@ func TestPermissionHints(t *testing.T) {
 		t.Error(err)
 	}
 	err := needRoot("ztun proxy", capsOf(unix.CAP_SYS_ADMIN), all[:required]...)
-	if want := "ztun proxy needs root (CAP_NET_ADMIN: TUN devices, addresses, routes and rules, transparent sockets)"; err == nil || err.Error() != want {
+	if want := "ztun proxy needs root (CAP_NET_ADMIN: TUN devices, addresses, routes and rules, transparent " +
+		"sockets)"; err == nil || err.Error() != want {
 		t.Errorf("%v, want %s", err, want)
 	}
-	if err = needRoot("ztun proxy", 0, all[:required]...); err == nil || !strings.Contains(err.Error(), "CAP_SYS_ADMIN: ") || permissionHint(err) != "" {
+	if err = needRoot("ztun proxy", 0, all[:required]...); err == nil ||
+		!strings.Contains(err.Error(), "CAP_SYS_ADMIN: ") || permissionHint(err) != "" {
 		t.Error(err)
 	}
 	for err, want := range map[error]string{
-		&fs.PathError{Op: "mkdir", Path: "/etc/x", Err: syscall.EACCES}:                          "CAP_DAC_OVERRIDE",
-		&net.OpError{Op: "listen", Net: "tcp", Err: os.NewSyscallError("bind", syscall.EACCES)}:  "CAP_NET_BIND_SERVICE",
-		fmt.Errorf("a device: %w", syscall.EPERM):                                                "CAP_NET_ADMIN CAP_SYS_ADMIN",
+		&fs.PathError{Op: "mkdir", Path: "/etc/x", Err: syscall.EACCES}:                         "CAP_DAC_OVERRIDE",
+		&net.OpError{Op: "listen", Net: "tcp", Err: os.NewSyscallError("bind", syscall.EACCES)}: "CAP_NET_BIND_SERVICE",
+		fmt.Errorf("a device: %w",
+			syscall.EPERM): "CAP_NET_ADMIN CAP_SYS_ADMIN",
 		fmt.Errorf("cannot enter a namespace: %w (CAP_SYS_ADMIN is needed)", syscall.EPERM):      "",
 		&fs.PathError{Op: "open", Path: "/etc/x", Err: syscall.ENOENT}:                           "",
 		fmt.Errorf("no access to a socket: needs root, or its owner: %w", error(syscall.EACCES)): "",

@@ -11,7 +11,8 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// versionFile is the version of this source tree (semantic versioning). A release is tagged v + this; CHANGELOG.md has an entry for it.
+// versionFile is the version of this source tree (semantic versioning). A release is tagged v + this; CHANGELOG.md
+// has an entry for it.
 //
 //go:embed VERSION
 var versionFile string
@@ -41,7 +42,8 @@ func buildVersion() (version, revision string) {
 // versionText is what `ztun version` and `ztun --version` print.
 func versionText() string {
 	version, revision := buildVersion()
-	return fmt.Sprintf("ztun %s (revision %s, %s, %s/%s)", version, revision, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	return fmt.Sprintf("ztun %s (revision %s, %s, %s/%s)", version, revision, runtime.Version(), runtime.GOOS,
+		runtime.GOARCH)
 }
 
 func versionCommand() *cobra.Command {

@@ -13,13 +13,16 @@ import (
 	"ztun/proxy/state"
 )
 
-// The worker runtime: what carries traffic. Each pod has an attachment, whose goroutines are netstack's, and a proxy, whose
-// connections are a goroutine or two each, labelled role=worker (proxy.enter). As many processors as they need are
-// procs.go's. A worker loads the View and waits for nothing of admin.go but a certificate or an on-demand look-up.
+// The worker runtime: what carries traffic. Each pod has an attachment, whose goroutines are netstack's, and a proxy,
+// whose connections are a goroutine or two each, labelled role=worker (proxy.enter). As many processors as they need
+// are procs.go's. A worker loads the View and waits for nothing of admin.go but a certificate or an on-demand
+// look-up.
 
 func (d *daemon) newPod(ctx context.Context, spec attach.Pod) (*pod, error) {
-	return newPod(ctx, &podParts{c: d.c, log: d.log.Logger("pods"), kind: d.kind, panics: d.panics, proxy: d.newProxy, memory: d.memory,
-		know: d.know, nameservers: d.nameservers, search: d.search, dnsMetrics: d.dnsMetrics, dnsLog: d.log.Logger("dns")}, spec)
+	return newPod(ctx, &podParts{c: d.c, log: d.log.Logger("pods"), kind: d.kind, panics: d.panics, proxy: d.newProxy,
+		memory: d.memory,
+		know:   d.know, nameservers: d.nameservers, search: d.search, dnsMetrics: d.dnsMetrics,
+		dnsLog: d.log.Logger("dns")}, spec)
 }
 
 func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup, memory *fair.Budget) *proxy.Proxy {
@@ -31,14 +34,18 @@ func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup, mem
 	}
 	return proxy.New(proxy.Options{
 		Info:    state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount},
-		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: d.resolve, Metrics: d.metrics, Panics: d.panics, Report: d.report, Handshakes: d.handshakes, Policies: d.policies, OnDemandDNS: d.onDemandDNS, Demand: demand, Names: names,
+		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: d.resolve, Metrics: d.metrics, Panics: d.panics,
+		Report: d.report, Handshakes: d.handshakes, Policies: d.policies, OnDemandDNS: d.onDemandDNS, Demand: demand,
+		Names:  names,
 		Access: d.log.Logger("access"), Log: d.log.Logger("proxy"), Random: mrand.Uint64N,
 		Config: proxy.Config{
 			NetworkName: c.Network, ResponseBaggage: c.ResponseBaggage,
-			HBONE:          hbone.Config{StreamWindow: c.StreamWindow, ConnWindow: c.ConnWindow, FrameSize: c.FrameSize, Memory: memory, Buffers: &d.buffers, Logger: d.log.Logger("hbone")},
+			HBONE: hbone.Config{StreamWindow: c.StreamWindow, ConnWindow: c.ConnWindow, FrameSize: c.FrameSize,
+				Memory: memory, Buffers: &d.buffers, Logger: d.log.Logger("hbone")},
 			PoolMaxStreams: int(c.PoolMaxStreams), PoolUnused: c.PoolUnused,
 			TLS:    d.tls(),
-			SOCKS5: c.SOCKS5, LocalhostAppTunnel: c.LocalhostAppTunnel, PolicyInfoLogging: c.AuthzInfo, Remember: c.Flows, SendReason: c.SendReason,
+			SOCKS5: c.SOCKS5, LocalhostAppTunnel: c.LocalhostAppTunnel, PolicyInfoLogging: c.AuthzInfo, Remember: c.Flows,
+			SendReason: c.SendReason,
 		},
 	})
 }

@@ -2,25 +2,25 @@
 // packets cannot be forwarded, because nobody routes its address (rootless attachment). It is a NAT whose outside is
 // the kernel's port space.
 //
-// What flows through it: datagrams of the pod's (Send), datagrams and ICMP errors for it (Options.Deliver, Options.Fail),
-// as addresses and payload; whoever owns the pod's stack makes packets of them. Who calls it: an attachment without an
-// uplink. What it never does: look at policy, at names, or at a packet's headers.
+// What flows through it: datagrams of the pod's (Send), datagrams and ICMP errors for it (Options.Deliver,
+// Options.Fail), as addresses and payload; whoever owns the pod's stack makes packets of them. Who calls it: an
+// attachment without an uplink. What it never does: look at policy, at names, or at a packet's headers.
 //
-// RFC 4787, requirement by requirement: REQ-1, endpoint-independent mapping: one unconnected socket per address and port of
-// the pod's, whoever it speaks to. REQ-2, pooling: the addresses are the host's, chosen by its routes. REQ-3, no port is
-// shared by two mappings (the kernel's); ports keep neither number nor parity, which is recommended only. REQ-5: a mapping
-// ends five minutes after the pod last spoke by it (pings: one, RFC 5508), REQ-6: what the network sends keeps none alive.
-// REQ-7 does not apply: the outside is the host's own. REQ-8: filtering is address-dependent, the more stringent of the two
-// choices: the host's ports are not the pod's to offer, servers are published otherwise. REQ-9, hairpinning: the kernel's
-// loopback does it, with the external source. REQ-10, no ALG. REQ-11: behaviour does not depend on what is free.
-// REQ-12: ICMP errors come by the sockets' error queue and end no mapping. REQ-13: DF is kept, and what is too large is
-// told. REQ-14: the kernel puts fragments together, in any order.
+// RFC 4787, requirement by requirement: REQ-1, endpoint-independent mapping: one unconnected socket per address and
+// port of the pod's, whoever it speaks to. REQ-2, pooling: the addresses are the host's, chosen by its routes. REQ-3,
+// no port is shared by two mappings (the kernel's); ports keep neither number nor parity, which is recommended only.
+// REQ-5: a mapping ends five minutes after the pod last spoke by it (pings: one, RFC 5508), REQ-6: what the network
+// sends keeps none alive. REQ-7 does not apply: the outside is the host's own. REQ-8: filtering is address-dependent,
+// the more stringent of the two choices: the host's ports are not the pod's to offer, servers are published
+// otherwise. REQ-9, hairpinning: the kernel's loopback does it, with the external source. REQ-10, no ALG. REQ-11:
+// behaviour does not depend on what is free. REQ-12: ICMP errors come by the sockets' error queue and end no mapping.
+// REQ-13: DF is kept, and what is too large is told. REQ-14: the kernel puts fragments together, in any order.
 //
 // Decisions:
 //   - 2026-11-28: unconnected sockets, not one connected per flow: a connected one would be an address- and
 //     port-dependent mapping, which RFC 4787 forbids (REQ-1) and QUIC, WebRTC and games break at.
-//   - 2026-11-28: a goroutine per socket, in Go's poller, that holds a buffer only while there is something to read: an idle
-//     mapping costs a descriptor and some 3 KiB.
+//   - 2026-11-28: a goroutine per socket, in Go's poller, that holds a buffer only while there is something to read:
+//     an idle mapping costs a descriptor and some 3 KiB.
 //   - 2026-11-28: datagrams of one size travel together where the kernel can (UDP_SEGMENT out, UDP_GRO in); where it
 //     refuses, they are sent one by one.
 package usersock

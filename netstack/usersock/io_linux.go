@@ -39,7 +39,8 @@ func newSocket(k key) (fd int, err error) {
 	return fd, nil
 }
 
-// setDF has the host fragment what is too large for a path that it knows (as it does by default), or refuse it with EMSGSIZE.
+// setDF has the host fragment what is too large for a path that it knows (as it does by default), or refuse it with
+// EMSGSIZE.
 func setDF(fd int, k key, df bool) {
 	level, opt := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER
 	if k.pod.Addr().Is6() {
@@ -94,8 +95,8 @@ func (c *socket) send(d *Datagram) error {
 	return err
 }
 
-// sendOne makes the call. An error of an earlier datagram's that waits at the socket is reported by the first call, and is no
-// reason: it is in the queue as well.
+// sendOne makes the call. An error of an earlier datagram's that waits at the socket is reported by the first call,
+// and is no reason: it is in the queue as well.
 func sendOne(fd int, b, oob []byte, to unix.Sockaddr) (err error) {
 	for range 2 {
 		err = unix.Sendmsg(fd, b, oob, to, unix.MSG_NOSIGNAL)

@@ -128,21 +128,23 @@ func New(o Options) *Sockets {
 	}
 	s := &Sockets{o: o, by: map[key]*socket{}}
 	s.buffers.New = func() any { b := make([]byte, 65536); return &b }
-	s.places = fair.NewLedger(fair.LedgerOptions[netip.Addr]{Limit: int64(o.MaxSockets), Turned: func(peer netip.Addr, evicted bool) {
-		if evicted {
-			s.evicted.Add(1)
-		} else {
-			s.refused.Add(1)
-		}
-		if o.Turned != nil {
-			o.Turned(peer, evicted)
-		}
-	}})
+	s.places = fair.NewLedger(fair.LedgerOptions[netip.Addr]{Limit: int64(o.MaxSockets),
+		Turned: func(peer netip.Addr, evicted bool) {
+			if evicted {
+				s.evicted.Add(1)
+			} else {
+				s.refused.Add(1)
+			}
+			if o.Turned != nil {
+				o.Turned(peer, evicted)
+			}
+		}})
 	return s
 }
 
-// Send sends a datagram of the pod's. It never waits: what the socket's buffer has no room for is dropped and counted. What the host
-// itself says against it (no route, too large) goes to Options.Fail, as if a router had said it.
+// Send sends a datagram of the pod's. It never waits: what the socket's buffer has no room for is dropped and
+// counted. What the host itself says against it (no route, too large) goes to Options.Fail, as if a router had said
+// it.
 func (s *Sockets) Send(d Datagram) error {
 	if !d.Pod.IsValid() || !d.Peer.IsValid() || d.Pod.Addr().Is4() != d.Peer.Addr().Is4() || d.Echo && len(d.Payload) < 8 {
 		return unix.EINVAL

@@ -78,9 +78,12 @@ func receive(t *testing.T, c *net.UDPConn) (string, netip.AddrPort) {
 	return string(b[:n]), from
 }
 
-var families = []struct{ name, lo, pod string }{{"v4", "127.0.0.1:0", "10.1.0.2:5000"}, {"v6", "[::1]:0", "[fd00:1::2]:5000"}}
+var families = []struct {
+	name, lo, pod string
+}{{"v4", "127.0.0.1:0", "10.1.0.2:5000"}, {"v6", "[::1]:0", "[fd00:1::2]:5000"}}
 
-// One port of the pod's is one port outside, whoever it speaks to (REQ-1); whom it has spoken to may answer, from any port (REQ-8), and nobody else.
+// One port of the pod's is one port outside, whoever it speaks to (REQ-1); whom it has spoken to may answer, from any
+// port (REQ-8), and nobody else.
 func TestMapping(t *testing.T) {
 	for _, f := range families {
 		t.Run(f.name, func(t *testing.T) {
@@ -109,7 +112,8 @@ func TestMapping(t *testing.T) {
 			if f.name == "v4" { // another address of loopback's is another peer
 				stranger, _ := listen(t, "127.0.0.2:0")
 				stranger.WriteToUDPAddrPort([]byte("unasked"), from1)
-				for end := time.Now().Add(20 * time.Second); w.Stats().Filtered == 0 && time.Now().Before(end); time.Sleep(time.Millisecond) {
+				for end := time.Now().Add(20 * time.Second); w.Stats().Filtered == 0 &&
+					time.Now().Before(end); time.Sleep(time.Millisecond) {
 				}
 				if st := w.Stats(); st.Filtered != 1 || len(w.in) != 0 {
 					t.Errorf("%+v", st)
@@ -249,11 +253,13 @@ func TestNamespace(t *testing.T) {
 	do("range", func() error { return writeFile("/proc/sys/net/ipv4/ping_group_range", "0 2147483647") })
 	for _, p := range []Datagram{
 		{Echo: true, Pod: pod, Peer: lo, Payload: echo(77, false)},
-		{Echo: true, Pod: netip.MustParseAddrPort("[fd00:1::2]:78"), Peer: netip.MustParseAddrPort("[::1]:0"), Payload: echo(78, true)},
+		{Echo: true, Pod: netip.MustParseAddrPort("[fd00:1::2]:78"), Peer: netip.MustParseAddrPort("[::1]:0"),
+			Payload: echo(78, true)},
 	} {
 		do("ping", func() error { return w.Send(p) })
 		got := next(t, w.in)
-		if want := p.Payload[0] + 129 - 128; !got.Echo || got.Pod != p.Pod || got.Peer != p.Peer || got.Payload[0] != 0 && got.Payload[0] != want ||
+		if want := p.Payload[0] + 129 - 128; !got.Echo || got.Pod != p.Pod || got.Peer != p.Peer || got.Payload[0] != 0 &&
+			got.Payload[0] != want ||
 			binary.BigEndian.Uint16(got.Payload[4:]) != p.Pod.Port() || !bytes.Equal(got.Payload[6:], p.Payload[6:]) {
 			t.Errorf("%+v", got)
 		}
@@ -267,7 +273,8 @@ func TestNamespace(t *testing.T) {
 		}
 		want.Pod, want.Peer = from, to
 		do("too large", func() error {
-			if err := w.Send(Datagram{Pod: from, Peer: to, Payload: make([]byte, 1450), DF: true}); !errors.Is(err, unix.EMSGSIZE) {
+			if err := w.Send(Datagram{Pod: from, Peer: to, Payload: make([]byte, 1450), DF: true}); !errors.Is(err,
+				unix.EMSGSIZE) {
 				return fmt.Errorf("%v", err)
 			}
 			return nil
@@ -282,7 +289,8 @@ func TestNamespace(t *testing.T) {
 	}
 }
 
-// At the bound the peer with the most mappings loses its oldest; what is refused is an error; and mappings end with their time.
+// At the bound the peer with the most mappings loses its oldest; what is refused is an error; and mappings end with
+// their time.
 func TestBounds(t *testing.T) {
 	var mu sync.Mutex
 	turned := map[string]int{}
@@ -325,7 +333,8 @@ func TestBounds(t *testing.T) {
 	if err := w.Send(Datagram{Pod: pod(1), Peer: at1}); !errors.Is(err, ErrClosed) {
 		t.Errorf("after Close: %v", err)
 	}
-	for _, d := range []Datagram{{}, {Pod: pod(1)}, {Pod: pod(1), Peer: netip.MustParseAddrPort("[::1]:1")}, {Echo: true, Pod: pod(1), Peer: at1, Payload: []byte("short")}} {
+	for _, d := range []Datagram{{}, {Pod: pod(1)}, {Pod: pod(1), Peer: netip.MustParseAddrPort("[::1]:1")},
+		{Echo: true, Pod: pod(1), Peer: at1, Payload: []byte("short")}} {
 		if err := w.Send(d); !errors.Is(err, unix.EINVAL) {
 			t.Errorf("%+v: %v", d, err)
 		}
@@ -350,7 +359,8 @@ func TestStress(t *testing.T) {
 	for g := range 4 {
 		wg.Go(func() {
 			for i := range 500 {
-				_ = w.Send(Datagram{Pod: netip.AddrPortFrom(netip.MustParseAddr("10.1.0.2"), uint16(1+(g*7+i)%16)), Peer: at, Payload: []byte("x")})
+				_ = w.Send(Datagram{Pod: netip.AddrPortFrom(netip.MustParseAddr("10.1.0.2"), uint16(1+(g*7+i)%16)), Peer: at,
+					Payload: []byte("x")})
 				if i%100 == 0 {
 					w.sweep()
 				}

@@ -49,12 +49,17 @@ func TestAnswers(t *testing.T) {
 			{"A pay.green", ok + "; pay.green. 30 A 10.96.0.20"},
 			{"A pay.green.svc", ok + "; pay.green.svc. 30 A 10.96.0.20"},
 			{"A pay.green.svc.cluster.local", ok + "; pay.green.svc.cluster.local. 30 A 10.96.0.20"},
-			{"A pay.green.blue.svc.cluster.local", ok + "; pay.green.blue.svc.cluster.local. 30 CNAME pay.green.; pay.green. 30 A 10.96.0.20"},
-			{"A Pay.Green.blue.svc.cluster.local", ok + "; pay.green.blue.svc.cluster.local. 30 CNAME pay.green.; pay.green. 30 A 10.96.0.20"},
+			{"A pay.green.blue.svc.cluster.local",
+				ok + "; pay.green.blue.svc.cluster.local. 30 CNAME pay.green.; pay.green. 30 A 10.96.0.20"},
+			{"A Pay.Green.blue.svc.cluster.local",
+				ok + "; pay.green.blue.svc.cluster.local. 30 CNAME pay.green.; pay.green. 30 A 10.96.0.20"},
 			{"A api.acme.test", ok + "; api.acme.test. 30 A 203.0.113.5"},
-			{"A api.acme.test.blue.svc.cluster.local", ok + "; api.acme.test.blue.svc.cluster.local. 30 CNAME api.acme.test.; api.acme.test. 30 A 203.0.113.5"},
-			{"A api.acme.test.svc.cluster.local", ok + "; api.acme.test.svc.cluster.local. 30 CNAME api.acme.test.; api.acme.test. 30 A 203.0.113.5"},
-			{"A api.acme.test.cluster.local", ok + "; api.acme.test.cluster.local. 30 CNAME api.acme.test.; api.acme.test. 30 A 203.0.113.5"},
+			{"A api.acme.test.blue.svc.cluster.local",
+				ok + "; api.acme.test.blue.svc.cluster.local. 30 CNAME api.acme.test.; api.acme.test. 30 A 203.0.113.5"},
+			{"A api.acme.test.svc.cluster.local",
+				ok + "; api.acme.test.svc.cluster.local. 30 CNAME api.acme.test.; api.acme.test. 30 A 203.0.113.5"},
+			{"A api.acme.test.cluster.local",
+				ok + "; api.acme.test.cluster.local. 30 CNAME api.acme.test.; api.acme.test. 30 A 203.0.113.5"},
 			{"A x.y.acme.test", ok + "; x.y.acme.test. 30 A 203.0.113.6"},
 			{"A x.acme.test.blue.svc.cluster.local", ok + "; x.acme.test.blue.svc.cluster.local. 30 A 203.0.113.6"},
 			{"A *.acme.test", ok + "; *.acme.test. 30 A 203.0.113.6"},
@@ -75,14 +80,16 @@ func TestAnswers(t *testing.T) {
 			{"A p0.hl.blue.svc.cluster.local", "forward"},
 			{"A .", "forward"},
 			{"A cart.blue.svc.cluster.local.blue.svc.cluster.local", ok +
-				"; cart.blue.svc.cluster.local.blue.svc.cluster.local. 30 CNAME cart.blue.svc.cluster.local.; cart.blue.svc.cluster.local. 30 A 10.96.0.10"},
+				"; cart.blue.svc.cluster.local.blue.svc.cluster.local. 30 CNAME cart.blue.svc.cluster.local.; " +
+				"cart.blue.svc.cluster.local. 30 A 10.96.0.10"},
 			{`A x\.y.acme.test`, ok + `; x\.y.acme.test. 30 A 203.0.113.6`},
 			{`A api\.acme.test`, "forward"}, // one label, not two
 			{`A cart\.blue.svc.cluster.local`, "forward"},
 		}},
 		{"samples/dns.txt", samples(), samples()[0].(*state.Workload), [][2]string{
 			{"A b.default.svc.cluster.local", ok + "; b.default.svc.cluster.local. 30 A 10.96.0.10"},
-			{"AAAA b.default.svc.cluster.local", nothing("b.default.svc.cluster.local.")}, // better than the sample: it has an SOA
+			// better than the sample: it has an SOA
+			{"AAAA b.default.svc.cluster.local", nothing("b.default.svc.cluster.local.")},
 			{"A b", ok + "; b. 30 A 10.96.0.10"},
 			{"A b.default", ok + "; b.default. 30 A 10.96.0.10"},
 			{"A B.DEFAULT.svc.cluster.local", ok + "; b.default.svc.cluster.local. 30 A 10.96.0.10"},
@@ -93,16 +100,18 @@ func TestAnswers(t *testing.T) {
 			{"ANY b.default.svc.cluster.local", "forward"},
 		}},
 		{"the same over IPv6", append(samples(), service("b6.default.svc.cluster.local", "default", "/fd00:96::10"),
-			service("both.default.svc.cluster.local", "default", "/10.96.0.20 /fd00:96::20")), samples()[0].(*state.Workload), [][2]string{
-			{"AAAA b6", ok + "; b6. 30 AAAA fd00:96::10"},
-			{"AAAA b6.default", ok + "; b6.default. 30 AAAA fd00:96::10"},
-			{"AAAA B6.DEFAULT.svc.cluster.local", ok + "; b6.default.svc.cluster.local. 30 AAAA fd00:96::10"},
-			{"AAAA b6.default.default.svc.cluster.local", ok + "; b6.default.default.svc.cluster.local. 30 CNAME b6.default.; b6.default. 30 AAAA fd00:96::10"},
-			{"A b6.default.svc.cluster.local", nothing("b6.default.svc.cluster.local.")},
-			{"A both", ok + "; both. 30 A 10.96.0.20"},
-			{"AAAA both", ok + "; both. 30 AAAA fd00:96::20"},
-			{"AAAA nope.default.svc.cluster.local", "forward"},
-		}},
+			service("both.default.svc.cluster.local", "default", "/10.96.0.20 /fd00:96::20")), samples()[0].(*state.Workload),
+			[][2]string{
+				{"AAAA b6", ok + "; b6. 30 AAAA fd00:96::10"},
+				{"AAAA b6.default", ok + "; b6.default. 30 AAAA fd00:96::10"},
+				{"AAAA B6.DEFAULT.svc.cluster.local", ok + "; b6.default.svc.cluster.local. 30 AAAA fd00:96::10"},
+				{"AAAA b6.default.default.svc.cluster.local",
+					ok + "; b6.default.default.svc.cluster.local. 30 CNAME b6.default.; b6.default. 30 AAAA fd00:96::10"},
+				{"A b6.default.svc.cluster.local", nothing("b6.default.svc.cluster.local.")},
+				{"A both", ok + "; both. 30 A 10.96.0.20"},
+				{"AAAA both", ok + "; both. 30 AAAA fd00:96::20"},
+				{"AAAA nope.default.svc.cluster.local", "forward"},
+			}},
 	} {
 		view := build(world.things...)
 		for _, row := range world.rows {
@@ -115,7 +124,8 @@ func TestAnswers(t *testing.T) {
 
 // Names that are no network's business, whatever the mesh knows, and names that only look like them.
 func TestSpecialNames(t *testing.T) {
-	view := build(append(vectors(), service("localhost", "blue", "n1/10.96.0.66"), service("*.invalid", "blue", "n1/10.96.0.67"))...)
+	view := build(append(vectors(), service("localhost", "blue", "n1/10.96.0.66"),
+		service("*.invalid", "blue", "n1/10.96.0.67"))...)
 	const reverse = "1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.ip6.arpa"
 	missing := func(name string) string {
 		return "NXDOMAIN qr aa rd ra; " + name + " 30 SOA minimum 30"
@@ -159,9 +169,13 @@ func TestExtraSearch(t *testing.T) {
 	view := build(vectors()...)
 	o := Options{IPv6: true, ExtraSearch: []string{"Corp.Example.", "lab"}}
 	for _, tc := range [][2]string{
-		{"A api.acme.test.corp.example", ok + "; api.acme.test.corp.example. 30 CNAME api.acme.test.; api.acme.test. 30 A 203.0.113.5"},
-		{"A pay.green.svc.cluster.local.lab", ok + "; pay.green.svc.cluster.local.lab. 30 CNAME pay.green.svc.cluster.local.; pay.green.svc.cluster.local. 30 A 10.96.0.20"},
-		{"A pay.green.blue.svc.cluster.local", ok + "; pay.green.blue.svc.cluster.local. 30 CNAME pay.green.; pay.green. 30 A 10.96.0.20"},
+		{"A api.acme.test.corp.example",
+			ok + "; api.acme.test.corp.example. 30 CNAME api.acme.test.; api.acme.test. 30 A 203.0.113.5"},
+		{"A pay.green.svc.cluster.local.lab",
+			ok + "; pay.green.svc.cluster.local.lab. 30 CNAME pay.green.svc.cluster.local.; pay.green.svc.cluster.local. 30 A " +
+				"10.96.0.20"},
+		{"A pay.green.blue.svc.cluster.local",
+			ok + "; pay.green.blue.svc.cluster.local. 30 CNAME pay.green.; pay.green. 30 A 10.96.0.20"},
 		{"A cart.corp.example", ok + "; cart.corp.example. 30 CNAME cart.; cart. 30 A 10.96.0.10"},
 		{"A corp.example", "forward"},
 		{"A api.acme.test.other.example", "forward"},
@@ -251,16 +265,23 @@ func TestChoice(t *testing.T) {
 		services  []any
 		want      string
 	}{
-		{"own namespace before canonical", "", []any{in("red", "203.0.113.1", true, pub), in("blue", "203.0.113.2", false, pub)}, "203.0.113.2"},
-		{"the last canonical", "", []any{in("a", "203.0.113.1", false, pub), in("b", "203.0.113.2", true, pub), in("c", "203.0.113.3", true, pub)}, "203.0.113.3"},
-		{"canonical before preferred", "p", []any{in("p", "203.0.113.1", false, pub), in("b", "203.0.113.2", true, pub)}, "203.0.113.2"},
-		{"preferred before first", "p", []any{in("a", "203.0.113.1", false, pub), in("p", "203.0.113.2", false, pub)}, "203.0.113.2"},
+		{"own namespace before canonical", "",
+			[]any{in("red", "203.0.113.1", true, pub), in("blue", "203.0.113.2", false, pub)}, "203.0.113.2"},
+		{"the last canonical", "", []any{in("a", "203.0.113.1", false, pub), in("b", "203.0.113.2", true, pub),
+			in("c", "203.0.113.3", true, pub)}, "203.0.113.3"},
+		{"canonical before preferred", "p", []any{in("p", "203.0.113.1", false, pub), in("b", "203.0.113.2", true, pub)},
+			"203.0.113.2"},
+		{"preferred before first", "p", []any{in("a", "203.0.113.1", false, pub), in("p", "203.0.113.2", false, pub)},
+			"203.0.113.2"},
 		{"first", "p", []any{in("a", "203.0.113.1", false, pub), in("b", "203.0.113.2", false, pub)}, "203.0.113.1"},
-		{"what is not visible does not count", "a", []any{in("a", "203.0.113.1", true, own), in("b", "203.0.113.2", false, pub)}, "203.0.113.2"},
-		{"own and for itself", "", []any{in("a", "203.0.113.1", true, pub), in("blue", "203.0.113.2", false, own)}, "203.0.113.2"},
+		{"what is not visible does not count", "a",
+			[]any{in("a", "203.0.113.1", true, own), in("b", "203.0.113.2", false, pub)}, "203.0.113.2"},
+		{"own and for itself", "", []any{in("a", "203.0.113.1", true, pub), in("blue", "203.0.113.2", false, own)},
+			"203.0.113.2"},
 		{"what has no address does not count", "", []any{noVIP, in("b", "203.0.113.2", false, pub)}, "203.0.113.2"},
 	} {
-		got := said(build(append(tc.services, blueClient)...), blueClient, Options{PreferredNamespace: tc.preferred}, ask("A api.acme.test"))
+		got := said(build(append(tc.services, blueClient)...), blueClient, Options{PreferredNamespace: tc.preferred},
+			ask("A api.acme.test"))
 		if want := ok + "; api.acme.test. 30 A " + tc.want; got != want {
 			t.Errorf("%s: got %s, want %s", tc.name, got, want)
 		}
@@ -290,7 +311,8 @@ func TestChoice(t *testing.T) {
 
 // Domains other than Kubernetes' own defaults.
 func TestDomains(t *testing.T) {
-	view := build(blueClient, service("cart.blue.svc.corp.test", "blue", "n1/10.96.0.1"), service("hl.blue.svc.corp.test", "blue", ""),
+	view := build(blueClient, service("cart.blue.svc.corp.test", "blue", "n1/10.96.0.1"),
+		service("hl.blue.svc.corp.test", "blue", ""),
 		pod("h", "blue", "n1", "10.1.0.1", "hl.blue.svc.corp.test"), service("api.acme.test", "blue", "n1/203.0.113.5"))
 	for _, tc := range []struct {
 		q    string
@@ -327,17 +349,30 @@ func TestMessageDetails(t *testing.T) {
 		{"EDNS", edns(ask("A cart"), 1232, false), ok + "; cart. 30 A 10.96.0.10", "1232 false v0"},
 		{"small EDNS", edns(ask("A cart"), 400, true), ok + "; cart. 30 A 10.96.0.10", "512 true v0"},
 		{"large EDNS", edns(ask("A cart"), 65535, false), ok + "; cart. 30 A 10.96.0.10", "65535 false v0"},
-		{"no RD, but AD and CD", change(ask("A cart"), func(q *dns.Msg) { q.RecursionDesired, q.AuthenticatedData, q.CheckingDisabled = false, true, true }),
+		{"no RD, but AD and CD", change(ask("A cart"), func(q *dns.Msg) {
+			q.RecursionDesired, q.AuthenticatedData, q.CheckingDisabled = false, true, true
+		}),
 			"NOERROR qr aa ra cd; cart. 30 A 10.96.0.10", ""},
 		{"negative with DO", edns(ask("AAAA cart"), 1232, true), nothing("cart."), "1232 true v0"},
-		{"EDNS version", change(edns(ask("A cart"), 1232, true), func(q *dns.Msg) { q.IsEdns0().SetVersion(1) }), "BADVERS qr rd ra", "1232 true v0"},
-		{"EDNS version, not ours", change(edns(ask("A elsewhere.test"), 1232, true), func(q *dns.Msg) { q.IsEdns0().SetVersion(1) }), "forward", ""},
+		{"EDNS version", change(edns(ask("A cart"), 1232, true), func(q *dns.Msg) {
+			q.IsEdns0().SetVersion(1)
+		}), "BADVERS qr rd ra", "1232 true v0"},
+		{"EDNS version, not ours", change(edns(ask("A elsewhere.test"), 1232, true), func(q *dns.Msg) {
+			q.IsEdns0().SetVersion(1)
+		}), "forward", ""},
 		{"two OPT", edns(edns(ask("A cart"), 1232, true), 1400, false), "FORMERR qr rd ra", "1400 false v0"},
 		{"class CHAOS", change(ask("A cart"), func(q *dns.Msg) { q.Question[0].Qclass = dns.ClassCHAOS }), "forward", ""},
-		{"class ANY", change(ask("A cart"), func(q *dns.Msg) { q.Question[0].Qclass = dns.ClassANY }), ok + "; cart. 30 A 10.96.0.10", ""},
-		{"two questions", change(ask("A cart"), func(q *dns.Msg) { q.Question = append(q.Question, q.Question[0]) }), "SERVFAIL qr rd ra", ""},
-		{"no question, EDNS", change(edns(ask("A cart"), 1232, false), func(q *dns.Msg) { q.Question = nil }), "SERVFAIL qr rd ra", "1232 false v0"},
-		{"UPDATE", change(ask("SOA cart"), func(q *dns.Msg) { q.Opcode = dns.OpcodeUpdate }), "forward", ""}, // better than ztunnel's NOTIMP: issue 5
+		{"class ANY", change(ask("A cart"), func(q *dns.Msg) {
+			q.Question[0].Qclass = dns.ClassANY
+		}), ok + "; cart. 30 A 10.96.0.10", ""},
+		{"two questions", change(ask("A cart"), func(q *dns.Msg) {
+			q.Question = append(q.Question, q.Question[0])
+		}), "SERVFAIL qr rd ra", ""},
+		{"no question, EDNS", change(edns(ask("A cart"), 1232, false), func(q *dns.Msg) {
+			q.Question = nil
+		}), "SERVFAIL qr rd ra", "1232 false v0"},
+		// better than ztunnel's NOTIMP: issue 5
+		{"UPDATE", change(ask("SOA cart"), func(q *dns.Msg) { q.Opcode = dns.OpcodeUpdate }), "forward", ""},
 	} {
 		d := Answer(view, blueClient, &Options{IPv6: true}, tc.q)
 		if d.Forward {
@@ -391,8 +426,10 @@ func TestTruncation(t *testing.T) {
 			}
 			raw := pack(d.reply(q), udpLimit(q))
 			m := mustUnpack(t, raw)
-			if len(raw) > tc.limit || len(m.Answer) != tc.want || m.Truncated != (tc.want < 256) || (m.IsEdns0() != nil) != (tc.edns > 0) {
-				t.Errorf("%s, EDNS %d: %d bytes, %d answers of %d, truncated %v", typ, tc.edns, len(raw), len(m.Answer), tc.want, m.Truncated)
+			if len(raw) > tc.limit || len(m.Answer) != tc.want || m.Truncated != (tc.want < 256) ||
+				(m.IsEdns0() != nil) != (tc.edns > 0) {
+				t.Errorf("%s, EDNS %d: %d bytes, %d answers of %d, truncated %v", typ, tc.edns, len(raw), len(m.Answer), tc.want,
+					m.Truncated)
 			}
 		}
 		d := Answer(view, blueClient, &Options{IPv6: true}, ask(typ+" test.com."))

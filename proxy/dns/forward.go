@@ -36,7 +36,8 @@ func (s *Server) servers(q *query) []netip.AddrPort {
 
 // eachServer calls ask for one server after the other until one gives a reply:
 // at once if one refuses, after its share of Config.Timeout if it is silent.
-func (s *Server) eachServer(ctx context.Context, q *query, ask func(context.Context, netip.AddrPort) ([]byte, error)) (reply []byte, err error) {
+func (s *Server) eachServer(ctx context.Context, q *query, ask func(context.Context, netip.AddrPort) ([]byte, error)) (
+	reply []byte, err error) {
 	err = errNoServer
 	end := time.Now().Add(s.cfg.Timeout)
 	servers := s.servers(q)
@@ -70,7 +71,9 @@ func (s *Server) relayUDP(ctx context.Context, q *query) ([]byte, error) {
 			return nil, err
 		}
 		defer c.Close()
-		defer context.AfterFunc(ctx, s.cfg.Panics.Func("the end of a DNS query", func() { c.SetDeadline(time.Unix(1, 0)) }, nil))()
+		defer context.AfterFunc(ctx, s.cfg.Panics.Func("the end of a DNS query", func() {
+			c.SetDeadline(time.Unix(1, 0))
+		}, nil))()
 		if _, err := c.Write(q.raw); err != nil {
 			return nil, err
 		}
@@ -161,14 +164,16 @@ func (u *upstreamTCP) close() {
 // state can tell (RFC 5452 section 9.1): id, opcode and, if it has one, the
 // question, whatever its case. A server that cannot read a query answers without.
 func answers(query, reply []byte) bool {
-	if len(reply) < headerSize || !isResponse(reply) || [2]byte(reply) != [2]byte(query) || opcode(reply) != opcode(query) {
+	if len(reply) < headerSize || !isResponse(reply) || [2]byte(reply) != [2]byte(query) ||
+		opcode(reply) != opcode(query) {
 		return false
 	}
 	if count(query, 0) != 1 || count(reply, 0) == 0 {
 		return true
 	}
 	n := questionLen(query)
-	return count(reply, 0) == 1 && len(reply) >= headerSize+n && equalFold(query[headerSize:headerSize+n], reply[headerSize:headerSize+n])
+	return count(reply, 0) == 1 && len(reply) >= headerSize+n &&
+		equalFold(query[headerSize:headerSize+n], reply[headerSize:headerSize+n])
 }
 
 // questionLen is how long the first question of a message that has been parsed is.

@@ -29,7 +29,8 @@ func TestForwardedUnchanged(t *testing.T) {
 	update.RemoveName([]dns.RR{&dns.ANY{Hdr: dns.RR_Header{Name: "x.acme.test."}}})
 	opts := ask("HTTPS cart")
 	opts.SetEdns0(1400, false)
-	opts.IsEdns0().Option = []dns.EDNS0{&dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "0102030405060708"}, &dns.EDNS0_LOCAL{Code: 65001, Data: []byte("x")}}
+	opts.IsEdns0().Option = []dns.EDNS0{&dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "0102030405060708"},
+		&dns.EDNS0_LOCAL{Code: 65001, Data: []byte("x")}}
 	chaos := ask("TXT version.bind")
 	chaos.Question[0].Qclass = dns.ClassCHAOS
 	notify := new(dns.Msg).SetNotify("acme.test.")
@@ -38,8 +39,9 @@ func TestForwardedUnchanged(t *testing.T) {
 	unknown.Question[0].Qtype = 65280
 	strange := []byte("a reply that is none: \xff\xff\xff")
 	for name, raw := range map[string][]byte{
-		"trailing bytes": odd, "UPDATE": mustPack(update), "options": mustPack(opts), "class CHAOS": mustPack(chaos), "NOTIFY": mustPack(notify),
-		"DSO": dso, "private type": mustPack(unknown), "ANY": mustPack(ask("ANY cart")), "MX": mustPack(ask("MX cart")),
+		"trailing bytes": odd, "UPDATE": mustPack(update), "options": mustPack(opts), "class CHAOS": mustPack(chaos),
+		"NOTIFY": mustPack(notify),
+		"DSO":    dso, "private type": mustPack(unknown), "ANY": mustPack(ask("ANY cart")), "MX": mustPack(ask("MX cart")),
 		"two OPT": mustPack(ask("A elsewhere.test").SetEdns0(512, false).SetEdns0(600, false)),
 		"STATUS":  {9, 9, 2 << 3, 0, 0, 0, 0, 0, 0, 0, 0, 0},
 	} {
@@ -76,7 +78,8 @@ func TestForwardOutcomes(t *testing.T) {
 			m := new(dns.Msg).SetRcode(q, rcode)
 			m.RecursionAvailable = true
 			if answers {
-				m.Answer = []dns.RR{&dns.A{Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 7}, A: net.IPv4(192, 0, 2, 1)}}
+				m.Answer = []dns.RR{&dns.A{Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET,
+					Ttl: 7}, A: net.IPv4(192, 0, 2, 1)}}
 			}
 			return [][]byte{mustPack(m)}
 		}
@@ -116,9 +119,14 @@ func TestForwardOutcomes(t *testing.T) {
 		{"nothing of the type", rcodes(0, false), nil, "NOERROR qr rd ra", 1, "forwarding failed (no records)", 0},
 		{"truncated", truncate, nil, "NOERROR qr tc rd ra", 0, "forwarded", 0},
 		{"noise", noise, nil, "NOERROR qr rd ra; elsewhere.test. 7 A 192.0.2.1", 0, "forwarded", 0},
-		{"silence", func(string, netip.AddrPort, []byte) [][]byte { return nil }, nil, "SERVFAIL qr rd ra", 1, "forwarding failed (10.96.0.2:53: timeout)", 5 * time.Second},
-		{"no way", nil, syscall.ENETUNREACH, "SERVFAIL qr rd ra", 1, "forwarding failed (10.96.0.2:53: network is unreachable)", 0},
-		{"refused", func(string, netip.AddrPort, []byte) [][]byte { return [][]byte{nil} }, nil, "SERVFAIL qr rd ra", 1, "forwarding failed (10.96.0.2:53: EOF)", 0},
+		{"silence", func(string, netip.AddrPort, []byte) [][]byte {
+			return nil
+		}, nil, "SERVFAIL qr rd ra", 1, "forwarding failed (10.96.0.2:53: timeout)", 5 * time.Second},
+		{"no way", nil, syscall.ENETUNREACH, "SERVFAIL qr rd ra", 1,
+			"forwarding failed (10.96.0.2:53: network is unreachable)", 0},
+		{"refused", func(string, netip.AddrPort, []byte) [][]byte {
+			return [][]byte{nil}
+		}, nil, "SERVFAIL qr rd ra", 1, "forwarding failed (10.96.0.2:53: EOF)", 0},
 	} {
 		for _, tcp := range []bool{false, true} {
 			synctest.Test(t, func(t *testing.T) {
@@ -127,8 +135,10 @@ func TestForwardOutcomes(t *testing.T) {
 				}
 				m := NewMetrics()
 				var log bytes.Buffer
-				s := start(t, Config{Metrics: m, Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})),
-					Upstream: &upstream{answer: tc.answer, dead: func(string, netip.AddrPort) error { return tc.dead }}})
+				s :=
+					start(t,
+						Config{Metrics: m, Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})),
+							Upstream: &upstream{answer: tc.answer, dead: func(string, netip.AddrPort) error { return tc.dead }}})
 				begin := time.Now()
 				var got *dns.Msg
 				protocol := "udp"
@@ -146,11 +156,13 @@ func TestForwardOutcomes(t *testing.T) {
 				} else {
 					got = udp(t, s, q, kubeDNS)
 				}
-				if r := strings.Replace(render(got), "Elsewhere", "elsewhere", 1); r != strings.Replace(tc.want, "Elsewhere", "elsewhere", 1) || time.Since(begin) != tc.after {
+				if r := strings.Replace(render(got), "Elsewhere", "elsewhere", 1); r != strings.Replace(tc.want, "Elsewhere",
+					"elsewhere", 1) || time.Since(begin) != tc.after {
 					t.Errorf("%s, %s: got %s after %v, want %s after %v", tc.name, protocol, r, time.Since(begin), tc.want, tc.after)
 				}
 				c := m.series[labels{"a", protocol, "client", "v1"}]
-				if c == nil || c.requests.Load() != 1 || c.upstream.Load() != 1 || c.failures.Load() != tc.failures || c.total != 1 || c.sum != tc.after.Seconds() {
+				if c == nil || c.requests.Load() != 1 || c.upstream.Load() != 1 || c.failures.Load() != tc.failures ||
+					c.total != 1 || c.sum != tc.after.Seconds() {
 					t.Errorf("%s, %s: counted %+v", tc.name, protocol, c)
 				}
 				if !strings.Contains(log.String(), fmt.Sprintf("result=%s ", quoteIf(tc.result))) {
@@ -172,7 +184,8 @@ func quoteIf(s string) string {
 // the first of several does not answer.
 func TestNameservers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := []netip.AddrPort{netip.MustParseAddrPort("10.0.0.1:53"), netip.MustParseAddrPort("[fd00::2]:53"), netip.MustParseAddrPort("10.0.0.3:5353")}
+		n := []netip.AddrPort{netip.MustParseAddrPort("10.0.0.1:53"), netip.MustParseAddrPort("[fd00::2]:53"),
+			netip.MustParseAddrPort("10.0.0.3:5353")}
 		var silent, dead, refusing netip.AddrPort
 		up := &upstream{answer: func(p string, dst netip.AddrPort, raw []byte) [][]byte {
 			switch dst {
@@ -195,7 +208,8 @@ func TestNameservers(t *testing.T) {
 			up.dials = nil
 			up.mu.Unlock()
 			begin := time.Now()
-			if got := render(udp(t, s, ask("A elsewhere.test"), server)); !strings.Contains(got, "192.0.2.1") || time.Since(begin) != after {
+			if got := render(udp(t, s, ask("A elsewhere.test"), server)); !strings.Contains(got, "192.0.2.1") ||
+				time.Since(begin) != after {
 				t.Errorf("%s: %s after %v", what, got, time.Since(begin))
 			}
 			if got := up.dialled(); !slices.Equal(got, want) {
@@ -248,7 +262,8 @@ func TestTransfer(t *testing.T) {
 		if got := up.dialled(); len(got) != 1 {
 			t.Errorf("connections: %v", got)
 		}
-		if c := m.series[labels{"axfr", "tcp", "client", "v1"}]; c.requests.Load() != 1 || c.upstream.Load() != 1 || c.failures.Load() != 0 {
+		if c := m.series[labels{"axfr", "tcp", "client", "v1"}]; c.requests.Load() != 1 || c.upstream.Load() != 1 ||
+			c.failures.Load() != 0 {
 			t.Errorf("counted %+v", c)
 		}
 

@@ -16,7 +16,8 @@ import (
 // well-formed reply to it within its sender's limit, and what it passes on, it
 // passes on unchanged.
 func FuzzServe(f *testing.F) {
-	for _, q := range []string{"A cart", "AAAA hl.blue", "A api.acme.test.blue.svc.cluster.local", "MX cart", "AXFR acme.test", "A elsewhere.test", `A x\.y.acme.test`, "A ."} {
+	for _, q := range []string{"A cart", "AAAA hl.blue", "A api.acme.test.blue.svc.cluster.local", "MX cart",
+		"AXFR acme.test", "A elsewhere.test", `A x\.y.acme.test`, "A ."} {
 		f.Add(mustPack(ask(q)), false, []byte("reply"))
 		f.Add(mustPack(ask(q).SetEdns0(600, true)), true, mustPack(new(dns.Msg).SetReply(ask(q))))
 	}
@@ -25,7 +26,8 @@ func FuzzServe(f *testing.F) {
 	f.Add(append([]byte{7, 7, 1, 0, 0, 1, 0xff, 0xff, 0, 0, 0, 0}, 3, 'w', 'w', 'w', 0xc0, 0xff), false, []byte{})
 	f.Add(slices.Repeat([]byte{1, 'a'}, 130), true, []byte{1, 'a', 0x80})
 	var relayed, reply []byte
-	s, err := New(Config{Client: blueClient.Info(), Knowledge: know(build(vectors()...)), Options: Options{IPv6: true}, Timeout: time.Second, Upstream: &upstream{}})
+	s, err := New(Config{Client: blueClient.Info(), Knowledge: know(build(vectors()...)), Options: Options{IPv6: true},
+		Timeout: time.Second, Upstream: &upstream{}})
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -34,7 +34,9 @@ func TestLoadOthersUnharmed(t *testing.T) {
 	places := make(chan struct{}, 1024) // netstack's Config.MaxDNS
 	turnedAway := 0
 	var wg sync.WaitGroup
-	raws := [][]byte{mustPack(ask("A elsewhere.test")), mustPack(ask("A cart")), mustPack(ask("A " + strings.Repeat("a.", 100) + "svc.cluster.local")), []byte("garbage\xff\xff\xff\xff\xff\xff\xff\xff\xff")}
+	raws := [][]byte{mustPack(ask("A elsewhere.test")), mustPack(ask("A cart")),
+		mustPack(ask("A " + strings.Repeat("a.", 100) + "svc.cluster.local")),
+		[]byte("garbage\xff\xff\xff\xff\xff\xff\xff\xff\xff")}
 	go func() {
 		defer close(flood)
 		begin := time.Now()
@@ -75,13 +77,15 @@ func TestLoadOthersUnharmed(t *testing.T) {
 				t.Fatalf("only %d questions in the time of the flood", len(took))
 			}
 			p50, worst := took[len(took)/2], took[len(took)-1]
-			t.Logf("%d questions beside the flood: p50 %v, worst %v; flood: %v, turned away %d", len(took), p50, worst, answered, turnedAway)
+			t.Logf("%d questions beside the flood: p50 %v, worst %v; flood: %v, turned away %d", len(took), p50, worst, answered,
+				turnedAway)
 			// Far above what a busy machine needs, far below the flood's own wait.
 			if p50 > 100*time.Millisecond || worst > 2*time.Second {
 				t.Errorf("a quiet client waits: p50 %v, worst %v", p50, worst)
 			}
 			if taken := total - turnedAway; answered[2] < taken/4 { // a slow machine turns more away
-				t.Errorf("of the noisy client's own questions for our names and garbage, half of %d, only %d were answered", taken, answered[2])
+				t.Errorf("of the noisy client's own questions for our names and garbage, half of %d, only %d were answered", taken,
+					answered[2])
 			}
 			if n := m.dropped[dropForwards].Load(); n == 0 {
 				t.Error("the bound of forwarded queries was never met")
@@ -110,7 +114,8 @@ func BenchmarkAnswer(b *testing.B) {
 		things = append(things, service(fmt.Sprintf("s%d.green.svc.cluster.local", i), "green", "n1/10.96.0.20"))
 	}
 	view := build(things...)
-	for _, name := range []string{"cart", "s77.green.svc.cluster.local", "api.acme.test.blue.svc.cluster.local", strings.Repeat("a.", 100) + "svc.cluster.local"} {
+	for _, name := range []string{"cart", "s77.green.svc.cluster.local", "api.acme.test.blue.svc.cluster.local",
+		strings.Repeat("a.", 100) + "svc.cluster.local"} {
 		q, o := ask("A "+name), Options{}
 		b.Run(name[:min(len(name), 40)], func(b *testing.B) {
 			b.ReportAllocs()

@@ -8,9 +8,9 @@ import (
 	"github.com/miekg/dns"
 )
 
-// Lookup resolves a name as the pod would by its DNS proxy: a name of the mesh, or one that the configured nameservers know. It is
-// how SOCKS5 clients get names resolved. Addresses of both families, IPv4 first; a name without any is an error. It takes as
-// long as a query (Query), or until ctx ends.
+// Lookup resolves a name as the pod would by its DNS proxy: a name of the mesh, or one that the configured
+// nameservers know. It is how SOCKS5 clients get names resolved. Addresses of both families, IPv4 first; a name
+// without any is an error. It takes as long as a query (Query), or until ctx ends.
 func (s *Server) Lookup(ctx context.Context, host string) ([]netip.Addr, error) {
 	type result struct {
 		addrs []netip.Addr

@@ -25,15 +25,18 @@ func TestLookup(t *testing.T) {
 	if want := []netip.Addr{netip.MustParseAddr("10.96.0.10")}; err != nil || !reflect.DeepEqual(got, want) {
 		t.Error(got, err)
 	}
-	if got, err := s.Lookup(context.Background(), "hl.blue"); err != nil || len(got) != 3 || !got[0].Is4() || !got[2].Is6() {
+	if got, err := s.Lookup(context.Background(), "hl.blue"); err != nil || len(got) != 3 || !got[0].Is4() ||
+		!got[2].Is6() {
 		t.Error("both families, IPv4 first:", got, err)
 	}
 	// What the mesh does not know is asked upstream.
-	if got, err := s.Lookup(context.Background(), "elsewhere.example"); err != nil || len(got) == 0 || got[0] != netip.MustParseAddr("192.0.2.1") {
+	if got, err := s.Lookup(context.Background(), "elsewhere.example"); err != nil || len(got) == 0 ||
+		got[0] != netip.MustParseAddr("192.0.2.1") {
 		t.Error(got, err)
 	}
 	for host, text := range map[string]string{
-		"nowhere.example": `no address for "nowhere.example": A NXDOMAIN, AAAA NXDOMAIN`, strings.Repeat("a.", 200): "FORMERR", strings.Repeat("a", 70) + ".example": "no",
+		"nowhere.example":         `no address for "nowhere.example": A NXDOMAIN, AAAA NXDOMAIN`,
+		strings.Repeat("a.", 200): "FORMERR", strings.Repeat("a", 70) + ".example": "no",
 	} {
 		if _, err := s.Lookup(context.Background(), host); err == nil || !strings.Contains(err.Error(), text) {
 			t.Errorf("%q: %v", host, err)

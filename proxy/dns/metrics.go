@@ -54,7 +54,8 @@ type Metrics struct {
 // labels in the order of labelNames.
 type labels [4]string
 
-var labelNames = [...]string{"request_query_type", "request_protocol", "source_canonical_service", "source_canonical_revision"}
+var labelNames = [...]string{"request_query_type", "request_protocol", "source_canonical_service",
+	"source_canonical_revision"}
 
 type series struct {
 	labels                       labels
@@ -74,11 +75,16 @@ func NewMetrics() *Metrics {
 	return &Metrics{
 		series:   map[labels]*series{},
 		requests: desc("istio_dns_requests_total", "Total number of DNS requests (unstable)", labelNames[:]...),
-		upstream: desc("istio_dns_upstream_requests_total", "Total number of DNS requests forwarded to upstream (unstable)", labelNames[:]...),
-		failures: desc("istio_dns_upstream_failures_total", "Total number of DNS requests that failed to forward upstream (unstable)", labelNames[:]...),
-		duration: desc("istio_dns_upstream_request_duration_seconds", "Total time in seconds Istio takes to get DNS response from upstream (unstable)", labelNames[:]...),
-		drops:    desc("ztun_dns_dropped_total", "DNS messages or connections that were not served, by the reason.", "reason"),
-		overflow: desc("ztun_dns_series_overflow_total", "DNS requests counted in the overflow series because the table of series was full."),
+		upstream: desc("istio_dns_upstream_requests_total", "Total number of DNS requests forwarded to upstream (unstable)",
+			labelNames[:]...),
+		failures: desc("istio_dns_upstream_failures_total",
+			"Total number of DNS requests that failed to forward upstream (unstable)", labelNames[:]...),
+		duration: desc("istio_dns_upstream_request_duration_seconds",
+			"Total time in seconds Istio takes to get DNS response from upstream (unstable)", labelNames[:]...),
+		drops: desc("ztun_dns_dropped_total", "DNS messages or connections that were not served, by the reason.",
+			"reason"),
+		overflow: desc("ztun_dns_series_overflow_total",
+			"DNS requests counted in the overflow series because the table of series was full."),
 	}
 }
 
@@ -153,7 +159,8 @@ func (m *Metrics) Collect(ch chan<- prometheus.Metric) {
 		}
 	}
 	for r := range nDropReasons {
-		ch <- sample{m.drops, []*dto.LabelPair{pair("reason", r.String())}, &dto.Metric{Counter: &dto.Counter{Value: proto.Float64(float64(m.dropped[r].Load()))}}}
+		ch <- sample{m.drops, []*dto.LabelPair{pair("reason", r.String())},
+			&dto.Metric{Counter: &dto.Counter{Value: proto.Float64(float64(m.dropped[r].Load()))}}}
 	}
 	ch <- sample{m.overflow, nil, &dto.Metric{Counter: &dto.Counter{Value: proto.Float64(float64(m.overflowed.Load()))}}}
 }

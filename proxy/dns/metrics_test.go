@@ -63,7 +63,8 @@ func TestMetrics(t *testing.T) {
 		udp(t, s, update, kubeDNS)
 		text := exposed(t, m)
 		labels := func(typ string) string {
-			return `{request_query_type="` + typ + `",request_protocol="udp",source_canonical_service="client",source_canonical_revision="v1"}`
+			return `{request_query_type="` + typ +
+				`",request_protocol="udp",source_canonical_service="client",source_canonical_revision="v1"}`
 		}
 		for _, want := range []string{
 			"istio_dns_requests_total" + labels("a") + " 1.0\n",
@@ -74,7 +75,8 @@ func TestMetrics(t *testing.T) {
 			"istio_dns_upstream_requests_total" + labels("mx") + " 1.0\n",
 			"# HELP istio_dns_upstream_requests Total number of DNS requests forwarded to upstream (unstable)\n",
 			"# TYPE istio_dns_upstream_request_duration_seconds histogram\n",
-			strings.TrimSuffix("istio_dns_upstream_request_duration_seconds_bucket"+labels("mx"), "}") + `,le="0.0005"} 0` + "\n",
+			strings.TrimSuffix("istio_dns_upstream_request_duration_seconds_bucket"+labels("mx"), "}") +
+				`,le="0.0005"} 0` + "\n",
 			strings.TrimSuffix("istio_dns_upstream_request_duration_seconds_bucket"+labels("mx"), "}") + `,le="0.01"} 0` + "\n",
 			strings.TrimSuffix("istio_dns_upstream_request_duration_seconds_bucket"+labels("mx"), "}") + `,le="0.1"} 1` + "\n",
 			strings.TrimSuffix("istio_dns_upstream_request_duration_seconds_bucket"+labels("mx"), "}") + `,le="5.0"} 1` + "\n",
@@ -86,7 +88,8 @@ func TestMetrics(t *testing.T) {
 				t.Errorf("missing: %s", want)
 			}
 		}
-		for _, unwanted := range []string{"istio_dns_upstream_requests_total" + labels("a"), "istio_dns_upstream_failures_total"} {
+		for _, unwanted := range []string{"istio_dns_upstream_requests_total" + labels("a"),
+			"istio_dns_upstream_failures_total"} {
 			if strings.Contains(text, unwanted) {
 				t.Errorf("unwanted: %s", unwanted)
 			}
@@ -102,7 +105,8 @@ func TestHistogramTail(t *testing.T) {
 	var s series
 	s.observe(6 * time.Second)
 	s.observe(5 * time.Second)
-	if h := s.histogram(); h.GetSampleCount() != 2 || h.Bucket[5].GetCumulativeCount() != 1 || h.Bucket[4].GetCumulativeCount() != 0 || h.GetSampleSum() != 11 {
+	if h := s.histogram(); h.GetSampleCount() != 2 || h.Bucket[5].GetCumulativeCount() != 1 ||
+		h.Bucket[4].GetCumulativeCount() != 0 || h.GetSampleSum() != 11 {
 		t.Errorf("%v", h)
 	}
 }

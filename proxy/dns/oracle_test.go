@@ -79,7 +79,8 @@ func (s *slow) match(host []string) *state.Service {
 	bestScore := []int{-1}
 	for i, sv := range s.services {
 		mine := sv.Namespace == s.client.Namespace
-		if !slices.Equal(strings.Split(strings.ToLower(sv.Hostname), "."), host) || sv.Visibility == state.NamespaceOnly && !mine {
+		if !slices.Equal(strings.Split(strings.ToLower(sv.Hostname), "."), host) ||
+			sv.Visibility == state.NamespaceOnly && !mine {
 			continue
 		}
 		if len(sv.VIPs) == 0 && !strings.HasSuffix(strings.ToLower(sv.Hostname), ".svc."+s.o.ClusterDomain) {
@@ -168,17 +169,25 @@ func describe(d Decision) string {
 
 // Random worlds and questions: Answer agrees with the slow reading of the spec.
 func TestAgainstSlow(t *testing.T) {
-	hosts := []string{"cart.blue.svc.cluster.local", "pay.green.svc.cluster.local", "*.green.svc.cluster.local", "hl.blue.svc.cluster.local", "Web.Blue.svc.cluster.local",
-		"api.acme.test", "*.acme.test", "*.test", "cart", "cart.blue", "*.blue", "*.local", "pay.green.blue.svc.cluster.local", "cart.svc", "x.y.blue.svc.cluster.local"}
-	words := []string{"cart", "pay", "hl", "web", "api", "x", "y", "*", "blue", "green", "svc", "cluster", "local", "acme", "test"}
-	tails := []string{"", "", "", ".blue", ".green", ".svc", ".blue.svc", ".green.svc.cluster.local", ".blue.svc.cluster.local", ".svc.cluster.local", ".cluster.local", ".acme.test", ".green.blue.svc.cluster.local"}
+	hosts := []string{"cart.blue.svc.cluster.local", "pay.green.svc.cluster.local", "*.green.svc.cluster.local",
+		"hl.blue.svc.cluster.local", "Web.Blue.svc.cluster.local",
+		"api.acme.test", "*.acme.test", "*.test", "cart", "cart.blue", "*.blue", "*.local",
+		"pay.green.blue.svc.cluster.local", "cart.svc", "x.y.blue.svc.cluster.local"}
+	words := []string{"cart", "pay", "hl", "web", "api", "x", "y", "*", "blue", "green", "svc", "cluster", "local",
+		"acme", "test"}
+	tails := []string{"", "", "", ".blue", ".green", ".svc", ".blue.svc", ".green.svc.cluster.local",
+		".blue.svc.cluster.local", ".svc.cluster.local", ".cluster.local", ".acme.test", ".green.blue.svc.cluster.local"}
 	namespaces := []string{"blue", "green", "red"}
 	rapid.Check(t, func(t *rapid.T) {
 		pick := func(what string, l []string) string { return rapid.SampledFrom(l).Draw(t, what) }
-		s := &slow{workloads: map[string]*state.Workload{}, client: pod("client", pick("client", namespaces), pick("network", []string{"", "n1"}), "10.1.0.9")}
-		s.o = Options{ClusterDomain: "cluster.local", PreferredNamespace: pick("preferred", []string{"", "green"}), IPv6: rapid.Bool().Draw(t, "IPv6")}
+		s := &slow{workloads: map[string]*state.Workload{}, client: pod("client", pick("client", namespaces),
+			pick("network", []string{"", "n1"}), "10.1.0.9")}
+		s.o = Options{ClusterDomain: "cluster.local", PreferredNamespace: pick("preferred", []string{"", "green"}),
+			IPv6: rapid.Bool().Draw(t, "IPv6")}
 		if rapid.IntRange(0, 3).Draw(t, "dedicated") == 0 {
-			s.o.SearchDomains = rapid.SliceOfN(rapid.SampledFrom([]string{"acme.test", "test", "blue.svc.cluster.local", "local"}), 0, 3).Draw(t, "search")
+			s.o.SearchDomains =
+				rapid.SliceOfN(rapid.SampledFrom([]string{"acme.test", "test", "blue.svc.cluster.local", "local"}), 0, 3).Draw(t,
+					"search")
 			if s.o.SearchDomains == nil {
 				s.o.SearchDomains = []string{}
 			}
@@ -187,7 +196,11 @@ func TestAgainstSlow(t *testing.T) {
 		b.InsertWorkload(s.client)
 		for range rapid.IntRange(0, 8).Draw(t, "services") {
 			sv := service(pick("host", hosts), pick("ns", namespaces), "")
-			sv.VIPs = vips(strings.Join(rapid.SliceOfNDistinct(rapid.SampledFrom([]string{"n1/10.96.0.1", "n1/10.96.0.2", "n1/fd00::1", "/10.96.0.3", "/fd00::3"}), 0, 3, rapid.ID[string]).Draw(t, "vips"), " "))
+			sv.VIPs =
+				vips(
+					strings.Join(
+						rapid.SliceOfNDistinct(rapid.SampledFrom([]string{"n1/10.96.0.1", "n1/10.96.0.2", "n1/fd00::1", "/10.96.0.3",
+							"/fd00::3"}), 0, 3, rapid.ID[string]).Draw(t, "vips"), " "))
 			sv.Canonical = rapid.Bool().Draw(t, "canonical")
 			sv.Visibility = rapid.SampledFrom([]state.Visibility{state.Public, state.NamespaceOnly}).Draw(t, "visibility")
 			sv.IPFamilies = rapid.SampledFrom([]state.IPFamilies{0, 0, 1, 2, 3}).Draw(t, "families")
@@ -199,7 +212,9 @@ func TestAgainstSlow(t *testing.T) {
 			}
 		}
 		for i := range rapid.IntRange(0, 4).Draw(t, "pods") {
-			w := pod(fmt.Sprint("p", i), pick("ns", namespaces), "", pick("addresses", []string{"", "10.1.0.1", "10.1.0.2 10.1.0.3", "fd00:1::1", "10.1.0.4 fd00:1::2"}), pick("of", hosts))
+			w := pod(fmt.Sprint("p", i), pick("ns", namespaces), "",
+				pick("addresses", []string{"", "10.1.0.1", "10.1.0.2 10.1.0.3", "fd00:1::1", "10.1.0.4 fd00:1::2"}),
+				pick("of", hosts))
 			b.InsertWorkload(w)
 			s.workloads[w.UID] = w
 		}

@@ -53,7 +53,8 @@ func TestNotServed(t *testing.T) {
 	header := func(f ...byte) []byte { return append(f, make([]byte, 12-len(f))...) }
 	loop := append([]byte{7, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0}, 0xc0, 12, 0, 1, 0, 1)
 	pair := append([]byte{7, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0}, 1, 'a', 0xc0, 12, 0, 1, 0, 1)
-	long := append([]byte{7, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0}, bytes.Repeat(append([]byte{63}, bytes.Repeat([]byte{'a'}, 63)...), 5)...)
+	long := append([]byte{7, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0},
+		bytes.Repeat(append([]byte{63}, bytes.Repeat([]byte{'a'}, 63)...), 5)...)
 	long = append(long, 0, 0, 1, 0, 1)
 	answer := mustPack(new(dns.Msg).SetReply(ask("A cart")))
 	formerr := func(f1, f2 byte) []byte { return header(7, 7, f1, f2) }
@@ -100,10 +101,12 @@ func TestUnknownClient(t *testing.T) {
 		k, m := know(build()), NewMetrics()
 		s := start(t, Config{Knowledge: k, Metrics: m})
 		begin := time.Now()
-		if got := render(udp(t, s, ask("A cart"), kubeDNS)); got != "SERVFAIL qr rd ra" || time.Since(begin) != 5*time.Second {
+		if got := render(udp(t, s, ask("A cart"), kubeDNS)); got != "SERVFAIL qr rd ra" ||
+			time.Since(begin) != 5*time.Second {
 			t.Errorf("%s after %v", got, time.Since(begin))
 		}
-		if c := m.series[labels{"a", "udp", "unknown", "unknown"}]; c == nil || c.requests.Load() != 1 || c.upstream.Load() != 0 {
+		if c := m.series[labels{"a", "udp", "unknown", "unknown"}]; c == nil || c.requests.Load() != 1 ||
+			c.upstream.Load() != 0 {
 			t.Errorf("counted: %v", m.series)
 		}
 		begin = time.Now()
@@ -113,7 +116,8 @@ func TestUnknownClient(t *testing.T) {
 			time.Sleep(time.Second)
 			k.publish(build(vectors()...))
 		}()
-		if got := render(udp(t, s, ask("A cart"), kubeDNS)); got != ok+"; cart. 30 A 10.96.0.10" || time.Since(begin) != 2*time.Second {
+		if got := render(udp(t, s, ask("A cart"), kubeDNS)); got != ok+"; cart. 30 A 10.96.0.10" ||
+			time.Since(begin) != 2*time.Second {
 			t.Errorf("%s after %v", got, time.Since(begin))
 		}
 	})
@@ -139,7 +143,10 @@ func TestTCP(t *testing.T) {
 			}
 			return echo(p, dst, raw)
 		}}
-		s := start(t, Config{Upstream: up, Knowledge: know(build(append(vectors(), service("big.test", "blue", strings.Join(l, " ")))...))})
+		s :=
+			start(t,
+				Config{Upstream: up,
+					Knowledge: know(build(append(vectors(), service("big.test", "blue", strings.Join(l, " ")))...))})
 		c, serve := pipe(s, kubeDNS)
 		names := []string{"A slow.test", "A cart", "A big.test", "A quick.test", "A last.test", "A again.test", "A cart"}
 		go func() {
@@ -223,7 +230,8 @@ func TestSockets(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		server := start(t, Config{Packets: []net.PacketConn{pc}, Listeners: []net.Listener{ln}, Nameservers: []netip.AddrPort{kubeDNS}, Options: Options{IPv6: true}})
+		server := start(t, Config{Packets: []net.PacketConn{pc}, Listeners: []net.Listener{ln},
+			Nameservers: []netip.AddrPort{kubeDNS}, Options: Options{IPv6: true}})
 		for _, tc := range [][2]string{
 			{"A cart", ok + "; cart. 30 A 10.96.0.10"},
 			{"AAAA hl.blue", ok + "; hl.blue. 30 AAAA 2001:db8::4"},
@@ -253,24 +261,27 @@ func TestSockets(t *testing.T) {
 // The DNS access line has ztunnel's fields (spec 5.6).
 func TestLog(t *testing.T) {
 	var log bytes.Buffer
-	h := slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
-		if a.Key == slog.TimeKey {
-			return slog.Attr{}
-		}
-		return a
-	}})
+	h := slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug,
+		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+			if a.Key == slog.TimeKey {
+				return slog.Attr{}
+			}
+			return a
+		}})
 	s := start(t, Config{Logger: slog.New(h), Options: Options{IPv6: true}})
 	for q, want := range map[string]string{
-		"A CART":                                 "query=A domain=cart. result=success endpoints=1",
-		"A hl":                                   "query=A domain=hl. result=success endpoints=2",
-		"A api.acme.test.blue.svc.cluster.local": "query=A domain=api.acme.test.blue.svc.cluster.local. result=success endpoints=1",
-		"A far":                                  `query=A domain=far. result="no records" endpoints=0`,
-		"MX cart":                                "query=MX domain=cart. result=forwarded endpoints=1",
-		"A elsewhere.test":                       "query=A domain=elsewhere.test. result=forwarded endpoints=1",
+		"A CART": "query=A domain=cart. result=success endpoints=1",
+		"A hl":   "query=A domain=hl. result=success endpoints=2",
+		"A api.acme.test.blue.svc.cluster.local": "query=A domain=api.acme.test.blue.svc.cluster.local. result=success " +
+			"endpoints=1",
+		"A far":            `query=A domain=far. result="no records" endpoints=0`,
+		"MX cart":          "query=MX domain=cart. result=forwarded endpoints=1",
+		"A elsewhere.test": "query=A domain=elsewhere.test. result=forwarded endpoints=1",
 	} {
 		log.Reset()
 		udp(t, s, ask(q), kubeDNS)
-		if got, want := log.String(), `level=DEBUG msg="" target=dns src.workload=client src.namespace=blue `+want+"\n"; got != want {
+		if got, want := log.String(), `level=DEBUG msg="" target=dns src.workload=client src.namespace=blue `+want+
+			"\n"; got != want {
 			t.Errorf("%s:\n got %s\nwant %s", q, got, want)
 		}
 	}

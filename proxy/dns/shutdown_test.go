@@ -89,7 +89,8 @@ func (p *packetConn) Close() error { return p.SetReadDeadline(time.Time{}) }
 func TestPacketBound(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m, pc := NewMetrics(), newPacketConn()
-		start(t, Config{Metrics: m, MaxQueries: 2, Packets: []net.PacketConn{pc}, Nameservers: []netip.AddrPort{kubeDNS}, Upstream: &upstream{}})
+		start(t, Config{Metrics: m, MaxQueries: 2, Packets: []net.PacketConn{pc}, Nameservers: []netip.AddrPort{kubeDNS},
+			Upstream: &upstream{}})
 		for range 5 {
 			pc.in <- mustPack(ask("A elsewhere.test"))
 		}
@@ -149,7 +150,8 @@ func TestShutdown(t *testing.T) {
 	// What is under way: a datagram, a captured query, a TCP client at work, an idle one.
 	begin := func(t *testing.T) (s *Server, pc *packetConn, got chan string, clients *sync.WaitGroup) {
 		pc, got, clients = newPacketConn(), make(chan string, 4), new(sync.WaitGroup)
-		s, err := New(Config{Client: blueClient.Info(), Knowledge: know(build(vectors()...)), Upstream: slowly(), Packets: []net.PacketConn{pc}, Nameservers: []netip.AddrPort{kubeDNS}})
+		s, err := New(Config{Client: blueClient.Info(), Knowledge: know(build(vectors()...)), Upstream: slowly(),
+			Packets: []net.PacketConn{pc}, Nameservers: []netip.AddrPort{kubeDNS}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -260,9 +262,10 @@ func what(raw []byte) string {
 // A transfer under way ends when the server is aborted.
 func TestShutdownTransfer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s, err := New(Config{Client: blueClient.Info(), Knowledge: know(build(vectors()...)), Upstream: &upstream{answer: func(_ string, _ netip.AddrPort, raw []byte) [][]byte {
-			return [][]byte{slices.Concat(raw[:2], []byte{0x84, 0}, make([]byte, 8))}
-		}}})
+		s, err := New(Config{Client: blueClient.Info(), Knowledge: know(build(vectors()...)),
+			Upstream: &upstream{answer: func(_ string, _ netip.AddrPort, raw []byte) [][]byte {
+				return [][]byte{slices.Concat(raw[:2], []byte{0x84, 0}, make([]byte, 8))}
+			}}})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -7,9 +7,10 @@ import (
 	"github.com/miekg/dns"
 )
 
-// special answers questions about names that mean the same on every host, so that they never reach the network: localhost and
-// what is below it is loopback, of which there is nothing but addresses, invalid does not exist (RFC 6761 sections 6.3 and 6.4),
-// and loopback's addresses are called localhost (RFC 6303 sections 4.3 and 4.4). False for all other names.
+// special answers questions about names that mean the same on every host, so that they never reach the network:
+// localhost and what is below it is loopback, of which there is nothing but addresses, invalid does not exist (RFC
+// 6761 sections 6.3 and 6.4), and loopback's addresses are called localhost (RFC 6303 sections 4.3 and 4.4). False
+// for all other names.
 func special(q dns.Question, v6 bool) (Decision, bool) {
 	if q.Qclass != dns.ClassINET && q.Qclass != dns.ClassANY {
 		return Decision{}, false

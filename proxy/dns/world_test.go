@@ -40,7 +40,8 @@ func service(host, ns, addresses string) *state.Service {
 }
 
 func pod(name, ns, network, addresses string, hosts ...string) *state.Workload {
-	w := &state.Workload{UID: "c//Pod/" + ns + "/" + name, Name: name, Namespace: ns, ServiceAccount: "default", Network: network,
+	w := &state.Workload{UID: "c//Pod/" + ns + "/" + name, Name: name, Namespace: ns, ServiceAccount: "default",
+		Network:   network,
 		Addresses: addrs(addresses), Capacity: 1, CanonicalName: name, CanonicalRevision: "v1"}
 	for _, h := range hosts {
 		w.Services = append(w.Services, state.WorkloadService{Service: state.ServiceKey{Namespace: ns, Hostname: h}})
@@ -97,7 +98,8 @@ func render(m *dns.Msg) string {
 	for _, x := range []struct {
 		on   bool
 		name string
-	}{{m.Response, "qr"}, {m.Authoritative, "aa"}, {m.Truncated, "tc"}, {m.RecursionDesired, "rd"}, {m.RecursionAvailable, "ra"}, {m.AuthenticatedData, "ad"}, {m.CheckingDisabled, "cd"}} {
+	}{{m.Response, "qr"}, {m.Authoritative, "aa"}, {m.Truncated, "tc"}, {m.RecursionDesired, "rd"},
+		{m.RecursionAvailable, "ra"}, {m.AuthenticatedData, "ad"}, {m.CheckingDisabled, "cd"}} {
 		if x.on {
 			f = append(f, x.name)
 		}
@@ -164,7 +166,8 @@ func (u *upstream) DialTCP(_ context.Context, dst netip.AddrPort) (net.Conn, err
 	return u.dial("tcp", dst, func(c net.Conn) ([]byte, error) { return readMessage(c) }, writeMessage)
 }
 
-func (u *upstream) dial(protocol string, dst netip.AddrPort, read func(net.Conn) ([]byte, error), write func(net.Conn, []byte) error) (net.Conn, error) {
+func (u *upstream) dial(protocol string, dst netip.AddrPort, read func(net.Conn) ([]byte, error),
+	write func(net.Conn, []byte) error) (net.Conn, error) {
 	u.mu.Lock()
 	u.dials = append(u.dials, protocol+" "+dst.String())
 	u.mu.Unlock()
@@ -221,7 +224,8 @@ func echo(_ string, dst netip.AddrPort, raw []byte) [][]byte {
 	m := new(dns.Msg).SetReply(q)
 	m.RecursionAvailable, m.AuthenticatedData = true, true
 	if len(q.Question) == 1 {
-		m.Answer = []dns.RR{&dns.A{Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 7}, A: net.IPv4(192, 0, 2, 1)}}
+		m.Answer = []dns.RR{&dns.A{Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET,
+			Ttl: 7}, A: net.IPv4(192, 0, 2, 1)}}
 	}
 	return [][]byte{mustPack(m)}
 }

@@ -69,7 +69,8 @@ func TestReport(t *testing.T) {
 			r.Turned("handshakes", "default/a", "10.0.0.9", i%2 == 0)
 		}
 		r.Turned("handshakes", "default/b", "10.0.0.8", true)
-		if got := out.lines(); len(got) != 2 || !strings.Contains(got[0], "source=10.0.0.9") || !strings.Contains(got[1], "pod=default/b") {
+		if got := out.lines(); len(got) != 2 || !strings.Contains(got[0], "source=10.0.0.9") ||
+			!strings.Contains(got[1], "pod=default/b") {
 			t.Errorf("lines:\n%s", strings.Join(got, "\n"))
 		}
 		time.Sleep(Every)
@@ -123,7 +124,8 @@ func TestLines(t *testing.T) {
 		}
 		time.Sleep(Every)
 		synctest.Wait()
-		if got := out.lines(); len(got) != 5 || !strings.Contains(got[4], "count=99997") || !strings.Contains(got[4], "latest_source=attacker") {
+		if got := out.lines(); len(got) != 5 || !strings.Contains(got[4], "count=99997") ||
+			!strings.Contains(got[4], "latest_source=attacker") {
 			t.Errorf("no summary:\n%s", strings.Join(got, "\n"))
 		}
 		for range 20 {

@@ -25,7 +25,8 @@ func (b *Budget) Add(n int64) {
 	}
 }
 
-// Tight reports whether those who hold bytes are to take less: this budget is nearly used up, or one that it is part of.
+// Tight reports whether those who hold bytes are to take less: this budget is nearly used up, or one that it is part
+// of.
 func (b *Budget) Tight() bool {
 	for ; b != nil; b = b.parent {
 		if b.limit > 0 && b.used.Load() >= b.limit/8*tightAt {

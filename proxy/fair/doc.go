@@ -3,10 +3,11 @@
 // source loses its oldest place and the others go on; a counter and a log line that is itself bounded say
 // who was turned away.
 //
-// What flows through it: Ledger gives out places of a bounded resource, Rate is a budget per second,
-// Lines bounds log lines, Budget counts bytes (which are not turned away: whoever holds them takes less when
-// it is tight), Report counts and says what the bounds did. Who calls it: whoever owns a resource (netstack, the proxy, the admin servers, the control plane); the composition root makes one
-// Report and lends it. What it never does: know what the resource is, start goroutines, wait.
+// What flows through it: Ledger gives out places of a bounded resource, Rate is a budget per second, Lines bounds log
+// lines, Budget counts bytes (which are not turned away: whoever holds them takes less when it is tight), Report
+// counts and says what the bounds did. Who calls it: whoever owns a resource (netstack, the proxy, the admin servers,
+// the control plane); the composition root makes one Report and lends it. What it never does: know what the resource
+// is, start goroutines, wait.
 //
 // Decisions:
 //   - 2026-11-28: evict the oldest place of the greediest source rather than refuse the newcomer. An honest

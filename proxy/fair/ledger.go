@@ -61,10 +61,11 @@ const (
 	gone
 )
 
-// Take gives source a place of n units. When they are not there, the greediest source, the newcomer counted as if it had its place
-// already, loses its oldest evictable places; of equals, the source with the oldest place. Take returns nil when the newcomer is
-// itself the greediest and has nothing to lose, or nobody has. evict is called at most once, on the goroutine of the taker who
-// needed the room and without any lock of the ledger held; it must not wait. nil: this place cannot be evicted.
+// Take gives source a place of n units. When they are not there, the greediest source, the newcomer counted as if it
+// had its place already, loses its oldest evictable places; of equals, the source with the oldest place. Take returns
+// nil when the newcomer is itself the greediest and has nothing to lose, or nobody has. evict is called at most once,
+// on the goroutine of the taker who needed the room and without any lock of the ledger held; it must not wait. nil:
+// this place cannot be evicted.
 func (l *Ledger[S]) Take(source S, n int64, evict func()) *Place[S] {
 	l.mu.Lock()
 	h := l.holders[source]
@@ -111,7 +112,8 @@ func (l *Ledger[S]) Take(source S, n int64, evict func()) *Place[S] {
 	return p
 }
 
-// TakeFree is Take for a newcomer for whom nobody is to lose a place: nil when there is no room, which is told to nobody.
+// TakeFree is Take for a newcomer for whom nobody is to lose a place: nil when there is no room, which is told to
+// nobody.
 func (l *Ledger[S]) TakeFree(source S, n int64, evict func()) *Place[S] {
 	l.mu.Lock()
 	room := l.used+n <= l.o.Limit
@@ -292,7 +294,8 @@ func (r *ranking[S]) Pop() any {
 	return h
 }
 
-// Group is what counts as one source of traffic: an IPv4 address; of IPv6 the /64, which is what a host or a site has for free.
+// Group is what counts as one source of traffic: an IPv4 address; of IPv6 the /64, which is what a host or a site has
+// for free.
 func Group(a netip.Addr) netip.Addr {
 	a = a.Unmap().WithZone("")
 	if a.Is6() {

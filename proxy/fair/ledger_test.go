@@ -88,7 +88,9 @@ func TestLedgerLikeModel(t *testing.T) {
 		m.per = rapid.Int64Range(1, m.limit).Draw(t, "perSource")
 		var evicted []int
 		turned := map[bool]int{}
-		l := NewLedger(LedgerOptions[string]{Limit: m.limit, PerSource: m.per, Turned: func(_ string, e bool) { turned[e]++ }})
+		l := NewLedger(LedgerOptions[string]{Limit: m.limit, PerSource: m.per, Turned: func(_ string, e bool) {
+			turned[e]++
+		}})
 		places := map[int]*Place[string]{}
 		want := map[bool]int{}
 		for id := range rapid.IntRange(1, 60).Draw(t, "steps") {
@@ -96,7 +98,8 @@ func TestLedgerLikeModel(t *testing.T) {
 			switch rapid.SampledFrom([]string{"take", "take", "take", "free", "release", "settle"}).Draw(t, "step") {
 			case "take":
 				evicted = nil
-				p := &modelPlace{source: source, n: rapid.Int64Range(1, 3).Draw(t, "n"), fixed: rapid.IntRange(0, 4).Draw(t, "fixed") == 0, id: id}
+				p := &modelPlace{source: source, n: rapid.Int64Range(1, 3).Draw(t, "n"),
+					fixed: rapid.IntRange(0, 4).Draw(t, "fixed") == 0, id: id}
 				wantEvicted, ok := m.take(p)
 				evict := func() { evicted = append(evicted, id) }
 				if p.fixed {
@@ -104,7 +107,8 @@ func TestLedgerLikeModel(t *testing.T) {
 				}
 				got := l.Take(source, p.n, evict)
 				if (got != nil) != ok || fmt.Sprint(evicted) != fmt.Sprint(wantEvicted) {
-					t.Fatalf("take %d units for %s: got a place %v, evicted %v; want %v, %v", p.n, source, got != nil, evicted, ok, wantEvicted)
+					t.Fatalf("take %d units for %s: got a place %v, evicted %v; want %v, %v", p.n, source, got != nil, evicted, ok,
+						wantEvicted)
 				}
 				want[true] += len(wantEvicted)
 				if !ok {
@@ -229,7 +233,8 @@ func TestCallbacksMayUseLedger(t *testing.T) {
 
 func TestGroup(t *testing.T) {
 	for in, want := range map[string]string{
-		"10.1.2.3": "10.1.2.3", "::ffff:10.1.2.3": "10.1.2.3", "2001:db8:1:2:3::4": "2001:db8:1:2::", "fe80::1%eth0": "fe80::",
+		"10.1.2.3": "10.1.2.3", "::ffff:10.1.2.3": "10.1.2.3", "2001:db8:1:2:3::4": "2001:db8:1:2::",
+		"fe80::1%eth0": "fe80::",
 	} {
 		if got := Group(netip.MustParseAddr(in)); got.String() != want {
 			t.Errorf("%s: %s, want %s", in, got, want)

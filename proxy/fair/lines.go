@@ -14,8 +14,8 @@ type LinesOptions struct {
 	Burst     int     // at once; 0: 100
 }
 
-// Lines writes log lines that outsiders can cause, within a budget per source. What it swallows is counted and said in a summary
-// at most every ten seconds. All methods may be called at the same time.
+// Lines writes log lines that outsiders can cause, within a budget per source. What it swallows is counted and said
+// in a summary at most every ten seconds. All methods may be called at the same time.
 type Lines struct {
 	log  *slog.Logger
 	rate *Rate[string]
@@ -53,8 +53,8 @@ func (l *Lines) Log(ctx context.Context, level slog.Level, source, msg string, a
 	}
 }
 
-// Allow reports whether a line that source has caused may be written, and counts it if not: for those who write it by a logger of
-// their own.
+// Allow reports whether a line that source has caused may be written, and counts it if not: for those who write it by
+// a logger of their own.
 func (l *Lines) Allow(source, msg string) bool {
 	if l.rate.Allow(source) {
 		return true

@@ -5,8 +5,9 @@ import (
 	"time"
 )
 
-// Rate is a budget per second for each source, in a bounded table: a token bucket per source that has spent lately. Sources that
-// find no room in the table share one bucket, so that inventing sources buys nothing. All methods may be called at the same time.
+// Rate is a budget per second for each source, in a bounded table: a token bucket per source that has spent lately.
+// Sources that find no room in the table share one bucket, so that inventing sources buys nothing. All methods may be
+// called at the same time.
 type Rate[S comparable] struct {
 	perSecond float64
 	burst     float64
@@ -76,8 +77,8 @@ func (r *Rate[S]) fill(b *bucket, now time.Time) {
 	b.at = now
 }
 
-// sweep drops the buckets that are full again: they say no more than none at all. It looks at the table once in the time that an
-// empty bucket takes to fill, before which there is little to find.
+// sweep drops the buckets that are full again: they say no more than none at all. It looks at the table once in the
+// time that an empty bucket takes to fill, before which there is little to find.
 func (r *Rate[S]) sweep(now time.Time) {
 	if !r.swept.IsZero() && now.Sub(r.swept).Seconds() < r.burst/r.perSecond {
 		return

@@ -14,8 +14,8 @@ const Every = 10 * time.Second
 // maxCounts bounds the pairs of resource and pod that are told apart; what comes later counts as pod "other".
 const maxCounts = 8192
 
-// Report counts what bounds turned away, and says in the log who was bounded: one line per resource and pod in ten seconds. All
-// methods may be called at the same time, and on nil.
+// Report counts what bounds turned away, and says in the log who was bounded: one line per resource and pod in ten
+// seconds. All methods may be called at the same time, and on nil.
 type Report struct {
 	log *slog.Logger
 
@@ -68,7 +68,8 @@ func (r *Report) Turned(resource, pod, source string, evicted bool) {
 	c.said, c.saidEvicted, c.saidRefuse = now, c.Evicted, c.Refused
 	r.mu.Unlock()
 	// Outside the lock: a log that is slow must not hold up who counts.
-	r.log.Warn("bound reached, the greediest source loses", "resource", resource, "pod", pod, "source", source, "evicted", e, "refused", f)
+	r.log.Warn("bound reached, the greediest source loses", "resource", resource, "pod", pod, "source", source, "evicted",
+		e, "refused", f)
 }
 
 // Forget drops the counts of a pod that is gone.

@@ -178,7 +178,8 @@ func TestConfigBounds(t *testing.T) {
 	for _, client := range []bool{true, false} {
 		big := Config{StreamWindow: most, ConnWindow: most, FrameSize: most}.withDefaults(client)
 		small := Config{StreamWindow: 1, ConnWindow: 1, FrameSize: 1}.withDefaults(client)
-		if big.StreamWindow != 1<<31-1 || big.ConnWindow != 1<<31-1 || big.FrameSize != 1<<24-1 || small.StreamWindow != 1 || small.ConnWindow != 65535 || small.FrameSize != 16384 {
+		if big.StreamWindow != 1<<31-1 || big.ConnWindow != 1<<31-1 || big.FrameSize != 1<<24-1 || small.StreamWindow != 1 ||
+			small.ConnWindow != 65535 || small.FrameSize != 16384 {
 			t.Errorf("%+v %+v", big, small)
 		}
 	}

@@ -15,11 +15,14 @@ import (
 
 // TestBaggageWithoutLocality: dataplane checklist 52, what a pod does not have is left out, and the order stays.
 func TestBaggageWithoutLocality(t *testing.T) {
-	b := Baggage{Cluster: "Kubernetes", Namespace: "default", WorkloadType: "deployment", Workload: "b-deploy", Canonical: "b", Revision: "v2"}
-	if got := b.Format(); got != "k8s.cluster.name=Kubernetes,k8s.namespace.name=default,k8s.deployment.name=b-deploy,service.name=b,service.version=v2" {
+	b := Baggage{Cluster: "Kubernetes", Namespace: "default", WorkloadType: "deployment", Workload: "b-deploy",
+		Canonical: "b", Revision: "v2"}
+	if got := b.Format(); got !=
+		"k8s.cluster.name=Kubernetes,k8s.namespace.name=default,k8s.deployment.name=b-deploy,service.name=b,service.version=v2" {
 		t.Error(got)
 	}
-	if got := (Baggage{Namespace: "default", Zone: "z1"}).Format(); got != "k8s.namespace.name=default,cloud.availability_zone=z1" {
+	if got := (Baggage{Namespace: "default", Zone: "z1"}).Format(); got !=
+		"k8s.namespace.name=default,cloud.availability_zone=z1" {
 		t.Error(got)
 	}
 }

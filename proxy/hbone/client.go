@@ -24,7 +24,8 @@ type Response struct {
 	// Baggage is sent or was received if HasBaggage is set.
 	Baggage    string
 	HasBaggage bool
-	// Reason is why a request is refused (x-ztun-reason, cleaned by CleanReason both ways); "" if nobody says, or it is not.
+	// Reason is why a request is refused (x-ztun-reason, cleaned by CleanReason both ways); "" if nobody says, or it is
+	// not.
 	Reason string
 }
 
@@ -220,7 +221,8 @@ func (c *conn) takeAnswer(f *http2.MetaHeadersFrame) error {
 	}
 	text := f.PseudoValue("status")
 	status, err := strconv.Atoi(text)
-	if len(text) != 3 || err != nil || status < 100 || status == 101 || f.Truncated || listSize(f) > c.cfg.MaxHeaderList || f.PseudoValue("method") != "" {
+	if len(text) != 3 || err != nil || status < 100 || status == 101 || f.Truncated || listSize(f) > c.cfg.MaxHeaderList ||
+		f.PseudoValue("method") != "" {
 		c.rejectLocked(s, http2.ErrCodeProtocol)
 		return nil
 	}

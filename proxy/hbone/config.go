@@ -148,7 +148,8 @@ type Counts struct {
 // Counts reads them.
 func (s *Stats) Counts() Counts {
 	return Counts{
-		StreamsRefused: s.StreamsRefused.Load(), StreamsRejected: s.StreamsRejected.Load(), Violations: s.Violations.Load(), Calmed: s.Calmed.Load(),
+		StreamsRefused: s.StreamsRefused.Load(), StreamsRejected: s.StreamsRejected.Load(), Violations: s.Violations.Load(),
+		Calmed:       s.Calmed.Load(),
 		PingTimeouts: s.PingTimeouts.Load(), Compacted: s.Compacted.Load(), Lingered: s.Lingered.Load(),
 	}
 }

@@ -347,7 +347,8 @@ func (c *conn) readerCrashed(err error) {
 // reply accounts for a frame that the peer made us send; too many unread ones end the connection. mu is held.
 func (c *conn) reply() {
 	if c.replies++; c.replies > c.maxReplies() {
-		c.leaveLocked(http2.ErrCodeEnhanceYourCalm, &protocolError{http2.ErrCodeEnhanceYourCalm, "peer does not read the answers that it provokes"})
+		c.leaveLocked(http2.ErrCodeEnhanceYourCalm, &protocolError{http2.ErrCodeEnhanceYourCalm,
+			"peer does not read the answers that it provokes"})
 	}
 }
 

@@ -10,8 +10,8 @@ import (
 	"ztun/proxy/rescue"
 )
 
-// TestPanicEndsOneTunnel: a panic in one of a connection's goroutines, also with locks held, ends that connection for all who use it,
-// soon, and no other.
+// TestPanicEndsOneTunnel: a panic in one of a connection's goroutines, also with locks held, ends that connection for
+// all who use it, soon, and no other.
 func TestPanicEndsOneTunnel(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
@@ -102,7 +102,9 @@ func TestPanicEndsOneTunnel(t *testing.T) {
 // TestDialPanics: who waits for a dial that panics is told.
 func TestDialPanics(t *testing.T) {
 	panics := rescue.New(slog.New(slog.DiscardHandler))
-	p := NewPool(PoolOptions{Config: Config{Panics: panics}, Dial: func(context.Context, Key) (Dialled, error) { panic("boom") }})
+	p := NewPool(PoolOptions{Config: Config{Panics: panics}, Dial: func(context.Context, Key) (Dialled, error) {
+		panic("boom")
+	}})
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	for range 2 {

@@ -14,10 +14,10 @@
 //   - tlsConn: what is beneath a tunnel, before it is one. wire is the socket's bytes, records their TLS records,
 //     direction the keys of one way, guard what makes sure that one goroutine uses them.
 //   - turn: leave to compute a handshake (Turn). The streams' turns are the queues of write.go.
-//   - the ends of things. GOAWAY: no new streams (drain); gone well: the peer's came with NO_ERROR. leave: GOAWAY and an
-//     end, what is queued goes out. part: the flusher's last act, the tunnel's last record (closeNotify); parting: we
-//     have written our last byte and listen on, so that no reset overtakes it. linger: a closed stream that still sends
-//     what was written before (Config.Linger, as SO_LINGER). crash: a goroutine of the tunnel has panicked.
+//   - the ends of things. GOAWAY: no new streams (drain); gone well: the peer's came with NO_ERROR. leave: GOAWAY and
+//     an end, what is queued goes out. part: the flusher's last act, the tunnel's last record (closeNotify); parting:
+//     we have written our last byte and listen on, so that no reset overtakes it. linger: a closed stream that still
+//     sends what was written before (Config.Linger, as SO_LINGER). crash: a goroutine of the tunnel has panicked.
 //
 // A byte's way out: Stream.ReadFrom reads from its source into a frame buffer behind the room for the frame header
 // (the one copy); whoever adds something to a connection that nobody is writing to becomes its flusher, seals
@@ -27,7 +27,8 @@
 // gives credit back. Idle connections have one goroutine and no buffer, idle streams have neither.
 //
 // Files: config, errors, buffer | wire (bytes from the socket), record and tlsconn (TLS 1.3 records) | conn (life and
-// death), parting, guard, read, frames, write, ping | stream, recv, copy, window, sock | client, server, pool, stale | headers.
+// death), parting, guard, read, frames, write, ping | stream, recv, copy, window, sock | client, server, pool, stale
+// | headers.
 //
 // Decisions (2026-11-23):
 //   - No net/http: its server cannot half-close a CONNECT tunnel, and it costs half as much again as TLS itself.
@@ -40,11 +41,11 @@
 //     Batch bytes at a time, and the kernel keeps at most NotSentLowat unsent. So a small message waits for a few
 //     hundred KiB at worst (measured: 0.5 ms beside 8 bulk streams on loopback). Tunnels of their own for
 //     elephants were not needed for that.
-//   - The record layer is taken over from crypto/tls after the handshake, by way of KeyLogWriter: sealing in
-//     batches and opening in place of copying saved about a quarter of the processor time per byte, kernel included,
-//     against bare crypto/tls (medians 1.36 and 1.82 CPU-s per GB, both ends, on a busy machine; BenchmarkMux). Only TLS 1.3 with AES-GCM; otherwise, and in FIPS 140
-//     mode, crypto/tls stays. During the handshake crypto/tls is given record by record, and tickets are off, so
-//     that both counts start at zero.
+//   - The record layer is taken over from crypto/tls after the handshake, by way of KeyLogWriter: sealing in batches
+//     and opening in place of copying saved about a quarter of the processor time per byte, kernel included, against
+//     bare crypto/tls (medians 1.36 and 1.82 CPU-s per GB, both ends, on a busy machine; BenchmarkMux). Only TLS 1.3
+//     with AES-GCM; otherwise, and in FIPS 140 mode, crypto/tls stays. During the handshake crypto/tls is given
+//     record by record, and tickets are off, so that both counts start at zero.
 //   - Close of an unfinished stream is RST_STREAM CANCEL after what was written (NO_ERROR from a server that has
 //     ended its direction), as the h2 library does for ztunnel; CloseWrite is the orderly end.
 //   - Better than ztunnel (spec 14): a full tunnel is used again, a failed dial is everybody's at once, per-key

@@ -36,7 +36,8 @@ func TestFlowControlProperty(t *testing.T) {
 		p := newRawPeer(t, b)
 		io.ReadFull(b, make([]byte, len(http2.ClientPreface)))
 		settings := func(window uint32) {
-			p.fr.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: window}, http2.Setting{ID: http2.SettingMaxFrameSize, Val: maxFrame})
+			p.fr.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: window},
+				http2.Setting{ID: http2.SettingMaxFrameSize, Val: maxFrame})
 		}
 		settings(initial)
 		var wg sync.WaitGroup
@@ -169,8 +170,8 @@ func TestReceiveWindows(t *testing.T) {
 	p.expect("WINDOW_UPDATE 1 +16687") // 16384 and three times 1+100 of padding
 }
 
-// TestEndBelowZero: a window that our SETTINGS have made negative lets no bytes in, but the end of the stream. It was taken for a fault,
-// which cut one in three runs of TestMany on a busy machine.
+// TestEndBelowZero: a window that our SETTINGS have made negative lets no bytes in, but the end of the stream. It was
+// taken for a fault, which cut one in three runs of TestMany on a busy machine.
 func TestEndBelowZero(t *testing.T) {
 	accepted := make(chan *Stream, 4)
 	p, _, stop := serve(t, Config{StreamWindow: 1 << 20, ConnWindow: 4 << 20}, func(ss *ServerStream) {

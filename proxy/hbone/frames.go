@@ -164,7 +164,8 @@ func (c *conn) takeReset(id uint32, code http2.ErrCode) error {
 	if !c.client && !s.answered {
 		c.blame() // rapid reset (CVE-2023-44487)
 	}
-	s.detachLocked(&StreamError{Code: code, Remote: true, Unprocessed: code == http2.ErrCodeRefusedStream, Ended: s.gotEnd})
+	s.detachLocked(&StreamError{Code: code, Remote: true, Unprocessed: code == http2.ErrCodeRefusedStream,
+		Ended: s.gotEnd})
 	c.forgetLocked(s)
 	return nil
 }

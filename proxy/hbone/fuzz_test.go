@@ -35,7 +35,8 @@ func seeds() map[string][]byte {
 	return map[string][]byte{
 		"session": seedFrames(func(p *rawPeer) {
 			p.fr.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 100})
-			p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: p.block(":method", "CONNECT", ":authority", "h:1", "baggage", "a=b"), EndHeaders: true})
+			p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: p.block(":method", "CONNECT", ":authority",
+				"h:1", "baggage", "a=b"), EndHeaders: true})
 			p.fr.WriteData(1, false, []byte("hello"))
 			p.fr.WriteWindowUpdate(1, 1000)
 			p.fr.WriteDataPadded(1, true, []byte("x"), []byte("pad"))
@@ -46,12 +47,15 @@ func seeds() map[string][]byte {
 		}),
 		"answers": seedFrames(func(p *rawPeer) {
 			p.fr.WriteSettings()
-			p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: p.block(":status", "200", "baggage", "a=b"), EndHeaders: true})
+			p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: p.block(":status", "200", "baggage", "a=b"),
+				EndHeaders: true})
 			p.fr.WriteData(1, false, []byte("hello"))
-			p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: p.block("t", "u"), EndHeaders: true, EndStream: true})
+			p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: p.block("t", "u"), EndHeaders: true,
+				EndStream: true})
 		}),
 		"pieces": seedFrames(func(p *rawPeer) {
-			p.fr.WriteSettings(http2.Setting{ID: http2.SettingHeaderTableSize, Val: 0}, http2.Setting{ID: http2.SettingMaxFrameSize, Val: 16384})
+			p.fr.WriteSettings(http2.Setting{ID: http2.SettingHeaderTableSize, Val: 0},
+				http2.Setting{ID: http2.SettingMaxFrameSize, Val: 16384})
 			b := p.block(":method", "GET", ":scheme", "http", ":path", "/")
 			p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 3, BlockFragment: b[:1]})
 			p.fr.WriteContinuation(3, true, b[1:])

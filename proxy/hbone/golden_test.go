@@ -60,7 +60,8 @@ func (p *rawPeer) block(fields ...string) []byte {
 
 func (p *rawPeer) headers(id uint32, end bool, fields ...string) {
 	p.t.Helper()
-	p.check(0, p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: p.block(fields...), EndHeaders: true, EndStream: end}))
+	p.check(0, p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: p.block(fields...), EndHeaders: true,
+		EndStream: end}))
 }
 
 func (p *rawPeer) connect(id uint32) {
@@ -309,7 +310,8 @@ func TestGoldenConnectRequest(t *testing.T) {
 	opened := make(chan result, 2)
 	go func() {
 		for _, req := range []*Request{
-			{Authority: value(":authority"), Baggage: value("baggage"), Forwarded: value("forwarded"), Traceparent: value("traceparent")},
+			{Authority: value(":authority"), Baggage: value("baggage"), Forwarded: value("forwarded"),
+				Traceparent: value("traceparent")},
 			{Authority: value(":authority"), Forwarded: `for="10.91.1.2:25036"`, SendForwardedNetwork: true},
 		} {
 			s, _, err := cc.Open(context.Background(), req)
@@ -337,7 +339,8 @@ func TestGoldenConnectRequest(t *testing.T) {
 	if first.err != nil {
 		t.Fatal(first.err)
 	}
-	p.expect(`HEADERS 3 :method=CONNECT :authority=10.91.2.2:9000 baggage= forwarded=for="10.91.1.2:25036" traceparent= x-forwarded-network=`)
+	p.expect(
+		`HEADERS 3 :method=CONNECT :authority=10.91.2.2:9000 baggage= forwarded=for="10.91.1.2:25036" traceparent= x-forwarded-network=`)
 	first.s.Write([]byte("hello"))
 	first.s.CloseWrite()
 	p.expect("DATA 1 len=5")

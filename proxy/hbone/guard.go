@@ -6,10 +6,10 @@ import (
 	"testing"
 )
 
-// guard makes sure at run time that one goroutine at a time works with a key and its count of records, and nobody after
-// the end: two would seal two records with one nonce, which gives the plaintext and GCM's authentication key away.
-// The rules that keep it so are conn's (one flusher) and tlsConn's (its locks); this finds whoever breaks them. In tests
-// it panics; in life the second comer gets an error, seals nothing, and his connection ends.
+// guard makes sure at run time that one goroutine at a time works with a key and its count of records, and nobody
+// after the end: two would seal two records with one nonce, which gives the plaintext and GCM's authentication key
+// away. The rules that keep it so are conn's (one flusher) and tlsConn's (its locks); this finds whoever breaks them.
+// In tests it panics; in life the second comer gets an error, seals nothing, and his connection ends.
 type guard struct {
 	taken atomic.Bool
 	over  bool // nothing may follow; the holder's

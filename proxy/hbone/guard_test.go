@@ -91,7 +91,8 @@ func TestTicketFromClient(t *testing.T) {
 	}
 }
 
-// TestOpenSSL: both suites, in both roles, with changes of key by both sides. crypto/tls never chooses AES-256 with itself.
+// TestOpenSSL: both suites, in both roles, with changes of key by both sides. crypto/tls never chooses AES-256 with
+// itself.
 func TestOpenSSL(t *testing.T) {
 	openssl, err := exec.LookPath("openssl")
 	if err != nil {
@@ -116,7 +117,8 @@ func TestOpenSSL(t *testing.T) {
 	}
 	certFile := write("cert.pem", &pem.Block{Type: "CERTIFICATE", Bytes: ccfg.Certificates[0].Certificate[0]})
 	keyFile := write("key.pem", &pem.Block{Type: "PRIVATE KEY", Bytes: key})
-	for name, suite := range map[string]uint16{"TLS_AES_128_GCM_SHA256": tls.TLS_AES_128_GCM_SHA256, "TLS_AES_256_GCM_SHA384": tls.TLS_AES_256_GCM_SHA384} {
+	for name, suite := range map[string]uint16{"TLS_AES_128_GCM_SHA256": tls.TLS_AES_128_GCM_SHA256,
+		"TLS_AES_256_GCM_SHA384": tls.TLS_AES_256_GCM_SHA384} {
 		ours := func(c net.Conn, state tls.ConnectionState, err error) *tlsConn {
 			t.Helper()
 			if err != nil {
@@ -134,7 +136,8 @@ func TestOpenSSL(t *testing.T) {
 			l := listen(t)
 			port := l.Addr().(*net.TCPAddr).Port
 			l.Close()
-			cmd := exec.CommandContext(ctx, openssl, "s_server", "-accept", fmt.Sprint("127.0.0.1:", port), "-tls1_3", "-ciphersuites", name,
+			cmd := exec.CommandContext(ctx, openssl, "s_server", "-accept", fmt.Sprint("127.0.0.1:", port), "-tls1_3",
+				"-ciphersuites", name,
 				"-cert", certFile, "-key", keyFile, "-rev", "-naccept", "1")
 			var out bytes.Buffer
 			cmd.Stdout, cmd.Stderr = &out, &out

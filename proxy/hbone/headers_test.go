@@ -7,7 +7,8 @@ import (
 )
 
 func TestBaggage(t *testing.T) {
-	full := Baggage{Cluster: "Kubernetes", Namespace: "default", WorkloadType: "deployment", Workload: "b-deploy", Canonical: "b", Revision: "v2", Region: "r1", Zone: "z1"}
+	full := Baggage{Cluster: "Kubernetes", Namespace: "default", WorkloadType: "deployment", Workload: "b-deploy",
+		Canonical: "b", Revision: "v2", Region: "r1", Zone: "z1"}
 	if got := full.Format(); got != sampleBaggage {
 		t.Error(got)
 	}
@@ -42,7 +43,8 @@ func TestForwarded(t *testing.T) {
 	if got := FormatForwarded(netip.MustParseAddrPort("[::1]:80"), ""); got != `for="[::1]:80"` {
 		t.Error(got)
 	}
-	if got := FormatForwarded(netip.MustParseAddrPort("127.0.0.1:80"), "example.com"); got != `for="127.0.0.1:80";host=example.com` {
+	if got := FormatForwarded(netip.MustParseAddrPort("127.0.0.1:80"), "example.com"); got !=
+		`for="127.0.0.1:80";host=example.com` {
 		t.Error(got)
 	}
 	for v, want := range map[string]string{

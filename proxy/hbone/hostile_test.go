@@ -139,20 +139,34 @@ func TestViolations(t *testing.T) {
 		do   step
 		want string
 	}{
-		"DATA on idle stream":    {func(p *rawPeer) { p.fr.WriteData(5, false, []byte("x")) }, "PROTOCOL_ERROR"},
-		"DATA on stream 0":       {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameData, 0, 0, []byte("x")) }, "PROTOCOL_ERROR"},
+		"DATA on idle stream": {func(p *rawPeer) { p.fr.WriteData(5, false, []byte("x")) }, "PROTOCOL_ERROR"},
+		"DATA on stream 0": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FrameData, 0, 0, []byte("x"))
+		}, "PROTOCOL_ERROR"},
 		"HEADERS on even stream": {func(p *rawPeer) { p.connect(2) }, "PROTOCOL_ERROR"},
-		"HEADERS on stream 0":    {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameHeaders, 4, 0, p.block(":method", "CONNECT")) }, "PROTOCOL_ERROR"},
-		"WINDOW_UPDATE idle":     {func(p *rawPeer) { p.fr.WriteWindowUpdate(7, 1) }, "PROTOCOL_ERROR"},
-		"WINDOW_UPDATE zero":     {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameWindowUpdate, 0, 0, make([]byte, 4)) }, "PROTOCOL_ERROR"},
+		"HEADERS on stream 0": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FrameHeaders, 4, 0, p.block(":method", "CONNECT"))
+		}, "PROTOCOL_ERROR"},
+		"WINDOW_UPDATE idle": {func(p *rawPeer) { p.fr.WriteWindowUpdate(7, 1) }, "PROTOCOL_ERROR"},
+		"WINDOW_UPDATE zero": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FrameWindowUpdate, 0, 0, make([]byte, 4))
+		}, "PROTOCOL_ERROR"},
 		"WINDOW_UPDATE overflow": {func(p *rawPeer) { p.fr.WriteWindowUpdate(0, 1<<31-1) }, "FLOW_CONTROL_ERROR"},
 		"RST_STREAM idle":        {func(p *rawPeer) { p.fr.WriteRSTStream(9, http2.ErrCodeCancel) }, "PROTOCOL_ERROR"},
-		"RST_STREAM length":      {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameRSTStream, 0, 1, make([]byte, 5)) }, "FRAME_SIZE_ERROR"},
-		"PING length":            {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FramePing, 0, 0, make([]byte, 7)) }, "FRAME_SIZE_ERROR"},
-		"SETTINGS length":        {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameSettings, 0, 0, make([]byte, 7)) }, "FRAME_SIZE_ERROR"},
-		"SETTINGS on a stream":   {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameSettings, 0, 1, nil) }, "PROTOCOL_ERROR"},
-		"SETTINGS window":        {func(p *rawPeer) { p.fr.WriteSettings(http2.Setting{ID: 4, Val: 1 << 31}) }, "FLOW_CONTROL_ERROR"},
-		"SETTINGS frame size":    {func(p *rawPeer) { p.fr.WriteSettings(http2.Setting{ID: 5, Val: 100}) }, "PROTOCOL_ERROR"},
+		"RST_STREAM length": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FrameRSTStream, 0, 1, make([]byte, 5))
+		}, "FRAME_SIZE_ERROR"},
+		"PING length": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FramePing, 0, 0, make([]byte, 7))
+		}, "FRAME_SIZE_ERROR"},
+		"SETTINGS length": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FrameSettings, 0, 0, make([]byte, 7))
+		}, "FRAME_SIZE_ERROR"},
+		"SETTINGS on a stream": {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameSettings, 0, 1, nil) }, "PROTOCOL_ERROR"},
+		"SETTINGS window": {func(p *rawPeer) {
+			p.fr.WriteSettings(http2.Setting{ID: 4, Val: 1 << 31})
+		}, "FLOW_CONTROL_ERROR"},
+		"SETTINGS frame size": {func(p *rawPeer) { p.fr.WriteSettings(http2.Setting{ID: 5, Val: 100}) }, "PROTOCOL_ERROR"},
 		"window by SETTINGS": {func(p *rawPeer) {
 			p.connect(1)
 			p.fr.WriteWindowUpdate(1, 1<<30)
@@ -172,24 +186,51 @@ func TestViolations(t *testing.T) {
 			p.headers(1, true, "huge", strings.Repeat("x", 5000)) // refused by the reader itself: at once
 			p.headers(1, true, "a", "b")
 		}, "STREAM_CLOSED"},
-		"DATA on a skipped stream":        {func(p *rawPeer) { p.connect(5); p.fr.WriteData(3, false, []byte("x")) }, "STREAM_CLOSED"},
-		"PRIORITY length":                 {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FramePriority, 0, 1, make([]byte, 4)) }, "FRAME_SIZE_ERROR"},
-		"PRIORITY on stream 0":            {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FramePriority, 0, 0, make([]byte, 5)) }, "PROTOCOL_ERROR"},
-		"WINDOW_UPDATE of zero, idle":     {func(p *rawPeer) { p.connect(1); p.fr.WriteRawFrame(http2.FrameWindowUpdate, 0, 9, make([]byte, 4)) }, "PROTOCOL_ERROR"},
-		"WINDOW_UPDATE length":            {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameWindowUpdate, 0, 0, make([]byte, 5)) }, "FRAME_SIZE_ERROR"},
-		"GOAWAY on a stream":              {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameGoAway, 0, 1, make([]byte, 8)) }, "PROTOCOL_ERROR"},
-		"GOAWAY length":                   {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameGoAway, 0, 0, make([]byte, 7)) }, "FRAME_SIZE_ERROR"},
-		"PING on a stream":                {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FramePing, 0, 1, make([]byte, 8)) }, "PROTOCOL_ERROR"},
-		"RST_STREAM on stream 0":          {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameRSTStream, 0, 0, make([]byte, 4)) }, "PROTOCOL_ERROR"},
-		"acknowledgement that says a lot": {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FrameSettings, http2.FlagSettingsAck, 0, make([]byte, 6)) }, "FRAME_SIZE_ERROR"},
-		"HEADERS of padding": {func(p *rawPeer) {
-			p.fr.WriteRawFrame(http2.FrameHeaders, http2.FlagHeadersEndHeaders|http2.FlagHeadersPadded, 1, append([]byte{200}, p.block(":method", "CONNECT")...))
+		"DATA on a skipped stream": {func(p *rawPeer) {
+			p.connect(5)
+			p.fr.WriteData(3, false, []byte("x"))
+		}, "STREAM_CLOSED"},
+		"PRIORITY length": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FramePriority, 0, 1, make([]byte, 4))
+		}, "FRAME_SIZE_ERROR"},
+		"PRIORITY on stream 0": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FramePriority, 0, 0, make([]byte, 5))
 		}, "PROTOCOL_ERROR"},
-		"long SETTINGS": {func(p *rawPeer) { p.fr.WriteSettings(make([]http2.Setting, maxSettings+1)...) }, "ENHANCE_YOUR_CALM"},
+		"WINDOW_UPDATE of zero, idle": {func(p *rawPeer) {
+			p.connect(1)
+			p.fr.WriteRawFrame(http2.FrameWindowUpdate, 0, 9, make([]byte, 4))
+		}, "PROTOCOL_ERROR"},
+		"WINDOW_UPDATE length": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FrameWindowUpdate, 0, 0, make([]byte, 5))
+		}, "FRAME_SIZE_ERROR"},
+		"GOAWAY on a stream": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FrameGoAway, 0, 1, make([]byte, 8))
+		}, "PROTOCOL_ERROR"},
+		"GOAWAY length": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FrameGoAway, 0, 0, make([]byte, 7))
+		}, "FRAME_SIZE_ERROR"},
+		"PING on a stream": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FramePing, 0, 1, make([]byte, 8))
+		}, "PROTOCOL_ERROR"},
+		"RST_STREAM on stream 0": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FrameRSTStream, 0, 0, make([]byte, 4))
+		}, "PROTOCOL_ERROR"},
+		"acknowledgement that says a lot": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FrameSettings, http2.FlagSettingsAck, 0, make([]byte, 6))
+		}, "FRAME_SIZE_ERROR"},
+		"HEADERS of padding": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FrameHeaders, http2.FlagHeadersEndHeaders|http2.FlagHeadersPadded, 1,
+				append([]byte{200}, p.block(":method", "CONNECT")...))
+		}, "PROTOCOL_ERROR"},
+		"long SETTINGS": {func(p *rawPeer) {
+			p.fr.WriteSettings(make([]http2.Setting, maxSettings+1)...)
+		}, "ENHANCE_YOUR_CALM"},
 		"huge header": {func(p *rawPeer) {
 			p.fr.WriteRawFrame(http2.FrameHeaders, 0, 1, make([]byte, 300<<10))
 		}, "ENHANCE_YOUR_CALM"},
-		"PUSH_PROMISE":       {func(p *rawPeer) { p.fr.WriteRawFrame(http2.FramePushPromise, 4, 1, make([]byte, 8)) }, "PROTOCOL_ERROR"},
+		"PUSH_PROMISE": {func(p *rawPeer) {
+			p.fr.WriteRawFrame(http2.FramePushPromise, 4, 1, make([]byte, 8))
+		}, "PROTOCOL_ERROR"},
 		"frame too large":    {func(p *rawPeer) { p.fr.WriteRawFrame(99, 0, 0, make([]byte, 1<<20+1)) }, "FRAME_SIZE_ERROR"},
 		"CONTINUATION alone": {func(p *rawPeer) { p.fr.WriteContinuation(1, true, nil) }, "PROTOCOL_ERROR"},
 		"GOAWAY too long":    {func(p *rawPeer) { p.fr.WriteGoAway(0, 0, make([]byte, 8<<10)) }, "ENHANCE_YOUR_CALM"},
@@ -230,20 +271,33 @@ func TestViolations(t *testing.T) {
 		}, "ENHANCE_YOUR_CALM"},
 		"rapid reset": {flood(5000, func(p *rawPeer, i int) error {
 			id := uint32(2*i + 1)
-			p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: p.block(":method", "CONNECT", ":authority", "slow:1"), EndHeaders: true})
+			p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: p.block(":method", "CONNECT", ":authority",
+				"slow:1"), EndHeaders: true})
 			return p.fr.WriteRSTStream(id, http2.ErrCodeCancel)
 		}), "ENHANCE_YOUR_CALM"},
 		"malformed flood": {flood(5000, func(p *rawPeer, i int) error {
-			return p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: uint32(2*i + 1), BlockFragment: p.block(":method", "CONNECT", ":authority", ""), EndHeaders: true})
+			return p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: uint32(2*i + 1),
+				BlockFragment: p.block(":method", "CONNECT", ":authority", ""), EndHeaders: true})
 		}), "ENHANCE_YOUR_CALM"},
 		"refused flood": {flood(5000, func(p *rawPeer, i int) error {
-			return p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: uint32(2*i + 1), BlockFragment: p.block(":method", "CONNECT", ":authority", "x:1"), EndHeaders: true})
+			return p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: uint32(2*i + 1),
+				BlockFragment: p.block(":method", "CONNECT", ":authority", "x:1"), EndHeaders: true})
 		}), "ENHANCE_YOUR_CALM"},
-		"PING flood":          {flood(5000, func(p *rawPeer, i int) error { return p.fr.WritePing(false, [8]byte{1}) }), "ENHANCE_YOUR_CALM"},
-		"SETTINGS flood":      {flood(5000, func(p *rawPeer, i int) error { return p.fr.WriteSettings() }), "ENHANCE_YOUR_CALM"},
-		"PRIORITY flood":      {flood(5000, func(p *rawPeer, i int) error { return p.fr.WritePriority(1, http2.PriorityParam{StreamDep: 3}) }), "ENHANCE_YOUR_CALM"},
-		"unknown flood":       {flood(5000, func(p *rawPeer, i int) error { return p.fr.WriteRawFrame(77, 0, 0, nil) }), "ENHANCE_YOUR_CALM"},
-		"WINDOW_UPDATE flood": {flood(5000, func(p *rawPeer, i int) error { return p.fr.WriteWindowUpdate(0, 1) }), "ENHANCE_YOUR_CALM"},
+		"PING flood": {flood(5000, func(p *rawPeer, i int) error {
+			return p.fr.WritePing(false, [8]byte{1})
+		}), "ENHANCE_YOUR_CALM"},
+		"SETTINGS flood": {flood(5000, func(p *rawPeer, i int) error {
+			return p.fr.WriteSettings()
+		}), "ENHANCE_YOUR_CALM"},
+		"PRIORITY flood": {flood(5000, func(p *rawPeer, i int) error {
+			return p.fr.WritePriority(1, http2.PriorityParam{StreamDep: 3})
+		}), "ENHANCE_YOUR_CALM"},
+		"unknown flood": {flood(5000, func(p *rawPeer, i int) error {
+			return p.fr.WriteRawFrame(77, 0, 0, nil)
+		}), "ENHANCE_YOUR_CALM"},
+		"WINDOW_UPDATE flood": {flood(5000, func(p *rawPeer, i int) error {
+			return p.fr.WriteWindowUpdate(0, 1)
+		}), "ENHANCE_YOUR_CALM"},
 		"WINDOW_UPDATE flood, stream": {func(p *rawPeer) {
 			p.connect(1)
 			flood(5000, func(p *rawPeer, i int) error { return p.fr.WriteWindowUpdate(1, 1) })(p)
@@ -296,7 +350,9 @@ func TestViolations(t *testing.T) {
 			t.Parallel()
 			var stats Stats
 			var calmed atomic.Int32
-			p, _, stop := serve(t, Config{ControlFrames: 200, MaxHeaderList: 4096, Stats: &stats, Calmed: func(net.Addr) { calmed.Add(1) }}, func(ss *ServerStream) {
+			p, _, stop := serve(t, Config{ControlFrames: 200, MaxHeaderList: 4096, Stats: &stats, Calmed: func(net.Addr) {
+				calmed.Add(1)
+			}}, func(ss *ServerStream) {
 				if ss.Authority() != "slow:1" {
 					ss.Accept(&Response{Status: 200})
 				}
@@ -332,7 +388,8 @@ func TestViolations(t *testing.T) {
 
 // TestFirstFrames: no preface, a wrong one, no SETTINGS, HTTP/1, silence.
 func TestFirstFrames(t *testing.T) {
-	for _, first := range []string{"GET / HTTP/1.1\r\n\r\n", "PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n", http2.ClientPreface + "\x00\x00\x08\x06\x00\x00\x00\x00\x00........", http2.ClientPreface + "\x00\x00\x00\x04\x01\x00\x00\x00\x00"} {
+	for _, first := range []string{"GET / HTTP/1.1\r\n\r\n", "PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n", http2.ClientPreface +
+		"\x00\x00\x08\x06\x00\x00\x00\x00\x00........", http2.ClientPreface + "\x00\x00\x00\x04\x01\x00\x00\x00\x00"} {
 		p, _, stop := serve(t, Config{}, nil)
 		io.WriteString(p.c, first)
 		p.expect("GOAWAY 0 last=0 PROTOCOL_ERROR")

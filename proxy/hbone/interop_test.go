@@ -94,7 +94,8 @@ func TestInteropClientOfXNet(t *testing.T) {
 	want := payload(3 << 20)
 	for range 3 {
 		pr, pw := io.Pipe()
-		req := &http.Request{Method: "CONNECT", URL: &url.URL{Scheme: "https", Host: "10.0.0.1:80"}, Host: "10.0.0.1:80", Body: pr, Header: http.Header{}}
+		req := &http.Request{Method: "CONNECT", URL: &url.URL{Scheme: "https", Host: "10.0.0.1:80"}, Host: "10.0.0.1:80",
+			Body: pr, Header: http.Header{}}
 		go func() { pw.Write(want); pw.Close() }()
 		resp, err := cc.RoundTrip(req)
 		if err != nil {
@@ -105,7 +106,8 @@ func TestInteropClientOfXNet(t *testing.T) {
 			t.Fatal(len(got), err, resp.Header)
 		}
 	}
-	resp, err := cc.RoundTrip(&http.Request{Method: "CONNECT", URL: &url.URL{Scheme: "https", Host: "10.0.0.1:1"}, Host: "10.0.0.1:1", Body: http.NoBody, Header: http.Header{}})
+	resp, err := cc.RoundTrip(&http.Request{Method: "CONNECT", URL: &url.URL{Scheme: "https", Host: "10.0.0.1:1"},
+		Host: "10.0.0.1:1", Body: http.NoBody, Header: http.Header{}})
 	if err != nil || resp.StatusCode != 503 {
 		t.Fatal(resp, err)
 	}
@@ -148,7 +150,8 @@ func TestInteropServerOfXNet(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 3 {
-		s, resp, err := cc.Open(context.Background(), &Request{Authority: "10.0.0.1:80", Forwarded: `for="1.1.1.1:1"`, Traceparent: NewTraceparent()})
+		s, resp, err := cc.Open(context.Background(), &Request{Authority: "10.0.0.1:80", Forwarded: `for="1.1.1.1:1"`,
+			Traceparent: NewTraceparent()})
 		if err != nil || resp.Baggage != "x=y" {
 			t.Fatal(resp, err)
 		}

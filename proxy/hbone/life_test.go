@@ -70,7 +70,8 @@ func TestReset(t *testing.T) {
 	a, b := tcpPair(t)
 	cc, sc, reqs, stop := link(t, a, b, Config{})
 	defer stop()
-	for _, code := range []http2.ErrCode{http2.ErrCodeNo, http2.ErrCodeCancel, http2.ErrCodeInternal, http2.ErrCodeConnect, http2.ErrCodeStreamClosed} {
+	for _, code := range []http2.ErrCode{http2.ErrCodeNo, http2.ErrCodeCancel, http2.ErrCodeInternal, http2.ErrCodeConnect,
+		http2.ErrCodeStreamClosed} {
 		for i := range 4 {
 			fromServer, ended := i&1 != 0, i&2 != 0
 			x, y := pair(t, cc, reqs)
@@ -88,7 +89,8 @@ func TestReset(t *testing.T) {
 			x.Reset(code)
 			rest, err := io.ReadAll(y)
 			var se *StreamError
-			if string(rest) != "ta" || ended != (err == nil) || !ended && (!errors.As(err, &se) || se.Code != code || !se.Remote) {
+			if string(rest) != "ta" || ended != (err == nil) || !ended && (!errors.As(err, &se) || se.Code != code ||
+				!se.Remote) {
 				t.Errorf("%v, ended %v: %q %v", code, ended, rest, err)
 			}
 			eventually(t, func() bool { _, err := y.Write(nil); return err != nil })
@@ -112,7 +114,8 @@ func TestReset(t *testing.T) {
 	eventually(t, func() bool { return cc.Streams() == 0 && sc.Streams() == 0 })
 }
 
-// TestAbandon: Close of an unfinished stream sends what was written, then CANCEL; a server that ended its side: NO_ERROR.
+// TestAbandon: Close of an unfinished stream sends what was written, then CANCEL; a server that ended its side:
+// NO_ERROR.
 func TestAbandon(t *testing.T) {
 	proceed := make(chan struct{})
 	p, _, stop := serve(t, Config{}, func(ss *ServerStream) {

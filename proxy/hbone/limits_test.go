@@ -204,7 +204,8 @@ func TestRefusalsArePaced(t *testing.T) {
 		t.Error(refused, "refusals in", d, stats.Violations.Load())
 	}
 	for ; open < 2000; open++ { // too many at once
-		p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: p.block(":method", "CONNECT", ":authority", "h:1"), EndHeaders: true})
+		p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: p.block(":method", "CONNECT", ":authority",
+			"h:1"), EndHeaders: true})
 		id += 2
 	}
 	p.expect("ENHANCE_YOUR_CALM")

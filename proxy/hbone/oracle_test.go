@@ -218,10 +218,12 @@ func perform(seal *records, script []byte) (wire []byte) {
 
 // agreed are the pairs of alerts (ours, the oracle's) for the same fault in which we go by the letter of RFC 8446.
 var agreed = map[[2]uint8]string{
-	{alertUnexpectedMessage, alertBadRecordMAC}: "5: a record without protection is unexpected; crypto/tls tries to open it",
-	{alertUnexpectedMessage, alertDecodeError}:  "5: the same, with a ChangeCipherSpec of another content than 1",
-	{alertIllegalParameter, alertDecodeError}:   "4.6.3: a KeyUpdate with another value than 0 and 1",
-	{alertBadRecordMAC, 70}:                     "5.1: the version is ignored; that it is authenticated makes it a bad MAC",
+	{alertUnexpectedMessage, alertBadRecordMAC}: "5: a record without protection is unexpected; crypto/tls tries to " +
+		"open it",
+	{alertUnexpectedMessage, alertDecodeError}: "5: the same, with a ChangeCipherSpec of another content than 1",
+	{alertIllegalParameter, alertDecodeError}:  "4.6.3: a KeyUpdate with another value than 0 and 1",
+	{alertBadRecordMAC,
+		70}: "5.1: the version is ignored; that it is authenticated makes it a bad MAC",
 }
 
 func FuzzRecordsOracle(f *testing.F) {
@@ -260,11 +262,13 @@ func FuzzRecordsOracle(f *testing.F) {
 			return // crypto/tls begins to count anew with each handshake message; we do with data
 		case !bytes.Equal(ours.data, theirs.data):
 			t.Errorf("%d bytes, the oracle has %d", len(ours.data), len(theirs.data))
-		case ours.clean && !theirs.clean, ours.alert != theirs.alert && agreed[[2]uint8{ours.alert, theirs.alert}] == "", ours.remote != theirs.remote:
+		case ours.clean && !theirs.clean, ours.alert != theirs.alert && agreed[[2]uint8{ours.alert, theirs.alert}] == "",
+			ours.remote != theirs.remote:
 		case theirs.clean && !ours.clean && ours.err != io.ErrUnexpectedEOF: // the oracle forgives a missing close_notify
 		default:
 			return
 		}
-		t.Errorf("% x:\nours   %v, alert %d\noracle %v, alert %d", wire[:min(len(wire), 200)], ours.err, ours.alert, theirs.err, theirs.alert)
+		t.Errorf("% x:\nours   %v, alert %d\noracle %v, alert %d", wire[:min(len(wire), 200)], ours.err, ours.alert,
+			theirs.err, theirs.alert)
 	})
 }

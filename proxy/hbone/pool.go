@@ -12,8 +12,8 @@ import (
 	"ztun/proxy/rescue"
 )
 
-// Key says which tunnels may carry a request (spec 3.1). The authority is not part of it, nor is the address that a tunnel comes
-// from: a pool is one pod's, whose tunnels all leave from its own address of the server's family.
+// Key says which tunnels may carry a request (spec 3.1). The authority is not part of it, nor is the address that a
+// tunnel comes from: a pool is one pod's, whose tunnels all leave from its own address of the server's family.
 type Key struct {
 	// Source is the identity that the tunnel's certificate is for.
 	Source identity.ID

@@ -59,7 +59,8 @@ func (f *farm) dial(ctx context.Context, key Key) (Dialled, error) {
 	return Dialled{Conn: a}, nil
 }
 
-func poolTest(t *testing.T, o PoolOptions, fc Config, test func(t *testing.T, p *Pool, f *farm, open func(key int) *Stream)) {
+func poolTest(t *testing.T, o PoolOptions, fc Config,
+	test func(t *testing.T, p *Pool, f *farm, open func(key int) *Stream)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		f := &farm{t: t, cfg: fc, delay: time.Millisecond}
@@ -115,16 +116,17 @@ func TestPoolSharing(t *testing.T) {
 			finish(s)
 		}
 	})
-	poolTest(t, PoolOptions{MaxStreams: 1000}, Config{MaxStreams: 1000}, func(t *testing.T, p *Pool, f *farm, open func(int) *Stream) {
-		var wg sync.WaitGroup
-		for range 1000 {
-			wg.Go(func() { finish(open(1)) })
-		}
-		wg.Wait()
-		if n := f.dials.Load(); n != 1 {
-			t.Error(n, "tunnels")
-		}
-	})
+	poolTest(t, PoolOptions{MaxStreams: 1000}, Config{MaxStreams: 1000},
+		func(t *testing.T, p *Pool, f *farm, open func(int) *Stream) {
+			var wg sync.WaitGroup
+			for range 1000 {
+				wg.Go(func() { finish(open(1)) })
+			}
+			wg.Wait()
+			if n := f.dials.Load(); n != 1 {
+				t.Error(n, "tunnels")
+			}
+		})
 	poolTest(t, PoolOptions{}, Config{MaxStreams: 1000}, func(t *testing.T, p *Pool, f *farm, open func(int) *Stream) {
 		var list []*Stream
 		for range 300 {
@@ -141,19 +143,20 @@ func TestPoolSharing(t *testing.T) {
 
 // TestPoolPeerLimit: the server's own limit holds once it is known.
 func TestPoolPeerLimit(t *testing.T) {
-	poolTest(t, PoolOptions{MaxStreams: 100}, Config{MaxStreams: 2}, func(t *testing.T, p *Pool, f *farm, open func(int) *Stream) {
-		var list []*Stream
-		for range 6 {
-			list = append(list, open(1))
-			synctest.Wait()
-		}
-		if n := f.dials.Load(); n != 3 {
-			t.Error(n)
-		}
-		for _, s := range list {
-			finish(s)
-		}
-	})
+	poolTest(t, PoolOptions{MaxStreams: 100}, Config{MaxStreams: 2},
+		func(t *testing.T, p *Pool, f *farm, open func(int) *Stream) {
+			var list []*Stream
+			for range 6 {
+				list = append(list, open(1))
+				synctest.Wait()
+			}
+			if n := f.dials.Load(); n != 3 {
+				t.Error(n)
+			}
+			for _, s := range list {
+				finish(s)
+			}
+		})
 }
 
 // TestPoolFailure: one failed dial is everybody's, at once, and leaves nothing.
@@ -349,7 +352,9 @@ func TestPoolCloseIsBounded(t *testing.T) {
 			io.Copy(io.Discard, s)
 		}).Serve(context.Background())
 	}()
-	p := NewPool(PoolOptions{Config: Config{NotSentLowat: 1 << 20}, Dial: func(context.Context, Key) (Dialled, error) { return Dialled{Conn: a}, nil }})
+	p := NewPool(PoolOptions{Config: Config{NotSentLowat: 1 << 20}, Dial: func(context.Context, Key) (Dialled, error) {
+		return Dialled{Conn: a}, nil
+	}})
 	s, _, err := p.Open(context.Background(), testKey(1), &Request{Authority: "h:1"})
 	if err != nil {
 		t.Fatal(err)

@@ -447,7 +447,8 @@ func (c *conn) rejectLocked(s *Stream, code http2.ErrCode) {
 // blame counts what a peer does only by mistake or with intent: too much of it ends the connection. mu is held.
 func (c *conn) blame() {
 	if !c.resets.take() {
-		c.leaveLocked(http2.ErrCodeEnhanceYourCalm, &protocolError{http2.ErrCodeEnhanceYourCalm, "too many streams reset or refused"})
+		c.leaveLocked(http2.ErrCodeEnhanceYourCalm, &protocolError{http2.ErrCodeEnhanceYourCalm,
+			"too many streams reset or refused"})
 	}
 }
 

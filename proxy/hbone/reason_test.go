@@ -12,7 +12,8 @@ import (
 )
 
 func FuzzCleanReason(f *testing.F) {
-	for _, s := range []string{"", "explicitly denied by: default/no", "a\r\nb: c", "\x1b[31m", strings.Repeat("é", 400), strings.Repeat(" x", 300), " "} {
+	for _, s := range []string{"", "explicitly denied by: default/no", "a\r\nb: c", "\x1b[31m", strings.Repeat("é", 400),
+		strings.Repeat(" x", 300), " "} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
@@ -38,7 +39,8 @@ func FuzzCleanReason(f *testing.F) {
 	})
 }
 
-// TestReasonTravels: a refusal says why, cleaned where it is sent and where it is believed; what is no refusal has none.
+// TestReasonTravels: a refusal says why, cleaned where it is sent and where it is believed; what is no refusal has
+// none.
 func TestReasonTravels(t *testing.T) {
 	long := strings.Repeat("long ", 1000)
 	for _, c := range []struct {
@@ -51,7 +53,9 @@ func TestReasonTravels(t *testing.T) {
 		{503, long, "http status: 503 Service Unavailable: " + CleanReason(long)},
 	} {
 		client, server := net.Pipe()
-		sc := NewServerConn(server, Config{}, func(ss *ServerStream) { ss.RefuseWith(&Response{Status: c.status, Reason: c.reason}) })
+		sc := NewServerConn(server, Config{}, func(ss *ServerStream) {
+			ss.RefuseWith(&Response{Status: c.status, Reason: c.reason})
+		})
 		done := make(chan struct{})
 		go func() { defer close(done); sc.Serve(context.Background()) }()
 		cc, err := NewClientConn(client, Config{})
@@ -79,7 +83,8 @@ func TestReasonIsForeign(t *testing.T) {
 		s := newStream(c, 1)
 		s.opened = make(chan struct{})
 		c.streams[1] = s
-		f := &http2.MetaHeadersFrame{HeadersFrame: &http2.HeadersFrame{FrameHeader: http2.FrameHeader{StreamID: 1}}, Fields: []hpack.HeaderField{{Name: ":status", Value: status}}}
+		f := &http2.MetaHeadersFrame{HeadersFrame: &http2.HeadersFrame{FrameHeader: http2.FrameHeader{StreamID: 1}},
+			Fields: []hpack.HeaderField{{Name: ":status", Value: status}}}
 		for _, v := range values {
 			f.Fields = append(f.Fields, hpack.HeaderField{Name: reasonHeader, Value: v})
 		}
@@ -88,7 +93,8 @@ func TestReasonIsForeign(t *testing.T) {
 		}
 		return s.response
 	}
-	if r := answer("401", "\x1b[2J\x00 "+strings.Repeat("x", 9999), "second"); len(r.Reason) != MaxReason || !strings.HasPrefix(r.Reason, "?[2J? x") || !strings.HasSuffix(r.Reason, "...") {
+	if r := answer("401", "\x1b[2J\x00 "+strings.Repeat("x", 9999), "second"); len(r.Reason) != MaxReason ||
+		!strings.HasPrefix(r.Reason, "?[2J? x") || !strings.HasSuffix(r.Reason, "...") {
 		t.Errorf("believed is %q", r.Reason)
 	}
 	if r := answer("200", "why not"); r.Reason != "" {

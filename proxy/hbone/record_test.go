@@ -101,7 +101,8 @@ func TestRecordsServerRefuses(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := cc.Open(context.Background(), &Request{}); err == nil || !strings.Contains(err.Error(), "certificate required") {
+	if _, _, err := cc.Open(context.Background(), &Request{}); err == nil ||
+		!strings.Contains(err.Error(), "certificate required") {
 		t.Error(err)
 	}
 	cc.Close()
@@ -181,19 +182,33 @@ func TestRecordsHostile(t *testing.T) {
 			b := good(r, typeApplicationData, "hello")
 			return append(b, b...)
 		}, alertBadRecordMAC},
-		"too long":              {func(r *records) []byte { return []byte{23, 3, 3, 0x41, 1, 0} }, alertRecordOverflow},
-		"too short":             {func(r *records) []byte { return append([]byte{23, 3, 3, 0, 16}, make([]byte, 16)...) }, alertBadRecordMAC},
-		"plaintext alert":       {func(r *records) []byte { return []byte{21, 3, 3, 0, 2, 2, 40} }, alertUnexpectedMessage},
-		"change cipher spec":    {func(r *records) []byte { return []byte{20, 3, 3, 0, 1, 1} }, alertUnexpectedMessage},
-		"padding only":          {func(r *records) []byte { return good(r, 0, "\x00\x00") }, alertUnexpectedMessage},
-		"unknown type":          {func(r *records) []byte { return good(r, 99, "x") }, alertUnexpectedMessage},
-		"plaintext overflow":    {func(r *records) []byte { return good(r, typeApplicationData, strings.Repeat("x", recordLen+1)) }, alertRecordOverflow},
-		"empty handshake":       {func(r *records) []byte { return good(r, typeHandshake, "") }, alertUnexpectedMessage},
-		"finished":              {func(r *records) []byte { return good(r, typeHandshake, "\x14\x00\x00\x01\x00") }, alertUnexpectedMessage},
-		"huge handshake":        {func(r *records) []byte { return good(r, typeHandshake, "\x04\x10\x00\x00") }, alertDecodeError},
-		"long key update":       {func(r *records) []byte { return good(r, typeHandshake, "\x18\x00\x00\x02\x00\x00") }, alertDecodeError},
-		"odd key update":        {func(r *records) []byte { return good(r, typeHandshake, "\x18\x00\x00\x01\x02") }, alertIllegalParameter},
-		"key update, then more": {func(r *records) []byte { return good(r, typeHandshake, "\x18\x00\x00\x01\x00\x04") }, alertUnexpectedMessage},
+		"too long": {func(r *records) []byte { return []byte{23, 3, 3, 0x41, 1, 0} }, alertRecordOverflow},
+		"too short": {func(r *records) []byte {
+			return append([]byte{23, 3, 3, 0, 16}, make([]byte, 16)...)
+		}, alertBadRecordMAC},
+		"plaintext alert":    {func(r *records) []byte { return []byte{21, 3, 3, 0, 2, 2, 40} }, alertUnexpectedMessage},
+		"change cipher spec": {func(r *records) []byte { return []byte{20, 3, 3, 0, 1, 1} }, alertUnexpectedMessage},
+		"padding only":       {func(r *records) []byte { return good(r, 0, "\x00\x00") }, alertUnexpectedMessage},
+		"unknown type":       {func(r *records) []byte { return good(r, 99, "x") }, alertUnexpectedMessage},
+		"plaintext overflow": {func(r *records) []byte {
+			return good(r, typeApplicationData, strings.Repeat("x", recordLen+1))
+		}, alertRecordOverflow},
+		"empty handshake": {func(r *records) []byte { return good(r, typeHandshake, "") }, alertUnexpectedMessage},
+		"finished": {func(r *records) []byte {
+			return good(r, typeHandshake, "\x14\x00\x00\x01\x00")
+		}, alertUnexpectedMessage},
+		"huge handshake": {func(r *records) []byte {
+			return good(r, typeHandshake, "\x04\x10\x00\x00")
+		}, alertDecodeError},
+		"long key update": {func(r *records) []byte {
+			return good(r, typeHandshake, "\x18\x00\x00\x02\x00\x00")
+		}, alertDecodeError},
+		"odd key update": {func(r *records) []byte {
+			return good(r, typeHandshake, "\x18\x00\x00\x01\x02")
+		}, alertIllegalParameter},
+		"key update, then more": {func(r *records) []byte {
+			return good(r, typeHandshake, "\x18\x00\x00\x01\x00\x04")
+		}, alertUnexpectedMessage},
 		"data in a message": {func(r *records) []byte {
 			return append(good(r, typeHandshake, "\x04\x00\x00\x05x"), good(r, typeApplicationData, "x")...)
 		}, alertUnexpectedMessage},
@@ -203,9 +218,15 @@ func TestRecordsHostile(t *testing.T) {
 			}
 			return b
 		}, alertUnexpectedMessage},
-		"short ticket":       {func(r *records) []byte { return good(r, typeHandshake, "\x04\x00\x00\x04abcd") }, alertDecodeError},
-		"long ticket":        {func(r *records) []byte { return good(r, typeHandshake, "\x04\x00\x00\x0f"+ticket[4:]+"x") }, alertDecodeError},
-		"ticket's extension": {func(r *records) []byte { return good(r, typeHandshake, "\x04\x00\x00\x11"+ticket[4:16]+"\x00\x03abc") }, alertDecodeError},
+		"short ticket": {func(r *records) []byte {
+			return good(r, typeHandshake, "\x04\x00\x00\x04abcd")
+		}, alertDecodeError},
+		"long ticket": {func(r *records) []byte {
+			return good(r, typeHandshake, "\x04\x00\x00\x0f"+ticket[4:]+"x")
+		}, alertDecodeError},
+		"ticket's extension": {func(r *records) []byte {
+			return good(r, typeHandshake, "\x04\x00\x00\x11"+ticket[4:16]+"\x00\x03abc")
+		}, alertDecodeError},
 		"ticket's early data": {func(r *records) []byte {
 			return good(r, typeHandshake, "\x04\x00\x00\x13"+ticket[4:16]+"\x00\x05\x00\x2a\x00\x01x")
 		}, alertDecodeError},
@@ -261,7 +282,8 @@ func TestRecordsAlertReachesPeer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.(*tls.Conn).NetConn().Write([]byte{23, 3, 3, 0, 20, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20})
+	b.(*tls.Conn).NetConn().Write([]byte{23, 3, 3, 0, 20, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18,
+		19, 20})
 	b.SetReadDeadline(time.Now().Add(10 * time.Second))
 	_, err = io.Copy(io.Discard, b)
 	if err == nil || !strings.Contains(err.Error(), "bad record MAC") {

@@ -23,7 +23,8 @@ type chunk struct {
 	own      bool // k was taken for this chunk alone: later pieces may be added
 }
 
-// push adds k.b[off:end] to what s's user will read; wakeOwed tells him. Only the reader calls it. False: nobody will, the caller gives the credit back.
+// push adds k.b[off:end] to what s's user will read; wakeOwed tells him. Only the reader calls it. False: nobody
+// will, the caller gives the credit back.
 func (s *Stream) push(k *block, off, end int) bool {
 	s.rmu.Lock()
 	defer s.rmu.Unlock()

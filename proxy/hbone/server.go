@@ -315,8 +315,8 @@ func parseRequest(f *http2.MetaHeadersFrame) (*request, bool) {
 	return req, true
 }
 
-// validLength reports whether content-length, if there is one, is one number (RFC 9110, 8.6: a list of the same is, too).
-// What it says does not matter: a tunnel has no content (RFC 9110, 9.3.6).
+// validLength reports whether content-length, if there is one, is one number (RFC 9110, 8.6: a list of the same is,
+// too). What it says does not matter: a tunnel has no content (RFC 9110, 9.3.6).
 func validLength(f *http2.MetaHeadersFrame) bool {
 	first := ""
 	for _, h := range f.RegularFields() {
@@ -338,7 +338,8 @@ func validLength(f *http2.MetaHeadersFrame) bool {
 func validAuthority(a string) bool {
 	for i := 0; i < len(a); i++ {
 		b := a[i]
-		if !('a' <= b && b <= 'z' || 'A' <= b && b <= 'Z' || '0' <= b && b <= '9' || strings.IndexByte("-._~!$&'()*+,;=:@[]%", b) >= 0) {
+		if !('a' <= b && b <= 'z' || 'A' <= b && b <= 'Z' || '0' <= b && b <= '9' ||
+			strings.IndexByte("-._~!$&'()*+,;=:@[]%", b) >= 0) {
 			return false
 		}
 	}

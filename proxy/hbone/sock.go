@@ -85,7 +85,8 @@ func (w *sockWriter) Write(b []byte) (int, error) {
 func (w *sockWriter) writeFD(fd uintptr) bool {
 	for w.n < len(w.b) {
 		rest := w.b[w.n:]
-		n, _, errno := unix.RawSyscall(unix.SYS_WRITE, fd, uintptr(unsafe.Pointer(unsafe.SliceData(rest))), uintptr(len(rest)))
+		n, _, errno := unix.RawSyscall(unix.SYS_WRITE, fd, uintptr(unsafe.Pointer(unsafe.SliceData(rest))),
+			uintptr(len(rest)))
 		switch errno {
 		case 0:
 			w.n += int(n)

@@ -45,7 +45,8 @@ func (t *pooled) open(ctx context.Context, req *Request, used bool) (*Stream, *R
 	actx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	w := &silence{ctx: actx, c: t.cc.c, seen: t.cc.c.arrived.Load(), cancel: cancel}
-	w.timer = time.AfterFunc(time.Hour, w.c.cfg.Panics.Func("the watch over an HBONE tunnel", w.look, w.c.crash)) // not yet: look uses timer
+	// not yet: look uses timer
+	w.timer = time.AfterFunc(time.Hour, w.c.cfg.Panics.Func("the watch over an HBONE tunnel", w.look, w.c.crash))
 	w.timer.Reset(probeAfter)
 	s, resp, err := t.cc.open(actx, req, t.release)
 	w.timer.Stop()

@@ -123,7 +123,8 @@ func stressOne(t *testing.T, cc *ClientConn, r *rand.Rand) bool {
 		if err == nil {
 			err = s.CloseWrite()
 		}
-		if err != nil && !errors.Is(err, net.ErrClosed) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+		if err != nil && !errors.Is(err, net.ErrClosed) && !errors.Is(err, syscall.ECONNRESET) &&
+			!errors.Is(err, syscall.EPIPE) {
 			t.Error(err)
 		}
 	})

@@ -45,8 +45,9 @@ type Turn interface {
 	Give()
 }
 
-// Client does the TLS handshake as a client on raw, within ctx; turn nil: whenever it likes. On failure raw is closed. The result is a
-// *tlsConn, or a *tls.Conn where the record layer cannot be taken over (not TLS 1.3 with AES-GCM, FIPS 140 mode).
+// Client does the TLS handshake as a client on raw, within ctx; turn nil: whenever it likes. On failure raw is
+// closed. The result is a *tlsConn, or a *tls.Conn where the record layer cannot be taken over (not TLS 1.3 with
+// AES-GCM, FIPS 140 mode).
 func Client(ctx context.Context, raw net.Conn, cfg *tls.Config, turn Turn) (net.Conn, tls.ConnectionState, error) {
 	return handshake(ctx, raw, cfg, turn, true)
 }
@@ -56,7 +57,8 @@ func Server(ctx context.Context, raw net.Conn, cfg *tls.Config, turn Turn) (net.
 	return handshake(ctx, raw, cfg, turn, false)
 }
 
-func handshake(ctx context.Context, raw net.Conn, cfg *tls.Config, turn Turn, client bool) (net.Conn, tls.ConnectionState, error) {
+func handshake(ctx context.Context, raw net.Conn, cfg *tls.Config, turn Turn, client bool) (net.Conn,
+	tls.ConnectionState, error) {
 	keys := &keyLog{next: cfg.KeyLogWriter}
 	cfg = cfg.Clone()
 	cfg.KeyLogWriter = keys
@@ -110,7 +112,8 @@ func partAfterAlert(raw net.Conn) {
 
 // takeOver makes the record layer for a finished handshake, or nil if that is not ours to carry on.
 func takeOver(raw net.Conn, state tls.ConnectionState, keys *keyLog, lock *lockstep, client bool) *records {
-	if state.Version != tls.VersionTLS13 || fips140.Enabled() || keys.broken || keys.client == nil || keys.server == nil || !lock.aligned() {
+	if state.Version != tls.VersionTLS13 || fips140.Enabled() || keys.broken || keys.client == nil || keys.server == nil ||
+		!lock.aligned() {
 		return nil
 	}
 	in, err1 := newDirection(state.CipherSuite, keys.server)

@@ -9,8 +9,9 @@ import (
 // Windows. A reader who has stopped may stall itself only, so the two kinds of window have different tasks:
 //
 // Receiving, the stream's window bounds what its reader leaves unread. On a connection with more than few streams it
-// begins small as soon as something piles up, grows with the speed of a reader who keeps up, and never so far that nothing is left for others to
-// grow by. The connection's window is given back on arrival, whoever reads or does not: it bounds what is under way.
+// begins small as soon as something piles up, grows with the speed of a reader who keeps up, and never so far that
+// nothing is left for others to grow by. The connection's window is given back on arrival, whoever reads or does not:
+// it bounds what is under way.
 //
 // Sending to a peer who does otherwise (ztunnel's connection window is four streams' windows, and comes back as it is
 // read), no stream may use more of the connection's window than it leaves, and a connection most of whose window has
@@ -41,8 +42,8 @@ func (c *conn) begin(s *Stream) {
 	c.grown += c.first - c.leastWindow()
 }
 
-// crowd looks whether readers leave so much unread, or memory is so short, that windows have to be small: first ones from now on, and those
-// that are large already when the peer has acknowledged it. mu is held.
+// crowd looks whether readers leave so much unread, or memory is so short, that windows have to be small: first ones
+// from now on, and those that are large already when the peer has acknowledged it. mu is held.
 func (c *conn) crowd() {
 	if c.crowded || c.isOver() {
 		return

@@ -16,8 +16,8 @@ import (
 	"ztun/proxy/fair"
 )
 
-// TestPausedReaders: readers who pause, many more than fill the connection's window, stall themselves only, hold little,
-// and get all of it when they go on; both ways.
+// TestPausedReaders: readers who pause, many more than fill the connection's window, stall themselves only, hold
+// little, and get all of it when they go on; both ways.
 func TestPausedReaders(t *testing.T) {
 	const paused, each = 60, 5 << 20
 	for _, up := range []bool{true, false} {
@@ -178,7 +178,8 @@ func (h *hoarder) serve(c net.Conn) {
 	io.ReadFull(c, make([]byte, len(http2.ClientPreface)))
 	fr := http2.NewFramer(c, c)
 	fr.SetMaxReadFrameSize(1 << 20)
-	fr.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: streamWindow}, http2.Setting{ID: http2.SettingMaxFrameSize, Val: 1 << 20})
+	fr.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: streamWindow},
+		http2.Setting{ID: http2.SettingMaxFrameSize, Val: 1 << 20})
 	fr.WriteWindowUpdate(0, connWindow-65535)
 	type window struct{ left, owed uint32 }
 	conn, streams := &window{left: connWindow}, map[uint32]*window{}
@@ -221,8 +222,8 @@ func (h *hoarder) serve(c net.Conn) {
 	}
 }
 
-// TestPausedReadersOfOthers: a peer whose connection window is four streams' windows, and comes back as it is read. Four
-// streams that it does not read leave the others room, and their tunnel gets no new streams.
+// TestPausedReadersOfOthers: a peer whose connection window is four streams' windows, and comes back as it is read.
+// Four streams that it does not read leave the others room, and their tunnel gets no new streams.
 func TestPausedReadersOfOthers(t *testing.T) {
 	const paused = 4
 	h := &hoarder{pause: 2*paused - 1}
@@ -276,7 +277,8 @@ func TestServerRotates(t *testing.T) {
 	defer stop()
 	io.WriteString(p.c, http2.ClientPreface)
 	p.fr.SetMaxReadFrameSize(1 << 20)
-	p.fr.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 4 << 20}, http2.Setting{ID: http2.SettingMaxFrameSize, Val: 1 << 20})
+	p.fr.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 4 << 20},
+		http2.Setting{ID: http2.SettingMaxFrameSize, Val: 1 << 20})
 	p.fr.WriteWindowUpdate(0, 16<<20-65535)
 	for id := uint32(1); id < 9; id += 2 {
 		p.connect(id)

@@ -31,8 +31,9 @@ type transport interface {
 // wire reads from the connection beneath into one large buffer, taken when bytes arrive and given back when all
 // of them are used up. One goroutine at a time.
 type wire struct {
-	c      net.Conn
-	raw    syscall.RawConn               // the socket, if it is one: read in the poller's callback, so that waiting needs no buffer
+	c net.Conn
+	// the socket, if it is one: read in the poller's callback, so that waiting needs no buffer
+	raw    syscall.RawConn
 	waiter interface{ WaitRead() error } // netstack's and our own streams can say when there are bytes
 	bufs   *Buffers
 
@@ -133,7 +134,8 @@ func (w *wire) readFD(fd uintptr) bool {
 	room := w.take()
 	for {
 		// Without telling the scheduler: the socket is non-blocking, see tun's fast path for the reason.
-		got, _, errno := unix.RawSyscall(unix.SYS_READ, fd, uintptr(unsafe.Pointer(unsafe.SliceData(room))), uintptr(len(room)))
+		got, _, errno := unix.RawSyscall(unix.SYS_READ, fd, uintptr(unsafe.Pointer(unsafe.SliceData(room))),
+			uintptr(len(room)))
 		n := int(got)
 		switch {
 		case errno == unix.EINTR:

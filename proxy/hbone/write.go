@@ -93,7 +93,8 @@ func (c *conn) revive() {
 
 // hasWork reports whether a flusher would find something; after the last record there is nothing to say. mu is held.
 func (c *conn) hasWork() bool {
-	return c.broken == nil && !c.said && (len(c.ctrl) > 0 || len(c.carry) > 0 || c.light.head != nil || c.bulk.head != nil || c.last || c.tr.urgent())
+	return c.broken == nil && !c.said && (len(c.ctrl) > 0 || len(c.carry) > 0 || c.light.head != nil ||
+		c.bulk.head != nil || c.last || c.tr.urgent())
 }
 
 // wantFlush sees to it that what is queued goes out, without doing it here: for the reader, which must never

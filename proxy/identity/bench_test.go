@@ -7,7 +7,8 @@ import (
 )
 
 // BenchmarkHandshake is one full mutual handshake, both ends on this machine. "remembering server" is what the server
-// would gain if it remembered chains as the client does, at the price of telling every refused client "bad certificate".
+// would gain if it remembered chains as the client does, at the price of telling every refused client "bad
+// certificate".
 func BenchmarkHandshake(b *testing.B) {
 	ca := newTestCA(b, "root")
 	one, two := ca.issue(b, []string{uriA}, nil), ca.issue(b, []string{uriB}, nil)

@@ -21,8 +21,8 @@ const MaxCRL = 8 << 20
 //
 // It says of certificates that it lists that they are revoked, and of no other that they are not: lists that are
 // missing, old (nextUpdate) or of one kind of certificate only (issuingDistributionPoint) change nothing for the rest
-// (spec/dataplane.md 8.6). Whose name and key a list has is looked at when it matters, in check: here there is no issuer
-// to compare it with.
+// (spec/dataplane.md 8.6). Whose name and key a list has is looked at when it matters, in check: here there is no
+// issuer to compare it with.
 type CRL struct {
 	lists      map[string][]*crlList // by the DER of the issuer's name
 	n, entries int
@@ -40,9 +40,9 @@ type crlList struct {
 const crlBlock = "X509 CRL"
 
 // ParseCRL reads PEM, with any number of lists and other things between them, or one list in DER. Nothing but white
-// space, or PEM without a list, is the empty set. One list that cannot be read, or be used rightly (delta and indirect
-// lists, unknown critical extensions: RFC 5280 section 5.2), is an error that says which and why; the rest of the file is
-// not used either, for half of a set of revocations looks like all of it.
+// space, or PEM without a list, is the empty set. One list that cannot be read, or be used rightly (delta and
+// indirect lists, unknown critical extensions: RFC 5280 section 5.2), is an error that says which and why; the rest
+// of the file is not used either, for half of a set of revocations looks like all of it.
 func ParseCRL(data []byte) (*CRL, error) {
 	if len(data) > MaxCRL {
 		return nil, fmt.Errorf("CRL: %d bytes, at most %d are read", len(data), MaxCRL)
@@ -154,8 +154,8 @@ func isIndirect(der []byte) (indirect, ok bool) {
 	return indirect, true
 }
 
-// Lists and Entries count what the set was made of; NextUpdate is when the first of its lists wants to be replaced, zero
-// if none says. All for logs: a list is obeyed beyond its end.
+// Lists and Entries count what the set was made of; NextUpdate is when the first of its lists wants to be replaced,
+// zero if none says. All for logs: a list is obeyed beyond its end.
 func (c *CRL) Lists() int            { return c.n }
 func (c *CRL) Entries() int          { return c.entries }
 func (c *CRL) NextUpdate() time.Time { return c.nextUpdate }

@@ -30,12 +30,15 @@ func ended(l *x509.RevocationList) {
 	l.ThisUpdate, l.NextUpdate = time.Now().Add(-2*time.Hour), time.Now().Add(-time.Hour)
 }
 
-// list signs a revocation list in DER. crypto/x509 makes one only for a CA that may sign lists; the name and key are what counts.
+// list signs a revocation list in DER. crypto/x509 makes one only for a CA that may sign lists; the name and key are
+// what counts.
 func (ca *testCA) list(t testing.TB, revoked []*x509.Certificate, opts ...crlOpt) []byte {
 	t.Helper()
-	l := &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now().Add(-time.Hour), NextUpdate: time.Now().Add(time.Hour)}
+	l := &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now().Add(-time.Hour),
+		NextUpdate: time.Now().Add(time.Hour)}
 	for _, c := range revoked {
-		l.RevokedCertificateEntries = append(l.RevokedCertificateEntries, x509.RevocationListEntry{SerialNumber: c.SerialNumber, RevocationTime: time.Now()})
+		l.RevokedCertificateEntries = append(l.RevokedCertificateEntries,
+			x509.RevocationListEntry{SerialNumber: c.SerialNumber, RevocationTime: time.Now()})
 	}
 	for _, o := range opts {
 		o(l)
@@ -74,7 +77,8 @@ func TestParseCRL(t *testing.T) {
 	idp := func(body ...byte) []byte { return append([]byte{0x30, byte(len(body))}, body...) }
 	certPEM := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.cert.Raw})
 	broken := bytes.Clone(der)
-	broken[len(broken)-1] = '\n' // the signature, in what looks like white space: seen when it is needed, there is no issuer here
+	// the signature, in what looks like white space: seen when it is needed, there is no issuer here
+	broken[len(broken)-1] = '\n'
 	for _, c := range []struct {
 		name           string
 		data           []byte
@@ -86,7 +90,8 @@ func TestParseCRL(t *testing.T) {
 		{"no list", certPEM, 0, 0, ""},
 		{"DER", der, 1, 2, ""},
 		{"PEM", pemCRL(der), 1, 2, ""},
-		{"several, text and others between", slices.Concat(pemCRL(der), []byte("text\n"), certPEM, pemCRL(other.list(t, nil))), 2, 2, ""},
+		{"several, text and others between", slices.Concat(pemCRL(der), []byte("text\n"), certPEM,
+			pemCRL(other.list(t, nil))), 2, 2, ""},
 		{"the same serial twice", pemCRL(ca.list(t, []*x509.Certificate{one, one})), 1, 1, ""},
 		{"ended", ca.list(t, nil, ended), 1, 0, ""},
 		{"signature of nobody", broken, 1, 2, ""},
@@ -96,12 +101,16 @@ func TestParseCRL(t *testing.T) {
 
 		{"garbage", []byte("garbage"), 0, 0, "CRL, taken for DER as there is no PEM block in it: x509: malformed crl"},
 		{"garbage in PEM", pemCRL(der, []byte{1}), 0, 0, "CRL 2 of 2: x509: malformed crl"},
-		{"cut short", pemCRL(der, der)[:len(pemCRL(der, der))-30], 0, 0, "CRL: only 1 of 2 PEM blocks are whole: is the file cut short?"},
-		{"delta", ca.list(t, nil, extension(true, []byte{2, 1, 1}, 2, 5, 29, 27)), 0, 0, "CRL, taken for DER as there is no PEM block in it: it is a delta CRL: the complete one is needed"},
+		{"cut short", pemCRL(der, der)[:len(pemCRL(der, der))-30], 0, 0,
+			"CRL: only 1 of 2 PEM blocks are whole: is the file cut short?"},
+		{"delta", ca.list(t, nil, extension(true, []byte{2, 1, 1}, 2, 5, 29, 27)), 0, 0,
+			"CRL, taken for DER as there is no PEM block in it: it is a delta CRL: the complete one is needed"},
 		{"indirect", pemCRL(ca.list(t, nil, extension(true, idp(0x84, 1, 0xff), 2, 5, 29, 28))), 0, 0,
 			"CRL 1 of 1: it is an indirect CRL, with other issuers' certificates: each issuer's own is needed"},
-		{"broken distribution point", pemCRL(ca.list(t, nil, extension(true, []byte{0x30, 5}, 2, 5, 29, 28))), 0, 0, "CRL 1 of 1: its issuing distribution point cannot be read"},
-		{"unknown critical extension", pemCRL(ca.list(t, nil, extension(true, []byte{5, 0}, 1, 2, 3))), 0, 0, "CRL 1 of 1: it has a critical extension that is unknown here: 1.2.3"},
+		{"broken distribution point", pemCRL(ca.list(t, nil, extension(true, []byte{0x30, 5}, 2, 5, 29, 28))), 0, 0,
+			"CRL 1 of 1: its issuing distribution point cannot be read"},
+		{"unknown critical extension", pemCRL(ca.list(t, nil, extension(true, []byte{5, 0}, 1, 2, 3))), 0, 0,
+			"CRL 1 of 1: it has a critical extension that is unknown here: 1.2.3"},
 		{"too large", make([]byte, MaxCRL+1), 0, 0, "CRL: 8388609 bytes, at most 8388608 are read"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -117,7 +126,8 @@ func TestParseCRL(t *testing.T) {
 			}
 		})
 	}
-	if next := mustCRL(t, pemCRL(der, ca.list(t, nil, ended))).NextUpdate(); time.Since(next) < 50*time.Minute || time.Since(next) > 70*time.Minute {
+	if next := mustCRL(t, pemCRL(der, ca.list(t, nil, ended))).NextUpdate(); time.Since(next) < 50*time.Minute ||
+		time.Since(next) > 70*time.Minute {
 		t.Errorf("next update %v", next)
 	}
 }
@@ -125,7 +135,9 @@ func TestParseCRL(t *testing.T) {
 // TestRevoked: which certificates of a chain count, and whose word. Checklist 136, at the handshake, in both roles.
 func TestRevoked(t *testing.T) {
 	root, other := newTestCA(t, "root"), newTestCA(t, "root") // the same name, another key
-	middleKey, middleCert := root.leaf(t, []string{"spiffe://cluster.local"}, isCA, func(c *x509.Certificate) { c.Subject.CommonName, c.ExtKeyUsage = "middle", nil })
+	middleKey, middleCert := root.leaf(t, []string{"spiffe://cluster.local"}, isCA, func(c *x509.Certificate) {
+		c.Subject.CommonName, c.ExtKeyUsage = "middle", nil
+	})
 	middle := &testCA{middleCert, middleKey}
 	make := func(uri string) *Certificate {
 		key, leaf := middle.leaf(t, []string{uri})
@@ -146,8 +158,10 @@ func TestRevoked(t *testing.T) {
 		{"the server", middle.list(t, []*x509.Certificate{b.Leaf}), b, b.Leaf},
 		{"the client", middle.list(t, []*x509.Certificate{a.Leaf}), a, a.Leaf},
 		{"the server, by a list that has ended", middle.list(t, []*x509.Certificate{b.Leaf}, ended), b, b.Leaf},
-		{"the server, by the second list of its issuer", pemCRL(middle.list(t, nil), middle.list(t, []*x509.Certificate{b.Leaf})), b, b.Leaf},
-		{"the intermediate", root.list(t, []*x509.Certificate{middleCert}), b, middleCert}, // both, but the client sees it first
+		{"the server, by the second list of its issuer",
+			pemCRL(middle.list(t, nil), middle.list(t, []*x509.Certificate{b.Leaf})), b, b.Leaf},
+		// both, but the client sees it first
+		{"the intermediate", root.list(t, []*x509.Certificate{middleCert}), b, middleCert},
 		{"another certificate of the issuer", middle.list(t, []*x509.Certificate{bystander.Leaf}), nil, nil},
 		{"the leaf, by the root", root.list(t, []*x509.Certificate{a.Leaf, b.Leaf}), nil, nil},
 		{"the intermediate, by a stranger of its issuer's name", other.list(t, []*x509.Certificate{middleCert}), nil, nil},
@@ -179,7 +193,8 @@ func TestRevoked(t *testing.T) {
 			if c.peer != nil {
 				var revoked *PeerRevokedError
 				if !errors.As(got, &revoked) || revoked.Serial.Cmp(c.cert.SerialNumber) != 0 ||
-					got.Error() != "identity verification error: peer certificate revoked by CRL: serial number "+c.cert.SerialNumber.String()+" of "+c.cert.Issuer.String() {
+					got.Error() != "identity verification error: peer certificate revoked by CRL: serial number "+
+						c.cert.SerialNumber.String()+" of "+c.cert.Issuer.String() {
 					t.Errorf("got %v", got)
 				}
 				if remote == nil || remote.Error() != "remote error: tls: bad certificate" {

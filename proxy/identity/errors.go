@@ -53,7 +53,8 @@ type PeerTrustDomainError struct {
 }
 
 func (e *PeerTrustDomainError) Error() string {
-	return "identity verification error: peer did not present the expected trustdomain (" + e.Want + "), got " + Join(e.Got)
+	return "identity verification error: peer did not present the expected trustdomain (" + e.Want + "), got " +
+		Join(e.Got)
 }
 
 // PeerCAError says that a peer presented a CA certificate as its own.
@@ -63,15 +64,17 @@ func (e *PeerCAError) Error() string {
 	return "identity verification error: peer presented a CA certificate as its own: " + e.Subject
 }
 
-// PeerRevokedError says that a certificate of the peer's chain, its own or a CA's, is on its issuer's revocation list. (For
-// a tunnel that is cut ztunnel logs "connection closed: peer certificate revoked by CRL" and the flag CERT_REVOKED.)
+// PeerRevokedError says that a certificate of the peer's chain, its own or a CA's, is on its issuer's revocation
+// list. (For a tunnel that is cut ztunnel logs "connection closed: peer certificate revoked by CRL" and the flag
+// CERT_REVOKED.)
 type PeerRevokedError struct {
 	Serial *big.Int
 	Issuer string
 }
 
 func (e *PeerRevokedError) Error() string {
-	return fmt.Sprintf("identity verification error: peer certificate revoked by CRL: serial number %d of %s", e.Serial, e.Issuer)
+	return fmt.Sprintf("identity verification error: peer certificate revoked by CRL: serial number %d of %s", e.Serial,
+		e.Issuer)
 }
 
 // PeerALPNError says that the handshake agreed on a protocol that is not HTTP/2.

@@ -64,7 +64,8 @@ func TestIDText(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
-	for _, s := range []string{"spiffe://cluster.local/ns/default/sa/a", "spiffe:///ns//sa/", "spiffe://td/ns/n/sa/s/", "spiffe://td/ns/n", "", "spiffe://\x00/ns/\xff/sa/é"} {
+	for _, s := range []string{"spiffe://cluster.local/ns/default/sa/a", "spiffe:///ns//sa/", "spiffe://td/ns/n/sa/s/",
+		"spiffe://td/ns/n", "", "spiffe://\x00/ns/\xff/sa/é"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {

@@ -48,7 +48,8 @@ func TestPostQuantum(t *testing.T) {
 				}
 				return
 			}
-			if o.server != nil || o.client != nil || o.serverState.CurveID != tls.X25519MLKEM768 || o.serverState.Version != tls.VersionTLS13 {
+			if o.server != nil || o.client != nil || o.serverState.CurveID != tls.X25519MLKEM768 ||
+				o.serverState.Version != tls.VersionTLS13 {
 				t.Errorf("%v, %v, %v", o.server, o.client, o.serverState.CurveID)
 			}
 		})
@@ -67,7 +68,8 @@ func TestFIPS(t *testing.T) {
 			cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestFIPSChild$", "-test.v", "-test.timeout=60s")
 			cmd.Env = append(os.Environ(), "GODEBUG=fips140="+mode, fipsChild+"=1")
 			out, err := cmd.CombinedOutput()
-			for _, want := range []string{"default: TLS 1.3 X25519MLKEM768 offered [P256 P384 X25519MLKEM768]", "pqc: TLS 1.3 X25519MLKEM768 offered [X25519MLKEM768]", "--- PASS: TestFIPSChild"} {
+			for _, want := range []string{"default: TLS 1.3 X25519MLKEM768 offered [P256 P384 X25519MLKEM768]",
+				"pqc: TLS 1.3 X25519MLKEM768 offered [X25519MLKEM768]", "--- PASS: TestFIPSChild"} {
 				if err != nil || !strings.Contains(string(out), want) {
 					t.Fatalf("%v, want %q in:\n%s", err, want, out)
 				}
@@ -84,7 +86,8 @@ func TestFIPSChild(t *testing.T) {
 	}
 	ca := newTestCA(t, "root")
 	a, b := ca.issue(t, []string{uriA}, nil), ca.issue(t, []string{uriB}, nil)
-	names := map[tls.CurveID]string{tls.X25519MLKEM768: "X25519MLKEM768", tls.X25519: "X25519", tls.CurveP256: "P256", tls.CurveP384: "P384"}
+	names := map[tls.CurveID]string{tls.X25519MLKEM768: "X25519MLKEM768", tls.X25519: "X25519", tls.CurveP256: "P256",
+		tls.CurveP384: "P384"}
 	for name, p := range map[string]Params{"default": {}, "pqc": {PQC: true}, "TLS 1.2 allowed": {TLS12: true}} {
 		p.Revocation = &Revocation{}
 		p.Revocation.Replace(mustCRL(t, ca.list(t, nil)))
@@ -104,8 +107,10 @@ func TestFIPSChild(t *testing.T) {
 			groups = append(groups, names[g])
 		}
 		slices.Sort(groups)
-		fmt.Printf("%s: %s %s offered %v\n", name, tls.VersionName(o.clientState.Version), names[o.clientState.CurveID], groups)
-		if fips && (slices.Contains(groups, "X25519") || slices.Contains(hello.CipherSuites, tls.TLS_CHACHA20_POLY1305_SHA256)) {
+		fmt.Printf("%s: %s %s offered %v\n", name, tls.VersionName(o.clientState.Version),
+			names[o.clientState.CurveID], groups)
+		if fips && (slices.Contains(groups, "X25519") ||
+			slices.Contains(hello.CipherSuites, tls.TLS_CHACHA20_POLY1305_SHA256)) {
 			t.Errorf("%s: offered %v and suites %x", name, groups, hello.CipherSuites)
 		}
 		p.Revocation.Replace(mustCRL(t, ca.list(t, []*x509.Certificate{a.Leaf})))

@@ -27,9 +27,9 @@ func (s Side) peerUsage() x509.ExtKeyUsage {
 // maxTracked bounds the tunnels that are remembered for revocation.
 const maxTracked = 1 << 18
 
-// Revocation is the CRL in force and the tunnels that answer to it (spec/dataplane.md 8.6). It goes into Params, by which
-// handshakes ask it; Track lets it cut tunnels that are open. The zero value has no CRL yet. Safe for concurrent use; a
-// nil *Revocation is one that never revokes.
+// Revocation is the CRL in force and the tunnels that answer to it (spec/dataplane.md 8.6). It goes into Params, by
+// which handshakes ask it; Track lets it cut tunnels that are open. The zero value has no CRL yet. Safe for
+// concurrent use; a nil *Revocation is one that never revokes.
 type Revocation struct {
 	crl                 atomic.Pointer[CRL]
 	rejected, untracked [2]atomic.Uint64
@@ -87,10 +87,11 @@ func (r *Revocation) handshake(c *Certificate, cs tls.ConnectionState, side Side
 
 // Track remembers an open tunnel, made with our certificate c, until release is called, which must happen when the
 // tunnel ends (more than once is harmless). When a CRL comes that revokes the peer, cut is called, at most once, from
-// Replace's goroutine, with a *PeerRevokedError: it must end the tunnel soon and not wait for it. If the peer was revoked
-// since the handshake, Track says so by that error at once, and release is nil. Beyond a bound of 262,144 tunnels it does
-// nothing and counts.
-func (r *Revocation) Track(c *Certificate, cs tls.ConnectionState, side Side, cut func(error)) (release func(), err error) {
+// Replace's goroutine, with a *PeerRevokedError: it must end the tunnel soon and not wait for it. If the peer was
+// revoked since the handshake, Track says so by that error at once, and release is nil. Beyond a bound of 262,144
+// tunnels it does nothing and counts.
+func (r *Revocation) Track(c *Certificate, cs tls.ConnectionState, side Side, cut func(error)) (release func(),
+	err error) {
 	if r == nil {
 		return func() {}, nil
 	}

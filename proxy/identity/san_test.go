@@ -15,7 +15,8 @@ func extensions() []pkix.Extension {
 
 func TestSANs(t *testing.T) {
 	// Kept as signed: neither unescaped, nor re-escaped, nor lower-cased; others passed over.
-	uris := []string{"https://x/", "SPIFFE://td/ns/n/sa/upper", "spiffe://td/ns/n/sa/a%20b", "spiffe://td/ns/n/sa/b", "spiffe://td/ns/n/sa/b/"}
+	uris := []string{"https://x/", "SPIFFE://td/ns/n/sa/upper", "spiffe://td/ns/n/sa/a%20b", "spiffe://td/ns/n/sa/b",
+		"spiffe://td/ns/n/sa/b/"}
 	cert := &x509.Certificate{Extensions: append(extensions(), sans(t, uris...))}
 	if got := URIs(cert.Extensions); !slices.Equal(got, uris) {
 		t.Fatalf("URIs: %q", got)

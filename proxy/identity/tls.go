@@ -24,13 +24,13 @@ type Params struct {
 }
 
 // ServerTLS returns the configuration for accepting HBONE with this certificate (spec/dataplane.md 4.1): a client
-// certificate is required, must chain to c.Pool for client authentication, must not be a CA, and one of its SPIFFE SANs
-// must be of the trust domain of c's leaf (unless c's leaf has no SPIFFE SAN), and p.Revocation must not revoke it. ALPN
-// h2 or none; SNI is ignored; no tickets. Handshake errors: *PeerTrustDomainError, *PeerRevokedError, *PeerCAError,
-// *PeerALPNError, *tls.CertificateVerificationError.
+// certificate is required, must chain to c.Pool for client authentication, must not be a CA, and one of its SPIFFE
+// SANs must be of the trust domain of c's leaf (unless c's leaf has no SPIFFE SAN), and p.Revocation must not revoke
+// it. ALPN h2 or none; SNI is ignored; no tickets. Handshake errors: *PeerTrustDomainError, *PeerRevokedError,
+// *PeerCAError, *PeerALPNError, *tls.CertificateVerificationError.
 //
-// The configuration is made once per certificate and p, and shared: calling this for every connection costs nothing, and
-// it must not be modified.
+// The configuration is made once per certificate and p, and shared: calling this for every connection costs nothing,
+// and it must not be modified.
 func ServerTLS(c *Certificate, p Params) *tls.Config {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -45,49 +45,75 @@ func TestHandshake(t *testing.T) {
 	}{
 		{"mutual authentication", ServerTLS(b, Params{}), ClientTLS(a, want, Params{}), "", "", "h2"},
 		{"second of the expected SANs", ServerTLS(b, Params{}), ClientTLS(a, []ID{idA, idB}, Params{}), "", "", "h2"},
-		{"expected SAN is the server's second", ServerTLS(ca.issue(t, []string{"https://x", uriA, uriB}, nil), Params{}), ClientTLS(a, want, Params{}), "", "", "h2"},
-		{"two roots in both bundles, server of the other", ServerTLS(other.issue(t, []string{uriB}, both), Params{}), ClientTLS(ca.issue(t, []string{uriA}, both), want, Params{}), "", "", "h2"},
-		{"two roots in both bundles, client of the other", ServerTLS(ca.issue(t, []string{uriB}, both), Params{}), ClientTLS(other.issue(t, []string{uriA}, both), want, Params{}), "", "", "h2"},
+		{"expected SAN is the server's second", ServerTLS(ca.issue(t, []string{"https://x", uriA, uriB}, nil), Params{}),
+			ClientTLS(a, want, Params{}), "", "", "h2"},
+		{"two roots in both bundles, server of the other", ServerTLS(other.issue(t, []string{uriB}, both), Params{}),
+			ClientTLS(ca.issue(t, []string{uriA}, both), want, Params{}), "", "", "h2"},
+		{"two roots in both bundles, client of the other", ServerTLS(ca.issue(t, []string{uriB}, both), Params{}),
+			ClientTLS(other.issue(t, []string{uriA}, both), want, Params{}), "", "", "h2"},
 		{"no ALPN", ServerTLS(b, Params{}), raw(a, protos()), "", "", ""},
 		{"ALPN http/1.1 and h2", ServerTLS(b, Params{}), raw(a, protos("http/1.1", "h2")), "", "", "h2"},
-		{"client whose second SAN has the trust domain", ServerTLS(b, Params{}), raw(ca.issue(t, []string{"spiffe://x/ns/n/sa/s", uriA}, nil), nil), "", "", "h2"},
-		{"server without a SPIFFE SAN checks no trust domain", ServerTLS(ca.issue(t, nil, nil), Params{}), raw(issue("spiffe://x/ns/n/sa/s"), nil), "", "", "h2"},
+		{"client whose second SAN has the trust domain", ServerTLS(b, Params{}),
+			raw(ca.issue(t, []string{"spiffe://x/ns/n/sa/s", uriA}, nil), nil), "", "", "h2"},
+		{"server without a SPIFFE SAN checks no trust domain", ServerTLS(ca.issue(t, nil, nil), Params{}),
+			raw(issue("spiffe://x/ns/n/sa/s"), nil), "", "", "h2"},
 		{"TLS 1.2 where it is allowed", ServerTLS(b, Params{TLS12: true}), raw(a, tls12), "", "", "h2"},
-		{"TLS 1.2 allowed on both sides: 1.3", ServerTLS(b, Params{TLS12: true}), ClientTLS(a, want, Params{TLS12: true}), "", "", "h2"},
+		{"TLS 1.2 allowed on both sides: 1.3", ServerTLS(b, Params{TLS12: true}), ClientTLS(a, want, Params{TLS12: true}), "",
+			"", "h2"},
 
 		{"no client certificate", ServerTLS(b, Params{}), raw(nil, nil),
 			"tls: client didn't provide a certificate", "remote error: tls: certificate required", ""},
 		{"other trust domain", ServerTLS(b, Params{}), raw(issue("spiffe://other/ns/default/sa/a"), nil),
-			"identity verification error: peer did not present the expected trustdomain (cluster.local), got spiffe://other/ns/default/sa/a",
+			"identity verification error: peer did not present the expected trustdomain (cluster.local), got " +
+				"spiffe://other/ns/default/sa/a",
 			"remote error: tls: bad certificate", ""}, // ztunnel: unknown certificate
 		{"trust domain in other case", ServerTLS(b, Params{}), raw(issue("spiffe://Cluster.local/ns/default/sa/a"), nil),
-			"identity verification error: peer did not present the expected trustdomain (cluster.local), got spiffe://Cluster.local/ns/default/sa/a",
+			"identity verification error: peer did not present the expected trustdomain (cluster.local), got " +
+				"spiffe://Cluster.local/ns/default/sa/a",
 			"remote error: tls: bad certificate", ""},
 		{"SAN that is no SPIFFE id", ServerTLS(b, Params{}), raw(issue("https://cluster.local/ns/default/sa/a"), nil),
 			"identity verification error: peer did not present the expected trustdomain (cluster.local), got ",
 			"remote error: tls: bad certificate", ""}, // ztunnel: unknown certificate
-		{"client certificate without SAN", ServerTLS(b, Params{}), raw(ca.issue(t, nil, nil), nil), "?", "remote error: tls: bad certificate", ""},
-		{"client certificate expired", ServerTLS(b, Params{}), raw(issue(uriA, valid(-time.Hour, -time.Minute)), nil), "?", "remote error: tls: expired certificate", ""},
-		{"client certificate not valid yet", ServerTLS(b, Params{}), raw(issue(uriA, valid(time.Hour, 2*time.Hour)), nil), "?", "remote error: tls: expired certificate", ""},
-		{"client of another root", ServerTLS(b, Params{}), raw(other.issue(t, []string{uriA}, nil), nil), "?", "remote error: tls: unknown certificate authority", ""},
-		{"client certificate for servers only", ServerTLS(b, Params{}), raw(issue(uriA, usage(x509.ExtKeyUsageServerAuth)), nil), "?", "remote error: tls: bad certificate", ""},
+		{"client certificate without SAN", ServerTLS(b, Params{}), raw(ca.issue(t, nil, nil), nil), "?",
+			"remote error: tls: bad certificate", ""},
+		{"client certificate expired", ServerTLS(b, Params{}), raw(issue(uriA, valid(-time.Hour, -time.Minute)), nil), "?",
+			"remote error: tls: expired certificate", ""},
+		{"client certificate not valid yet", ServerTLS(b, Params{}), raw(issue(uriA, valid(time.Hour, 2*time.Hour)), nil),
+			"?", "remote error: tls: expired certificate", ""},
+		{"client of another root", ServerTLS(b, Params{}), raw(other.issue(t, []string{uriA}, nil), nil), "?",
+			"remote error: tls: unknown certificate authority", ""},
+		{"client certificate for servers only", ServerTLS(b, Params{}), raw(issue(uriA, usage(x509.ExtKeyUsageServerAuth)),
+			nil), "?", "remote error: tls: bad certificate", ""},
 		{"client with a CA certificate", ServerTLS(b, Params{}), raw(issue(uriA, isCA), nil),
-			"identity verification error: peer presented a CA certificate as its own: ", "remote error: tls: bad certificate", ""},
+			"identity verification error: peer presented a CA certificate as its own: ",
+			"remote error: tls: bad certificate", ""},
 		{"TLS 1.2", ServerTLS(b, Params{}), raw(a, tls12), "?", "remote error: tls: protocol version not supported", ""},
-		{"ALPN http/1.1", ServerTLS(b, Params{}), raw(a, protos("http/1.1")), "?", "remote error: tls: no application protocol", ""},
-		{"ALPN http/1.1, TLS 1.2 allowed", ServerTLS(b, Params{TLS12: true}), raw(a, protos("http/1.1", "spdy/3")), "?", "remote error: tls: no application protocol", ""},
+		{"ALPN http/1.1", ServerTLS(b, Params{}), raw(a, protos("http/1.1")), "?",
+			"remote error: tls: no application protocol", ""},
+		{"ALPN http/1.1, TLS 1.2 allowed", ServerTLS(b, Params{TLS12: true}), raw(a, protos("http/1.1", "spdy/3")), "?",
+			"remote error: tls: no application protocol", ""},
 		{"ALPN h3", ServerTLS(b, Params{}), raw(a, protos("h3")), "?", "remote error: tls: no application protocol", ""},
 		{"ALPN guesses our inner name", ServerTLS(b, Params{}), raw(a, protos(refuseALPN)),
-			"identity verification error: peer negotiated the application protocol ztun-refuses, not h2", "remote error: tls: bad certificate", ""},
+			"identity verification error: peer negotiated the application protocol ztun-refuses, not h2",
+			"remote error: tls: bad certificate", ""},
 
-		{"server SAN not expected", ServerTLS(b, Params{}), ClientTLS(a, []ID{idA, {"cluster.local", "default", "c"}}, Params{}), "remote error: tls: bad certificate",
-			"identity verification error: peer did not present the expected SAN (spiffe://cluster.local/ns/default/sa/a,spiffe://cluster.local/ns/default/sa/c), got spiffe://cluster.local/ns/default/sa/b", ""},
+		{"server SAN not expected", ServerTLS(b, Params{}), ClientTLS(a, []ID{idA, {"cluster.local", "default", "c"}},
+			Params{}), "remote error: tls: bad certificate",
+			"identity verification error: peer did not present the expected SAN " +
+				"(spiffe://cluster.local/ns/default/sa/a,spiffe://cluster.local/ns/default/sa/c), got " +
+				"spiffe://cluster.local/ns/default/sa/b", ""},
 		{"nothing expected", ServerTLS(b, Params{}), ClientTLS(a, nil, Params{}), "remote error: tls: bad certificate",
-			"identity verification error: peer did not present the expected SAN (), got spiffe://cluster.local/ns/default/sa/b", ""},
-		{"server of another root", ServerTLS(other.issue(t, []string{uriB}, both), Params{}), ClientTLS(a, want, Params{}), "remote error: tls: bad certificate", "?", ""},
-		{"server certificate expired", ServerTLS(issue(uriB, valid(-time.Hour, -time.Minute)), Params{}), ClientTLS(a, want, Params{}), "remote error: tls: bad certificate", "?", ""},
-		{"server certificate for clients only", ServerTLS(issue(uriB, usage(x509.ExtKeyUsageClientAuth)), Params{}), ClientTLS(a, want, Params{}), "remote error: tls: bad certificate", "?", ""},
-		{"server with a CA certificate", ServerTLS(issue(uriB, isCA), Params{}), ClientTLS(a, want, Params{}), "remote error: tls: bad certificate", "identity verification error: peer presented a CA certificate as its own: ", ""},
+			"identity verification error: peer did not present the expected SAN (), got spiffe://cluster.local/ns/default/sa/b",
+			""},
+		{"server of another root", ServerTLS(other.issue(t, []string{uriB}, both), Params{}), ClientTLS(a, want, Params{}),
+			"remote error: tls: bad certificate", "?", ""},
+		{"server certificate expired", ServerTLS(issue(uriB, valid(-time.Hour, -time.Minute)), Params{}),
+			ClientTLS(a, want, Params{}), "remote error: tls: bad certificate", "?", ""},
+		{"server certificate for clients only", ServerTLS(issue(uriB, usage(x509.ExtKeyUsageClientAuth)), Params{}),
+			ClientTLS(a, want, Params{}), "remote error: tls: bad certificate", "?", ""},
+		{"server with a CA certificate", ServerTLS(issue(uriB, isCA), Params{}), ClientTLS(a, want, Params{}),
+			"remote error: tls: bad certificate", "identity verification error: peer presented a CA certificate as its own: ",
+			""},
 		{"server of TLS 1.2", ServerTLS(b, Params{TLS12: true}).Clone(), nil, "?", "?", ""},
 	} {
 		if c.client == nil { // the last one: a server that cannot do more than 1.2
@@ -129,13 +155,15 @@ func TestErrorTypes(t *testing.T) {
 	if !errors.As(o.client, &san) || !slices.Equal(san.Want, []ID{idA}) || !slices.Equal(san.Got, []ID{idB}) {
 		t.Errorf("%#v", o.client)
 	}
-	o = shake(t, pipe, ServerTLS(ca.issue(t, []string{"spiffe://x/ns/n/sa/s"}, nil), Params{}), ClientTLS(a, []ID{{"x", "n", "s"}}, Params{}))
+	o = shake(t, pipe, ServerTLS(ca.issue(t, []string{"spiffe://x/ns/n/sa/s"}, nil), Params{}),
+		ClientTLS(a, []ID{{"x", "n", "s"}}, Params{}))
 	var td *PeerTrustDomainError
 	if !errors.As(o.server, &td) || td.Want != "x" || !slices.Equal(td.Got, []ID{idA}) {
 		t.Errorf("%#v", o.server)
 	}
 	var verification *tls.CertificateVerificationError
-	o = shake(t, pipe, ServerTLS(newTestCA(t, "other").issue(t, []string{uriB}, []*testCA{ca}), Params{}), ClientTLS(a, []ID{idB}, Params{}))
+	o = shake(t, pipe, ServerTLS(newTestCA(t, "other").issue(t, []string{uriB}, []*testCA{ca}), Params{}),
+		ClientTLS(a, []ID{idB}, Params{}))
 	if !errors.As(o.client, &verification) || len(verification.UnverifiedCertificates) != 1 {
 		t.Errorf("%#v", o.client)
 	}
@@ -144,7 +172,9 @@ func TestErrorTypes(t *testing.T) {
 // TestIntermediates: a chain through an intermediate CA works both ways, and is refused without it.
 func TestIntermediates(t *testing.T) {
 	root := newTestCA(t, "root")
-	key, cert := root.leaf(t, []string{"spiffe://cluster.local"}, isCA, func(c *x509.Certificate) { c.Subject.CommonName, c.ExtKeyUsage = "middle", nil })
+	key, cert := root.leaf(t, []string{"spiffe://cluster.local"}, isCA, func(c *x509.Certificate) {
+		c.Subject.CommonName, c.ExtKeyUsage = "middle", nil
+	})
 	middle := &testCA{cert, key}
 	make := func(uri string, chain ...*x509.Certificate) *Certificate {
 		key, leaf := middle.leaf(t, []string{uri})
@@ -156,7 +186,8 @@ func TestIntermediates(t *testing.T) {
 	}
 	a, b, bad := make(uriA, cert), make(uriB, cert), make(uriB)
 	for range 2 { // the second time from memory
-		if o := shake(t, pipe, ServerTLS(b, Params{}), ClientTLS(a, []ID{idB}, Params{})); o.client != nil || o.server != nil {
+		if o := shake(t, pipe, ServerTLS(b, Params{}), ClientTLS(a, []ID{idB}, Params{})); o.client != nil ||
+			o.server != nil {
 			t.Fatal(o.client, o.server)
 		}
 	}
@@ -174,10 +205,12 @@ func TestClientHello(t *testing.T) {
 	server.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) { hello = h; return nil, nil }
 	client := ClientTLS(a, []ID{idB}, Params{})
 	for range 2 { // no resumption the second time either
-		if o := shake(t, pipe, server, client); o.client != nil || o.clientState.CurveID != tls.X25519MLKEM768 || o.clientState.DidResume {
+		if o := shake(t, pipe, server, client); o.client != nil || o.clientState.CurveID != tls.X25519MLKEM768 ||
+			o.clientState.DidResume {
 			t.Fatal(o.client, o.clientState.CurveID, o.clientState.DidResume)
 		}
-		if hello.ServerName != "" || !slices.Equal(hello.SupportedProtos, []string{"h2"}) || !slices.Equal(hello.SupportedVersions, []uint16{tls.VersionTLS13}) {
+		if hello.ServerName != "" || !slices.Equal(hello.SupportedProtos, []string{"h2"}) ||
+			!slices.Equal(hello.SupportedVersions, []uint16{tls.VersionTLS13}) {
 			t.Errorf("%+v", hello)
 		}
 		groups := slices.Sorted(slices.Values(hello.SupportedCurves))
@@ -204,7 +237,8 @@ func TestServerTLSIsShared(t *testing.T) {
 	}
 }
 
-// TestRememberedChain: what was verified once is not verified again, but not beyond its validity, and not without bound.
+// TestRememberedChain: what was verified once is not verified again, but not beyond its validity, and not without
+// bound.
 func TestRememberedChain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ca := newTestCA(t, "root")

@@ -65,8 +65,10 @@ func (v *verifier) verify(certs []*x509.Certificate, now time.Time) error {
 	return nil
 }
 
-// verifyChain finds the ways from a peer's certificates, leaf first, to a root, as of that time. Errors are crypto/x509's.
-func verifyChain(certs []*x509.Certificate, roots *x509.CertPool, usage x509.ExtKeyUsage, at time.Time) ([][]*x509.Certificate, error) {
+// verifyChain finds the ways from a peer's certificates, leaf first, to a root, as of that time. Errors are
+// crypto/x509's.
+func verifyChain(certs []*x509.Certificate, roots *x509.CertPool, usage x509.ExtKeyUsage, at time.Time) (
+	[][]*x509.Certificate, error) {
 	opts := x509.VerifyOptions{Roots: roots, CurrentTime: at, KeyUsages: []x509.ExtKeyUsage{usage}}
 	if len(certs) > 1 {
 		opts.Intermediates = x509.NewCertPool()

@@ -38,7 +38,8 @@ func explained(t interface {
 				continue
 			}
 			decided = true
-			follows = Verdict{Allowed: action == Allow, Policy: h.Policy.Key, Reason: map[Action]Reason{Allow: ReasonAllowed, Deny: ReasonDenied}[action]}
+			follows = Verdict{Allowed: action == Allow, Policy: h.Policy.Key, Reason: map[Action]Reason{Allow: ReasonAllowed,
+				Deny: ReasonDenied}[action]}
 		}
 	}
 	if follows.Allowed != want.Allowed || follows.Policy != want.Policy || follows.Reason != want.Reason {
@@ -56,10 +57,12 @@ func TestRuleText(t *testing.T) {
 		{Rule{{{}}}, "nothing"},
 		{Rule{{{DestinationPorts: []uint16{80, 443}}}}, "destinationPorts [80 443]"},
 		{
-			Rule{{{Namespaces: exact("a"), NotPrincipals: prefix("td/")}, {SourceIPs: cidr("10.0.0.0/8")}}, {{ServiceAccounts: []ServiceAccount{{"ns", "sa"}}}}},
+			Rule{{{Namespaces: exact("a"), NotPrincipals: prefix("td/")}, {SourceIPs: cidr("10.0.0.0/8")}},
+				{{ServiceAccounts: []ServiceAccount{{"ns", "sa"}}}}},
 			`(namespaces ["a"], notPrincipals ["td/"...] or sourceIps [10.0.0.0/8]) and serviceAccounts [ns/sa]`,
 		},
-		{Rule{{{Principals: []StringMatch{{Kind: Presence}}}, {Invalid: FieldSourceIPs}}}, "principals [any] or sourceIps [an entry that was not understood]"},
+		{Rule{{{Principals: []StringMatch{{Kind: Presence}}}, {Invalid: FieldSourceIPs}}},
+			"principals [any] or sourceIps [an entry that was not understood]"},
 	} {
 		if got := c.r.String(); got != c.want {
 			t.Errorf("%q, want %q", got, c.want)

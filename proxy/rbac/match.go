@@ -105,7 +105,8 @@ func (m *matcher) negative(x *Match, f Field, hit bool) bool {
 // source decides the lists of source addresses.
 func (m *matcher) source(x *Match) bool {
 	if m.q.SrcUnknown {
-		return m.possibly || len(x.SourceIPs) == 0 && len(x.NotSourceIPs) == 0 && x.Invalid&(FieldSourceIPs|FieldNotSourceIPs) == 0
+		return m.possibly || len(x.SourceIPs) == 0 && len(x.NotSourceIPs) == 0 &&
+			x.Invalid&(FieldSourceIPs|FieldNotSourceIPs) == 0
 	}
 	return m.positive(x, FieldSourceIPs, len(x.SourceIPs), anyPrefix(x.SourceIPs, m.src)) &&
 		m.negative(x, FieldNotSourceIPs, anyPrefix(x.NotSourceIPs, m.src))

@@ -98,19 +98,22 @@ func TestFields(t *testing.T) {
 		{"destination ip, everything", Match{DestinationIPs: cidr("0.0.0.0/0")}, question(), true},
 		{"destination ip, other family", Match{DestinationIPs: cidr("::/0")}, question(), false},
 		{"destination ip, IPv6", Match{DestinationIPs: cidr("fd00::/64")}, question(to("[fd00::2]:80")), true},
-		{"destination ip, IPv4 in IPv6 clothes", Match{DestinationIPs: cidr("10.0.0.0/24")}, question(to("[::ffff:10.0.0.2]:80")), true},
+		{"destination ip, IPv4 in IPv6 clothes", Match{DestinationIPs: cidr("10.0.0.0/24")},
+			question(to("[::ffff:10.0.0.2]:80")), true},
 		{"not destination ip, hit", Match{NotDestinationIPs: cidr("10.0.0.0/24")}, question(), false},
 		{"not destination ip, other family", Match{NotDestinationIPs: cidr("::/0")}, question(), true},
 		{"source ip", Match{SourceIPs: cidr("10.0.0.0/31")}, question(), true},
 		{"source ip, other", Match{SourceIPs: cidr("10.0.0.2/32")}, question(), false},
 		{"source ip, IPv4 in IPv6 clothes", Match{SourceIPs: cidr("10.0.0.1/32")}, question(from("::ffff:10.0.0.1")), true},
 		{"not source ip", Match{NotSourceIPs: cidr("10.0.0.0/31")}, question(), false},
-		{"source ip in range but not this one", Match{SourceIPs: cidr("10.0.0.0/8"), NotSourceIPs: cidr("10.0.0.1/32")}, question(), false},
+		{"source ip in range but not this one", Match{SourceIPs: cidr("10.0.0.0/8"), NotSourceIPs: cidr("10.0.0.1/32")},
+			question(), false},
 		{"port", Match{DestinationPorts: []uint16{1, 80}}, question(), true},
 		{"port, other", Match{DestinationPorts: []uint16{1, 8080}}, question(), false},
 		{"not port", Match{NotDestinationPorts: []uint16{80}}, question(), false},
 		{"not port, other", Match{NotDestinationPorts: []uint16{1}}, question(), true},
-		{"port and source are both needed", Match{DestinationPorts: []uint16{80}, SourceIPs: cidr("10.9.0.0/16")}, question(), false},
+		{"port and source are both needed", Match{DestinationPorts: []uint16{80}, SourceIPs: cidr("10.9.0.0/16")},
+			question(), false},
 
 		{"principal, exact, without scheme", Match{Principals: exact("td/ns/front/sa/web")}, question(), true},
 		{"principal, exact, with scheme", Match{Principals: exact("spiffe://td/ns/front/sa/web")}, question(), false},
@@ -181,25 +184,33 @@ func TestEvaluate(t *testing.T) {
 			text: "connection closed due to policy rejection: explicitly denied by: n/d"},
 		{name: "deny wins over allow", ps: []*Policy{pol("n/a", Allow, always, enforced), pol("n/d", Deny, always, enforced)},
 			reason: ReasonDenied, policy: "n/d", text: "connection closed due to policy rejection: explicitly denied by: n/d"},
-		{name: "the first deny is named", ps: []*Policy{pol("n/d1", Deny, always, enforced), pol("n/d2", Deny, always, enforced)},
+		{name: "the first deny is named", ps: []*Policy{pol("n/d1", Deny, always, enforced),
+			pol("n/d2", Deny, always, enforced)},
 			reason: ReasonDenied, policy: "n/d1", text: "connection closed due to policy rejection: explicitly denied by: n/d1"},
 		{name: "allow", ps: []*Policy{pol("n/a", Allow, always, enforced)}, want: true, reason: ReasonAllowed, policy: "n/a"},
 		{name: "allow that misses", ps: []*Policy{pol("n/a", Allow, never, enforced)}, reason: ReasonNotAllowed,
 			text: "connection closed due to policy rejection: allow policies exist, but none allowed"},
 		{name: "one allow of two", ps: []*Policy{pol("n/a", Allow, never, enforced), pol("n/b", Allow, always, enforced)},
 			want: true, reason: ReasonAllowed, policy: "n/b"},
-		{name: "dry-run deny", ps: []*Policy{pol("n/d", Deny, always, dry)}, want: true, reason: ReasonNoAllowPolicy, dryRun: 1},
-		{name: "dry-run allow only, misses", ps: []*Policy{pol("n/a", Allow, never, dry)}, want: true, reason: ReasonNoAllowPolicy},
-		{name: "dry-run allow does not allow", ps: []*Policy{pol("n/a", Allow, always, dry), pol("n/b", Allow, never, enforced)},
-			reason: ReasonNotAllowed, dryRun: 1, text: "connection closed due to policy rejection: allow policies exist, but none allowed"},
-		{name: "missing", ps: []*Policy{Missing("n/m"), Missing("n/o")}, want: true, reason: ReasonNoAllowPolicy, missing: "n/m n/o",
-			strict: "connection closed due to policy rejection: explicitly denied by: n/m (policy not loaded)"},
+		{name: "dry-run deny", ps: []*Policy{pol("n/d", Deny, always, dry)}, want: true, reason: ReasonNoAllowPolicy,
+			dryRun: 1},
+		{name: "dry-run allow only, misses", ps: []*Policy{pol("n/a", Allow, never, dry)}, want: true,
+			reason: ReasonNoAllowPolicy},
+		{name: "dry-run allow does not allow", ps: []*Policy{pol("n/a", Allow, always, dry),
+			pol("n/b", Allow, never, enforced)},
+			reason: ReasonNotAllowed, dryRun: 1,
+			text: "connection closed due to policy rejection: allow policies exist, but none allowed"},
+		{name: "missing", ps: []*Policy{Missing("n/m"), Missing("n/o")}, want: true, reason: ReasonNoAllowPolicy,
+			missing: "n/m n/o",
+			strict:  "connection closed due to policy rejection: explicitly denied by: n/m (policy not loaded)"},
 		{name: "missing beside an allow", ps: []*Policy{Missing("n/m"), pol("n/a", Allow, always, enforced)},
 			want: true, reason: ReasonAllowed, policy: "n/a", missing: "n/m",
 			strict: "connection closed due to policy rejection: explicitly denied by: n/m (policy not loaded)"},
 		{name: "missing beside an allow that misses", ps: []*Policy{Missing("n/m"), pol("n/a", Allow, never, enforced)},
-			reason: ReasonNotAllowed, missing: "n/m", text: "connection closed due to policy rejection: allow policies exist, but none allowed"},
-		{name: "missing beside a deny", ps: []*Policy{Missing("n/m"), pol("n/d", Deny, always, enforced)}, reason: ReasonDenied, policy: "n/d",
+			reason: ReasonNotAllowed, missing: "n/m",
+			text: "connection closed due to policy rejection: allow policies exist, but none allowed"},
+		{name: "missing beside a deny", ps: []*Policy{Missing("n/m"), pol("n/d", Deny, always, enforced)},
+			reason: ReasonDenied, policy: "n/d",
 			text: "connection closed due to policy rejection: explicitly denied by: n/d"},
 	} {
 		v := Evaluate(tt.ps, question())
@@ -275,11 +286,15 @@ func TestInvalid(t *testing.T) {
 		allow, deny bool // whether an ALLOW and a DENY policy match
 	}{
 		{"the only source ip is lost", Match{Invalid: FieldSourceIPs}, false, true},
-		{"one source ip of two is lost, the other hits", Match{SourceIPs: cidr("10.0.0.1/32"), Invalid: FieldSourceIPs}, true, true},
-		{"one source ip of two is lost, the other misses", Match{SourceIPs: cidr("10.9.0.1/32"), Invalid: FieldSourceIPs}, false, true},
+		{"one source ip of two is lost, the other hits", Match{SourceIPs: cidr("10.0.0.1/32"), Invalid: FieldSourceIPs},
+			true, true},
+		{"one source ip of two is lost, the other misses", Match{SourceIPs: cidr("10.9.0.1/32"), Invalid: FieldSourceIPs},
+			false, true},
 		{"an excluded source ip is lost", Match{Invalid: FieldNotSourceIPs}, false, true},
-		{"an excluded source ip is lost, another hits", Match{NotSourceIPs: cidr("10.0.0.1/32"), Invalid: FieldNotSourceIPs}, false, false},
-		{"a principal is lost, the port misses", Match{DestinationPorts: []uint16{1}, Invalid: FieldPrincipals}, false, false},
+		{"an excluded source ip is lost, another hits", Match{NotSourceIPs: cidr("10.0.0.1/32"), Invalid: FieldNotSourceIPs},
+			false, false},
+		{"a principal is lost, the port misses", Match{DestinationPorts: []uint16{1}, Invalid: FieldPrincipals},
+			false, false},
 		{"a namespace is lost, the port hits", Match{DestinationPorts: []uint16{80}, Invalid: FieldNamespaces}, false, true},
 	} {
 		for action, want := range map[Action]bool{Allow: tt.allow, Deny: tt.deny} {
@@ -309,7 +324,8 @@ func TestEvaluateAllocatesLittle(t *testing.T) {
 func BenchmarkEvaluate(b *testing.B) {
 	ps := []*Policy{
 		{Key: "n/strict", Action: Deny, Rules: []Rule{{{{NotPrincipals: presence}}}}},
-		{Key: "n/a", Action: Allow, Rules: []Rule{{{{Principals: exact("td/ns/front/sa/web"), DestinationPorts: []uint16{80}}}}}},
+		{Key: "n/a", Action: Allow,
+			Rules: []Rule{{{{Principals: exact("td/ns/front/sa/web"), DestinationPorts: []uint16{80}}}}}},
 	}
 	c := question()
 	b.ReportAllocs()
@@ -318,8 +334,8 @@ func BenchmarkEvaluate(b *testing.B) {
 	}
 }
 
-// A source address that is not the peer's own decides nothing: an ALLOW policy needs to match for certain, a DENY policy rejects what
-// possibly matches, and lists of other things go on as before.
+// A source address that is not the peer's own decides nothing: an ALLOW policy needs to match for certain, a DENY
+// policy rejects what possibly matches, and lists of other things go on as before.
 func TestUnknownSource(t *testing.T) {
 	unknown := func(c *Question) { c.SrcUnknown = true }
 	port := Match{DestinationPorts: []uint16{80}}

@@ -123,17 +123,20 @@ func refAllowed(ps []*Policy, c Question) bool {
 // Generators over small domains, so that hits are frequent.
 
 var (
-	genName    = rapid.SampledFrom([]string{"", "a", "b", "ab"})
-	genAddr    = rapid.Map(rapid.SampledFrom([]string{"10.0.0.1", "10.0.0.2", "10.0.1.1", "fd00::1", "fd00::2"}), netip.MustParseAddr)
-	genPrefix  = rapid.Map(rapid.SampledFrom([]string{"10.0.0.1/32", "10.0.0.9/24", "0.0.0.0/0", "fd00::/127", "::/0"}), netip.MustParsePrefix)
+	genName = rapid.SampledFrom([]string{"", "a", "b", "ab"})
+	genAddr = rapid.Map(rapid.SampledFrom([]string{"10.0.0.1", "10.0.0.2", "10.0.1.1", "fd00::1", "fd00::2"}),
+		netip.MustParseAddr)
+	genPrefix = rapid.Map(rapid.SampledFrom([]string{"10.0.0.1/32", "10.0.0.9/24", "0.0.0.0/0", "fd00::/127", "::/0"}),
+		netip.MustParsePrefix)
 	genPort    = rapid.SampledFrom([]uint16{1, 2, 3})
 	genAccount = rapid.Custom(func(t *rapid.T) ServiceAccount {
 		return ServiceAccount{genName.Draw(t, "ns"), genName.Draw(t, "sa")}
 	})
 	genString = rapid.Custom(func(t *rapid.T) StringMatch {
 		return StringMatch{
-			Kind:  rapid.SampledFrom([]StringKind{Exact, Prefix, Suffix, Presence}).Draw(t, "kind"),
-			Value: rapid.SampledFrom([]string{"", "a", "b", "ab", "td/ns/a/sa/b", "td/ns/", "/sa/a", "spiffe://"}).Draw(t, "value"),
+			Kind: rapid.SampledFrom([]StringKind{Exact, Prefix, Suffix, Presence}).Draw(t, "kind"),
+			Value: rapid.SampledFrom([]string{"", "a", "b", "ab", "td/ns/a/sa/b", "td/ns/", "/sa/a", "spiffe://"}).Draw(t,
+				"value"),
 		}
 	})
 	genQuestion = rapid.Custom(func(t *rapid.T) Question {

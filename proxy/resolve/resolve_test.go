@@ -154,7 +154,9 @@ func TestShared(t *testing.T) {
 }
 
 func TestBound(t *testing.T) {
-	c := New(Options{Max: 10, Lookup: func(context.Context, string, string) ([]netip.Addr, error) { return []netip.Addr{v4}, nil }})
+	c := New(Options{Max: 10, Lookup: func(context.Context, string, string) ([]netip.Addr, error) {
+		return []netip.Addr{v4}, nil
+	}})
 	for i := range 1000 {
 		c.LookupNetIP(t.Context(), "ip", fmt.Sprint("host", i))
 	}

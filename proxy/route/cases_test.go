@@ -213,7 +213,8 @@ func (f *caseFile) outbound(t *testing.T, v *state.View, byName map[string]*stat
 				dst, missed := netip.MustParseAddrPort(c.To), ""
 				d, err := route.Decision{}, route.CheckOutbound(dst, route.IllegalPorts(true))
 				if err == nil {
-					d, err = decide(t, v, route.Question{Network: c.Network, Source: src, SrcIP: ip, Dst: dst, Rand: rand, Missed: &missed})
+					d, err = decide(t, v, route.Question{Network: c.Network, Source: src, SrcIP: ip, Dst: dst, Rand: rand,
+						Missed: &missed})
 				}
 				check(t, "missed", c.Missed, missed)
 				if err == nil && c.Resolve != nil {
@@ -309,7 +310,8 @@ func (f *caseFile) passthrough(t *testing.T, v *state.View, byName map[string]*s
 			if w == nil {
 				t.Fatalf("no workload %q", c.At)
 			}
-			d, err := route.Passthrough(v, route.PassthroughQuestion{Local: w, Dst: netip.MustParseAddrPort(c.To), Illegal: route.IllegalPorts(false)})
+			d, err := route.Passthrough(v, route.PassthroughQuestion{Local: w, Dst: netip.MustParseAddrPort(c.To),
+				Illegal: route.IllegalPorts(false)})
 			if err != nil || c.Refused != "" {
 				if err == nil || err.Error() != c.Refused {
 					t.Errorf("%+v, %v, want %q", d, err, c.Refused)

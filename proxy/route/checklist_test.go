@@ -8,8 +8,9 @@ import (
 	"ztun/proxy/route"
 )
 
-// TestSharedAddress: controlplane checklist 46, an address that is a workload's and a service's at once: the connection goes to the
-// service's endpoint, whereas what the address is (who calls, whose waypoint) is answered by the workload.
+// TestSharedAddress: controlplane checklist 46, an address that is a workload's and a service's at once: the
+// connection goes to the service's endpoint, whereas what the address is (who calls, whose waypoint) is answered by
+// the workload.
 func TestSharedAddress(t *testing.T) {
 	l, err := xds.ParseLocal([]byte(`
 workloads:
@@ -25,7 +26,8 @@ services:
 	v := l.View("")
 	d, err := route.Decide(v, route.Question{Source: v.WorkloadByUID("front"), SrcIP: netip.MustParseAddr("10.1.0.1"),
 		Dst: netip.MustParseAddrPort("10.1.0.2:80"), Rand: func(uint64) uint64 { return 0 }})
-	if err != nil || workloadName(d.Workload) != "back" || serviceName(d.Service) != "s.svc" || d.Authority() != "10.1.0.3:8080" {
+	if err != nil || workloadName(d.Workload) != "back" || serviceName(d.Service) != "s.svc" ||
+		d.Authority() != "10.1.0.3:8080" {
 		t.Errorf("%+v, %v", d, err)
 	}
 	if w, s := v.FindAddress("", netip.MustParseAddr("10.1.0.2"), "a"); workloadName(w) != "shared" || s != nil {

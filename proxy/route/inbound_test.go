@@ -10,11 +10,13 @@ import (
 	"ztun/proxy/state"
 )
 
-// TestInboundOwnPorts: no CONNECT reaches one of the proxy's own ports, by address or by a service whose port ends there.
+// TestInboundOwnPorts: no CONNECT reaches one of the proxy's own ports, by address or by a service whose port ends
+// there.
 func TestInboundOwnPorts(t *testing.T) {
 	b := state.NewBuilder("")
 	key := state.ServiceKey{Namespace: "n", Hostname: "s"}
-	ports := state.SortPorts([]state.PortPair{{Service: 80, Target: 8080}, {Service: 81, Target: meshports.HBONE}, {Service: 82, Target: 15001}})
+	ports := state.SortPorts([]state.PortPair{{Service: 80, Target: 8080}, {Service: 81, Target: meshports.HBONE},
+		{Service: 82, Target: 15001}})
 	b.InsertService(&state.Service{Name: "s", Namespace: "n", Hostname: "s", Ports: ports})
 	local := &state.Workload{UID: "w", Name: "w", Namespace: "n", Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1")},
 		Services: []state.WorkloadService{{Service: key, Ports: ports}}}
@@ -23,7 +25,8 @@ func TestInboundOwnPorts(t *testing.T) {
 	for authority, refused := range map[string]bool{
 		"10.0.0.1:8080": false, "10.0.0.1:15008": true, "10.0.0.1:15006": true, "s:80": false, "s:81": true, "s:82": true,
 	} {
-		d, err := route.Inbound(v, route.InboundQuestion{Local: local, LocalAddr: local.Addresses[0], Authority: authority, Illegal: route.IllegalPorts(false)})
+		d, err := route.Inbound(v, route.InboundQuestion{Local: local, LocalAddr: local.Addresses[0], Authority: authority,
+			Illegal: route.IllegalPorts(false)})
 		if refused != errors.Is(err, &route.Error{Code: route.SelfCall}) || !refused && (err != nil || d.App.Port() != 8080) {
 			t.Errorf("%s: %v, %v", authority, d.App, err)
 		}
@@ -43,7 +46,8 @@ func TestInboundForAnother(t *testing.T) {
 	}
 	waypoint, other := add("waypoint", "10.0.0.1", nil), add("other", "10.0.0.2", nil)
 	add("target", "10.0.0.3", func(w *state.Workload) {
-		w.Waypoint = &state.GatewayAddress{Addr: state.NetworkAddress{Addr: netip.MustParseAddr("10.0.0.1")}, Port: meshports.HBONE}
+		w.Waypoint = &state.GatewayAddress{Addr: state.NetworkAddress{Addr: netip.MustParseAddr("10.0.0.1")},
+			Port: meshports.HBONE}
 	})
 	v := b.Build()
 	for w, want := range map[*state.Workload]bool{waypoint: true, other: false} {

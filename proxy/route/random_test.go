@@ -61,7 +61,8 @@ func genGateway(t *rapid.T) *state.GatewayAddress {
 	if rapid.Bool().Draw(t, "by host") {
 		g.Host = genKey(t)
 	} else {
-		g.Addr = state.NetworkAddress{Network: pick(t, "network", networks), Addr: netip.MustParseAddr(pick(t, "address", addrs))}
+		g.Addr = state.NetworkAddress{Network: pick(t, "network", networks),
+			Addr: netip.MustParseAddr(pick(t, "address", addrs))}
 	}
 	return g
 }
@@ -70,8 +71,10 @@ func genWorkload(t *rapid.T, i int) *state.Workload {
 	w := &state.Workload{
 		UID:       fmt.Sprintf("%s/w%d", pick(t, "uid", []string{"c//Pod", "c/entry"}), i),
 		Namespace: pick(t, "namespace", namespaces), TrustDomain: "td", ServiceAccount: pick(t, "sa", []string{"x", "y"}),
-		Network: pick(t, "network", networks), Node: pick(t, "node", []string{"", "k"}), ClusterID: pick(t, "cluster", []string{"", "c"}),
-		Locality:  state.Locality{Region: pick(t, "region", []string{"", "r"}), Zone: pick(t, "zone", []string{"", "z"}), Subzone: pick(t, "subzone", []string{"", "s"})},
+		Network: pick(t, "network", networks), Node: pick(t, "node", []string{"", "k"}),
+		ClusterID: pick(t, "cluster", []string{"", "c"}),
+		Locality: state.Locality{Region: pick(t, "region", []string{"", "r"}), Zone: pick(t, "zone", []string{"", "z"}),
+			Subzone: pick(t, "subzone", []string{"", "s"})},
 		Addresses: genAddrs(t),
 		Capacity:  pick(t, "capacity", []uint32{1, 1, 1, 0, 2}),
 		Protocol:  pick(t, "protocol", []state.Protocol{state.HBONE, state.TCP}),
@@ -123,7 +126,8 @@ func genService(t *rapid.T, k state.ServiceKey) *state.Service {
 	}
 	if chance(t, "weighted", 6) {
 		for range 2 {
-			s.WeightedWaypoints = append(s.WeightedWaypoints, state.WeightedWaypoint{Destination: *genGateway(t), Weight: pick(t, "weight", []uint32{0, 1, 2})})
+			s.WeightedWaypoints = append(s.WeightedWaypoints, state.WeightedWaypoint{Destination: *genGateway(t),
+				Weight: pick(t, "weight", []uint32{0, 1, 2})})
 		}
 	}
 	if chance(t, "sans", 3) {
@@ -131,7 +135,8 @@ func genService(t *rapid.T, k state.ServiceKey) *state.Service {
 	}
 	if chance(t, "balancer", 2) {
 		s.LoadBalancer = &state.LoadBalancer{
-			Mode:         pick(t, "mode", []state.LBMode{state.LBStandard, state.LBStrict, state.LBFailover, state.LBFailover, state.LBPassthrough}),
+			Mode: pick(t, "mode", []state.LBMode{state.LBStandard, state.LBStrict, state.LBFailover, state.LBFailover,
+				state.LBPassthrough}),
 			HealthPolicy: pick(t, "health", []state.HealthPolicy{state.OnlyHealthy, state.AllowAll}),
 			Preferences: pick(t, "preferences", [][]state.Scope{nil, {state.ScopeNetwork, state.ScopeRegion, state.ScopeZone},
 				{state.ScopeNode}, {state.ScopeRegion, state.ScopeNetwork}, {state.ScopeCluster, state.ScopeSubzone}}),
@@ -163,7 +168,10 @@ func text(d route.Decision) string {
 	at, authority := d.Actual.String(), d.Authority()
 	if d.Hostname != "" {
 		// Which family is preferred shows when both are offered.
-		r, err := d.Resolved([]netip.Addr{netip.MustParseAddr("fe80::9"), netip.MustParseAddr("9.9.9.9")}, func(uint64) uint64 { return 0 })
+		r, err := d.Resolved([]netip.Addr{netip.MustParseAddr("fe80::9"), netip.MustParseAddr("9.9.9.9")},
+			func(uint64) uint64 {
+				return 0
+			})
 		if err != nil {
 			return err.Error()
 		}
@@ -184,7 +192,8 @@ func text(d route.Decision) string {
 	if d.Protocol == route.DoubleHBONE {
 		inner = append([]string{d.Upstream.UID}, idTexts(d.FinalSANs)...)
 	}
-	return fmt.Sprintf("%s %s authority=%s to=%s service=%s sans=%q inner=%q", d.Protocol, at, authority, d.Workload.UID, name, idTexts(d.SANs()), inner)
+	return fmt.Sprintf("%s %s authority=%s to=%s service=%s sans=%q inner=%q", d.Protocol, at, authority, d.Workload.UID,
+		name, idTexts(d.SANs()), inner)
 }
 
 func idTexts(ids []identity.ID) (l []string) {
@@ -245,7 +254,8 @@ func TestAgainstReference(t *testing.T) {
 
 // kind is the first words of an outcome, up to what varies.
 func kind(what string) string {
-	for _, k := range []string{"HBONE", "DOUBLEHBONE", "TCP", "passthrough", "no healthy upstream", "no valid routing destination",
+	for _, k := range []string{"HBONE", "DOUBLEHBONE", "TCP", "passthrough", "no healthy upstream",
+		"no valid routing destination",
 		"no service", "unknown network gateway", "unknown waypoint"} {
 		if strings.HasPrefix(what, k) {
 			return k

@@ -131,7 +131,8 @@ type candidate struct {
 
 func one() *big.Rat { return big.NewRat(1, 1) }
 
-func (m *mesh) fromService(src *state.Workload, s *state.Service, target netip.AddrPort, waypointMode bool) []candidate {
+func (m *mesh) fromService(src *state.Workload, s *state.Service, target netip.AddrPort,
+	waypointMode bool) []candidate {
 	var svcTarget uint16
 	listed := false
 	for _, p := range s.Ports {
@@ -262,7 +263,8 @@ func (m *mesh) fromAddress(src *state.Workload, network string, target netip.Add
 	return nil
 }
 
-func (m *mesh) gateway(src *state.Workload, ref *state.GatewayAddress, dst netip.AddrPort, waypointMode bool) []candidate {
+func (m *mesh) gateway(src *state.Workload, ref *state.GatewayAddress, dst netip.AddrPort,
+	waypointMode bool) []candidate {
 	var out []candidate
 	if ref.Host.Hostname != "" {
 		w, s := m.named(ref.Host)
@@ -400,7 +402,8 @@ func (m *mesh) isWaypoint(ref *state.GatewayAddress, src *state.Workload, ip net
 	})
 }
 
-func (m *mesh) remote(out outcomes, p *big.Rat, src *state.Workload, up candidate, called *state.Service, dst netip.AddrPort) {
+func (m *mesh) remote(out outcomes, p *big.Rat, src *state.Workload, up candidate, called *state.Service,
+	dst netip.AddrPort) {
 	if up.workload.NetworkGateway == nil {
 		add(out, "no valid routing destination for workload: "+up.workload.UID, p)
 		return
@@ -415,12 +418,14 @@ func (m *mesh) remote(out outcomes, p *big.Rat, src *state.Workload, up candidat
 		if up.service != nil {
 			inner = up.service.SubjectAltNames
 		}
-		out.to(q, "DOUBLEHBONE", gw, gw.port, fmt.Sprintf("%s:%d", called.Hostname, dst.Port()), called, append([]string{up.workload.UID}, inner...))
+		out.to(q, "DOUBLEHBONE", gw, gw.port, fmt.Sprintf("%s:%d", called.Hostname, dst.Port()), called,
+			append([]string{up.workload.UID}, inner...))
 	}
 }
 
 // to adds an outcome; authority "own" is the address and port of the workload.
-func (o outcomes) to(p *big.Rat, proto string, c candidate, port uint16, authority string, s *state.Service, inner []string) {
+func (o outcomes) to(p *big.Rat, proto string, c candidate, port uint16, authority string, s *state.Service,
+	inner []string) {
 	if !c.ip.IsValid() && c.workload.Hostname == "" {
 		add(o, "no valid routing destination for workload: "+c.workload.UID, p)
 		return
@@ -444,5 +449,6 @@ func (o outcomes) to(p *big.Rat, proto string, c candidate, port uint16, authori
 	if s != nil {
 		name = s.Key().String()
 	}
-	add(o, fmt.Sprintf("%s %s authority=%s to=%s service=%s sans=%q inner=%q", proto, at, authority, c.workload.UID, name, sans, inner), p)
+	add(o, fmt.Sprintf("%s %s authority=%s to=%s service=%s sans=%q inner=%q", proto, at, authority, c.workload.UID, name,
+		sans, inner), p)
 }

@@ -38,14 +38,16 @@ func TestErrorTexts(t *testing.T) {
 		status int
 	}{
 		{route.Error{Code: route.SelfCall}, "attempted recursive call to ourselves", 503},
-		{route.Error{Code: route.UnknownLocal, Subject: info.String()}, "failed to fetch information about local workload: sa.default (a)", 503},
+		{route.Error{Code: route.UnknownLocal, Subject: info.String()},
+			"failed to fetch information about local workload: sa.default (a)", 503},
 		{route.Error{Code: route.NoHealthyUpstream, Subject: "1.2.3.4:80"}, "no healthy upstream: 1.2.3.4:80", 503},
 		{route.Error{Code: route.UnknownWaypoint, Subject: "x"}, "unknown waypoint: x", 503},
 		{route.Error{Code: route.UnknownNetworkGateway, Subject: "x"}, "unknown network gateway: x", 503},
 		{route.Error{Code: route.NoValidDestination, Subject: "x"}, "no valid routing destination for workload: x", 503},
 		{route.Error{Code: route.NoService, Subject: "x"}, "no service for target address: x", 503},
 		{route.Error{Code: route.NoResolvedAddresses, Subject: "x"}, "no ip addresses were resolved for workload: x", 503},
-		{route.Error{Code: route.EmptyResolvedAddresses, Subject: "x"}, "ip addresses were resolved for workload x, but valid dns response had no A/AAAA records", 503},
+		{route.Error{Code: route.EmptyResolvedAddresses, Subject: "x"},
+			"ip addresses were resolved for workload x, but valid dns response had no A/AAAA records", 503},
 		{route.Error{Code: route.BadMethod, Subject: "GET"}, "expected method CONNECT, got GET", 400},
 		{route.Error{Code: route.BadAuthority, Subject: "x"}, "no valid authority pseudo header: x", 400},
 		{route.Error{Code: route.IPMismatch, Subject: "a", Other: "b"}, "ip mismatch: a != b", 400},
@@ -61,8 +63,10 @@ func TestErrorTexts(t *testing.T) {
 
 func TestParseAuthority(t *testing.T) {
 	for in, want := range map[string]string{
-		"10.0.0.1:80": "10.0.0.1:80", "[::1]:80": "[::1]:80", "[::]:80": "[::]:80", "[fd00:0:0::1]:080": "[fd00::1]:80", "[::ffff:10.0.0.1]:1": "10.0.0.1:1",
-		"a.b:1": "a.b:1", "A-b_c.d.:65535": "A-b_c.d.:65535", "10.0.0.1:0": "10.0.0.1:0", "localhost:0": "localhost:0",
+		"10.0.0.1:80": "10.0.0.1:80", "[::1]:80": "[::1]:80", "[::]:80": "[::]:80", "[fd00:0:0::1]:080": "[fd00::1]:80",
+		"[::ffff:10.0.0.1]:1": "10.0.0.1:1",
+		"a.b:1":               "a.b:1", "A-b_c.d.:65535": "A-b_c.d.:65535", "10.0.0.1:0": "10.0.0.1:0",
+		"localhost:0":       "localhost:0",
 		"10.0.0.1:00000080": "10.0.0.1:80", "1.2.3:80": "1.2.3:80", "10.0.0.256:80": "10.0.0.256:80",
 	} {
 		a, err := route.ParseAuthority(in)
@@ -71,9 +75,12 @@ func TestParseAuthority(t *testing.T) {
 		}
 	}
 	for _, in := range []string{
-		"", ":", ":80", "a", "a:", "10.0.0.1", "10.0.0.1:", "10.0.0.1:65536", "10.0.0.1:99999", "10.0.0.1:-1", "10.0.0.1:+1", "10.0.0.1:0x1",
-		"10.0.0.1:8 ", " 10.0.0.1:80", "::1:80", "[::1]", "[::1]80", "[]:80", "[::1:80", "::1]:80", "[10.0.0.1]:80", "[fe80::1%eth0]:80", "fe80::1%1:80",
-		"user@a:80", "a/b:80", "a b:80", "a:b:80", "http://a:80", "ä:80", "a\x00:80", "a:800000000", strings.Repeat("a", 255) + ":80",
+		"", ":", ":80", "a", "a:", "10.0.0.1", "10.0.0.1:", "10.0.0.1:65536", "10.0.0.1:99999", "10.0.0.1:-1", "10.0.0.1:+1",
+		"10.0.0.1:0x1",
+		"10.0.0.1:8 ", " 10.0.0.1:80", "::1:80", "[::1]", "[::1]80", "[]:80", "[::1:80", "::1]:80", "[10.0.0.1]:80",
+		"[fe80::1%eth0]:80", "fe80::1%1:80",
+		"user@a:80", "a/b:80", "a b:80", "a:b:80", "http://a:80", "ä:80", "a\x00:80", "a:800000000",
+		strings.Repeat("a", 255) + ":80",
 	} {
 		a, err := route.ParseAuthority(in)
 		if !errors.Is(err, &route.Error{Code: route.BadAuthority}) {
@@ -88,7 +95,8 @@ func TestParseAuthority(t *testing.T) {
 }
 
 func FuzzParseAuthority(f *testing.F) {
-	for _, s := range []string{"10.0.0.1:80", "[::1]:80", "a.b:1", "", "[::ffff:10.0.0.1]:1", "a:b:1", "[fe80::1%eth0]:80"} {
+	for _, s := range []string{"10.0.0.1:80", "[::1]:80", "a.b:1", "", "[::ffff:10.0.0.1]:1", "a:b:1",
+		"[fe80::1%eth0]:80"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
@@ -111,12 +119,16 @@ func FuzzParseAuthority(f *testing.F) {
 // bigMesh has a service of n equal endpoints and one of n endpoints with preferences.
 func bigMesh(n int) (*state.View, *state.Workload) {
 	b := state.NewBuilder("")
-	src := &state.Workload{UID: "c//Pod/a/src", Namespace: "a", Addresses: []netip.Addr{netip.MustParseAddr("10.9.0.1")}, Protocol: state.HBONE}
+	src := &state.Workload{UID: "c//Pod/a/src", Namespace: "a", Addresses: []netip.Addr{netip.MustParseAddr("10.9.0.1")},
+		Protocol: state.HBONE}
 	b.InsertWorkload(src)
-	b.InsertService(&state.Service{Namespace: "a", Hostname: "plain", VIPs: []state.NetworkAddress{{Addr: netip.MustParseAddr("10.8.0.1")}},
+	b.InsertService(&state.Service{Namespace: "a", Hostname: "plain",
+		VIPs:  []state.NetworkAddress{{Addr: netip.MustParseAddr("10.8.0.1")}},
 		Ports: state.PortMap{{Service: 80, Target: 8080}}})
-	b.InsertService(&state.Service{Namespace: "a", Hostname: "ranked", VIPs: []state.NetworkAddress{{Addr: netip.MustParseAddr("10.8.0.2")}},
-		Ports: state.PortMap{{Service: 80, Target: 8080}}, LoadBalancer: &state.LoadBalancer{Mode: state.LBFailover, Preferences: []state.Scope{state.ScopeNetwork, state.ScopeRegion, state.ScopeZone}}})
+	b.InsertService(&state.Service{Namespace: "a", Hostname: "ranked",
+		VIPs:  []state.NetworkAddress{{Addr: netip.MustParseAddr("10.8.0.2")}},
+		Ports: state.PortMap{{Service: 80, Target: 8080}}, LoadBalancer: &state.LoadBalancer{Mode: state.LBFailover,
+			Preferences: []state.Scope{state.ScopeNetwork, state.ScopeRegion, state.ScopeZone}}})
 	for i := range n {
 		b.InsertWorkload(&state.Workload{UID: fmt.Sprint("c//Pod/a/", i), Namespace: "a", Capacity: 1, Protocol: state.HBONE,
 			Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)})},
@@ -129,18 +141,22 @@ func bigMesh(n int) (*state.View, *state.Workload) {
 // wideMesh has n workloads, ten to each service; every other service has preferences.
 func wideMesh(n int) (*state.View, *state.Workload) {
 	b := state.NewBuilder("")
-	src := &state.Workload{UID: "c//Pod/a/src", Namespace: "a", Addresses: []netip.Addr{netip.MustParseAddr("10.9.0.1")}, Protocol: state.HBONE}
+	src := &state.Workload{UID: "c//Pod/a/src", Namespace: "a", Addresses: []netip.Addr{netip.MustParseAddr("10.9.0.1")},
+		Protocol: state.HBONE}
 	b.InsertWorkload(src)
 	for i := range n {
 		host := fmt.Sprint("svc", i/10)
 		if i%10 == 0 {
-			s := &state.Service{Namespace: "a", Hostname: host, VIPs: []state.NetworkAddress{{Addr: wideAddr(8, i/10)}}, Ports: state.PortMap{{Service: 80, Target: 8080}}}
+			s := &state.Service{Namespace: "a", Hostname: host, VIPs: []state.NetworkAddress{{Addr: wideAddr(8, i/10)}},
+				Ports: state.PortMap{{Service: 80, Target: 8080}}}
 			if i/10%2 == 1 {
-				s.LoadBalancer = &state.LoadBalancer{Mode: state.LBFailover, Preferences: []state.Scope{state.ScopeNetwork, state.ScopeRegion, state.ScopeZone}}
+				s.LoadBalancer = &state.LoadBalancer{Mode: state.LBFailover, Preferences: []state.Scope{state.ScopeNetwork,
+					state.ScopeRegion, state.ScopeZone}}
 			}
 			b.InsertService(s)
 		}
-		b.InsertWorkload(&state.Workload{UID: fmt.Sprint("c//Pod/a/", i), Name: fmt.Sprint(i), Namespace: "a", Capacity: 1, Protocol: state.HBONE, Addresses: []netip.Addr{wideAddr(16, i)},
+		b.InsertWorkload(&state.Workload{UID: fmt.Sprint("c//Pod/a/", i), Name: fmt.Sprint(i), Namespace: "a", Capacity: 1,
+			Protocol: state.HBONE, Addresses: []netip.Addr{wideAddr(16, i)},
 			Services: []state.WorkloadService{{Service: state.ServiceKey{Namespace: "a", Hostname: host}}}})
 	}
 	return b.Build(), src
@@ -197,18 +213,21 @@ func TestSpread(t *testing.T) {
 	b := state.NewBuilder("")
 	src := &state.Workload{UID: "src", Namespace: "a", Addresses: []netip.Addr{netip.MustParseAddr("10.9.0.1")}}
 	b.InsertWorkload(src)
-	b.InsertService(&state.Service{Namespace: "a", Hostname: "svc", VIPs: []state.NetworkAddress{{Addr: wideAddr(8, 0)}}, Ports: state.PortMap{{Service: 80, Target: 8080}}})
+	b.InsertService(&state.Service{Namespace: "a", Hostname: "svc", VIPs: []state.NetworkAddress{{Addr: wideAddr(8, 0)}},
+		Ports: state.PortMap{{Service: 80, Target: 8080}}})
 	const endpoints = 4
 	for i := range endpoints {
-		b.InsertWorkload(&state.Workload{UID: fmt.Sprint(i), Namespace: "a", Capacity: uint32(i + 1), Addresses: []netip.Addr{wideAddr(16, i)},
-			Services: []state.WorkloadService{{Service: state.ServiceKey{Namespace: "a", Hostname: "svc"}}}})
+		b.InsertWorkload(&state.Workload{UID: fmt.Sprint(i), Namespace: "a", Capacity: uint32(i + 1),
+			Addresses: []netip.Addr{wideAddr(16, i)},
+			Services:  []state.WorkloadService{{Service: state.ServiceKey{Namespace: "a", Hostname: "svc"}}}})
 	}
 	v := b.Build()
 	random := rand.New(rand.NewPCG(1, 2)) // always the same draws: no luck involved
 	got := map[string]int{}
 	const picks = 10_000
 	for range picks {
-		d, err := route.Decide(v, route.Question{Source: src, Dst: netip.AddrPortFrom(wideAddr(8, 0), 80), Rand: random.Uint64N})
+		d, err := route.Decide(v, route.Question{Source: src, Dst: netip.AddrPortFrom(wideAddr(8, 0), 80),
+			Rand: random.Uint64N})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -226,13 +245,15 @@ func TestSpread(t *testing.T) {
 func TestManyEndpoints(t *testing.T) {
 	b := state.NewBuilder("")
 	src := &state.Workload{UID: "src", Namespace: "a", Locality: state.Locality{Region: "r1"}}
-	b.InsertService(&state.Service{Namespace: "a", Hostname: "svc", VIPs: []state.NetworkAddress{{Addr: wideAddr(8, 0)}}, Ports: state.PortMap{{Service: 80, Target: 8080}},
+	b.InsertService(&state.Service{Namespace: "a", Hostname: "svc", VIPs: []state.NetworkAddress{{Addr: wideAddr(8, 0)}},
+		Ports:        state.PortMap{{Service: 80, Target: 8080}},
 		LoadBalancer: &state.LoadBalancer{Mode: state.LBFailover, Preferences: []state.Scope{state.ScopeRegion}}})
 	const endpoints = 300
 	want := map[string]bool{}
 	for i := range endpoints {
-		w := &state.Workload{UID: fmt.Sprintf("%04d", i), Name: fmt.Sprint(i), Namespace: "a", Capacity: 1, Addresses: []netip.Addr{wideAddr(16, i)},
-			Services: []state.WorkloadService{{Service: state.ServiceKey{Namespace: "a", Hostname: "svc"}}}}
+		w := &state.Workload{UID: fmt.Sprintf("%04d", i), Name: fmt.Sprint(i), Namespace: "a", Capacity: 1,
+			Addresses: []netip.Addr{wideAddr(16, i)},
+			Services:  []state.WorkloadService{{Service: state.ServiceKey{Namespace: "a", Hostname: "svc"}}}}
 		switch {
 		case i%3 == 0:
 			w.Locality.Region = "r1"
@@ -246,13 +267,14 @@ func TestManyEndpoints(t *testing.T) {
 	v := b.Build()
 	n := uint64(0)
 	for range endpoints / 3 {
-		d, err := route.Decide(v, route.Question{Source: src, Dst: netip.AddrPortFrom(wideAddr(8, 0), 80), Rand: func(total uint64) uint64 {
-			if total != uint64(endpoints/3) {
-				t.Fatalf("drawn among %d", total)
-			}
-			n++
-			return n - 1
-		}})
+		d, err := route.Decide(v, route.Question{Source: src, Dst: netip.AddrPortFrom(wideAddr(8, 0), 80),
+			Rand: func(total uint64) uint64 {
+				if total != uint64(endpoints/3) {
+					t.Fatalf("drawn among %d", total)
+				}
+				n++
+				return n - 1
+			}})
 		if err != nil || !want[d.Workload.UID] {
 			t.Fatalf("%v, %+v", err, d.Workload)
 		}
@@ -268,13 +290,17 @@ func TestFailover(t *testing.T) {
 	b := state.NewBuilder("")
 	src := &state.Workload{UID: "src", Namespace: "a", Locality: state.Locality{Region: "r1", Zone: "z1"}}
 	b.InsertWorkload(src)
-	b.InsertService(&state.Service{Namespace: "a", Hostname: "svc", VIPs: []state.NetworkAddress{{Addr: wideAddr(8, 0)}}, Ports: state.PortMap{{Service: 80, Target: 8080}},
-		LoadBalancer: &state.LoadBalancer{Mode: state.LBFailover, Preferences: []state.Scope{state.ScopeNetwork, state.ScopeRegion, state.ScopeZone}}})
+	b.InsertService(&state.Service{Namespace: "a", Hostname: "svc", VIPs: []state.NetworkAddress{{Addr: wideAddr(8, 0)}},
+		Ports: state.PortMap{{Service: 80, Target: 8080}},
+		LoadBalancer: &state.LoadBalancer{Mode: state.LBFailover, Preferences: []state.Scope{state.ScopeNetwork,
+			state.ScopeRegion, state.ScopeZone}}})
 	put := func(i int, l state.Locality, s state.Status) {
-		b.InsertWorkload(&state.Workload{UID: fmt.Sprint(i), Namespace: "a", Capacity: 1, Locality: l, Status: s, Addresses: []netip.Addr{wideAddr(16, i)},
-			Services: []state.WorkloadService{{Service: state.ServiceKey{Namespace: "a", Hostname: "svc"}}}})
+		b.InsertWorkload(&state.Workload{UID: fmt.Sprint(i), Namespace: "a", Capacity: 1, Locality: l, Status: s,
+			Addresses: []netip.Addr{wideAddr(16, i)},
+			Services:  []state.WorkloadService{{Service: state.ServiceKey{Namespace: "a", Hostname: "svc"}}}})
 	}
-	near, next, far := state.Locality{Region: "r1", Zone: "z1"}, state.Locality{Region: "r1", Zone: "z2"}, state.Locality{Region: "r2", Zone: "z1"}
+	near, next, far := state.Locality{Region: "r1", Zone: "z1"}, state.Locality{Region: "r1", Zone: "z2"},
+		state.Locality{Region: "r2", Zone: "z1"}
 	for i, l := range []state.Locality{near, near, next, next, far, far} {
 		put(i, l, state.Healthy)
 	}
@@ -283,7 +309,8 @@ func TestFailover(t *testing.T) {
 		v := b.Build()
 		got := map[string]bool{}
 		for range 200 {
-			d, err := route.Decide(v, route.Question{Source: src, Dst: netip.AddrPortFrom(wideAddr(8, 0), 80), Rand: rand.Uint64N})
+			d, err := route.Decide(v, route.Question{Source: src, Dst: netip.AddrPortFrom(wideAddr(8, 0), 80),
+				Rand: rand.Uint64N})
 			if err != nil {
 				if len(want) > 0 || !errors.Is(err, &route.Error{Code: route.NoHealthyUpstream}) {
 					t.Fatal(what, err)
@@ -318,7 +345,8 @@ func TestFailover(t *testing.T) {
 func BenchmarkDecide(b *testing.B) {
 	for _, n := range []int{10, 1000} {
 		v, src := bigMesh(n)
-		for name, dst := range map[string]string{"pod": "10.1.0.1:80", "service": "10.8.0.1:80", "ranked": "10.8.0.2:80", "unknown": "1.2.3.4:80"} {
+		for name, dst := range map[string]string{"pod": "10.1.0.1:80", "service": "10.8.0.1:80", "ranked": "10.8.0.2:80",
+			"unknown": "1.2.3.4:80"} {
 			q := route.Question{Source: src, SrcIP: src.Addresses[0], Dst: netip.MustParseAddrPort(dst), Rand: rand.Uint64N}
 			b.Run(fmt.Sprintf("%s/%d", name, n), func(b *testing.B) {
 				b.ReportAllocs()
@@ -343,11 +371,13 @@ func TestDecideAllocatesNothing(t *testing.T) {
 	}
 }
 
-// TestAvoid: endpoints that are to be avoided are not chosen, whether any is as good as any other or not; when none is left there is none.
+// TestAvoid: endpoints that are to be avoided are not chosen, whether any is as good as any other or not; when none
+// is left there is none.
 func TestAvoid(t *testing.T) {
 	for _, uniform := range []bool{true, false} {
 		b := state.NewBuilder("")
-		src := &state.Workload{UID: "src", Name: "src", Namespace: "n", Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1")}, Capacity: 1}
+		src := &state.Workload{UID: "src", Name: "src", Namespace: "n",
+			Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1")}, Capacity: 1}
 		b.InsertWorkload(src)
 		key := state.ServiceKey{Namespace: "n", Hostname: "s"}
 		ports := state.SortPorts([]state.PortPair{{Service: 80, Target: 8080}})
@@ -355,7 +385,8 @@ func TestAvoid(t *testing.T) {
 			VIPs: []state.NetworkAddress{{Addr: netip.MustParseAddr("10.9.0.1")}}})
 		uids := []string{"e0", "e1", "e2"}
 		for i, uid := range uids {
-			w := &state.Workload{UID: uid, Name: uid, Namespace: "n", Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 1, byte(i)})}, Capacity: 1,
+			w := &state.Workload{UID: uid, Name: uid, Namespace: "n",
+				Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 1, byte(i)})}, Capacity: 1,
 				Services: []state.WorkloadService{{Service: key, Ports: ports}}}
 			if !uniform && i == 0 {
 				w.Capacity = 2
@@ -363,7 +394,8 @@ func TestAvoid(t *testing.T) {
 			b.InsertWorkload(w)
 		}
 		avoided := map[string]bool{}
-		q := route.Question{Source: src, SrcIP: src.Addresses[0], Dst: netip.MustParseAddrPort("10.9.0.1:80"), Rand: rand.Uint64N,
+		q := route.Question{Source: src, SrcIP: src.Addresses[0], Dst: netip.MustParseAddrPort("10.9.0.1:80"),
+			Rand:  rand.Uint64N,
 			Avoid: func(w *state.Workload) bool { return avoided[w.UID] }}
 		v := b.Build()
 		for range uids {

@@ -6,8 +6,8 @@ import (
 	"ztun/proxy/state"
 )
 
-// Trace is what a decision went by, in order. Decide fills in the one of its Question, from the very look-ups and choices
-// that it makes; without one it costs nothing.
+// Trace is what a decision went by, in order. Decide fills in the one of its Question, from the very look-ups and
+// choices that it makes; without one it costs nothing.
 type Trace struct{ Steps []Step }
 
 // StepKind says what a Step looked for.
@@ -95,8 +95,9 @@ func (t *Trace) Reset() {
 
 func (t *Trace) add(s Step) { t.Steps = append(t.Steps, s) }
 
-// note writes down a choice among the endpoints of b.s, judged once more as pick judged them. (The service is given apart, since
-// escape analysis knows no fields: what is taken from b would take the resolver to the heap, for every decision.)
+// note writes down a choice among the endpoints of b.s, judged once more as pick judged them. (The service is given
+// apart, since escape analysis knows no fields: what is taken from b would take the resolver to the heap, for every
+// decision.)
 func (b *balancer) note(service *state.Service, target netip.AddrPort, chosen *state.Endpoint) {
 	s := Step{Kind: StepBalance, Target: target, Service: service}
 	for i := range service.Endpoints {

@@ -8,8 +8,9 @@ import (
 	"ztun/proxy/state"
 )
 
-// decide decides twice, with a trace and without, by the same draws, and holds the two and the trace against each other: what
-// `ztun explain` tells cannot differ from what is done. Every row of the tables and every random question goes through it.
+// decide decides twice, with a trace and without, by the same draws, and holds the two and the trace against each
+// other: what `ztun explain` tells cannot differ from what is done. Every row of the tables and every random question
+// goes through it.
 func decide(t interface {
 	Helper()
 	Errorf(string, ...any)
@@ -39,7 +40,8 @@ func decide(t interface {
 		return x
 	}
 	traced, terr := route.Decide(v, q)
-	if !reflect.DeepEqual(d, traced) || (err == nil) != (terr == nil) || err != nil && err.Error() != terr.Error() || len(draws) > 0 {
+	if !reflect.DeepEqual(d, traced) || (err == nil) != (terr == nil) || err != nil && err.Error() != terr.Error() ||
+		len(draws) > 0 {
 		t.Errorf("without a trace %+v, %v, with one %+v, %v", d, err, traced, terr)
 	}
 	if len(trace.Steps) == 0 || trace.Steps[0].Kind != route.StepCalled || trace.Steps[0].Target.Port() != q.Dst.Port() {
@@ -81,7 +83,8 @@ func decide(t interface {
 		is(route.UnknownWaypoint) && !kinds[route.StepServiceWaypoint] && !kinds[route.StepWorkloadWaypoint],
 		is(route.UnknownNetworkGateway) && !kinds[route.StepNetworkGateway]:
 		t.Errorf("%+v, %v is not told by %+v", d, err, trace.Steps)
-	case is(route.NoHealthyUpstream) && !kinds[route.StepNoPort] && !kinds[route.StepUnknown] && !kinds[route.StepPassthrough] && (last == nil || last.Workload != nil && d.Workload != nil):
+	case is(route.NoHealthyUpstream) && !kinds[route.StepNoPort] && !kinds[route.StepUnknown] &&
+		!kinds[route.StepPassthrough] && (last == nil || last.Workload != nil && d.Workload != nil):
 		t.Errorf("no upstream, though the trace has %+v", trace.Steps)
 	case err == nil && d.Alternatives() && (last == nil || last.Workload != d.Workload && last.Workload != d.Upstream):
 		t.Errorf("%v was chosen, the trace has %+v", d.Workload, last)

@@ -81,7 +81,8 @@ func Negotiate(rw io.ReadWriter) (Request, error) {
 		return req, err
 	}
 	if !contains(methods, noAuth) {
-		return req, violation("client insists on authentication (methods %x); only no authentication (00) is supported", methods)
+		return req, violation("client insists on authentication (methods %x); only no authentication (00) is supported",
+			methods)
 	}
 	if _, err := rw.Write([]byte{version, noAuth}); err != nil {
 		return req, &Error{GeneralFailure, err}

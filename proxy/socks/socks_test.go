@@ -26,12 +26,16 @@ func TestNegotiate(t *testing.T) {
 		silent   bool   // there is nobody to answer
 	}{
 		{name: "IPv4", in: hello + "\x05\x01\x00\x01\x0a\x01\x02\x03\x00\x50", want: "10.1.2.3 80"},
-		{name: "IPv6", in: hello + "\x05\x01\x00\x04\xfd" + strings.Repeat("\x00", 14) + "\x01\x1f\x90", want: "fd00::1 8080"},
-		{name: "IPv4 in IPv6", in: hello + "\x05\x01\x00\x04" + strings.Repeat("\x00", 10) + "\xff\xff\x0a\x00\x00\x01\x00\x01", want: "10.0.0.1 1"},
+		{name: "IPv6", in: hello + "\x05\x01\x00\x04\xfd" + strings.Repeat("\x00", 14) + "\x01\x1f\x90",
+			want: "fd00::1 8080"},
+		{name: "IPv4 in IPv6", in: hello + "\x05\x01\x00\x04" + strings.Repeat("\x00", 10) +
+			"\xff\xff\x0a\x00\x00\x01\x00\x01", want: "10.0.0.1 1"},
 		{name: "domain", in: hello + "\x05\x01\x00\x03\x05b.svc\x01\xbb", want: "b.svc 443"},
 		{name: "domain that is an address", in: hello + "\x05\x01\x00\x03\x0810.1.2.3\x01\xbb", want: "10.1.2.3 443"},
-		{name: "longest domain", in: hello + "\x05\x01\x00\x03\xff" + strings.Repeat("a", 255) + "\x00\x01", want: strings.Repeat("a", 255) + " 1"},
-		{name: "one of several methods", in: "\x05\x03\x02\x01\x00\x05\x01\x00\x01\x7f\x00\x00\x01\x00\x01", want: "127.0.0.1 1"},
+		{name: "longest domain", in: hello + "\x05\x01\x00\x03\xff" + strings.Repeat("a", 255) + "\x00\x01",
+			want: strings.Repeat("a", 255) + " 1"},
+		{name: "one of several methods", in: "\x05\x03\x02\x01\x00\x05\x01\x00\x01\x7f\x00\x00\x01\x00\x01",
+			want: "127.0.0.1 1"},
 		{name: "the reserved byte is skipped", in: hello + "\x05\x01\xff\x01\x7f\x00\x00\x01\x00\x01", want: "127.0.0.1 1"},
 		{name: "checklist 110: authentication only", in: "\x05\x01\x02", reply: NotSupported},
 		{name: "no methods", in: "\x05\x00", reply: NotSupported},

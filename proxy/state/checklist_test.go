@@ -5,7 +5,8 @@ import (
 	"testing"
 )
 
-// TestChecklist is the controlplane checklist's 45 to 49 row by row; TestAgainstOracle holds the same rules to random worlds.
+// TestChecklist is the controlplane checklist's 45 to 49 row by row; TestAgainstOracle holds the same rules to random
+// worlds.
 func TestChecklist(t *testing.T) {
 	ip, pfx := netip.MustParseAddr, netip.MustParsePrefix
 	b := NewBuilder("")

@@ -7,7 +7,8 @@ import (
 )
 
 // claims is an index in which several workloads may claim one key. The View sees the best; the others are remembered
-// here. Every operation takes the same time however many claim a key: a hundred thousand WorkloadEntries may share a name.
+// here. Every operation takes the same time however many claim a key: a hundred thousand WorkloadEntries may share a
+// name.
 type claims[K comparable] struct {
 	best editor[K, *Workload]
 	all  map[K]*claimants // only keys with several

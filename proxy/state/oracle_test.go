@@ -221,10 +221,12 @@ var (
 	tNets  = []string{"", "n2"}
 	tNS    = []string{"a", "b", "c"}
 	tHosts = []string{"h1", "h2", "H2", "*.h2", ".h2", "*.a.b.c"}
-	tAddrs = []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("10.0.1.1"), netip.MustParseAddr("fd00::1")}
-	tCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24"), netip.MustParsePrefix("10.0.0.7/24"), netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("fd00::/64")}
-	tUIDs  = []string{"c//Pod/a/1", "c//Pod/a/2", "c/entry/3", "c/entry/4", "c//Pod/b/5"}
-	tKeys  = []string{"a/p", "a/q", "b/p"}
+	tAddrs = []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2"),
+		netip.MustParseAddr("10.0.1.1"), netip.MustParseAddr("fd00::1")}
+	tCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24"), netip.MustParsePrefix("10.0.0.7/24"),
+		netip.MustParsePrefix("10.0.0.0/16"), netip.MustParsePrefix("fd00::/64")}
+	tUIDs = []string{"c//Pod/a/1", "c//Pod/a/2", "c/entry/3", "c/entry/4", "c//Pod/b/5"}
+	tKeys = []string{"a/p", "a/q", "b/p"}
 )
 
 // answers asks everything that can be asked and describes the answers: want is
@@ -261,7 +263,9 @@ func answers(o *oracle, v *View) (want, got []string) {
 	for _, ns := range tNS {
 		for _, h := range tHosts {
 			k := ServiceKey{ns, h}
-			ask("workload host "+k.String(), best(o.filter(func(w *Workload) bool { return w.Namespace == ns && w.Hostname == h })), uidOf(v.WorkloadByNSHost(ns, h)))
+			ask("workload host "+k.String(), best(o.filter(func(w *Workload) bool {
+				return w.Namespace == ns && w.Hostname == h
+			})), uidOf(v.WorkloadByNSHost(ns, h)))
 			known := slices.ContainsFunc(o.services, func(s *Service) bool { return s.Key() == k })
 			s := v.ServiceByNSHost(ns, h)
 			ask("service "+k.String(), known, s != nil)
@@ -278,7 +282,9 @@ func answers(o *oracle, v *View) (want, got []string) {
 			ask("endpoints of "+k.String(), o.endpoints(k), describeEndpoints(eps))
 		}
 		info := WorkloadInfo{"w", ns, "sa"}
-		ask("info "+info.String(), best(o.filter(func(w *Workload) bool { return w.Info() == info && (o.node == "" || w.Node == o.node) })),
+		ask("info "+info.String(), best(o.filter(func(w *Workload) bool {
+			return w.Info() == info && (o.node == "" || w.Node == o.node)
+		})),
 			uidOf(v.WorkloadByInfo(info)))
 	}
 	wild := map[int]bool{}
@@ -318,21 +324,24 @@ func answers(o *oracle, v *View) (want, got []string) {
 	}
 	w, s, p := v.Counts()
 	ask("counts", []int{len(o.workloads), len(o.services), len(o.policies)}, []int{w, s, p})
-	ask("lists", []int{len(o.workloads), len(o.services), len(o.policies)}, []int{len(v.Workloads()), len(v.Services()), len(v.Policies())})
+	ask("lists", []int{len(o.workloads), len(o.services), len(o.policies)}, []int{len(v.Workloads()), len(v.Services()),
+		len(v.Policies())})
 	return want, got
 }
 
 func genWorkload(t *rapid.T) *Workload {
 	pick := func(name string, l ...string) string { return rapid.SampledFrom(l).Draw(t, name) }
 	w := &Workload{
-		UID: rapid.SampledFrom(tUIDs).Draw(t, "uid"), Name: pick("name", "w", "x"), Namespace: pick("ns", tNS...), ServiceAccount: "sa",
-		Network: pick("network", tNets...), Node: pick("node", "k1", "k2"), Hostname: pick("hostname", "", "h1", "h2"),
+		UID: rapid.SampledFrom(tUIDs).Draw(t, "uid"), Name: pick("name", "w", "x"), Namespace: pick("ns", tNS...),
+		ServiceAccount: "sa",
+		Network:        pick("network", tNets...), Node: pick("node", "k1", "k2"), Hostname: pick("hostname", "", "h1", "h2"),
 		Protocol: rapid.SampledFrom([]Protocol{TCP, HBONE}).Draw(t, "protocol"),
 		Status:   rapid.SampledFrom([]Status{Healthy, Healthy, Unhealthy}).Draw(t, "status"),
 		// Repetitions are the builder's to bear.
 		Addresses:             rapid.SliceOfN(rapid.SampledFrom(tAddrs), 0, 3).Draw(t, "addresses"),
 		AuthorizationPolicies: rapid.SliceOfN(rapid.SampledFrom(tKeys), 0, 1).Draw(t, "policies"),
-		NetworkMode:           rapid.SampledFrom([]NetworkMode{StandardNetwork, StandardNetwork, HostNetwork}).Draw(t, "mode"),
+		NetworkMode: rapid.SampledFrom([]NetworkMode{StandardNetwork, StandardNetwork, HostNetwork}).Draw(t,
+			"mode"),
 	}
 	for range rapid.IntRange(0, 3).Draw(t, "services") {
 		w.Services = append(w.Services, WorkloadService{ServiceKey{pick("ns", tNS...), pick("host", tHosts...)}, genPorts(t)})
@@ -351,23 +360,29 @@ func genService(t *rapid.T) *Service {
 		Visibility: rapid.SampledFrom([]Visibility{Public, Public, NamespaceOnly}).Draw(t, "visibility"),
 	}
 	for range rapid.IntRange(0, 2).Draw(t, "vips") {
-		s.VIPs = append(s.VIPs, NetworkAddress{rapid.SampledFrom(tNets).Draw(t, "network"), rapid.SampledFrom(tAddrs).Draw(t, "vip")})
+		s.VIPs = append(s.VIPs, NetworkAddress{rapid.SampledFrom(tNets).Draw(t, "network"),
+			rapid.SampledFrom(tAddrs).Draw(t, "vip")})
 	}
 	for range rapid.IntRange(0, 2).Draw(t, "ranges") {
-		s.CIDRVIPs = append(s.CIDRVIPs, NetworkPrefix{rapid.SampledFrom(tNets).Draw(t, "network"), rapid.SampledFrom(tCIDRs).Draw(t, "cidr")})
+		s.CIDRVIPs = append(s.CIDRVIPs, NetworkPrefix{rapid.SampledFrom(tNets).Draw(t, "network"),
+			rapid.SampledFrom(tCIDRs).Draw(t, "cidr")})
 	}
 	if rapid.Bool().Draw(t, "balancer") {
-		s.LoadBalancer = &LoadBalancer{HealthPolicy: rapid.SampledFrom([]HealthPolicy{OnlyHealthy, AllowAll}).Draw(t, "health")}
+		s.LoadBalancer = &LoadBalancer{HealthPolicy: rapid.SampledFrom([]HealthPolicy{OnlyHealthy, AllowAll}).Draw(t,
+			"health")}
 	}
 	if rapid.IntRange(0, 3).Draw(t, "given") == 0 {
-		s.Endpoints = []Endpoint{{UID: rapid.SampledFrom(tUIDs).Draw(t, "uid"), Ports: genPorts(t), Status: rapid.SampledFrom([]Status{Healthy, Unhealthy}).Draw(t, "status")}}
+		s.Endpoints = []Endpoint{{UID: rapid.SampledFrom(tUIDs).Draw(t, "uid"), Ports: genPorts(t),
+			Status: rapid.SampledFrom([]Status{Healthy, Unhealthy}).Draw(t, "status")}}
 	}
 	return s
 }
 
 func genPolicy(t *rapid.T) *rbac.Policy {
 	key := rapid.SampledFrom(tKeys).Draw(t, "key")
-	return &rbac.Policy{Key: key, Namespace: key[:1], Scope: rapid.SampledFrom([]rbac.Scope{rbac.ScopeGlobal, rbac.ScopeNamespace, rbac.ScopeWorkloadSelector}).Draw(t, "scope")}
+	return &rbac.Policy{Key: key, Namespace: key[:1],
+		Scope: rapid.SampledFrom([]rbac.Scope{rbac.ScopeGlobal, rbac.ScopeNamespace, rbac.ScopeWorkloadSelector}).Draw(t,
+			"scope")}
 }
 
 // Random histories: the View answers as the oracle does, and Views that went

@@ -26,7 +26,8 @@ func backer(uid string, status Status) *Workload {
 }
 
 func service(p HealthPolicy) *Service {
-	return &Service{Name: "s", Namespace: svc.Namespace, Hostname: svc.Hostname, LoadBalancer: &LoadBalancer{HealthPolicy: p}}
+	return &Service{Name: "s", Namespace: svc.Namespace, Hostname: svc.Hostname,
+		LoadBalancer: &LoadBalancer{HealthPolicy: p}}
 }
 
 func endpointUIDs(v *View) (l []string) {
@@ -157,7 +158,8 @@ func TestPolicyScopes(t *testing.T) {
 	if got := keys(); !slices.Equal(got, []string{"root/g", "a/s", "a/gone"}) {
 		t.Errorf("listed: %v", got)
 	}
-	if v := rbac.Evaluate([]*rbac.Policy{b.Build().PoliciesFor(w)[2]}, rbac.Question{}); !v.Allowed || !slices.Equal(v.Missing, []string{"a/gone"}) {
+	if v := rbac.Evaluate([]*rbac.Policy{b.Build().PoliciesFor(w)[2]}, rbac.Question{}); !v.Allowed ||
+		!slices.Equal(v.Missing, []string{"a/gone"}) {
 		t.Errorf("with a policy that is not loaded: %+v", v)
 	}
 	if b.RemovePolicy("nope") || !b.RemovePolicy("root/g") {
@@ -169,7 +171,8 @@ func TestNilView(t *testing.T) {
 	var v *View
 	w, s := v.FindAddress("", ip1, "")
 	w2, s2 := v.FindNSHost("a", "b")
-	if w != nil || s != nil || w2 != nil || s2 != nil || v.WorkloadByUID("x") != nil || v.WorkloadByInfo(WorkloadInfo{}) != nil ||
+	if w != nil || s != nil || w2 != nil || s2 != nil || v.WorkloadByUID("x") != nil ||
+		v.WorkloadByInfo(WorkloadInfo{}) != nil ||
 		v.ServiceByHost("x", "") != nil || v.Policy("x") != nil || v.Version() != 0 ||
 		len(v.Workloads())+len(v.Services())+len(v.Policies())+len(v.Staged()) != 0 || v.PoliciesFor(&Workload{}) != nil {
 		t.Error("a nil View is not empty")
@@ -181,7 +184,8 @@ func TestNilView(t *testing.T) {
 
 func TestSANs(t *testing.T) {
 	b := NewBuilder("")
-	b.InsertService(&Service{Namespace: "a", Hostname: "s", SubjectAltNames: []string{"nonsense", "spiffe://td/ns/a/sa/b"}})
+	b.InsertService(&Service{Namespace: "a", Hostname: "s",
+		SubjectAltNames: []string{"nonsense", "spiffe://td/ns/a/sa/b"}})
 	got := b.Build().ServiceByNSHost("a", "s").SANs
 	if !slices.Equal(got, []identity.ID{{TrustDomain: "td", Namespace: "a", ServiceAccount: "b"}}) {
 		t.Errorf("%v", got)
@@ -217,8 +221,9 @@ func world(n int) *Builder {
 func pod(i, n int) *Workload {
 	name := fmt.Sprint("deployment-5d9f7c8b6-", i)
 	w := &Workload{
-		UID: "Kubernetes//Pod/default/" + name, Name: name, Namespace: "default", TrustDomain: "cluster.local", ServiceAccount: "default",
-		WorkloadName: "deployment", WorkloadType: "deployment", CanonicalName: "deployment", CanonicalRevision: "latest",
+		UID: "Kubernetes//Pod/default/" + name, Name: name, Namespace: "default", TrustDomain: "cluster.local",
+		ServiceAccount: "default",
+		WorkloadName:   "deployment", WorkloadType: "deployment", CanonicalName: "deployment", CanonicalRevision: "latest",
 		Node: "node-1", ClusterID: "Kubernetes", Locality: Locality{"r", "z", "s"},
 		Addresses: []netip.Addr{addr(10, i)}, Capacity: 1, Protocol: HBONE,
 	}
@@ -259,7 +264,8 @@ func TestMemory(t *testing.T) {
 func TestLookupsDoNotAllocate(t *testing.T) {
 	b := world(1000)
 	b.InsertPolicy(&rbac.Policy{Key: "default/p", Namespace: "default", Scope: rbac.ScopeNamespace})
-	b.InsertService(&Service{Namespace: "x", Hostname: "r", CIDRVIPs: []NetworkPrefix{{"", netip.MustParsePrefix("12.0.0.0/8")}}})
+	b.InsertService(&Service{Namespace: "x", Hostname: "r",
+		CIDRVIPs: []NetworkPrefix{{"", netip.MustParsePrefix("12.0.0.0/8")}}})
 	v := b.Build()
 	w := v.Workloads()[0]
 	buf := make([]*rbac.Policy, 0, 8)

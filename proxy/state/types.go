@@ -463,7 +463,9 @@ func (s *Service) Uniform() bool { return s.uniform }
 
 // Endpoint returns the endpoint of a workload, or nil.
 func (s *Service) Endpoint(uid string) *Endpoint {
-	i, ok := slices.BinarySearchFunc(s.Endpoints, uid, func(e Endpoint, uid string) int { return strings.Compare(e.UID, uid) })
+	i, ok := slices.BinarySearchFunc(s.Endpoints, uid, func(e Endpoint, uid string) int {
+		return strings.Compare(e.UID, uid)
+	})
 	if !ok {
 		return nil
 	}

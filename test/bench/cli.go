@@ -67,7 +67,8 @@ suites (default: all)
 options
 `
 
-// parseArgs reads the command line. Suites and options may come in any order. Errors name the argument; errHelp after printing the usage to out.
+// parseArgs reads the command line. Suites and options may come in any order. Errors name the argument; errHelp after
+// printing the usage to out.
 func parseArgs(args []string, out io.Writer) (options, error) {
 	o := options{Args: slices.Clone(args)}
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
@@ -75,9 +76,11 @@ func parseArgs(args []string, out io.Writer) (options, error) {
 	fs.IntVar(&o.Reps, "reps", 0, "repetitions (default 3)")
 	fs.Float64Var(&o.Seconds, "seconds", 0, "length of one measurement (default 5; 1.2 with --quick)")
 	fs.StringVar(&o.JSON, "json", "", "write everything to this `file` as JSON")
-	fs.StringVar(&o.Profile, "profile", "", "write a CPU profile of each node and case to this `directory` and print the top ten")
+	fs.StringVar(&o.Profile, "profile", "",
+		"write a CPU profile of each node and case to this `directory` and print the top ten")
 	fs.BoolVar(&o.Quick, "quick", false, "short measurements: mesh takes less than a minute")
-	fs.BoolVar(&o.NoDaemon, "no-daemon", false, "leave out what needs the daemon: bare veth, the relay tool and hbone remain")
+	fs.BoolVar(&o.NoDaemon, "no-daemon", false,
+		"leave out what needs the daemon: bare veth, the relay tool and hbone remain")
 	fs.StringVar(&o.Bin, "bin", "", "`directory` with the built programs (scripts/bench sets it)")
 	fs.BoolVar(&o.RemoveBin, "remove-bin", false, "remove that directory at the end (scripts/bench sets it)")
 	fs.StringVar(&o.Root, "root", ".", "the repository (scripts/bench sets it)")
@@ -100,8 +103,10 @@ func parseArgs(args []string, out io.Writer) (options, error) {
 	fs.BoolVar(&o.V6, "v6", false, "IPv6 instead of IPv4")
 	fs.IntVar(&o.Workloads, "workloads", 100_000, "workloads of the control suite's mesh")
 	fs.IntVar(&o.Services, "services", 10_000, "services of the control suite's mesh")
-	fs.StringVar(&o.Source, "source", sourceNames()[0], "how the control suite's daemons learn of the mesh: "+strings.Join(sourceNames(), ", "))
-	fs.Float64Var(&o.Updates, "updates", 0, "updates per second of the control suite's storm (default what the source can take: xds 100, file 0.2)")
+	fs.StringVar(&o.Source, "source", sourceNames()[0], "how the control suite's daemons learn of the mesh: "+
+		strings.Join(sourceNames(), ", "))
+	fs.Float64Var(&o.Updates, "updates", 0,
+		"updates per second of the control suite's storm (default what the source can take: xds 100, file 0.2)")
 	storm := fs.String("storm", "dumps,scrapes,updates", "what the control suite's storm is made of")
 	fs.BoolVar(&o.Verbose, "v", false, "show what is being done")
 
@@ -174,7 +179,8 @@ func (o *options) finish(rates, storm string) error {
 		return fmt.Errorf("--idle-connections %d: want 1 to 25000", o.Idle)
 	}
 	if o.Workloads < 1 || o.Workloads > 1_000_000 || o.Services < 1 || o.Services > o.Workloads {
-		return fmt.Errorf("--workloads %d --services %d: want 1 to 1000000 workloads and no more services than workloads", o.Workloads, o.Services)
+		return fmt.Errorf("--workloads %d --services %d: want 1 to 1000000 workloads and no more services than workloads",
+			o.Workloads, o.Services)
 	}
 	if !slices.Contains(sourceNames(), o.Source) {
 		return fmt.Errorf("--source %q is none of: %s", o.Source, strings.Join(sourceNames(), ", "))

@@ -16,11 +16,15 @@ func TestParseArgs(t *testing.T) {
 	}{
 		{"", options{Suites: suiteNames(), Reps: 3, Seconds: 5, Rates: []int{500, 4000}, Idle: 5000, Root: "."}},
 		{"all", options{Suites: suiteNames(), Reps: 3, Seconds: 5, Rates: []int{500, 4000}, Idle: 5000, Root: "."}},
-		{"mesh --quick", options{Suites: []string{"mesh"}, Reps: 3, Seconds: 1.2, Quick: true, Rates: []int{500, 4000}, Idle: 5000, Root: "."}},
+		{"mesh --quick", options{Suites: []string{"mesh"}, Reps: 3, Seconds: 1.2, Quick: true, Rates: []int{500, 4000},
+			Idle: 5000, Root: "."}},
 		// Options and suites in any order; suites are put in theirs.
-		{"--reps 5 mesh --seconds 2.5 relay --json x.json -profile d --env A=b=c --env B= --rates 100,200 --v6 --wait 3s --versus /x --versus-env C=d",
-			options{Suites: []string{"relay", "mesh"}, Reps: 5, Seconds: 2.5, JSON: "x.json", Profile: "d", Env: []string{"A=b=c", "B="},
-				Rates: []int{100, 200}, Idle: 5000, Root: ".", V6: true, Wait: 3 * time.Second, Versus: "/x", VersusEnv: []string{"C=d"}}},
+		{"--reps 5 mesh --seconds 2.5 relay --json x.json -profile d --env A=b=c --env B= --rates 100,200 --v6 --wait 3s " +
+			"--versus /x --versus-env C=d",
+			options{Suites: []string{"relay", "mesh"}, Reps: 5, Seconds: 2.5, JSON: "x.json", Profile: "d",
+				Env:   []string{"A=b=c", "B="},
+				Rates: []int{100, 200}, Idle: 5000, Root: ".", V6: true, Wait: 3 * time.Second, Versus: "/x",
+				VersusEnv: []string{"C=d"}}},
 	} {
 		got, err := parseArgs(strings.Fields(c.args), nil)
 		if err != nil {
@@ -28,7 +32,8 @@ func TestParseArgs(t *testing.T) {
 			continue
 		}
 		got.Args = nil
-		c.want.Workloads, c.want.Services, c.want.Source, c.want.Storm = 100_000, 10_000, "xds", []string{"dumps", "scrapes", "updates"}
+		c.want.Workloads, c.want.Services, c.want.Source, c.want.Storm = 100_000, 10_000, "xds",
+			[]string{"dumps", "scrapes", "updates"}
 		if d := cmp.Diff(c.want, got); d != "" {
 			t.Errorf("%q:\n%s", c.args, d)
 		}

@@ -190,7 +190,8 @@ func (b *bench) newControlWorld(ctx context.Context, daemons bool) (_ *controlWo
 	return w, nil
 }
 
-// startControl starts the daemon of a node with a source (nil: the world's own small file) and waits until it knows the mesh.
+// startControl starts the daemon of a node with a source (nil: the world's own small file) and waits until it knows
+// the mesh.
 func (b *bench) startControl(ctx context.Context, w *controlWorld, n *lab.Node, s source) (*lab.Daemon, error) {
 	env := map[string]string{"RUST_LOG": "warn"}
 	for _, kv := range b.o.Env {
@@ -214,7 +215,8 @@ func (b *bench) startControl(ctx context.Context, w *controlWorld, n *lab.Node, 
 	return d, err
 }
 
-// atRest waits until the daemon has given back what the work before had left: it does so after seconds of doing nothing.
+// atRest waits until the daemon has given back what the work before had left: it does so after seconds of doing
+// nothing.
 func (b *bench) atRest(ctx context.Context, d *lab.Daemon) (rss, heap float64, err error) {
 	settle(ctx, 9*time.Second)
 	m, err := b.r.proc.Mem(d.Pid())
@@ -287,7 +289,8 @@ func (b *bench) oneDump(ctx context.Context) (outcome, error) {
 	settle(ctx, time.Second)
 	stop := b.watchRSS(ctx, w.path.daemons[0])
 	var r probeResult
-	err = b.probe(ctx, w, w.lab.N1.NS, &r, "http", "-url", fmt.Sprintf("http://127.0.0.1:%d/config_dump", lab.AdminPort), "-t", "1ms")
+	err = b.probe(ctx, w, w.lab.N1.NS, &r, "http", "-url", fmt.Sprintf("http://127.0.0.1:%d/config_dump", lab.AdminPort),
+		"-t", "1ms")
 	grown, rssErr := stop()
 	if err = errors.Join(err, rssErr); err != nil {
 		return nil, w.path.explain(err)
@@ -295,8 +298,8 @@ func (b *bench) oneDump(ctx context.Context) (outcome, error) {
 	return outcome{"takes": r.Latency.Max / 1000, "size": float64(r.Bytes) / mib, "RSS grows by": grown / mib}, nil
 }
 
-// isolation measures requests, new connections and questions for health and metrics, all at once, with or without a storm at node n1 and
-// bulk streams between the pods.
+// isolation measures requests, new connections and questions for health and metrics, all at once, with or without a
+// storm at node n1 and bulk streams between the pods.
 func (b *bench) isolation(ctx context.Context, w *controlWorld, storm, bulk bool) (outcome, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -334,14 +337,16 @@ func (b *bench) isolation(ctx context.Context, w *controlWorld, storm, bulk bool
 	})
 	all.start(cancel, func() error {
 		var r probeResult
-		err := b.probe(ctx, w, w.path.client.ns, &r, "conns", "-to", at(w.path.server.ip, bytePort), "-rate", fmt.Sprint(connRate), "-t", d.String())
+		err := b.probe(ctx, w, w.path.client.ns, &r, "conns", "-to", at(w.path.server.ip, bytePort), "-rate",
+			fmt.Sprint(connRate), "-t", d.String())
 		all.note(o, "connect p50", r.Latency.P50, "connect p99", r.Latency.P99, "connect p99.9", r.Latency.P999)
 		return err
 	})
 	for port, page := range map[int]string{lab.StatsPort: "/metrics", lab.ReadyPort: "/healthz/ready"} {
 		all.start(cancel, func() error {
 			var r probeResult
-			err := b.probe(ctx, w, w.lab.N1.NS, &r, "http", "-url", fmt.Sprintf("http://127.0.0.1:%d%s", port, page), "-rate", fmt.Sprint(probeRate), "-t", d.String())
+			err := b.probe(ctx, w, w.lab.N1.NS, &r, "http", "-url", fmt.Sprintf("http://127.0.0.1:%d%s", port, page), "-rate",
+				fmt.Sprint(probeRate), "-t", d.String())
 			all.note(o, fmt.Sprintf("%d p50", port), r.Latency.P50, fmt.Sprintf("%d p99", port), r.Latency.P99)
 			return err
 		})

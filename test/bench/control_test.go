@@ -30,12 +30,15 @@ import (
 
 func smallMesh() *bigMesh {
 	return &bigMesh{workloads: 30, services: 4, real: lab.WorldFile{Workloads: []lab.Workload{
-		{UID: "lab//v1/Pod/default/a", Name: "a", Namespace: "default", ServiceAccount: "a", TrustDomain: "cluster.local", Protocol: "HBONE", Node: "n1",
-			WorkloadIPs: []string{"10.91.1.2", "fd91::2"}, WorkloadName: "a-deploy", WorkloadType: "deployment", CanonicalName: "a", CanonicalRevision: "v1"},
+		{UID: "lab//v1/Pod/default/a", Name: "a", Namespace: "default", ServiceAccount: "a", TrustDomain: "cluster.local",
+			Protocol: "HBONE", Node: "n1",
+			WorkloadIPs: []string{"10.91.1.2", "fd91::2"}, WorkloadName: "a-deploy", WorkloadType: "deployment",
+			CanonicalName: "a", CanonicalRevision: "v1"},
 	}}}
 }
 
-// TestBigMesh: the file is one that ztun reads, holds what was asked for, and the resources of the control plane say the same.
+// TestBigMesh: the file is one that ztun reads, holds what was asked for, and the resources of the control plane say
+// the same.
 func TestBigMesh(t *testing.T) {
 	m := smallMesh()
 	texts := map[int][]byte{}
@@ -58,7 +61,8 @@ func TestBigMesh(t *testing.T) {
 			if w == nil {
 				t.Fatalf("no workload %s", m.uid(i))
 			}
-			if w.Name != p.Name || w.Namespace != p.Namespace || w.Node != p.Node || w.CanonicalName != p.CanonicalName || w.ServiceAccount != p.ServiceAccount ||
+			if w.Name != p.Name || w.Namespace != p.Namespace || w.Node != p.Node || w.CanonicalName != p.CanonicalName ||
+				w.ServiceAccount != p.ServiceAccount ||
 				!slices.Equal(w.Addresses[0].AsSlice(), p.Addresses[0]) || w.Protocol.String() != p.TunnelProtocol.String() {
 				t.Errorf("workload %d: %+v, the control plane says %v", i, w, p)
 			}
@@ -74,7 +78,8 @@ func TestBigMesh(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if w := v.WorkloadByUID(resourceName(a)); w == nil || len(w.Addresses) != len(a.GetWorkload().Addresses) || w.CanonicalName != "a" {
+		if w := v.WorkloadByUID(resourceName(a)); w == nil || len(w.Addresses) != len(a.GetWorkload().Addresses) ||
+			w.CanonicalName != "a" {
 			t.Errorf("the world's own workload: %+v", w)
 		}
 	}
@@ -108,7 +113,8 @@ func TestXDSSource(t *testing.T) {
 	if !pool.AppendCertsFromPEM(root) {
 		t.Fatal("no root certificate")
 	}
-	conn, err := grpc.NewClient(l.Addr().String(), grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{RootCAs: pool})))
+	conn, err := grpc.NewClient(l.Addr().String(),
+		grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{RootCAs: pool})))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -149,10 +155,12 @@ func TestXDSSource(t *testing.T) {
 	}
 	r := next()
 	var a workloadpb.Address
-	if len(r.Resources) != 1 || proto.Unmarshal(r.Resources[0].Resource.Value, &a) != nil || a.GetWorkload().CanonicalRevision != "v2" || r.Resources[0].Name != a.GetWorkload().Uid {
+	if len(r.Resources) != 1 || proto.Unmarshal(r.Resources[0].Resource.Value, &a) != nil ||
+		a.GetWorkload().CanonicalRevision != "v2" || r.Resources[0].Name != a.GetWorkload().Uid {
 		t.Errorf("%v", r)
 	}
-	if err := stream.Send(&discoverypb.DeltaDiscoveryRequest{TypeUrl: addressType, ResponseNonce: r.Nonce, ErrorDetail: &discoverypb.Status{Message: "do not like it"}}); err != nil {
+	if err := stream.Send(&discoverypb.DeltaDiscoveryRequest{TypeUrl: addressType, ResponseNonce: r.Nonce,
+		ErrorDetail: &discoverypb.Status{Message: "do not like it"}}); err != nil {
 		t.Fatal(err)
 	}
 	for s.err() == nil {
@@ -207,23 +215,28 @@ func TestProbe(t *testing.T) {
 		}
 		return r, cmd.ProcessState.ExitCode()
 	}
-	if r, code := probe("http", "-url", hs.URL, "-t", "50ms"); code != 0 || r.Asked == 0 || r.Bytes != int64(5*r.Asked) || r.Latency.N != uint64(r.Asked) {
+	if r, code := probe("http", "-url", hs.URL, "-t", "50ms"); code != 0 || r.Asked == 0 || r.Bytes != int64(5*r.Asked) ||
+		r.Latency.N != uint64(r.Asked) {
 		t.Errorf("one after the other: %d %+v", code, r)
 	}
-	if r, code := probe("http", "-url", hs.URL+"/bad", "-t", "1ms"); code != 1 || r.Failed == 0 || r.Failed != r.Asked || len(r.Errors) == 0 {
+	if r, code := probe("http", "-url", hs.URL+"/bad", "-t", "1ms"); code != 1 || r.Failed == 0 || r.Failed != r.Asked ||
+		len(r.Errors) == 0 {
 		t.Errorf("a failure: %d %+v", code, r)
 	}
-	if r, code := probe("conns", "-to", l.Addr().String(), "-rate", "100", "-t", "100ms"); code != 0 || r.Asked != 10 || r.Bytes != 10 {
+	if r, code := probe("conns", "-to", l.Addr().String(), "-rate", "100", "-t", "100ms"); code != 0 || r.Asked != 10 ||
+		r.Bytes != 10 {
 		t.Errorf("connections: %d %+v", code, r)
 	}
 	// A stall of the server counts for every question that was due meanwhile.
 	time.AfterFunc(500*time.Millisecond, func() { close(stall) })
-	if r, code := probe("http", "-url", hs.URL+"/stall", "-rate", "100", "-t", "100ms"); code != 0 || r.Asked != 10 || r.Latency.P50 < 100 {
+	if r, code := probe("http", "-url", hs.URL+"/stall", "-rate", "100", "-t", "100ms"); code != 0 || r.Asked != 10 ||
+		r.Latency.P50 < 100 {
 		t.Errorf("a stall: %d %+v", code, r)
 	}
 }
 
-// TestControlPlan: every target and reference concerns a subject that is measured, and the base of the isolation cases comes first.
+// TestControlPlan: every target and reference concerns a subject that is measured, and the base of the isolation
+// cases comes first.
 func TestControlPlan(t *testing.T) {
 	o, err := parseArgs([]string{"control"}, nil)
 	if err != nil {

@@ -9,8 +9,8 @@ import (
 	"ztun/test/lab"
 )
 
-// bigMesh is a mesh of many workloads and services that nobody runs, beside the few of the world that somebody does. Workload i belongs to
-// service i modulo the number of services.
+// bigMesh is a mesh of many workloads and services that nobody runs, beside the few of the world that somebody does.
+// Workload i belongs to service i modulo the number of services.
 type bigMesh struct {
 	workloads, services int
 	real                lab.WorldFile // of the world
@@ -83,14 +83,16 @@ func (m *bigMesh) yaml(generation int) ([]byte, error) {
 // appendReal adds the world's own workloads, whose services (they have none in these worlds) are left out.
 func appendReal(b *bytes.Buffer, ws []lab.Workload) {
 	for _, w := range ws {
-		fmt.Fprintf(b, "- uid: %s\n  name: %s\n  namespace: %s\n  serviceAccount: %s\n  trustDomain: %q\n  workloadIps: [", w.UID, w.Name, w.Namespace, w.ServiceAccount, w.TrustDomain)
+		fmt.Fprintf(b, "- uid: %s\n  name: %s\n  namespace: %s\n  serviceAccount: %s\n  trustDomain: %q\n  workloadIps: [",
+			w.UID, w.Name, w.Namespace, w.ServiceAccount, w.TrustDomain)
 		for i, ip := range w.WorkloadIPs {
 			if i > 0 {
 				b.WriteString(", ")
 			}
 			fmt.Fprintf(b, "%q", ip)
 		}
-		fmt.Fprintf(b, "]\n  protocol: %s\n  node: %s\n  network: \"\"\n  workloadName: %q\n  workloadType: %q\n  canonicalName: %q\n  canonicalRevision: %q\n  services: {}\n",
+		fmt.Fprintf(b, "]\n  protocol: %s\n  node: %s\n  network: \"\"\n  workloadName: %q\n  workloadType: %q\n  "+
+			"canonicalName: %q\n  canonicalRevision: %q\n  services: {}\n",
 			w.Protocol, w.Node, w.WorkloadName, w.WorkloadType, w.CanonicalName, w.CanonicalRevision)
 	}
 }
@@ -106,9 +108,11 @@ func (m *bigMesh) workload(i, generation int) *workloadpb.Address {
 	return &workloadpb.Address{Type: &workloadpb.Address_Workload{Workload: &workloadpb.Workload{
 		Uid: m.uid(i), Name: fmt.Sprintf("shop-%d-%07d", s, i), Namespace: m.namespace(s), ServiceAccount: "shop",
 		Addresses: [][]byte{ip[:]}, TunnelProtocol: workloadpb.TunnelProtocol_HBONE, Node: fmt.Sprintf("node-%d", i%1000),
-		WorkloadName: fmt.Sprintf("shop-%d", s), WorkloadType: workloadpb.WorkloadType_DEPLOYMENT, CanonicalName: fmt.Sprintf("shop-%d", s),
+		WorkloadName: fmt.Sprintf("shop-%d", s), WorkloadType: workloadpb.WorkloadType_DEPLOYMENT,
+		CanonicalName:     fmt.Sprintf("shop-%d", s),
 		CanonicalRevision: revision, ClusterId: "Kubernetes",
-		Services: map[string]*workloadpb.PortList{m.namespace(s) + "/" + m.hostname(s): {Ports: []*workloadpb.Port{{ServicePort: 80, TargetPort: 8080}}}},
+		Services: map[string]*workloadpb.PortList{m.namespace(s) + "/" +
+			m.hostname(s): {Ports: []*workloadpb.Port{{ServicePort: 80, TargetPort: 8080}}}},
 	}}}
 }
 
@@ -117,14 +121,16 @@ func (m *bigMesh) service(s int) *workloadpb.Address {
 	ip := m.serviceIP(s).As4()
 	return &workloadpb.Address{Type: &workloadpb.Address_Service{Service: &workloadpb.Service{
 		Name: fmt.Sprintf("shop-%d", s), Namespace: m.namespace(s), Hostname: m.hostname(s),
-		Addresses: []*workloadpb.NetworkAddress{{Address: ip[:]}}, Ports: []*workloadpb.Port{{ServicePort: 80, TargetPort: 8080}},
+		Addresses: []*workloadpb.NetworkAddress{{Address: ip[:]}},
+		Ports:     []*workloadpb.Port{{ServicePort: 80, TargetPort: 8080}},
 	}}}
 }
 
 // actual is a workload of the world as the control plane sends it.
 func actual(w lab.Workload) (*workloadpb.Address, error) {
 	p := &workloadpb.Workload{
-		Uid: w.UID, Name: w.Name, Namespace: w.Namespace, ServiceAccount: w.ServiceAccount, TrustDomain: w.TrustDomain, Node: w.Node,
+		Uid: w.UID, Name: w.Name, Namespace: w.Namespace, ServiceAccount: w.ServiceAccount, TrustDomain: w.TrustDomain,
+		Node:         w.Node,
 		WorkloadName: w.WorkloadName, WorkloadType: workloadpb.WorkloadType_DEPLOYMENT, CanonicalName: w.CanonicalName,
 		CanonicalRevision: w.CanonicalRevision, ClusterId: w.ClusterID,
 	}

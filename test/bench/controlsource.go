@@ -22,7 +22,8 @@ import (
 type source interface {
 	// offer puts the mesh where a daemon of the node will look and returns the environment that makes it look there.
 	offer(n *lab.Node) (map[string]string, error)
-	// update changes one invented workload, for all daemons. It returns when the change is on its way, not when it has arrived.
+	// update changes one invented workload, for all daemons. It returns when the change is on its way, not when it has
+	// arrived.
 	update() error
 	// pace is how many updates per second make a storm that this source can take.
 	pace() float64
@@ -83,8 +84,9 @@ func (f *fileSource) err() error { return nil }
 
 func (f *fileSource) close() {}
 
-// xdsSource is a control plane within this process: delta xDS over TLS, one listener in each node's namespace. It answers every
-// subscription with all that there is, in one response as istiod does, and sends an update as one response with one resource.
+// xdsSource is a control plane within this process: delta xDS over TLS, one listener in each node's namespace. It
+// answers every subscription with all that there is, in one response as istiod does, and sends an update as one
+// response with one resource.
 type xdsSource struct {
 	discoverypb.UnimplementedAggregatedDiscoveryServiceServer
 	lab  *lab.World
@@ -108,7 +110,8 @@ const (
 )
 
 func newXDSSource(w *lab.World, m *bigMesh) (*xdsSource, error) {
-	s := &xdsSource{lab: w, mesh: m, root: filepath.Join(w.Dir, "xds-root.pem"), streams: map[chan *discoverypb.DeltaDiscoveryResponse]bool{}}
+	s := &xdsSource{lab: w, mesh: m, root: filepath.Join(w.Dir, "xds-root.pem"),
+		streams: map[chan *discoverypb.DeltaDiscoveryResponse]bool{}}
 	add := func(a *workloadpb.Address) error {
 		r, err := resource(a, 0)
 		s.first = append(s.first, r)
@@ -143,7 +146,8 @@ func newXDSSource(w *lab.World, m *bigMesh) (*xdsSource, error) {
 
 func resource(a *workloadpb.Address, generation int) (*discoverypb.Resource, error) {
 	b, err := proto.Marshal(a)
-	return &discoverypb.Resource{Name: resourceName(a), Version: fmt.Sprint(generation), Resource: &anypb.Any{TypeUrl: addressType, Value: b}}, err
+	return &discoverypb.Resource{Name: resourceName(a), Version: fmt.Sprint(generation),
+		Resource: &anypb.Any{TypeUrl: addressType, Value: b}}, err
 }
 
 func (s *xdsSource) offer(n *lab.Node) (map[string]string, error) {
@@ -160,7 +164,8 @@ func (s *xdsSource) offer(n *lab.Node) (map[string]string, error) {
 }
 
 // DeltaAggregatedResources serves one daemon.
-func (s *xdsSource) DeltaAggregatedResources(stream grpc.BidiStreamingServer[discoverypb.DeltaDiscoveryRequest, discoverypb.DeltaDiscoveryResponse]) error {
+func (s *xdsSource) DeltaAggregatedResources(stream grpc.BidiStreamingServer[discoverypb.DeltaDiscoveryRequest,
+	discoverypb.DeltaDiscoveryResponse]) error {
 	requests := make(chan *discoverypb.DeltaDiscoveryRequest)
 	ended := make(chan error, 1)
 	go func() {
@@ -225,7 +230,8 @@ func (s *xdsSource) update() error {
 	if err != nil {
 		return err
 	}
-	u := &discoverypb.DeltaDiscoveryResponse{TypeUrl: addressType, Nonce: fmt.Sprint(s.generation), Resources: []*discoverypb.Resource{r}}
+	u := &discoverypb.DeltaDiscoveryResponse{TypeUrl: addressType, Nonce: fmt.Sprint(s.generation),
+		Resources: []*discoverypb.Resource{r}}
 	for c := range s.streams {
 		select {
 		case c <- u:

@@ -49,24 +49,30 @@ func (t *together) wait() error {
 	return t.err
 }
 
-// stormScrapes is how many scrapes per second there are in a storm, beside the measured ones: twenty impatient Prometheuses.
+// stormScrapes is how many scrapes per second there are in a storm, beside the measured ones: twenty impatient
+// Prometheuses.
 const stormScrapes = 20
 
-// storm lets loose at node n1 what --storm names, for d: configuration dumps one after the other without a pause, scrapes, updates.
-func (b *bench) storm(ctx context.Context, cancel context.CancelFunc, all *together, w *controlWorld, o outcome, d time.Duration) {
+// storm lets loose at node n1 what --storm names, for d: configuration dumps one after the other without a pause,
+// scrapes, updates.
+func (b *bench) storm(ctx context.Context, cancel context.CancelFunc, all *together, w *controlWorld, o outcome,
+	d time.Duration) {
 	n1 := w.lab.N1.NS
 	if slices.Contains(b.o.Storm, "dumps") {
 		all.start(cancel, func() error {
 			var r probeResult
-			err := b.probe(ctx, w, n1, &r, "http", "-url", fmt.Sprintf("http://127.0.0.1:%d/config_dump", lab.AdminPort), "-t", d.String())
-			all.note(o, "dumps", float64(r.Asked)/max(r.Seconds, 0.001), "one dump p50", r.Latency.P50, "one dump max", r.Latency.Max)
+			err := b.probe(ctx, w, n1, &r, "http", "-url", fmt.Sprintf("http://127.0.0.1:%d/config_dump", lab.AdminPort), "-t",
+				d.String())
+			all.note(o, "dumps", float64(r.Asked)/max(r.Seconds, 0.001), "one dump p50", r.Latency.P50, "one dump max",
+				r.Latency.Max)
 			return err
 		})
 	}
 	if slices.Contains(b.o.Storm, "scrapes") {
 		all.start(cancel, func() error {
 			var r probeResult
-			err := b.probe(ctx, w, n1, &r, "http", "-url", fmt.Sprintf("http://127.0.0.1:%d/metrics", lab.StatsPort), "-rate", fmt.Sprint(stormScrapes), "-t", d.String())
+			err := b.probe(ctx, w, n1, &r, "http", "-url", fmt.Sprintf("http://127.0.0.1:%d/metrics", lab.StatsPort), "-rate",
+				fmt.Sprint(stormScrapes), "-t", d.String())
 			all.note(o, "scrapes", float64(r.Asked)/max(r.Seconds, 0.001))
 			return err
 		})
@@ -97,8 +103,8 @@ func (b *bench) storm(ctx context.Context, cancel context.CancelFunc, all *toget
 	})
 }
 
-// watchRSS looks at a daemon's resident memory often; the function that it returns ends that and says by how many bytes it was above the
-// first look at most.
+// watchRSS looks at a daemon's resident memory often; the function that it returns ends that and says by how many
+// bytes it was above the first look at most.
 func (b *bench) watchRSS(ctx context.Context, d *lab.Daemon) func() (float64, error) {
 	first, err := b.r.proc.Mem(d.Pid())
 	most := first.RSS

@@ -12,8 +12,8 @@ import (
 	"ztun/test/load"
 )
 
-// oneUpdate applies single changed workloads to the whole mesh, in this process: the state's Builder, the admin loop, and how long
-// until a reader sees the change through the loop's View. Receiving and decoding are not in it.
+// oneUpdate applies single changed workloads to the whole mesh, in this process: the state's Builder, the admin loop,
+// and how long until a reader sees the change through the loop's View. Receiving and decoding are not in it.
 func (b *bench) oneUpdate(ctx context.Context) (outcome, error) {
 	m := &bigMesh{workloads: b.o.Workloads, services: b.o.Services}
 	builder := state.NewBuilder("n1")
@@ -67,10 +67,13 @@ func (m *bigMesh) stateService(s int) *state.Service {
 func (m *bigMesh) stateWorkload(i, generation int) *state.Workload {
 	s := i % m.services
 	return &state.Workload{
-		UID: m.uid(i), Name: fmt.Sprintf("shop-%d-%07d", s, i), Namespace: m.namespace(s), TrustDomain: "cluster.local", ServiceAccount: "shop",
-		WorkloadName: fmt.Sprintf("shop-%d", s), WorkloadType: "deployment", CanonicalName: fmt.Sprintf("shop-%d", s),
-		CanonicalRevision: fmt.Sprintf("v%d", generation+1), Node: fmt.Sprintf("node-%d", i%1000), ClusterID: "Kubernetes", Capacity: 1,
+		UID: m.uid(i), Name: fmt.Sprintf("shop-%d-%07d", s, i), Namespace: m.namespace(s), TrustDomain: "cluster.local",
+		ServiceAccount: "shop",
+		WorkloadName:   fmt.Sprintf("shop-%d", s), WorkloadType: "deployment", CanonicalName: fmt.Sprintf("shop-%d", s),
+		CanonicalRevision: fmt.Sprintf("v%d", generation+1), Node: fmt.Sprintf("node-%d", i%1000), ClusterID: "Kubernetes",
+		Capacity: 1,
 		Protocol: state.HBONE, Addresses: []netip.Addr{m.workloadIP(i)},
-		Services: []state.WorkloadService{{Service: state.ServiceKey{Namespace: m.namespace(s), Hostname: m.hostname(s)}, Ports: state.PortMap{{Service: 80, Target: 8080}}}},
+		Services: []state.WorkloadService{{Service: state.ServiceKey{Namespace: m.namespace(s), Hostname: m.hostname(s)},
+			Ports: state.PortMap{{Service: 80, Target: 8080}}}},
 	}
 }

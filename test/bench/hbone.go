@@ -70,7 +70,9 @@ func (b *bench) hboneCases(ctx context.Context) ([]kase, error) {
 				{muxOwn, fmt.Sprintf("^BenchmarkMux$/^tls=own$/^%s$/^%d$", dir, streams)},
 				{muxPlain, fmt.Sprintf("^BenchmarkMux$/^tls=crypto$/^%s$/^%d$", dir, streams)},
 			} {
-				k.subjects = append(k.subjects, subject{s.name, func(ctx context.Context, _ int) (outcome, error) { return b.gobench(ctx, h, s.pattern) }})
+				k.subjects = append(k.subjects, subject{s.name, func(ctx context.Context, _ int) (outcome, error) {
+					return b.gobench(ctx, h, s.pattern)
+				}})
 			}
 			ks = append(ks, k)
 		}
@@ -78,7 +80,8 @@ func (b *bench) hboneCases(ctx context.Context) ([]kase, error) {
 	for _, bulk := range []int{0, 8} {
 		ks = append(ks, kase{
 			suite: "hbone", name: fmt.Sprintf("1 KiB echo beside %d streams", bulk), lasts: 2 * b.length(),
-			rows: []report.Row{{Metric: "p50", Unit: "ms"}, {Metric: "p99", Unit: "ms"}, {Metric: "bulk meanwhile", Unit: "Gb/s"}},
+			rows: []report.Row{{Metric: "p50", Unit: "ms"}, {Metric: "p99", Unit: "ms"},
+				{Metric: "bulk meanwhile", Unit: "Gb/s"}},
 			subjects: []subject{{muxOwn, func(ctx context.Context, _ int) (outcome, error) {
 				return b.gobench(ctx, h, fmt.Sprintf("^BenchmarkMuxLatency$/^bulk=%d$", bulk))
 			}}},
@@ -90,9 +93,11 @@ func (b *bench) hboneCases(ctx context.Context) ([]kase, error) {
 // gobench runs one benchmark and returns what it reports.
 func (b *bench) gobench(ctx context.Context, h *hboneWorld, pattern string) (outcome, error) {
 	out, err := h.lab.RunCmd(ctx, h.ns, lab.Cmd{
-		// The testing package runs a benchmark several times, ever longer, until it has lasted benchtime: together about twice that.
-		Args: []string{h.bin, "-test.run", "^$", "-test.bench", pattern, "-test.benchtime", (b.length() * 7 / 10).String(), "-test.timeout", "5m"},
-		Dir:  h.dir, Env: append(lab.BaseEnv(), "TMPDIR="+os.TempDir()),
+		// The testing package runs a benchmark several times, ever longer, until it has lasted benchtime: together about
+		// twice that.
+		Args: []string{h.bin, "-test.run", "^$", "-test.bench", pattern, "-test.benchtime", (b.length() * 7 / 10).String(),
+			"-test.timeout", "5m"},
+		Dir: h.dir, Env: append(lab.BaseEnv(), "TMPDIR="+os.TempDir()),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", pattern, err)

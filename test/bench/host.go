@@ -37,7 +37,8 @@ func machine(ctx context.Context, root string) report.Machine {
 		}
 		return string(bytes.TrimSpace(out))
 	}
-	if m.Commit = git("rev-parse", "--short", "HEAD"); m.Commit != "" && git("status", "--porcelain", "--untracked-files=no") != "" {
+	if m.Commit = git("rev-parse", "--short", "HEAD"); m.Commit != "" &&
+		git("status", "--porcelain", "--untracked-files=no") != "" {
 		m.Commit += " with changes"
 	}
 	return m

@@ -10,8 +10,9 @@ import (
 	"ztun/test/lab"
 )
 
-// idleCases measure memory: of fresh daemons that have carried nothing, and with connections that are open and silent. Each repetition has a
-// world of its own, because a daemon that has worked before holds memory that has nothing to do with the question.
+// idleCases measure memory: of fresh daemons that have carried nothing, and with connections that are open and
+// silent. Each repetition has a world of its own, because a daemon that has worked before holds memory that has
+// nothing to do with the question.
 func (b *bench) idleCases() []kase {
 	n := b.o.Idle
 	k := kase{
@@ -21,8 +22,10 @@ func (b *bench) idleCases() []kase {
 			{Metric: "RSS fresh, n2", Unit: "MiB", Subject: ztunName, Reference: "20"},
 			{Metric: "RSS with them, n1", Unit: "MiB"},
 			{Metric: "RSS with them, n2", Unit: "MiB"},
-			{Metric: "each, n1", Unit: "KiB", Subject: ztunName, Reference: "4", Target: &report.Target{AtMost: true, Value: 24}},
-			{Metric: "each, n2", Unit: "KiB", Subject: ztunName, Reference: "4", Target: &report.Target{AtMost: true, Value: 24}},
+			{Metric: "each, n1", Unit: "KiB", Subject: ztunName, Reference: "4",
+				Target: &report.Target{AtMost: true, Value: 24}},
+			{Metric: "each, n2", Unit: "KiB", Subject: ztunName, Reference: "4",
+				Target: &report.Target{AtMost: true, Value: 24}},
 			{Metric: "each after a GC, n1", Unit: "KiB"},
 			{Metric: "each after a GC, n2", Unit: "KiB"},
 			{Metric: "CPU with them, n1", Unit: "%"}, {Metric: "CPU with them, n2", Unit: "%"},
@@ -32,7 +35,9 @@ func (b *bench) idleCases() []kase {
 			{Metric: "RSS 3 s after closing, n2", Unit: "MiB"},
 			{Metric: "open them", Unit: "s"},
 		},
-		subjects: []subject{{bareVeth, func(ctx context.Context, _ int) (outcome, error) { return b.idleMemory(ctx, variant{}, false) }}},
+		subjects: []subject{{bareVeth, func(ctx context.Context, _ int) (outcome, error) {
+			return b.idleMemory(ctx, variant{}, false)
+		}}},
 	}
 	for _, v := range b.variants() {
 		k.subjects = append(k.subjects, subject{v.name, func(ctx context.Context, rep int) (outcome, error) {

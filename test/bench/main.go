@@ -29,18 +29,20 @@ func main() {
 
 // bench is one run of the program.
 type bench struct {
-	o      options
-	out    io.Writer // the report
-	err    io.Writer // progress
-	start  time.Time
-	r      *runner
-	worlds []*world // one for each variant of ztun, of the suites that share them: mesh, conns, echo, mixed and a part of relay
+	o     options
+	out   io.Writer // the report
+	err   io.Writer // progress
+	start time.Time
+	r     *runner
+	// one for each variant of ztun, of the suites that share them: mesh, conns, echo, mixed and a part of relay
+	worlds []*world
 	relay  *relayWorld
 	hbone  *hboneWorld
 	ctl    *controlWorld
 }
 
-// run returns what the command line said and the exit code: 0 for a run in which everything could be measured, however slow; 1 when something failed; 2 for a bad command line.
+// run returns what the command line said and the exit code: 0 for a run in which everything could be measured,
+// however slow; 1 when something failed; 2 for a bad command line.
 func run(args []string, stdout, stderr io.Writer) (code int, o options) {
 	o, err := parseArgs(args, stdout)
 	if errors.Is(err, errHelp) {
@@ -82,7 +84,8 @@ func run(args []string, stdout, stderr io.Writer) (code int, o options) {
 // all measures the suites. What the suites have in common lives until close.
 func (b *bench) all(ctx context.Context) error {
 	var ks []kase
-	shared := b.o.has("relay") && !b.o.NoDaemon || b.o.has("mesh") || b.o.has("conns") || b.o.has("echo") || b.o.has("mixed")
+	shared := b.o.has("relay") && !b.o.NoDaemon || b.o.has("mesh") || b.o.has("conns") || b.o.has("echo") ||
+		b.o.has("mixed")
 	if shared {
 		if err := b.sharedWorlds(ctx); err != nil {
 			return err
@@ -94,14 +97,24 @@ func (b *bench) all(ctx context.Context) error {
 	}
 	plain := func(f func() []kase) func() ([]kase, error) { return func() ([]kase, error) { return f(), nil } }
 	for _, s := range []suite{
-		{"relay", "pod -> TUN -> netstack -> kernel socket, MTU 1500 unless said; bare veth: one veth between client and server", bareVeth, func() ([]kase, error) { return b.relayCases(ctx) }},
-		{"hbone", "the HTTP/2 mux over TLS 1.3 on loopback, one process at both ends", bareTLS, func() ([]kase, error) { return b.hboneCases(ctx) }},
-		{"mesh", "pod -> node -> node -> pod; bare veth: host -> node -> node -> host, the same veth between the same nodes", bareVeth, plain(b.meshCases)},
-		{"conns", "new connections over a warm tunnel: connect, one byte from the server, which closes first", bareVeth, plain(b.connsCases)},
-		{"echo", "1 KiB echo over kept connections, open loop: a request's latency counts from when it was due", bareVeth, plain(b.echoCases)},
+		{"relay", "pod -> TUN -> netstack -> kernel socket, MTU 1500 unless said; bare veth: one veth between client and " +
+			"server", bareVeth, func() ([]kase, error) {
+			return b.relayCases(ctx)
+		}},
+		{"hbone", "the HTTP/2 mux over TLS 1.3 on loopback, one process at both ends", bareTLS, func() ([]kase, error) {
+			return b.hboneCases(ctx)
+		}},
+		{"mesh", "pod -> node -> node -> pod; bare veth: host -> node -> node -> host, the same veth between the same nodes",
+			bareVeth, plain(b.meshCases)},
+		{"conns", "new connections over a warm tunnel: connect, one byte from the server, which closes first", bareVeth,
+			plain(b.connsCases)},
+		{"echo", "1 KiB echo over kept connections, open loop: a request's latency counts from when it was due", bareVeth,
+			plain(b.echoCases)},
 		{"mixed", "the same echo beside 8 bulk streams between the same two pods", bareVeth, plain(b.mixedCases)},
 		{"idle", "resident memory of the daemons, fresh ones in each repetition", bareVeth, plain(b.idleCases)},
-		{"control", fmt.Sprintf("%d workloads, %d services from %s; requests and connections from pod to pod, storms at node n1", b.o.Workloads, b.o.Services, b.o.Source), calm, plain(b.controlCases)},
+		{"control",
+			fmt.Sprintf("%d workloads, %d services from %s; requests and connections from pod to pod, storms at node n1",
+				b.o.Workloads, b.o.Services, b.o.Source), calm, plain(b.controlCases)},
 	} {
 		if !b.o.has(s.name) {
 			continue

@@ -11,8 +11,8 @@ import (
 	"ztun/test/load"
 )
 
-// paths are the subjects of the suites that run from node to node in the shared worlds, the base first. The paths are looked up when a
-// measurement runs: the plan is made without a world.
+// paths are the subjects of the suites that run from node to node in the shared worlds, the base first. The paths are
+// looked up when a measurement runs: the plan is made without a world.
 func (b *bench) paths(run func(ctx context.Context, p path) (outcome, error)) []subject {
 	return b.over(func(w *world) path { return w.bare }, func(w *world) path { return w.ztun }, run)
 }
@@ -56,7 +56,8 @@ func (b *bench) meshCases() []kase {
 			ks = append(ks, kase{
 				suite: "mesh", name: streamsText(streams) + " " + dir, lasts: b.length() + 100*time.Millisecond,
 				rows: []report.Row{
-					{Metric: "throughput", Unit: "Gb/s", Subject: ztunName, Reference: ref, Target: &report.Target{OfRatio: true, Value: 0.2}},
+					{Metric: "throughput", Unit: "Gb/s", Subject: ztunName, Reference: ref,
+						Target: &report.Target{OfRatio: true, Value: 0.2}},
 					{Metric: "CPU-s/GB, both daemons", Subject: ztunName, Reference: cpu},
 					{Metric: "CPU-s/GB, n1"}, {Metric: "CPU-s/GB, n2"}, {Metric: "CPU-s/GB, all"},
 				},
@@ -73,20 +74,21 @@ func (b *bench) ofDaemons() (string, []target) { return ztunName, targets(b.worl
 // transfer measures streams in one direction over a path of the shared world.
 func (b *bench) transfer(streams int, dir string) func(ctx context.Context, p path) (outcome, error) {
 	return func(ctx context.Context, p path) (outcome, error) {
-		return watched(ctx, targets(p.daemons), lab.StatsPort, []*lab.NS{p.client.ns, p.lab.N1.NS, p.lab.N2.NS, p.server.ns}, func() (outcome, error) {
-			return b.meter(p, func() (float64, outcome, error) {
-				r, err := b.bulk(ctx, p.lab, p.client, p.server, streams, dir, b.length())
-				if err != nil {
-					return 0, nil, err
-				}
-				return float64(r.Bytes) / 1e9, outcome{"throughput": r.Gbps}, nil
+		return watched(ctx, targets(p.daemons), lab.StatsPort, []*lab.NS{p.client.ns, p.lab.N1.NS, p.lab.N2.NS, p.server.ns},
+			func() (outcome, error) {
+				return b.meter(p, func() (float64, outcome, error) {
+					r, err := b.bulk(ctx, p.lab, p.client, p.server, streams, dir, b.length())
+					if err != nil {
+						return 0, nil, err
+					}
+					return float64(r.Bytes) / 1e9, outcome{"throughput": r.Gbps}, nil
+				})
 			})
-		})
 	}
 }
 
-// meter adds the CPU time per GB of the path's daemons, and of everything that the transfer cost (kernel and generators included, foreign
-// processes not), to what a transfer found.
+// meter adds the CPU time per GB of the path's daemons, and of everything that the transfer cost (kernel and
+// generators included, foreign processes not), to what a transfer found.
 func (b *bench) meter(p path, transfer func() (gigabytes float64, o outcome, err error)) (outcome, error) {
 	before, err := b.cpu(p)
 	if err != nil {
@@ -148,8 +150,10 @@ func (b *bench) connsCases() []kase {
 			p50.Target, p50.Reference = &report.Target{OfRatio: true, AtMost: true, Value: 4}, "3.7x (0.9)"
 		}
 		ks = append(ks, kase{
-			suite: "conns", name: fmt.Sprintf("%d at a time", par), lasts: b.length() + 300*time.Millisecond, profile: b.ofDaemons,
-			rows: []report.Row{rate, p50, {Metric: "p99", Unit: "ms"}, {Metric: "failed", Unit: "of 1000"}, {Metric: "CPU-ms, both daemons", Unit: "each"}},
+			suite: "conns", name: fmt.Sprintf("%d at a time", par), lasts: b.length() + 300*time.Millisecond,
+			profile: b.ofDaemons,
+			rows: []report.Row{rate, p50, {Metric: "p99", Unit: "ms"}, {Metric: "failed", Unit: "of 1000"},
+				{Metric: "CPU-ms, both daemons", Unit: "each"}},
 			subjects: b.paths(func(ctx context.Context, p path) (outcome, error) {
 				// The first connections pay for the tunnel; they are not counted.
 				if _, err := b.rate(ctx, p.lab, p.client, p.server, par, 200*time.Millisecond); err != nil {
@@ -167,7 +171,8 @@ func (b *bench) connsCases() []kase {
 				if err != nil {
 					return nil, err
 				}
-				o := outcome{"rate": r.PerSecond, "p50": r.Latency.P50, "p99": r.Latency.P99, "failed": 1000 * float64(r.Failed) / float64(r.N)}
+				o := outcome{"rate": r.PerSecond, "p50": r.Latency.P50, "p99": r.Latency.P99,
+					"failed": 1000 * float64(r.Failed) / float64(r.N)}
 				var spent time.Duration
 				for i := range after {
 					spent += after[i].CPU - before[i].CPU
@@ -194,7 +199,8 @@ func (b *bench) echoCases() []kase {
 			ref = [3]string{"1.3x (0.96)", "1.6x (12)", ""}
 		}
 		ks = append(ks, kase{
-			suite: "echo", name: fmt.Sprintf("%d per s, %d connections", perSecond, echoConns), lasts: b.length() + 300*time.Millisecond,
+			suite: "echo", name: fmt.Sprintf("%d per s, %d connections", perSecond, echoConns), lasts: b.length() +
+				300*time.Millisecond,
 			rows: latencyRows(ref, nil),
 			subjects: b.paths(func(ctx context.Context, p path) (outcome, error) {
 				r, err := b.echo(ctx, p.lab, p.client, p.server, echoConns, perSecond, b.length())
@@ -238,7 +244,8 @@ func (b *bench) mixedCases() []kase {
 		rows := latencyRows([3]string{"47-53", "87-112", ""}, &report.Target{AtMost: true, Value: 10})
 		rows = append(rows, report.Row{Metric: "bulk meanwhile", Unit: "Gb/s"})
 		ks = append(ks, kase{
-			suite: "mixed", name: fmt.Sprintf("%d per s, bulk %s", perSecond, dir), lasts: b.length() + 2*time.Second, rows: rows, profile: b.ofDaemons,
+			suite: "mixed", name: fmt.Sprintf("%d per s, bulk %s", perSecond, dir), lasts: b.length() + 2*time.Second,
+			rows: rows, profile: b.ofDaemons,
 			subjects: b.paths(func(ctx context.Context, p path) (outcome, error) {
 				ctx, cancel := context.WithCancel(ctx)
 				defer cancel()

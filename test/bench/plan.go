@@ -7,8 +7,8 @@ import (
 	"ztun/test/bench/report"
 )
 
-// outcome is what one measurement found: values by metric name. Metrics that the case declares as rows are shown in that order,
-// others after them.
+// outcome is what one measurement found: values by metric name. Metrics that the case declares as rows are shown in
+// that order, others after them.
 type outcome map[string]float64
 
 // subject is one of the things that a case compares.
@@ -27,8 +27,8 @@ type kase struct {
 	profile func() (subject string, ts []target)
 }
 
-// turn says which subject is measured i-th in a repetition: the order is turned round every time, so that neither subject always
-// comes after the other's heat.
+// turn says which subject is measured i-th in a repetition: the order is turned round every time, so that neither
+// subject always comes after the other's heat.
 func turn(n, rep, i int) int {
 	if rep%2 == 0 {
 		return i

@@ -30,9 +30,10 @@ func targets(ds []*lab.Daemon) []target {
 	return ts
 }
 
-// profiled runs work while each target takes a CPU profile of about the given length, writes the profiles to dir as LABEL-NAME.pprof and
-// returns the head of each. The work should last a little longer than the profile.
-func profiled(ctx context.Context, dir, label string, ts []target, length time.Duration, work func() error) ([]report.Profile, error) {
+// profiled runs work while each target takes a CPU profile of about the given length, writes the profiles to dir as
+// LABEL-NAME.pprof and returns the head of each. The work should last a little longer than the profile.
+func profiled(ctx context.Context, dir, label string, ts []target, length time.Duration, work func() error) (
+	[]report.Profile, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
@@ -164,7 +165,8 @@ func fileName(s string) string {
 // shortestProfile is how long a profile lasts at least: at 100 samples a second less says little.
 const shortestProfile = 4 // seconds
 
-// profiles runs the profiled subject of each case once more, with the profiler on. Its figures are shown on the way and go into no table.
+// profiles runs the profiled subject of each case once more, with the profiler on. Its figures are shown on the way
+// and go into no table.
 func (b *bench) profiles(ctx context.Context, ks []kase) error {
 	defer func(s float64) { b.o.Seconds = s }(b.o.Seconds)
 	b.o.Seconds = max(b.o.Seconds, shortestProfile)

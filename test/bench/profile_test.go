@@ -40,7 +40,8 @@ func TestFileName(t *testing.T) {
 }
 
 func TestCommand(t *testing.T) {
-	args := []string{"--bin", "/tmp/x", "--root=/work", "mesh", "--env", "A=it's b", "-bin=/y", "--remove-bin", "--seconds", "2"}
+	args := []string{"--bin", "/tmp/x", "--root=/work", "mesh", "--env", "A=it's b", "-bin=/y", "--remove-bin",
+		"--seconds", "2"}
 	if got, want := command(args), `scripts/bench mesh --env 'A=it'\''s b' --seconds 2`; got != want {
 		t.Errorf("%s\nwant %s", got, want)
 	}

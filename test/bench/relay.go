@@ -21,7 +21,8 @@ const (
 	singName  = "sing-box"
 )
 
-// relayWorld is a server namespace with a bare veth to one client, in which relays run that serve one more client namespace each:
+// relayWorld is a server namespace with a bare veth to one client, in which relays run that serve one more client
+// namespace each:
 //
 //	rbare 10.92.0.1 ---veth--- 10.92.0.2 rserver
 //	rtun  10.92.1.2 ---TUN---- ztrelay in rserver, and likewise for the others
@@ -42,8 +43,8 @@ type relayClient struct {
 	relay  *lab.Process // nil for the bare veth
 }
 
-// newRelayWorld makes the namespaces, starts the relays and proves each with one byte. A foreign relay that cannot be started is a note in the
-// report and no error.
+// newRelayWorld makes the namespaces, starts the relays and proves each with one byte. A foreign relay that cannot be
+// started is a note in the report and no error.
 func (b *bench) newRelayWorld(ctx context.Context) (_ *relayWorld, err error) {
 	r := &relayWorld{}
 	if r.lab, err = lab.New(lab.Options{Prefix: "ztr", Logf: b.logf}); err != nil {
@@ -68,7 +69,8 @@ func (b *bench) newRelayWorld(ctx context.Context) (_ *relayWorld, err error) {
 		return nil, err
 	}
 	if err := r.lab.IP(ctx, bare,
-		"link set lo up", "addr add 10.92.0.1/24 dev eth0", "addr add fd92::1/64 dev eth0 nodad", "link set eth0 mtu 1500 up"); err != nil {
+		"link set lo up", "addr add 10.92.0.1/24 dev eth0", "addr add fd92::1/64 dev eth0 nodad",
+		"link set eth0 mtu 1500 up"); err != nil {
 		return nil, err
 	}
 	ips := []netip.Addr{netip.MustParseAddr("10.92.0.2"), netip.MustParseAddr("fd92::2")}
@@ -107,7 +109,8 @@ func (b *bench) note(format string, args ...any) {
 	b.r.rep.Notes = append(b.r.rep.Notes, fmt.Sprintf(format, args...))
 }
 
-// proves asks the server through a relay who it sees, until it answers, at most for five seconds: relays have no common way to say that they are ready.
+// proves asks the server through a relay who it sees, until it answers, at most for five seconds: relays have no
+// common way to say that they are ready.
 func (b *bench) proves(ctx context.Context, r *relayWorld, c relayClient) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -194,7 +197,8 @@ func (b *bench) startSingBox(ctx context.Context, r *relayWorld) (relayClient, e
 		return relayClient{}, err
 	}
 	var errOut lockedBuffer
-	p, err := r.lab.Start(r.server.ns, lab.Cmd{Args: []string{singName, "run", "-c", file}, Dir: r.lab.Dir, Stdout: &errOut, Stderr: &errOut})
+	p, err := r.lab.Start(r.server.ns, lab.Cmd{Args: []string{singName, "run", "-c", file}, Dir: r.lab.Dir,
+		Stdout: &errOut, Stderr: &errOut})
 	if err != nil {
 		return relayClient{}, err
 	}
@@ -241,9 +245,12 @@ func (b *bench) relayCases(ctx context.Context) ([]kase, error) {
 	for _, streams := range []int{1, 8} {
 		for _, dir := range dirs() {
 			ks = append(ks, kase{
-				suite: "relay", name: "daemon, passthrough, " + streamsText(streams) + " " + dir, lasts: b.length() + 100*time.Millisecond,
-				rows:     []report.Row{{Metric: "throughput", Unit: "Gb/s"}, {Metric: "CPU-s/GB, n1"}, {Metric: "CPU-s/GB, all"}},
-				subjects: b.over(func(w *world) path { return w.barePass }, func(w *world) path { return w.ztunPass }, b.transfer(streams, dir)),
+				suite: "relay", name: "daemon, passthrough, " + streamsText(streams) + " " + dir, lasts: b.length() +
+					100*time.Millisecond,
+				rows: []report.Row{{Metric: "throughput", Unit: "Gb/s"}, {Metric: "CPU-s/GB, n1"}, {Metric: "CPU-s/GB, all"}},
+				subjects: b.over(func(w *world) path {
+					return w.barePass
+				}, func(w *world) path { return w.ztunPass }, b.transfer(streams, dir)),
 			})
 		}
 	}

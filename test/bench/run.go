@@ -23,7 +23,8 @@ type runner struct {
 // quiet is the foreign load, in processors, that counts as alone.
 const quiet = 0.15
 
-// run measures every case reps times. A measurement that fails is noted in the report and the rest goes on; only the end of ctx stops it.
+// run measures every case reps times. A measurement that fails is noted in the report and the rest goes on; only the
+// end of ctx stops it.
 func (r *runner) run(ctx context.Context, ks []kase, reps int) error {
 	for _, k := range ks {
 		for _, w := range k.rows {

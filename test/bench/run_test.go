@@ -35,7 +35,8 @@ func fakes(log *[]string) []kase {
 }
 
 func newRunner(t *testing.T) *runner {
-	return &runner{rep: &report.Report{Base: map[string]string{"mesh": "bare"}}, proc: proc.FS{FS: fstest.MapFS{}}, progress: t.Logf}
+	return &runner{rep: &report.Report{Base: map[string]string{"mesh": "bare"}}, proc: proc.FS{FS: fstest.MapFS{}},
+		progress: t.Logf}
 }
 
 func TestRunInterleavesAndGoesOnAfterAFailure(t *testing.T) {

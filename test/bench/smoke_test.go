@@ -14,8 +14,8 @@ import (
 	"ztun/test/lab"
 )
 
-// TestSmoke runs the benchmark for real, very briefly and without the daemon: worlds, generators, relay, report and cleaning up. It looks at
-// no figure but that there is one.
+// TestSmoke runs the benchmark for real, very briefly and without the daemon: worlds, generators, relay, report and
+// cleaning up. It looks at no figure but that there is one.
 func TestSmoke(t *testing.T) {
 	lab.Require(t)
 	root, err := lab.Root()
@@ -32,7 +32,8 @@ func TestSmoke(t *testing.T) {
 	}
 	var out, progress bytes.Buffer
 	file := filepath.Join(bin, "report.json")
-	code, _ := run([]string{"--bin", bin, "--root", root, "relay", "mesh", "conns", "echo", "mixed", "idle", "--no-daemon", "--reps", "1", "--seconds", "0.2",
+	code, _ := run([]string{"--bin", bin, "--root", root, "relay", "mesh", "conns", "echo", "mixed", "idle", "--no-daemon",
+		"--reps", "1", "--seconds", "0.2",
 		"--rates", "200", "--idle-connections", "20", "--json", file}, &out, &progress)
 	if code != 0 {
 		t.Fatalf("exit code %d\n%s\n%s", code, &progress, &out)
@@ -60,7 +61,8 @@ func TestSmoke(t *testing.T) {
 			seen[r.Suite+" "+subject]++
 		}
 	}
-	for _, want := range []string{"relay " + bareVeth, "relay " + relayName, "mesh " + bareVeth, "conns " + bareVeth, "echo " + bareVeth, "mixed " + bareVeth, "idle " + bareVeth} {
+	for _, want := range []string{"relay " + bareVeth, "relay " + relayName, "mesh " + bareVeth, "conns " + bareVeth,
+		"echo " + bareVeth, "mixed " + bareVeth, "idle " + bareVeth} {
 		if seen[want] == 0 {
 			t.Errorf("no figure of %s\n%s", want, &out)
 		}
@@ -80,7 +82,8 @@ func TestSmoke(t *testing.T) {
 
 func TestBadCommandLine(t *testing.T) {
 	var out, errOut bytes.Buffer
-	if code, _ := run([]string{"mash"}, &out, &errOut); code != 2 || !strings.Contains(errOut.String(), "mash") || out.Len() != 0 {
+	if code, _ := run([]string{"mash"}, &out, &errOut); code != 2 || !strings.Contains(errOut.String(), "mash") ||
+		out.Len() != 0 {
 		t.Error(code, &errOut, &out)
 	}
 	if code, _ := run([]string{"--help"}, &out, &errOut); code != 0 || !strings.Contains(out.String(), "usage:") {

@@ -28,7 +28,8 @@ func (b *bench) serve(ctx context.Context, w *lab.World, e end) error {
 	r, pw := io.Pipe()
 	var errOut lockedBuffer
 	p, err := w.Start(e.ns, lab.Cmd{
-		Args:   []string{b.tool("ztload"), "serve", "-listen", fmt.Sprintf(":%d", echoPort), "-byte", fmt.Sprintf(":%d", bytePort)},
+		Args: []string{b.tool("ztload"), "serve", "-listen", fmt.Sprintf(":%d", echoPort), "-byte",
+			fmt.Sprintf(":%d", bytePort)},
 		Stdout: pw, Stderr: &errOut,
 	})
 	if err != nil {
@@ -55,8 +56,8 @@ func (b *bench) serve(ctx context.Context, w *lab.World, e end) error {
 	}
 }
 
-// client runs a generator at e to its end and decodes what it prints. A generator that measured something but also saw errors (exit 1) is
-// left to the caller, who looks at the result.
+// client runs a generator at e to its end and decodes what it prints. A generator that measured something but also
+// saw errors (exit 1) is left to the caller, who looks at the result.
 func (b *bench) client(ctx context.Context, w *lab.World, e end, into any, args ...string) error {
 	out, err := w.Run(ctx, e.ns, append([]string{b.tool("ztload")}, args...)...)
 	if out = strings.TrimSpace(out); out == "" {
@@ -77,9 +78,11 @@ func (b *bench) client(ctx context.Context, w *lab.World, e end, into any, args 
 func at(ip netip.Addr, port uint16) string { return netip.AddrPortFrom(ip, port).String() }
 
 // bulk runs streams in one direction for d, as `ztload bulk` means it: up is from the client to the server.
-func (b *bench) bulk(ctx context.Context, w *lab.World, from, to end, streams int, dir string, d time.Duration) (*load.BulkResult, error) {
+func (b *bench) bulk(ctx context.Context, w *lab.World, from, to end, streams int, dir string, d time.Duration) (
+	*load.BulkResult, error) {
 	r := new(load.BulkResult)
-	err := b.client(ctx, w, from, r, "bulk", "-to", at(to.ip, echoPort), "-streams", fmt.Sprint(streams), "-dir", dir, "-t", d.String())
+	err := b.client(ctx, w, from, r, "bulk", "-to", at(to.ip, echoPort), "-streams", fmt.Sprint(streams), "-dir", dir,
+		"-t", d.String())
 	if err == nil && r.Failed > 0 {
 		err = fmt.Errorf("%d of %d streams failed: %s", r.Failed, r.N, strings.Join(r.Errors, "; "))
 	}
@@ -90,7 +93,8 @@ func (b *bench) bulk(ctx context.Context, w *lab.World, from, to end, streams in
 }
 
 // rate opens and closes connections for d, par at a time.
-func (b *bench) rate(ctx context.Context, w *lab.World, from, to end, par int, d time.Duration) (*load.RateResult, error) {
+func (b *bench) rate(ctx context.Context, w *lab.World, from, to end, par int, d time.Duration) (*load.RateResult,
+	error) {
 	r := new(load.RateResult)
 	err := b.client(ctx, w, from, r, "rate", "-to", at(to.ip, bytePort), "-par", fmt.Sprint(par), "-t", d.String())
 	if err == nil && r.OK == 0 {
@@ -100,9 +104,11 @@ func (b *bench) rate(ctx context.Context, w *lab.World, from, to end, par int, d
 }
 
 // echo sends 1 KiB requests at a fixed rate over kept connections for d, whether or not answers come.
-func (b *bench) echo(ctx context.Context, w *lab.World, from, to end, conns, perSecond int, d time.Duration) (*load.EchoResult, error) {
+func (b *bench) echo(ctx context.Context, w *lab.World, from, to end, conns, perSecond int, d time.Duration) (
+	*load.EchoResult, error) {
 	r := new(load.EchoResult)
-	err := b.client(ctx, w, from, r, "echo", "-to", at(to.ip, echoPort), "-conns", fmt.Sprint(conns), "-rate", fmt.Sprint(perSecond), "-size", "1024", "-t", d.String())
+	err := b.client(ctx, w, from, r, "echo", "-to", at(to.ip, echoPort), "-conns", fmt.Sprint(conns), "-rate",
+		fmt.Sprint(perSecond), "-size", "1024", "-t", d.String())
 	if err == nil && r.Latency.N == 0 {
 		err = fmt.Errorf("no answer: %s", strings.Join(r.Errors, "; "))
 	}
@@ -119,7 +125,9 @@ func (b *bench) idle(ctx context.Context, w *lab.World, from, to end, n int, hel
 	defer hold.Close()
 	lines := newLines()
 	var errOut lockedBuffer
-	p, err := w.Start(from.ns, lab.Cmd{Args: []string{b.tool("ztload"), "idle", "-to", at(to.ip, echoPort), "-n", fmt.Sprint(n)}, Stdin: in, Stdout: lines, Stderr: &errOut})
+	p, err := w.Start(from.ns,
+		lab.Cmd{Args: []string{b.tool("ztload"), "idle", "-to", at(to.ip, echoPort), "-n", fmt.Sprint(n)}, Stdin: in,
+			Stdout: lines, Stderr: &errOut})
 	in.Close() // the child has its own
 	if err != nil {
 		return err

@@ -8,18 +8,20 @@ import (
 	"ztun/test/lab"
 )
 
-// troubles are the counters that say why a figure is bad, as the table calls them. They are shown only where they have moved.
+// troubles are the counters that say why a figure is bad, as the table calls them. They are shown only where they
+// have moved.
 func troubles() map[string][]string {
 	return map[string][]string{
 		"netstack retransmits": {"ztun_stack_retransmits_total"},
 		"netstack timeouts":    {"ztun_stack_timeouts_total"},
-		"packets dropped":      {"ztun_device_tx_dropped_total", "ztun_device_tx_errors_total", "ztun_stack_segment_queue_dropped_total"},
-		"packets refused":      {"ztun_device_rx_malformed_total", "ztun_device_rx_bad_checksum_total"},
+		"packets dropped": {"ztun_device_tx_dropped_total", "ztun_device_tx_errors_total",
+			"ztun_stack_segment_queue_dropped_total"},
+		"packets refused": {"ztun_device_rx_malformed_total", "ztun_device_rx_bad_checksum_total"},
 	}
 }
 
-// scrape sums up the troubles of all targets, each on its own port. Targets that do not answer count as without: the benchmark measures
-// programs that have no such counters, too.
+// scrape sums up the troubles of all targets, each on its own port. Targets that do not answer count as without: the
+// benchmark measures programs that have no such counters, too.
 func scrape(ctx context.Context, ts []target, port int) map[string]float64 {
 	sum := map[string]float64{}
 	for _, t := range ts {
@@ -40,7 +42,8 @@ func scrape(ctx context.Context, ts []target, port int) map[string]float64 {
 	return sum
 }
 
-// kernelTroubles sums up the same of the kernels' sockets and devices in the given namespaces; what cannot be read counts as without.
+// kernelTroubles sums up the same of the kernels' sockets and devices in the given namespaces; what cannot be read
+// counts as without.
 func kernelTroubles(nss []*lab.NS) map[string]float64 {
 	sum := map[string]float64{}
 	for _, ns := range nss {
@@ -55,7 +58,8 @@ func kernelTroubles(nss []*lab.NS) map[string]float64 {
 			}
 			sum["kernel retransmits"] += float64(c["Tcp.RetransSegs"])
 			sum["kernel timeouts"] += float64(c["TcpExt.TCPTimeouts"])
-			for _, drop := range []string{"RcvPruned", "OfoPruned", "TCPBacklogDrop", "TCPRcvQDrop", "TCPZeroWindowDrop", "TCPOFODrop"} {
+			for _, drop := range []string{"RcvPruned", "OfoPruned", "TCPBacklogDrop", "TCPRcvQDrop", "TCPZeroWindowDrop",
+				"TCPOFODrop"} {
 				sum["kernel socket drops"] += float64(c["TcpExt."+drop])
 			}
 		}

@@ -34,8 +34,8 @@ const (
 	otherName = "other ztun"
 )
 
-// world is the laboratory with the two paths of the same hops: h1 - n1 - n2 - h2 and a - n1 - n2 - b. The passthrough paths end at h3,
-// an uncaptured host on n1: h1 - n1 - h3 and a - n1 - h3.
+// world is the laboratory with the two paths of the same hops: h1 - n1 - n2 - h2 and a - n1 - n2 - b. The passthrough
+// paths end at h3, an uncaptured host on n1: h1 - n1 - h3 and a - n1 - h3.
 type world struct {
 	lab      *lab.World
 	bare     path
@@ -44,7 +44,8 @@ type world struct {
 	ztunPass path
 }
 
-// variant is a ztun to measure: normally the one that was just built, with --versus and --versus-env another one beside it.
+// variant is a ztun to measure: normally the one that was just built, with --versus and --versus-env another one
+// beside it.
 type variant struct {
 	name string   // the subject's name; "" for no ztun at all
 	bin  string   // the program
@@ -147,7 +148,8 @@ func (b *bench) newWorld(ctx context.Context, v variant) (_ *world, err error) {
 			return nil, fmt.Errorf("attach pod %s: %w", pod.Name, err)
 		}
 	}
-	w.ztunPass = path{name: v.name, lab: w.lab, client: w.ztun.client, server: w.barePass.server, daemons: w.ztun.daemons[:1]}
+	w.ztunPass = path{name: v.name, lab: w.lab, client: w.ztun.client, server: w.barePass.server,
+		daemons: w.ztun.daemons[:1]}
 	return w, nil
 }
 
@@ -188,14 +190,16 @@ func (p path) alive() error {
 	return nil
 }
 
-// explain adds to an error what the daemons of the path said last (they log at warn: little, and to the point), and whether they still run.
+// explain adds to an error what the daemons of the path said last (they log at warn: little, and to the point), and
+// whether they still run.
 func (p path) explain(err error) error {
 	if err == nil {
 		return nil
 	}
 	for _, d := range p.daemons {
 		if log := strings.TrimSpace(d.Log()); log != "" {
-			err = fmt.Errorf("%w\n  log of %s: %s", err, d.Node.Name, strings.ReplaceAll(log[max(0, len(log)-800):], "\n", "\n    "))
+			err = fmt.Errorf("%w\n  log of %s: %s", err, d.Node.Name, strings.ReplaceAll(log[max(0, len(log)-800):], "\n",
+				"\n    "))
 		}
 	}
 	if dead := p.alive(); dead != nil {
@@ -204,7 +208,8 @@ func (p path) explain(err error) error {
 	return err
 }
 
-// settle gives queues and timers of a measurement that ended a moment to drain, so that the next one is not billed for it.
+// settle gives queues and timers of a measurement that ended a moment to drain, so that the next one is not billed
+// for it.
 func settle(ctx context.Context, d time.Duration) {
 	select {
 	case <-ctx.Done():

@@ -140,13 +140,16 @@ func (b *tab) eventually(what, expr string) {
 	b.t.Fatalf("%s: never (%s)", what, expr)
 }
 
-// looks looks at the page in some lights and each width: nothing sticks out to the side, text stands out from its ground.
+// looks looks at the page in some lights and each width: nothing sticks out to the side, text stands out from its
+// ground.
 func (b *tab) looks(url, name string, schemes ...string) {
 	b.t.Helper()
 	for _, scheme := range schemes {
 		for _, width := range []int64{1280, 400} {
 			what := fmt.Sprintf("%s, %s, %d", name, scheme, width)
-			tell(b, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: scheme}}})
+			tell(b, emulation.SetEmulatedMedia,
+				emulation.SetEmulatedMediaParams{
+					Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: scheme}}})
 			b.do(chromedp.EmulateViewport(width, 900), chromedp.Navigate(url), chromedp.WaitVisible(chromedp.CSS("main")))
 			if over := eval[int](b, `document.documentElement.scrollWidth - innerWidth`); over > 0 {
 				b.t.Errorf("%s: %d pixels too wide: %s", what, over, eval[string](b, widest))
@@ -154,16 +157,19 @@ func (b *tab) looks(url, name string, schemes ...string) {
 			if low := eval[[]string](b, faint); len(low) > 0 {
 				b.t.Errorf("%s: hardly legible: %q", what, low)
 			}
-			if dark := eval[bool](b, `lightness(getComputedStyle(document.body).backgroundColor) < .2`); dark != (scheme == "dark") {
+			if dark := eval[bool](b, `lightness(getComputedStyle(document.body).backgroundColor) < .2`); dark !=
+				(scheme == "dark") {
 				b.t.Errorf("%s: the ground is dark: %v", what, dark)
 			}
 			b.quiet(what)
 			if dir := os.Getenv("ZTUN_SHOTS"); dir != "" {
-				for part, shot := range map[string]chromedp.Action[[]byte]{"": chromedp.FullScreenshot(100), "-top": chromedp.CaptureScreenshot()} {
+				for part, shot := range map[string]chromedp.Action[[]byte]{"": chromedp.FullScreenshot(100),
+					"-top": chromedp.CaptureScreenshot()} {
 					if part == "" && name == "hostile" {
 						continue // some are too long for a picture
 					}
-					must(b.t, os.WriteFile(filepath.Join(dir, fmt.Sprintf("%s-%s-%d%s.png", name, scheme, width, part)), get(b, shot), 0o644))
+					must(b.t, os.WriteFile(filepath.Join(dir, fmt.Sprintf("%s-%s-%d%s.png", name, scheme, width, part)),
+						get(b, shot), 0o644))
 				}
 			}
 		}
@@ -173,7 +179,8 @@ func (b *tab) looks(url, name string, schemes ...string) {
 // widest names what sticks out.
 const widest = `[...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".sheet, nav")).slice(0, 3).map(e => e.outerHTML.slice(0, 120)).join(" | ")`
 
-// faint lists texts whose contrast to their ground is below 4.5 (WCAG 2.2, 1.4.3). A ground that lets through is mixed with what is behind it.
+// faint lists texts whose contrast to their ground is below 4.5 (WCAG 2.2, 1.4.3). A ground that lets through is
+// mixed with what is behind it.
 const faint = `
 function parts(c) { const m = c.match(/[\d.]+/g).map(Number); return m.length > 3 ? m : [...m, 1]; }
 function ground(e) {
@@ -215,21 +222,27 @@ func serve(t testing.TB, o admin.AdminOptions) (*admin.Server, string) {
 func busyNode(x string) admin.AdminOptions {
 	now := time.Now()
 	side := func(name string, i int) admin.Side {
-		return admin.Side{Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 1, 0, byte(i)}), uint16(40000+i)), Workload: name + x, Namespace: "default", Identity: "spiffe://cluster.local/ns/default/sa/" + name + x}
+		return admin.Side{Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 1, 0, byte(i)}), uint16(40000+i)),
+			Workload: name + x, Namespace: "default", Identity: "spiffe://cluster.local/ns/default/sa/" + name + x}
 	}
 	var live, ended []admin.Connection
 	for i := range 12 {
-		c := admin.Connection{Pod: "default/web-" + fmt.Sprint(i%3) + x, Direction: "outbound", Protocol: "HBONE", State: "open", Source: side("web", i), Destination: side("shop", 100+i),
-			Service: "shop.default.svc.cluster.local", Start: now.Add(-time.Duration(i*i) * time.Second), Sent: uint64(i) << (3 * i), Received: 1 << (2 * i)}
-		c.Tunnel = admin.Tunnel{Local: netip.AddrPortFrom(c.Source.Address.Addr(), 33000), Remote: netip.AddrPortFrom(c.Destination.Address.Addr(), 15008)}
+		c := admin.Connection{Pod: "default/web-" + fmt.Sprint(i%3) + x, Direction: "outbound", Protocol: "HBONE",
+			State: "open", Source: side("web", i), Destination: side("shop", 100+i),
+			Service: "shop.default.svc.cluster.local", Start: now.Add(-time.Duration(i*i) * time.Second),
+			Sent: uint64(i) << (3 * i), Received: 1 << (2 * i)}
+		c.Tunnel = admin.Tunnel{Local: netip.AddrPortFrom(c.Source.Address.Addr(), 33000),
+			Remote: netip.AddrPortFrom(c.Destination.Address.Addr(), 15008)}
 		if i%5 == 4 {
-			c.Direction, c.Protocol, c.Tunnel, c.Destination.Identity, c.Source.Identity, c.Service = "passthrough", "TCP", admin.Tunnel{}, "", "", ""
+			c.Direction, c.Protocol, c.Tunnel, c.Destination.Identity, c.Source.Identity, c.Service = "passthrough", "TCP",
+				admin.Tunnel{}, "", "", ""
 		}
 		live = append(live, c)
 		c.State, c.End = "ended", now.Add(-time.Duration(i)*time.Minute)
 		c.Outcome = []string{"denied", "failed", "cut", "success"}[i%4]
 		c.Reason = []string{"connection closed due to policy rejection: explicitly denied by: default/no-web" + x,
-			"io error: dial tcp 10.1.0.101:15008: connect: connection refused" + x, "connection closed due to policy change" + x, ""}[i%4]
+			"io error: dial tcp 10.1.0.101:15008: connect: connection refused" + x, "connection closed due to policy change" + x,
+			""}[i%4]
 		ended = append(ended, c)
 	}
 	seq := func(all []admin.Connection) func(func(admin.Connection) bool) {
@@ -243,31 +256,46 @@ func busyNode(x string) admin.AdminOptions {
 	}
 	var n uint64
 	pod := func(i int, state, err string) admin.OverviewPod {
-		return admin.OverviewPod{PodStatus: admin.PodStatus{PodSpec: admin.PodSpec{Name: fmt.Sprintf("web-%d%s", i, x), Namespace: "default", ServiceAccount: "web",
-			IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 1, 0, byte(i)}), netip.MustParseAddr("fd00:1::2")}}, State: state, Error: err, Device: "ztun0",
-			Offload: admin.PodOffload{VNetHdr: true, CSum: true, TSO4: true, TSO6: true}, Connections: admin.PodConnections{Inbound: i, Outbound: 3 * i}}, Tunnels: i, Streams: 2 * i, DialFailures: uint64(i % 2), Memory: int64(i) << 18}
+		return admin.OverviewPod{PodStatus: admin.PodStatus{PodSpec: admin.PodSpec{Name: fmt.Sprintf("web-%d%s", i, x),
+			Namespace: "default", ServiceAccount: "web",
+			IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 1, 0, byte(i)}), netip.MustParseAddr("fd00:1::2")}}, State: state,
+			Error: err, Device: "ztun0",
+			Offload:     admin.PodOffload{VNetHdr: true, CSum: true, TSO4: true, TSO6: true},
+			Connections: admin.PodConnections{Inbound: i, Outbound: 3 * i}}, Tunnels: i, Streams: 2 * i, DialFailures: uint64(
+			i % 2), Memory: int64(i) << 18}
 	}
 	return admin.AdminOptions{
-		Connections: admin.ConnectionSource{Live: seq(live), Ended: seq(ended)}, Ready: admin.NewReady(nil), Dump: func() map[string]admin.Section { return nil },
+		Connections: admin.ConnectionSource{Live: seq(live), Ended: seq(ended)}, Ready: admin.NewReady(nil),
+		Dump: func() map[string]admin.Section {
+			return nil
+		},
 		Meter: admin.NewMeter(func() (out, in admin.Traffic) {
 			n += 7
 			return admin.Traffic{Opened: n * 3, Failed: n / 20, Bytes: n * n * 1000}, admin.Traffic{Opened: n}
 		}),
 		Overview: func() admin.Overview {
-			return admin.Overview{Node: "worker-1" + x, Version: "0.8.0", Started: now.Add(-50 * time.Hour), Source: "https://istiod.istio-system.svc:15012" + x, Connected: true,
+			return admin.Overview{Node: "worker-1" + x, Version: "0.8.0", Started: now.Add(-50 * time.Hour),
+				Source: "https://istiod.istio-system.svc:15012" + x, Connected: true,
 				Workloads: 12345, Services: 678, Policies: 3, Memory: 3 << 20, MemoryBudget: 1 << 30,
-				Pods: []admin.OverviewPod{pod(1, "Up", ""), pod(2, "Up", ""), pod(3, "Pending", "the network namespace /var/run/netns/web-3 is gone"+x)},
-				Certificates: []admin.OverviewCertificate{{Identity: "spiffe://cluster.local/ns/default/sa/web" + x, State: "Available", From: now.Add(-6 * time.Hour), Until: now.Add(18 * time.Hour)},
-					{Identity: "spiffe://cluster.local/ns/default/sa/shop" + x, State: "Available", From: now.Add(-23 * time.Hour), Until: now.Add(time.Hour)},
-					{Identity: "spiffe://cluster.local/ns/default/sa/late" + x, State: "Unavailable: the certificate authority does not answer" + x}},
-				Rules:   []admin.OverviewPolicy{{Namespace: "default", Name: "no-web" + x, Scope: "Namespace", Action: "Deny", Rules: 2}, {Namespace: "istio-system", Name: "mesh" + x, Scope: "Global", Action: "Allow", DryRun: true, Rules: 1}},
-				Missing: []admin.OverviewMissing{{Policy: "default/strict" + x, Workload: "default/web-1" + x, Decision: "skip", Since: now.Add(-time.Minute)}}}
+				Pods: []admin.OverviewPod{pod(1, "Up", ""), pod(2, "Up", ""),
+					pod(3, "Pending", "the network namespace /var/run/netns/web-3 is gone"+x)},
+				Certificates: []admin.OverviewCertificate{{Identity: "spiffe://cluster.local/ns/default/sa/web" + x,
+					State: "Available", From: now.Add(-6 * time.Hour), Until: now.Add(18 * time.Hour)},
+					{Identity: "spiffe://cluster.local/ns/default/sa/shop" + x, State: "Available", From: now.Add(-23 * time.Hour),
+						Until: now.Add(time.Hour)},
+					{Identity: "spiffe://cluster.local/ns/default/sa/late" + x,
+						State: "Unavailable: the certificate authority does not answer" + x}},
+				Rules: []admin.OverviewPolicy{{Namespace: "default", Name: "no-web" + x, Scope: "Namespace", Action: "Deny",
+					Rules: 2}, {Namespace: "istio-system", Name: "mesh" + x, Scope: "Global", Action: "Allow", DryRun: true,
+					Rules: 1}},
+				Missing: []admin.OverviewMissing{{Policy: "default/strict" + x, Workload: "default/web-1" + x, Decision: "skip",
+					Since: now.Add(-time.Minute)}}}
 		},
 	}
 }
 
-// TestNodePage: the page of a busy node, in each light and width, without a complaint of the browser's; it follows what happens, its buttons
-// work, and it says when the daemon is gone.
+// TestNodePage: the page of a busy node, in each light and width, without a complaint of the browser's; it follows
+// what happens, its buttons work, and it says when the daemon is gone.
 func TestNodePage(t *testing.T) {
 	b := open(t)
 	o := busyNode("")
@@ -290,7 +318,8 @@ func TestNodePage(t *testing.T) {
 	// Live: a number changes without a reload, and what one has selected stays.
 	eval[bool](b, `window.stays = true`)
 	before := eval[string](b, `document.getElementById("cards").textContent`)
-	b.eventually("the page follows", fmt.Sprintf(`window.stays && document.getElementById("cards").textContent !== %q`, before))
+	b.eventually("the page follows", fmt.Sprintf(`window.stays && document.getElementById("cards").textContent !== %q`,
+		before))
 	b.do(click("#pause"))
 	paused := eval[string](b, `document.getElementById("who").textContent`)
 	time.Sleep(3 * time.Second)
@@ -346,12 +375,15 @@ func TestNodePageToken(t *testing.T) {
 // TestHostileNames: what peers and the control plane choose is seen as text, and does nothing.
 func TestHostileNames(t *testing.T) {
 	b := open(t)
-	all := strings.Join([]string{`<script>alert(1)</script>`, `"><img src=x onerror=alert(1)>`, `' onmouseover='alert(1)`, `</td></table><iframe src=//evil.example></iframe>`,
+	all := strings.Join([]string{`<script>alert(1)</script>`, `"><img src=x onerror=alert(1)>`, `' onmouseover='alert(1)`,
+		`</td></table><iframe src=//evil.example></iframe>`,
 		`</style></script><svg onload=alert(1)>`, "\u202eturned"}, " ")
 	for _, x := range []string{all, strings.Repeat("long", 200)} {
 		_, url := serve(t, busyNode(x))
 		b.looks(url, "hostile", "dark")
-		if n := eval[int](b, `document.querySelectorAll("main img, main iframe, main script, [onerror], [onload], [onmouseover]").length`); n != 0 {
+		if n := eval[int](b,
+			`document.querySelectorAll("main img, main iframe, main script, [onerror], [onload], [onmouseover]").length`); n !=
+			0 {
 			t.Errorf("%.30q: %d elements of its making", x, n)
 		}
 		if shown := eval[string](b, `document.querySelector("h1").textContent`); !strings.HasPrefix(shown, "worker-1") {
@@ -367,7 +399,8 @@ func TestWithoutScript(t *testing.T) {
 	tell(b, emulation.SetScriptExecutionDisabled, emulation.SetScriptExecutionDisabledParams{Value: true})
 	b.do(chromedp.Navigate(url))
 	text := get(b, chromedp.TextContent(chromedp.CSS("main")))
-	for _, want := range []string{"explicitly denied by: default/no-web", "default/web-1", "spiffe://cluster.local/ns/default/sa/shop", "New connections", "not loaded"} {
+	for _, want := range []string{"explicitly denied by: default/no-web", "default/web-1",
+		"spiffe://cluster.local/ns/default/sa/shop", "New connections", "not loaded"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("%q is not on the page", want)
 		}
@@ -379,7 +412,8 @@ func TestWithoutScript(t *testing.T) {
 	}
 }
 
-// TestForeignPage: a page of another origin can neither read the page nor press its buttons nor frame it, though the browser is on the node.
+// TestForeignPage: a page of another origin can neither read the page nor press its buttons nor frame it, though the
+// browser is on the node.
 func TestForeignPage(t *testing.T) {
 	b := open(t)
 	o := busyNode("")
@@ -401,7 +435,8 @@ func TestForeignPage(t *testing.T) {
 		}
 	}()
 	b.do(chromedp.Navigate("http://" + l.Addr().String() + "/"))
-	read := get(b, chromedp.Evaluate[string](fmt.Sprintf(`fetch(%q).then(r => r.text()).catch(e => "refused: " + e)`, url), chromedp.EvalAwaitPromise))
+	read := get(b, chromedp.Evaluate[string](fmt.Sprintf(`fetch(%q).then(r => r.text()).catch(e => "refused: " + e)`, url),
+		chromedp.EvalAwaitPromise))
 	if !strings.HasPrefix(read, "refused") {
 		t.Errorf("a foreign page read %.100q", read)
 	}

@@ -78,14 +78,16 @@ func world(t *testing.T) (*lab.World, context.Context) {
 	return w, ctx
 }
 
-// TestRealNode: the page of a running daemon shows its pod, the connection, its tunnel, its certificate, and what was refused and why.
+// TestRealNode: the page of a running daemon shows its pod, the connection, its tunnel, its certificate, and what was
+// refused and why.
 func TestRealNode(t *testing.T) {
 	w, _ := world(t)
 	url := forward(t, w.N1.NS, "127.0.0.1:15000")
 	b := open(t) // ends before what it is connected to
 	b.looks(url, "real", "light")
 	text := get(b, chromedp.TextContent(chromedp.CSS("main")))
-	for _, want := range []string{"default/a", "from a file", "called as 10.91.2.2:9000", "default/c", "HBONE", "spiffe://cluster.local/ns/default/sa/a", "valid", "10.91.2.2:15008", "failed", "refused"} {
+	for _, want := range []string{"default/a", "from a file", "called as 10.91.2.2:9000", "default/c", "HBONE",
+		"spiffe://cluster.local/ns/default/sa/a", "valid", "10.91.2.2:15008", "failed", "refused"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("%q is not on the page: %s", want, text)
 		}
@@ -94,7 +96,8 @@ func TestRealNode(t *testing.T) {
 	b.quiet("live")
 }
 
-// TestControlPage: the page of a running `ztun control` shows what is published, and that a node that has joined is not there.
+// TestControlPage: the page of a running `ztun control` shows what is published, and that a node that has joined is
+// not there.
 func TestControlPage(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	t.Cleanup(cancel)

@@ -74,7 +74,8 @@ func functions(t *testing.T, dir string) map[string]bool {
 	return found
 }
 
-// TestTables: every number of both checklists is there exactly once, in order; what is proved names a test, and every test that is named exists.
+// TestTables: every number of both checklists is there exactly once, in order; what is proved names a test, and every
+// test that is named exists.
 func TestTables(t *testing.T) {
 	text, err := os.ReadFile("checklist.md")
 	if err != nil {

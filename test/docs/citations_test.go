@@ -15,7 +15,8 @@ import (
 
 const root = "../.."
 
-// A citation of a specification: "spec dataplane 8.6", "spec/controlplane.md 2.5", or "spec 10.2" where the package goes without saying.
+// A citation of a specification: "spec dataplane 8.6", "spec/controlplane.md 2.5", or "spec 10.2" where the package
+// goes without saying.
 var (
 	specCitation   = regexp.MustCompile(`\bspec(?:[/ ](dataplane|controlplane)(?:\.md)?)?,? (?:section )?(\d+(?:\.\d+)*)(?:-(\d+))?\b`)
 	designCitation = regexp.MustCompile(`\bdesign(?:\.md)? section (\d+)(?:, lesson (\d+))?`)
@@ -23,16 +24,19 @@ var (
 	listCitation   = regexp.MustCompile(`\bchecklist (\d+)`)
 )
 
-// longestList is how many assertions the longer of the two checklists has (docs/spec/dataplane.md, appendix D; test/checklist has both).
+// longestList is how many assertions the longer of the two checklists has (docs/spec/dataplane.md, appendix D;
+// test/checklist has both).
 const longestList = 153
 
 // home is the specification that is meant where none is named, by directory; the longest prefix counts.
 var home = map[string]string{
-	"": "dataplane", "admin": "controlplane", "cmd": "controlplane", "proxy/dns": "controlplane", "proxy/state": "controlplane",
-	"admin/ca": "dataplane", "test": "controlplane",
+	"": "dataplane", "admin": "controlplane", "cmd": "controlplane", "proxy/dns": "controlplane",
+	"proxy/state": "controlplane",
+	"admin/ca":    "dataplane", "test": "controlplane",
 }
 
-// places are the numbers of a document that can be cited: its headings, and the items of its numbered lists as SECTION.ITEM.
+// places are the numbers of a document that can be cited: its headings, and the items of its numbered lists as
+// SECTION.ITEM.
 func places(t *testing.T, path string) map[string]bool {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join(root, path))
@@ -63,13 +67,15 @@ func sources(t *testing.T) []string {
 		t.Fatal(err)
 	}
 	return slices.DeleteFunc(strings.Fields(string(out)), func(f string) bool {
-		return strings.HasPrefix(f, "docs/spec/") || strings.HasPrefix(f, "docs/samples/") || strings.HasSuffix(f, ".pb.go") || strings.HasPrefix(f, "test/docs/")
+		return strings.HasPrefix(f, "docs/spec/") || strings.HasPrefix(f, "docs/samples/") ||
+			strings.HasSuffix(f, ".pb.go") || strings.HasPrefix(f, "test/docs/")
 	})
 }
 
 // TestCitations: whoever follows a comment finds the place, in this repository.
 func TestCitations(t *testing.T) {
-	spec := map[string]map[string]bool{"dataplane": places(t, "docs/spec/dataplane.md"), "controlplane": places(t, "docs/spec/controlplane.md")}
+	spec := map[string]map[string]bool{"dataplane": places(t, "docs/spec/dataplane.md"),
+		"controlplane": places(t, "docs/spec/controlplane.md")}
 	design := places(t, "docs/design.md")
 	n := 0
 	for _, file := range sources(t) {
@@ -108,11 +114,13 @@ func TestCitations(t *testing.T) {
 			}
 			for _, m := range sampleCitation.FindAllStringSubmatch(line, -1) {
 				n++
-				if files, _ := filepath.Glob(filepath.Join(root, "docs/samples", m[1])); len(files) == 0 && !strings.Contains(m[1], "{") {
+				if files, _ := filepath.Glob(filepath.Join(root, "docs/samples", m[1])); len(files) == 0 &&
+					!strings.Contains(m[1], "{") {
 					t.Errorf("%s: %q is not in docs/samples", at, m[0])
 				}
 			}
-			if strings.Contains(line, "shared/spec") || strings.Contains(line, "shared/design") || strings.Contains(line, "shared/samples") || strings.Contains(line, "shared/istio") {
+			if strings.Contains(line, "shared/spec") || strings.Contains(line, "shared/design") ||
+				strings.Contains(line, "shared/samples") || strings.Contains(line, "shared/istio") {
 				t.Errorf("%s: refers to a place outside of the repository: %s", at, strings.TrimSpace(line))
 			}
 		}

@@ -56,8 +56,8 @@ func askEvery(ctx context.Context, beat, d time.Duration, f func(context.Context
 	return a
 }
 
-// TestAttackHalfOpen: a pod and a host hold half-open requests to the node's HTTP ports, a process on the node to its loopback port; probes,
-// scrapes and dumps are answered all the while, and the mesh does not notice.
+// TestAttackHalfOpen: a pod and a host hold half-open requests to the node's HTTP ports, a process on the node to its
+// loopback port; probes, scrapes and dumps are answered all the while, and the mesh does not notice.
 func TestAttackHalfOpen(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	n1 := netip.AddrPortFrom(m.N1.Addr4, lab.ReadyPort)
@@ -81,7 +81,8 @@ func TestAttackHalfOpen(t *testing.T) {
 				}
 			})
 		}
-		for port, path := range map[int]string{lab.ReadyPort: "/healthz/ready", lab.StatsPort: "/metrics", lab.AdminPort: "/logging"} {
+		for port, path := range map[int]string{lab.ReadyPort: "/healthz/ready", lab.StatsPort: "/metrics",
+			lab.AdminPort: "/logging"} {
 			wg.Go(func() {
 				time.Sleep(500 * time.Millisecond)
 				got := askEvery(ctx, 100*time.Millisecond, 5*time.Second, func(ctx context.Context) error {
@@ -100,7 +101,8 @@ func TestAttackHalfOpen(t *testing.T) {
 				})
 				t.Logf("%d: %d requests, %d failed, at most %v", port, len(got.took), len(got.failed), got.max())
 				if len(got.failed) > 0 || len(got.took) < 10 {
-					t.Errorf("%d: %d of %d requests failed: %v", port, len(got.failed), len(got.took), errors.Join(got.failed[:min(3, len(got.failed))]...))
+					t.Errorf("%d: %d of %d requests failed: %v", port, len(got.failed), len(got.took),
+						errors.Join(got.failed[:min(3, len(got.failed))]...))
 				}
 			})
 		}
@@ -108,8 +110,8 @@ func TestAttackHalfOpen(t *testing.T) {
 	}})
 }
 
-// TestAttackBrowser: what a web page on the node can send neither ends the daemon nor reads or changes anything; with a token, neither does
-// a local user without it.
+// TestAttackBrowser: what a web page on the node can send neither ends the daemon nor reads or changes anything; with
+// a token, neither does a local user without it.
 func TestAttackBrowser(t *testing.T) {
 	token := filepath.Join(t.TempDir(), "token")
 	must(t, os.WriteFile(token, []byte("s3cret\n"), 0o600))
@@ -135,7 +137,8 @@ func TestAttackBrowser(t *testing.T) {
 		for _, path := range []string{"/quitquitquit", "/logging?level=off"} {
 			url := fmt.Sprintf("http://%s:%d%s", host, lab.AdminPort, path)
 			for _, h := range [][]string{
-				{"Host", "evil.example"}, {"Origin", "http://evil.example"}, {"Origin", "null"}, {"Sec-Fetch-Site", "cross-site"}, {"Referer", "http://evil.example/"},
+				{"Host", "evil.example"}, {"Origin", "http://evil.example"}, {"Origin", "null"}, {"Sec-Fetch-Site", "cross-site"},
+				{"Referer", "http://evil.example/"},
 			} {
 				if got := send("POST", url, append(h, "Authorization", "Bearer s3cret")...); got != 403 {
 					t.Errorf("POST %s with %v: %d", url, h, got)
@@ -145,7 +148,8 @@ func TestAttackBrowser(t *testing.T) {
 				t.Errorf("POST %s without the token: %d", url, got)
 			}
 		}
-		if got := send("GET", fmt.Sprintf("http://%s:%d/config_dump", host, lab.AdminPort), "Host", "rebound.example:15000"); got != 403 {
+		if got := send("GET", fmt.Sprintf("http://%s:%d/config_dump", host, lab.AdminPort), "Host",
+			"rebound.example:15000"); got != 403 {
 			t.Errorf("a rebound name reads the dump: %d", got)
 		}
 	}
@@ -164,7 +168,8 @@ func TestAttackBrowser(t *testing.T) {
 	}
 }
 
-// nodeRequest asks the control plane for a certificate of the node's proxy, over a connection of its own, as the daemon of a node that starts does.
+// nodeRequest asks the control plane for a certificate of the node's proxy, over a connection of its own, as the
+// daemon of a node that starts does.
 func (c *controlled) nodeRequest(n *lab.Node) func(context.Context) error {
 	c.t.Helper()
 	dir := c.Path("cred-" + n.Name)
@@ -174,33 +179,38 @@ func (c *controlled) nodeRequest(n *lab.Node) func(context.Context) error {
 	must(c.t, err)
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(rootPEM)
-	_, csr, err := ca.NewRequest(identity.ID{TrustDomain: "cluster.local", Namespace: "istio-system", ServiceAccount: "ztunnel"})
+	_, csr, err := ca.NewRequest(identity.ID{TrustDomain: "cluster.local", Namespace: "istio-system",
+		ServiceAccount: "ztunnel"})
 	must(c.t, err)
-	req := &citadelpb.IstioCertificateRequest{Csr: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr})), ValidityDuration: 3600}
+	req := &citadelpb.IstioCertificateRequest{
+		Csr: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr})), ValidityDuration: 3600}
 	return func(ctx context.Context) error {
 		ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 		defer cancel()
 		address := fmt.Sprintf("%s:%d", c.N1.Addr4, controlPort)
-		cc, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{RootCAs: roots})),
+		cc, err := grpc.NewClient("passthrough:///"+address,
+			grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{RootCAs: roots})),
 			grpc.WithContextDialer(func(ctx context.Context, a string) (net.Conn, error) { return n.NS.Dial(ctx, "tcp", a) }))
 		if err != nil {
 			return err
 		}
 		defer cc.Close()
-		_, err = citadelpb.NewIstioCertificateServiceClient(cc).CreateCertificate(metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+string(token)), req)
+		_, err = citadelpb.NewIstioCertificateServiceClient(cc).CreateCertificate(metadata.AppendToOutgoingContext(ctx,
+			"authorization", "Bearer "+string(token)), req)
 		return err
 	}
 }
 
-// TestAttackControl: 3,600 silent connections per second to the control plane's port; a node's requests, each over a new connection and from the
-// attacker's own network, all succeed in time.
+// TestAttackControl: 3,600 silent connections per second to the control plane's port; a node's requests, each over a
+// new connection and from the attacker's own network, all succeed in time.
 func TestAttackControl(t *testing.T) {
 	c := newControlled(t, false, nil)
 	request := c.nodeRequest(c.N2)
 	check := func(a *requests, phase string) {
 		t.Logf("%s: %d requests, %d failed, p99 %v", phase, len(a.took), len(a.failed), a.p99())
 		if len(a.failed) > 0 || len(a.took) < 20 {
-			t.Errorf("%s: %d of %d requests failed: %v", phase, len(a.failed), len(a.took), errors.Join(a.failed[:min(3, len(a.failed))]...))
+			t.Errorf("%s: %d of %d requests failed: %v", phase, len(a.failed), len(a.took),
+				errors.Join(a.failed[:min(3, len(a.failed))]...))
 		}
 	}
 	const beat = 50 * time.Millisecond
@@ -211,7 +221,8 @@ func TestAttackControl(t *testing.T) {
 		ctx, stop := context.WithCancel(c.ctx)
 		var attacker sync.WaitGroup
 		attacker.Go(func() {
-			stood, ended := c.hold(ctx, c.h1.NS, opener{To: always(netip.AddrPortFrom(c.N1.Addr4, controlPort)), Rate: 3600, Max: 6000})
+			stood, ended := c.hold(ctx, c.h1.NS, opener{To: always(netip.AddrPortFrom(c.N1.Addr4, controlPort)), Rate: 3600,
+				Max: 6000})
 			t.Logf("%d silent connections, %d were ended", stood, ended)
 			if stood < 4200 {
 				t.Errorf("%d silent connections are no attack", stood)
@@ -235,8 +246,9 @@ func TestAttackControl(t *testing.T) {
 	}
 }
 
-// TestAttackLeave: the certificates of a node that has left are good for nothing within seconds, on nodes that were not restarted: its pods' open
-// tunnels are cut and new ones refused, and the control plane hears it no more. The other node's connections go on.
+// TestAttackLeave: the certificates of a node that has left are good for nothing within seconds, on nodes that were
+// not restarted: its pods' open tunnels are cut and new ones refused, and the control plane hears it no more. The
+// other node's connections go on.
 func TestAttackLeave(t *testing.T) {
 	c := newControlled(t, false, nil)
 	echo := func(from *lab.NS) (net.Conn, error) {

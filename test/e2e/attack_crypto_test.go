@@ -12,12 +12,13 @@ import (
 	"ztun/test/lab"
 )
 
-// TestAttackCrypto: a stranger does whole TLS handshakes with a pod, one after the other on eight connections at once, and never shows a certificate.
+// TestAttackCrypto: a stranger does whole TLS handshakes with a pod, one after the other on eight connections at
+// once, and never shows a certificate.
 func TestAttackCrypto(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	d := m.another(m.N2, "d")
-	// The attacker computes as much as the daemon does, on the bystander's two processors. That makes p50 three times calm; handshakes that compute
-	// whenever they like, ten times (41 ms).
+	// The attacker computes as much as the daemon does, on the bystander's two processors. That makes p50 three times
+	// calm; handshakes that compute whenever they like, ten times (41 ms).
 	m.attack(attackOptions{Name: "handshakes", Ratio: 6, Median: 6, Attack: func(ctx context.Context) {
 		var n atomic.Int64
 		var wg sync.WaitGroup

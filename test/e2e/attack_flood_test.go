@@ -14,10 +14,11 @@ import (
 	"ztun/test/lab"
 )
 
-// What all pods of a node share is the listener of 15008, the node's TUN device and whoever reads it. These attacks go at them; the bystander's way is to
-// another pod of the node than the one that is attacked.
+// What all pods of a node share is the listener of 15008, the node's TUN device and whoever reads it. These attacks
+// go at them; the bystander's way is to another pod of the node than the one that is attacked.
 
-// TestAttackMeshSYNFlood: spoofed SYNs to a pod's 15008, which one socket of the kernel's answers for all pods of the node.
+// TestAttackMeshSYNFlood: spoofed SYNs to a pod's 15008, which one socket of the kernel's answers for all pods of the
+// node.
 func TestAttackMeshSYNFlood(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	d := m.another(m.N2, "d")
@@ -30,8 +31,8 @@ func TestAttackMeshSYNFlood(t *testing.T) {
 	}})
 }
 
-// TestAttackUDPFlood: datagrams from the network that no pod asked for, and first fragments of packets that never become whole; each goes by the node's TUN
-// device, as the bystander's plaintext connections to another pod do.
+// TestAttackUDPFlood: datagrams from the network that no pod asked for, and first fragments of packets that never
+// become whole; each goes by the node's TUN device, as the bystander's plaintext connections to another pod do.
 func TestAttackUDPFlood(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	d := m.another(m.N2, "d")
@@ -67,8 +68,8 @@ func TestAttackPodUDP(t *testing.T) {
 	}})
 }
 
-// TestAttackSYNFlood: spoofed SYNs from the network to the open plaintext ports of a pod, whose answers go nowhere. Its own connections and its clients
-// notice nothing, and its application sees none of them.
+// TestAttackSYNFlood: spoofed SYNs from the network to the open plaintext ports of a pod, whose answers go nowhere.
+// Its own connections and its clients notice nothing, and its application sees none of them.
 func TestAttackSYNFlood(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	spoof := netip.MustParsePrefix("10.200.0.0/16")
@@ -77,7 +78,8 @@ func TestAttackSYNFlood(t *testing.T) {
 	var open []netip.AddrPort
 	for _, port := range []uint16{9000, 9100, 9200} {
 		if port != 9000 {
-			m.background(m.c.NS, `"listening"`, bins.ztload, "serve", "-listen", fmt.Sprintf(":%d", port), "-byte", fmt.Sprintf(":%d", port+1))
+			m.background(m.c.NS, `"listening"`, bins.ztload, "serve", "-listen", fmt.Sprintf(":%d", port), "-byte",
+				fmt.Sprintf(":%d", port+1))
 		}
 		open = append(open, netip.AddrPortFrom(m.c.V4(), port), netip.AddrPortFrom(m.c.V4(), port+1))
 	}
@@ -93,21 +95,26 @@ func TestAttackSYNFlood(t *testing.T) {
 		}
 	}
 	const calm, beside = 2 * time.Second, 5 * time.Second
-	m.attack(attackOptions{Name: "SYN flood at plaintext ports", Calm: calm, Beside: beside, From: m.c, To: m.b, Attack: flood})
-	m.attack(attackOptions{Name: "SYN flood at plaintext ports, beside a client", Calm: calm, Beside: beside, From: &lab.Pod{NS: m.h1.NS, IPs: m.h1.IPs}, To: m.c, Attack: flood})
+	m.attack(attackOptions{Name: "SYN flood at plaintext ports", Calm: calm, Beside: beside, From: m.c, To: m.b,
+		Attack: flood})
+	m.attack(attackOptions{Name: "SYN flood at plaintext ports, beside a client", Calm: calm, Beside: beside,
+		From: &lab.Pod{NS: m.h1.NS, IPs: m.h1.IPs}, To: m.c, Attack: flood})
 	// Truth for those who mean it: a port that nobody listens on refuses.
 	if c, err := m.h1.NS.Dial(m.ctx, "tcp", lab.HostPort(m.c.V4(), 9)); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("closed port: %v %v", c, err)
 	}
 }
 
-// TestAttackDeadTargets: a pod connects to thousands of addresses that do not answer (a crawler, a scraper with a stale list); its other connections go on.
+// TestAttackDeadTargets: a pod connects to thousands of addresses that do not answer (a crawler, a scraper with a
+// stale list); its other connections go on.
 func TestAttackDeadTargets(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	dead := netip.MustParsePrefix("10.93.0.0/16")
 	must(t, m.IP(m.ctx, m.N1.NS, "route add blackhole "+dead.String()))
 	m.attack(attackOptions{Name: "dead targets", From: m.a, Attack: func(ctx context.Context) {
-		stood, _ := m.hold(ctx, m.a.NS, opener{To: func(i int) netip.AddrPort { return netip.AddrPortFrom(nth(dead, i), 80) }, Rate: 800, Max: 6000, First: []byte("x")})
+		stood, _ := m.hold(ctx, m.a.NS, opener{To: func(i int) netip.AddrPort {
+			return netip.AddrPortFrom(nth(dead, i), 80)
+		}, Rate: 800, Max: 6000, First: []byte("x")})
 		if stood != 0 {
 			t.Errorf("%d of the dead answer", stood)
 		}
@@ -119,7 +126,8 @@ func TestAttackDeadTargets(t *testing.T) {
 	}
 }
 
-// TestAttackSources: a pod calls from addresses that it invents. Nothing of that leaves it, and no tunnel is made for it.
+// TestAttackSources: a pod calls from addresses that it invents. Nothing of that leaves it, and no tunnel is made for
+// it.
 func TestAttackSources(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	for _, p := range []struct {
@@ -128,16 +136,17 @@ func TestAttackSources(t *testing.T) {
 	}{{"10.77.0.0/16", m.c.V4()}, {"fd77::/64", m.c.V6()}} {
 		prefix := netip.MustParsePrefix(p.invented)
 		m.invent(m.a.NS, prefix)
-		m.attack(attackOptions{Name: "invented sources " + p.invented, Calm: 2 * time.Second, Beside: 5 * time.Second, Attack: func(ctx context.Context) {
-			stood, _ := m.hold(ctx, m.a.NS, opener{
-				To:   always(netip.AddrPortFrom(p.to, 9000)),
-				From: func(i int) netip.AddrPort { return netip.AddrPortFrom(nth(prefix, i), 0) },
-				Rate: 300, Max: 3000, First: []byte("x"),
-			})
-			if stood != 0 {
-				t.Errorf("%d connections from invented addresses stood", stood)
-			}
-		}})
+		m.attack(attackOptions{Name: "invented sources " + p.invented, Calm: 2 * time.Second, Beside: 5 * time.Second,
+			Attack: func(ctx context.Context) {
+				stood, _ := m.hold(ctx, m.a.NS, opener{
+					To:   always(netip.AddrPortFrom(p.to, 9000)),
+					From: func(i int) netip.AddrPort { return netip.AddrPortFrom(nth(prefix, i), 0) },
+					Rate: 300, Max: 3000, First: []byte("x"),
+				})
+				if stood != 0 {
+					t.Errorf("%d connections from invented addresses stood", stood)
+				}
+			}})
 	}
 	x, err := m.N1.Daemon.Metrics(m.ctx)
 	must(t, err)

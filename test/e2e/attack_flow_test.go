@@ -179,7 +179,8 @@ func TestAttackMemory(t *testing.T) {
 			grew := now.rss - before[i].rss
 			t.Logf("%s: %d connections, %d MiB", now.d.Node.Name, len(open), grew>>20)
 			if grew > most {
-				t.Errorf("%s grew by %d MiB for %d connections that read nothing, want %d at most", now.d.Node.Name, grew>>20, len(open), most>>20)
+				t.Errorf("%s grew by %d MiB for %d connections that read nothing, want %d at most", now.d.Node.Name, grew>>20,
+					len(open), most>>20)
 			}
 			if x, err := now.d.Metrics(m.ctx); err != nil || x.Sum("ztun_bounded_total") == 0 {
 				t.Errorf("%s does not say that memory is tight (%v)", now.d.Node.Name, err)

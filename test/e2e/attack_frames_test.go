@@ -12,20 +12,23 @@ import (
 	"ztun/test/lab"
 )
 
-// TestAttackFrames: mesh members send frames that serve nothing, as fast as they can, over tunnels to the bystander's server: of each kind, on streams that
-// are over and on the connection, and requests that are refused whose answers they do not read. Each is cut off for it, and counted.
+// TestAttackFrames: mesh members send frames that serve nothing, as fast as they can, over tunnels to the bystander's
+// server: of each kind, on streams that are over and on the connection, and requests that are refused whose answers
+// they do not read. Each is cut off for it, and counted.
 func TestAttackFrames(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	authority := lab.HostPort(m.c.V4(), 9)
 	kinds := map[string]func(fr *http2.Framer) error{
-		"WINDOW_UPDATE":           func(fr *http2.Framer) error { return fr.WriteWindowUpdate(0, 1) },
-		"WINDOW_UPDATE, late":     func(fr *http2.Framer) error { return fr.WriteWindowUpdate(1, 1) },
-		"RST_STREAM, late":        func(fr *http2.Framer) error { return fr.WriteRSTStream(1, http2.ErrCodeCancel) },
-		"DATA, late":              func(fr *http2.Framer) error { return fr.WriteData(1, false, []byte("x")) },
-		"DATA that is padding":    func(fr *http2.Framer) error { return fr.WriteDataPadded(3, false, nil, make([]byte, 3)) },
-		"PING":                    func(fr *http2.Framer) error { return fr.WritePing(false, [8]byte{1}) },
-		"SETTINGS":                func(fr *http2.Framer) error { return fr.WriteSettings() },
-		"PRIORITY":                func(fr *http2.Framer) error { return fr.WritePriority(3, http2.PriorityParam{StreamDep: 5}) },
+		"WINDOW_UPDATE":        func(fr *http2.Framer) error { return fr.WriteWindowUpdate(0, 1) },
+		"WINDOW_UPDATE, late":  func(fr *http2.Framer) error { return fr.WriteWindowUpdate(1, 1) },
+		"RST_STREAM, late":     func(fr *http2.Framer) error { return fr.WriteRSTStream(1, http2.ErrCodeCancel) },
+		"DATA, late":           func(fr *http2.Framer) error { return fr.WriteData(1, false, []byte("x")) },
+		"DATA that is padding": func(fr *http2.Framer) error { return fr.WriteDataPadded(3, false, nil, make([]byte, 3)) },
+		"PING":                 func(fr *http2.Framer) error { return fr.WritePing(false, [8]byte{1}) },
+		"SETTINGS":             func(fr *http2.Framer) error { return fr.WriteSettings() },
+		"PRIORITY": func(fr *http2.Framer) error {
+			return fr.WritePriority(3, http2.PriorityParam{StreamDep: 5})
+		},
 		"GOAWAY":                  func(fr *http2.Framer) error { return fr.WriteGoAway(0, http2.ErrCodeNo, nil) },
 		"a kind that nobody uses": func(fr *http2.Framer) error { return fr.WriteRawFrame(99, 0, 0, nil) },
 	}

@@ -11,15 +11,18 @@ import (
 )
 
 const (
-	// attackFloor is what a p99 is never held to be below, and what the machine's own pauses may amount to where a p99 is judged by its growth.
+	// attackFloor is what a p99 is never held to be below, and what the machine's own pauses may amount to where a p99
+	// is judged by its growth.
 	attackFloor = 5 * time.Millisecond
-	// attackIdle is the part of the processors that must be left over where a p99 is judged by its growth: without it, whoever queues waits.
+	// attackIdle is the part of the processors that must be left over where a p99 is judged by its growth: without it,
+	// whoever queues waits.
 	attackIdle = 0.1
-	// attackStolen is the part of the processors that a hypervisor may have taken where any time is judged: it takes it in pauses, and a processor that
-	// was away for 0.9 s (seen) holds up whoever ran on it, and the peer's retransmissions after that.
+	// attackStolen is the part of the processors that a hypervisor may have taken where any time is judged: it takes it
+	// in pauses, and a processor that was away for 0.9 s (seen) holds up whoever ran on it, and the peer's
+	// retransmissions after that.
 	attackStolen = 0.02
-	// attackCeiling is what a p99 may be on a machine that is its own, however busy: the loss of one SYN (1 s, RFC 6298) and of the next. Who is shut out waits
-	// longer, or fails.
+	// attackCeiling is what a p99 may be on a machine that is its own, however busy: the loss of one SYN (1 s, RFC 6298)
+	// and of the next. Who is shut out waits longer, or fails.
 	attackCeiling = 3 * time.Second
 )
 
@@ -53,8 +56,8 @@ const (
 	shutOut                 // it is so slow that no machine explains it
 )
 
-// judge one round: the ratio of p99 beside the attack to that of calm (and of p50, where median is not 0) decides on a quiet machine, the ceiling on
-// any that nobody else has.
+// judge one round: the ratio of p99 beside the attack to that of calm (and of p50, where median is not 0) decides on
+// a quiet machine, the ceiling on any that nobody else has.
 func judge(calm, beside seen, ratio, median float64) (v verdict, why string) {
 	p99 := max(grown(beside.Connects.P99, calm.Connects.P99), grown(beside.Echoes.P99, calm.Echoes.P99))
 	p50 := max(grown(beside.Connects.P50, calm.Connects.P50), grown(beside.Echoes.P50, calm.Echoes.P50))
@@ -88,7 +91,8 @@ func readTicks() (ticks, error) {
 	}
 	line, _, _ := strings.Cut(string(b), "\n")
 	var user, nice, system, idle, iowait, irq, softirq, steal uint64
-	if _, err := fmt.Sscanf(line, "cpu %d %d %d %d %d %d %d %d", &user, &nice, &system, &idle, &iowait, &irq, &softirq, &steal); err != nil {
+	if _, err := fmt.Sscanf(line, "cpu %d %d %d %d %d %d %d %d", &user, &nice, &system, &idle, &iowait, &irq, &softirq,
+		&steal); err != nil {
 		return ticks{}, fmt.Errorf("/proc/stat: %w: %q", err, line)
 	}
 	return ticks{idle + iowait, steal, user + nice + system + idle + iowait + irq + softirq + steal}, nil
@@ -123,7 +127,8 @@ func TestJudge(t *testing.T) {
 		{"as before while all is slow", phase(2, 60, 12, 0), phase(3, 90, 12, 0), 3, 0, fair},
 		{"beyond the ceiling while all is slow", phase(2, 2000, 50, 0), phase(3, 3100, 50, 0), 3, 0, shutOut},
 		{"slower while processors are stolen", phase(2, 6, 1, 0.8), stolen(phase(3, 60, 1, 0.5)), 3, 0, unproven},
-		{"beyond the ceiling while processors are stolen", phase(2, 6, 1, 0.8), stolen(phase(3, 3100, 1, 0.5)), 3, 0, unproven},
+		{"beyond the ceiling while processors are stolen", phase(2, 6, 1, 0.8), stolen(phase(3, 3100, 1, 0.5)), 3, 0,
+			unproven},
 	} {
 		if got, why := judge(c.calm, c.beside, c.ratio, c.median); got != c.want {
 			t.Errorf("%s: %v, not %v: %s", c.name, got, c.want, why)

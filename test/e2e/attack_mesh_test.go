@@ -10,8 +10,9 @@ import (
 	"ztun/test/lab"
 )
 
-// TestAttackResets: mesh members open streams and reset them at once, thousands a second, over tunnels to the bystander's server;
-// each tunnel is closed for it, and the member makes the next one. What passes beside them stays secret.
+// TestAttackResets: mesh members open streams and reset them at once, thousands a second, over tunnels to the
+// bystander's server; each tunnel is closed for it, and the member makes the next one. What passes beside them stays
+// secret.
 func TestAttackResets(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	m.attack(attackOptions{Name: "rapid resets", Witness: true, Attack: func(ctx context.Context) {
@@ -54,8 +55,9 @@ func TestAttackJunk(t *testing.T) {
 	}})
 }
 
-// TestAttackers: the attackers of these tests do what they say, seen by a capture and by the kernel's own TCP: spoofed SYNs of both families that a listener
-// answers, datagrams that arrive, connections from invented addresses, and connects that nobody answers.
+// TestAttackers: the attackers of these tests do what they say, seen by a capture and by the kernel's own TCP:
+// spoofed SYNs of both families that a listener answers, datagrams that arrive, connections from invented addresses,
+// and connects that nobody answers.
 func TestAttackers(t *testing.T) {
 	m := newMesh(t, meshOptions{noStart: true})
 	m.serve(m.h2.NS)
@@ -66,7 +68,9 @@ func TestAttackers(t *testing.T) {
 		defer cancel()
 		f(ctx)
 	}
-	must(t, m.IP(m.ctx, m.N2.NS, "route add 10.200.0.0/16 via "+m.N1.Addr4.String(), "route add fd77::/64 via "+m.N1.Addr6.String())) // where answers go
+	// where answers go
+	must(t, m.IP(m.ctx, m.N2.NS, "route add 10.200.0.0/16 via "+m.N1.Addr4.String(), "route add fd77::/64 via "+
+		m.N1.Addr6.String()))
 	spoof4, spoof6 := netip.MustParsePrefix("10.200.0.0/16"), netip.MustParsePrefix("fd77::/64")
 	for _, c := range []struct {
 		spoof netip.Prefix
@@ -89,7 +93,8 @@ func TestAttackers(t *testing.T) {
 	must(t, m.IP(m.ctx, m.N2.NS, "route add 10.77.0.0/20 via "+m.N1.Addr4.String()))
 	run(func(ctx context.Context) {
 		from := func(i int) netip.AddrPort { return netip.AddrPortFrom(nth(invented, i), 0) }
-		stood, ended := m.hold(ctx, m.h1.NS, opener{To: always(netip.AddrPortFrom(m.h2.V4(), 9001)), From: from, Rate: 100, First: []byte("x")})
+		stood, ended := m.hold(ctx, m.h1.NS, opener{To: always(netip.AddrPortFrom(m.h2.V4(), 9001)), From: from, Rate: 100,
+			First: []byte("x")})
 		if stood < 50 || ended < 50 {
 			t.Errorf("%d connections from invented addresses stood, %d had their byte and end", stood, ended)
 		}

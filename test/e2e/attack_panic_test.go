@@ -17,9 +17,9 @@ const (
 	faultOutbound, faultStream, faultPassthrough, faultReader = 6661, 6662, 6663, 6664
 )
 
-// TestAttackPanics: somebody has found out how to make a daemon panic, and does so 60 times a second, in an outbound connection, in a
-// request of a tunnel and in a plaintext connection. Each panic ends the connection that it came from and nothing else. The daemons are
-// of a build that panics where a port says so.
+// TestAttackPanics: somebody has found out how to make a daemon panic, and does so 60 times a second, in an outbound
+// connection, in a request of a tunnel and in a plaintext connection. Each panic ends the connection that it came
+// from and nothing else. The daemons are of a build that panics where a port says so.
 func TestAttackPanics(t *testing.T) {
 	bin, err := lab.Build(t.Context(), t.TempDir(), "./cmd/ztun", "-tags", "ztun_faults")
 	must(t, err)
@@ -59,7 +59,8 @@ func TestAttackPanics(t *testing.T) {
 		t.Errorf("%d panics were counted in %d rounds: these are no attacks", caught, asked)
 	}
 
-	// In a reader, which all of a pod's packets, or those of all pods of the node, go through: the pod that it was at is lost, the others go on.
+	// In a reader, which all of a pod's packets, or those of all pods of the node, go through: the pod that it was at is
+	// lost, the others go on.
 	m.attack(attackOptions{Name: "panics of readers", NoMemory: true, Attack: func(ctx context.Context) {
 		for _, from := range []struct {
 			ns *lab.NS

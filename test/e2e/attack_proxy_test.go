@@ -28,8 +28,8 @@ func (m *mesh) fewLines(text string, n int) {
 	}
 }
 
-// TestAttackHandshakes: strangers open hundreds of connections to a pod's 15008, send the first byte of a handshake and wait, each again
-// as soon as it is let go. New tunnels to the pod go on, and the log does not grow with them.
+// TestAttackHandshakes: strangers open hundreds of connections to a pod's 15008, send the first byte of a handshake
+// and wait, each again as soon as it is let go. New tunnels to the pod go on, and the log does not grow with them.
 func TestAttackHandshakes(t *testing.T) {
 	m := newMesh(t, meshOptions{env: freshTunnels})
 	m.attack(attackOptions{Name: "handshakes that wait", Tunnels: 40, Attack: func(ctx context.Context) {
@@ -66,7 +66,8 @@ func refusePrincipal(m *mesh) {
 	must(m.t, m.WriteWorld(f))
 }
 
-// refusedRequests sends CONNECTs that policy refuses, rate a second over each of a few tunnels, with baggage, and tells how many were answered 401.
+// refusedRequests sends CONNECTs that policy refuses, rate a second over each of a few tunnels, with baggage, and
+// tells how many were answered 401.
 func (m *mesh) refusedRequests(ctx context.Context, rate float64, baggage func() string) (refused int) {
 	var work sync.WaitGroup
 	var mu sync.Mutex
@@ -102,8 +103,8 @@ func (m *mesh) refusedRequests(ctx context.Context, rate float64, baggage func()
 	return refused
 }
 
-// TestAttackBaggage: a member that policy refuses sends 20 kB of baggage with each request, another name each time. None of it becomes a label:
-// neither memory nor /metrics grow.
+// TestAttackBaggage: a member that policy refuses sends 20 kB of baggage with each request, another name each time.
+// None of it becomes a label: neither memory nor /metrics grow.
 func TestAttackBaggage(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	refusePrincipal(m)
@@ -125,7 +126,8 @@ func TestAttackBaggage(t *testing.T) {
 	}
 }
 
-// TestAttackRefusals: requests and plaintext connections that are refused, hundreds a second. The log has a budget for them and says what it left out.
+// TestAttackRefusals: requests and plaintext connections that are refused, hundreds a second. The log has a budget
+// for them and says what it left out.
 func TestAttackRefusals(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	refusePrincipal(m)

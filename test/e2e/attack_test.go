@@ -14,20 +14,25 @@ import (
 
 // attackOptions say who is attacked how, and beside whom.
 type attackOptions struct {
-	Name         string
-	Calm, Beside time.Duration             // how long the bystander is watched without and beside the attack; default 3 s and 6 s
+	Name string
+	// how long the bystander is watched without and beside the attack; default 3 s and 6 s
+	Calm, Beside time.Duration
 	From, To     *lab.Pod                  // the bystander's way; default pod b to pod c
 	Port         uint16                    // of To, where one byte is served; default 9001. Its echoes go to 9000
 	Attack       func(ctx context.Context) // the attacker; it goes on until ctx ends, and then returns within 10 s
 	Ratio        float64                   // by which the bystander's p99 may grow; default 3
-	Median       float64                   // by which its p50 may grow, which is steadier on a busy machine; 0: it is not judged
-	Witness      bool                      // tcpdump looks on in both nodes: nothing of the bystander's bytes may be seen (it costs both phases time)
-	NoMemory     bool                      // what the daemons hold afterwards is looked at elsewhere
-	Tunnels      int                       // tunnels that the attack may leave behind in the pools, each a descriptor at both ends; default 8
+	// by which its p50 may grow, which is steadier on a busy machine; 0: it is not judged
+	Median float64
+	// tcpdump looks on in both nodes: nothing of the bystander's bytes may be seen (it costs both phases time)
+	Witness  bool
+	NoMemory bool // what the daemons hold afterwards is looked at elsewhere
+	// tunnels that the attack may leave behind in the pools, each a descriptor at both ends; default 8
+	Tunnels int
 }
 
 const (
-	// bystanderRate of new connections, and of 1 KiB echoes, per second: enough for a p99, a few per cent of one processor.
+	// bystanderRate of new connections, and of 1 KiB echoes, per second: enough for a p99, a few per cent of one
+	// processor.
 	bystanderRate = 80
 	// attackRounds is how often calm and attack are measured before a p99 counts as bad.
 	attackRounds = 3
@@ -35,15 +40,18 @@ const (
 	busyRounds = 2
 	// memoryBack is when the daemons must have given back what an attack made them take.
 	memoryBack = 30 * time.Second
-	// memorySlack is what a process may have grown by for good in resident bytes and in live heap: arenas, pools, series of metrics, the tunnels' tables.
+	// memorySlack is what a process may have grown by for good in resident bytes and in live heap: arenas, pools, series
+	// of metrics, the tunnels' tables.
 	memorySlack = 24 << 20
 )
 
-// attack watches a bystander that makes new connections and echoes over kept ones, calm and then beside the attack, and wants that
+// attack watches a bystander that makes new connections and echoes over kept ones, calm and then beside the attack,
+// and wants that
 //   - no request of the bystander fails and none of its idle connections breaks, in any round;
-//   - p99 beside the attack is at most Ratio times that of calm in the same round, in one round of three, where the machine is quiet
-//     enough for that to mean something; and never beyond a ceiling (see judge);
-//   - the daemons live, and memory, descriptors and goroutines are back 30 s after the attacker has gone, with nobody asking for a collection.
+//   - p99 beside the attack is at most Ratio times that of calm in the same round, in one round of three, where the
+//     machine is quiet enough for that to mean something; and never beyond a ceiling (see judge);
+//   - the daemons live, and memory, descriptors and goroutines are back 30 s after the attacker has gone, with nobody
+//     asking for a collection.
 func (m *mesh) attack(o attackOptions) {
 	m.t.Helper()
 	def := func(d *time.Duration, v time.Duration) {
@@ -98,11 +106,13 @@ func (m *mesh) attack(o attackOptions) {
 			break
 		}
 		if rounds[verdict]++; rounds[unfair] == attackRounds {
-			m.t.Errorf("%s: the bystander's times grew beyond the limits in each of %d rounds on a quiet machine", o.Name, attackRounds)
+			m.t.Errorf("%s: the bystander's times grew beyond the limits in each of %d rounds on a quiet machine", o.Name,
+				attackRounds)
 			break
 		}
 		if rounds[unproven] == busyRounds {
-			m.t.Logf("%s: THE GROWTH OF p99 IS NOT JUDGED: this machine was too busy with other things in %d rounds", o.Name, busyRounds)
+			m.t.Logf("%s: THE GROWTH OF p99 IS NOT JUDGED: this machine was too busy with other things in %d rounds", o.Name,
+				busyRounds)
 			break
 		}
 	}
@@ -116,21 +126,27 @@ func (m *mesh) bystand(o attackOptions, phase string, d time.Duration) seen {
 	m.t.Helper()
 	before, err := readTicks()
 	must(m.t, err)
-	r := ztload[load.BystanderResult](m, o.From.NS, "bystander", "-to", lab.HostPort(o.To.V4(), 9000), "-byte", lab.HostPort(o.To.V4(), o.Port),
+	r := ztload[load.BystanderResult](m, o.From.NS, "bystander", "-to", lab.HostPort(o.To.V4(), 9000), "-byte",
+		lab.HostPort(o.To.V4(), o.Port),
 		"-rate", fmt.Sprint(bystanderRate), "-size", "1024", "-t", d.String())
 	after, err := readTicks()
 	must(m.t, err)
 	s := seen{r, after.since(before)}
-	m.t.Logf("%s, %s: connects p50 %.2f p99 %.2f max %.2f ms, echoes p50 %.2f p99 %.2f max %.2f ms, of %d and %d; the machine: %s",
-		o.Name, phase, r.Connects.P50, r.Connects.P99, r.Connects.Max, r.Echoes.P50, r.Echoes.P99, r.Echoes.Max, r.Connects.N, r.Echoes.N,
+	m.t.Logf("%s, %s: connects p50 %.2f p99 %.2f max %.2f ms, echoes p50 %.2f p99 %.2f max %.2f ms, of %d and %d; the "+
+		"machine: %s",
+		o.Name, phase, r.Connects.P50, r.Connects.P99, r.Connects.Max, r.Echoes.P50, r.Echoes.P99, r.Echoes.Max, r.Connects.N,
+		r.Echoes.N,
 		s.machine())
-	if want := uint64(math.Ceil(bystanderRate * d.Seconds())); r.Failed != 0 || r.Connects.N != want || r.Echoes.N != want {
-		m.t.Errorf("%s, %s: %d requests of the bystander failed of %d: %s", o.Name, phase, r.Failed, 2*want, strings.Join(r.Errors, "\n"))
+	if want := uint64(math.Ceil(bystanderRate * d.Seconds())); r.Failed != 0 || r.Connects.N != want ||
+		r.Echoes.N != want {
+		m.t.Errorf("%s, %s: %d requests of the bystander failed of %d: %s", o.Name, phase, r.Failed, 2*want,
+			strings.Join(r.Errors, "\n"))
 	}
 	return s
 }
 
-// besideAttack runs the bystander from half a second after the attack's begin until it is over, and waits for the attacker's end.
+// besideAttack runs the bystander from half a second after the attack's begin until it is over, and waits for the
+// attacker's end.
 func (m *mesh) besideAttack(o attackOptions) seen {
 	m.t.Helper()
 	ctx, stop := context.WithCancel(m.ctx)
@@ -159,7 +175,8 @@ func (m *mesh) witness(o attackOptions) func() {
 	m.t.Helper()
 	var captures []*lab.Capture
 	for _, n := range m.Nodes() {
-		c, err := m.Capture(n.NS, "any", lab.CaptureOptions{Filter: fmt.Sprintf("host %s or host %s", o.From.V4(), o.To.V4())})
+		c, err := m.Capture(n.NS, "any",
+			lab.CaptureOptions{Filter: fmt.Sprintf("host %s or host %s", o.From.V4(), o.To.V4())})
 		must(m.t, err)
 		captures = append(captures, c)
 	}
@@ -168,7 +185,9 @@ func (m *mesh) witness(o attackOptions) func() {
 		for i, c := range captures {
 			ps, n := stop(m.t, c), m.Nodes()[i]
 			if ps.Contains([]byte(load.Marker)) {
-				m.t.Errorf("%s: plaintext on %s:\n%v", o.Name, n.Name, ps.Where(func(p lab.Packet) bool { return lab.Packets{p}.Contains([]byte(load.Marker)) }))
+				m.t.Errorf("%s: plaintext on %s:\n%v", o.Name, n.Name, ps.Where(func(p lab.Packet) bool {
+					return lab.Packets{p}.Contains([]byte(load.Marker))
+				}))
 			}
 			if seen := ps.Between(o.From.V4(), o.To.V4()).Port(lab.HBONEPort).Bytes(); seen < 100<<10 {
 				m.t.Errorf("%s: the capture on %s saw %d bytes of the bystander's tunnel: it proves nothing", o.Name, n.Name, seen)
@@ -217,7 +236,8 @@ func (m *mesh) givenBack(o attackOptions, before []held) {
 			}
 			add := func(what string, now, then, slack float64) error {
 				if now > then+slack {
-					return fmt.Errorf("%s: %s: %.0f %s, before %.0f (+%.0f are allowed)", o.Name, b.d.Node.Name, now, what, then, slack)
+					return fmt.Errorf("%s: %s: %.0f %s, before %.0f (+%.0f are allowed)", o.Name, b.d.Node.Name, now, what,
+						then, slack)
 				}
 				return nil
 			}
@@ -234,8 +254,10 @@ func (m *mesh) givenBack(o attackOptions, before []held) {
 		return nil
 	})
 	for i, b := range before {
-		m.t.Logf("%s: %s: resident %.1f MiB, %.1f at the attack's end, %.1f after %.1f s; descriptors %.0f, %.0f, %.0f; goroutines %.0f, %.0f, %.0f", o.Name, b.d.Node.Name,
-			mib(b.rss), mib(peak[i].rss), mib(now[i].rss), time.Since(start).Seconds(), b.fds, peak[i].fds, now[i].fds, b.goroutines, peak[i].goroutines, now[i].goroutines)
+		m.t.Logf("%s: %s: resident %.1f MiB, %.1f at the attack's end, %.1f after %.1f s; descriptors %.0f, %.0f, %.0f; "+
+			"goroutines %.0f, %.0f, %.0f", o.Name, b.d.Node.Name,
+			mib(b.rss), mib(peak[i].rss), mib(now[i].rss), time.Since(start).Seconds(), b.fds, peak[i].fds, now[i].fds,
+			b.goroutines, peak[i].goroutines, now[i].goroutines)
 	}
 }
 

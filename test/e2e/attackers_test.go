@@ -17,9 +17,11 @@ import (
 	"ztun/test/lab"
 )
 
-// What an attacker does, for the Attack of attackOptions: each goes on until ctx ends, and returns when all that it opened is closed.
+// What an attacker does, for the Attack of attackOptions: each goes on until ctx ends, and returns when all that it
+// opened is closed.
 
-// paced calls f rate times a second, late ones at once, until ctx ends or f says that it is enough. Rate 0 is as fast as it can.
+// paced calls f rate times a second, late ones at once, until ctx ends or f says that it is enough. Rate 0 is as fast
+// as it can.
 func paced(ctx context.Context, rate float64, f func(i int) bool) {
 	start := time.Now()
 	for i := 0; ctx.Err() == nil && f(i); i++ {
@@ -50,8 +52,8 @@ type opener struct {
 	First []byte                     // sent when the connection stands
 }
 
-// hold opens connections, sends First over each, and then waits for the other end to end it, reading on. It tells how many ever stood and how many
-// of them the other end ended.
+// hold opens connections, sends First over each, and then waits for the other end to end it, reading on. It tells how
+// many ever stood and how many of them the other end ended.
 func (m *mesh) hold(ctx context.Context, ns *lab.NS, o opener) (stood, ended int64) {
 	if o.Max == 0 {
 		o.Max = 1000
@@ -123,7 +125,8 @@ func (m *mesh) inside(ns *lab.NS, f func()) {
 	}
 }
 
-// beginConnect begins a TCP connection of the calling thread's namespace; it does not wait for an answer. Writing waits.
+// beginConnect begins a TCP connection of the calling thread's namespace; it does not wait for an answer. Writing
+// waits.
 func beginConnect(from, to netip.AddrPort) (*os.File, error) {
 	family := unix.AF_INET6
 	if to.Addr().Is4() {
@@ -165,7 +168,8 @@ func sockaddr(a netip.AddrPort) unix.Sockaddr {
 	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
 }
 
-// invent makes all addresses of a prefix the namespace's own, so that connections may come from them and answers arrive.
+// invent makes all addresses of a prefix the namespace's own, so that connections may come from them and answers
+// arrive.
 func (m *mesh) invent(ns *lab.NS, p netip.Prefix) {
 	m.t.Helper()
 	must(m.t, m.IP(m.ctx, ns, "route add local "+p.String()+" dev lo"))
@@ -184,14 +188,17 @@ func nth(p netip.Prefix, i int) netip.Addr {
 	return a
 }
 
-// synFlood sends SYNs at a rate from random addresses of spoof to the targets in turn. Nobody answers what comes back. It tells how many went out.
-func (m *mesh) synFlood(ctx context.Context, ns *lab.NS, spoof netip.Prefix, rate float64, to ...netip.AddrPort) (sent int64) {
+// synFlood sends SYNs at a rate from random addresses of spoof to the targets in turn. Nobody answers what comes
+// back. It tells how many went out.
+func (m *mesh) synFlood(ctx context.Context, ns *lab.NS, spoof netip.Prefix, rate float64, to ...netip.AddrPort) (
+	sent int64) {
 	raw := m.rawSocket(ns, spoof.Addr().Is4())
 	defer unix.Close(raw)
 	paced(ctx, rate, func(i int) bool {
 		src := netip.AddrPortFrom(nth(spoof, int(rand.Int32())), uint16(1024+rand.IntN(60000)))
 		dst := to[i%len(to)]
-		if unix.Sendto(raw, tcpPacket(src, dst, rand.Uint32(), 0, tcpSYN), 0, sockaddr(netip.AddrPortFrom(dst.Addr(), 0))) == nil {
+		if unix.Sendto(raw, tcpPacket(src, dst, rand.Uint32(), 0, tcpSYN), 0, sockaddr(netip.AddrPortFrom(dst.Addr(), 0))) ==
+			nil {
 			sent++
 		}
 		return true
@@ -199,8 +206,10 @@ func (m *mesh) synFlood(ctx context.Context, ns *lab.NS, spoof netip.Prefix, rat
 	return sent
 }
 
-// fragmentFlood sends first fragments of TCP packets at a rate from random IPv4 addresses of spoof; no second one follows. It tells how many went out.
-func (m *mesh) fragmentFlood(ctx context.Context, ns *lab.NS, spoof netip.Prefix, rate float64, to netip.Addr) (sent int64) {
+// fragmentFlood sends first fragments of TCP packets at a rate from random IPv4 addresses of spoof; no second one
+// follows. It tells how many went out.
+func (m *mesh) fragmentFlood(ctx context.Context, ns *lab.NS, spoof netip.Prefix, rate float64, to netip.Addr) (
+	sent int64) {
 	raw := m.rawSocket(ns, true)
 	defer unix.Close(raw)
 	payload := make([]byte, 1400) // a multiple of 8, as RFC 791 wants of all but the last
@@ -293,8 +302,10 @@ func checksum(b []byte) uint16 {
 	return ^uint16(sum)
 }
 
-// udpFlood sends datagrams at a rate (0: as fast as it can) over eight sockets; payload may differ for each. It tells how many went out.
-func (m *mesh) udpFlood(ctx context.Context, ns *lab.NS, to netip.AddrPort, rate float64, payload func(i int) []byte) (sent int64) {
+// udpFlood sends datagrams at a rate (0: as fast as it can) over eight sockets; payload may differ for each. It tells
+// how many went out.
+func (m *mesh) udpFlood(ctx context.Context, ns *lab.NS, to netip.AddrPort, rate float64, payload func(i int) []byte) (
+	sent int64) {
 	var fds [8]int
 	must(m.t, ns.Do(func() error {
 		for k := range fds {
@@ -337,7 +348,8 @@ func dnsQuery(i int) []byte {
 	return append(q, "\x07example\x00\x00\x01\x00\x01"...)
 }
 
-// member is a mesh member that speaks bare HTTP/2 over a tunnel to a pod's 15008 from a namespace: what it sends is exactly what it is told.
+// member is a mesh member that speaks bare HTTP/2 over a tunnel to a pod's 15008 from a namespace: what it sends is
+// exactly what it is told.
 func (m *mesh) member(ns *lab.NS, to netip.AddrPort, id string) (*h2Client, error) {
 	c, err := ns.Dial(m.ctx, "tcp", to.String())
 	if err != nil {

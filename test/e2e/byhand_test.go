@@ -52,8 +52,8 @@ func byHand(t *testing.T) (steps []handStep) {
 	return steps
 }
 
-// TestReadmeByHand types README's section "By hand" into a shell, line by line, and looks for what it says is to be seen. The names of
-// namespaces are the shell's own: it has its own /run/netns and /etc/netns.
+// TestReadmeByHand types README's section "By hand" into a shell, line by line, and looks for what it says is to be
+// seen. The names of namespaces are the shell's own: it has its own /run/netns and /etc/netns.
 func TestReadmeByHand(t *testing.T) {
 	needTool(t, "curl")
 	needTool(t, "python3")
@@ -69,7 +69,8 @@ func TestReadmeByHand(t *testing.T) {
 	dir := t.TempDir()
 	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
 	defer cancel()
-	const own = "mkdir -p /run/netns /etc/netns && mount -t tmpfs ztun /run/netns && mount -t tmpfs ztun /etc/netns && exec bash --noprofile --norc"
+	const own = "mkdir -p /run/netns /etc/netns && mount -t tmpfs ztun /run/netns && mount -t tmpfs ztun /etc/netns && " +
+		"exec bash --noprofile --norc"
 	shell := exec.CommandContext(ctx, "unshare", "--mount", "sh", "-c", own)
 	shell.Dir = dir
 	in, err := shell.StdinPipe()
@@ -120,7 +121,8 @@ func TestReadmeByHand(t *testing.T) {
 			t.Fatalf("%s\nexit code %d, want %q in:\n%s\n%s", s.command, code, s.want, got, strings.Join(logs, "\n"))
 		}
 	}
-	if left, code := do("ls /run/netns /etc/netns; jobs"); code != 0 || strings.Contains(left, "front") || strings.Contains(left, "ztun") {
+	if left, code := do("ls /run/netns /etc/netns; jobs"); code != 0 || strings.Contains(left, "front") ||
+		strings.Contains(left, "ztun") {
 		t.Errorf("left over:\n%s", left)
 	}
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {

@@ -40,8 +40,8 @@ func unserved(m *mesh, to string) error {
 	return fmt.Errorf("a new connection to %s is neither refused nor reset: %v", to, err)
 }
 
-// TestChecklist: assertions of the two checklists (test/checklist) about listeners, start and end that no other test proves: dataplane 1, 2, 4,
-// 106 and 151, controlplane 95, 96 and 99.
+// TestChecklist: assertions of the two checklists (test/checklist) about listeners, start and end that no other test
+// proves: dataplane 1, 2, 4, 106 and 151, controlplane 95, 96 and 99.
 func TestChecklist(t *testing.T) {
 	m := newMesh(t, meshOptions{env: map[string]string{"CONNECTION_TERMINATION_DEADLINE": "120s"}})
 	dial := func(ns *lab.NS, to string) load.DialResult {

@@ -10,8 +10,8 @@ import (
 	"ztun/test/load"
 )
 
-// TestHalfClose: 1,000 connections at once through both nodes, each way round: send, shut the write side down, and only then receive a reply
-// that is computed from all that was sent.
+// TestHalfClose: 1,000 connections at once through both nodes, each way round: send, shut the write side down, and
+// only then receive a reply that is computed from all that was sent.
 func TestHalfClose(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	for _, d := range []struct {
@@ -19,7 +19,8 @@ func TestHalfClose(t *testing.T) {
 		from, to *lab.Pod
 	}{{"n1 to n2", m.a, m.c}, {"n2 to n1", m.c, m.a}, {"same node", m.a, m.b}} {
 		t.Run(strings.ReplaceAll(d.name, " ", "-"), func(t *testing.T) {
-			r := ztload[load.ManyResult](m, d.from.NS, "half", "-to", lab.HostPort(d.to.V4(), 9000), "-n", "1000", "-par", "1000", "-size", "65536")
+			r := ztload[load.ManyResult](m, d.from.NS, "half", "-to", lab.HostPort(d.to.V4(), 9000), "-n", "1000", "-par",
+				"1000", "-size", "65536")
 			if r.OK != 1000 || r.Failed != 0 {
 				t.Errorf("%d of 1000: %q", r.OK, r.Errors)
 			}
@@ -27,7 +28,8 @@ func TestHalfClose(t *testing.T) {
 		})
 	}
 	t.Run("v6", func(t *testing.T) {
-		r := ztload[load.ManyResult](m, m.a.NS, "half", "-to", lab.HostPort(m.c.V6(), 9000), "-n", "1000", "-par", "1000", "-size", "65536")
+		r := ztload[load.ManyResult](m, m.a.NS, "half", "-to", lab.HostPort(m.c.V6(), 9000), "-n", "1000", "-par", "1000",
+			"-size", "65536")
 		if r.OK != 1000 || r.Failed != 0 {
 			t.Errorf("%d of 1000: %q", r.OK, r.Errors)
 		}
@@ -51,7 +53,8 @@ func (m *mesh) usage(d *lab.Daemon) usage {
 	}
 	x, err := d.Metrics(m.ctx)
 	must(m.t, err)
-	for _, name := range []string{"process_open_fds", "go_goroutines", "go_memstats_heap_inuse_bytes", "istio_tcp_connections_opened_total", "istio_tcp_sockets_open"} {
+	for _, name := range []string{"process_open_fds", "go_goroutines", "go_memstats_heap_inuse_bytes",
+		"istio_tcp_connections_opened_total", "istio_tcp_sockets_open"} {
 		if !x.Has(name) {
 			m.t.Fatalf("/metrics has no %s", name)
 		}
@@ -74,7 +77,8 @@ func (m *mesh) usage(d *lab.Daemon) usage {
 
 // countsLivingThings by the words of its name: streams, connections, flows, endpoints, and what is in flight or queued.
 func countsLivingThings(name string) bool {
-	for _, word := range []string{"stream", "connection", "conns", "flow", "inflight", "in_flight", "endpoint", "queue", "established"} {
+	for _, word := range []string{"stream", "connection", "conns", "flow", "inflight", "in_flight", "endpoint", "queue",
+		"established"} {
 		if strings.Contains(name, word) {
 			return !strings.Contains(name, "max") && !strings.Contains(name, "limit")
 		}
@@ -82,7 +86,8 @@ func countsLivingThings(name string) bool {
 	return false
 }
 
-// showCounters logs what a fault may be explained by: what was turned away or lost in the daemons, and in the queues of the pods' devices.
+// showCounters logs what a fault may be explained by: what was turned away or lost in the daemons, and in the queues
+// of the pods' devices.
 func showCounters(m *mesh) {
 	for _, d := range []*lab.Daemon{m.N1.Daemon, m.N2.Daemon} {
 		x, err := d.Metrics(m.ctx)
@@ -91,7 +96,8 @@ func showCounters(m *mesh) {
 			continue
 		}
 		for _, s := range x.Series {
-			if s.Value != 0 && (strings.HasPrefix(s.Name, "ztun_stack_") || strings.HasPrefix(s.Name, "ztun_pool_") || strings.HasPrefix(s.Name, "ztun_device_") || strings.Contains(s.Name, "drop")) {
+			if s.Value != 0 && (strings.HasPrefix(s.Name, "ztun_stack_") || strings.HasPrefix(s.Name, "ztun_pool_") ||
+				strings.HasPrefix(s.Name, "ztun_device_") || strings.Contains(s.Name, "drop")) {
 				m.t.Log(d.Node.Name, s, s.Value)
 			}
 		}
@@ -102,11 +108,13 @@ func showCounters(m *mesh) {
 	}
 }
 
-// TestNothingLeaks: 2,000 connections at once with random sizes and random closers (half-closes, resets and abrupt closes from both ends): every byte is
-// accounted for at both ends, and afterwards both daemons hold what they held before.
+// TestNothingLeaks: 2,000 connections at once with random sizes and random closers (half-closes, resets and abrupt
+// closes from both ends): every byte is accounted for at both ends, and afterwards both daemons hold what they held
+// before.
 func TestNothingLeaks(t *testing.T) {
 	m := newMesh(t, meshOptions{env: map[string]string{
-		// A RST is sent once. When the queue of a pod's device overflows and loses it, only keepalive finds the dead connection: in seconds here, not in minutes.
+		// A RST is sent once. When the queue of a pod's device overflows and loses it, only keepalive finds the dead
+		// connection: in seconds here, not in minutes.
 		"KEEPALIVE_TIME": "3s", "KEEPALIVE_INTERVAL": "1s", "KEEPALIVE_RETRIES": "3"}})
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -116,8 +124,10 @@ func TestNothingLeaks(t *testing.T) {
 	run := func(n, seed int) {
 		t.Helper()
 		for _, dst := range []string{lab.HostPort(m.c.V4(), 9000), lab.HostPort(m.h2.V4(), 9000)} {
-			r := ztload[load.RandomResult](m, m.a.NS, "random", "-to", dst, "-n", fmt.Sprint(n), "-seed", fmt.Sprint(seed), "-timeout", "100s")
-			t.Logf("%d to %s in %.1f s: %d clean, %d cut off, %d bytes up, %d down", n, dst, r.Seconds, r.Clean, r.Cut, r.UpGot, r.DownGot)
+			r := ztload[load.RandomResult](m, m.a.NS, "random", "-to", dst, "-n", fmt.Sprint(n), "-seed", fmt.Sprint(seed),
+				"-timeout", "100s")
+			t.Logf("%d to %s in %.1f s: %d clean, %d cut off, %d bytes up, %d down", n, dst, r.Seconds, r.Clean, r.Cut, r.UpGot,
+				r.DownGot)
 			if !r.OK {
 				t.Errorf("%d faults: %s", r.NumFault, strings.Join(r.Faults, "\n"))
 			}
@@ -151,7 +161,8 @@ func TestNothingLeaks(t *testing.T) {
 			if u.opened != u.closed {
 				bad = append(bad, fmt.Sprintf("%v connections opened, %v closed", u.opened, u.closed))
 			}
-			// A few tunnels more may be kept for later: 2,000 streams at 100 a tunnel. Each costs a socket and its goroutines, at both ends.
+			// A few tunnels more may be kept for later: 2,000 streams at 100 a tunnel. Each costs a socket and its goroutines,
+			// at both ends.
 			const tunnels = 21
 			add("sockets", u.sockets, b.sockets, tunnels)
 			add("file descriptors", u.fds, b.fds, tunnels+4)
@@ -170,7 +181,8 @@ func TestNothingLeaks(t *testing.T) {
 			return nil
 		})
 		t.Logf("%s: fds %v -> %v, goroutines %v -> %v, heap %.1f -> %.1f MiB, RSS %.1f -> %.1f MiB, gauges %v", d.Node.Name,
-			b.fds, u.fds, b.goroutines, u.goroutines, b.heap/(1<<20), u.heap/(1<<20), float64(b.rss)/(1<<20), float64(u.rss)/(1<<20), u.gauges)
+			b.fds, u.fds, b.goroutines, u.goroutines, b.heap/(1<<20), u.heap/(1<<20), float64(b.rss)/(1<<20),
+			float64(u.rss)/(1<<20), u.gauges)
 		// The runtime gives memory back over minutes; this only catches memory that is held for good.
 		if u.rss > b.rss+300<<20 {
 			t.Errorf("%s: resident memory %d MiB, before %d", d.Node.Name, u.rss>>20, b.rss>>20)
@@ -182,16 +194,18 @@ func TestNothingLeaks(t *testing.T) {
 	}
 }
 
-// TestBurst: 2,000 connects at once to one destination, by HBONE and in plaintext, all stand and none was turned away by a bound at either end: with the
-// defaults, none of their SYNs has to be sent again for it.
+// TestBurst: 2,000 connects at once to one destination, by HBONE and in plaintext, all stand and none was turned away
+// by a bound at either end: with the defaults, none of their SYNs has to be sent again for it.
 func TestBurst(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	for _, d := range []struct {
 		name string
 		from *lab.NS
 		to   *lab.Pod
-	}{{"HBONE", m.a.NS, m.c}, {"plaintext out", m.a.NS, &lab.Pod{NS: m.h2.NS, IPs: m.h2.IPs}}, {"plaintext in", m.h1.NS, m.c}} {
-		r := ztload[load.ManyResult](m, d.from, "half", "-to", lab.HostPort(d.to.V4(), 9000), "-n", "2000", "-par", "2000", "-size", "16")
+	}{{"HBONE", m.a.NS, m.c}, {"plaintext out", m.a.NS, &lab.Pod{NS: m.h2.NS, IPs: m.h2.IPs}},
+		{"plaintext in", m.h1.NS, m.c}} {
+		r := ztload[load.ManyResult](m, d.from, "half", "-to", lab.HostPort(d.to.V4(), 9000), "-n", "2000", "-par", "2000",
+			"-size", "16")
 		t.Logf("%s: 2000 connections in %.2f s", d.name, r.Seconds)
 		if r.OK != 2000 {
 			t.Errorf("%s: %d of 2000: %q", d.name, r.OK, r.Errors)

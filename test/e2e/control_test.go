@@ -57,7 +57,8 @@ func newControlled(t testing.TB, faulty bool, env map[string]string) *controlled
 		must(t, err)
 		address := fmt.Sprintf("https://%s:%d", c.N1.Addr4, port)
 		e := map[string]string{
-			"LOCAL_XDS_PATH": lab.Unset, "LOCAL_CA_DIR": lab.Unset, "XDS_ADDRESS": address, "CA_ADDRESS": address, "ZTUN_CONTROL_CREDENTIALS": cred,
+			"LOCAL_XDS_PATH": lab.Unset, "LOCAL_CA_DIR": lab.Unset, "XDS_ADDRESS": address, "CA_ADDRESS": address,
+			"ZTUN_CONTROL_CREDENTIALS": cred,
 		}
 		for k, v := range env {
 			e[k] = v
@@ -75,7 +76,8 @@ func newControlled(t testing.TB, faulty bool, env map[string]string) *controlled
 
 func (c *controlled) startControl() {
 	c.t.Helper()
-	c.process = c.background(c.N1.NS, "15012", c.Bin(), "control", "--dir", c.dir, "--listen", fmt.Sprintf("%s:%d", c.N1.Addr4, controlPort), "--host", c.N1.Addr4.String(), "--admin", "127.0.0.1:15014")
+	c.process = c.background(c.N1.NS, "15012", c.Bin(), "control", "--dir", c.dir, "--listen",
+		fmt.Sprintf("%s:%d", c.N1.Addr4, controlPort), "--host", c.N1.Addr4.String(), "--admin", "127.0.0.1:15014")
 }
 
 // write replaces a file of the mesh's directory.
@@ -169,7 +171,8 @@ func (m *mesh) echoServer(ns *lab.NS, address string) {
 	m.t.Cleanup(func() { l.Close(); work.Wait() })
 }
 
-// TestControlPlane: the real protocol end to end. Certificates, workloads, a service and policies come from `ztun control`, change, and vanish.
+// TestControlPlane: the real protocol end to end. Certificates, workloads, a service and policies come from `ztun
+// control`, change, and vanish.
 func TestControlPlane(t *testing.T) {
 	c := newControlled(t, false, nil)
 	c.echoServer(c.c.NS, ":9100")
@@ -187,7 +190,8 @@ func TestControlPlane(t *testing.T) {
 	})
 	mm, err := c.N2.Daemon.Metrics(c.ctx)
 	must(t, err)
-	if mm.Sum("istio_tcp_connections_opened_total", "reporter=destination", "connection_security_policy=mutual_tls", "source_principal=spiffe://cluster.local/ns/default/sa/a") != 1 {
+	if mm.Sum("istio_tcp_connections_opened_total", "reporter=destination", "connection_security_policy=mutual_tls",
+		"source_principal=spiffe://cluster.local/ns/default/sa/a") != 1 {
 		t.Error("a's connection is not counted as mutual TLS of a")
 	}
 	if mm.Sum("istio_xds_message_total") < 2 {
@@ -195,7 +199,10 @@ func TestControlPlane(t *testing.T) {
 	}
 
 	// A service appears, works, and goes.
-	c.write("service.yaml", lab.WorldFile{Workloads: []lab.Workload{}, Services: []lab.Service{{Name: "shop", Namespace: "default", Hostname: "shop.default.svc.cluster.local", VIPs: []string{"/10.96.0.7"}, Ports: map[uint16]uint16{80: 9100}}}})
+	c.write("service.yaml",
+		lab.WorldFile{Workloads: []lab.Workload{},
+			Services: []lab.Service{{Name: "shop", Namespace: "default", Hostname: "shop.default.svc.cluster.local",
+				VIPs: []string{"/10.96.0.7"}, Ports: map[uint16]uint16{80: 9100}}}})
 	w := c.DefaultWorld()
 	for i := range w.Workloads {
 		if w.Workloads[i].Name == "c" {
@@ -278,9 +285,9 @@ func TestControlPlane(t *testing.T) {
 	}
 }
 
-// TestControlPlaneFaults: the control plane is shut, hung, slow and answers garbage, under traffic. No connection is lost, new ones work
-// from the last state, recovery needs nobody, memory is flat. ZTUN_TEST_FAULT is how long each fault lasts (default 4 s; 75 s each is the
-// five minutes that the project asks for).
+// TestControlPlaneFaults: the control plane is shut, hung, slow and answers garbage, under traffic. No connection is
+// lost, new ones work from the last state, recovery needs nobody, memory is flat. ZTUN_TEST_FAULT is how long each
+// fault lasts (default 4 s; 75 s each is the five minutes that the project asks for).
 func TestControlPlaneFaults(t *testing.T) {
 	each := 4 * time.Second
 	if v := os.Getenv("ZTUN_TEST_FAULT"); v != "" {
@@ -341,7 +348,10 @@ func TestControlPlaneFaults(t *testing.T) {
 		c.door.set(mode)
 		// What changes meanwhile arrives when the fault is over.
 		vip := fmt.Sprintf("/10.96.1.%d", i)
-		c.write("service.yaml", lab.WorldFile{Workloads: []lab.Workload{}, Services: []lab.Service{{Name: "shop", Namespace: "default", Hostname: "shop.default.svc.cluster.local", VIPs: []string{vip}, Ports: map[uint16]uint16{80: 9100}}}})
+		c.write("service.yaml",
+			lab.WorldFile{Workloads: []lab.Workload{},
+				Services: []lab.Service{{Name: "shop", Namespace: "default", Hostname: "shop.default.svc.cluster.local",
+					VIPs: []string{vip}, Ports: map[uint16]uint16{80: 9100}}}})
 		time.Sleep(each)
 		if f := failed.Load(); f > 0 {
 			t.Fatalf("%s: %d of %d new connections failed: %v", mode, f, opened.Load(), last.Load())
@@ -365,7 +375,9 @@ func TestControlPlaneFaults(t *testing.T) {
 				return err
 			})
 		}
-		t.Logf("%s for %v: up to date again after %v; %d new connections so far, none failed; resident memory of both daemons %d MiB, before %d", mode, each, time.Since(start).Round(time.Millisecond), opened.Load(), rss()>>20, before>>20)
+		t.Logf("%s for %v: up to date again after %v; %d new connections so far, none failed; resident memory of both "+
+			"daemons %d MiB, before %d", mode, each, time.Since(start).Round(time.Millisecond), opened.Load(), rss()>>20,
+			before>>20)
 	}
 	for i, v := range talkers {
 		if v.n.Load() < 50 {
@@ -379,7 +391,8 @@ func TestControlPlaneFaults(t *testing.T) {
 	newcomers.Wait()
 }
 
-// TestPolicyUnderLoad: when policies turn from allow to deny, every connection that is now forbidden is closed within a second, every other one lives.
+// TestPolicyUnderLoad: when policies turn from allow to deny, every connection that is now forbidden is closed within
+// a second, every other one lives.
 func TestPolicyUnderLoad(t *testing.T) {
 	c := newControlled(t, false, nil)
 	c.echoServer(c.c.NS, ":9100")
@@ -410,7 +423,8 @@ func TestPolicyUnderLoad(t *testing.T) {
 		last = max(last, v.when.Sub(written))
 	}
 	t.Logf("the last of %d connections was closed %v after the file was written", each, last)
-	// A second is what is asked for, and a quarter of one what it takes; a loaded machine gets more before that is called a fault.
+	// A second is what is asked for, and a quarter of one what it takes; a loaded machine gets more before that is
+	// called a fault.
 	if last > 3*time.Second {
 		t.Errorf("a forbidden connection lived %v on", last)
 	}

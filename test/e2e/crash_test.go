@@ -11,8 +11,9 @@ import (
 	"ztun/test/load"
 )
 
-// TestKill9: the daemon of the client's node is killed while traffic runs, and the pod goes on trying. No plaintext may be seen on any interface of either node,
-// no new connection may succeed, and after a restart new ones work without anybody touching the pod.
+// TestKill9: the daemon of the client's node is killed while traffic runs, and the pod goes on trying. No plaintext
+// may be seen on any interface of either node, no new connection may succeed, and after a restart new ones work
+// without anybody touching the pod.
 func TestKill9(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	var captures []*lab.Capture
@@ -30,10 +31,12 @@ func TestKill9(t *testing.T) {
 
 	m.N1.Daemon.Kill()
 
-	// The pod goes on: over established connections (the bulk), and with new ones to mesh peers and others, in both families.
+	// The pod goes on: over established connections (the bulk), and with new ones to mesh peers and others, in both
+	// families.
 	end := time.Now().Add(3 * time.Second)
 	for tries := 0; time.Now().Before(end); tries++ {
-		for _, dst := range []string{lab.HostPort(m.c.V4(), 9000), lab.HostPort(m.c.V6(), 9000), lab.HostPort(m.h2.V4(), 9000), lab.HostPort(m.b.V4(), 9000)} {
+		for _, dst := range []string{lab.HostPort(m.c.V4(), 9000), lab.HostPort(m.c.V6(), 9000),
+			lab.HostPort(m.h2.V4(), 9000), lab.HostPort(m.b.V4(), 9000)} {
 			dctx, dcancel := context.WithTimeout(m.ctx, 100*time.Millisecond)
 			c, err := m.a.NS.Dial(dctx, "tcp", dst)
 			dcancel()
@@ -58,11 +61,15 @@ func TestKill9(t *testing.T) {
 		ps := stop(t, c)
 		n := m.Nodes()[i]
 		if ps.Contains([]byte(load.Marker)) {
-			t.Errorf("plaintext on %s:\n%v", n.Name, ps.Where(func(p lab.Packet) bool { return lab.Packets{p}.Contains([]byte(load.Marker)) }))
+			t.Errorf("plaintext on %s:\n%v", n.Name, ps.Where(func(p lab.Packet) bool {
+				return lab.Packets{p}.Contains([]byte(load.Marker))
+			}))
 		}
 		// Not even a SYN of the pod may be seen outside the tunnel.
 		for _, ip := range m.a.IPs {
-			if syns := ps.SYNs().Where(func(p lab.Packet) bool { return p.Src.Addr() == ip && p.Dst.Port() != 15008 }); len(syns) > 0 {
+			if syns := ps.SYNs().Where(func(p lab.Packet) bool {
+				return p.Src.Addr() == ip && p.Dst.Port() != 15008
+			}); len(syns) > 0 {
 				t.Errorf("SYNs of the pod on %s:\n%v", n.Name, syns)
 			}
 		}
@@ -101,7 +108,8 @@ func TestKill9(t *testing.T) {
 	t.Logf("pods after the restart:\n%s", out)
 }
 
-// TestKill9OfTheServersNode: the peer's proxy dies. The client is told (a reset or an end), new connections are refused or time out honestly, and work again after the restart.
+// TestKill9OfTheServersNode: the peer's proxy dies. The client is told (a reset or an end), new connections are
+// refused or time out honestly, and work again after the restart.
 func TestKill9OfTheServersNode(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	ic, err := load.Idle(m.ctx, target(m.a.NS, m.c.V4()), 5)

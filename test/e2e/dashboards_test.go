@@ -22,9 +22,9 @@ import (
 
 const observabilityDir = "../../scripts/observability"
 
-// istioDashboard are the queries of Istio's own dashboard "Istio Ztunnel Dashboard" (istio/istio, manifests/addons/dashboards,
-// ztunnel.libsonnet, and the Perses one, which adds the messages) that ask ztunnel. moves: the answer must be above zero, or below
-// with the minus sign, under traffic; label is what the legend names.
+// istioDashboard are the queries of Istio's own dashboard "Istio Ztunnel Dashboard" (istio/istio,
+// manifests/addons/dashboards, ztunnel.libsonnet, and the Perses one, which adds the messages) that ask ztunnel.
+// moves: the answer must be above zero, or below with the minus sign, under traffic; label is what the legend names.
 var istioDashboard = []struct {
 	query, label string
 	moves        bool
@@ -41,10 +41,11 @@ var istioDashboard = []struct {
 	{`sum by (url) (irate(istio_xds_message_total{pod=~"ztunnel-.*"}[$__rate_interval]))`, "url", false},
 }
 
-// Its two other queries, container_memory_working_set_bytes and container_cpu_usage_seconds_total of the container istio-proxy in
-// pods ztunnel-.*, ask kubelet's cAdvisor and not the process. None asks istiod.
+// Its two other queries, container_memory_working_set_bytes and container_cpu_usage_seconds_total of the container
+// istio-proxy in pods ztunnel-.*, ask kubelet's cAdvisor and not the process. None asks istiod.
 
-// rare are metrics of our dashboard that this test does not bring about: they appear with their first event. Their queries must parse.
+// rare are metrics of our dashboard that this test does not bring about: they appear with their first event. Their
+// queries must parse.
 var rare = regexp.MustCompile(`ztun_bounded_total|ztun_xds_rejected_now|ztun_ca_failures_total`)
 
 // dashboardQueries are the expressions of our dashboard.
@@ -65,8 +66,8 @@ func dashboardQueries(t testing.TB) []string {
 	return all
 }
 
-// prometheus is a server that scrapes both nodes in two ways: as a list of addresses does, and as Istio's Prometheus does in Kubernetes, where
-// the scrape sets `pod` and what we export under that name becomes exported_pod.
+// prometheus is a server that scrapes both nodes in two ways: as a list of addresses does, and as Istio's Prometheus
+// does in Kubernetes, where the scrape sets `pod` and what we export under that name becomes exported_pod.
 type prometheus struct {
 	m *mesh
 }
@@ -82,7 +83,8 @@ func (m *mesh) prometheus() *prometheus {
 	for _, n := range m.Nodes() {
 		target := lab.HostPort(n.Addr4, lab.StatsPort)
 		fmt.Fprintf(&bare, "      - {targets: ['%s'], labels: {instance: 'bare-%s'}}\n", target, n.Name)
-		fmt.Fprintf(&kube, "      - {targets: ['%s'], labels: {instance: 'kube-%s', pod: 'ztunnel-%[2]s', namespace: istio-system, app: ztunnel}}\n", target, n.Name)
+		fmt.Fprintf(&kube, "      - {targets: ['%s'], labels: {instance: 'kube-%s', pod: 'ztunnel-%[2]s', namespace: "+
+			"istio-system, app: ztunnel}}\n", target, n.Name)
 	}
 	dir := m.Path("prometheus")
 	must(m.t, os.MkdirAll(dir, 0o755))
@@ -97,7 +99,8 @@ scrape_configs:
     static_configs: [{targets: ['127.0.0.1:15014']}]
 `, rules, bare.String(), kube.String()), 0o644))
 	// Its log says that it is ready before it has read anything; alerts and queries wait for more anyway.
-	m.background(m.N1.NS, "ready to receive web requests", "prometheus", "--config.file="+dir+"/prometheus.yml", "--storage.tsdb.path="+dir+"/data",
+	m.background(m.N1.NS, "ready to receive web requests", "prometheus", "--config.file="+dir+"/prometheus.yml",
+		"--storage.tsdb.path="+dir+"/data",
 		"--web.listen-address="+prometheusAddr)
 	return &prometheus{m}
 }
@@ -172,8 +175,8 @@ func (p *prometheus) quiet(since time.Time) error {
 	return errors.Join(errs...)
 }
 
-// TestDashboards: a real Prometheus reads both nodes. Our alerts are quiet on healthy ones; each query of Istio's own ztunnel dashboard and of
-// ours has an answer, however the scrape names its targets.
+// TestDashboards: a real Prometheus reads both nodes. Our alerts are quiet on healthy ones; each query of Istio's own
+// ztunnel dashboard and of ours has an answer, however the scrape names its targets.
 func TestDashboards(t *testing.T) {
 	c := newControlled(t, false, nil)
 	newNameserver(t, c.h2.NS, c.h2.IPs)

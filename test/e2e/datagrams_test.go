@@ -18,8 +18,8 @@ import (
 	"ztun/test/lab"
 )
 
-// TestDatagrams: UDP and ICMP of isolated pods, with tools that know nothing of ztun, over a link of 1400 bytes between the nodes. Pod s is strict but for
-// two ports.
+// TestDatagrams: UDP and ICMP of isolated pods, with tools that know nothing of ztun, over a link of 1400 bytes
+// between the nodes. Pod s is strict but for two ports.
 func TestDatagrams(t *testing.T) {
 	for _, tool := range []string{"ping", "traceroute", "iperf3"} {
 		needTool(t, tool)
@@ -28,9 +28,10 @@ func TestDatagrams(t *testing.T) {
 	s, err := m.AddPod(m.N2, lab.Pod{Name: "s", Namespace: "strict"})
 	must(t, err)
 	f := m.DefaultWorld()
-	f.Policies = []lab.Policy{{Name: "istio_converted_static_strict", Namespace: "strict", Scope: "Namespace", Action: "Deny", Rules: [][][]map[string]any{{
-		{{"notPrincipals": []any{map[string]any{"Presence": []any{}}}}}, {{"notDestinationPorts": []any{7101, 4433}}},
-	}}}}
+	f.Policies = []lab.Policy{{Name: "istio_converted_static_strict", Namespace: "strict", Scope: "Namespace",
+		Action: "Deny", Rules: [][][]map[string]any{{
+			{{"notPrincipals": []any{map[string]any{"Presence": []any{}}}}}, {{"notDestinationPorts": []any{7101, 4433}}},
+		}}}}
 	must(t, m.WriteWorld(f))
 	const flows = 2000
 	m.start(m.N1, map[string]string{"ZTUN_MAX_UDP_FLOWS": fmt.Sprint(flows)})
@@ -82,7 +83,8 @@ func (d *datagrams) ping(t *testing.T) {
 		for _, p := range []struct {
 			from *lab.NS
 			to   []netip.Addr
-		}{{d.a.NS, d.h2.IPs}, {d.a.NS, d.h1.IPs}, {d.h2.NS, d.a.IPs}, {d.a.NS, d.b.IPs}, {d.a.NS, d.c.IPs}, {d.a.NS, d.s.IPs}} {
+		}{{d.a.NS, d.h2.IPs}, {d.a.NS, d.h1.IPs}, {d.h2.NS, d.a.IPs}, {d.a.NS, d.b.IPs}, {d.a.NS, d.c.IPs},
+			{d.a.NS, d.s.IPs}} {
 			d.run(t, p.from, "ping", "-n", "-c", "2", "-i", "0.1", "-W", "10", pick(p.to).String())
 		}
 	})
@@ -95,9 +97,11 @@ func (d *datagrams) traceroute(t *testing.T) {
 		node := pick([]netip.Addr{d.N2.Addr4, d.N2.Addr6})
 		for _, how := range []string{"33434", "-I"} { // UDP to ports from this one on, pings
 			how := map[bool][]string{true: {"-p", how}, false: {how}}[how != "-I"]
-			out := d.run(t, d.a.NS, append(append([]string{"traceroute"}, how...), "-n", "-q", "1", "-N", "1", "-w", "10", "-m", "4", to.String())...)
+			out := d.run(t, d.a.NS, append(append([]string{"traceroute"}, how...), "-n", "-q", "1", "-N", "1", "-w", "10", "-m",
+				"4", to.String())...)
 			hops := strings.Split(strings.TrimSpace(out), "\n")[1:]
-			if len(hops) != 3 || !strings.Contains(hops[1], " "+node.String()+" ") || !strings.Contains(hops[2], " "+to.String()+" ") || strings.Contains(hops[0], "*") {
+			if len(hops) != 3 || !strings.Contains(hops[1], " "+node.String()+" ") ||
+				!strings.Contains(hops[2], " "+to.String()+" ") || strings.Contains(hops[0], "*") {
 				t.Errorf("%s:\n%s", how, out)
 			}
 		}
@@ -111,7 +115,8 @@ func (d *datagrams) errors(t *testing.T) {
 			from *lab.NS
 			to   []netip.Addr
 			want syscall.Errno
-		}{{d.a.NS, d.h2.IPs, syscall.ECONNREFUSED}, {d.h2.NS, d.a.IPs, syscall.ECONNREFUSED}, {d.a.NS, d.c.IPs, syscall.ECONNREFUSED}} {
+		}{{d.a.NS, d.h2.IPs, syscall.ECONNREFUSED}, {d.h2.NS, d.a.IPs, syscall.ECONNREFUSED},
+			{d.a.NS, d.c.IPs, syscall.ECONNREFUSED}} {
 			c, err := udpFrom(p.from, netip.AddrPortFrom(pick(p.to), 7999))
 			must(t, err)
 			if _, err := say(c, "x"); !errors.Is(err, p.want) {
@@ -122,7 +127,8 @@ func (d *datagrams) errors(t *testing.T) {
 	})
 }
 
-// say sends a text until there is an answer or an error: the network may lose datagrams, and neighbours have to be found first.
+// say sends a text until there is an answer or an error: the network may lose datagrams, and neighbours have to be
+// found first.
 func say(c *net.UDPConn, text string) (string, error) {
 	b := make([]byte, 65536)
 	for range 20 {
@@ -159,7 +165,8 @@ func (d *datagrams) echoUDP(t *testing.T, ns *lab.NS, at netip.AddrPort) {
 	t.Cleanup(func() { c.Close(); <-done })
 }
 
-// What is too large for the link in the middle is told to the sender, and then fits; what is larger than any packet comes in fragments.
+// What is too large for the link in the middle is told to the sender, and then fits; what is larger than any packet
+// comes in fragments.
 func (d *datagrams) path(t *testing.T) {
 	d.each(t, func(t *testing.T, pick func([]netip.Addr) netip.Addr) {
 		for _, p := range []struct {
@@ -179,14 +186,16 @@ func (d *datagrams) path(t *testing.T) {
 			}
 		}
 		// As ping sees it, which asks for no fragments.
-		out, err := d.Run(d.ctx, d.b.NS, "ping", "-n", "-M", "do", "-s", "1440", "-c", "2", "-i", "0.2", "-W", "5", pick(d.h2.IPs).String())
+		out, err := d.Run(d.ctx, d.b.NS, "ping", "-n", "-M", "do", "-s", "1440", "-c", "2", "-i", "0.2", "-W", "5",
+			pick(d.h2.IPs).String())
 		if err == nil || !strings.Contains(out, "1400") {
 			t.Errorf("%v:\n%s", err, out)
 		}
 	})
 }
 
-// sayLarge is say with a socket that hears of the path's MTU: Linux tells it by EMSGSIZE once, and sends fragments after that.
+// sayLarge is say with a socket that hears of the path's MTU: Linux tells it by EMSGSIZE once, and sends fragments
+// after that.
 func sayLarge(c *net.UDPConn, text string) (got string, err error) {
 	for range 3 {
 		if got, err = say(c, text); !errors.Is(err, syscall.EMSGSIZE) {
@@ -246,7 +255,8 @@ func (d *datagrams) policy(t *testing.T) {
 	}{{d.N1, "default/a"}, {d.N2, "strict/s"}} {
 		ms, err := n.node.Daemon.Metrics(d.ctx)
 		must(t, err)
-		if ms.Sum("ztun_datagram_denied_total", "pod="+n.pod) < 2 || !strings.Contains(n.node.Daemon.Log(), "UDP dropped: it would go in the clear") {
+		if ms.Sum("ztun_datagram_denied_total", "pod="+n.pod) < 2 ||
+			!strings.Contains(n.node.Daemon.Log(), "UDP dropped: it would go in the clear") {
 			t.Errorf("%s: refusals are not counted, or not logged", n.pod)
 		}
 	}
@@ -266,7 +276,8 @@ func (d *datagrams) iperf3(t *testing.T) {
 	d.background(d.h2.NS, "Server listening", "iperf3", "-s", "--forceflush", "-p", "5201")
 	d.each(t, func(t *testing.T, pick func([]netip.Addr) netip.Addr) {
 		for _, way := range [][]string{nil, {"-R"}} {
-			args := append([]string{"iperf3", "-u", "-b", "100M", "-l", "1200", "-t", "1", "-J", "-c", pick(d.h2.IPs).String()}, way...)
+			args := append([]string{"iperf3", "-u", "-b", "100M", "-l", "1200", "-t", "1", "-J", "-c", pick(d.h2.IPs).String()},
+				way...)
 			var r struct {
 				End struct {
 					Sum struct {
@@ -348,7 +359,8 @@ func (d *datagrams) flows(t *testing.T, bound int) {
 	}
 	ms, err := d.N1.Daemon.Metrics(d.ctx)
 	must(t, err)
-	now, opened := ms.Sum("ztun_datagram_flows", "pod=default/b"), ms.Sum("ztun_datagram_flows_opened_total", "pod=default/b")
+	now, opened := ms.Sum("ztun_datagram_flows", "pod=default/b"),
+		ms.Sum("ztun_datagram_flows_opened_total", "pod=default/b")
 	evicted := ms.Sum("ztun_datagram_flows_evicted_total", "pod=default/b")
 	if int(now) > bound || opened < n*n || evicted < opened-float64(bound)-10 {
 		t.Errorf("%v flows, %v opened, %v evicted", now, opened, evicted)

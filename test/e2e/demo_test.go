@@ -91,14 +91,16 @@ func TestDemo(t *testing.T) {
 		t.Fatalf("up: %d\n%s", code, out)
 	}
 	t.Logf("%s", out)
-	if status, code := d.run("status"); code != 0 || !strings.Contains(status, "All is well") || !strings.Contains(status, "10.91.2.3") {
+	if status, code := d.run("status"); code != 0 || !strings.Contains(status, "All is well") ||
+		!strings.Contains(status, "10.91.2.3") {
 		t.Errorf("status: %d\n%s", code, status)
 	}
 	// The ready-to-paste lines do what they say, and are of this demo.
 	pasted := 0
 	for _, line := range strings.Split(out, "\n") {
 		line = strings.TrimSpace(line)
-		if !regexp.MustCompile(`^(ip netns exec|tail|grep|sed|\(sleep|ZTUN_DEMO_PREFIX|/run/)`).MatchString(line) || strings.Contains(line, "iperf3") ||
+		if !regexp.MustCompile(`^(ip netns exec|tail|grep|sed|\(sleep|ZTUN_DEMO_PREFIX|/run/)`).MatchString(line) ||
+			strings.Contains(line, "iperf3") ||
 			strings.HasSuffix(line, " -f") || strings.HasSuffix(line, " down") {
 			continue
 		}
@@ -151,7 +153,8 @@ func TestDemo(t *testing.T) {
 			t.Errorf("logs %s: %v %s", what, err, b)
 		}
 	}
-	// A server that is gone is seen; so is what holds the lock; and what has lost its namespace's name is ended all the same.
+	// A server that is gone is seen; so is what holds the lock; and what has lost its namespace's name is ended all the
+	// same.
 	must(t, syscall.Kill(d.pid("http-d"), syscall.SIGKILL))
 	eventually(t, 10*time.Second, func() error {
 		if out, code := d.run("status"); code != 1 || !strings.Contains(out, "the web server of pod d has ended") {
@@ -213,7 +216,8 @@ func TestDemoAfterCrash(t *testing.T) {
 // TestDemoHalfUp: up is killed at different moments; down leaves nothing.
 func TestDemoHalfUp(t *testing.T) {
 	d := newDemo(t)
-	for _, after := range []time.Duration{50 * time.Millisecond, 150 * time.Millisecond, 400 * time.Millisecond, 900 * time.Millisecond} {
+	for _, after := range []time.Duration{50 * time.Millisecond, 150 * time.Millisecond, 400 * time.Millisecond,
+		900 * time.Millisecond} {
 		c := d.cmd("up")
 		c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 		must(t, c.Start())
@@ -245,7 +249,8 @@ func TestDemoHalfUp(t *testing.T) {
 		c := d.cmd("up")
 		c.Env = append(c.Env, "ZTUN_BIN="+bin)
 		out, err := c.CombinedOutput()
-		if err == nil || !strings.Contains(string(out), "ZTUN_BIN="+bin+" is no ztun") || strings.Contains(string(out), "namespaces") {
+		if err == nil || !strings.Contains(string(out), "ZTUN_BIN="+bin+" is no ztun") ||
+			strings.Contains(string(out), "namespaces") {
 			t.Errorf("up with %s: %v\n%s", bin, err, out)
 		}
 	}
@@ -256,10 +261,12 @@ func TestDemoHalfUp(t *testing.T) {
 func TestDemoWithoutRoot(t *testing.T) {
 	needTool(t, "setpriv")
 	d := newDemo(t)
-	c := exec.Command("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps", "-all", "--bounding-set", "-all", "bash", d.script, "up")
+	c := exec.Command("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps", "-all",
+		"--bounding-set", "-all", "bash", d.script, "up")
 	c.Env = append(os.Environ(), "ZTUN_DEMO_PREFIX="+d.prefix)
 	out, err := c.CombinedOutput()
-	if err == nil || !strings.Contains(string(out), "needs root") || strings.Count(strings.TrimSpace(string(out)), "\n") > 1 {
+	if err == nil || !strings.Contains(string(out), "needs root") ||
+		strings.Count(strings.TrimSpace(string(out)), "\n") > 1 {
 		t.Errorf("%v: %s", err, out)
 	}
 	d.gone()

@@ -12,8 +12,8 @@ import (
 	"ztun/test/lab"
 )
 
-// TestDoctor: a healthy node has nothing to say, and each fault planted in a real one is found and mended by the command that is
-// given for it, where it is one for a shell.
+// TestDoctor: a healthy node has nothing to say, and each fault planted in a real one is found and mended by the
+// command that is given for it, where it is one for a shell.
 func TestDoctor(t *testing.T) {
 	m := newMesh(t, meshOptions{noServers: true})
 	type finding struct{ Area, What, Why, Mend string }
@@ -95,10 +95,14 @@ func TestDoctor(t *testing.T) {
 		set(s.good)
 	}
 	if _, err := exec.LookPath("nft"); err == nil {
-		_, err := m.Run(m.ctx, m.N1.NS, "sh", "-c", "nft add table inet f && nft 'add chain inet f out { type filter hook output priority 0; }' && nft 'add rule inet f out tcp dport 15008 reject'")
+		_, err := m.Run(m.ctx, m.N1.NS, "sh", "-c",
+			"nft add table inet f && nft 'add chain inet f out { type filter hook output priority 0; }' && nft 'add rule inet "+
+				"f out tcp dport 15008 reject'")
 		must(t, err)
 		found := ask(m.N1)
-		if !slices.ContainsFunc(found, func(g finding) bool { return strings.Contains(g.What, "refuses a port of the mesh") }) ||
+		if !slices.ContainsFunc(found, func(g finding) bool {
+			return strings.Contains(g.What, "refuses a port of the mesh")
+		}) ||
 			!slices.ContainsFunc(found, func(g finding) bool { return g.Area == "peers" }) {
 			t.Errorf("a filter that refuses 15008: %+v", found)
 		}
@@ -112,7 +116,9 @@ func TestDoctor(t *testing.T) {
 	}
 	_, err = m.N1.Daemon.Stop(30 * time.Second)
 	must(t, err)
-	if found := ask(m.N1); !slices.ContainsFunc(found, func(g finding) bool { return strings.Contains(g.What, "the daemon does not answer") }) {
+	if found := ask(m.N1); !slices.ContainsFunc(found, func(g finding) bool {
+		return strings.Contains(g.What, "the daemon does not answer")
+	}) {
 		t.Errorf("without a daemon: %+v", found)
 	}
 }

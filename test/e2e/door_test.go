@@ -30,7 +30,8 @@ type door struct {
 
 func newDoor(t testing.TB, ns *lab.NS, ip string, port, behind int) *door {
 	t.Helper()
-	d := &door{ns: ns, ip: ip, port: port, behind: net.JoinHostPort(ip, strconv.Itoa(behind)), conns: map[net.Conn]struct{}{}, end: make(chan struct{})}
+	d := &door{ns: ns, ip: ip, port: port, behind: net.JoinHostPort(ip, strconv.Itoa(behind)),
+		conns: map[net.Conn]struct{}{}, end: make(chan struct{})}
 	must(t, d.listen())
 	t.Cleanup(func() {
 		close(d.end)
@@ -58,7 +59,8 @@ func (d *door) listen() error {
 	return nil
 }
 
-// set changes how it behaves from now on. "shut" cuts what is open and refuses; leaving any mode for "" cuts what it had let in.
+// set changes how it behaves from now on. "shut" cuts what is open and refuses; leaving any mode for "" cuts what it
+// had let in.
 func (d *door) set(mode string) {
 	d.mu.Lock()
 	was := d.mode

@@ -47,11 +47,14 @@ func dialH2(t testing.TB, c net.Conn, conf *tls.Config) (*h2Client, error) {
 	h := &h2Client{conn: tc, fr: http2.NewFramer(tc, tc), done: make(chan struct{})}
 	h.enc = hpack.NewEncoder(&h.hbuf)
 	h.fr.SetMaxReadFrameSize(1 << 20)
-	// In TLS 1.3 a client is done before the server has looked at its certificate: a write may meet the reset of a server that has refused it. What the
-	// refusal was is for the reader to find, so errors of writing are not the end here.
+	// In TLS 1.3 a client is done before the server has looked at its certificate: a write may meet the reset of a
+	// server that has refused it. What the refusal was is for the reader to find, so errors of writing are not the end
+	// here.
 	_, _ = tc.Write([]byte(http2.ClientPreface))
-	_ = h.fr.WriteSettings(http2.Setting{ID: http2.SettingEnablePush, Val: 0}, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 4 << 20},
-		http2.Setting{ID: http2.SettingMaxFrameSize, Val: 1 << 20}, http2.Setting{ID: http2.SettingMaxHeaderListSize, Val: 16384})
+	_ = h.fr.WriteSettings(http2.Setting{ID: http2.SettingEnablePush, Val: 0},
+		http2.Setting{ID: http2.SettingInitialWindowSize, Val: 4 << 20},
+		http2.Setting{ID: http2.SettingMaxFrameSize, Val: 1 << 20}, http2.Setting{ID: http2.SettingMaxHeaderListSize,
+			Val: 16384})
 	return h, nil
 }
 
@@ -134,7 +137,8 @@ func (h *h2Client) headers(stream uint32, fields ...hpack.HeaderField) error {
 }
 
 func (h *h2Client) connect(stream uint32, authority string) error {
-	return h.headers(stream, hpack.HeaderField{Name: ":method", Value: "CONNECT"}, hpack.HeaderField{Name: ":authority", Value: authority})
+	return h.headers(stream, hpack.HeaderField{Name: ":method", Value: "CONNECT"},
+		hpack.HeaderField{Name: ":authority", Value: authority})
 }
 
 func (h *h2Client) reset(stream uint32) error {
@@ -143,7 +147,8 @@ func (h *h2Client) reset(stream uint32) error {
 	return h.fr.WriteRSTStream(stream, http2.ErrCodeCancel)
 }
 
-// flood sends what f writes, again and again, as many frames to a record as go into it, until the peer has enough; it returns how many frames that were.
+// flood sends what f writes, again and again, as many frames to a record as go into it, until the peer has enough; it
+// returns how many frames that were.
 func (h *h2Client) flood(ctx context.Context, f func(*http2.Framer) error) (sent int) {
 	var b bytes.Buffer
 	fr := http2.NewFramer(&b, nil)

@@ -19,7 +19,8 @@ import (
 	"ztun/test/load"
 )
 
-// mesh is the usual world: pods a and b on n1, c on n2, all HBONE; hosts h1 on n1, h2 on n2, plaintext; a load server in each.
+// mesh is the usual world: pods a and b on n1, c on n2, all HBONE; hosts h1 on n1, h2 on n2, plaintext; a load server
+// in each.
 type mesh struct {
 	*lab.World
 	t       testing.TB
@@ -151,7 +152,8 @@ func (m *mesh) background(ns *lab.NS, until string, args ...string) *lab.Process
 	return p
 }
 
-// ztload runs the load command in a namespace and decodes its result, which says itself whether it went well; no result at all fails the test.
+// ztload runs the load command in a namespace and decodes its result, which says itself whether it went well; no
+// result at all fails the test.
 func ztload[T any](m *mesh, ns *lab.NS, args ...string) T {
 	m.t.Helper()
 	r, err := tryLoad[T](m, ns, args...)

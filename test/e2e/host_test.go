@@ -19,7 +19,8 @@ import (
 	"ztun/test/load"
 )
 
-// dialFromPort connects inside a namespace from a port of the caller's choice; the connection is reset when it is closed, so that the port is free at once.
+// dialFromPort connects inside a namespace from a port of the caller's choice; the connection is reset when it is
+// closed, so that the port is free at once.
 func dialFromPort(ctx context.Context, ns *lab.NS, port int, to string) (net.Conn, error) {
 	var c net.Conn
 	err := ns.Do(func() (err error) {
@@ -33,8 +34,9 @@ func dialFromPort(ctx context.Context, ns *lab.NS, port int, to string) (net.Con
 	return c, c.(*net.TCPConn).SetLinger(0)
 }
 
-// TestAttackPort15008: a stranger calls from port 15008, which is the mesh's, to get at the node's own services by a pod's addresses. He gets the
-// pod's, as from any other port; a host outside the mesh may also listen on that port, and pods reach it. The bystander notices nothing.
+// TestAttackPort15008: a stranger calls from port 15008, which is the mesh's, to get at the node's own services by a
+// pod's addresses. He gets the pod's, as from any other port; a host outside the mesh may also listen on that port,
+// and pods reach it. The bystander notices nothing.
 func TestAttackPort15008(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	var reached atomic.Int64
@@ -62,9 +64,10 @@ func TestAttackPort15008(t *testing.T) {
 		} else if h, _, _ := net.SplitHostPort(w.Peer); h != pick(m.a.IPs, v4).String() {
 			t.Errorf("the server on port 15008 saw %s", w.Peer)
 		}
-		from := load.Target{Addr: lab.HostPort(pick(m.a.IPs, v4), 9000), Dial: func(ctx context.Context, _, addr string) (net.Conn, error) {
-			return dialFromPort(ctx, m.h1.NS, 15008, addr)
-		}}
+		from := load.Target{Addr: lab.HostPort(pick(m.a.IPs, v4), 9000),
+			Dial: func(ctx context.Context, _, addr string) (net.Conn, error) {
+				return dialFromPort(ctx, m.h1.NS, 15008, addr)
+			}}
 		ctx, cancel := context.WithTimeout(m.ctx, 5*time.Second)
 		if w, err := load.WhoAmI(ctx, from); err != nil {
 			t.Errorf("from port 15008 outside the mesh to the pod, v4 %v: %v", v4, err)
@@ -94,8 +97,9 @@ func TestAttackPort15008(t *testing.T) {
 	}
 }
 
-// TestNodeProcess: what runs in the node's own namespace (a hostNetwork gateway, a kubelet) reaches the pods of its node and of the other: the
-// mesh's port with a tunnel and plaintext ports, in both families, and is seen under the node's own address.
+// TestNodeProcess: what runs in the node's own namespace (a hostNetwork gateway, a kubelet) reaches the pods of its
+// node and of the other: the mesh's port with a tunnel and plaintext ports, in both families, and is seen under the
+// node's own address.
 func TestNodeProcess(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	families(t, func(t *testing.T, v4 bool) {
@@ -126,8 +130,8 @@ func nodeOwns(n *lab.Node, s string) bool {
 	return err == nil && (a == n.Addr4 || a == n.Addr6 || a == n.PodNet4.Addr().Next() || a == n.PodNet6.Addr().Next())
 }
 
-// TestAttackDescriptors: mesh members open more tunnels to the pods of a node than its daemon has descriptors. They lose their own oldest ones; the
-// daemon accepts, calls and looks after its pods as before.
+// TestAttackDescriptors: mesh members open more tunnels to the pods of a node than its daemon has descriptors. They
+// lose their own oldest ones; the daemon accepts, calls and looks after its pods as before.
 func TestAttackDescriptors(t *testing.T) {
 	m := newMesh(t, meshOptions{noStart: true})
 	d, err := m.StartDaemon(m.ctx, m.N1, lab.DaemonOptions{Wrap: []string{"prlimit", "--nofile=300"}})
@@ -167,8 +171,8 @@ func TestAttackDescriptors(t *testing.T) {
 	m.stillAttached(m.N1, "a", "b")
 }
 
-// TestDescriptorShortage: for some seconds the daemon can open nothing at all. Its pods stay attached and remembered, what stands goes on, and who comes meanwhile
-// waits and is served.
+// TestDescriptorShortage: for some seconds the daemon can open nothing at all. Its pods stay attached and remembered,
+// what stands goes on, and who comes meanwhile waits and is served.
 func TestDescriptorShortage(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	idle, err := load.Idle(m.ctx, target(m.b.NS, m.c.V4()), 3)
@@ -207,7 +211,8 @@ func TestDescriptorShortage(t *testing.T) {
 	// A pod whose namespace does go is let go of.
 	must(t, m.RemoveNS(m.b.NS))
 	eventually(t, 10*time.Second, func() error {
-		if out, err := m.PodCmd(m.ctx, m.N1, "list"); err != nil || strings.Contains(out, "default  b ") || strings.Contains(out, "/b") {
+		if out, err := m.PodCmd(m.ctx, m.N1, "list"); err != nil || strings.Contains(out, "default  b ") ||
+			strings.Contains(out, "/b") {
 			return fmt.Errorf("still there: %s (%w)", out, err)
 		}
 		return nil
@@ -234,8 +239,9 @@ func (m *mesh) stillAttached(n *lab.Node, names ...string) {
 	}
 }
 
-// TestKill9IdleConnections: connections over which nothing is said when the daemon dies. After the restart every one of the node's pods has ended with a reset: the
-// clients that only read, and the servers whose clients only wait, to mesh peers, to a pod of the same node and to hosts outside, in both families.
+// TestKill9IdleConnections: connections over which nothing is said when the daemon dies. After the restart every one
+// of the node's pods has ended with a reset: the clients that only read, and the servers whose clients only wait, to
+// mesh peers, to a pod of the same node and to hosts outside, in both families.
 func TestKill9IdleConnections(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	var idle []net.Conn

@@ -16,7 +16,8 @@ import (
 	"ztun/test/load"
 )
 
-// TestDrain: SIGTERM closes the listeners and sends GOAWAY; what is in flight goes on until it is finished, and then the daemon ends with 0, before the deadline.
+// TestDrain: SIGTERM closes the listeners and sends GOAWAY; what is in flight goes on until it is finished, and then
+// the daemon ends with 0, before the deadline.
 func TestDrain(t *testing.T) {
 	for _, side := range []string{"server", "client"} {
 		t.Run("of-the-"+side+"s-node", func(t *testing.T) {
@@ -93,7 +94,8 @@ func TestDrain(t *testing.T) {
 	}
 }
 
-// TestDrainDeadline: connections that do not end are cut at the deadline, and the exit code is still 0. A second signal does not wait.
+// TestDrainDeadline: connections that do not end are cut at the deadline, and the exit code is still 0. A second
+// signal does not wait.
 func TestDrainDeadline(t *testing.T) {
 	m := newMesh(t, meshOptions{env: map[string]string{"CONNECTION_TERMINATION_DEADLINE": "2s"}})
 	ic, err := load.Idle(m.ctx, target(m.a.NS, m.c.V4()), 4)
@@ -153,10 +155,14 @@ func TestQuit(t *testing.T) {
 func TestBadConfiguration(t *testing.T) {
 	m := newMesh(t, meshOptions{noStart: true})
 	for _, c := range []struct{ name, value string }{
-		{"ZTUN_MTU", "abc"}, {"ZTUN_MTU", "12"}, {"ZTUNNEL_WORKER_THREADS", "many"}, {"IPV6_ENABLED", "yes"}, {"KEEPALIVE_TIME", "soon"},
-		{"HTTP2_FRAME_SIZE", "1"}, {"HTTP2_STREAM_WINDOW_SIZE", "-1"}, {"POOL_MAX_STREAMS_PER_CONNECTION", "0"}, {"CONNECTION_TERMINATION_DEADLINE", "x"},
-		{"TERMINATION_GRACE_PERIOD_SECONDS", "x"}, {"SECRET_TTL", "x"}, {"FAKE_CA", "1"}, {"PROXY_CONFIG", "{"}, {"XDS_ADDRESS", "http://istiod:15010"},
-		{"LOCAL_XDS_PATH", lab.Unset}, {"LOCAL_CA_DIR", lab.Unset}, {"ZTUN_MAX_INFLIGHT", "0"}, {"ZTUN_TUN_PLAIN", "1"}, {"PROXY_MODE", "nonsense"}, {"RUST_LOG", "a=b=c"},
+		{"ZTUN_MTU", "abc"}, {"ZTUN_MTU", "12"}, {"ZTUNNEL_WORKER_THREADS", "many"}, {"IPV6_ENABLED", "yes"},
+		{"KEEPALIVE_TIME", "soon"},
+		{"HTTP2_FRAME_SIZE", "1"}, {"HTTP2_STREAM_WINDOW_SIZE", "-1"}, {"POOL_MAX_STREAMS_PER_CONNECTION", "0"},
+		{"CONNECTION_TERMINATION_DEADLINE", "x"},
+		{"TERMINATION_GRACE_PERIOD_SECONDS", "x"}, {"SECRET_TTL", "x"}, {"FAKE_CA", "1"}, {"PROXY_CONFIG", "{"},
+		{"XDS_ADDRESS", "http://istiod:15010"},
+		{"LOCAL_XDS_PATH", lab.Unset}, {"LOCAL_CA_DIR", lab.Unset}, {"ZTUN_MAX_INFLIGHT", "0"}, {"ZTUN_TUN_PLAIN", "1"},
+		{"PROXY_MODE", "nonsense"}, {"RUST_LOG", "a=b=c"},
 	} {
 		t.Run(c.name+"="+strings.TrimPrefix(c.value, "\x00"), func(t *testing.T) {
 			d, err := m.StartDaemon(m.ctx, m.N1, lab.DaemonOptions{NoWait: true, Env: map[string]string{c.name: c.value}})
@@ -169,7 +175,8 @@ func TestBadConfiguration(t *testing.T) {
 				t.Fatalf("it runs with %s=%s\n%s", c.name, c.value, d.Log())
 			}
 			log := strings.TrimSpace(d.Log())
-			if code != 2 || !strings.Contains(log, c.name) || strings.Count(log, "\n") > 0 || strings.Contains(log, "goroutine ") {
+			if code != 2 || !strings.Contains(log, c.name) || strings.Count(log, "\n") > 0 ||
+				strings.Contains(log, "goroutine ") {
 				t.Errorf("exit code %d, said:\n%s", code, log)
 			}
 		})
@@ -190,7 +197,8 @@ func TestReload(t *testing.T) {
 	must(t, connect())
 	good := m.DefaultWorld()
 	denied := good
-	denied.Policies = []lab.Policy{{Name: "deny", Namespace: "default", Scope: "Namespace", Action: "Deny", Rules: [][][]map[string]any{{{{"destinationPorts": []int{9000}}}}}}}
+	denied.Policies = []lab.Policy{{Name: "deny", Namespace: "default", Scope: "Namespace", Action: "Deny",
+		Rules: [][][]map[string]any{{{{"destinationPorts": []int{9000}}}}}}}
 	must(t, m.WriteWorld(denied))
 	eventually(t, 15*time.Second, refused)
 
@@ -222,8 +230,8 @@ func TestReload(t *testing.T) {
 	eventually(t, 15*time.Second, refused)
 }
 
-// TestRotation: with certificates that live 10 s, echoes over kept connections and new connections go on for two lifetimes without a single failure, and the
-// certificate on the wire changes meanwhile.
+// TestRotation: with certificates that live 10 s, echoes over kept connections and new connections go on for two
+// lifetimes without a single failure, and the certificate on the wire changes meanwhile.
 func TestRotation(t *testing.T) {
 	m := newMesh(t, meshOptions{env: map[string]string{"SECRET_TTL": "10s", "POOL_UNUSED_RELEASE_TIMEOUT": "2s"}})
 	ca := loadCA(t, m.Path("ca"))
@@ -278,15 +286,18 @@ func TestPlainTUN(t *testing.T) {
 		t.Errorf("pod list does not tell that the plain path is used: %s", out)
 	}
 	families(t, func(t *testing.T, v4 bool) {
-		if r := ztload[load.TransferResult](m, m.a.NS, "xfer", "-to", lab.HostPort(pick(m.h2.IPs, v4), 9000), "-up", "33554432", "-down", "33554432"); !r.OK {
+		if r := ztload[load.TransferResult](m, m.a.NS, "xfer", "-to", lab.HostPort(pick(m.h2.IPs, v4), 9000), "-up",
+			"33554432", "-down", "33554432"); !r.OK {
 			t.Errorf("plaintext: %s", r.Error)
 		}
-		r := ztload[load.TransferResult](m, m.a.NS, "xfer", "-to", lab.HostPort(pick(m.c.IPs, v4), 9000), "-up", "67108864", "-down", "67108864")
+		r := ztload[load.TransferResult](m, m.a.NS, "xfer", "-to", lab.HostPort(pick(m.c.IPs, v4), 9000), "-up", "67108864",
+			"-down", "67108864")
 		if !r.OK {
 			t.Errorf("HBONE: %s", r.Error)
 		}
 		t.Logf("%.2f Gb/s", r.Gbps)
-		if d := load.DialOnce(m.ctx, load.Target{Addr: lab.HostPort(pick(m.c.IPs, v4), 9998), Dial: m.a.NS.Dial}); d.OK || d.Errno != econnrefused {
+		if d := load.DialOnce(m.ctx, load.Target{Addr: lab.HostPort(pick(m.c.IPs, v4), 9998), Dial: m.a.NS.Dial}); d.OK ||
+			d.Errno != econnrefused {
 			t.Errorf("closed port: %+v", d)
 		}
 	})
@@ -337,7 +348,8 @@ func TestPorts(t *testing.T) {
 	}
 	for _, path := range []string{"/metrics", "/stats/prometheus"} {
 		status, body, err := d.Get(m.ctx, lab.StatsPort, path)
-		if err != nil || status != 200 || !strings.HasSuffix(body, "# EOF\n") || !strings.Contains(body, "istio_tcp_connections_opened_total{") || !strings.Contains(body, "istio_build{") {
+		if err != nil || status != 200 || !strings.HasSuffix(body, "# EOF\n") ||
+			!strings.Contains(body, "istio_tcp_connections_opened_total{") || !strings.Contains(body, "istio_build{") {
 			t.Errorf("%s: %d %v", path, status, err)
 		}
 	}
@@ -361,7 +373,8 @@ func TestPorts(t *testing.T) {
 		}
 	}
 	// The log level can be changed at run time.
-	if status, body, err := d.Request(m.ctx, "POST", lab.AdminPort, "/logging?level=debug"); err != nil || status != 200 || !strings.Contains(body, "debug") {
+	if status, body, err := d.Request(m.ctx, "POST", lab.AdminPort, "/logging?level=debug"); err != nil || status != 200 ||
+		!strings.Contains(body, "debug") {
 		t.Errorf("POST /logging: %d %q %v", status, body, err)
 	}
 	_, err = load.WhoAmI(m.ctx, target(m.a.NS, m.c.V4()))
@@ -374,10 +387,12 @@ func TestPorts(t *testing.T) {
 	})
 }
 
-// TestMissingWorld: a daemon whose workload file does not exist at the start ends with a message that names it, as ztunnel does.
+// TestMissingWorld: a daemon whose workload file does not exist at the start ends with a message that names it, as
+// ztunnel does.
 func TestMissingWorld(t *testing.T) {
 	m := newMesh(t, meshOptions{noStart: true})
-	d, err := m.StartDaemon(m.ctx, m.N1, lab.DaemonOptions{NoWait: true, Env: map[string]string{"LOCAL_XDS_PATH": m.Path("later.yaml")}})
+	d, err := m.StartDaemon(m.ctx, m.N1,
+		lab.DaemonOptions{NoWait: true, Env: map[string]string{"LOCAL_XDS_PATH": m.Path("later.yaml")}})
 	must(t, err)
 	ctx, cancel := context.WithTimeout(m.ctx, 15*time.Second)
 	defer cancel()

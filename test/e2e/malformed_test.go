@@ -17,8 +17,9 @@ import (
 	"ztun/test/load"
 )
 
-// TestMalformedInput throws at 15008 what does not belong there, while an innocent connection of another client and one of the same pod's mesh peers go on
-// undisturbed. Each gets its right refusal, the daemon stays the same process, and holds afterwards what it held before.
+// TestMalformedInput throws at 15008 what does not belong there, while an innocent connection of another client and
+// one of the same pod's mesh peers go on undisturbed. Each gets its right refusal, the daemon stays the same process,
+// and holds afterwards what it held before.
 func TestMalformedInput(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	ca := loadCA(t, m.Path("ca"))
@@ -75,7 +76,8 @@ func TestMalformedInput(t *testing.T) {
 	}
 
 	t.Run("not TLS", func(t *testing.T) {
-		for _, junk := range []string{"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "\x00\x00\x00\x00\x00", strings.Repeat("\xff", 70000), "SSH-2.0-x\r\n", "\x16\x03\x01\xff\xff"} {
+		for _, junk := range []string{"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "\x00\x00\x00\x00\x00",
+			strings.Repeat("\xff", 70000), "SSH-2.0-x\r\n", "\x16\x03\x01\xff\xff"} {
 			c := raw(t)
 			if _, err := io.WriteString(c, junk); err != nil && !isReset(err) {
 				t.Errorf("%.20q: %v", junk, err)
@@ -129,9 +131,11 @@ func TestMalformedInput(t *testing.T) {
 	})
 	t.Run("GET", func(t *testing.T) {
 		h := h2(t, ca.client(t, good))
-		must(t, h.headers(1, hpack.HeaderField{Name: ":method", Value: "GET"}, hpack.HeaderField{Name: ":scheme", Value: "http"},
+		must(t, h.headers(1, hpack.HeaderField{Name: ":method", Value: "GET"},
+			hpack.HeaderField{Name: ":scheme", Value: "http"},
 			hpack.HeaderField{Name: ":path", Value: "/"}, hpack.HeaderField{Name: ":authority", Value: dst}))
-		stream(t, h, 1, "HEADERS END_STREAM :status=400 x-ztun-reason=expected method CONNECT, got GET", "RST_STREAM NO_ERROR")
+		stream(t, h, 1, "HEADERS END_STREAM :status=400 x-ztun-reason=expected method CONNECT, got GET",
+			"RST_STREAM NO_ERROR")
 	})
 	t.Run("bad authority", func(t *testing.T) {
 		h := h2(t, ca.client(t, good))
@@ -139,9 +143,11 @@ func TestMalformedInput(t *testing.T) {
 		must(t, h.connect(3, "10.91.2.2:99999"))
 		must(t, h.connect(5, "a b c"))
 		must(t, h.connect(7, "10.91.1.2:9000"))
-		stream(t, h, 1, "HEADERS END_STREAM :status=400 x-ztun-reason=no valid authority pseudo header: 10.91.2.2", "RST_STREAM NO_ERROR")
+		stream(t, h, 1, "HEADERS END_STREAM :status=400 x-ztun-reason=no valid authority pseudo header: 10.91.2.2",
+			"RST_STREAM NO_ERROR")
 		stream(t, h, 5, "RST_STREAM PROTOCOL_ERROR")
-		stream(t, h, 7, "HEADERS END_STREAM :status=400 x-ztun-reason=ip mismatch: 10.91.2.2 != 10.91.1.2", "RST_STREAM NO_ERROR")
+		stream(t, h, 7, "HEADERS END_STREAM :status=400 x-ztun-reason=ip mismatch: 10.91.2.2 != 10.91.1.2",
+			"RST_STREAM NO_ERROR")
 		eventually(t, 10*time.Second, func() error {
 			if got, _ := h.of(3); len(got) == 0 || strings.Contains(strings.Join(got, ""), "200") {
 				return fmt.Errorf("port out of range: %q", got)
@@ -190,8 +196,10 @@ func TestMalformedInput(t *testing.T) {
 		t.Error("the daemon was harmed")
 	}
 	eventually(t, 60*time.Second, func() error {
-		if u := m.usage(m.N2.Daemon); u.fds > before.fds+8 || u.goroutines > before.goroutines+40 || u.opened-u.closed > before.opened-before.closed {
-			return fmt.Errorf("fds %v -> %v, goroutines %v -> %v, open connections %v -> %v", before.fds, u.fds, before.goroutines, u.goroutines, before.opened-before.closed, u.opened-u.closed)
+		if u := m.usage(m.N2.Daemon); u.fds > before.fds+8 || u.goroutines > before.goroutines+40 ||
+			u.opened-u.closed > before.opened-before.closed {
+			return fmt.Errorf("fds %v -> %v, goroutines %v -> %v, open connections %v -> %v", before.fds, u.fds,
+				before.goroutines, u.goroutines, before.opened-before.closed, u.opened-u.closed)
 		}
 		return nil
 	})
@@ -205,5 +213,6 @@ func isReset(err error) bool {
 		return false
 	}
 	s := err.Error()
-	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || strings.Contains(s, "reset by peer") || strings.Contains(s, "broken pipe") || strings.Contains(s, "tls: ")
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || strings.Contains(s, "reset by peer") ||
+		strings.Contains(s, "broken pipe") || strings.Contains(s, "tls: ")
 }

@@ -32,15 +32,20 @@ which also writes it (` + "`-update-metrics`" + `). Some metrics appear with the
 |---|---|---|---|---|
 `
 
-// eventual are metrics that a run of this test need not bring about: they appear with their first event. Their rows are kept by hand.
+// eventual are metrics that a run of this test need not bring about: they appear with their first event. Their rows
+// are kept by hand.
 var eventual = map[string]bool{
-	"istio_crl_policy_rejections": true, "istio_crl_untracked_connections": true, "istio_tcp_connections_failed": true, "istio_xds_connection_terminations": true,
-	"istio_dns_requests": true, "istio_dns_upstream_requests": true, "istio_dns_upstream_failures": true, "istio_dns_upstream_request_duration_seconds": true,
-	"istio_on_demand_dns": true, "ztun_bounded": true, "ztun_control_bounded": true, "ztun_ca_failures": true, "ztun_xds_rejected_now": true, "ztun_xds_rejected_resources": true,
+	"istio_crl_policy_rejections": true, "istio_crl_untracked_connections": true, "istio_tcp_connections_failed": true,
+	"istio_xds_connection_terminations": true,
+	"istio_dns_requests":                true, "istio_dns_upstream_requests": true, "istio_dns_upstream_failures": true,
+	"istio_dns_upstream_request_duration_seconds": true,
+	"istio_on_demand_dns":                         true, "ztun_bounded": true, "ztun_control_bounded": true,
+	"ztun_ca_failures":      true,
+	"ztun_xds_rejected_now": true, "ztun_xds_rejected_resources": true,
 }
 
-// TestMetricsList compares the list of metrics of nodes that have a control plane, revocation lists, names and traffic with the documented
-// one: a metric that is renamed, or gone, breaks somebody's dashboard.
+// TestMetricsList compares the list of metrics of nodes that have a control plane, revocation lists, names and
+// traffic with the documented one: a metric that is renamed, or gone, breaks somebody's dashboard.
 func TestMetricsList(t *testing.T) {
 	c := newControlled(t, false, map[string]string{"CRL_PATH": t.TempDir() + "/none.pem"})
 	for _, to := range []string{lab.HostPort(c.c.IPs[0], 9000), lab.HostPort(c.h2.IPs[0], 9000)} {
@@ -132,8 +137,10 @@ func metricRows(t *testing.T, text string) map[string]string {
 	rows := map[string]string{}
 	for line := range strings.Lines(text) {
 		name, help, ok := strings.Cut(strings.TrimPrefix(line, "# HELP "), " ")
-		if runtime := strings.HasPrefix(name, "go_") || strings.HasPrefix(name, "process_"); ok && strings.HasPrefix(line, "# HELP ") && !runtime {
-			rows[name] = fmt.Sprintf("| `%s` | %s | %s | %s | %s |\n", name, metrics.Types[name], units[name], strings.Join(labels[name], ", "), strings.TrimSpace(help))
+		if runtime := strings.HasPrefix(name, "go_") || strings.HasPrefix(name, "process_"); ok &&
+			strings.HasPrefix(line, "# HELP ") && !runtime {
+			rows[name] = fmt.Sprintf("| `%s` | %s | %s | %s | %s |\n", name, metrics.Types[name], units[name],
+				strings.Join(labels[name], ", "), strings.TrimSpace(help))
 		}
 	}
 	return rows

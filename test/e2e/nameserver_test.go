@@ -47,7 +47,8 @@ func (s *nameserver) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 	case name == "nowhere.example." || !dns.IsSubDomain("example.", name):
 		m.Rcode = dns.RcodeNameError
 	case q.Question[0].Qtype == dns.TypeA:
-		m.Answer = []dns.RR{&dns.A{Hdr: dns.RR_Header{Name: name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 5}, A: net.IPv4(192, 0, 2, 77)}}
+		m.Answer = []dns.RR{&dns.A{Hdr: dns.RR_Header{Name: name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 5},
+			A: net.IPv4(192, 0, 2, 77)}}
 	}
 	w.WriteMsg(m)
 }
@@ -80,13 +81,15 @@ func ask(ns *lab.NS, server netip.AddrPort, name string) (time.Duration, error) 
 	return time.Since(start), err
 }
 
-// flood sends queries, one in eight of them garbage, at a rate, and throws the answers away; the channel tells at the end how many.
+// flood sends queries, one in eight of them garbage, at a rate, and throws the answers away; the channel tells at the
+// end how many.
 func flood(ctx context.Context, t testing.TB, ns *lab.NS, server netip.AddrPort, perSecond int) <-chan int {
 	t.Helper()
 	c, err := udpFrom(ns, server)
 	must(t, err)
 	var messages [][]byte
-	for _, name := range []string{"shop.default.svc.cluster.local.", "shop.", "elsewhere.example.", "a.b.c.d.e.f.g.h.i.j.k.l.m.n.o.p.q.r.s.t.u.v.w.x.y.z.example."} {
+	for _, name := range []string{"shop.default.svc.cluster.local.", "shop.", "elsewhere.example.",
+		"a.b.c.d.e.f.g.h.i.j.k.l.m.n.o.p.q.r.s.t.u.v.w.x.y.z.example."} {
 		for _, qtype := range []uint16{dns.TypeA, dns.TypeAAAA, dns.TypeMX} {
 			q := new(dns.Msg)
 			q.SetQuestion(name, qtype)

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestNodeClean: what a killed daemon leaves is told by `ztun node status` and taken away by `ztun node clean`, settings of the kernel included:
-// the namespaces are as they were before ztun. While a daemon runs it is refused.
+// TestNodeClean: what a killed daemon leaves is told by `ztun node status` and taken away by `ztun node clean`,
+// settings of the kernel included: the namespaces are as they were before ztun. While a daemon runs it is refused.
 func TestNodeClean(t *testing.T) {
 	m := newMesh(t, meshOptions{noStart: true})
 	forwarding := func() string {
@@ -16,7 +16,8 @@ func TestNodeClean(t *testing.T) {
 		must(t, err)
 		return strings.Join(strings.Fields(out), " ")
 	}
-	_, err := m.Run(m.ctx, m.N1.NS, "sh", "-c", "echo 0 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding")
+	_, err := m.Run(m.ctx, m.N1.NS, "sh", "-c",
+		"echo 0 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding")
 	must(t, err)
 	before, podBefore := netState(m, m.N1.NS), netState(m, m.a.NS)
 	dir := m.DaemonEnv(m.N1)["ZTUN_STATE_DIR"]
@@ -50,7 +51,8 @@ func TestNodeClean(t *testing.T) {
 
 	out, err := node("status")
 	must(t, err)
-	for _, want := range []string{"the daemon does not run", "ztun0", m.a.V4().String(), "15008", "sysctl -w net/ipv4/ip_forward=0", "ip rule pref 10 ipproto tcp dport 15008"} {
+	for _, want := range []string{"the daemon does not run", "ztun0", m.a.V4().String(), "15008",
+		"sysctl -w net/ipv4/ip_forward=0", "ip rule pref 10 ipproto tcp dport 15008"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("status does not tell of %q:\n%s", want, out)
 		}

@@ -13,8 +13,8 @@ import (
 	"ztun/test/lab"
 )
 
-// TestDebianPackage makes a package of the program, twice the same, installs it into a root of the test's own, looks at what is there, and
-// removes and purges it again: nothing is left. The machine's own packages are not touched.
+// TestDebianPackage makes a package of the program, twice the same, installs it into a root of the test's own, looks
+// at what is there, and removes and purges it again: nothing is left. The machine's own packages are not touched.
 func TestDebianPackage(t *testing.T) {
 	needTool(t, "dpkg-deb")
 	needTool(t, "dpkg")
@@ -71,12 +71,14 @@ func TestDebianPackage(t *testing.T) {
 		t.Errorf("the unit is of another place:\n%s", unit)
 	}
 	for _, page := range []string{"ztun.1.gz", "ztun-proxy.1.gz", "ztun-pod-exec.1.gz"} {
-		if out := run("gzip", "-dc", filepath.Join(inst, "usr/share/man/man1", page)); !strings.Contains(out, ".SH SYNOPSIS") {
+		if out := run("gzip", "-dc", filepath.Join(inst, "usr/share/man/man1", page)); !strings.Contains(out,
+			".SH SYNOPSIS") {
 			t.Errorf("%s:\n%.300s", page, out)
 		}
 	}
 	// The completion is bash's own business, so bash has to read it.
-	if out := run("bash", "-c", ". "+filepath.Join(inst, "usr/share/bash-completion/completions/ztun")+"; complete -p ztun"); !strings.Contains(out, "__start_ztun") {
+	if out := run("bash", "-c", ". "+filepath.Join(inst, "usr/share/bash-completion/completions/ztun")+
+		"; complete -p ztun"); !strings.Contains(out, "__start_ztun") {
 		t.Errorf("completion: %s", out)
 	}
 	enabled, _ := filepath.Glob(filepath.Join(inst, "etc/systemd/system/*"))

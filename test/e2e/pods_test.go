@@ -16,11 +16,14 @@ import (
 	"ztun/test/load"
 )
 
-// netState is what the kernel knows in a namespace: devices, addresses, routes of all tables and rules, without what changes by itself.
+// netState is what the kernel knows in a namespace: devices, addresses, routes of all tables and rules, without what
+// changes by itself.
 func netState(m *mesh, ns *lab.NS) string {
 	m.t.Helper()
 	var all []string
-	for _, args := range [][]string{{"ip", "-o", "link"}, {"ip", "-o", "addr"}, {"ip", "-4", "route", "show", "table", "all"}, {"ip", "-6", "route", "show", "table", "all"}, {"ip", "-4", "rule"}, {"ip", "-6", "rule"}} {
+	for _, args := range [][]string{{"ip", "-o", "link"}, {"ip", "-o", "addr"},
+		{"ip", "-4", "route", "show", "table", "all"}, {"ip", "-6", "route", "show", "table", "all"}, {"ip", "-4", "rule"},
+		{"ip", "-6", "rule"}} {
 		out, err := m.Run(m.ctx, ns, args...)
 		must(m.t, err)
 		lines := strings.Split(strings.TrimSpace(out), "\n")
@@ -45,12 +48,14 @@ func netState(m *mesh, ns *lab.NS) string {
 
 // podAdd runs `ztun pod add` with the usual fields replaced.
 func podAdd(m *mesh, n *lab.Node, name, netns, ips string) error {
-	_, err := m.PodCmd(m.ctx, n, "add", "--name", name, "--namespace", "default", "--service-account", name, "--netns", netns, "--ip", ips)
+	_, err := m.PodCmd(m.ctx, n, "add", "--name", name, "--namespace", "default", "--service-account", name, "--netns",
+		netns, "--ip", ips)
 	return err
 }
 
-// TestPodCommands: adding twice, a missing namespace, addresses in use and nonsense are clear errors that leave nothing behind and the other pods undisturbed; deleting
-// removes every trace; and namespaces may be named by path, name or pid.
+// TestPodCommands: adding twice, a missing namespace, addresses in use and nonsense are clear errors that leave
+// nothing behind and the other pods undisturbed; deleting removes every trace; and namespaces may be named by path,
+// name or pid.
 func TestPodCommands(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	ic, err := load.Idle(m.ctx, target(m.b.NS, m.c.V4()), 3) // the other pod of the node
@@ -165,7 +170,8 @@ func TestPodCommands(t *testing.T) {
 		must(t, os.WriteFile(filepath.Join(inEtc, "resolv.conf"), []byte("nameserver 192.0.2.53\n"), 0o644))
 		host, err := os.ReadFile("/etc/resolv.conf")
 		must(t, err)
-		out, err := m.PodCmd(m.ctx, m.N1, "exec", "a", "--", "sh", "-c", "ip -o address show dev ztun0; cat /etc/resolv.conf; exit 7")
+		out, err := m.PodCmd(m.ctx, m.N1, "exec", "a", "--", "sh", "-c",
+			"ip -o address show dev ztun0; cat /etc/resolv.conf; exit 7")
 		if lab.ExitCode(err) != 7 || !strings.Contains(out, m.a.V4().String()) || !strings.Contains(out, "192.0.2.53") {
 			t.Errorf("%d, %s", lab.ExitCode(err), out)
 		}
@@ -176,8 +182,10 @@ func TestPodCommands(t *testing.T) {
 		if after, err := os.ReadFile("/etc/resolv.conf"); err != nil || string(after) != string(host) {
 			t.Errorf("the host's resolv.conf is %q, was %q, %v", after, host, err)
 		}
-		for args, want := range map[string]string{"nobody -- true": "no pod default/nobody", "a -- no-such-command": "command not found"} {
-			if _, err := m.PodCmd(m.ctx, m.N1, "exec", strings.Fields(args)...); err == nil || !strings.Contains(err.Error(), want) {
+		for args, want := range map[string]string{"nobody -- true": "no pod default/nobody",
+			"a -- no-such-command": "command not found"} {
+			if _, err := m.PodCmd(m.ctx, m.N1, "exec", strings.Fields(args)...); err == nil ||
+				!strings.Contains(err.Error(), want) {
 				t.Errorf("exec %s: %v", args, err)
 			}
 		}
@@ -235,7 +243,8 @@ func sameButLo(a, b string) bool {
 	strip := func(s string) string {
 		var out []string
 		for _, l := range strings.Split(s, "\n") {
-			if !strings.Contains(l, " lo ") && !strings.Contains(l, " lo:") && !strings.HasSuffix(l, " lo") && !strings.Contains(l, "dev lo") {
+			if !strings.Contains(l, " lo ") && !strings.Contains(l, " lo:") && !strings.HasSuffix(l, " lo") &&
+				!strings.Contains(l, "dev lo") {
 				out = append(out, l)
 			}
 		}
@@ -267,7 +276,8 @@ func diff(a, b string) string {
 	return out.String()
 }
 
-// TestVanishedPod: a pod's namespace disappears under the daemon. The other pods go on, the daemon too, and the pod can be deleted and added again.
+// TestVanishedPod: a pod's namespace disappears under the daemon. The other pods go on, the daemon too, and the pod
+// can be deleted and added again.
 func TestVanishedPod(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	ic, err := load.Idle(m.ctx, target(m.b.NS, m.c.V4()), 3)
@@ -310,8 +320,9 @@ func contextFor(t testing.TB, m *mesh, d time.Duration) context.Context {
 	return ctx
 }
 
-// TestPodWithoutRecord: what `ztun pod` says of a pod that nothing is known of yet is true: its connections wait for the record, and go through when it
-// comes in time. A record without a trust domain is of the CA's, so that its pod speaks and is spoken to in the mesh.
+// TestPodWithoutRecord: what `ztun pod` says of a pod that nothing is known of yet is true: its connections wait for
+// the record, and go through when it comes in time. A record without a trust domain is of the CA's, so that its pod
+// speaks and is spoken to in the mesh.
 func TestPodWithoutRecord(t *testing.T) {
 	m := newMesh(t, meshOptions{noStart: true})
 	full := m.DefaultWorld()
@@ -335,7 +346,8 @@ func TestPodWithoutRecord(t *testing.T) {
 	m.serve(m.c.NS)
 	list, err := m.PodCmd(m.ctx, m.N1, "list")
 	must(t, err)
-	const says = "no workload record of name a, namespace default, service account a yet: its connections wait for it for up to 5s each and are refused then"
+	const says = "no workload record of name a, namespace default, service account a yet: its connections wait for it " +
+		"for up to 5s each and are refused then"
 	if strings.Count(list, says) != 1 || strings.Count(list, "no workload record") != 1 {
 		t.Errorf("ztun pod list:\n%s", list)
 	}

@@ -44,8 +44,9 @@ func threads(t *testing.T, pid int, key string) string {
 	return value
 }
 
-// TestLeastPrivilege: a daemon that was started as root keeps what it needs, on all threads; one that has nothing but CAP_NET_ADMIN and CAP_SYS_ADMIN,
-// whoever its user is, does all the same: pods attached, named, adopted and let go of, both ways to the mesh, to hosts outside, names.
+// TestLeastPrivilege: a daemon that was started as root keeps what it needs, on all threads; one that has nothing but
+// CAP_NET_ADMIN and CAP_SYS_ADMIN, whoever its user is, does all the same: pods attached, named, adopted and let go
+// of, both ways to the mesh, to hosts outside, names.
 func TestLeastPrivilege(t *testing.T) {
 	m := newMesh(t, meshOptions{noStart: true})
 	const least = 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_SYS_ADMIN
@@ -78,7 +79,8 @@ func TestLeastPrivilege(t *testing.T) {
 		for _, way := range []struct {
 			from *lab.NS
 			to   []netip.Addr
-		}{{m.a.NS, m.c.IPs}, {m.c.NS, m.a.IPs}, {m.a.NS, m.b.IPs}, {m.a.NS, m.h1.IPs}, {m.h1.NS, m.a.IPs}, {m.a.NS, m.a.IPs}} {
+		}{{m.a.NS, m.c.IPs}, {m.c.NS, m.a.IPs}, {m.a.NS, m.b.IPs}, {m.a.NS, m.h1.IPs}, {m.h1.NS, m.a.IPs},
+			{m.a.NS, m.a.IPs}} {
 			for _, to := range way.to {
 				if _, err := load.WhoAmI(m.ctx, target(way.from, to)); err != nil {
 					t.Errorf("%s to %s: %v", way.from.Name, to, err)
@@ -99,7 +101,8 @@ func TestLeastPrivilege(t *testing.T) {
 			t.Errorf("NoNewPrivs of %s: %s", d.Node.Name, v)
 		}
 		log := d.Log()
-		if !strings.Contains(log, `capability held	capability="CAP_SYS_ADMIN"`) || strings.Contains(log, "could not be given up") {
+		if !strings.Contains(log, `capability held	capability="CAP_SYS_ADMIN"`) ||
+			strings.Contains(log, "could not be given up") {
 			t.Errorf("%s does not say what it holds, or could not give up the rest", d.Node.Name)
 		}
 		if strings.Contains(log, "CAP_DAC_OVERRIDE is kept") != (want&(1<<unix.CAP_DAC_OVERRIDE) != 0) {
@@ -116,9 +119,11 @@ func TestLeastPrivilege(t *testing.T) {
 	must(t, os.Chmod(m.Dir, 0o755))
 	caps := "-all,+net_admin,+sys_admin,+dac_override,+chown,+net_raw"
 	user, err := m.StartDaemon(m.ctx, m.N2, lab.DaemonOptions{Env: env("LOCAL_CA_DIR", theirs), Wrap: []string{
-		"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=" + caps, "--ambient-caps=" + caps, "--bounding-set=" + caps}})
+		"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=" + caps, "--ambient-caps=" + caps,
+		"--bounding-set=" + caps}})
 	must(t, err)
-	_, err = m.StartDaemon(m.ctx, m.N1, lab.DaemonOptions{Wrap: []string{"setpriv", "--inh-caps=-all", "--bounding-set=-all,+net_admin,+sys_admin"}})
+	_, err = m.StartDaemon(m.ctx, m.N1,
+		lab.DaemonOptions{Wrap: []string{"setpriv", "--inh-caps=-all", "--bounding-set=-all,+net_admin,+sys_admin"}})
 	must(t, err)
 	works()
 	want := uint64(least)
@@ -148,12 +153,15 @@ func TestSystemdUnit(t *testing.T) {
 	}
 	unit := filepath.Join(t.TempDir(), "ztun.service")
 	must(t, os.WriteFile(unit, []byte(strings.ReplaceAll(string(b), installed, bins.ztun+" ")), 0o644))
-	if out, err := exec.Command("systemd-analyze", "verify", "--man=no", unit).CombinedOutput(); err != nil || len(out) > 0 {
+	if out, err := exec.Command("systemd-analyze", "verify", "--man=no", unit).CombinedOutput(); err != nil ||
+		len(out) > 0 {
 		t.Errorf("systemd-analyze verify: %v: %s", err, out)
 	}
 	// What the fence must let through.
-	for _, want := range []string{"CapabilityBoundingSet=CAP_NET_ADMIN CAP_SYS_ADMIN CAP_SYS_PTRACE\n", "NoNewPrivileges=yes\n", "RuntimeDirectoryPreserve=yes\n",
-		"DeviceAllow=/dev/net/tun rw\n", "RestrictNamespaces=net\n", "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK\n"} {
+	for _, want := range []string{"CapabilityBoundingSet=CAP_NET_ADMIN CAP_SYS_ADMIN CAP_SYS_PTRACE\n",
+		"NoNewPrivileges=yes\n", "RuntimeDirectoryPreserve=yes\n",
+		"DeviceAllow=/dev/net/tun rw\n", "RestrictNamespaces=net\n",
+		"RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK\n"} {
 		if !strings.Contains(string(b), "\n"+want) {
 			t.Errorf("the unit has no line %q", want)
 		}

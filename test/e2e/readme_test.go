@@ -13,7 +13,8 @@ import (
 	"ztun/test/lab"
 )
 
-// TestReadme: the table of docs/configuration.md is the one that the program prints, and every path that README.md names exists.
+// TestReadme: the table of docs/configuration.md is the one that the program prints, and every path that README.md
+// names exists.
 func TestReadme(t *testing.T) {
 	root, err := lab.Root()
 	must(t, err)
@@ -52,7 +53,8 @@ func TestReadme(t *testing.T) {
 			t.Errorf("docs/configuration.md has %s, the program does not", name)
 		}
 	}
-	for _, m := range regexp.MustCompile("`((?:cmd|tun|netstack|proxy|admin|test|scripts|\\.ci)/?[a-z0-9/._-]*)").FindAllStringSubmatch(readme, -1) {
+	for _, m := range regexp.MustCompile("`((?:cmd|tun|netstack|proxy|admin|test|scripts|\\.ci)/?[a-z0-9/._-]*)").
+		FindAllStringSubmatch(readme, -1) {
 		if _, err := os.Stat(filepath.Join(root, m[1])); err != nil {
 			t.Errorf("README.md names %s: %v", m[1], err)
 		}

@@ -36,8 +36,9 @@ type hop struct {
 	flag     string
 }
 
-// seenService is the service that a node says was called. The source knows; the destination has to find it among the services of its workload: the one that the client
-// named, or else the first of which a port leads to the application's. A workload file does not say which services a workload has, only which workloads a service has.
+// seenService is the service that a node says was called. The source knows; the destination has to find it among the
+// services of its workload: the one that the client named, or else the first of which a port leads to the
+// application's. A workload file does not say which services a workload has, only which workloads a service has.
 func (r *routing) seenService(h hop) *lab.Service {
 	if !h.inbound || h.named || h.service != "" && r.control != nil && r.leads(h.service, h.dst, 0) {
 		return r.service(h.service)
@@ -90,7 +91,8 @@ func (r *routing) line(h hop) string {
 	src := lab.HostPort(h.from, 1)
 	src = src[:len(src)-1] + "PORT"
 	if h.early {
-		return fmt.Sprintf("warn connection failed src.addr=%s dst.addr=%s direction=%q error=%q", src, h.at, direction, h.err)
+		return fmt.Sprintf("warn connection failed src.addr=%s dst.addr=%s direction=%q error=%q", src, h.at,
+			direction, h.err)
 	}
 	var b strings.Builder
 	level, sent, recv := "info", 0, 0
@@ -234,8 +236,10 @@ func (r *routing) count(h hop, to map[string]float64) {
 	}
 	if h.lookup != "" {
 		w := r.record(h.src)
-		to[fmt.Sprintf("istio_on_demand_dns_total{source_workload=%q,source_canonical_service=%q,source_canonical_revision=%q,source_workload_namespace=%q,source_principal=%q,source_app=%q,source_version=%q,source_cluster=%q,hostname=%q}",
-			w.WorkloadName, w.CanonicalName, w.CanonicalRevision, w.Namespace, identityOf(w), w.CanonicalName, w.CanonicalRevision, w.ClusterID, h.lookup)]++
+		to[fmt.Sprintf(
+			"istio_on_demand_dns_total{source_workload=%q,source_canonical_service=%q,source_canonical_revision=%q,source_workload_namespace=%q,source_principal=%q,source_app=%q,source_version=%q,source_cluster=%q,hostname=%q}",
+			w.WorkloadName, w.CanonicalName, w.CanonicalRevision, w.Namespace, identityOf(w), w.CanonicalName,
+			w.CanonicalRevision, w.ClusterID, h.lookup)]++
 	}
 	flag := h.flag
 	if flag == "" {
@@ -263,7 +267,8 @@ func (r *routing) series(n *lab.Node) map[string]float64 {
 	must(r.t, err)
 	out := map[string]float64{}
 	for _, s := range m.Series {
-		traffic := strings.HasPrefix(s.Name, "istio_tcp_") && s.Name != "istio_tcp_sockets_open" || s.Name == "istio_on_demand_dns_total"
+		traffic := strings.HasPrefix(s.Name, "istio_tcp_") && s.Name != "istio_tcp_sockets_open" ||
+			s.Name == "istio_on_demand_dns_total"
 		if traffic && s.Value != 0 {
 			out[s.String()] = s.Value
 		}
@@ -302,7 +307,8 @@ func (r *routing) expect(t *testing.T, hops []hop) {
 			lines, end = r.lines(t, n)
 		}
 		if !slices.Equal(lines, want) {
-			t.Errorf("access log of %s:\n got %s\nwant %s", n.Name, strings.Join(lines, "\n     "), strings.Join(want, "\n     "))
+			t.Errorf("access log of %s:\n got %s\nwant %s", n.Name, strings.Join(lines, "\n     "),
+				strings.Join(want, "\n     "))
 		}
 		got := r.series(n)
 		for !maps.Equal(got, series) && time.Now().Before(deadline) {

@@ -17,9 +17,10 @@ import (
 
 // explain asks a node's daemon over its socket.
 func (r *routing) explain(n *lab.Node, q url.Values) (*proxy.Explanation, error) {
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", n.Daemon.Socket)
-	}}}
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", n.Daemon.Socket)
+		}}}
 	req, err := http.NewRequestWithContext(r.ctx, http.MethodGet, "http://ztun/v1/explain?"+q.Encode(), nil)
 	if err != nil {
 		return nil, err
@@ -36,8 +37,8 @@ func (r *routing) explain(n *lab.Node, q url.Values) (*proxy.Explanation, error)
 	return x, json.NewDecoder(resp.Body).Decode(x)
 }
 
-// agrees holds what `ztun explain` says against what has happened: of every connection of the table that an application opened, and
-// of every end of one at a pod, the same way and the same reason.
+// agrees holds what `ztun explain` says against what has happened: of every connection of the table that an
+// application opened, and of every end of one at a pod, the same way and the same reason.
 func (f family) agrees(t *testing.T, s scenario, want []outcome) {
 	t.Helper()
 	if s.via != nil {
@@ -54,7 +55,8 @@ func (f family) agrees(t *testing.T, s scenario, want []outcome) {
 	if from.node == nil || f.record(s.from) == nil || len(want[0].hops) == 0 || want[0].hops[0].inbound {
 		return
 	}
-	// Where there is something to draw, one explanation is one of the outcomes; which one is chance, so that all are right.
+	// Where there is something to draw, one explanation is one of the outcomes; which one is chance, so that all are
+	// right.
 	x, err := f.explain(from.node, url.Values{"pod": {f.podOf(s.from)}, "to": {s.to(f)}})
 	if err != nil {
 		t.Errorf("explain: %v", err)
@@ -88,7 +90,8 @@ func (f family) differs(x *proxy.Explanation, o outcome) string {
 		return fmt.Sprintf("to %s %q, but it went to %s %q", d.NextHop, d.Authority, h.at, h.hbone)
 	case h.service != "" && !strings.Contains(d.Service, "/"+h.service+"."):
 		return fmt.Sprintf("service %s, but it was %s", d.Service, h.service)
-	case len(o.hops) == 2 && !d.Waypoint && o.hops[1].err != "" && o.hops[1].err != nobody: // what the other node decided, and why
+	// what the other node decided, and why
+	case len(o.hops) == 2 && !d.Waypoint && o.hops[1].err != "" && o.hops[1].err != nobody:
 		if !x.Refused || x.Error != h.err {
 			return fmt.Sprintf("refused %v %q, but it was refused: %q", x.Refused, x.Error, h.err)
 		}
@@ -115,7 +118,8 @@ func (f family) agreesInbound(t *testing.T, h hop) {
 		if p.node != h.node || f.ip(name) != at.Addr() || f.record(name) == nil {
 			continue
 		}
-		q := url.Values{"inbound": {"1"}, "pod": {f.podOf(name)}, "to": {fmt.Sprintf(":%d", at.Port())}, "from": {h.from.String()}}
+		q := url.Values{"inbound": {"1"}, "pod": {f.podOf(name)}, "to": {fmt.Sprintf(":%d", at.Port())},
+			"from": {h.from.String()}}
 		if h.hbone == "" && !h.early {
 			q.Set("plaintext", "1")
 		}

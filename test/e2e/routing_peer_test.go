@@ -19,8 +19,8 @@ import (
 	"ztun/test/lab"
 )
 
-// waypoint makes the host wp a waypoint on a port, with a service account: Go's own HTTP/2 server, which says what it was asked, by whom, and then goes on to
-// pod c's port 9000 through a tunnel of its own.
+// waypoint makes the host wp a waypoint on a port, with a service account: Go's own HTTP/2 server, which says what it
+// was asked, by whom, and then goes on to pod c's port 9000 through a tunnel of its own.
 func (r *routing) waypoint(port uint16, account string) {
 	r.t.Helper()
 	wp, c := r.places["wp"], r.places["c"]
@@ -30,8 +30,9 @@ func (r *routing) waypoint(port uint16, account string) {
 	cert := r.ca.issue(r.t, id, time.Now().Add(-time.Minute), time.Now().Add(time.Hour))
 	client := r.ca.client(r.t, id)
 	s := &http.Server{
-		TLSConfig: &tls.Config{Certificates: []tls.Certificate{*cert}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: r.ca.pool, MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}},
-		ErrorLog:  log.New(io.Discard, "", 0),
+		TLSConfig: &tls.Config{Certificates: []tls.Certificate{*cert}, ClientAuth: tls.RequireAndVerifyClientCert,
+			ClientCAs: r.ca.pool, MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}},
+		ErrorLog: log.New(io.Discard, "", 0),
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
 			dst, err := netip.ParseAddrPort(q.Host)
 			if q.Method != http.MethodConnect || err != nil {
@@ -66,7 +67,8 @@ var (
 	traceparent  = regexp.MustCompile(`^00-[0-9a-f]{32}-[0-9a-f]{16}-00$`)
 )
 
-// asked is a CONNECT in one line, without what is random: authority, peer, client, service, baggage, and the names of all headers.
+// asked is a CONNECT in one line, without what is random: authority, peer, client, service, baggage, and the names of
+// all headers.
 func asked(q *http.Request) string {
 	var names []string
 	for name := range q.Header {
@@ -80,11 +82,13 @@ func asked(q *http.Request) string {
 	if !traceparent.MatchString(q.Header.Get("traceparent")) {
 		names = append(names, "with traceparent "+q.Header.Get("traceparent"))
 	}
-	return askedText(q.Host, q.TLS.PeerCertificates[0].URIs[0].String(), forwarded, q.Header.Get("baggage"), strings.Join(names, ","))
+	return askedText(q.Host, q.TLS.PeerCertificates[0].URIs[0].String(), forwarded, q.Header.Get("baggage"),
+		strings.Join(names, ","))
 }
 
 func askedText(authority, peer, forwarded, baggage, headers string) string {
-	return fmt.Sprintf("asked for %s by %s, forwarded %s, baggage %s, headers %s", authority, peer, forwarded, baggage, headers)
+	return fmt.Sprintf("asked for %s by %s, forwarded %s, baggage %s, headers %s", authority, peer, forwarded, baggage,
+		headers)
 }
 
 type flushed struct {
@@ -122,7 +126,8 @@ func (s *stream) CloseWrite() error { return s.PipeWriter.Close() }
 func (s *stream) Close() error      { s.close(); return nil }
 
 // openTunnel opens HBONE by Go's own HTTP/2 client.
-func openTunnel(ctx context.Context, ns *lab.NS, to netip.AddrPort, authority string, conf *tls.Config, h http.Header) (duplex, error) {
+func openTunnel(ctx context.Context, ns *lab.NS, to netip.AddrPort, authority string, conf *tls.Config, h http.Header) (
+	duplex, error) {
 	raw, err := ns.Dial(ctx, "tcp", to.String())
 	if err != nil {
 		return nil, err
@@ -137,7 +142,8 @@ func openTunnel(ctx context.Context, ns *lab.NS, to netip.AddrPort, authority st
 	ctx, cancel := context.WithCancel(ctx)
 	body, w := io.Pipe()
 	end := func() { w.Close(); cancel(); cc.Close(); raw.Close() }
-	q := (&http.Request{Method: http.MethodConnect, URL: &url.URL{Host: authority}, Host: authority, Header: h, Body: body, ContentLength: -1}).WithContext(ctx)
+	q := (&http.Request{Method: http.MethodConnect, URL: &url.URL{Host: authority}, Host: authority, Header: h, Body: body,
+		ContentLength: -1}).WithContext(ctx)
 	if q.Header == nil {
 		q.Header = http.Header{}
 	}

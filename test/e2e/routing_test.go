@@ -63,12 +63,14 @@ func (f family) only(v4 bool) family { return family{f.routing, v4} }
 
 // outbound is what the client's node says of a tunnel to a workload's 15008.
 func (f family) outbound(from, to, authority, service string) hop {
-	return hop{node: f.places[from].node, from: f.ip(from), src: from, dst: to, at: f.at(to, 15008), hbone: authority, service: service}
+	return hop{node: f.places[from].node, from: f.ip(from), src: from, dst: to, at: f.at(to, 15008), hbone: authority,
+		service: service}
 }
 
 // inbound is what the destination's node says of a tunnel.
 func (f family) inbound(from, to, authority, service string, port uint16) hop {
-	return hop{node: f.places[to].node, inbound: true, from: f.ip(from), src: from, dst: to, at: f.at(to, 15008), hbone: authority, service: service, port: port}
+	return hop{node: f.places[to].node, inbound: true, from: f.ip(from), src: from, dst: to, at: f.at(to, 15008),
+		hbone: authority, service: service, port: port}
 }
 
 // tunnelled is a connection by HBONE to a workload's port.
@@ -84,12 +86,15 @@ func (f family) tunnelled(from, to string, port uint16, service string) outcome 
 // plain is a connection without a tunnel; who is the name of the record, "" if it goes to nobody that the mesh knows.
 func (f family) plain(from, to string, port uint16, who, service string) outcome {
 	says := greeting(to, port, f.ip(from), "")
-	return outcome{says: says, hops: []hop{{node: f.places[from].node, from: f.ip(from), src: from, dst: who, at: f.at(to, port), service: service, reply: says}}}
+	return outcome{says: says,
+		hops: []hop{{node: f.places[from].node, from: f.ip(from), src: from, dst: who, at: f.at(to, port), service: service,
+			reply: says}}}
 }
 
 // early is a connection that is refused before anything is tried.
 func (f family) early(from, to, why string) outcome {
-	return outcome{refused: "ECONNREFUSED", hops: []hop{{node: f.places[from].node, early: true, from: f.ip(from), at: to, err: why}}}
+	return outcome{refused: "ECONNREFUSED",
+		hops: []hop{{node: f.places[from].node, early: true, from: f.ip(from), at: to, err: why}}}
 }
 
 // throughWaypoint is a connection that the host wp carries on to pod c. It reaches wp at a port, over a family.
@@ -99,12 +104,15 @@ func (f family) throughWaypoint(from, authority, service string, wp family, port
 	if service != "" {
 		host = f.service(service).Hostname
 	}
-	baggage := fmt.Sprintf("k8s.cluster.name=%s,k8s.namespace.name=%s,k8s.deployment.name=%s,service.name=%s,service.version=%s", w.ClusterID, w.Namespace, w.WorkloadName, w.CanonicalName, w.CanonicalRevision)
+	baggage :=
+		fmt.Sprintf("k8s.cluster.name=%s,k8s.namespace.name=%s,k8s.deployment.name=%s,service.name=%s,service.version=%s",
+			w.ClusterID, w.Namespace, w.WorkloadName, w.CanonicalName, w.CanonicalRevision)
 	if l := w.Locality; l != nil {
 		baggage += ",cloud.region=" + l.Region + ",cloud.availability_zone=" + l.Zone
 	}
 	client := lab.HostPort(f.ip(from), 1)
-	first := "wp " + askedText(authority, identityOf(w), client[:len(client)-2]+" "+host, baggage, "baggage,forwarded,traceparent") + "\n"
+	first := "wp " + askedText(authority, identityOf(w), client[:len(client)-2]+" "+host, baggage,
+		"baggage,forwarded,traceparent") + "\n"
 	second := greeting("c", 9000, f.ip("wp"), "")
 	out, in := f.outbound(from, "wp", authority, service), f.inbound("wp", "c", f.at("c", 9000), "", 9000)
 	out.at, out.reply, in.reply = wp.at("wp", port), first+second, second
@@ -182,7 +190,8 @@ func (f family) call(s scenario, address string) (says, refused string, took tim
 
 func whyRefused(err error) string {
 	for errno, name := range map[syscall.Errno]string{
-		syscall.ECONNREFUSED: "ECONNREFUSED", syscall.EHOSTUNREACH: "EHOSTUNREACH", syscall.ENETUNREACH: "ENETUNREACH", syscall.ECONNRESET: "ECONNRESET", syscall.EPIPE: "ECONNRESET",
+		syscall.ECONNREFUSED: "ECONNREFUSED", syscall.EHOSTUNREACH: "EHOSTUNREACH", syscall.ENETUNREACH: "ENETUNREACH",
+		syscall.ECONNRESET: "ECONNRESET", syscall.EPIPE: "ECONNRESET",
 	} {
 		if errors.Is(err, errno) {
 			return name
@@ -261,7 +270,8 @@ func (s scenario) run(t *testing.T, r *routing) {
 			says, refused, took := f.call(s, s.to(f))
 			i := 0
 			for ; i < len(want); i++ {
-				if says == want[i].says && (refused == want[i].refused || refused != "" && strings.Contains(" "+want[i].refused+" ", " "+refused+" ")) {
+				if says == want[i].says && (refused == want[i].refused || refused != "" &&
+					strings.Contains(" "+want[i].refused+" ", " "+refused+" ")) {
 					break
 				}
 			}
@@ -291,8 +301,8 @@ func (s scenario) run(t *testing.T, r *routing) {
 	}
 }
 
-// TestRouting: where connections go, for everything that a connection can be made to, with both nodes as witnesses. The same scenarios with a workload
-// file and with `ztun control`, over IPv4 and IPv6.
+// TestRouting: where connections go, for everything that a connection can be made to, with both nodes as witnesses.
+// The same scenarios with a workload file and with `ztun control`, over IPv4 and IPv6.
 func TestRouting(t *testing.T) {
 	for _, mode := range []string{"file", "control"} {
 		t.Run(mode, func(t *testing.T) {

@@ -21,8 +21,10 @@ import (
 
 // routing is a world with every kind of destination that the mesh knows.
 //
-//	n1: pods a, o (namespace other), s (a waypoint that is a pod), p (PROXY tunnel on loopback), u (nobody knows it); host h1
-//	n2: pods c, d, e (behind s), q (PROXY tunnel on the pod's address), z (tunnel NONE); hosts h2, x (nobody knows it), wp (a waypoint of its own)
+//	n1: pods a, o (namespace other), s (a waypoint that is a pod), p (PROXY tunnel on loopback), u (nobody knows
+//	    it); host h1
+//	n2: pods c, d, e (behind s), q (PROXY tunnel on the pod's address), z (tunnel NONE);
+//	    hosts h2, x (nobody knows it), wp (a waypoint of its own)
 //
 // Everything that a name such as "c" needs is looked up in places; what the mesh knows of it, in file.
 type routing struct {
@@ -50,7 +52,8 @@ const domain = ".default.svc.cluster.local"
 func newRouting(t *testing.T, control bool) *routing {
 	t.Helper()
 	needTool(t, "unshare")
-	r := &routing{mesh: newMesh(t, meshOptions{noStart: true}), places: map[string]place{}, logs: map[*lab.Node]int{}, counted: map[*lab.Node]map[string]float64{}}
+	r := &routing{mesh: newMesh(t, meshOptions{noStart: true}), places: map[string]place{}, logs: map[*lab.Node]int{},
+		counted: map[*lab.Node]map[string]float64{}}
 	add := func(n *lab.Node, p lab.Pod) {
 		_, err := r.AddPod(n, p)
 		must(t, err)
@@ -109,12 +112,14 @@ func (r *routing) startControlled() {
 		cred, address := r.Path("cred-"+n.Name), fmt.Sprintf("https://%s:%d", r.N1.Addr4, controlPort)
 		_, err := c.Ztun(c.ctx, nil, "control", "join", "--dir", c.dir, "--node", n.Name, "--out", cred)
 		must(r.t, err)
-		return map[string]string{"LOCAL_XDS_PATH": lab.Unset, "LOCAL_CA_DIR": lab.Unset, "XDS_ADDRESS": address, "CA_ADDRESS": address, "ZTUN_CONTROL_CREDENTIALS": cred}
+		return map[string]string{"LOCAL_XDS_PATH": lab.Unset, "LOCAL_CA_DIR": lab.Unset, "XDS_ADDRESS": address,
+			"CA_ADDRESS": address, "ZTUN_CONTROL_CREDENTIALS": cred}
 	})
 }
 
-// startNodes starts both daemons, each in a mount namespace in which /etc/hosts knows where far.example.test is: workloads with a hostname are looked up by the daemon.
-// What the mesh does not know is asked of a nameserver on h1, which knows nothing of it either.
+// startNodes starts both daemons, each in a mount namespace in which /etc/hosts knows where far.example.test is:
+// workloads with a hostname are looked up by the daemon. What the mesh does not know is asked of a nameserver on h1,
+// which knows nothing of it either.
 func (r *routing) startNodes(more func(*lab.Node) map[string]string) {
 	x := r.places["x"]
 	hosts := "127.0.0.1 localhost\n"
@@ -150,7 +155,8 @@ func (r *routing) routingWorld() lab.WorldFile {
 		}
 	}
 	record := func(name, protocol string, ips bool) {
-		w := lab.Workload{UID: "lab//v1/Pod/default/" + name, Name: name, Namespace: "default", ServiceAccount: name, Protocol: protocol, Node: "n2", Status: "Healthy"}
+		w := lab.Workload{UID: "lab//v1/Pod/default/" + name, Name: name, Namespace: "default", ServiceAccount: name,
+			Protocol: protocol, Node: "n2", Status: "Healthy"}
 		if ips {
 			for _, ip := range r.places[name].ips {
 				w.WorkloadIPs = append(w.WorkloadIPs, ip.String())
@@ -202,7 +208,8 @@ func (r *routing) routingWorld() lab.WorldFile {
 	type ports = map[uint16]uint16
 	service := func(name string, p ports, endpoints map[string]ports, edit func(*lab.Service)) {
 		n := len(f.Services) + 1
-		s := lab.Service{Name: name, Namespace: "default", Hostname: name + domain, Ports: p, VIPs: []string{fmt.Sprintf("/10.96.1.%d", n), fmt.Sprintf("/fd96::1:%d", n)}}
+		s := lab.Service{Name: name, Namespace: "default", Hostname: name + domain, Ports: p,
+			VIPs: []string{fmt.Sprintf("/10.96.1.%d", n), fmt.Sprintf("/fd96::1:%d", n)}}
 		if edit != nil {
 			edit(&s)
 		}
@@ -275,7 +282,8 @@ func (r *routing) routingWorld() lab.WorldFile {
 	service("viaport", web, map[string]ports{"c": nil}, through(&lab.Gateway{Destination: wp4, Port: 15019}))
 	service("split", web, map[string]ports{"c": nil}, func(s *lab.Service) {
 		s.Waypoint = at("default/gone" + domain)
-		s.WeightedWaypoints = []lab.WeightedWaypoint{{Destination: *at("default/wp" + domain), Weight: 100}, {Destination: *at("default/gone" + domain)}}
+		s.WeightedWaypoints = []lab.WeightedWaypoint{{Destination: *at("default/wp" + domain), Weight: 100},
+			{Destination: *at("default/gone" + domain)}}
 	})
 	f.Policies = []lab.Policy{{Name: "deny-7777", Namespace: "default", Scope: "Namespace", Action: "Deny",
 		Rules: [][][]map[string]any{{{{"destinationPorts": []int{7777}}}}}}}
@@ -292,7 +300,8 @@ func (r *routing) apply(change func(*lab.WorldFile)) {
 		change(&f)
 	}
 	marker := fmt.Sprintf("gen-%d"+domain, r.gen)
-	f.Services = append(f.Services, lab.Service{Name: "gen", Namespace: "default", Hostname: marker, Ports: map[uint16]uint16{1: 1}})
+	f.Services = append(f.Services, lab.Service{Name: "gen", Namespace: "default", Hostname: marker,
+		Ports: map[uint16]uint16{1: 1}})
 	r.file, r.changed = f, change != nil
 	if r.control != nil {
 		r.control.write("world.yaml", f)
@@ -307,7 +316,11 @@ func (r *routing) apply(change func(*lab.WorldFile)) {
 			if err == nil {
 				err = json.Unmarshal([]byte(body), &dump)
 			}
-			if err == nil && !slices.ContainsFunc(dump.Services, func(s struct{ Hostname string }) bool { return s.Hostname == marker }) {
+			if err == nil && !slices.ContainsFunc(dump.Services, func(s struct {
+				Hostname string
+			}) bool {
+				return s.Hostname == marker
+			}) {
 				err = fmt.Errorf("%s does not know %s", n.Name, marker)
 			}
 			return err
@@ -370,8 +383,9 @@ func (r *routing) app(name, address string, header func(io.Reader) (string, erro
 	r.t.Cleanup(func() { l.Close(); work.Wait() })
 }
 
-// readProxy reads a PROXY protocol v2 header (haproxy's proxy-protocol.txt) that has exactly one TLV, 0xD0: "proxy SOURCE DESTINATION IDENTITY". The source's port, which
-// is the tunnel's, only has to be one. Anything else is an error that shows the bytes.
+// readProxy reads a PROXY protocol v2 header (haproxy's proxy-protocol.txt) that has exactly one TLV, 0xD0: "proxy
+// SOURCE DESTINATION IDENTITY". The source's port, which is the tunnel's, only has to be one. Anything else is an
+// error that shows the bytes.
 func readProxy(c io.Reader) (string, error) {
 	b := make([]byte, 16)
 	if _, err := io.ReadFull(c, b); err != nil {

@@ -44,30 +44,38 @@ func newRootless(t *testing.T, m *mesh) *rootless {
 	return &rootless{m, dir}
 }
 
-// run is `ztun run` on a host, by a user without any capability and with no_new_privs; before is done as root in his mount namespace.
+// run is `ztun run` on a host, by a user without any capability and with no_new_privs; before is done as root in his
+// mount namespace.
 func (r *rootless) run(ns *lab.NS, before string, args ...string) (string, error) {
 	world, err := os.ReadFile(r.WorldPath())
 	must(r.t, err)
-	script := "mount --bind " + r.dir + `/tun /dev/net/tun && ` + before + `cd / && exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs --bounding-set -all --inh-caps -all "$@"`
+	script := "mount --bind " + r.dir + `/tun /dev/net/tun && ` + before +
+		`cd / && exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs --bounding-set -all --inh-caps -all "$@"`
 	return r.RunCmd(r.ctx, ns, lab.Cmd{
 		Args: append([]string{"unshare", "-m", "sh", "-c", script, "sh", r.dir + "/ztun", "run"}, args...),
-		Env:  append(os.Environ(), "LOCAL_XDS="+string(world), "XDS_ADDRESS=", "CA_ADDRESS=", "LOCAL_CA_DIR="+r.dir+"/ca", "TMPDIR=/tmp"),
+		Env: append(os.Environ(), "LOCAL_XDS="+string(world), "XDS_ADDRESS=", "CA_ADDRESS=", "LOCAL_CA_DIR="+r.dir+"/ca",
+			"TMPDIR=/tmp"),
 	})
 }
 
-// TestRun: without root, a command is a workload of the mesh: it is reached by nobody and reaches pods over HBONE with its identity, by address
-// and by name, and plaintext hosts; connect is truthful; it is its caller, without capabilities; its end is ours, and nothing is left.
+// TestRun: without root, a command is a workload of the mesh: it is reached by nobody and reaches pods over HBONE
+// with its identity, by address and by name, and plaintext hosts; connect is truthful; it is its caller, without
+// capabilities; its end is ours, and nothing is left.
 func TestRun(t *testing.T) {
 	m := newMesh(t, meshOptions{
-		workloads: []lab.Workload{{UID: "lab//v1/Pod/default/user", Name: "user", Namespace: "default", ServiceAccount: "user", TrustDomain: "cluster.local",
+		workloads: []lab.Workload{{UID: "lab//v1/Pod/default/user", Name: "user", Namespace: "default",
+			ServiceAccount: "user", TrustDomain: "cluster.local",
 			WorkloadIPs: []string{"10.91.66.4", "fd91:0:0:66::4"}, Protocol: "TCP", Services: map[string]map[uint16]uint16{}}},
-		services: []lab.Service{{Name: "plain", Namespace: "default", Hostname: "plain.default.svc.cluster.local", VIPs: []string{"/10.96.0.9"}, Ports: map[uint16]uint16{80: 9000}}},
+		services: []lab.Service{{Name: "plain", Namespace: "default", Hostname: "plain.default.svc.cluster.local",
+			VIPs: []string{"/10.96.0.9"}, Ports: map[uint16]uint16{80: 9000}}},
 		policies: []lab.Policy{{Name: "users-alone", Namespace: "default", Scope: "Namespace", Action: "Allow",
-			Rules: [][][]map[string]any{{{{"principals": []map[string]string{{"Exact": "cluster.local/ns/default/sa/user"}}}}}}}},
+			Rules: [][][]map[string]any{
+				{{{"principals": []map[string]string{{"Exact": "cluster.local/ns/default/sa/user"}}}}}}}},
 	})
 	r := newRootless(t, m)
 	as := func(account string, command ...string) []string {
-		return append([]string{"--name", "user", "--service-account", account, "--ip", "10.91.66.4,fd91:0:0:66::4", "--"}, command...)
+		return append([]string{"--name", "user", "--service-account", account, "--ip", "10.91.66.4,fd91:0:0:66::4", "--"},
+			command...)
 	}
 	whoami := func(host string, port int) []string {
 		return as("user", "bash", "-c", fmt.Sprintf("exec 3<>/dev/tcp/%s/%d && echo whoami >&3 && head -n 1 <&3", host, port))
@@ -83,15 +91,19 @@ func TestRun(t *testing.T) {
 		if err != nil || !strings.Contains(got, host) {
 			t.Errorf("in plaintext the server sees %q, want the user's host %s (%v)", got, host, err)
 		}
-		if got, err = r.run(m.h1.NS, "", whoami(pick(m.c.IPs, v4).String(), 9998)...); err == nil || !strings.Contains(err.Error(), "Connection refused") {
+		if got, err = r.run(m.h1.NS, "", whoami(pick(m.c.IPs, v4).String(), 9998)...); err == nil ||
+			!strings.Contains(err.Error(), "Connection refused") {
 			t.Errorf("a closed port: %q, %v", got, err)
 		}
 	})
-	out, err := r.run(m.h1.NS, "", as("user", "sh", "-c", "getent hosts plain.default.svc.cluster.local; id -u; pwd; grep ^Cap /proc/self/status; kill -TERM $$")...)
+	out, err := r.run(m.h1.NS, "",
+		as("user", "sh", "-c",
+			"getent hosts plain.default.svc.cluster.local; id -u; pwd; grep ^Cap /proc/self/status; kill -TERM $$")...)
 	if lab.ExitCode(err) != 128+15 {
 		t.Errorf("a command that ends by SIGTERM: %v", err)
 	}
-	for _, want := range []string{"10.96.0.9", "\n65534\n", "\n/\n", "CapInh:\t0000000000000000", "CapPrm:\t0000000000000000", "CapEff:\t0000000000000000", "CapAmb:\t0000000000000000"} {
+	for _, want := range []string{"10.96.0.9", "\n65534\n", "\n/\n", "CapInh:\t0000000000000000",
+		"CapPrm:\t0000000000000000", "CapEff:\t0000000000000000", "CapAmb:\t0000000000000000"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("inside there is no %q: %s", want, out)
 		}
@@ -101,7 +113,8 @@ func TestRun(t *testing.T) {
 		{"chmod 0600 " + r.dir + "/tun && ", "true", "/dev/net/tun cannot be opened"},
 		{"", r.dir + "/ztun run --name x --ip 10.9.9.9 -- true", "this is the workload default/user of a `ztun run` already"},
 	} {
-		if _, err := r.run(m.h1.NS, c.before, as("user", "sh", "-c", c.inside)...); err == nil || !strings.Contains(err.Error(), c.say) {
+		if _, err := r.run(m.h1.NS, c.before, as("user", "sh", "-c", c.inside)...); err == nil ||
+			!strings.Contains(err.Error(), c.say) {
 			t.Errorf("%v, want %q", err, c.say)
 		}
 		must(t, os.Chmod(filepath.Join(r.dir, "tun"), 0o666))

@@ -23,10 +23,11 @@ import (
 	"ztun/test/load"
 )
 
-// The samples of docs/samples were taken from a real ztunnel (docs/samples/README.md); these tests hold ztun against them.
+// The samples of docs/samples were taken from a real ztunnel (docs/samples/README.md); these tests hold ztun against
+// them.
 
-// sample is one of them. A workload of a file that names no trust domain has none in ztunnel; here it has that of the node, as every workload of a
-// control plane has (docs/migrating-from-ztunnel.md).
+// sample is one of them. A workload of a file that names no trust domain has none in ztunnel; here it has that of the
+// node, as every workload of a control plane has (docs/migrating-from-ztunnel.md).
 func sample(t testing.TB, name string) string {
 	t.Helper()
 	b, err := os.ReadFile("../../docs/samples/" + name)
@@ -34,8 +35,9 @@ func sample(t testing.TB, name string) string {
 	return strings.ReplaceAll(string(b), "spiffe:///ns/", "spiffe://cluster.local/ns/")
 }
 
-// sampleWorld is the world in which the samples were taken, as far as isolated pods can be: pod a on n1, pod b on n2 with a web server on 9000 and something on 7777,
-// the plain workload on n2 itself, which also serves 9000, and nobody at 10.91.2.99.
+// sampleWorld is the world in which the samples were taken, as far as isolated pods can be: pod a on n1, pod b on n2
+// with a web server on 9000 and something on 7777, the plain workload on n2 itself, which also serves 9000, and
+// nobody at 10.91.2.99.
 func sampleWorld(t *testing.T, env map[string]string) (w *lab.World, ctx context.Context, a, b *lab.Pod) {
 	t.Helper()
 	needTool(t, "python3")
@@ -104,7 +106,8 @@ func (l accessLine) String() string {
 
 var plainField = regexp.MustCompile(`([a-z_.]+)=("(?:[^"\\]|\\.)*"|[^ ]*)`)
 
-// parseAccess reads the access lines of a log, text or JSON. Values keep their quotes, so that a number and a string differ.
+// parseAccess reads the access lines of a log, text or JSON. Values keep their quotes, so that a number and a string
+// differ.
 func parseAccess(t testing.TB, log string) []accessLine {
 	t.Helper()
 	var out []accessLine
@@ -196,31 +199,46 @@ type driveStep struct {
 var driveSteps = []driveStep{
 	{n: 1, name: "pod to pod, HBONE", inA: true, url: "http://10.91.2.2:9000/", success: true, logA: true, logB: true},
 	{n: 2, name: "service VIP", inA: true, url: "http://10.96.0.10/", success: true, logA: true, logB: true},
-	{n: 3, name: "service VIP, port with nobody listening", inA: true, url: "http://10.96.0.10:81/", success: false, logA: true, logB: true},
-	{n: 4, name: "service VIP, unknown port", inA: true, url: "http://10.96.0.10:82/", success: false, logA: true, logB: false},
-	{n: 5, name: "service without endpoints", inA: true, url: "http://10.96.0.12/", success: false, logA: true, logB: false},
+	{n: 3, name: "service VIP, port with nobody listening", inA: true, url: "http://10.96.0.10:81/", success: false,
+		logA: true, logB: true},
+	{n: 4, name: "service VIP, unknown port", inA: true, url: "http://10.96.0.10:82/", success: false, logA: true,
+		logB: false},
+	{n: 5, name: "service without endpoints", inA: true, url: "http://10.96.0.12/", success: false, logA: true,
+		logB: false},
 	{n: 6, name: "plaintext workload", inA: true, url: "http://10.91.0.2:9000/", success: true, logA: true, logB: false},
-	{n: 7, name: "service of a plaintext workload", inA: true, url: "http://10.96.0.11/", success: true, logA: true, logB: false},
-	{n: 8, name: "pod port with nobody listening", inA: true, url: "http://10.91.2.2:9998/", success: false, logA: true, logB: true},
+	{n: 7, name: "service of a plaintext workload", inA: true, url: "http://10.96.0.11/", success: true, logA: true,
+		logB: false},
+	{n: 8, name: "pod port with nobody listening", inA: true, url: "http://10.91.2.2:9998/", success: false, logA: true,
+		logB: true},
 	{n: 9, name: "denied by policy", inA: true, url: "http://10.91.2.2:7777/", success: false, logA: true, logB: true},
-	{n: 10, name: "unknown destination on a closed port (node n1)", inA: true, url: "http://10.91.1.1:9000/", success: false, logA: true, logB: false},
-	{n: 11, name: "mesh pod that does not exist on the wire", inA: true, url: "http://10.91.2.99:9000/", success: false, logA: true, logB: false},
-	{n: 12, name: "inbound plaintext from outside the mesh", inA: false, url: "http://10.91.2.2:9000/", success: true, logA: false, logB: true},
-	{n: 13, name: "inbound plaintext, denied port", inA: false, url: "http://10.91.2.2:7777/", success: false, logA: false, logB: true},
-	{n: 14, name: "direct call to 15008 of a pod from a pod", inA: true, url: "http://10.91.2.2:15008/", success: false, logA: true, logB: true},
-	{n: 15, name: "SOCKS5 by hostname", inA: true, url: "http://b.default.svc.cluster.local/", socks: true, success: true, logA: true, logB: true},
-	{n: 16, name: "SOCKS5 by address", inA: true, url: "http://10.91.2.2:9000/", socks: true, success: true, logA: true, logB: true},
-	{n: 17, name: "own address (hairpin)", inA: true, url: "http://10.91.1.2:9000/", success: false, logA: false, logB: false},
+	{n: 10, name: "unknown destination on a closed port (node n1)", inA: true, url: "http://10.91.1.1:9000/",
+		success: false, logA: true, logB: false},
+	{n: 11, name: "mesh pod that does not exist on the wire", inA: true, url: "http://10.91.2.99:9000/", success: false,
+		logA: true, logB: false},
+	{n: 12, name: "inbound plaintext from outside the mesh", inA: false, url: "http://10.91.2.2:9000/", success: true,
+		logA: false, logB: true},
+	{n: 13, name: "inbound plaintext, denied port", inA: false, url: "http://10.91.2.2:7777/", success: false, logA: false,
+		logB: true},
+	{n: 14, name: "direct call to 15008 of a pod from a pod", inA: true, url: "http://10.91.2.2:15008/", success: false,
+		logA: true, logB: true},
+	{n: 15, name: "SOCKS5 by hostname", inA: true, url: "http://b.default.svc.cluster.local/", socks: true, success: true,
+		logA: true, logB: true},
+	{n: 16, name: "SOCKS5 by address", inA: true, url: "http://10.91.2.2:9000/", socks: true, success: true, logA: true,
+		logB: true},
+	{n: 17, name: "own address (hairpin)", inA: true, url: "http://10.91.1.2:9000/", success: false, logA: false,
+		logB: false},
 }
 
-// TestDriveSamples repeats the connections of drive.txt and compares what the client sees, the access logs of both nodes line by line, and the traffic metrics series by
-// series with ztunnel's. Where ztunnel accepts and then resets, truthful connect refuses: that is the only difference allowed to the client.
+// TestDriveSamples repeats the connections of drive.txt and compares what the client sees, the access logs of both
+// nodes line by line, and the traffic metrics series by series with ztunnel's. Where ztunnel accepts and then resets,
+// truthful connect refuses: that is the only difference allowed to the client.
 func TestDriveSamples(t *testing.T) {
 	for _, format := range []string{"plain", "json"} {
 		t.Run(format, func(t *testing.T) {
 			w, ctx, a, b := sampleWorld(t, map[string]string{"LOG_FORMAT": format, "UNSTABLE_ENABLE_SOCKS5": "true"})
 			_ = b
-			wantA, wantB := parseAccess(t, sample(t, "access-a."+format+".log")), parseAccess(t, sample(t, "access-b."+format+".log"))
+			wantA, wantB := parseAccess(t, sample(t, "access-a."+format+".log")),
+				parseAccess(t, sample(t, "access-b."+format+".log"))
 			drive := sample(t, "drive.txt")
 			lines := func(n *lab.Node) []accessLine { return parseAccess(t, n.Daemon.Log()) }
 			var na, nb int
@@ -283,7 +301,8 @@ func compareLines(t *testing.T, what string, got, want []accessLine) {
 	}
 }
 
-// compareTraffic compares the istio_tcp_* series of a daemon with a sample: names, labels and their order, and the counts of connections; of bytes only whether there were any.
+// compareTraffic compares the istio_tcp_* series of a daemon with a sample: names, labels and their order, and the
+// counts of connections; of bytes only whether there were any.
 func compareTraffic(t *testing.T, ctx context.Context, d *lab.Daemon, text string) {
 	t.Helper()
 	want, err := lab.ParseMetrics(text)
@@ -320,7 +339,8 @@ func compareTraffic(t *testing.T, ctx context.Context, d *lab.Daemon, text strin
 			}
 		}
 		for name, typ := range want.Types {
-			if (strings.HasPrefix(name, "istio_tcp_") || name == "istio_build") && m.Types[name] != typ && !(m.Types[name] == "" && typ == "gauge") {
+			if (strings.HasPrefix(name, "istio_tcp_") || name == "istio_build") && m.Types[name] != typ &&
+				!(m.Types[name] == "" && typ == "gauge") {
 				faults = append(faults, fmt.Sprintf("TYPE %s is %q, want %q", name, m.Types[name], typ))
 			}
 		}
@@ -407,14 +427,15 @@ func parseAnswers(t *testing.T, text string) []answer {
 	return out
 }
 
-// otherAlert is where our TLS alert may differ from ztunnel's: crypto/tls has one alert (bad_certificate) for every refusal by the program itself, rustls says
-// certificate_unknown. Both end the connection before any HTTP/2.
+// otherAlert is where our TLS alert may differ from ztunnel's: crypto/tls has one alert (bad_certificate) for every
+// refusal by the program itself, rustls says certificate_unknown. Both end the connection before any HTTP/2.
 var otherAlert = map[string]string{
 	"other trust domain":       "remote error: tls: bad certificate",
 	"SAN that is no SPIFFE id": "remote error: tls: bad certificate",
 }
 
-// TestInboundAnswers repeats every session of inbound-answers.txt against the running daemon: the same statuses, stream resets, SETTINGS and TLS refusals.
+// TestInboundAnswers repeats every session of inbound-answers.txt against the running daemon: the same statuses,
+// stream resets, SETTINGS and TLS refusals.
 func TestInboundAnswers(t *testing.T) {
 	w, ctx, _, _ := sampleWorld(t, nil)
 	ca := loadCA(t, w.Path("ca"))
@@ -452,7 +473,8 @@ func TestInboundAnswers(t *testing.T) {
 			go h.run()
 			defer h.close()
 			cs := h.conn.ConnectionState()
-			if got := fmt.Sprintf("tls %x TLS_AES_128_GCM_SHA256 %v alpn=%q peer %v", cs.Version, cs.CurveID, cs.NegotiatedProtocol, cs.PeerCertificates[0].URIs); got != s.tls {
+			if got := fmt.Sprintf("tls %x TLS_AES_128_GCM_SHA256 %v alpn=%q peer %v", cs.Version, cs.CurveID,
+				cs.NegotiatedProtocol, cs.PeerCertificates[0].URIs); got != s.tls {
 				t.Errorf("handshake:\n got %s\nwant %s", got, s.tls)
 			}
 			refusal := !strings.HasSuffix(s.end, "i/o timeout")
@@ -499,8 +521,8 @@ func TestInboundAnswers(t *testing.T) {
 	}
 }
 
-// TestAdminSamples repeats the requests of admin-http.txt: the same statuses, content types, lengths and bodies, but for a line of help where
-// ztunnel's 404 has none.
+// TestAdminSamples repeats the requests of admin-http.txt: the same statuses, content types, lengths and bodies, but
+// for a line of help where ztunnel's 404 has none.
 func TestAdminSamples(t *testing.T) {
 	w, ctx, _, _ := sampleWorld(t, nil)
 	for _, block := range strings.Split(sample(t, "admin-http.txt"), "### ")[1:] {
@@ -524,13 +546,15 @@ func TestAdminSamples(t *testing.T) {
 			_, want, _ := strings.Cut(rest, "\n\n")
 			want = strings.TrimSuffix(want, "\n")
 			if resp.StatusCode == 404 && want == "" {
-				if h := got.Header.Get("Content-Type"); got.StatusCode != 404 || h != "text/plain" || !strings.HasPrefix(body.String(), `no path "`) {
+				if h := got.Header.Get("Content-Type"); got.StatusCode != 404 || h != "text/plain" ||
+					!strings.HasPrefix(body.String(), `no path "`) {
 					t.Errorf("%d %q %q, want 404 and help", got.StatusCode, h, &body)
 				}
 				return
 			}
 			if got.StatusCode != resp.StatusCode || got.Header.Get("Content-Type") != resp.Header.Get("Content-Type") {
-				t.Errorf("%d %q, want %d %q", got.StatusCode, got.Header.Get("Content-Type"), resp.StatusCode, resp.Header.Get("Content-Type"))
+				t.Errorf("%d %q, want %d %q", got.StatusCode, got.Header.Get("Content-Type"), resp.StatusCode,
+					resp.Header.Get("Content-Type"))
 			}
 			if strings.Contains(want, "(then a usage text)") {
 				want, _, _ = strings.Cut(want, " (then")

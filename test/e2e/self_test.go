@@ -11,20 +11,24 @@ import (
 	"ztun/test/lab"
 )
 
-// TestOwnPod: a daemon that is told which pod is its own (POD_NAME, POD_NAMESPACE, SERVICE_ACCOUNT) serves its metrics to the mesh, over HBONE
-// at the pod's address and with the pod's identity, to pods of its own node and of others; and nothing else of its node.
+// TestOwnPod: a daemon that is told which pod is its own (POD_NAME, POD_NAMESPACE, SERVICE_ACCOUNT) serves its
+// metrics to the mesh, over HBONE at the pod's address and with the pod's identity, to pods of its own node and of
+// others; and nothing else of its node.
 func TestOwnPod(t *testing.T) {
 	m := newMesh(t, meshOptions{noStart: true})
 	f := m.DefaultWorld()
 	for _, n := range m.Nodes() {
 		f.Workloads = append(f.Workloads, lab.Workload{
-			UID: "lab//v1/Pod/istio-system/ztunnel-" + n.Name, Name: "ztunnel-" + n.Name, Namespace: "istio-system", ServiceAccount: "ztunnel",
-			WorkloadIPs: []string{n.Addr4.String()}, Protocol: "HBONE", Node: n.Name, Services: map[string]map[uint16]uint16{},
+			UID: "lab//v1/Pod/istio-system/ztunnel-" + n.Name, Name: "ztunnel-" + n.Name, Namespace: "istio-system",
+			ServiceAccount: "ztunnel",
+			WorkloadIPs:    []string{n.Addr4.String()}, Protocol: "HBONE", Node: n.Name,
+			Services: map[string]map[uint16]uint16{},
 		})
 	}
 	must(t, m.WriteWorld(f))
 	for _, n := range m.Nodes() {
-		m.start(n, map[string]string{"POD_NAME": "ztunnel-" + n.Name, "POD_NAMESPACE": "istio-system", "SERVICE_ACCOUNT": "ztunnel", "INSTANCE_IP": n.Addr4.String()})
+		m.start(n, map[string]string{"POD_NAME": "ztunnel-" + n.Name, "POD_NAMESPACE": "istio-system",
+			"SERVICE_ACCOUNT": "ztunnel", "INSTANCE_IP": n.Addr4.String()})
 	}
 	for _, p := range m.Pods() {
 		must(t, m.Attach(m.ctx, p))
@@ -56,7 +60,9 @@ func TestOwnPod(t *testing.T) {
 		}
 	}
 	eventually(t, 5*time.Second, func() error {
-		for _, want := range []string{`src.identity="spiffe://cluster.local/ns/default/sa/a"`, `dst.identity="spiffe://cluster.local/ns/istio-system/sa/ztunnel"`, `dst.hbone_addr=` + m.N2.Addr4.String() + ":15020"} {
+		for _, want := range []string{`src.identity="spiffe://cluster.local/ns/default/sa/a"`,
+			`dst.identity="spiffe://cluster.local/ns/istio-system/sa/ztunnel"`, `dst.hbone_addr=` + m.N2.Addr4.String() +
+				":15020"} {
 			if !strings.Contains(m.N2.Daemon.Log(), want) {
 				return fmt.Errorf("no access line with %s", want)
 			}

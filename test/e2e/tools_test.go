@@ -32,11 +32,14 @@ func TestTools(t *testing.T) {
 			f.Workloads[i].Services = map[string]map[uint16]uint16{shop: {80: 9001, 81: 9998}}
 		}
 	}
-	sick := lab.Workload{UID: "lab//v1/Pod/default/sick", Name: "sick", Namespace: "default", ServiceAccount: "c", TrustDomain: "cluster.local", WorkloadIPs: []string{"10.91.2.250"},
+	sick := lab.Workload{UID: "lab//v1/Pod/default/sick", Name: "sick", Namespace: "default", ServiceAccount: "c",
+		TrustDomain: "cluster.local", WorkloadIPs: []string{"10.91.2.250"},
 		Protocol: "HBONE", Node: "n2", Status: "Unhealthy", Services: map[string]map[uint16]uint16{shop: {80: 9001}}}
 	f.Workloads = append(f.Workloads, sick)
-	f.Services = []lab.Service{{Name: "shop", Namespace: "default", Hostname: "shop.default.svc.cluster.local", VIPs: []string{"/10.96.0.1"}, Ports: map[uint16]uint16{80: 9001, 81: 9998}}}
-	f.Policies = []lab.Policy{{Name: "deny-7777", Namespace: "default", Scope: "Namespace", Action: "Deny", Rules: [][][]map[string]any{{{{"destinationPorts": []int{7777}}}}}}}
+	f.Services = []lab.Service{{Name: "shop", Namespace: "default", Hostname: "shop.default.svc.cluster.local",
+		VIPs: []string{"/10.96.0.1"}, Ports: map[uint16]uint16{80: 9001, 81: 9998}}}
+	f.Policies = []lab.Policy{{Name: "deny-7777", Namespace: "default", Scope: "Namespace", Action: "Deny",
+		Rules: [][][]map[string]any{{{{"destinationPorts": []int{7777}}}}}}}
 	must(t, m.WriteWorld(f))
 	for _, n := range m.Nodes() {
 		m.start(n, nil)
@@ -63,7 +66,9 @@ func TestTools(t *testing.T) {
 			}
 		}
 		workload := func(name, ips, node string) string {
-			return fmt.Sprintf("default/%s (uid lab//v1/Pod/default/%[1]s, %[2]s, identity spiffe://cluster.local/ns/default/sa/%[1]s, node %[3]s, HBONE, Healthy)", name, ips, node)
+			return fmt.Sprintf(
+				"default/%s (uid lab//v1/Pod/default/%[1]s, %[2]s, identity spiffe://cluster.local/ns/default/sa/%[1]s, node "+
+					"%[3]s, HBONE, Healthy)", name, ips, node)
 		}
 		wa := workload("a", fmt.Sprintf("%s %s", m.a.IPs[0], m.a.IPs[1]), "n1")
 		wc := workload("c", fmt.Sprintf("%s %s", m.c.IPs[0], m.c.IPs[1]), "n2")
@@ -113,17 +118,21 @@ access log: error="connection closed due to policy rejection: explicitly denied 
 		// A probe meets what this node cannot know: each answer says at which step.
 		for _, p := range []struct{ to, step, err string }{
 			{"shop:81", "answer", "http status: 503 Service Unavailable: connection failed: Connection refused (os error 111)"},
-			{lab.HostPort(c, 7777), "answer", "http status: 401 Unauthorized: connection closed due to policy rejection: explicitly denied by: default/deny-7777"},
+			{lab.HostPort(c, 7777), "answer",
+				"http status: 401 Unauthorized: connection closed due to policy rejection: explicitly denied by: " +
+					"default/deny-7777"},
 			{lab.HostPort(m.h2.IPs[0], 9998), "connect", "io error: Connection refused (os error 111)"},
 		} {
 			out, err := ask(m.N1, "explain", "a", p.to, "--probe", "-o", "json")
 			var x proxy.Explanation
-			if jerr := json.Unmarshal([]byte(out), &x); jerr != nil || lab.ExitCode(err) != 1 || x.Probe == nil || x.Probe.OK || x.Probe.Step != p.step || x.Probe.Error != p.err {
+			if jerr := json.Unmarshal([]byte(out), &x); jerr != nil || lab.ExitCode(err) != 1 || x.Probe == nil || x.Probe.OK ||
+				x.Probe.Step != p.step || x.Probe.Error != p.err {
 				t.Errorf("probe of %s: %v, %v, %+v, want %s: %s", p.to, err, jerr, x.Probe, p.step, p.err)
 			}
 		}
 		for want, args := range map[string][]string{
-			"no pod default/nobody": {"nobody", "shop:80"}, "is not HOST:PORT": {"a", "shop"}, "not a port": {"a", "shop:0"}, "no workload": {"--from", "a", "--to", "nobody:80"},
+			"no pod default/nobody": {"nobody", "shop:80"}, "is not HOST:PORT": {"a", "shop"}, "not a port": {"a", "shop:0"},
+			"no workload": {"--from", "a", "--to", "nobody:80"},
 		} {
 			if _, err := ask(m.N1, append([]string{"explain"}, args...)...); err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("explain %v: %v, want %q", args, err, want)
@@ -147,7 +156,8 @@ access log: error="connection closed due to policy rejection: explicitly denied 
 				t.Fatalf("%s lists %d:\n%s", e.n.Name, len(l.Connections), out)
 			}
 			for _, x := range l.Connections {
-				if x.State != "open" || x.Source.Identity != "spiffe://cluster.local/ns/default/sa/a" || x.Destination.Identity != "spiffe://cluster.local/ns/default/sa/c" ||
+				if x.State != "open" || x.Source.Identity != "spiffe://cluster.local/ns/default/sa/a" ||
+					x.Destination.Identity != "spiffe://cluster.local/ns/default/sa/c" ||
 					!x.Tunnel.Local.IsValid() || x.Protocol != "HBONE" || x.Age(time.Now()) > 5*time.Minute {
 					t.Errorf("%s: %+v", e.n.Name, x)
 				}
@@ -163,7 +173,10 @@ access log: error="connection closed due to policy rejection: explicitly denied 
 		}
 		eventually(t, 20*time.Second, func() error {
 			out, err := ask(m.N1, "flows", "--pod", "a", "--outcome", "denied")
-			if err != nil || !strings.Contains(out, "denied   http status: 401 Unauthorized: connection closed due to policy rejection: explicitly denied by: default/deny-7777") {
+			if err != nil ||
+				!strings.Contains(out,
+					"denied   http status: 401 Unauthorized: connection closed due to policy rejection: explicitly denied by: "+
+						"default/deny-7777") {
 				return fmt.Errorf("%w\n%s", err, out)
 			}
 			out, err = ask(m.N2, "flows", "--outcome", "bad", "--peer", "ns/default/sa/a")
@@ -180,7 +193,8 @@ access log: error="connection closed due to policy rejection: explicitly denied 
 
 	t.Run("capture", func(t *testing.T) {
 		file, says := waitFor("denied: http status"), waitFor("capturing")
-		p, err := m.Start(nil, lab.Cmd{Args: []string{m.Bin(), "capture", "a", "tcp", "and", "port", "80", "or", "port", "7777", "--duration", "30s", "--socket", m.N1.Daemon.Socket}, Stdout: file, Stderr: says})
+		p, err := m.Start(nil, lab.Cmd{Args: []string{m.Bin(), "capture", "a", "tcp", "and", "port", "80", "or", "port",
+			"7777", "--duration", "30s", "--socket", m.N1.Daemon.Socket}, Stdout: file, Stderr: says})
 		must(t, err)
 		select {
 		case <-says.seen:
@@ -237,7 +251,8 @@ access log: error="connection closed due to policy rejection: explicitly denied 
 		if len(comments) != 2 || !read {
 			t.Errorf("%d comments for two flows, payload read: %v", len(comments), read)
 		}
-		if text, err := m.RunCmd(m.ctx, nil, lab.Cmd{Args: []string{"tcpdump", "-nr", "-"}, Stdin: strings.NewReader(file.String())}); err != nil || !strings.Contains(text, "Flags [S]") {
+		if text, err := m.RunCmd(m.ctx, nil, lab.Cmd{Args: []string{"tcpdump", "-nr", "-"},
+			Stdin: strings.NewReader(file.String())}); err != nil || !strings.Contains(text, "Flags [S]") {
 			t.Errorf("tcpdump: %v\n%s", err, text)
 		}
 		if _, err := ask(m.N1, "capture", "a", "gibberish"); err == nil || !strings.Contains(err.Error(), "no word of it") {

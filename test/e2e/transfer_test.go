@@ -10,9 +10,10 @@ import (
 	"ztun/test/load"
 )
 
-// TestTransfers moves 1 GiB each way at once over every pair of {IPv4, IPv6} x {same node, other node} x {HBONE, plaintext peer} and
-// compares hashes at both ends. The application must see the client's own address. The wire between the nodes, and the node's
-// loopback where peers of one node meet, must show no byte of the payload of mesh peers, and no port but 15008.
+// TestTransfers moves 1 GiB each way at once over every pair of {IPv4, IPv6} x {same node, other node} x {HBONE,
+// plaintext peer} and compares hashes at both ends. The application must see the client's own address. The wire
+// between the nodes, and the node's loopback where peers of one node meet, must show no byte of the payload of mesh
+// peers, and no port but 15008.
 func TestTransfers(t *testing.T) {
 	size := transferBytes(t)
 	m := newMesh(t, meshOptions{})
@@ -39,7 +40,8 @@ func TestTransfers(t *testing.T) {
 				}
 				local, err := m.Capture(m.N1.NS, inner, lab.CaptureOptions{})
 				must(t, err)
-				r := ztload[load.TransferResult](m, m.a.NS, "xfer", "-to", lab.HostPort(dst, 9000), "-up", fmt.Sprint(size), "-down", fmt.Sprint(size), "-seed", "3")
+				r := ztload[load.TransferResult](m, m.a.NS, "xfer", "-to", lab.HostPort(dst, 9000), "-up", fmt.Sprint(size),
+					"-down", fmt.Sprint(size), "-seed", "3")
 				if !r.OK {
 					t.Errorf("transfer: %s", r.Error)
 				}
@@ -81,7 +83,9 @@ func TestTransfers(t *testing.T) {
 func checkOnlyHBONE(t *testing.T, where string, ps lab.Packets) {
 	t.Helper()
 	if ps.Contains([]byte(load.Marker)) {
-		t.Errorf("plaintext %s:\n%v", where, ps.Where(func(p lab.Packet) bool { return lab.Packets{p}.Contains([]byte(load.Marker)) }))
+		t.Errorf("plaintext %s:\n%v", where, ps.Where(func(p lab.Packet) bool {
+			return lab.Packets{p}.Contains([]byte(load.Marker))
+		}))
 	}
 	other := ps.TCP().Where(func(p lab.Packet) bool {
 		if p.Src.Addr().IsLoopback() { // the test's own look at the admin ports
@@ -94,13 +98,15 @@ func checkOnlyHBONE(t *testing.T, where string, ps lab.Packets) {
 	}
 }
 
-// TestInboundPlaintext: a client outside the mesh reaches a pod, on its node and on the other, with its own address; bytes hash equal.
+// TestInboundPlaintext: a client outside the mesh reaches a pod, on its node and on the other, with its own address;
+// bytes hash equal.
 func TestInboundPlaintext(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	for _, h := range []*lab.Host{m.h1, m.h2} {
 		t.Run("from-"+h.Name, func(t *testing.T) {
 			families(t, func(t *testing.T, v4 bool) {
-				r := ztload[load.TransferResult](m, h.NS, "xfer", "-to", lab.HostPort(pick(m.a.IPs, v4), 9000), "-up", "67108864", "-down", "67108864")
+				r := ztload[load.TransferResult](m, h.NS, "xfer", "-to", lab.HostPort(pick(m.a.IPs, v4), 9000), "-up", "67108864",
+					"-down", "67108864")
 				if !r.OK {
 					t.Errorf("transfer: %s", r.Error)
 				}
@@ -126,7 +132,8 @@ func TestServices(t *testing.T) {
 			f.Workloads[i].Services = map[string]map[uint16]uint16{"default/web.default.svc.cluster.local": {80: 9000}}
 		}
 	}
-	f.Services = []lab.Service{{Name: "web", Namespace: "default", Hostname: "web.default.svc.cluster.local", VIPs: []string{"/10.96.0.10", "/fd96::10"}, Ports: map[uint16]uint16{80: 9000}, Canonical: true}}
+	f.Services = []lab.Service{{Name: "web", Namespace: "default", Hostname: "web.default.svc.cluster.local",
+		VIPs: []string{"/10.96.0.10", "/fd96::10"}, Ports: map[uint16]uint16{80: 9000}, Canonical: true}}
 	must(t, m.WriteWorld(f))
 	for _, n := range m.Nodes() {
 		m.start(n, nil)
@@ -145,7 +152,8 @@ func TestServices(t *testing.T) {
 			local, err := netip.ParseAddrPort(w.Local)
 			must(t, err)
 			seen[local.Addr().Unmap().String()]++
-			if peer, err := netip.ParseAddrPort(w.Peer); err != nil || pick(m.a.IPs, peer.Addr().Unmap().Is4()) != peer.Addr().Unmap() {
+			if peer, err := netip.ParseAddrPort(w.Peer); err != nil || pick(m.a.IPs, peer.Addr().Unmap().Is4()) !=
+				peer.Addr().Unmap() {
 				t.Fatalf("the endpoint saw %q (%v)", w.Peer, err)
 			}
 		}

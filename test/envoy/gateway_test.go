@@ -9,8 +9,8 @@ import (
 	"ztun/test/lab"
 )
 
-// TestEastWestGateway: pod c lives on another network, behind Envoy. Pod a's connection goes through two tunnels, one inside the other: the
-// outer one ends at Envoy, the inner one, which Envoy cannot read, at c's node.
+// TestEastWestGateway: pod c lives on another network, behind Envoy. Pod a's connection goes through two tunnels, one
+// inside the other: the outer one ends at Envoy, the inner one, which Envoy cannot read, at c's node.
 func TestEastWestGateway(t *testing.T) {
 	m := newMesh(t)
 	gw := m.gw.V4()
@@ -42,7 +42,8 @@ policies:
   - - - principals: [!Exact cluster.local/ns/default/sa/a]
 `), map[*lab.Node]map[string]string{m.N2: {"NETWORK": "remote"}})
 	m.echo(m.c.NS, ":9000")
-	m.startEnvoy(envoyConfig{Gateway: true, acnt: "eastwest", Listen: gw.String(), Peer: m.c.V4().String(), Client: "spiffe://cluster.local/ns/default/sa/a"})
+	m.startEnvoy(envoyConfig{Gateway: true, acnt: "eastwest", Listen: gw.String(), Peer: m.c.V4().String(),
+		Client: "spiffe://cluster.local/ns/default/sa/a"})
 
 	must(t, m.exchange(m.a.NS, "10.96.0.7:80", 3<<20))
 	must(t, m.exchange(m.a.NS, "10.96.0.7:80", 10))
@@ -63,16 +64,19 @@ policies:
 		t.Errorf("Envoy saw peer %q", seen.Peer)
 	}
 	// c's node saw a itself: the policy that admits a alone says so, and so do the lines.
-	m.access(m.N2, "direction=\"inbound\"", "src.identity=\"spiffe://cluster.local/ns/default/sa/a\"", "dst.workload=\"c\"", "dst.service=\"shop.default.svc.cluster.local\"")
+	m.access(m.N2, "direction=\"inbound\"", "src.identity=\"spiffe://cluster.local/ns/default/sa/a\"",
+		"dst.workload=\"c\"", "dst.service=\"shop.default.svc.cluster.local\"")
 	m.access(m.N1, "direction=\"outbound\"", "dst.service=\"shop.default.svc.cluster.local\"")
 	mm, err := m.N1.Daemon.Metrics(m.ctx)
 	must(t, err)
-	if mm.Sum("istio_tcp_connections_opened_total", "reporter=source", "destination_service=shop.default.svc.cluster.local", "connection_security_policy=mutual_tls") < 2 {
+	if mm.Sum("istio_tcp_connections_opened_total", "reporter=source",
+		"destination_service=shop.default.svc.cluster.local", "connection_security_policy=mutual_tls") < 2 {
 		t.Errorf("n1 counted no connections to the service:\n%s", grep(mm.Text, "istio_tcp_connections_opened_total"))
 	}
 }
 
-// TestEastWestGatewayThatCheats: a gateway that passes the inner tunnel to somebody else than the service's workloads gets no byte through.
+// TestEastWestGatewayThatCheats: a gateway that passes the inner tunnel to somebody else than the service's workloads
+// gets no byte through.
 func TestEastWestGatewayThatCheats(t *testing.T) {
 	m := newMesh(t)
 	gw := m.gw.V4()
@@ -94,7 +98,8 @@ services:
 - {name: shop, namespace: default, hostname: shop.default.svc.cluster.local, vips: ["/10.96.0.7", "remote/10.96.0.7"], ports: {80: 9000}, subjectAltNames: ["spiffe://cluster.local/ns/default/sa/c"]}
 `), map[*lab.Node]map[string]string{m.N2: {"NETWORK": "remote"}})
 	from := m.echo(d.NS, ":9000")
-	m.startEnvoy(envoyConfig{Gateway: true, acnt: "eastwest", Listen: gw.String(), Peer: d.V4().String(), Client: "spiffe://cluster.local/ns/default/sa/a"})
+	m.startEnvoy(envoyConfig{Gateway: true, acnt: "eastwest", Listen: gw.String(), Peer: d.V4().String(),
+		Client: "spiffe://cluster.local/ns/default/sa/a"})
 	if err := m.exchange(m.a.NS, lab.HostPort(netip.MustParseAddr("10.96.0.7"), 80), 10); err == nil {
 		t.Error("a connection to somebody else succeeded")
 	}

@@ -151,7 +151,9 @@ func (m *mesh) startEnvoy(c envoyConfig) {
 	must(m.t, tmpl.Execute(&b, c))
 	path := m.Path("envoy.yaml")
 	must(m.t, os.WriteFile(path, b.Bytes(), 0o644))
-	p, err := m.Start(m.gw.NS, lab.Cmd{Args: []string{bins.envoy, "-c", path, "--concurrency", "1", "--log-level", "warning", "--disable-hot-restart", "--file-flush-interval-msec", "100"}, Stdout: &m.log, Stderr: &m.log})
+	p, err := m.Start(m.gw.NS,
+		lab.Cmd{Args: []string{bins.envoy, "-c", path, "--concurrency", "1", "--log-level", "warning",
+			"--disable-hot-restart", "--file-flush-interval-msec", "100"}, Stdout: &m.log, Stderr: &m.log})
 	must(m.t, err)
 	eventually(m.t, 30*time.Second, func() error {
 		select {

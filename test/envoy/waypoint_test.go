@@ -25,7 +25,8 @@ func (m *mesh) world(change func(w *lab.Workload), services string) string {
 	return string(b) + services
 }
 
-// TestWaypoint: pod a calls a service whose waypoint is Envoy; Envoy calls pod c. Every hop is HBONE with its own identity.
+// TestWaypoint: pod a calls a service whose waypoint is Envoy; Envoy calls pod c. Every hop is HBONE with its own
+// identity.
 func TestWaypoint(t *testing.T) {
 	for _, v4 := range []bool{true, false} {
 		t.Run(map[bool]string{true: "v4", false: "v6"}[v4], func(t *testing.T) {
@@ -74,7 +75,8 @@ policies:
 			if err := m.exchange(m.a.NS, lab.HostPort(netip.MustParseAddr(vip), 80), 10); err == nil {
 				t.Error("a reached what does not listen yet")
 			}
-			m.access(m.N2, "direction=\"inbound\"", "src.identity=\"spiffe://cluster.local/ns/default/sa/waypoint\"", "Connection refused (os error 111)")
+			m.access(m.N2, "direction=\"inbound\"", "src.identity=\"spiffe://cluster.local/ns/default/sa/waypoint\"",
+				"Connection refused (os error 111)")
 			from := m.echo(m.c.NS, ":9000")
 			must(t, m.exchange(m.a.NS, lab.HostPort(netip.MustParseAddr(vip), 80), 3<<20))
 			if src := (<-from).Addr().Unmap(); src != gw {
@@ -108,12 +110,16 @@ policies:
 				t.Errorf("forwarded %q does not name the client", seen.Forwarded)
 			}
 			// Both reporters: the client's node names the waypoint as what it reached, and the service.
-			m.access(m.N1, "direction=\"outbound\"", "dst.service=\"shop.default.svc.cluster.local\"", "dst.identity=\"spiffe://cluster.local/ns/default/sa/waypoint\"", "dst.workload=\"gw\"")
-			m.access(m.N2, "direction=\"inbound\"", "src.identity=\"spiffe://cluster.local/ns/default/sa/waypoint\"", "dst.workload=\"c\"")
+			m.access(m.N1, "direction=\"outbound\"", "dst.service=\"shop.default.svc.cluster.local\"",
+				"dst.identity=\"spiffe://cluster.local/ns/default/sa/waypoint\"", "dst.workload=\"gw\"")
+			m.access(m.N2, "direction=\"inbound\"", "src.identity=\"spiffe://cluster.local/ns/default/sa/waypoint\"",
+				"dst.workload=\"c\"")
 			for _, n := range m.Nodes() {
 				mm, err := n.Daemon.Metrics(m.ctx)
 				must(t, err)
-				if mm.Sum("istio_tcp_connections_opened_total", "reporter="+map[bool]string{true: "source", false: "destination"}[n == m.N1], "connection_security_policy=mutual_tls") < 1 {
+				if mm.Sum("istio_tcp_connections_opened_total",
+					"reporter="+map[bool]string{true: "source", false: "destination"}[n == m.N1],
+					"connection_security_policy=mutual_tls") < 1 {
 					t.Errorf("%s counted no connection", n.Name)
 				}
 			}
@@ -137,7 +143,8 @@ services:
 - {name: shop, namespace: default, hostname: shop.default.svc.cluster.local, vips: ["/10.96.0.7"], ports: {80: 9000}, waypoint: {destination: "/%s", hboneMtlsPort: 15008}}
 `, gw)), nil)
 	from := m.echo(m.c.NS, ":9000")
-	m.startEnvoy(envoyConfig{acnt: "impostor", Listen: gw.String(), Target: lab.HostPort(m.c.V4(), 9000), Peer: m.c.V4().String(),
+	m.startEnvoy(envoyConfig{acnt: "impostor", Listen: gw.String(), Target: lab.HostPort(m.c.V4(), 9000),
+		Peer:   m.c.V4().String(),
 		Client: "spiffe://cluster.local/ns/default/sa/a", Server: "spiffe://cluster.local/ns/default/sa/c"})
 	if err := m.exchange(m.a.NS, "10.96.0.7:80", 10); err == nil {
 		t.Error("a connection to an impostor succeeded")

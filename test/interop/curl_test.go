@@ -44,10 +44,11 @@ func (h *head) Write(p []byte) (int, error) {
 	return h.hash.Write(p)
 }
 
-// proxyArgs is how curl is told to send CONNECT over HTTP/2 with a client certificate. curl can check a server only against a host name, and the
-// certificates of a mesh have none: --proxy-insecure.
+// proxyArgs is how curl is told to send CONNECT over HTTP/2 with a client certificate. curl can check a server only
+// against a host name, and the certificates of a mesh have none: --proxy-insecure.
 func proxyArgs(mesh string, pem rig.PEM) []string {
-	args := []string{"--silent", "--show-error", "--verbose", "--max-time", fmt.Sprint(int(limit.Seconds())), "--noproxy", "",
+	args := []string{"--silent", "--show-error", "--verbose", "--max-time", fmt.Sprint(int(limit.Seconds())),
+		"--noproxy", "",
 		"--proxytunnel", "--proxy-http2", "--proxy", "https://" + mesh, "--proxy-insecure"}
 	if pem.Cert != "" {
 		args = append(args, "--proxy-cert", pem.Cert, "--proxy-key", pem.Key)
@@ -86,7 +87,8 @@ func (o outcome) succeeded(t testing.TB) {
 	if o.exit != 0 {
 		t.Fatalf("curl: exit code %d\n%s", o.exit, tail(o.verbose))
 	}
-	for _, want := range []string{"CONNECT tunnel: HTTP/2 negotiated", "CONNECT tunnel established, response 200", "TLSv1.3"} {
+	for _, want := range []string{"CONNECT tunnel: HTTP/2 negotiated", "CONNECT tunnel established, response 200",
+		"TLSv1.3"} {
 		if !strings.Contains(o.verbose, want) {
 			t.Errorf("curl did not report %q:\n%s", want, tail(o.verbose))
 		}
@@ -95,7 +97,8 @@ func (o outcome) succeeded(t testing.TB) {
 
 func tail(s string) string { return s[max(0, len(s)-4000):] }
 
-// web is an HTTP application: /bulk?n=N&seed=S sends, /sink answers with length and hash of what it gets, /echo sends it back.
+// web is an HTTP application: /bulk?n=N&seed=S sends, /sink answers with length and hash of what it gets, /echo sends
+// it back.
 func web(t testing.TB, ln net.Listener, cfg *tls.Config) netip.AddrPort {
 	t.Helper()
 	mux := http.NewServeMux()
@@ -202,7 +205,8 @@ func TestCurl(t *testing.T) {
 	t.Run("TLS and HTTP/2 inside", func(t *testing.T) {
 		cfg := &tls.Config{Certificates: []tls.Certificate{r.Identity("web").TLS}}
 		inner := webAt(t, r.Served, cfg)
-		o := runCurl(t, r, pem, nil, "--insecure", "--http2", "--write-out", "%{stderr}version %{http_version}\n", fmt.Sprintf("https://%v/bulk?n=%d&seed=7", inner, large))
+		o := runCurl(t, r, pem, nil, "--insecure", "--http2", "--write-out", "%{stderr}version %{http_version}\n",
+			fmt.Sprintf("https://%v/bulk?n=%d&seed=7", inner, large))
 		o.succeeded(t)
 		if o.hash != rig.BulkHash(large, 7) {
 			t.Errorf("%d bytes arrived, SHA-256 %s", o.length, o.hash)
@@ -281,7 +285,8 @@ func TestCurlIsKilled(t *testing.T) {
 		end <- err
 	})
 	ctx, kill := context.WithCancel(t.Context())
-	cmd := command(ctx, append(append([]string{curl(t)}, proxyArgs(r.Mesh(), rig.WritePEM(t, r.Identity("client")))...), "--http0.9", fmt.Sprintf("http://%v/", app))...)
+	cmd := command(ctx, append(append([]string{curl(t)}, proxyArgs(r.Mesh(), rig.WritePEM(t, r.Identity("client")))...),
+		"--http0.9", fmt.Sprintf("http://%v/", app))...)
 	stdout, err := cmd.StdoutPipe()
 	must(t, err)
 	must(t, cmd.Start())
@@ -303,7 +308,8 @@ func TestCurlLosesThePod(t *testing.T) {
 	r := rig.New(t)
 	started := make(chan struct{})
 	app := r.App(r.Served, func(c *net.TCPConn) {
-		io.WriteString(c, "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n") // only an orderly end of the tunnel makes this complete
+		// only an orderly end of the tunnel makes this complete
+		io.WriteString(c, "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
 		io.Copy(c, rig.Bulk(rig.MiB, 1))
 		close(started)
 		io.Copy(io.Discard, c)

@@ -16,8 +16,8 @@ import (
 	"ztun/test/lab"
 )
 
-// TestDaemon has the same programs talk to real daemons across two nodes: curl on a plain host of node 1 calls pod b of node 2, and pod a of
-// node 1 calls a plain host of node 2, where Node serves HBONE.
+// TestDaemon has the same programs talk to real daemons across two nodes: curl on a plain host of node 1 calls pod b
+// of node 2, and pod a of node 1 calls a plain host of node 2, where Node serves HBONE.
 func TestDaemon(t *testing.T) {
 	lab.Require(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 4*rig.Wait)
@@ -61,7 +61,8 @@ func TestDaemon(t *testing.T) {
 		pem := rig.WritePEM(t, rig.Issue(t, authority, rig.ID("client")))
 		call := func(t *testing.T, ip netip.Addr, pem rig.PEM, stdin io.Reader, args ...string) outcome {
 			t.Helper()
-			all := append([]string{"ip", "netns", "exec", h1.NS.Name, curl(t)}, proxyArgs(lab.HostPort(ip, lab.HBONEPort), pem)...)
+			all := append([]string{"ip", "netns", "exec", h1.NS.Name, curl(t)},
+				proxyArgs(lab.HostPort(ip, lab.HBONEPort), pem)...)
 			cmd := command(ctx, append(all, args...)...)
 			cmd.Stdin = stdin
 			return run(t, cmd)
@@ -85,7 +86,8 @@ func TestDaemon(t *testing.T) {
 					t.Errorf("application got %q, want %q", o.stdout, want)
 				}
 			})
-			for dst, status := range map[netip.AddrPort]int{at(ip, rig.DeniedPort): 401, at(ip, 9): 503, at(a.IPs[0], 9000): 400} {
+			for dst, status := range map[netip.AddrPort]int{at(ip, rig.DeniedPort): 401, at(ip, 9): 503,
+				at(a.IPs[0], 9000): 400} {
 				t.Run(fmt.Sprintf("refused with %d %s", status, family), func(t *testing.T) {
 					o := call(t, ip, pem, nil, "--trace-config", "h2-proxy", fmt.Sprintf("http://%v/", dst))
 					if want := fmt.Sprintf("got http status: %d\n", status); o.exit != 56 || !strings.Contains(o.verbose, want) {
@@ -108,7 +110,8 @@ func TestDaemon(t *testing.T) {
 		pem := rig.WritePEM(t, rig.Issue(t, authority, rig.ID("node")))
 		for _, ip := range h2.IPs {
 			t.Run(map[bool]string{true: "IPv4", false: "IPv6"}[ip.Is4()], func(t *testing.T) {
-				s := startNode(t, []string{"ip", "netns", "exec", h2.NS.Name}, object{"host": ip.String(), "port": rig.Port, "pem": pem})
+				s := startNode(t, []string{"ip", "netns", "exec", h2.NS.Name}, object{"host": ip.String(), "port": rig.Port,
+					"pem": pem})
 				ln, err := h2.NS.Listen("tcp", lab.HostPort(ip, 9000))
 				must(t, err)
 				defer ln.Close()

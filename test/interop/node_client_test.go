@@ -23,7 +23,8 @@ func TestNodeClientEcho(t *testing.T) {
 		opts    object
 	}{
 		{"bulk", 1, bulk, nil}, // its windows are of 64 KiB
-		{"bulk with large windows", 1, bulk, object{"window": 16 << 20, "settings": object{"initialWindowSize": 4 << 20, "maxFrameSize": 1 << 20}}},
+		{"bulk with large windows", 1, bulk,
+			object{"window": 16 << 20, "settings": object{"initialWindowSize": 4 << 20, "maxFrameSize": 1 << 20}}},
 		{"bulk with padding", 1, 8 * rig.MiB, object{"padding": true}},
 		{"small windows", 8, 256 << 10, object{"settings": object{"initialWindowSize": 1000}}},
 		{"a hundred streams", 100, 256 << 10, nil},
@@ -105,15 +106,18 @@ func TestNodeClientStatuses(t *testing.T) {
 		Headers  map[string]any
 	}
 	must(t, nodeClient(t, r, rig.WritePEM(t, r.Identity("client")), "status", object{
-		"authorities": []string{at(r.Served, rig.DeniedPort).String(), closed, at(r.Client, 80).String(), "nonsense", "nobody.default.svc.cluster.local:80"},
-		"authority":   app.String(),
-		"headers": object{"baggage": "k8s.cluster.name=elsewhere", "forwarded": "for=192.0.2.1;proto=http", "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
-			"x-unknown": strings.Repeat("x", 10000), "cookie": []string{"a=1", "b=2"}},
+		"authorities": []string{at(r.Served, rig.DeniedPort).String(), closed, at(r.Client, 80).String(), "nonsense",
+			"nobody.default.svc.cluster.local:80"},
+		"authority": app.String(),
+		"headers": object{"baggage": "k8s.cluster.name=elsewhere", "forwarded": "for=192.0.2.1;proto=http",
+			"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+			"x-unknown":   strings.Repeat("x", 10000), "cookie": []string{"a=1", "b=2"}},
 	}, &got))
 	if s := fmt.Sprint(got.Statuses); s != "[401 503 400 400 503]" {
 		t.Errorf("statuses %s", s)
 	}
-	if got.Headers[":status"] != 200.0 || !strings.Contains(fmt.Sprint(got.Headers["baggage"]), "k8s.deployment.name=served") {
+	if got.Headers[":status"] != 200.0 ||
+		!strings.Contains(fmt.Sprint(got.Headers["baggage"]), "k8s.deployment.name=served") {
 		t.Errorf("answered with %v", got.Headers)
 	}
 	if r.Accepted() != 1 {

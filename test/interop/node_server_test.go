@@ -40,9 +40,11 @@ func TestNodeServerEcho(t *testing.T) {
 		opts    object
 	}{
 		{"bulk", 1, bulk, nil}, // its windows are of 64 KiB
-		{"bulk with large windows", 1, bulk, object{"window": 16 << 20, "settings": object{"initialWindowSize": 4 << 20, "maxFrameSize": 1 << 20}}},
+		{"bulk with large windows", 1, bulk,
+			object{"window": 16 << 20, "settings": object{"initialWindowSize": 4 << 20, "maxFrameSize": 1 << 20}}},
 		{"bulk with padding and frames of extensions", 1, 8 * rig.MiB, object{"padding": true, "chatter": true}},
-		{"small windows, no header table", 8, 256 << 10, object{"settings": object{"initialWindowSize": 1000, "headerTableSize": 0}}},
+		{"small windows, no header table", 8, 256 << 10,
+			object{"settings": object{"initialWindowSize": 1000, "headerTableSize": 0}}},
 		{"a hundred streams", 100, 256 << 10, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -19,7 +19,8 @@ import (
 	"ztun/test/interop/rig"
 )
 
-// bulk and large are what transfers carry, in bytes: large where the end of the transfer is the point, rather than the transfer.
+// bulk and large are what transfers carry, in bytes: large where the end of the transfer is the point, rather than
+// the transfer.
 const (
 	bulk  = 64 * rig.MiB
 	large = 16 * rig.MiB
@@ -51,7 +52,8 @@ func curl(t testing.TB) string {
 	must(t, err)
 	help, err := exec.Command(path, "--help", "all").CombinedOutput()
 	if err != nil || !bytes.Contains(help, []byte("--proxy-http2")) {
-		t.Fatalf("%s cannot speak HTTP/2 to a proxy (8.1 or newer can): run test/interop/get-curl bin/interop, or set ZTUN_CURL (%v)", path, err)
+		t.Fatalf("%s cannot speak HTTP/2 to a proxy (8.1 or newer can): run test/interop/get-curl bin/interop, or set "+
+			"ZTUN_CURL (%v)", path, err)
 	}
 	return path
 }
@@ -71,7 +73,8 @@ func environment() []string {
 	var env []string
 	for _, e := range os.Environ() {
 		name, _, _ := strings.Cut(e, "=")
-		if l := strings.ToLower(name); strings.HasSuffix(l, "_proxy") || strings.HasPrefix(l, "ssl") || strings.HasPrefix(l, "node_") || strings.HasPrefix(l, "curl") {
+		if l := strings.ToLower(name); strings.HasSuffix(l, "_proxy") || strings.HasPrefix(l, "ssl") ||
+			strings.HasPrefix(l, "node_") || strings.HasPrefix(l, "curl") {
 			continue
 		}
 		env = append(env, e)
@@ -160,7 +163,8 @@ func startNode(t testing.TB, prefix []string, opts object) *nodeServer {
 	arg, err := json.Marshal(opts)
 	must(t, err)
 	ctx, cancel := context.WithCancel(context.Background())
-	s := &nodeServer{t: t, cmd: command(ctx, append(prefix, node(t), "testdata/server.mjs", string(arg))...), stop: cancel, ended: make(chan struct{}), lines: make(chan struct{})}
+	s := &nodeServer{t: t, cmd: command(ctx, append(prefix, node(t), "testdata/server.mjs", string(arg))...), stop: cancel,
+		ended: make(chan struct{}), lines: make(chan struct{})}
 	stdin, err := s.cmd.StdinPipe()
 	must(t, err)
 	s.stdin, s.in = stdin, stdin

@@ -27,7 +27,8 @@ import (
 	"ztun/proxy/state"
 )
 
-// Sizes of the mesh. The issue's own is 100,000 and 10,000; half of that is as telling and takes half the time of a shared machine.
+// Sizes of the mesh. The issue's own is 100,000 and 10,000; half of that is as telling and takes half the time of a
+// shared machine.
 const (
 	workloads = 50_000
 	services  = 5_000
@@ -47,8 +48,8 @@ func TestMain(m *testing.M) {
 // addresses is what the child tells: where it listens.
 type addresses struct{ Echo, Admin, Stats, Ready string }
 
-// child is a process as cmd/ztun is one, as far as the admin side goes, with an echo server in place of the data plane. It ends with its
-// standard input.
+// child is a process as cmd/ztun is one, as far as the admin side goes, with an echo server in place of the data
+// plane. It ends with its standard input.
 func child() error {
 	runtime.GOMAXPROCS(1)
 	debug.SetGCPercent(50) // as cmd/ztun
@@ -74,7 +75,8 @@ func child() error {
 		return err
 	}
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(admin.ProcessCollector(), admin.GoCollector(), admin.SelfCollector(admin.SelfSources{Loop: loop}))
+	registry.MustRegister(admin.ProcessCollector(), admin.GoCollector(),
+		admin.SelfCollector(admin.SelfSources{Loop: loop}))
 	s, err := admin.NewStats(admin.StatsOptions{Registry: registry})
 	if err != nil {
 		return err
@@ -123,18 +125,22 @@ type onlyReader struct{ io.Reader }
 func fill(b *state.Builder) {
 	for i := range services {
 		ns := fmt.Sprintf("ns-%d", i%100)
-		b.InsertService(&state.Service{Name: fmt.Sprintf("svc-%d", i), Namespace: ns, Hostname: fmt.Sprintf("svc-%d.%s.svc.cluster.local", i, ns),
-			VIPs:  []state.NetworkAddress{{Addr: netip.AddrFrom4([4]byte{10, 96, byte(i >> 8), byte(i)})}},
-			Ports: state.PortMap{{Service: 80, Target: 8080}}})
+		b.InsertService(&state.Service{Name: fmt.Sprintf("svc-%d", i), Namespace: ns,
+			Hostname: fmt.Sprintf("svc-%d.%s.svc.cluster.local", i, ns),
+			VIPs:     []state.NetworkAddress{{Addr: netip.AddrFrom4([4]byte{10, 96, byte(i >> 8), byte(i)})}},
+			Ports:    state.PortMap{{Service: 80, Target: 8080}}})
 	}
 	for i := range workloads {
 		ns, svc := fmt.Sprintf("ns-%d", i%services%100), i%services
 		b.InsertWorkload(&state.Workload{
-			UID: fmt.Sprintf("Kubernetes//Pod/%s/pod-%06d", ns, i), Name: fmt.Sprintf("pod-%06d", i), Namespace: ns, TrustDomain: "cluster.local",
-			ServiceAccount: "default", Node: fmt.Sprintf("node-%d", i%500), ClusterID: "Kubernetes", Capacity: 1, Protocol: state.HBONE,
+			UID: fmt.Sprintf("Kubernetes//Pod/%s/pod-%06d", ns, i), Name: fmt.Sprintf("pod-%06d", i), Namespace: ns,
+			TrustDomain:    "cluster.local",
+			ServiceAccount: "default", Node: fmt.Sprintf("node-%d", i%500), ClusterID: "Kubernetes", Capacity: 1,
+			Protocol:  state.HBONE,
 			Addresses: []netip.Addr{netip.AddrFrom4([4]byte{11, byte(i >> 16), byte(i >> 8), byte(i)})},
-			Services: []state.WorkloadService{{Service: state.ServiceKey{Namespace: ns, Hostname: fmt.Sprintf("svc-%d.%s.svc.cluster.local", svc, ns)},
-				Ports: state.PortMap{{Service: 80, Target: 8080}}}},
+			Services: []state.WorkloadService{
+				{Service: state.ServiceKey{Namespace: ns, Hostname: fmt.Sprintf("svc-%d.%s.svc.cluster.local", svc, ns)},
+					Ports: state.PortMap{{Service: 80, Target: 8080}}}},
 		})
 	}
 }
@@ -246,9 +252,9 @@ func rss(t *testing.T, pid int) int64 {
 	return 0
 }
 
-// TestDumpDisturbsNobody: while dumps and scrapes follow one another, echoes on an established connection, readiness and metrics are
-// answered at once, and memory does not grow. Without the pauses of the dumper the median of the echoes is 10 ms and more; when a dump
-// holds things up as ztunnel's does, seconds.
+// TestDumpDisturbsNobody: while dumps and scrapes follow one another, echoes on an established connection, readiness
+// and metrics are answered at once, and memory does not grow. Without the pauses of the dumper the median of the
+// echoes is 10 ms and more; when a dump holds things up as ztunnel's does, seconds.
 func TestDumpDisturbsNobody(t *testing.T) {
 	at, pid := start(t)
 	get(t, "http://"+at.Admin+"/config_dump") // what the first one costs once
@@ -289,7 +295,8 @@ func TestDumpDisturbsNobody(t *testing.T) {
 	}
 	slices.Sort(asked)
 	t.Logf("echo p50 %v, p99 %v calm; %v, %v beside dumps of %d MiB; questions p50 %v, max %v; memory grew by %d KiB",
-		quantile(calm, 0.5), quantile(calm, 0.99), quantile(storm, 0.5), quantile(storm, 0.99), size>>20, quantile(asked, 0.5), asked[len(asked)-1], (most-before)>>10)
+		quantile(calm, 0.5), quantile(calm, 0.99), quantile(storm, 0.5), quantile(storm, 0.99), size>>20,
+		quantile(asked, 0.5), asked[len(asked)-1], (most-before)>>10)
 	if size < 500*workloads {
 		t.Errorf("a dump of %d bytes", size)
 	}

@@ -22,9 +22,9 @@ var reviewed = []struct{ metric, complaint, why string }{
 
 // TestPromtool: `promtool check metrics` accepts 15020 of a running daemon that has carried a connection.
 //
-// promtool 2 reads the older text format, in which a counter's HELP and TYPE carry the same name as its samples; ztunnel's exposition, and
-// so ours, is OpenMetrics whatever the content type, in which they leave out _total. Both are given to it: as it is served it must be
-// readable, and with those names made equal also be free of complaints.
+// promtool 2 reads the older text format, in which a counter's HELP and TYPE carry the same name as its samples;
+// ztunnel's exposition, and so ours, is OpenMetrics whatever the content type, in which they leave out _total. Both
+// are given to it: as it is served it must be readable, and with those names made equal also be free of complaints.
 func TestPromtool(t *testing.T) {
 	tool, err := exec.LookPath("promtool")
 	if err != nil {
@@ -80,7 +80,8 @@ func TestPromtool(t *testing.T) {
 		metric, complaint, _ := strings.Cut(strings.TrimSpace(line), " ")
 		known := false
 		for _, r := range reviewed {
-			known = known || regexp.MustCompile("^(?:"+r.metric+")$").MatchString(metric) && regexp.MustCompile(r.complaint).MatchString(complaint)
+			known = known || regexp.MustCompile("^(?:"+r.metric+")$").MatchString(metric) &&
+				regexp.MustCompile(r.complaint).MatchString(complaint)
 		}
 		if !known {
 			t.Errorf("promtool: %s", line)

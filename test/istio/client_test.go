@@ -354,7 +354,8 @@ func TestClientIsRefused(t *testing.T) {
 			}
 		})
 	}
-	// Each of these refusals said why, in a header that is ours: a client that does not know it minds as little as this one.
+	// Each of these refusals said why, in a header that is ours: a client that does not know it minds as little as this
+	// one.
 	_, resp, _ := newTransport(t, r).connect(t.Context(), netip.AddrPortFrom(r.Served, rig.DeniedPort).String())
 	if resp == nil || !strings.Contains(resp.Header.Get("X-Ztun-Reason"), "explicitly denied by: ") {
 		t.Errorf("refused without a reason: %+v", resp)
@@ -388,7 +389,8 @@ func TestClientCertificates(t *testing.T) {
 	elsewhere.Pool = stranger.Pool
 	none := *r.Identity("client")
 	none.TLS.Certificate = nil
-	for name, c := range map[string]*identity.Certificate{"of another CA": &stranger, "of another trust domain": &elsewhere, "none": &none} {
+	for name, c := range map[string]*identity.Certificate{"of another CA": &stranger,
+		"of another trust domain": &elsewhere, "none": &none} {
 		t.Run(name, func(t *testing.T) {
 			conn, err := dialer(r, c).Dial("tcp", app.String())
 			if err == nil {

@@ -19,14 +19,14 @@ import (
 	"ztun/test/interop/rig"
 )
 
-// Istio's double client, and its server as the gateway in between, against our server: the outer tunnel ends at the gateway, the inner one, which it
-// cannot read, at the served pod.
+// Istio's double client, and its server as the gateway in between, against our server: the outer tunnel ends at the
+// gateway, the inner one, which it cannot read, at the served pod.
 
 // shop is the service that the served pod is of, its port 80 the application's.
 const shop = "shop.default.svc.cluster.local"
 
-// gateway is Istio's server at the peer's address, with the one thing that it lacks to be a gateway: what it carries for a pod or a service goes to
-// the pod's HBONE port.
+// gateway is Istio's server at the peer's address, with the one thing that it lacks to be a gateway: what it carries
+// for a pod or a service goes to the pod's HBONE port.
 func gateway(t testing.TB, r *rig.Rig) *server {
 	t.Helper()
 	srv := istio.NewServer()
@@ -87,7 +87,8 @@ func TestDoubleClientEcho(t *testing.T) {
 	r := rig.New(t, func(r *rig.Rig, b *state.Builder) {
 		app = r.App(r.Served, rig.Echo)
 		served := rig.Workload("served", r.Served)
-		served.Services = []state.WorkloadService{{Service: state.ServiceKey{Namespace: "default", Hostname: shop}, Ports: state.PortMap{{Service: 80, Target: app.Port()}}}}
+		served.Services = []state.WorkloadService{{Service: state.ServiceKey{Namespace: "default", Hostname: shop},
+			Ports: state.PortMap{{Service: 80, Target: app.Port()}}}}
 		b.InsertWorkload(served)
 		b.InsertService(&state.Service{
 			Name: "shop", Namespace: "default", Hostname: shop, Ports: state.PortMap{{Service: 80, Target: app.Port()}},
@@ -112,9 +113,11 @@ func TestDoubleClientEcho(t *testing.T) {
 			inner.saw(t, 1, "served")
 		})
 	}
-	// The gateway's address is not what the served pod takes the client for: the inner tunnel's certificate is the client's own.
+	// The gateway's address is not what the served pod takes the client for: the inner tunnel's certificate is the
+	// client's own.
 	if !rig.Eventually(func() bool {
-		return strings.Contains(r.Log(), "src.identity=spiffe://cluster.local/ns/default/sa/client dst.addr="+r.Mesh()+" dst.hbone_addr="+shop+":80 dst.service="+shop)
+		return strings.Contains(r.Log(), "src.identity=spiffe://cluster.local/ns/default/sa/client dst.addr="+r.Mesh()+
+			" dst.hbone_addr="+shop+":80 dst.service="+shop)
 	}) {
 		t.Error("the log does not say who came, for which service")
 	}

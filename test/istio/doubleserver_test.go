@@ -25,11 +25,12 @@ import (
 
 // Our client, with its pool, against Istio's double server: gateway and pod of another network in one.
 
-// farService is the service of the other network. Istio's server looks its name up and calls it, as only what is on the same machine as the pod can.
+// farService is the service of the other network. Istio's server looks its name up and calls it, as only what is on
+// the same machine as the pod can.
 const farService = "localhost"
 
-// newFar is a rig whose client pod knows of a service with an application per port, which its workload of another network, service account "far",
-// has. Its network's gateway is the peer. The addresses are those to call.
+// newFar is a rig whose client pod knows of a service with an application per port, which its workload of another
+// network, service account "far", has. Its network's gateway is the peer. The addresses are those to call.
 func newFar(t *testing.T, apps ...func(*net.TCPConn)) (*rig.Rig, []netip.AddrPort) {
 	t.Helper()
 	vip := netip.MustParseAddr("10.96.0.7")
@@ -55,8 +56,8 @@ func newFar(t *testing.T, apps ...func(*net.TCPConn)) (*rig.Rig, []netip.AddrPor
 	return r, addrs
 }
 
-// farServer is Istio's double server, with a count of the outer streams that are open. Its handler never returns (http.Server.Shutdown waits for a
-// listener that Close does not wake), so that streams end by our RST_STREAM alone.
+// farServer is Istio's double server, with a count of the outer streams that are open. Its handler never returns
+// (http.Server.Shutdown waits for a listener that Close does not wake), so that streams end by our RST_STREAM alone.
 type farServer struct {
 	*server
 	open atomic.Int32
@@ -67,13 +68,16 @@ func serveFar(t *testing.T, r *rig.Rig, outer, inner string) *farServer {
 	cfg := rig.ForeignServerTLS(r.Identity(inner))
 	double := func() *http.Server {
 		// Istio's server offers HTTP/1.1 alone if it has the configuration itself.
-		return istio.NewDoubleHBONEServer(&tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return cfg, nil }})
+		return istio.NewDoubleHBONEServer(&tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+			return cfg, nil
+		}})
 	}
 	s, srv := new(farServer), double()
 	srv.Handler = http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		s.open.Add(1)
 		context.AfterFunc(req.Context(), func() { s.open.Add(-1) })
-		double().Handler.ServeHTTP(w, req) // each its own: what serves the inner tunnels writes to the configuration that they would share
+		// each its own: what serves the inner tunnels writes to the configuration that they would share
+		double().Handler.ServeHTTP(w, req)
 	})
 	s.server = serve(t, r, srv, outer)
 	return s
@@ -97,7 +101,8 @@ func TestDoubleServerEcho(t *testing.T) {
 	must(t, rig.Exchange(c, large, 1))
 	s.settled(t)
 	if !rig.Eventually(func() bool {
-		return strings.Contains(r.Log(), fmt.Sprintf("dst.hbone_addr=%s:%d dst.service=%s", farService, addrs[0].Port(), farService)) &&
+		return strings.Contains(r.Log(), fmt.Sprintf("dst.hbone_addr=%s:%d dst.service=%s", farService, addrs[0].Port(),
+			farService)) &&
 			strings.Contains(r.Log(), "dst.identity=spiffe://cluster.local/ns/default/sa/far direction=outbound")
 	}) {
 		t.Error("the log does not say whom we reached")
@@ -174,7 +179,8 @@ func TestDoubleServerHasAnotherIdentity(t *testing.T) {
 				t.Errorf("got %v, want a refusal with RST", err)
 			}
 			if !rig.Eventually(func() bool {
-				return strings.Contains(r.Log(), "did not present the expected SAN (spiffe://cluster.local/ns/default/sa/"+row.want+")")
+				return strings.Contains(r.Log(), "did not present the expected SAN (spiffe://cluster.local/ns/default/sa/"+
+					row.want+")")
 			}) {
 				t.Error("the log does not say which identity was wanted")
 			}

@@ -20,14 +20,17 @@ import (
 	"ztun/test/interop/rig"
 )
 
-// Istio's echo application, which its own ambient tests drive ztunnel with: the server as a pod's application, the client as a pod of its own.
+// Istio's echo application, which its own ambient tests drive ztunnel with: the server as a pod's application, the
+// client as a pod of its own.
 
-// echoServer runs Istio's echo server at ip: TCP and HTTP/1.1 and, given a certificate, HBONE at its port. It returns the first two's addresses.
+// echoServer runs Istio's echo server at ip: TCP and HTTP/1.1 and, given a certificate, HBONE at its port. It returns
+// the first two's addresses.
 func echoServer(t *testing.T, ip netip.Addr, cert *identity.Certificate) (tcp, http netip.AddrPort) {
 	t.Helper()
 	t.Setenv("INSTANCE_IP", ip.String())
 	ports := common.PortList{{Name: "tcp", Protocol: protocol.TCP}, {Name: "http", Protocol: protocol.HTTP}}
-	cfg := echoserver.Config{Version: "v1", BindIPPortsMap: map[int]struct{}{0: {}, rig.Port: {}}, ReportRequest: func() {}}
+	cfg := echoserver.Config{Version: "v1", BindIPPortsMap: map[int]struct{}{0: {}, rig.Port: {}},
+		ReportRequest: func() {}}
 	if cert != nil {
 		ports = append(ports, &common.Port{Name: "hbone", Protocol: protocol.HBONE, Port: rig.Port, TLS: true})
 		files := rig.WritePEM(t, cert)
@@ -40,7 +43,8 @@ func echoServer(t *testing.T, ip netip.Addr, cert *identity.Certificate) (tcp, h
 	return netip.AddrPortFrom(ip, uint16(ports[0].Port)), netip.AddrPortFrom(ip, uint16(ports[1].Port))
 }
 
-// echoClient has Istio's echo client call url count times, with an HBONE proxy and, if there is one, a gateway before it.
+// echoClient has Istio's echo client call url count times, with an HBONE proxy and, if there is one, a gateway before
+// it.
 func echoClient(t *testing.T, r *rig.Rig, url, message string, count int32, gateway string) []string {
 	t.Helper()
 	files := rig.WritePEM(t, r.Identity("client"))
@@ -48,7 +52,8 @@ func echoClient(t *testing.T, r *rig.Rig, url, message string, count int32, gate
 	hbone := func(addr string) *proto.HBONE {
 		return &proto.HBONE{Address: addr, CertFile: files.Cert, KeyFile: files.Key, InsecureSkipVerify: true}
 	}
-	req := &proto.ForwardEchoRequest{Url: url, Message: message, Count: count, TimeoutMicros: common.DurationToMicros(rig.Wait), Hbone: hbone(r.Mesh())}
+	req := &proto.ForwardEchoRequest{Url: url, Message: message, Count: count,
+		TimeoutMicros: common.DurationToMicros(rig.Wait), Hbone: hbone(r.Mesh())}
 	if gateway != "" {
 		req.DoubleHbone = hbone(gateway)
 	}
@@ -95,13 +100,15 @@ func TestEchoClient(t *testing.T) {
 			// One by one: the client's requests share what they write to.
 			for range 5 {
 				answer := echoClient(t, r, "http://"+http.String()+"/some/where", "", 1, via)[0]
-				if !strings.Contains(answer, " body] URL=/some/where\n") || !strings.Contains(answer, " body] Host="+http.String()+"\n") {
+				if !strings.Contains(answer, " body] URL=/some/where\n") ||
+					!strings.Contains(answer, " body] Host="+http.String()+"\n") {
 					t.Errorf("the server saw something else: %q", answer)
 				}
 			}
 		})
 	}
-	if !strings.Contains(r.Log(), "src.identity=spiffe://cluster.local/ns/default/sa/client dst.addr="+r.Mesh()+" dst.hbone_addr="+tcp.String()) {
+	if !strings.Contains(r.Log(), "src.identity=spiffe://cluster.local/ns/default/sa/client dst.addr="+r.Mesh()+
+		" dst.hbone_addr="+tcp.String()) {
 		t.Error("the log does not say who came")
 	}
 }
@@ -140,8 +147,8 @@ func TestEchoServer(t *testing.T) {
 	}
 }
 
-// echoExchange sends n bytes to Istio's echo server, ends the direction, and checks that they come back, after what the server has to say, before
-// the end.
+// echoExchange sends n bytes to Istio's echo server, ends the direction, and checks that they come back, after what
+// the server has to say, before the end.
 func echoExchange(r *rig.Rig, dst netip.AddrPort, n int64, seed uint64) error {
 	c, err := r.Dial(dst)
 	if err != nil {

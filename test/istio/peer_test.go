@@ -20,7 +20,8 @@ import (
 	"ztun/test/interop/rig"
 )
 
-// bulk and large are what transfers carry, in bytes: large where the end of the transfer is the point, rather than the transfer.
+// bulk and large are what transfers carry, in bytes: large where the end of the transfer is the point, rather than
+// the transfer.
 const (
 	bulk  = 64 * rig.MiB
 	large = 16 * rig.MiB
@@ -80,8 +81,8 @@ func (s *server) each(f func(*net.TCPConn)) {
 	}
 }
 
-// reset and cutOff are the two ends that a connection meets when its process or its machine dies: RST, or FIN where TLS and HTTP/2 have not
-// said that they were through.
+// reset and cutOff are the two ends that a connection meets when its process or its machine dies: RST, or FIN where
+// TLS and HTTP/2 have not said that they were through.
 func reset(c *net.TCPConn) {
 	c.SetLinger(0)
 	c.Close()
@@ -134,7 +135,8 @@ func newTransport(t testing.TB, r *rig.Rig) *transport {
 	return newTransportTo(t, r, r.Mesh(), new(net.Dialer).DialContext)
 }
 
-func newTransportTo(t testing.TB, r *rig.Rig, addr string, dial func(ctx context.Context, network, addr string) (net.Conn, error)) *transport {
+func newTransportTo(t testing.TB, r *rig.Rig, addr string,
+	dial func(ctx context.Context, network, addr string) (net.Conn, error)) *transport {
 	tr := &transport{addr: addr}
 	tr.Transport = &http2.Transport{
 		TLSClientConfig: rig.ForeignClientTLS(r.Identity("client")),

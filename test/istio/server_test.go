@@ -310,13 +310,15 @@ func TestRequestHeaders(t *testing.T) {
 	if b := req.Header.Get("Baggage"); !strings.Contains(b, "k8s.deployment.name=client") {
 		t.Errorf("baggage %q", b)
 	}
-	if f := req.Header.Get("Forwarded"); !strings.HasPrefix(f, "for="+r.Client.String()) && !strings.HasPrefix(f, `for="`+r.Client.String()) {
+	if f := req.Header.Get("Forwarded"); !strings.HasPrefix(f, "for="+r.Client.String()) &&
+		!strings.HasPrefix(f, `for="`+r.Client.String()) {
 		t.Errorf("forwarded %q", f)
 	}
 	if tp := req.Header.Get("Traceparent"); len(tp) != 55 {
 		t.Errorf("traceparent %q", tp)
 	}
-	if p := req.TLS.PeerCertificates; len(p) == 0 || len(p[0].URIs) != 1 || p[0].URIs[0].String() != "spiffe://cluster.local/ns/default/sa/client" {
+	if p := req.TLS.PeerCertificates; len(p) == 0 || len(p[0].URIs) != 1 ||
+		p[0].URIs[0].String() != "spiffe://cluster.local/ns/default/sa/client" {
 		t.Error("not our client's certificate")
 	}
 }

@@ -27,8 +27,8 @@ func Root() (string, error) {
 	}
 }
 
-// Build builds a command of this repository ("./cmd/ztun", "./test/load/cmd/ztload") into dir and returns the binary's path.
-// The environment may name a ready binary: ZTUN_BIN for ./cmd/ztun.
+// Build builds a command of this repository ("./cmd/ztun", "./test/load/cmd/ztload") into dir and returns the
+// binary's path. The environment may name a ready binary: ZTUN_BIN for ./cmd/ztun.
 func Build(ctx context.Context, dir, pkg string, flags ...string) (string, error) {
 	if bin := os.Getenv("ZTUN_BIN"); bin != "" && pkg == "./cmd/ztun" {
 		return filepath.Abs(bin)

@@ -14,7 +14,8 @@ import (
 
 // CaptureOptions of one tcpdump.
 type CaptureOptions struct {
-	Snaplen   int    // bytes kept of each packet, default 256: headers and enough payload to find a marker; 0 < n <= 262144
+	// bytes kept of each packet, default 256: headers and enough payload to find a marker; 0 < n <= 262144
+	Snaplen   int
 	Filter    string // a pcap filter expression, "" for everything
 	Immediate bool   // every packet at once (costs a wake-up each): for short exchanges
 }
@@ -28,7 +29,8 @@ type Capture struct {
 	imm    bool
 }
 
-// Capture starts tcpdump on an interface of ns ("any" for all, those that appear later included) and returns when it listens.
+// Capture starts tcpdump on an interface of ns ("any" for all, those that appear later included) and returns when it
+// listens.
 func (w *World) Capture(ns *NS, iface string, o CaptureOptions) (*Capture, error) {
 	if o.Snaplen == 0 {
 		o.Snaplen = 256
@@ -40,7 +42,8 @@ func (w *World) Capture(ns *NS, iface string, o CaptureOptions) (*Capture, error
 	f.Close()
 	c := &Capture{Iface: iface, path: f.Name(), stderr: &syncBuffer{}, imm: o.Immediate}
 	// -Z root: Debian's tcpdump gives up root before it opens the file, and then may not write it.
-	args := []string{"tcpdump", "-i", iface, "-n", "-p", "-U", "-Z", "root", "-B", "32768", "-s", strconv.Itoa(o.Snaplen), "-w", c.path}
+	args := []string{"tcpdump", "-i", iface, "-n", "-p", "-U", "-Z", "root", "-B", "32768", "-s", strconv.Itoa(o.Snaplen),
+		"-w", c.path}
 	if o.Immediate {
 		args = append(args, "--immediate-mode")
 	}
@@ -70,7 +73,8 @@ var ErrDropped = errors.New("packets were lost")
 
 var droppedRE = regexp.MustCompile(`(\d+) packets? dropped by kernel`)
 
-// Stop ends the capture and reads what it saw. A capture that lost packets is an error beside the packets: "nothing was seen" would prove nothing.
+// Stop ends the capture and reads what it saw. A capture that lost packets is an error beside the packets: "nothing
+// was seen" would prove nothing.
 func (c *Capture) Stop() (Packets, error) {
 	// libpcap hands over a block of packets when it is full or after a second; a signal would throw the last one away.
 	wait := 1300 * time.Millisecond

@@ -81,8 +81,9 @@ func (w *World) DaemonEnv(n *Node) map[string]string {
 	}
 }
 
-// StartDaemon starts `ztun proxy` in the node's namespace and waits until it is ready; on failure the error holds the end of its log.
-// Without a world file one is written from the pods and hosts that exist. The state directory stays the same from start to start.
+// StartDaemon starts `ztun proxy` in the node's namespace and waits until it is ready; on failure the error holds the
+// end of its log. Without a world file one is written from the pods and hosts that exist. The state directory stays
+// the same from start to start.
 func (w *World) StartDaemon(ctx context.Context, n *Node, o DaemonOptions) (*Daemon, error) {
 	if _, err := w.CADir(ctx); err != nil {
 		return nil, err
@@ -130,7 +131,8 @@ func (w *World) StartDaemon(ctx context.Context, n *Node, o DaemonOptions) (*Dae
 	if bin == "" {
 		bin = w.opt.Bin
 	}
-	if d.Process, err = w.Start(n.NS, Cmd{Args: append(slices.Clone(o.Wrap), bin, "proxy"), Env: envv, Dir: w.Dir, Stdout: logf, Stderr: logf}); err != nil {
+	if d.Process, err = w.Start(n.NS, Cmd{Args: append(slices.Clone(o.Wrap), bin, "proxy"), Env: envv, Dir: w.Dir,
+		Stdout: logf, Stderr: logf}); err != nil {
 		return nil, err
 	}
 	n.Daemon = d
@@ -143,7 +145,8 @@ func (w *World) StartDaemon(ctx context.Context, n *Node, o DaemonOptions) (*Dae
 	return d, d.WaitReady(ctx, o.ReadyWait)
 }
 
-// WaitReady polls /healthz/ready until it says 200, the daemon ends or the time is over; the error holds the last answer and the end of the log.
+// WaitReady polls /healthz/ready until it says 200, the daemon ends or the time is over; the error holds the last
+// answer and the end of the log.
 func (d *Daemon) WaitReady(ctx context.Context, limit time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -160,9 +163,11 @@ func (d *Daemon) WaitReady(ctx context.Context, limit time.Duration) error {
 		}
 		select {
 		case <-d.Done():
-			return fmt.Errorf("the daemon of %s ended before it was ready (%v)\nlog:\n%s", d.Node.Name, d.Err(), tail(d.Log(), 6000))
+			return fmt.Errorf("the daemon of %s ended before it was ready (%v)\nlog:\n%s", d.Node.Name, d.Err(),
+				tail(d.Log(), 6000))
 		case <-ctx.Done():
-			return fmt.Errorf("the daemon of %s is not ready after %v: %s\nlog:\n%s", d.Node.Name, limit, last, tail(d.Log(), 6000))
+			return fmt.Errorf("the daemon of %s is not ready after %v: %s\nlog:\n%s", d.Node.Name, limit, last,
+				tail(d.Log(), 6000))
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
@@ -224,7 +229,8 @@ func (d *Daemon) Stop(limit time.Duration) (exit int, err error) {
 	exit, err = d.Wait(ctx)
 	if err != nil {
 		d.Kill()
-		return exit, fmt.Errorf("the daemon of %s did not end within %v of SIGTERM\nlog:\n%s", d.Node.Name, limit, tail(d.Log(), 6000))
+		return exit, fmt.Errorf("the daemon of %s did not end within %v of SIGTERM\nlog:\n%s", d.Node.Name, limit,
+			tail(d.Log(), 6000))
 	}
 	return exit, nil
 }
@@ -260,7 +266,8 @@ func (w *World) Attach(ctx context.Context, p *Pod) error {
 	for i, ip := range p.IPs {
 		ips[i] = ip.String()
 	}
-	args := []string{"--name", p.Name, "--namespace", p.Namespace, "--service-account", p.ServiceAccount, "--netns", p.NS.Path(), "--ip", strings.Join(ips, ",")}
+	args := []string{"--name", p.Name, "--namespace", p.Namespace, "--service-account", p.ServiceAccount, "--netns",
+		p.NS.Path(), "--ip", strings.Join(ips, ",")}
 	if p.MTU != 0 {
 		args = append(args, "--mtu", fmt.Sprint(p.MTU))
 	}

@@ -98,7 +98,8 @@ func TestHostsReachEachOtherAndTheCaptureTells(t *testing.T) {
 	}
 }
 
-// The check for netfilter must be able to find some; iptables or nft may be missing, then the test has nothing to look at but says so.
+// The check for netfilter must be able to find some; iptables or nft may be missing, then the test has nothing to
+// look at but says so.
 func TestNetfilterIsFound(t *testing.T) {
 	w := ForTest(t, Options{Prefix: "ztlab"})
 	ctx := testContext(t)
@@ -218,7 +219,9 @@ func TestScavenger(t *testing.T) {
 }
 
 func TestParseMetrics(t *testing.T) {
-	m, err := ParseMetrics("# HELP a Help.\n# TYPE a counter\na_total{x=\"1\",y=\"q\\\"u,}=\"} 3\na_total{x=\"2\",y=\"\"} 4\nb 1.5e3\n# EOF\n")
+	m, err :=
+		ParseMetrics("# HELP a Help.\n# TYPE a counter\na_total{x=\"1\",y=\"q\\\"u,}=\"} 3\na_total{x=\"2\",y=\"\"} 4\nb " +
+			"1.5e3\n# EOF\n")
 	if err != nil {
 		t.Fatal(err)
 	}

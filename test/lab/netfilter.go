@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Netfilter lists every trace of netfilter in the namespace: legacy iptables tables, nf_tables tables and chains, conntrack entries.
-// Nothing is the answer wanted. What the kernel does not have counts as nothing.
+// Netfilter lists every trace of netfilter in the namespace: legacy iptables tables, nf_tables tables and chains,
+// conntrack entries. Nothing is the answer wanted. What the kernel does not have counts as nothing.
 func (n *NS) Netfilter() ([]string, error) {
 	var found []string
 	for _, f := range []string{"ip_tables_names", "ip6_tables_names", "arp_tables_names", "nf_conntrack"} {
@@ -29,7 +29,8 @@ func (n *NS) Netfilter() ([]string, error) {
 		}
 	}
 	err := n.Do(func() error {
-		for what, msg := range map[string]uint16{"nf_tables table": unix.NFT_MSG_GETTABLE, "nf_tables chain": unix.NFT_MSG_GETCHAIN} {
+		for what, msg := range map[string]uint16{"nf_tables table": unix.NFT_MSG_GETTABLE,
+			"nf_tables chain": unix.NFT_MSG_GETCHAIN} {
 			names, err := nftDump(msg)
 			if err != nil {
 				return fmt.Errorf("%s: %w", what, err)
@@ -43,7 +44,8 @@ func (n *NS) Netfilter() ([]string, error) {
 	return found, err
 }
 
-// nftDump asks nf_tables for all tables or chains of the calling thread's namespace; a kernel without nf_tables has none.
+// nftDump asks nf_tables for all tables or chains of the calling thread's namespace; a kernel without nf_tables has
+// none.
 func nftDump(msg uint16) ([]string, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
 	if err != nil {
@@ -104,7 +106,9 @@ func attrName(b []byte) string {
 		if l < 4 || l > len(b) {
 			break
 		}
-		if v := strings.TrimRight(string(b[4:l]), "\x00"); len(v) > 0 && strings.IndexFunc(v, func(r rune) bool { return r < ' ' || r > '~' }) < 0 {
+		if v := strings.TrimRight(string(b[4:l]), "\x00"); len(v) > 0 && strings.IndexFunc(v, func(r rune) bool {
+			return r < ' ' || r > '~'
+		}) < 0 {
 			parts = append(parts, v)
 		}
 		l = (l + 3) &^ 3

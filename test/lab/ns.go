@@ -30,11 +30,13 @@ func openNS(name string) (*NS, error) {
 	return &NS{Name: name, f: f}, nil
 }
 
-// Do runs fn on a locked thread inside the namespace. Goroutines that fn starts are not inside it; sockets that fn makes stay inside it for ever.
+// Do runs fn on a locked thread inside the namespace. Goroutines that fn starts are not inside it; sockets that fn
+// makes stay inside it for ever.
 func (n *NS) Do(fn func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		// A goroutine of its own: if the thread cannot be brought back it is thrown away with the goroutine, and the caller's thread was never touched.
+		// A goroutine of its own: if the thread cannot be brought back it is thrown away with the goroutine, and the
+		// caller's thread was never touched.
 		done <- n.enter(fn)
 	}()
 	return <-done

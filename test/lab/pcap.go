@@ -32,7 +32,8 @@ type Packet struct {
 // Packets is a capture, in order of arrival.
 type Packets []Packet
 
-// ParsePcap reads a pcap file with link type Ethernet, raw IP, or Linux cooked (v1, v2); packets that are not IP are left out.
+// ParsePcap reads a pcap file with link type Ethernet, raw IP, or Linux cooked (v1, v2); packets that are not IP are
+// left out.
 func ParsePcap(b []byte) (Packets, error) {
 	r, err := pcapgo.NewReader(bytes.NewReader(b))
 	if err != nil {
@@ -138,7 +139,8 @@ func (p Packet) String() string {
 			fl.WriteString(f.s)
 		}
 	}
-	return fmt.Sprintf("%s %v %v > %v [%s] %s len %d payload %d", p.Time.Format("15:04:05.000000"), p.Proto, p.Src, p.Dst, &fl, p.ICMP, p.Len, len(p.Payload))
+	return fmt.Sprintf("%s %v %v > %v [%s] %s len %d payload %d", p.Time.Format("15:04:05.000000"), p.Proto, p.Src, p.Dst,
+		&fl, p.ICMP, p.Len, len(p.Payload))
 }
 
 // String shows at most 60 packets.

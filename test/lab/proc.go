@@ -17,7 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Cmd says what to run and how. A nil Env means PATH and HOME only: nothing of the caller's environment leaks into a test.
+// Cmd says what to run and how. A nil Env means PATH and HOME only: nothing of the caller's environment leaks into a
+// test.
 type Cmd struct {
 	Args   []string
 	Env    []string
@@ -35,7 +36,8 @@ type Process struct {
 	err  error // valid once done is closed
 }
 
-// spawner is the one thread that starts the world's children: PR_SET_PDEATHSIG fires when the *thread* that forked dies.
+// spawner is the one thread that starts the world's children: PR_SET_PDEATHSIG fires when the *thread* that forked
+// dies.
 type spawner struct {
 	jobs chan func()
 	done chan struct{}
@@ -182,10 +184,12 @@ func (w *World) RunCmd(ctx context.Context, ns *NS, c Cmd) (string, error) {
 	case <-p.done:
 	case <-ctx.Done():
 		p.Kill()
-		return out.String(), fmt.Errorf("%s: %w; stderr: %s", strings.Join(c.Args, " "), ctx.Err(), tail(errOut.String(), 2000))
+		return out.String(), fmt.Errorf("%s: %w; stderr: %s", strings.Join(c.Args, " "), ctx.Err(),
+			tail(errOut.String(), 2000))
 	}
 	if p.err != nil {
-		return out.String(), fmt.Errorf("%s: %w; stdout: %s stderr: %s", strings.Join(c.Args, " "), p.err, tail(out.String(), 500), tail(errOut.String(), 2000))
+		return out.String(), fmt.Errorf("%s: %w; stdout: %s stderr: %s", strings.Join(c.Args, " "), p.err,
+			tail(out.String(), 500), tail(errOut.String(), 2000))
 	}
 	return out.String(), nil
 }

@@ -16,7 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// baseDir holds one directory per living world: lock (flock held by the owner), netns (the namespaces, one a line, written before each is made), logs and captures.
+// baseDir holds one directory per living world: lock (flock held by the owner), netns (the namespaces, one a line,
+// written before each is made), logs and captures.
 const baseDir = "/run/ztun-lab"
 
 // claim makes the directory of a new world and locks it.
@@ -47,7 +48,8 @@ func claim(prefix string) (id, dir string, lock *os.File, err error) {
 	return "", "", nil, errors.New("lab: no free world name")
 }
 
-// reaperScript waits until the last writer of its standard input is gone, which is this process in any way of dying, and removes what is left of the world.
+// reaperScript waits until the last writer of its standard input is gone, which is this process in any way of dying,
+// and removes what is left of the world.
 const reaperScript = `
 trap '' INT TERM HUP QUIT
 while read -r _; do :; done
@@ -62,7 +64,8 @@ done
 rm -rf "$dir"
 `
 
-// startReaper starts the reaper; closing the returned pipe (or dying) sets it to work. No file of ours but the pipe is passed on, so `go test` never waits for it.
+// startReaper starts the reaper; closing the returned pipe (or dying) sets it to work. No file of ours but the pipe
+// is passed on, so `go test` never waits for it.
 func startReaper(dir string) (io.WriteCloser, *exec.Cmd, error) {
 	r, pw, err := os.Pipe()
 	if err != nil {
@@ -80,7 +83,8 @@ func startReaper(dir string) (io.WriteCloser, *exec.Cmd, error) {
 	return pw, cmd, nil
 }
 
-// Scavenge removes the worlds whose owners died together with their reapers. It never touches a world whose lock is held.
+// Scavenge removes the worlds whose owners died together with their reapers. It never touches a world whose lock is
+// held.
 func Scavenge(logf func(string, ...any)) error {
 	dirs, err := os.ReadDir(baseDir)
 	if err != nil {

@@ -23,7 +23,8 @@ type Options struct {
 	Logf   func(format string, args ...any)
 }
 
-// World is two nodes and what was attached to them. Its methods may be called from several goroutines, except for Close beside others.
+// World is two nodes and what was attached to them. Its methods may be called from several goroutines, except for
+// Close beside others.
 type World struct {
 	ID  string
 	Dir string // logs, captures, world.yaml, ca, state directories; removed by Close
@@ -64,9 +65,10 @@ type Pod struct {
 	Node                            *Node
 	NS                              *NS
 	IPs                             []netip.Addr
-	Protocol                        string // what the world file says: HBONE, or TCP for a pod that must be reached in plaintext
-	Services                        map[string]map[uint16]uint16
-	MTU                             int
+	// what the world file says: HBONE, or TCP for a pod that must be reached in plaintext
+	Protocol string
+	Services map[string]map[uint16]uint16
+	MTU      int
 }
 
 // Host is an uncaptured machine: a namespace with a veth into its node and a default route over it.
@@ -95,7 +97,8 @@ func pick(ips []netip.Addr, v4 bool) netip.Addr {
 // CanRun tells whether this process may make network namespaces; the error says what is missing.
 func CanRun() error {
 	if os.Geteuid() != 0 {
-		return errors.New("the end-to-end tests make network namespaces and TUN devices and need root (CAP_NET_ADMIN and CAP_SYS_ADMIN); set ZTUN_TEST_NOROOT=1 to leave them out on purpose")
+		return errors.New("the end-to-end tests make network namespaces and TUN devices and need root (CAP_NET_ADMIN and " +
+			"CAP_SYS_ADMIN); set ZTUN_TEST_NOROOT=1 to leave them out on purpose")
 	}
 	for _, tool := range []string{"ip", "tcpdump"} {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -186,7 +189,8 @@ func New(o Options) (_ *World, err error) {
 	if w.N2, err = w.newNode(2); err != nil {
 		return nil, err
 	}
-	if err := w.ip(ctx, w.N1.NS, fmt.Sprintf("link add eth0 mtu %d type veth peer name eth0 netns %s", o.MTU, w.N2.NS.Name)); err != nil {
+	if err := w.ip(ctx, w.N1.NS, fmt.Sprintf("link add eth0 mtu %d type veth peer name eth0 netns %s", o.MTU,
+		w.N2.NS.Name)); err != nil {
 		return nil, err
 	}
 	for i, n := range []*Node{w.N1, w.N2} {
@@ -214,7 +218,8 @@ func (w *World) newNode(i int) (*Node, error) {
 	n := &Node{
 		Name: fmt.Sprintf("n%d", i), Index: i, nextPod: 2, nextHost: 100,
 		Addr4: netip.MustParseAddr(fmt.Sprintf("10.91.0.%d", i)), Addr6: netip.MustParseAddr(fmt.Sprintf("fd91::%d", i)),
-		PodNet4: netip.MustParsePrefix(fmt.Sprintf("10.91.%d.0/24", i)), PodNet6: netip.MustParsePrefix(fmt.Sprintf("fd91:0:0:%d::/64", i)),
+		PodNet4: netip.MustParsePrefix(fmt.Sprintf("10.91.%d.0/24", i)),
+		PodNet6: netip.MustParsePrefix(fmt.Sprintf("fd91:0:0:%d::/64", i)),
 	}
 	var err error
 	if n.NS, err = w.AddNS(n.Name); err != nil {
@@ -278,15 +283,17 @@ func (w *World) IP(ctx context.Context, ns *NS, lines ...string) error {
 }
 
 func (w *World) ip(ctx context.Context, ns *NS, lines ...string) error {
-	_, err := w.RunCmd(ctx, ns, Cmd{Args: []string{"ip", "-batch", "-"}, Stdin: strings.NewReader(strings.Join(lines, "\n") + "\n")})
+	_, err := w.RunCmd(ctx, ns,
+		Cmd{Args: []string{"ip", "-batch", "-"}, Stdin: strings.NewReader(strings.Join(lines, "\n") + "\n")})
 	if err != nil {
 		return fmt.Errorf("in %s: %w\n%s", ns.Name, err, strings.Join(lines, "\n"))
 	}
 	return nil
 }
 
-// AddPod makes a pod's namespace (only lo, and that down, as a fresh one is). Without IPs it takes the next address of both families;
-// without Namespace "default", without ServiceAccount its name, without Protocol HBONE. Attach gives it to the node's daemon.
+// AddPod makes a pod's namespace (only lo, and that down, as a fresh one is). Without IPs it takes the next address
+// of both families; without Namespace "default", without ServiceAccount its name, without Protocol HBONE. Attach
+// gives it to the node's daemon.
 func (w *World) AddPod(n *Node, p Pod) (*Pod, error) {
 	p.Node = n
 	w.mu.Lock()
@@ -347,7 +354,8 @@ func (w *World) AddHost(n *Node, name string, ips ...netip.Addr) (*Host, error) 
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	gw4 := n.PodNet4.Addr().Next()
-	node := []string{fmt.Sprintf("link set %s mtu %d up", dev, w.opt.MTU), fmt.Sprintf("addr add fe80::1/64 dev %s nodad", dev)}
+	node := []string{fmt.Sprintf("link set %s mtu %d up", dev, w.opt.MTU),
+		fmt.Sprintf("addr add fe80::1/64 dev %s nodad", dev)}
 	host := []string{"link set lo up", fmt.Sprintf("link set eth0 mtu %d up", w.opt.MTU)}
 	for _, ip := range h.IPs {
 		node = append(node, fmt.Sprintf("route add %s/%d dev %s", ip, ip.BitLen(), dev))
@@ -357,12 +365,14 @@ func (w *World) AddHost(n *Node, name string, ips ...netip.Addr) (*Host, error) 
 		}
 		host = append(host, add)
 		if ip.Is4() {
-			host = append(host, fmt.Sprintf("route add %s dev eth0", gw4), fmt.Sprintf("route add default via %s src %s", gw4, ip))
+			host = append(host, fmt.Sprintf("route add %s dev eth0", gw4), fmt.Sprintf("route add default via %s src %s",
+				gw4, ip))
 		} else {
 			host = append(host, "route add default via fe80::1 dev eth0")
 		}
 	}
-	if err := w.ip(ctx, n.NS, fmt.Sprintf("link add %s mtu %d type veth peer name eth0 netns %s", dev, w.opt.MTU, h.NS.Name)); err != nil {
+	if err := w.ip(ctx, n.NS, fmt.Sprintf("link add %s mtu %d type veth peer name eth0 netns %s", dev, w.opt.MTU,
+		h.NS.Name)); err != nil {
 		return nil, err
 	}
 	if err := w.ip(ctx, n.NS, node...); err != nil {

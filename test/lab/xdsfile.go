@@ -50,7 +50,8 @@ type Locality struct {
 	Subzone string `yaml:"subzone"`
 }
 
-// Tunnel is how a workload, such as a waypoint, takes what comes by HBONE: protocol NONE or PROXY, on a port of its own or the called one (0).
+// Tunnel is how a workload, such as a waypoint, takes what comes by HBONE: protocol NONE or PROXY, on a port of its
+// own or the called one (0).
 type Tunnel struct {
 	Protocol string `yaml:"protocol"`
 	Port     uint16 `yaml:"port,omitempty"`
@@ -91,7 +92,8 @@ type WeightedWaypoint struct {
 	Weight      uint32  `yaml:"weight"`
 }
 
-// LoadBalancer says which endpoints of a service are preferred: Mode Standard, Strict, Failover or Passthrough; HealthPolicy OnlyHealthy or AllowAll.
+// LoadBalancer says which endpoints of a service are preferred: Mode Standard, Strict, Failover or Passthrough;
+// HealthPolicy OnlyHealthy or AllowAll.
 type LoadBalancer struct {
 	Preferences  []string `yaml:"routingPreferences"`
 	Mode         string   `yaml:"mode"`
@@ -133,8 +135,9 @@ func (p *Pod) Workload() Workload {
 		services = map[string]map[uint16]uint16{}
 	}
 	return Workload{
-		UID: fmt.Sprintf("lab//v1/Pod/%s/%s", p.Namespace, p.Name), Name: p.Name, Namespace: p.Namespace, ServiceAccount: p.ServiceAccount,
-		TrustDomain: "cluster.local", WorkloadIPs: addrStrings(p.IPs), Protocol: p.Protocol, Node: p.Node.Name,
+		UID: fmt.Sprintf("lab//v1/Pod/%s/%s", p.Namespace, p.Name), Name: p.Name, Namespace: p.Namespace,
+		ServiceAccount: p.ServiceAccount,
+		TrustDomain:    "cluster.local", WorkloadIPs: addrStrings(p.IPs), Protocol: p.Protocol, Node: p.Node.Name,
 		WorkloadName: p.Name + "-deploy", WorkloadType: "deployment", CanonicalName: p.Name, CanonicalRevision: "v1",
 		ClusterID: "Kubernetes", Status: "Healthy", Services: services,
 	}

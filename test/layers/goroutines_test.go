@@ -11,18 +11,24 @@ import (
 	"testing"
 )
 
-// dataPlane is where every goroutine and every timer starts through package rescue, so that a panic ends what it came from and not
-// the daemon. Of cmd/ztun only what runs for pods: the rest is the admin side, whose end is the daemon's.
-var dataPlane = []string{"proxy/*.go", "proxy/hbone/*.go", "proxy/dns/*.go", "netstack/*.go", "netstack/usersock/*.go", "cmd/ztun/pod*.go", "cmd/ztun/upstream.go", "cmd/attach/stack.go", "cmd/attach/isolated/*.go", "cmd/attach/rootless/*.go"}
+// dataPlane is where every goroutine and every timer starts through package rescue, so that a panic ends what it came
+// from and not the daemon. Of cmd/ztun only what runs for pods: the rest is the admin side, whose end is the
+// daemon's.
+var dataPlane = []string{"proxy/*.go", "proxy/hbone/*.go", "proxy/dns/*.go", "netstack/*.go", "netstack/usersock/*.go",
+	"cmd/ztun/pod*.go", "cmd/ztun/upstream.go", "cmd/attach/stack.go", "cmd/attach/isolated/*.go",
+	"cmd/attach/rootless/*.go"}
 
 // unguarded are those that do without: file and function, and why nothing can panic there.
 var unguarded = map[string]string{
-	"proxy/hbone/write.go: c.flushAlone":                                 "made by Func, once per connection",
-	"netstack/wait.go: h.wake":                                           "a look at a pointer and a send that does not block",
-	"proxy/dns/forward.go: func() { conn.SetDeadline(time.Unix(1, 0)) }": "one call of the standard library's or netstack's",
+	"proxy/hbone/write.go: c.flushAlone": "made by Func, once per connection",
+	"netstack/wait.go: h.wake": "a look at a pointer and a send that does not " +
+		"block",
+	"proxy/dns/forward.go: func() { conn.SetDeadline(time.Unix(1, 0)) }": "one call of the standard library's or " +
+		"netstack's",
 }
 
-// TestGoroutinesAreGuarded finds `go` statements, WaitGroup.Go and AfterFunc whose function is not one that rescue's Func has made.
+// TestGoroutinesAreGuarded finds `go` statements, WaitGroup.Go and AfterFunc whose function is not one that rescue's
+// Func has made.
 func TestGoroutinesAreGuarded(t *testing.T) {
 	seen := 0
 	for _, pattern := range dataPlane {

@@ -19,14 +19,16 @@ type BystanderResult struct {
 	Seconds  float64  `json:"seconds"`
 }
 
-// bystanderPatience is when a bystander gives a request up: longer than any retransmission that a connect may need, so that slow shows as slow.
+// bystanderPatience is when a bystander gives a request up: longer than any retransmission that a connect may need,
+// so that slow shows as slow.
 const bystanderPatience = 30 * time.Second
 
 // bystanderConns is how many kept connections the echoes go over.
 const bystanderConns = 4
 
-// Bystander makes new connections to a ByteServer, and echoes of size bytes over a few kept connections to a Server, each rate times a second for d,
-// whether or not earlier ones are answered. A failure fails that one request; the others go on. A Yardstick runs beside them.
+// Bystander makes new connections to a ByteServer, and echoes of size bytes over a few kept connections to a Server,
+// each rate times a second for d, whether or not earlier ones are answered. A failure fails that one request; the
+// others go on. A Yardstick runs beside them.
 func Bystander(ctx context.Context, one, many Target, rate float64, size int, d time.Duration) *BystanderResult {
 	r := &BystanderResult{}
 	var mu sync.Mutex

@@ -110,7 +110,8 @@ type TransferResult struct {
 	Gbps    float64 `json:"gbps"` // both directions together
 }
 
-// Transfer sends up bytes and receives down bytes at the same time over one connection, and compares hashes and counts of both ends.
+// Transfer sends up bytes and receives down bytes at the same time over one connection, and compares hashes and
+// counts of both ends.
 func Transfer(ctx context.Context, t Target, up, down int64, seed int64) TransferResult {
 	var r TransferResult
 	start := time.Now()
@@ -145,7 +146,8 @@ func Transfer(ctx context.Context, t Target, up, down int64, seed int64) Transfe
 			return fmt.Errorf("trailer: %w", err)
 		}
 		if r.Sent != up || r.Server.Got != up || r.Got != down || r.Server.Sent != down {
-			return fmt.Errorf("wanted %d up and %d down: sent %d, the server got %d; the server sent %d, got %d", up, down, r.Sent, r.Server.Got, r.Server.Sent, r.Got)
+			return fmt.Errorf("wanted %d up and %d down: sent %d, the server got %d; the server sent %d, got %d", up, down,
+				r.Sent, r.Server.Got, r.Server.Sent, r.Got)
 		}
 		if r.SentSHA != r.Server.GotSHA || r.GotSHA != r.Server.SentSHA {
 			return fmt.Errorf("hashes differ: up %s %s, down %s %s", r.SentSHA, r.Server.GotSHA, r.Server.SentSHA, r.GotSHA)
@@ -185,8 +187,9 @@ func (m *ManyResult) add(n int64, err error) {
 	}
 }
 
-// HalfClose opens n connections, at most par at once (all of them with par >= n: no one sends before all are open), each of which sends
-// up to size bytes, shuts its write side down, and only then receives a reply that is the hash of all that was sent.
+// HalfClose opens n connections, at most par at once (all of them with par >= n: no one sends before all are open),
+// each of which sends up to size bytes, shuts its write side down, and only then receives a reply that is the hash of
+// all that was sent.
 func HalfClose(ctx context.Context, t Target, n, par int, size int64) *ManyResult {
 	r := &ManyResult{N: n}
 	start := time.Now()
@@ -225,7 +228,8 @@ func HalfClose(ctx context.Context, t Target, n, par int, size int64) *ManyResul
 					return sent, fmt.Errorf("connection %d: reply: %w", i, err)
 				}
 				if tr.Got != sent || tr.GotSHA != sum(h) {
-					return sent, fmt.Errorf("connection %d: the server got %d of %d bytes, hash equal: %v", i, tr.Got, sent, tr.GotSHA == sum(h))
+					return sent, fmt.Errorf("connection %d: the server got %d of %d bytes, hash equal: %v", i, tr.Got, sent,
+						tr.GotSHA == sum(h))
 				}
 				return sent, nil
 			}()
@@ -244,7 +248,8 @@ type RateResult struct {
 	Latency   Latency `json:"latency"` // of connect + one byte + close
 }
 
-// ConnectRate connects to a ByteServer over and over with par workers for d: connect, read one byte, see the server's close, close.
+// ConnectRate connects to a ByteServer over and over with par workers for d: connect, read one byte, see the server's
+// close, close.
 func ConnectRate(ctx context.Context, t Target, par int, d time.Duration) *RateResult {
 	r := &RateResult{}
 	var h Histogram
@@ -270,7 +275,8 @@ func ConnectRate(ctx context.Context, t Target, par int, d time.Duration) *RateR
 	return r
 }
 
-// takeByte connects to a ByteServer until ctx ends, reads its byte, sees its close, and closes; limit bounds what comes after the connect.
+// takeByte connects to a ByteServer until ctx ends, reads its byte, sees its close, and closes; limit bounds what
+// comes after the connect.
 func takeByte(ctx context.Context, t Target, limit time.Duration) error {
 	c, err := t.dial(ctx)
 	if err != nil {

@@ -74,7 +74,8 @@ type Latency struct {
 // Summary of what was counted so far.
 func (h *Histogram) Summary() Latency {
 	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
-	l := Latency{P50: ms(h.Quantile(0.5)), P90: ms(h.Quantile(0.9)), P99: ms(h.Quantile(0.99)), P999: ms(h.Quantile(0.999))}
+	l := Latency{P50: ms(h.Quantile(0.5)), P90: ms(h.Quantile(0.9)), P99: ms(h.Quantile(0.99)),
+		P999: ms(h.Quantile(0.999))}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	l.N, l.Max = h.n, ms(h.max)

@@ -188,10 +188,12 @@ func TestRandom(t *testing.T) {
 func TestRatesAndLatencies(t *testing.T) {
 	many, one := start(t)
 	ctx := testContext(t)
-	if r := ConnectRate(ctx, one, 4, 200*time.Millisecond); r.Failed != 0 || r.OK < 10 || r.Latency.N != uint64(r.OK) || r.Latency.P50 <= 0 {
+	if r := ConnectRate(ctx, one, 4, 200*time.Millisecond); r.Failed != 0 || r.OK < 10 || r.Latency.N != uint64(r.OK) ||
+		r.Latency.P50 <= 0 {
 		t.Errorf("rate: %+v", r)
 	}
-	if r := OpenLoop(ctx, many, 3, 300, 1024, 500*time.Millisecond); len(r.Errors) != 0 || r.Lost != 0 || r.Sent != 150 || r.Latency.N != 150 {
+	if r := OpenLoop(ctx, many, 3, 300, 1024, 500*time.Millisecond); len(r.Errors) != 0 || r.Lost != 0 || r.Sent != 150 ||
+		r.Latency.N != 150 {
 		t.Errorf("echo: %+v", r)
 	}
 	for _, dir := range []string{"up", "down", "both"} {
@@ -263,7 +265,8 @@ type halfPipe struct{ net.Conn }
 func (h halfPipe) CloseWrite() error   { return h.Close() }
 func (h halfPipe) SetLinger(int) error { return nil }
 
-// TestBystander: an undisturbed bystander counts every request; one whose servers are away, or lie, says which of its requests failed and goes on.
+// TestBystander: an undisturbed bystander counts every request; one whose servers are away, or lie, says which of its
+// requests failed and goes on.
 func TestBystander(t *testing.T) {
 	many, one := start(t)
 	r := Bystander(testContext(t), one, many, 200, 1024, 500*time.Millisecond)
@@ -271,7 +274,8 @@ func TestBystander(t *testing.T) {
 		t.Errorf("undisturbed: %+v", r)
 	}
 	r = Bystander(testContext(t), Target{Addr: "127.0.0.1:1"}, many, 200, 1024, 200*time.Millisecond)
-	if r.Failed != 40 || r.Connects.N != 0 || r.Echoes.N != 40 || len(r.Errors) != 10 || !strings.Contains(r.Errors[0], "refused") {
+	if r.Failed != 40 || r.Connects.N != 0 || r.Echoes.N != 40 || len(r.Errors) != 10 ||
+		!strings.Contains(r.Errors[0], "refused") {
 		t.Errorf("no byte server: %+v", r)
 	}
 	// The many-purpose server sends no byte by itself, and the byte server does not echo.
@@ -285,7 +289,8 @@ func TestBystander(t *testing.T) {
 		first.Do(func() { time.Sleep(300 * time.Millisecond) })
 		return (&net.Dialer{}).DialContext(ctx, network, addr)
 	}}
-	if r = Bystander(testContext(t), one, slow, 200, 1024, 400*time.Millisecond); r.Failed != 0 || r.Echoes.Max < 300 || r.Echoes.P90 < 50 {
+	if r = Bystander(testContext(t), one, slow, 200, 1024, 400*time.Millisecond); r.Failed != 0 || r.Echoes.Max < 300 ||
+		r.Echoes.P90 < 50 {
 		t.Errorf("one slow connection of four: %+v", r)
 	}
 }

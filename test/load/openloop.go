@@ -20,8 +20,8 @@ type EchoResult struct {
 	Seconds float64  `json:"seconds"`
 }
 
-// OpenLoop sends requests of size bytes at a fixed total rate per second over conns kept connections for d, whether or not answers come.
-// A request's latency counts from when it was due. Answers may come up to 10 s after the end.
+// OpenLoop sends requests of size bytes at a fixed total rate per second over conns kept connections for d, whether
+// or not answers come. A request's latency counts from when it was due. Answers may come up to 10 s after the end.
 func OpenLoop(ctx context.Context, t Target, conns int, rate float64, size int, d time.Duration) *EchoResult {
 	r := &EchoResult{}
 	var h Histogram

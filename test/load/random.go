@@ -137,12 +137,14 @@ func (s *Server) randServer(c conn, br *bufio.Reader, r request) error {
 	seed, i := r.int("seed"), int(r.int("i"))
 	up, down, closer := plan(seed, i)
 	x := Session{I: i}
-	c.SetDeadline(time.Now().Add(time.Minute)) // a session whose client is gone without a trace must not hold up the account
+	// a session whose client is gone without a trace must not hold up the account
+	c.SetDeadline(time.Now().Add(time.Minute))
 	// The client waits for this byte: a session that it resets at once is known here all the same.
 	if _, err := c.Write([]byte{'+'}); err != nil {
 		return err
 	}
-	e := end{c: c, r: br, send: down, want: up, out: Pattern{Seed: uint64(i)*2 + 1}, in: Pattern{Seed: uint64(i) * 2}, s: &x}
+	e := end{c: c, r: br, send: down, want: up, out: Pattern{Seed: uint64(i)*2 + 1},
+		in: Pattern{Seed: uint64(i) * 2}, s: &x}
 	e.play(closer, false)
 	s.record(r.args["run"], x)
 	return nil
@@ -164,7 +166,8 @@ type RandomResult struct {
 	Seconds  float64        `json:"seconds"` // without the report
 }
 
-// Random runs n sessions at once with sizes and closers drawn from seed, fetches the server's account and compares the two.
+// Random runs n sessions at once with sizes and closers drawn from seed, fetches the server's account and compares
+// the two.
 func Random(ctx context.Context, t Target, n int, seed int64) *RandomResult {
 	res := &RandomResult{N: n, Closers: map[string]int{}}
 	fault := func(format string, args ...any) {
@@ -193,7 +196,8 @@ func Random(ctx context.Context, t Target, n int, seed int64) *RandomResult {
 				c.Close()
 				return
 			}
-			e := end{c: c, r: c, send: up, want: down, out: Pattern{Seed: uint64(i) * 2}, in: Pattern{Seed: uint64(i)*2 + 1}, s: s}
+			e := end{c: c, r: c, send: up, want: down, out: Pattern{Seed: uint64(i) * 2},
+				in: Pattern{Seed: uint64(i)*2 + 1}, s: s}
 			e.play(closer, true)
 		})
 	}

@@ -188,7 +188,8 @@ func drain(r io.Reader, h hash.Hash, n int64) (int64, error) {
 	return got, nil
 }
 
-// sink reads to the end of input, then replies with what it computed from all of it: the reply of a half-closed connection.
+// sink reads to the end of input, then replies with what it computed from all of it: the reply of a half-closed
+// connection.
 func sink(c conn, br *bufio.Reader, r request) error {
 	start := time.Now()
 	h := newHash(r.args["hash"] == "1")
@@ -196,7 +197,8 @@ func sink(c conn, br *bufio.Reader, r request) error {
 	if err != nil {
 		return err
 	}
-	return json.NewEncoder(c).Encode(Trailer{Peer: c.RemoteAddr().String(), Local: c.LocalAddr().String(), Got: n, GotSHA: sum(h), Seconds: time.Since(start).Seconds()})
+	return json.NewEncoder(c).Encode(Trailer{Peer: c.RemoteAddr().String(), Local: c.LocalAddr().String(), Got: n,
+		GotSHA: sum(h), Seconds: time.Since(start).Seconds()})
 }
 
 // source sends for a time, then closes.

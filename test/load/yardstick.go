@@ -11,12 +11,14 @@ import (
 	"time"
 )
 
-// yardstickHops is how many processes a yardstick's byte goes through: about as many wake-ups as a request through two proxies costs.
+// yardstickHops is how many processes a yardstick's byte goes through: about as many wake-ups as a request through
+// two proxies costs.
 const yardstickHops = 6
 
-// Yardstick sends a byte, rate times a second for d, through a chain of pipes and of processes that do nothing but pass it on, and measures from when
-// it was due to its return. What passes through the chain meets no network and nothing of the proxies: its p99 is what the machine itself adds to
-// whoever has to be woken a few times, in these very seconds.
+// Yardstick sends a byte, rate times a second for d, through a chain of pipes and of processes that do nothing but
+// pass it on, and measures from when it was due to its return. What passes through the chain meets no network and
+// nothing of the proxies: its p99 is what the machine itself adds to whoever has to be woken a few times, in these
+// very seconds.
 func Yardstick(ctx context.Context, rate float64, d time.Duration) (Latency, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

@@ -4,10 +4,10 @@
 //
 //	go run ./test/mutate -n 100 ./proxy/hbone ./proxy/route ./proxy/rbac ./netstack ./admin/xds ./tun/steer
 //
-// Mutants are drawn at random, the same ones for the same seed and code, in equal numbers from each package: an operator
-// turned round, a number one higher, a condition always true or always false, a call or an assignment left out. What
-// does not compile is drawn again. The source is never touched (go test -overlay). It is no part of scripts/check: it
-// takes as long as all tests of a package once per survivor. Exit status 1: there are survivors.
+// Mutants are drawn at random, the same ones for the same seed and code, in equal numbers from each package: an
+// operator turned round, a number one higher, a condition always true or always false, a call or an assignment left
+// out. What does not compile is drawn again. The source is never touched (go test -overlay). It is no part of
+// scripts/check: it takes as long as all tests of a package once per survivor. Exit status 1: there are survivors.
 package main
 
 import (
@@ -250,8 +250,10 @@ func candidates(ctx context.Context, o options, pkg string) (all []*mutant, err 
 
 // opposite operators.
 var opposite = map[token.Token]token.Token{
-	token.EQL: token.NEQ, token.NEQ: token.EQL, token.LSS: token.LEQ, token.LEQ: token.LSS, token.GTR: token.GEQ, token.GEQ: token.GTR,
-	token.LAND: token.LOR, token.LOR: token.LAND, token.ADD: token.SUB, token.SUB: token.ADD, token.MUL: token.QUO, token.QUO: token.MUL,
+	token.EQL: token.NEQ, token.NEQ: token.EQL, token.LSS: token.LEQ, token.LEQ: token.LSS,
+	token.GTR: token.GEQ, token.GEQ: token.GTR,
+	token.LAND: token.LOR, token.LOR: token.LAND, token.ADD: token.SUB, token.SUB: token.ADD,
+	token.MUL: token.QUO, token.QUO: token.MUL,
 	token.AND: token.OR, token.OR: token.AND, token.SHL: token.SHR, token.SHR: token.SHL,
 	token.ADD_ASSIGN: token.SUB_ASSIGN, token.SUB_ASSIGN: token.ADD_ASSIGN, token.INC: token.DEC, token.DEC: token.INC,
 	token.BREAK: token.CONTINUE, token.CONTINUE: token.BREAK,
@@ -266,7 +268,8 @@ func mutants(pkg, path string, src []byte) (found []*mutant, err error) {
 	}
 	add := func(from, to token.Pos, text string) {
 		begin, end := fset.Position(from).Offset, fset.Position(to).Offset
-		found = append(found, &mutant{pkg: pkg, file: path, begin: begin, end: end, text: text, where: fset.Position(from), before: string(src[begin:end])})
+		found = append(found, &mutant{pkg: pkg, file: path, begin: begin, end: end, text: text,
+			where: fset.Position(from), before: string(src[begin:end])})
 	}
 	turn := func(at token.Pos, op token.Token) {
 		if to, ok := opposite[op]; ok {

@@ -48,7 +48,8 @@ func Test(t *testing.T) {
 	}
 	t.Setenv("GOFLAGS", "-mod=mod")
 	var out bytes.Buffer
-	survivors, err := run(t.Context(), options{packages: []string{"."}, n: 100, seed: 1, timeout: 2 * time.Second, parallel: 1, dir: dir, out: &out})
+	survivors, err := run(t.Context(), options{packages: []string{"."}, n: 100, seed: 1, timeout: 2 * time.Second,
+		parallel: 1, dir: dir, out: &out})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,6 @@
-// Package observability holds the tests of scripts/observability: alert rules and a Grafana dashboard. They name metrics and labels
-// that exist (docs/metrics.md, which is compared with running daemons), and promtool accepts and tests the rules. That the queries have
-// answers from a real scrape is test/e2e.TestDashboards.
+// Package observability holds the tests of scripts/observability: alert rules and a Grafana dashboard. They name
+// metrics and labels that exist (docs/metrics.md, which is compared with running daemons), and promtool accepts and
+// tests the rules. That the queries have answers from a real scrape is test/e2e.TestDashboards.
 package observability
 
 import (
@@ -65,8 +65,8 @@ func TestPromtool(t *testing.T) {
 	}
 }
 
-// TestAlertsAreTested: each alert has a unit test in which it fires and one in which it is quiet, says how bad it is, what is the matter
-// and what to do.
+// TestAlertsAreTested: each alert has a unit test in which it fires and one in which it is quiet, says how bad it is,
+// what is the matter and what to do.
 func TestAlertsAreTested(t *testing.T) {
 	var f struct {
 		Tests []struct {
@@ -96,7 +96,8 @@ func TestAlertsAreTested(t *testing.T) {
 			t.Errorf("%s is there twice", r.Alert)
 		}
 		seen[r.Alert] = true
-		if !slices.Contains([]string{"critical", "warning", "info"}, r.Labels["severity"]) || r.Annotations["summary"] == "" || r.Annotations["description"] == "" {
+		if !slices.Contains([]string{"critical", "warning", "info"}, r.Labels["severity"]) ||
+			r.Annotations["summary"] == "" || r.Annotations["description"] == "" {
 			t.Errorf("%s has no severity, summary or description", r.Alert)
 		}
 	}
@@ -183,8 +184,10 @@ func documented(t *testing.T) map[string][]string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	out := map[string][]string{"up": nil, "process_open_fds": nil, "process_max_fds": nil, "process_resident_memory_bytes": nil, "process_cpu_seconds_total": nil}
-	for _, m := range regexp.MustCompile("(?m)^\\| `(\\w+)` \\| (\\w+) \\| [^|]* \\| ([^|]*) \\|").FindAllStringSubmatch(string(b), -1) {
+	out := map[string][]string{"up": nil, "process_open_fds": nil, "process_max_fds": nil,
+		"process_resident_memory_bytes": nil, "process_cpu_seconds_total": nil}
+	for _, m := range regexp.MustCompile("(?m)^\\| `(\\w+)` \\| (\\w+) \\| [^|]* \\| ([^|]*) \\|").FindAllStringSubmatch(
+		string(b), -1) {
 		labels := strings.Split(strings.TrimSpace(m[3]), ", ")
 		switch m[2] {
 		case "counter":
@@ -210,7 +213,8 @@ var (
 	word     = regexp.MustCompile(`^(sum|min|max|count|topk|rate|increase|resets|histogram_quantile|max_over_time|time|and|or|unless)$`)
 )
 
-// TestNames: each query asks for metrics and labels that exist, so that a renamed one is found here and not in an empty panel.
+// TestNames: each query asks for metrics and labels that exist, so that a renamed one is found here and not in an
+// empty panel.
 func TestNames(t *testing.T) {
 	known := documented(t)
 	if len(known) < 50 {

@@ -1,7 +1,9 @@
-// Command quic is a QUIC client and server (quic-go) for tests of what carries UDP: bytes go there and back, and must be the same.
+// Command quic is a QUIC client and server (quic-go) for tests of what carries UDP: bytes go there and back, and must
+// be the same.
 //
 //	quic serve ADDR:PORT          echoes streams; says "listening"
-//	quic echo ADDR:PORT BYTES     sends so many bytes, and prints {"bytes":N,"seconds":S,"gso":true} when they have come back
+//	quic echo ADDR:PORT BYTES     sends so many bytes, and prints {"bytes":N,"seconds":S,"gso":true} when they are
+//	                              back
 //
 // It is a module of its own, so that ztun's own go.mod stays lean.
 package main
@@ -110,7 +112,8 @@ func echo(addr string, n int64) error {
 	sent, got := sha256.New(), sha256.New()
 	failed := make(chan error, 1)
 	go func() {
-		_, err := io.CopyBuffer(io.MultiWriter(s, sent), io.LimitReader(rand.NewChaCha8([32]byte{}), n), make([]byte, 256<<10))
+		_, err := io.CopyBuffer(io.MultiWriter(s, sent), io.LimitReader(rand.NewChaCha8([32]byte{}), n),
+			make([]byte, 256<<10))
 		failed <- errors.Join(err, s.Close())
 	}()
 	back, err := io.Copy(got, s)

@@ -78,8 +78,10 @@ func TestFilter(t *testing.T) {
 		}
 	}
 	for filter, want := range map[string]string{
-		"host": "no address", "host nowhere": "no address", "port 0": "1 to 65535", "net 10.0.0.0": "no prefix", "tcp udp": `"udp" is not expected`,
-		"(tcp": "not closed", "tcp and": "it ends where", "src": "it ends where", "dst tcp": "no word", "ether": "no word", ")": "no word",
+		"host": "no address", "host nowhere": "no address", "port 0": "1 to 65535", "net 10.0.0.0": "no prefix",
+		"tcp udp": `"udp" is not expected`,
+		"(tcp":    "not closed", "tcp and": "it ends where", "src": "it ends where", "dst tcp": "no word", "ether": "no word",
+		")":                             "no word",
 		strings.Repeat("tcp or ", 1000): "at most",
 	} {
 		if _, err := ParseFilter(filter); err == nil || !strings.Contains(err.Error(), want) {
@@ -107,8 +109,10 @@ func TestPcapng(t *testing.T) {
 		t.Fatal(err)
 	}
 	at := time.Date(2026, 11, 28, 12, 0, 0, 123456789, time.UTC)
-	out, in := packet("10.1.0.2:4000", "10.2.0.2:80", protoTCP, "odd"), packet("[fd00::1]:5000", "[fd00::2]:80", protoTCP, "")
-	if err := errors.Join(w.Packet(at, true, out, len(out), "spiffe://td/ns/a/sa/a"), w.Packet(at, false, in[:44], len(in), ""), w.Dropped(at, 7)); err != nil {
+	out, in := packet("10.1.0.2:4000", "10.2.0.2:80", protoTCP, "odd"),
+		packet("[fd00::1]:5000", "[fd00::2]:80", protoTCP, "")
+	if err := errors.Join(w.Packet(at, true, out, len(out), "spiffe://td/ns/a/sa/a"),
+		w.Packet(at, false, in[:44], len(in), ""), w.Dropped(at, 7)); err != nil {
 		t.Fatal(err)
 	}
 	r, err := pcapgo.NewNgReader(bytes.NewReader(file.Bytes()), pcapgo.NgReaderOptions{})
@@ -116,7 +120,8 @@ func TestPcapng(t *testing.T) {
 		t.Fatal(err)
 	}
 	data, ci, opts, err := r.ReadPacketDataWithOptions()
-	if err != nil || !bytes.Equal(data, out) || !ci.Timestamp.Equal(at) || len(opts.Comments) != 1 || opts.Comments[0] != "spiffe://td/ns/a/sa/a" ||
+	if err != nil || !bytes.Equal(data, out) || !ci.Timestamp.Equal(at) || len(opts.Comments) != 1 ||
+		opts.Comments[0] != "spiffe://td/ns/a/sa/a" ||
 		opts.Flags == nil || opts.Flags.Direction != pcapgo.NgEpbFlagDirectionOutbound {
 		t.Errorf("read back as %x at %v, %+v, %v", data, ci.Timestamp, opts, err)
 	}
@@ -127,13 +132,15 @@ func TestPcapng(t *testing.T) {
 	if _, _, _, err = r.ReadPacketDataWithOptions(); err != io.EOF {
 		t.Errorf("after the last packet: %v", err)
 	}
-	if i, err := r.Interface(0); err != nil || i.Name != "ztun0" || i.LinkType != layers.LinkTypeRaw || i.Statistics.PacketsDropped != 7 {
+	if i, err := r.Interface(0); err != nil || i.Name != "ztun0" || i.LinkType != layers.LinkTypeRaw ||
+		i.Statistics.PacketsDropped != 7 {
 		t.Errorf("interface %+v, %v", i, err)
 	}
 	cmd := exec.Command("tcpdump", "-nr", "-")
 	cmd.Stdin = &file
 	text, err := cmd.CombinedOutput()
-	if err != nil || !strings.Contains(string(text), "IP 10.1.0.2.4000 > 10.2.0.2.80: Flags [S]") || !strings.Contains(string(text), "fd00::2") {
+	if err != nil || !strings.Contains(string(text), "IP 10.1.0.2.4000 > 10.2.0.2.80: Flags [S]") ||
+		!strings.Contains(string(text), "fd00::2") {
 		t.Errorf("tcpdump: %v\n%s", err, text)
 	}
 }

@@ -1,5 +1,5 @@
-// Package capture is what `ztun capture` is made of beside the tap of package tun: a filter (filter.go), the queue between
-// the data path and who writes (queue.go), and pcapng (pcapng.go).
+// Package capture is what `ztun capture` is made of beside the tap of package tun: a filter (filter.go), the queue
+// between the data path and who writes (queue.go), and pcapng (pcapng.go).
 //
 // What flows through it: packets as a device carries them. Who calls it: cmd/ztun. What it never does: open devices,
 // know of pods, or make whoever moves packets wait.

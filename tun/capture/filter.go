@@ -147,7 +147,8 @@ func (p *filterParser) term() (Filter, error) {
 		}
 		return f, err
 	case "tcp", "udp", "icmp":
-		protos := map[string][2]uint8{"tcp": {protoTCP, protoTCP}, "udp": {protoUDP, protoUDP}, "icmp": {protoICMP, protoICMPv6}}[which]
+		protos := map[string][2]uint8{"tcp": {protoTCP, protoTCP}, "udp": {protoUDP, protoUDP},
+			"icmp": {protoICMP, protoICMPv6}}[which]
 		return func(x Packet) bool { return x.Proto == protos[0] || x.Proto == protos[1] }, nil
 	case "src":
 		side, which = func(x Packet, f func(netip.AddrPort) bool) bool { return f(x.Src) }, p.next()

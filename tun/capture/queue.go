@@ -14,7 +14,8 @@ type Captured struct {
 	Packet
 }
 
-// Queue is between the data path, which must not wait, and who writes: a packet that does not fit is dropped, and counted.
+// Queue is between the data path, which must not wait, and who writes: a packet that does not fit is dropped, and
+// counted.
 type Queue struct {
 	want  Filter
 	snap  int

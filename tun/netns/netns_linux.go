@@ -16,14 +16,15 @@ import (
 // Dir is where `ip netns` keeps its names: one bind mount of a namespace file each.
 const Dir = "/var/run/netns"
 
-// ErrNotExist is what Open, OpenPath, OpenName and OpenPID return (wrapped) when there is no such namespace. It matches fs.ErrNotExist too.
+// ErrNotExist is what Open, OpenPath, OpenName and OpenPID return (wrapped) when there is no such namespace. It
+// matches fs.ErrNotExist too.
 var ErrNotExist = fmt.Errorf("no such network namespace: %w", os.ErrNotExist)
 
 // ErrNotNamespace is what Open, OpenPath, OpenName and Identify return (wrapped) when the path names something else.
 var ErrNotNamespace = errors.New("not a network namespace")
 
-// NS is an open network namespace. Holding it keeps the namespace alive in the kernel, also after its name and its last process are gone. It is
-// safe for concurrent use.
+// NS is an open network namespace. Holding it keeps the namespace alive in the kernel, also after its name and its
+// last process are gone. It is safe for concurrent use.
 type NS struct {
 	file *os.File
 	rc   syscall.RawConn
@@ -32,8 +33,8 @@ type NS struct {
 	ino  uint64
 }
 
-// Open opens a namespace by a reference as an operator writes it: a path (anything with a slash), a name known to `ip netns`, or the pid of a
-// process that lives in it, tried in this order. The error says what was tried.
+// Open opens a namespace by a reference as an operator writes it: a path (anything with a slash), a name known to `ip
+// netns`, or the pid of a process that lives in it, tried in this order. The error says what was tried.
 func Open(ref string) (*NS, error) {
 	switch {
 	case ref == "":
@@ -55,8 +56,8 @@ func Open(ref string) (*NS, error) {
 	return nil, fmt.Errorf("%w: %q: is it a path, a name in %s or a pid?", ErrNotExist, ref, Dir)
 }
 
-// Identify tells which namespace a reference means, as Open takes it, without a descriptor: also when the process has none left. ErrNotExist and
-// ErrNotNamespace say that there is none; every other error says nothing about it.
+// Identify tells which namespace a reference means, as Open takes it, without a descriptor: also when the process has
+// none left. ErrNotExist and ErrNotNamespace say that there is none; every other error says nothing about it.
 func Identify(ref string) (dev, ino uint64, err error) {
 	var paths []string
 	switch pid, perr := strconv.Atoi(ref); {
@@ -113,7 +114,9 @@ func OpenPath(path string) (*NS, error) {
 	case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ESRCH):
 		return nil, fmt.Errorf("%w: %s: is it a path, a name in %s or a pid?", ErrNotExist, path, Dir)
 	case errors.Is(err, os.ErrPermission):
-		return nil, fmt.Errorf("cannot open network namespace %s: %w (root, or CAP_SYS_ADMIN and CAP_SYS_PTRACE for a pid, is needed)", path, errnoOf(err))
+		return nil,
+			fmt.Errorf("cannot open network namespace %s: %w (root, or CAP_SYS_ADMIN and CAP_SYS_PTRACE for a pid, is needed)",
+				path, errnoOf(err))
 	case err != nil:
 		return nil, fmt.Errorf("cannot open network namespace %s: %w", path, errnoOf(err))
 	}
@@ -183,7 +186,8 @@ func fromFile(file *os.File, path string) (*NS, error) {
 		if inner = unix.Fstatfs(int(fd), &fs); inner != nil {
 			return
 		}
-		// A name whose bind mount is gone is an empty file of another file system; setns would say EINVAL, which helps nobody.
+		// A name whose bind mount is gone is an empty file of another file system; setns would say EINVAL, which helps
+		// nobody.
 		if int64(fs.Type) != unix.NSFS_MAGIC {
 			inner = fmt.Errorf("%s is %w (a name that `ip netns` left behind, or some other file)", path, ErrNotNamespace)
 			return
@@ -203,8 +207,8 @@ func fromFile(file *os.File, path string) (*NS, error) {
 	return ns, nil
 }
 
-// ID identifies the namespace: two NS with equal IDs are the same namespace, whatever their paths. An inode may be used again after the namespace is
-// gone, but not while an NS holds it.
+// ID identifies the namespace: two NS with equal IDs are the same namespace, whatever their paths. An inode may be
+// used again after the namespace is gone, but not while an NS holds it.
 func (n *NS) ID() (dev, ino uint64) { return n.dev, n.ino }
 
 // Same says whether both are the same namespace.
@@ -236,9 +240,10 @@ func (n *NS) Dup() (*NS, error) {
 // Close lets go of the namespace.
 func (n *NS) Close() error { return n.file.Close() }
 
-// Do runs f inside the namespace, on a thread that nothing else uses meanwhile, and waits for it. Sockets, device files and sysctls that f opens
-// belong to the namespace; goroutines that f starts do not run in it. f should be brief: it holds a thread. A panic in f is
-// raised again in the caller. Errors are f's own, or say why the namespace could not be entered (then f has not run).
+// Do runs f inside the namespace, on a thread that nothing else uses meanwhile, and waits for it. Sockets, device
+// files and sysctls that f opens belong to the namespace; goroutines that f starts do not run in it. f should be
+// brief: it holds a thread. A panic in f is raised again in the caller. Errors are f's own, or say why the namespace
+// could not be entered (then f has not run).
 func (n *NS) Do(f func() error) error {
 	type outcome struct {
 		err      error
@@ -281,7 +286,8 @@ func (n *NS) Do(f func() error) error {
 	return out.err
 }
 
-// enter moves the calling thread into n and returns a descriptor of the namespace it came from. On an error the thread has not moved.
+// enter moves the calling thread into n and returns a descriptor of the namespace it came from. On an error the
+// thread has not moved.
 func enter(n *NS) (home int, err error) {
 	home, err = unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {

@@ -33,7 +33,9 @@ func TestOpenErrors(t *testing.T) {
 		notExist  bool
 	}{
 		{"", "empty reference", true},
-		{"no-such-ns", `no such network namespace: file does not exist: "no-such-ns": is it a path, a name in /var/run/netns or a pid?`, true},
+		{"no-such-ns",
+			`no such network namespace: file does not exist: "no-such-ns": is it a path, a name in /var/run/netns or a pid?`,
+			true},
 		{"/no/such/path", "is it a path, a name in /var/run/netns or a pid?", true},
 		{file + "/x", "is it a path", true},
 		{"..", "is it a path", true},

@@ -14,19 +14,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// SocketOptions are what the mesh's TCP sockets may differ in. The zero value is good: no delay, keepalive after 180 s, every 180 s, 9 times
-// (ztunnel's KEEPALIVE_TIME, KEEPALIVE_INTERVAL and KEEPALIVE_RETRIES), kernel defaults for the rest.
+// SocketOptions are what the mesh's TCP sockets may differ in. The zero value is good: no delay, keepalive after 180
+// s, every 180 s, 9 times (ztunnel's KEEPALIVE_TIME, KEEPALIVE_INTERVAL and KEEPALIVE_RETRIES), kernel defaults for
+// the rest.
 type SocketOptions struct {
-	// UserTimeout bounds how long sent data may stay unacknowledged before the connection is given up (TCP_USER_TIMEOUT, whole milliseconds).
-	// 0 leaves it to the kernel.
+	// UserTimeout bounds how long sent data may stay unacknowledged before the connection is given up (TCP_USER_TIMEOUT,
+	// whole milliseconds). 0 leaves it to the kernel.
 	UserTimeout time.Duration
-	// NotSentLowat bounds the bytes that wait in the kernel unsent before the socket stops being writable (TCP_NOTSENT_LOWAT). 0: no bound.
+	// NotSentLowat bounds the bytes that wait in the kernel unsent before the socket stops being writable
+	// (TCP_NOTSENT_LOWAT). 0: no bound.
 	NotSentLowat int
 	// Mark is the socket's SO_MARK, 0 for none. It needs CAP_NET_ADMIN.
 	Mark uint32
 	// Ports is the range from which a dialed socket's local port is drawn; zero leaves it to the kernel.
 	Ports PortRange
-	// KeepAlive replaces ztunnel's keepalive when it is not the zero value; Enable false in a non-zero value turns keepalive off.
+	// KeepAlive replaces ztunnel's keepalive when it is not the zero value; Enable false in a non-zero value turns
+	// keepalive off.
 	KeepAlive net.KeepAliveConfig
 }
 
@@ -43,9 +46,11 @@ func (o SocketOptions) keepAlive() net.KeepAliveConfig {
 	return o.KeepAlive
 }
 
-// set applies what dialed and listening sockets have in common. Accepted sockets inherit it from their listener. v6 says that fd is an AF_INET6 socket.
+// set applies what dialed and listening sockets have in common. Accepted sockets inherit it from their listener. v6
+// says that fd is an AF_INET6 socket.
 func (o SocketOptions) set(fd int, v6 bool) error {
-	// Both levels on an IPv6 socket, since a dual-stack listener takes IPv4 as well. The kernel keeps a single bit, older ones check the level.
+	// Both levels on an IPv6 socket, since a dual-stack listener takes IPv4 as well. The kernel keeps a single bit,
+	// older ones check the level.
 	if v6 {
 		if err := sockopt(fd, unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1, "IPV6_TRANSPARENT"); err != nil {
 			return err
@@ -83,10 +88,10 @@ func sockopt(fd, level, name, value int, what string) error {
 	return nil
 }
 
-// ListenTransparent opens a TCP listener on the wildcard address and port in ns (nil: the process's namespace) that accepts connections to any address
-// which routing delivers to it, the host's own or not; an accepted connection's local address tells which. With ipv6 the socket takes both
-// families, otherwise IPv4 alone. Connections have no delay and keepalive set. Errors keep their errno (EADDRINUSE, EPERM without
-// CAP_NET_ADMIN).
+// ListenTransparent opens a TCP listener on the wildcard address and port in ns (nil: the process's namespace) that
+// accepts connections to any address which routing delivers to it, the host's own or not; an accepted connection's
+// local address tells which. With ipv6 the socket takes both families, otherwise IPv4 alone. Connections have no
+// delay and keepalive set. Errors keep their errno (EADDRINUSE, EPERM without CAP_NET_ADMIN).
 func ListenTransparent(ctx context.Context, ns *NS, port uint16, ipv6 bool, o SocketOptions) (*net.TCPListener, error) {
 	lc := net.ListenConfig{
 		KeepAliveConfig: o.keepAlive(),
@@ -131,16 +136,20 @@ func setBacklog(l *net.TCPListener) error {
 	return errors.Join(err, inner)
 }
 
-// DialTransparent connects to dst from the address src, which need not be the host's own, in ns (nil: the process's namespace). The number of
-// connections is bounded per destination, not per source: the kernel draws the source port at connect (IP_BIND_ADDRESS_NO_PORT), or we do from
-// o.Ports, where one port serves many destinations. src and dst must be of one family; an IPv4 address mapped into IPv6 counts as IPv4.
+// DialTransparent connects to dst from the address src, which need not be the host's own, in ns (nil: the process's
+// namespace). The number of connections is bounded per destination, not per source: the kernel draws the source port
+// at connect (IP_BIND_ADDRESS_NO_PORT), or we do from o.Ports, where one port serves many destinations. src and dst
+// must be of one family; an IPv4 address mapped into IPv6 counts as IPv4.
 //
-// Errors are *net.OpError as from net.Dialer and keep their errno for errors.Is (ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT...; EADDRNOTAVAIL when
-// the ports towards dst are used up, with those of connections that ended in the last minute); when ctx ends first, the error matches ctx.Err().
-func DialTransparent(ctx context.Context, ns *NS, src netip.Addr, dst netip.AddrPort, o SocketOptions) (*net.TCPConn, error) {
+// Errors are *net.OpError as from net.Dialer and keep their errno for errors.Is (ECONNREFUSED, EHOSTUNREACH,
+// ENETUNREACH, ETIMEDOUT...; EADDRNOTAVAIL when the ports towards dst are used up, with those of connections that
+// ended in the last minute); when ctx ends first, the error matches ctx.Err().
+func DialTransparent(ctx context.Context, ns *NS, src netip.Addr, dst netip.AddrPort, o SocketOptions) (*net.TCPConn,
+	error) {
 	src, dst = src.Unmap(), netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
 	fail := func(err error) error {
-		return &net.OpError{Op: "dial", Net: "tcp", Source: net.TCPAddrFromAddrPort(netip.AddrPortFrom(src, 0)), Addr: net.TCPAddrFromAddrPort(dst), Err: err}
+		return &net.OpError{Op: "dial", Net: "tcp", Source: net.TCPAddrFromAddrPort(netip.AddrPortFrom(src, 0)),
+			Addr: net.TCPAddrFromAddrPort(dst), Err: err}
 	}
 	if !src.IsValid() || !dst.Addr().IsValid() || src.Is4() != dst.Addr().Is4() {
 		return nil, fail(os.NewSyscallError("bind", unix.EAFNOSUPPORT))
@@ -166,11 +175,12 @@ func DialTransparent(ctx context.Context, ns *NS, src netip.Addr, dst netip.Addr
 	return tcp, nil
 }
 
-// maxPortTries bounds how many ports of a range are tried for one connection: each costs a few microseconds, and with nine tenths of the range
-// in use the first ten or so find one.
+// maxPortTries bounds how many ports of a range are tried for one connection: each costs a few microseconds, and with
+// nine tenths of the range in use the first ten or so find one.
 const maxPortTries = 1024
 
-// connectFrom makes a socket and connects it, by the first port of o.Ports that is free towards dst, beginning anywhere in the range.
+// connectFrom makes a socket and connects it, by the first port of o.Ports that is free towards dst, beginning
+// anywhere in the range.
 func connectFrom(ctx context.Context, ns *NS, src netip.Addr, dst netip.AddrPort, o SocketOptions) (*os.File, error) {
 	size := int(o.Ports.Max) - int(o.Ports.Min) + 1
 	if o.Ports == (PortRange{}) || size < 1 {
@@ -186,7 +196,8 @@ func connectFrom(ctx context.Context, ns *NS, src netip.Addr, dst netip.AddrPort
 		}
 		return file, err
 	}
-	return nil, fmt.Errorf("%w: the local ports %d-%d are used up towards this destination", unix.EADDRNOTAVAIL, o.Ports.Min, o.Ports.Max)
+	return nil, fmt.Errorf("%w: the local ports %d-%d are used up towards this destination", unix.EADDRNOTAVAIL,
+		o.Ports.Min, o.Ports.Max)
 }
 
 func connectOnce(ctx context.Context, ns *NS, src, dst netip.AddrPort, o SocketOptions) (*os.File, error) {
@@ -201,7 +212,8 @@ func connectOnce(ctx context.Context, ns *NS, src, dst netip.AddrPort, o SocketO
 	return file, nil
 }
 
-// newSocket makes a nonblocking TCP socket in ns, bound to src; with port 0 the kernel draws the port when it is connected.
+// newSocket makes a nonblocking TCP socket in ns, bound to src; with port 0 the kernel draws the port when it is
+// connected.
 func newSocket(ns *NS, src netip.AddrPort, o SocketOptions) (*os.File, error) {
 	family := unix.AF_INET
 	if src.Addr().Is6() {

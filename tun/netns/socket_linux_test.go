@@ -20,7 +20,8 @@ import (
 
 const patience = 20 * time.Second
 
-// anyIP makes a namespace in which packets for 10.55.0.0/24 and fd55::/64, addresses that no device has, are the host's own.
+// anyIP makes a namespace in which packets for 10.55.0.0/24 and fd55::/64, addresses that no device has, are the
+// host's own.
 func anyIP(t *testing.T) *nslab.NS {
 	ns := nslab.New(t)
 	ns.IP(t, "route", "add", "local", "10.55.0.0/24", "dev", "lo")
@@ -48,7 +49,9 @@ func option(t *testing.T, c syscall.Conn, level, name int) int {
 	}
 	var v int
 	var inner error
-	if err := rc.Control(func(fd uintptr) { v, inner = unix.GetsockoptInt(int(fd), level, name) }); err != nil || inner != nil {
+	if err := rc.Control(func(fd uintptr) {
+		v, inner = unix.GetsockoptInt(int(fd), level, name)
+	}); err != nil || inner != nil {
 		t.Fatal(err, inner)
 	}
 	return v
@@ -76,7 +79,8 @@ func TestTransparent(t *testing.T) {
 		if remote.Addr().Unmap() != src.Unmap() || local.Addr().Unmap() != dst.Addr() || local.Port() != 15008 {
 			t.Errorf("accepted %s from %s", local, remote)
 		}
-		if got := out.LocalAddr().(*net.TCPAddr).AddrPort(); got.Addr().Unmap() != src.Unmap() || got.Port() != remote.Port() {
+		if got := out.LocalAddr().(*net.TCPAddr).AddrPort(); got.Addr().Unmap() != src.Unmap() ||
+			got.Port() != remote.Port() {
 			t.Errorf("dialed from %s, seen as %s", got, remote)
 		}
 		for name, conn := range map[string]*net.TCPConn{"dialed": out, "accepted": in} {
@@ -112,9 +116,11 @@ func TestTransparent(t *testing.T) {
 
 func TestKeepAliveOption(t *testing.T) {
 	ns := anyIP(t)
-	o := netns.SocketOptions{KeepAlive: net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 6 * time.Second, Count: 7}}
+	o := netns.SocketOptions{KeepAlive: net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 6 * time.Second,
+		Count: 7}}
 	l := listen(t, ns.NS, 15008, false, o)
-	out, err := netns.DialTransparent(t.Context(), ns.NS, netip.MustParseAddr("10.55.0.1"), netip.MustParseAddrPort("10.55.0.2:15008"), o)
+	out, err := netns.DialTransparent(t.Context(), ns.NS, netip.MustParseAddr("10.55.0.1"),
+		netip.MustParseAddrPort("10.55.0.2:15008"), o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -125,7 +131,8 @@ func TestKeepAliveOption(t *testing.T) {
 	}
 	defer in.Close()
 	for _, c := range []*net.TCPConn{out, in} {
-		if a, b, n := option(t, c, unix.SOL_TCP, unix.TCP_KEEPIDLE), option(t, c, unix.SOL_TCP, unix.TCP_KEEPINTVL), option(t, c, unix.SOL_TCP, unix.TCP_KEEPCNT); a != 5 || b != 6 || n != 7 {
+		if a, b, n := option(t, c, unix.SOL_TCP, unix.TCP_KEEPIDLE), option(t, c, unix.SOL_TCP, unix.TCP_KEEPINTVL),
+			option(t, c, unix.SOL_TCP, unix.TCP_KEEPCNT); a != 5 || b != 6 || n != 7 {
 			t.Errorf("keepalive %d/%d/%d", a, b, n)
 		}
 	}
@@ -134,11 +141,13 @@ func TestKeepAliveOption(t *testing.T) {
 	}
 }
 
-// TestManySourcePorts: the source port is drawn at connect, so one source address can have more connections than there are ports, to different
-// destinations. The namespace has only four ports.
+// TestManySourcePorts: the source port is drawn at connect, so one source address can have more connections than
+// there are ports, to different destinations. The namespace has only four ports.
 func TestManySourcePorts(t *testing.T) {
 	ns := anyIP(t)
-	if err := ns.Do(func() error { return os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte("40000 40003"), 0) }); err != nil {
+	if err := ns.Do(func() error {
+		return os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte("40000 40003"), 0)
+	}); err != nil {
 		t.Fatal(err)
 	}
 	l := listen(t, ns.NS, 15008, true, netns.SocketOptions{})
@@ -161,8 +170,8 @@ func TestManySourcePorts(t *testing.T) {
 	}
 }
 
-// TestPortRange: local ports come from the range, one serves several destinations, a port on which somebody listens is passed over, and only when all are taken
-// towards a destination is there an error, which says so.
+// TestPortRange: local ports come from the range, one serves several destinations, a port on which somebody listens
+// is passed over, and only when all are taken towards a destination is there an error, which says so.
 func TestPortRange(t *testing.T) {
 	ns := anyIP(t)
 	l := listen(t, ns.NS, 15008, true, netns.SocketOptions{})
@@ -204,7 +213,8 @@ func TestPortRange(t *testing.T) {
 		}
 	}
 	// No other error is taken for a port in use.
-	if _, err := netns.DialTransparent(t.Context(), ns.NS, netip.MustParseAddr("10.55.0.1"), netip.MustParseAddrPort("10.55.0.103:1"), o); !errors.Is(err, unix.ECONNREFUSED) {
+	if _, err := netns.DialTransparent(t.Context(), ns.NS, netip.MustParseAddr("10.55.0.1"),
+		netip.MustParseAddrPort("10.55.0.103:1"), o); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("a closed port: %v", err)
 	}
 }
@@ -244,7 +254,8 @@ func TestDialErrors(t *testing.T) {
 	}
 }
 
-// TestDialContext: an address that swallows packets is given up when ctx says so, at any time, and the descriptor with it.
+// TestDialContext: an address that swallows packets is given up when ctx says so, at any time, and the descriptor
+// with it.
 func TestDialContext(t *testing.T) {
 	ns := nslab.New(t)
 	ns.IP(t, "link", "add", "v0", "type", "veth", "peer", "name", "v1")
@@ -278,7 +289,8 @@ func TestDialContext(t *testing.T) {
 func TestListenErrors(t *testing.T) {
 	ns := nslab.New(t)
 	l := listen(t, ns.NS, 15008, true, netns.SocketOptions{})
-	if _, err := netns.ListenTransparent(t.Context(), ns.NS, 15008, true, netns.SocketOptions{}); !errors.Is(err, unix.EADDRINUSE) {
+	if _, err := netns.ListenTransparent(t.Context(), ns.NS, 15008, true, netns.SocketOptions{}); !errors.Is(err,
+		unix.EADDRINUSE) {
 		t.Errorf("a second listener: %v", err)
 	}
 	other := nslab.New(t)

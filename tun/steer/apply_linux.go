@@ -14,12 +14,12 @@ import (
 	"ztun/tun/netns"
 )
 
-// Apply makes every step of the plan true, in order. Before it changes anything it looks for what stands in the way: a foreign route, rule or address in
-// our place, a missing device. If a step fails, or ctx ends, what this call has changed is taken back (but for sysctls of single devices). A plan that
-// is already true is left alone.
+// Apply makes every step of the plan true, in order. Before it changes anything it looks for what stands in the way:
+// a foreign route, rule or address in our place, a missing device. If a step fails, or ctx ends, what this call has
+// changed is taken back (but for sysctls of single devices). A plan that is already true is left alone.
 //
-// Errors name the step, the namespace and the likely cause, and keep the errno: unix.EADDRINUSE for an address, route or rule that somebody
-// else has, unix.EPERM without CAP_NET_ADMIN, unix.ENODEV for a missing device.
+// Errors name the step, the namespace and the likely cause, and keep the errno: unix.EADDRINUSE for an address, route
+// or rule that somebody else has, unix.EPERM without CAP_NET_ADMIN, unix.ENODEV for a missing device.
 func Apply(ctx context.Context, p Plan, ns Namespaces) error {
 	w, err := openWorld(p, ns)
 	if err != nil {
@@ -77,8 +77,9 @@ func (w *world) check(p Plan) error {
 	return nil
 }
 
-// Undo takes back the routes, rules and addresses of the plan, last first. What is not there any more, device and namespace included, is fine.
-// It goes on after an error and returns all of them. Sysctls and the state of links stay as they are (see the package comment).
+// Undo takes back the routes, rules and addresses of the plan, last first. What is not there any more, device and
+// namespace included, is fine. It goes on after an error and returns all of them. Sysctls and the state of links stay
+// as they are (see the package comment).
 func Undo(p Plan, ns Namespaces) error {
 	steps := slices.DeleteFunc(slices.Clone(p.Steps), func(s Step) bool { return ns.get(s.Where) == nil })
 	w, err := openWorld(Plan{steps}, ns)
@@ -106,7 +107,8 @@ func stepError(s Step, err error) error {
 // gone says that an error of a removal means that there was nothing to remove.
 func gone(err error) bool {
 	var notFound netlink.LinkNotFoundError
-	return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EADDRNOTAVAIL) ||
+	return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) ||
+		errors.Is(err, unix.EADDRNOTAVAIL) ||
 		errors.As(err, &notFound)
 }
 
@@ -115,7 +117,8 @@ type world struct {
 	places map[Where]*place
 }
 
-// place is one namespace: netlink sockets stay in the namespace in which they were opened, so only sysctls need to enter it again.
+// place is one namespace: netlink sockets stay in the namespace in which they were opened, so only sysctls need to
+// enter it again.
 type place struct {
 	where Where
 	ns    *netns.NS

@@ -52,11 +52,13 @@ func (p *pod) namespaces() steer.Namespaces {
 	return steer.Namespaces{Node: p.node.NS.NS, Pod: p.NS.NS}
 }
 
-// newNode makes a namespace that forwards already: turning IPv6 forwarding on adds anycast routes, and Undo leaves it on by design.
+// newNode makes a namespace that forwards already: turning IPv6 forwarding on adds anycast routes, and Undo leaves it
+// on by design.
 func newNode(t *testing.T) *node {
 	n := &node{NS: nslab.New(t), plan: steer.NodePlan(steer.NodeConfig{TUN: "ztun-node", MTU: 1500, IPv6: true})}
 	err := n.Do(func() error {
-		return errors.Join(os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0), os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0))
+		return errors.Join(os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0),
+			os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0))
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -128,7 +130,8 @@ func diff(a, b string) string {
 	return out.String()
 }
 
-// twoNodes makes the lab of design.md section 2: nodes n1 and n2 joined by a veth, each with a route to the other's pods.
+// twoNodes makes the lab of design.md section 2: nodes n1 and n2 joined by a veth, each with a route to the other's
+// pods.
 func twoNodes(t *testing.T) (n1, n2 *node) {
 	n1, n2 = newNode(t), newNode(t)
 	nslab.Join(t, n1.NS, n2.NS, "eth0")
@@ -154,14 +157,16 @@ func waitFor(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-// TestIsolated is the whole picture on two nodes: kernel sockets that carry the pods' addresses, across nodes and on one node over its
-// loopback, in both families; every other packet for a pod at the node's TUN, and everything from the pod at its own; and nothing left in the end.
+// TestIsolated is the whole picture on two nodes: kernel sockets that carry the pods' addresses, across nodes and on
+// one node over its loopback, in both families; every other packet for a pod at the node's TUN, and everything from
+// the pod at its own; and nothing left in the end.
 func TestIsolated(t *testing.T) {
 	n1, n2 := twoNodes(t)
 	before1, before2 := n1.State(t), n2.State(t)
 	n1.open(t)
 	n2.open(t)
-	a, b, c := newPod(t, n1, "10.1.0.2", "fd01::2"), newPod(t, n1, "10.1.0.3", "fd01::3"), newPod(t, n2, "10.2.0.2", "fd02::2")
+	a, b, c := newPod(t, n1, "10.1.0.2", "fd01::2"), newPod(t, n1, "10.1.0.3", "fd01::3"),
+		newPod(t, n2, "10.2.0.2", "fd02::2")
 	beforeA := a.State(t)
 	for _, p := range []*pod{a, b, c} {
 		p.open(t, false)
@@ -214,7 +219,8 @@ func hbone(t *testing.T, name string, from, to *pod, f int, l *net.TCPListener) 
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	out, err := netns.DialTransparent(ctx, from.node.NS.NS, from.addrs[f], netip.AddrPortFrom(to.addrs[f], 15008), meshCalls)
+	out, err := netns.DialTransparent(ctx, from.node.NS.NS, from.addrs[f], netip.AddrPortFrom(to.addrs[f], 15008),
+		meshCalls)
 	if err != nil {
 		t.Errorf("%s: %v", name, err)
 		return
@@ -245,7 +251,8 @@ func hbone(t *testing.T, name string, from, to *pod, f int, l *net.TCPListener) 
 	}
 }
 
-// toNodeTUN: a datagram from the other node's kernel to a port of the pod's comes out of the node's TUN, with both addresses.
+// toNodeTUN: a datagram from the other node's kernel to a port of the pod's comes out of the node's TUN, with both
+// addresses.
 func toNodeTUN(t *testing.T, other *node, p *pod, f int) {
 	t.Helper()
 	sendUDP(t, other.NS.NS, netip.AddrPortFrom(p.addrs[f], 53))

@@ -48,7 +48,9 @@ func (m *meshNode) attach(t *testing.T, ips ...string) *pod {
 	t.Helper()
 	p := attach(t, m.node, ips...)
 	app, other := tuntest.Pair(tuntest.Options{MTU: 1500})
-	s, err := netstack.New(netstack.Config{Addrs: p.addrs, App: app, Uplink: m.uplink, OnFlow: func(f *netstack.Flow) { f.Refuse(refusal.HostUnreachable) }})
+	s, err := netstack.New(netstack.Config{Addrs: p.addrs, App: app, Uplink: m.uplink, OnFlow: func(f *netstack.Flow) {
+		f.Refuse(refusal.HostUnreachable)
+	}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,8 +72,9 @@ func (n *node) sysctl(t *testing.T, path, value string) {
 	}
 }
 
-// fourHops is two nodes with two routers between them, r1 and r2, of which only the link between the routers is narrow. n1 and n2 have the pods' networks
-// 10.1, fd01 and 10.2, fd02; n2's other addresses are on a link where nobody is.
+// fourHops is two nodes with two routers between them, r1 and r2, of which only the link between the routers is
+// narrow. n1 and n2 have the pods' networks 10.1, fd01 and 10.2, fd02; n2's other addresses are on a link where
+// nobody is.
 func fourHops(t *testing.T, narrow int) (n1, n2 *node) {
 	n := []*node{newNode(t), newNode(t), newNode(t), newNode(t)}
 	for i, dev := range []string{"left", "mid", "right"} {
@@ -126,12 +129,13 @@ func TestMarks(t *testing.T) {
 		t.Errorf("netstack writes %#x, the rule knows %#x", netstack.ReturnTOS, steer.ReturnTOS)
 	}
 	if netstack.MeshPortMin != steer.MeshPortMin {
-		t.Errorf("netstack takes the ports from %d for the mesh's, the rule those from %d", netstack.MeshPortMin, steer.MeshPortMin)
+		t.Errorf("netstack takes the ports from %d for the mesh's, the rule those from %d", netstack.MeshPortMin,
+			steer.MeshPortMin)
 	}
 }
 
-// TestUnreachable: a mesh dial to where nobody is fails when the network says so, not at its deadline: a router's word, and the node's own. Whatever the host thinks of
-// reverse paths.
+// TestUnreachable: a mesh dial to where nobody is fails when the network says so, not at its deadline: a router's
+// word, and the node's own. Whatever the host thinks of reverse paths.
 func TestUnreachable(t *testing.T) {
 	for _, rpFilter := range []string{"0", "1", "2"} {
 		t.Run("rp_filter="+rpFilter, func(t *testing.T) {
@@ -149,7 +153,8 @@ func TestUnreachable(t *testing.T) {
 				before := m.uplink.Stats().RxReturned
 				ctx, cancel := context.WithTimeout(t.Context(), patience)
 				start := time.Now()
-				conn, err := netns.DialTransparent(ctx, n1.NS.NS, p.addrs[c.f], netip.MustParseAddrPort(net.JoinHostPort(c.dst, "15008")), meshCalls)
+				conn, err := netns.DialTransparent(ctx, n1.NS.NS, p.addrs[c.f],
+					netip.MustParseAddrPort(net.JoinHostPort(c.dst, "15008")), meshCalls)
 				took := time.Since(start)
 				cancel()
 				if err == nil {
@@ -167,7 +172,8 @@ func TestUnreachable(t *testing.T) {
 	}
 }
 
-// TestPathMTU: where the path is narrower than both nodes' links, transfers by the mesh's sockets finish, in both directions and families.
+// TestPathMTU: where the path is narrower than both nodes' links, transfers by the mesh's sockets finish, in both
+// directions and families.
 func TestPathMTU(t *testing.T) {
 	n1, n2 := fourHops(t, 1300)
 	m1, m2 := serve(t, n1), serve(t, n2)
@@ -187,7 +193,8 @@ func TestPathMTU(t *testing.T) {
 	}
 }
 
-// TestReturnedOnce: a marked packet for an address that has no local route (a pod being removed) ends; it neither comes out of the TUN again nor leaves the node.
+// TestReturnedOnce: a marked packet for an address that has no local route (a pod being removed) ends; it neither
+// comes out of the TUN again nor leaves the node.
 func TestReturnedOnce(t *testing.T) {
 	n1, _ := fourHops(t, 1500)
 	n1.IP(t, "route", "add", "default", "via", "172.30.0.2")
@@ -198,7 +205,8 @@ func TestReturnedOnce(t *testing.T) {
 	n1.IP(t, "-6", "route", "flush", "table", "15008")
 	for f, dst := range []string{"10.2.99.7", "fd02:0:0:0:99::7"} {
 		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
-		conn, err := netns.DialTransparent(ctx, n1.NS.NS, p.addrs[f], netip.AddrPortFrom(netip.MustParseAddr(dst), 15008), meshCalls)
+		conn, err := netns.DialTransparent(ctx, n1.NS.NS, p.addrs[f], netip.AddrPortFrom(netip.MustParseAddr(dst), 15008),
+			meshCalls)
 		cancel()
 		if err == nil {
 			conn.Close()
@@ -214,7 +222,8 @@ func TestReturnedOnce(t *testing.T) {
 	}
 }
 
-// TestRefusalBetweenPods: the ICMP error by which one pod's stack refuses another's of the same node still arrives: the rule takes marked packets only.
+// TestRefusalBetweenPods: the ICMP error by which one pod's stack refuses another's of the same node still arrives:
+// the rule takes marked packets only.
 func TestRefusalBetweenPods(t *testing.T) {
 	m := serve(t, newNode(t))
 	a, b := m.attach(t, "10.1.0.2", "fd01::2"), m.attach(t, "10.1.0.3", "fd01::3")

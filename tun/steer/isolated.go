@@ -18,17 +18,19 @@ const (
 	PrefDport  = 10    // rule: to the HBONE port
 	PrefSport  = 11    // rule: from the HBONE port
 
-	// FallbackMetric is the metric of a pod's `unreachable` route in the node's main table, larger than that of the route to the node's TUN.
+	// FallbackMetric is the metric of a pod's `unreachable` route in the node's main table, larger than that of the
+	// route to the node's TUN.
 	FallbackMetric = 4000
 
-	// ReturnTOS is the DS field by which the rule of PrefReturn knows the ICMP errors about HBONE that netstack writes back for the kernel's sockets
-	// (netstack.ReturnTOS, which has the reasons).
+	// ReturnTOS is the DS field by which the rule of PrefReturn knows the ICMP errors about HBONE that netstack writes
+	// back for the kernel's sockets (netstack.ReturnTOS, which has the reasons).
 	ReturnTOS = 0x0c
 
-	// MeshPortMin and MeshPortMax are the local ports of the mesh's own calls (netns.SocketOptions.Ports). What comes from the HBONE port to one of
-	// them is an answer to the node's sockets; what comes from it to any other port is a packet like others, for the pod's stack, which
-	// calls from other ports (netstack.Config.PortMax). Above Linux' default ip_local_port_range, so that no listener of the node gets one by chance;
-	// no kernel takes a rule whose range ends at 65535.
+	// MeshPortMin and MeshPortMax are the local ports of the mesh's own calls (netns.SocketOptions.Ports). What comes
+	// from the HBONE port to one of them is an answer to the node's sockets; what comes from it to any other port is a
+	// packet like others, for the pod's stack, which calls from other ports (netstack.Config.PortMax). Above Linux'
+	// default ip_local_port_range, so that no listener of the node gets one by chance; no kernel takes a rule whose
+	// range ends at 65535.
 	MeshPortMin, MeshPortMax = ports.MeshMin, ports.MeshMax
 )
 
@@ -51,15 +53,18 @@ type PodConfig struct {
 	MTU     int          // in bytes, 0 leaves the device's
 }
 
-// NodePlan is what an isolated node needs once: forwarding (packets for the pods arrive by the node's own devices and go to its TUN), a quiet TUN,
-// and the rules that bring the mesh's port, and ICMP errors about it, to the table of captured pods.
+// NodePlan is what an isolated node needs once: forwarding (packets for the pods arrive by the node's own devices and
+// go to its TUN), a quiet TUN, and the rules that bring the mesh's port, and ICMP errors about it, to the table of
+// captured pods.
 //
-// Which ICMP errors are about the mesh's port no rule can tell: they come out of the node's TUN, and netstack writes these back, marked and with the
-// last hop of their TTL, so that what finds no local route in the table (a pod just removed) ends instead of coming out of the TUN once more.
+// Which ICMP errors are about the mesh's port no rule can tell: they come out of the node's TUN, and netstack writes
+// these back, marked and with the last hop of their TTL, so that what finds no local route in the table (a pod just
+// removed) ends instead of coming out of the TUN once more.
 //
-// A process of the node's own that calls a pod's mesh port asks the routes for a source address first. A local route offers the destination itself, with
-// which IPv4 then refuses to send (ENETUNREACH; IPv6 looks for a better one), so that question is answered by the main table: the source is the
-// one that any other port of the pod would see. The packets, which have a source, go by the table of captured pods like all others.
+// A process of the node's own that calls a pod's mesh port asks the routes for a source address first. A local route
+// offers the destination itself, with which IPv4 then refuses to send (ENETUNREACH; IPv6 looks for a better one), so
+// that question is answered by the main table: the source is the one that any other port of the pod would see. The
+// packets, which have a source, go by the table of captured pods like all others.
 func NodePlan(c NodeConfig) Plan {
 	var p Plan
 	add := func(a Action) { p.Steps = append(p.Steps, Step{Node, a}) }
@@ -68,8 +73,8 @@ func NodePlan(c NodeConfig) Plan {
 	if c.IPv6 {
 		add(Sysctl{Path: "net/ipv6/conf/all/forwarding", Value: "1"})
 	}
-	// The pods' packets to each other come and go by the same device, which the kernel would comment with redirects; and a source behind the TUN need
-	// not be routed to it (a pod just removed).
+	// The pods' packets to each other come and go by the same device, which the kernel would comment with redirects; and
+	// a source behind the TUN need not be routed to it (a pod just removed).
 	for _, key := range []string{"rp_filter", "send_redirects", "accept_redirects"} {
 		add(Sysctl{Path: "net/ipv4/conf/" + c.TUN + "/" + key, Value: "0"})
 	}
@@ -77,7 +82,8 @@ func NodePlan(c NodeConfig) Plan {
 		add(s)
 	}
 	add(Link{Dev: c.TUN, MTU: c.MTU})
-	add(Rule{Pref: PrefSource, Unbound: true, Iif: "lo", Proto: unix.IPPROTO_TCP, Dport: port(ports.HBONE), Table: TableMain})
+	add(Rule{Pref: PrefSource, Unbound: true, Iif: "lo", Proto: unix.IPPROTO_TCP, Dport: port(ports.HBONE),
+		Table: TableMain})
 	for _, v6 := range families(c.IPv6) {
 		icmp := uint8(unix.IPPROTO_ICMP)
 		if v6 {
@@ -85,16 +91,17 @@ func NodePlan(c NodeConfig) Plan {
 		}
 		add(Rule{V6: v6, Pref: PrefReturn, Iif: c.TUN, TOS: ReturnTOS, Proto: icmp, Table: TableHBONE})
 		add(Rule{V6: v6, Pref: PrefDport, Proto: unix.IPPROTO_TCP, Dport: port(ports.HBONE), Table: TableHBONE})
-		add(Rule{V6: v6, Pref: PrefSport, Proto: unix.IPPROTO_TCP, Sport: port(ports.HBONE), Dport: MeshPorts(), Table: TableHBONE})
+		add(Rule{V6: v6, Pref: PrefSport, Proto: unix.IPPROTO_TCP, Sport: port(ports.HBONE), Dport: MeshPorts(),
+			Table: TableHBONE})
 	}
 	return p
 }
 
-// PodPlan is what an isolated pod needs: in its namespace the address on the TUN and everything routed into it; in the node's namespace the
-// address's mesh port to the node's sockets and the rest to the node's TUN.
+// PodPlan is what an isolated pod needs: in its namespace the address on the TUN and everything routed into it; in
+// the node's namespace the address's mesh port to the node's sockets and the rest to the node's TUN.
 //
-// The order closes gaps: the `unreachable` routes come first and go last; the pod's own routes come last, when the way back stands, and go
-// first.
+// The order closes gaps: the `unreachable` routes come first and go last; the pod's own routes come last, when the
+// way back stands, and go first.
 func PodPlan(c PodConfig) Plan {
 	var p Plan
 	node := func(a Action) { p.Steps = append(p.Steps, Step{Node, a}) }
@@ -132,8 +139,8 @@ func InsidePlan(c PodConfig) Plan {
 	return p
 }
 
-// CheckPod says why pod cannot be attached beside those that already are: no address, two of a family, an unusable one, or one that another has. The
-// namespaces are not consulted; Apply does that.
+// CheckPod says why pod cannot be attached beside those that already are: no address, two of a family, an unusable
+// one, or one that another has. The namespaces are not consulted; Apply does that.
 func CheckPod(attached []PodConfig, pod PodConfig) error {
 	if len(pod.Addrs) == 0 {
 		return fmt.Errorf("pod %s has no address", pod.Name)
@@ -141,7 +148,8 @@ func CheckPod(attached []PodConfig, pod PodConfig) error {
 	var seen [2]bool
 	for _, a := range pod.Addrs {
 		switch {
-		case !a.IsValid() || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() || a.IsLoopback() || a.IsLinkLocalUnicast() || a.Is4In6():
+		case !a.IsValid() || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() || a.IsLoopback() ||
+			a.IsLinkLocalUnicast() || a.Is4In6():
 			return fmt.Errorf("pod %s: %s cannot be a pod's address", pod.Name, a)
 		case a.Is4() && a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
 			return fmt.Errorf("pod %s: %s cannot be a pod's address", pod.Name, a)
@@ -163,8 +171,8 @@ func CheckPod(attached []PodConfig, pod PodConfig) error {
 	return nil
 }
 
-// quietIPv6 keeps the kernel from talking to itself on a TUN: no link-local address, no router solicitations, no duplicate address detection, no
-// router advertisements taken. Without IPv6 it is turned off altogether.
+// quietIPv6 keeps the kernel from talking to itself on a TUN: no link-local address, no router solicitations, no
+// duplicate address detection, no router advertisements taken. Without IPv6 it is turned off altogether.
 func quietIPv6(dev string, ipv6 bool) []Sysctl {
 	conf := "net/ipv6/conf/" + dev + "/"
 	if !ipv6 {

@@ -27,7 +27,8 @@ func TestLinkMTU(t *testing.T) {
 		}
 	}
 	link := steer.Step{Where: steer.Pod, Do: steer.Link{Dev: "ztun0", MTU: 1400}}
-	broken := steer.Step{Where: steer.Pod, Do: steer.Addr{Dev: "nosuchdevice", Prefix: netip.MustParsePrefix("10.1.0.9/32")}}
+	broken := steer.Step{Where: steer.Pod,
+		Do: steer.Addr{Dev: "nosuchdevice", Prefix: netip.MustParsePrefix("10.1.0.9/32")}}
 	for _, before := range []string{"down", "up"} {
 		p.IP(t, "link", "set", "ztun0", "mtu", "1500", before)
 		if err := steer.Apply(t.Context(), steer.Plan{Steps: []steer.Step{link, broken}}, p.namespaces()); err == nil {

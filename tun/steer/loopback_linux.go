@@ -6,8 +6,8 @@ import (
 	"ztun/tun/netns"
 )
 
-// LoopbackUp brings the loopback device of a pod's namespace up, for whoever has to listen there before the rest of the pod's plan
-// stands: without it ::1 does not exist. undo takes it down again if it was down.
+// LoopbackUp brings the loopback device of a pod's namespace up, for whoever has to listen there before the rest of
+// the pod's plan stands: without it ::1 does not exist. undo takes it down again if it was down.
 func LoopbackUp(ns *netns.NS) (undo func() error, err error) {
 	undo = func() error { return nil }
 	pl, err := openPlace(Pod, ns)

@@ -19,7 +19,8 @@ import (
 
 // Looking without changing: what a plan's state is, and what is in a namespace beside it.
 
-// Missing returns the steps of the plan that are not true, in its order. A step whose namespace or device is not there is not true.
+// Missing returns the steps of the plan that are not true, in its order. A step whose namespace or device is not
+// there is not true.
 func Missing(p Plan, ns Namespaces) ([]Step, error) {
 	w := &world{places: map[Where]*place{}}
 	defer w.close()
@@ -85,7 +86,8 @@ func (p *place) is(a Action) (bool, error) {
 		}
 		have, err := p.routes(a.Dst, a.Table)
 		return slices.ContainsFunc(have, func(h netlink.Route) bool {
-			return h.Protocol == Protocol && h.Type == want.Type && h.Priority == want.Priority && (a.Dev == "" || h.LinkIndex == want.LinkIndex)
+			return h.Protocol == Protocol && h.Type == want.Type && h.Priority == want.Priority &&
+				(a.Dev == "" || h.LinkIndex == want.LinkIndex)
 		}), err
 	case Rule:
 		have, err := p.rules(a)
@@ -109,7 +111,8 @@ func ruleText(r netlink.Rule, fam int) string {
 	if r.Protocol != Protocol {
 		return r.String()
 	}
-	ours := Rule{V6: fam == netlink.FAMILY_V6, Pref: r.Priority, Unbound: r.Src != nil, Iif: r.IifName, TOS: uint8(r.Tos), Proto: uint8(r.IPProto), Table: r.Table}
+	ours := Rule{V6: fam == netlink.FAMILY_V6, Pref: r.Priority, Unbound: r.Src != nil, Iif: r.IifName, TOS: uint8(r.Tos),
+		Proto: uint8(r.IPProto), Table: r.Table}
 	if r.Sport != nil {
 		ours.Sport = Ports{r.Sport.Start, r.Sport.End}
 	}
@@ -157,7 +160,8 @@ func Observe(ns *netns.NS) (Seen, error) {
 			return s, fmt.Errorf("cannot list rules: %w", err)
 		}
 		for _, r := range rules {
-			s.Rules = append(s.Rules, SeenRule{V6: fam == netlink.FAMILY_V6, Ours: r.Protocol == Protocol, Pref: r.Priority, Table: r.Table, Text: ruleText(r, fam)})
+			s.Rules = append(s.Rules, SeenRule{V6: fam == netlink.FAMILY_V6, Ours: r.Protocol == Protocol, Pref: r.Priority,
+				Table: r.Table, Text: ruleText(r, fam)})
 		}
 		for _, table := range []int{TableMain, TableHBONE} {
 			routes, err := p.table(fam, table)
@@ -180,7 +184,8 @@ func Observe(ns *netns.NS) (Seen, error) {
 	}
 	for _, l := range links {
 		a := l.Attrs()
-		s.Links = append(s.Links, SeenLink{Name: a.Name, TUN: l.Type() == "tuntap" || l.Type() == "tun", Up: a.Flags&net.FlagUp != 0, MTU: a.MTU, Default: defaults[a.Index]})
+		s.Links = append(s.Links, SeenLink{Name: a.Name, TUN: l.Type() == "tuntap" || l.Type() == "tun",
+			Up: a.Flags&net.FlagUp != 0, MTU: a.MTU, Default: defaults[a.Index]})
 	}
 	slices.SortFunc(s.Pods, netip.Addr.Compare)
 	s.Pods = slices.Compact(s.Pods)

@@ -51,7 +51,9 @@ func TestMissing(t *testing.T) {
 		t.Errorf("with the device down: %q", got)
 	}
 	n.tun.Close()
-	if got := ask(); !slices.ContainsFunc(got, func(s string) bool { return strings.Contains(s, "10.1.0.2/32 dev ztun-node") }) {
+	if got := ask(); !slices.ContainsFunc(got, func(s string) bool {
+		return strings.Contains(s, "10.1.0.2/32 dev ztun-node")
+	}) {
 		t.Errorf("without the node's device: %q", got)
 	}
 	missing, err := steer.Missing(p.plan, steer.Namespaces{Node: n.NS.NS}) // the pod's namespace is gone

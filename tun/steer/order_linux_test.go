@@ -12,12 +12,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestLeftovers: what a sweep removes, and that a pod's captured traffic loses its way in before its other routes, and the route that holds back what would
-// leave the node goes last, in whatever order the kernel lists them.
+// TestLeftovers: what a sweep removes, and that a pod's captured traffic loses its way in before its other routes,
+// and the route that holds back what would leave the node goes last, in whatever order the kernel lists them.
 func TestLeftovers(t *testing.T) {
 	route := func(dst string, table, metric, typ int, protocol netlink.RouteProtocol) netlink.Route {
 		p := netip.MustParsePrefix(dst)
-		return netlink.Route{Dst: ipNet(p), Table: table, Priority: metric, Type: typ, Protocol: protocol, Family: family(p.Addr())}
+		return netlink.Route{Dst: ipNet(p), Table: table, Priority: metric, Type: typ, Protocol: protocol,
+			Family: family(p.Addr())}
 	}
 	for _, c := range []struct {
 		dst, kept, net string
@@ -29,14 +30,17 @@ func TestLeftovers(t *testing.T) {
 			route(c.dst, TableMain, FallbackMetric, unix.RTN_UNREACHABLE, Protocol),
 		}
 		all := slices.Concat(want, []netlink.Route{
-			route(c.kept, TableHBONE, c.metric, unix.RTN_LOCAL, Protocol), route(c.kept, TableMain, FallbackMetric, unix.RTN_UNREACHABLE, Protocol),
-			route(c.dst, TableMain, 7, unix.RTN_UNICAST, unix.RTPROT_BOOT), route(c.net, TableMain, c.metric, unix.RTN_UNICAST, Protocol),
+			route(c.kept, TableHBONE, c.metric, unix.RTN_LOCAL, Protocol),
+			route(c.kept, TableMain, FallbackMetric, unix.RTN_UNREACHABLE, Protocol),
+			route(c.dst, TableMain, 7, unix.RTN_UNICAST, unix.RTPROT_BOOT), route(c.net, TableMain, c.metric, unix.RTN_UNICAST,
+				Protocol),
 		})
 		for range 20 {
 			rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
 			got := leftovers(all, []netip.Addr{netip.MustParsePrefix(c.kept).Addr()})
 			if !slices.EqualFunc(got, want, func(a, b netlink.Route) bool {
-				return a.Table == b.Table && a.Priority == b.Priority && a.Type == b.Type && a.Protocol == b.Protocol && prefix(a) == prefix(b)
+				return a.Table == b.Table && a.Priority == b.Priority && a.Type == b.Type && a.Protocol == b.Protocol &&
+					prefix(a) == prefix(b)
 			}) {
 				t.Fatalf("got %v\nwant %v", got, want)
 			}
@@ -44,7 +48,8 @@ func TestLeftovers(t *testing.T) {
 	}
 }
 
-// TestRetry: a list that a change at the same time has torn is asked for again, a few times; other errors, and answers, end it.
+// TestRetry: a list that a change at the same time has torn is asked for again, a few times; other errors, and
+// answers, end it.
 func TestRetry(t *testing.T) {
 	for _, c := range []struct {
 		torn  int // times

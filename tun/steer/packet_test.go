@@ -32,7 +32,8 @@ func udpPacket(src, dst netip.Addr, port uint16) ([]byte, tun.VNetHdr) {
 	binary.BigEndian.PutUint16(u, 9999)
 	binary.BigEndian.PutUint16(u[2:], port)
 	binary.BigEndian.PutUint16(u[4:], uint16(len(u)))
-	binary.BigEndian.PutUint16(u[6:], sum(uint32(unix.IPPROTO_UDP)+uint32(len(u)), append(src.AsSlice(), dst.AsSlice()...)))
+	binary.BigEndian.PutUint16(u[6:], sum(uint32(unix.IPPROTO_UDP)+uint32(len(u)),
+		append(src.AsSlice(), dst.AsSlice()...)))
 	return p, tun.VNetHdr{Flags: tun.FlagNeedsCSum, CSumStart: uint16(head), CSumOffset: 6}
 }
 

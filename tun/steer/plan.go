@@ -10,8 +10,8 @@ import (
 	"ztun/tun/netns"
 )
 
-// Protocol marks our routes and rules (RTA_PROTOCOL, FRA_PROTOCOL), so that they are told from others'. The number is free in
-// /etc/iproute2/rt_protos; `ip route` shows "proto 158".
+// Protocol marks our routes and rules (RTA_PROTOCOL, FRA_PROTOCOL), so that they are told from others'. The number is
+// free in /etc/iproute2/rt_protos; `ip route` shows "proto 158".
 const Protocol = 158
 
 // Where names the namespace that a step belongs to.
@@ -33,7 +33,8 @@ func (w Where) String() string {
 	return fmt.Sprintf("Where(%d)", uint8(w))
 }
 
-// Plan is what shall be true in the namespaces, in the order in which it must become so. Undo goes through it backwards.
+// Plan is what shall be true in the namespaces, in the order in which it must become so. Undo goes through it
+// backwards.
 type Plan struct {
 	Steps []Step
 }
@@ -227,8 +228,8 @@ func (p Plan) String() string {
 	return b.String()
 }
 
-// Namespaces says where a plan's steps are carried out. A nil one is a namespace that is gone: Apply refuses steps for it, Undo takes them
-// for undone. For the daemon's own use netns.Current.
+// Namespaces says where a plan's steps are carried out. A nil one is a namespace that is gone: Apply refuses steps
+// for it, Undo takes them for undone. For the daemon's own use netns.Current.
 type Namespaces struct {
 	Node, Pod *netns.NS
 }

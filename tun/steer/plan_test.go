@@ -52,8 +52,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// TestPlanOrder: an `unreachable` route stands before any other route to the pod and the pod's default routes come last, so that backwards it is
-// as good.
+// TestPlanOrder: an `unreachable` route stands before any other route to the pod and the pod's default routes come
+// last, so that backwards it is as good.
 func TestPlanOrder(t *testing.T) {
 	steps := PodPlan(PodConfig{Addrs: addrs("10.1.0.2", "fd00::2"), TUN: "ztun0", NodeTUN: "ztun-node"}).Steps
 	unreachable := 0

@@ -41,8 +41,9 @@ func listenIn(t *testing.T, ns *nslab.NS, addr string) net.Listener {
 	return l
 }
 
-// TestPortOutsideTheMesh: port 15008 of a host outside the mesh is a port like others, to a pod that calls it and to a pod that is called from it; and no
-// service of the node's own is reached at a pod's address, whatever port one calls from.
+// TestPortOutsideTheMesh: port 15008 of a host outside the mesh is a port like others, to a pod that calls it and to
+// a pod that is called from it; and no service of the node's own is reached at a pod's address, whatever port one
+// calls from.
 func TestPortOutsideTheMesh(t *testing.T) {
 	n1, outside := twoNodes(t)
 	m := serve(t, n1)
@@ -82,7 +83,8 @@ func TestPortOutsideTheMesh(t *testing.T) {
 	}
 }
 
-// TestNodeCallsPod: a process in the node's namespace that leaves its source to the kernel reaches a pod's mesh port, from an address of the node's.
+// TestNodeCallsPod: a process in the node's namespace that leaves its source to the kernel reaches a pod's mesh port,
+// from an address of the node's.
 func TestNodeCallsPod(t *testing.T) {
 	n1, _ := twoNodes(t)
 	n1.open(t)
@@ -111,20 +113,23 @@ func TestNodeCallsPod(t *testing.T) {
 	}
 }
 
-// TestStaleRules: rules of ours that an earlier version made, and this one does not, go; those of others, and all of this one's, stay.
+// TestStaleRules: rules of ours that an earlier version made, and this one does not, go; those of others, and all of
+// this one's, stay.
 func TestStaleRules(t *testing.T) {
 	n := newNode(t)
 	n.open(t)
 	foreign := func() {
 		n.IP(t, "rule", "add", "pref", "77", "ipproto", "tcp", "sport", "15008", "lookup", "15008")
 		n.IP(t, "-6", "rule", "add", "pref", "77", "from", "2001:db8::1", "lookup", "main")
-		n.IP(t, "rule", "add", "pref", "78", "from", "192.0.2.1", "ipproto", "tcp", "dport", "15008", "lookup", "99") // of one client's alone: its owner's business
+		// of one client's alone: its owner's business
+		n.IP(t, "rule", "add", "pref", "78", "from", "192.0.2.1", "ipproto", "tcp", "dport", "15008", "lookup", "99")
 	}
 	foreign()
 	want := n.State(t)
 	for _, fam := range []string{"-4", "-6"} {
 		n.IP(t, fam, "rule", "add", "pref", "11", "ipproto", "tcp", "sport", "15008", "lookup", "15008", "protocol", "158")
-		n.IP(t, fam, "rule", "add", "pref", "12", "from", "all", "ipproto", "tcp", "dport", "15009", "lookup", "15008", "protocol", "158")
+		n.IP(t, fam, "rule", "add", "pref", "12", "from", "all", "ipproto", "tcp", "dport", "15009", "lookup", "15008",
+			"protocol", "158")
 	}
 	if err := steer.Apply(t.Context(), n.plan, steer.Namespaces{Node: n.NS.NS}); err != nil {
 		t.Fatal(err)
@@ -139,7 +144,8 @@ func TestStaleRules(t *testing.T) {
 		t.Error(err)
 	}
 	// A daemon without IPv6 takes the rules of one that had it away.
-	if err := steer.Apply(t.Context(), steer.NodePlan(steer.NodeConfig{TUN: "ztun-node"}), steer.Namespaces{Node: n.NS.NS}); err != nil {
+	if err := steer.Apply(t.Context(), steer.NodePlan(steer.NodeConfig{TUN: "ztun-node"}),
+		steer.Namespaces{Node: n.NS.NS}); err != nil {
 		t.Fatal(err)
 	}
 	if got := n.IP(t, "-6", "rule"); strings.Contains(got, "proto 158") || !strings.Contains(got, "77:") {
@@ -147,7 +153,8 @@ func TestStaleRules(t *testing.T) {
 	}
 }
 
-// TestUndoTakesAddresses: a device that outlives its pod (a persistent TUN) has no address of it any more, and the namespace no route by it.
+// TestUndoTakesAddresses: a device that outlives its pod (a persistent TUN) has no address of it any more, and the
+// namespace no route by it.
 func TestUndoTakesAddresses(t *testing.T) {
 	n := newNode(t)
 	n.open(t)
@@ -159,10 +166,12 @@ func TestUndoTakesAddresses(t *testing.T) {
 	if err := steer.Undo(p.plan, p.namespaces()); err != nil {
 		t.Fatal(err)
 	}
-	if got := p.IP(t, "addr", "show", "dev", "ztun0"); strings.Contains(got, "10.1.0.2") || strings.Contains(got, "fd01::2") {
+	if got := p.IP(t, "addr", "show", "dev", "ztun0"); strings.Contains(got, "10.1.0.2") ||
+		strings.Contains(got, "fd01::2") {
 		t.Errorf("addresses are left: %s", got)
 	}
-	if got := p.IP(t, "route", "show", "table", "all") + p.IP(t, "-6", "route", "show", "table", "all"); strings.Contains(got, "default") {
+	if got := p.IP(t, "route", "show", "table", "all") + p.IP(t, "-6", "route", "show", "table", "all"); strings.Contains(
+		got, "default") {
 		t.Errorf("a way out is left: %s", got)
 	}
 }

@@ -36,8 +36,8 @@ func TestIdempotent(t *testing.T) {
 	same(t, "pod", podState, p.State(t))
 }
 
-// TestAfterKill: a daemon that died without undoing anything left routes, rules and perhaps devices. The next one opens and applies as if for the
-// first time, and its Undo leaves nothing.
+// TestAfterKill: a daemon that died without undoing anything left routes, rules and perhaps devices. The next one
+// opens and applies as if for the first time, and its Undo leaves nothing.
 func TestAfterKill(t *testing.T) {
 	for _, persistent := range []bool{false, true} {
 		t.Run(fmt.Sprintf("persistent=%v", persistent), func(t *testing.T) {
@@ -95,7 +95,8 @@ func undoAll(t *testing.T, n *node, pods ...*pod) {
 	}
 }
 
-// TestFailClosed: when the node's TUN is gone, packets for a pod end at an unreachable route instead of following the node's default route.
+// TestFailClosed: when the node's TUN is gone, packets for a pod end at an unreachable route instead of following the
+// node's default route.
 func TestFailClosed(t *testing.T) {
 	n1, _ := twoNodes(t)
 	n1.IP(t, "route", "add", "default", "via", "172.30.0.2")
@@ -103,14 +104,16 @@ func TestFailClosed(t *testing.T) {
 	n1.open(t)
 	attach(t, n1, "10.1.0.2", "fd01::2")
 	n1.tun.Close()
-	for _, get := range [][]string{{"route", "show", "to", "match", "10.1.0.2"}, {"-6", "route", "show", "to", "match", "fd01::2"}} {
+	for _, get := range [][]string{{"route", "show", "to", "match", "10.1.0.2"},
+		{"-6", "route", "show", "to", "match", "fd01::2"}} {
 		if out := n1.IP(t, get...); !strings.Contains(out, "unreachable") || strings.Contains(out, "ztun-node") {
 			t.Errorf("ip %v: %s", get, out)
 		}
 	}
 }
 
-// TestUndoTolerant: Undo of what was never applied, of what was undone, of what lost its device, and of what lost its namespace.
+// TestUndoTolerant: Undo of what was never applied, of what was undone, of what lost its device, and of what lost its
+// namespace.
 func TestUndoTolerant(t *testing.T) {
 	n := newNode(t)
 	p := newPod(t, n, "10.1.0.2", "fd01::2")
@@ -157,7 +160,8 @@ func TestFailureIsTakenBack(t *testing.T) {
 		bad := steer.Step{Where: steer.Pod, Do: steer.Sysctl{Path: "net/ipv4/ip_forward", Value: "banana"}}
 		plan := steer.Plan{Steps: slices.Insert(slices.Clone(p.plan.Steps), at, bad)}
 		err = steer.Apply(t.Context(), plan, p.namespaces())
-		if !errors.Is(err, unix.EINVAL) || !strings.Contains(err.Error(), "banana") || !strings.Contains(err.Error(), "pod's namespace") {
+		if !errors.Is(err, unix.EINVAL) || !strings.Contains(err.Error(), "banana") ||
+			!strings.Contains(err.Error(), "pod's namespace") {
 			t.Fatalf("step %d: %v", at, err)
 		}
 		if dev := p.IP(t, "addr", "show", "dev", "ztun0"); strings.Contains(dev, "inet") || strings.Contains(dev, "UP") {
@@ -188,23 +192,32 @@ func TestConflicts(t *testing.T) {
 		is   error
 		want string
 	}{
-		{"address on another device of the node", func(n *node, p *pod) { n.IP(t, "addr", "add", "10.1.0.2/24", "dev", "v0") },
+		{"address on another device of the node", func(n *node, p *pod) {
+			n.IP(t, "addr", "add", "10.1.0.2/24", "dev", "v0")
+		},
 			unix.EADDRINUSE, "address 10.1.0.2 is in use in the node's namespace, on device v0"},
 		{"IPv6 address on the node's lo", func(n *node, p *pod) { n.IP(t, "addr", "add", "fd01::2/128", "dev", "lo") },
 			unix.EADDRINUSE, "address fd01::2 is in use in the node's namespace, on device lo"},
 		{"address on another device of the pod", func(n *node, p *pod) { p.IP(t, "addr", "add", "10.1.0.2/24", "dev", "lo") },
 			unix.EADDRINUSE, "address 10.1.0.2 is in use in the pod's namespace, on device lo"},
 		{"another's route to the address", func(n *node, p *pod) { n.IP(t, "route", "add", "10.1.0.2/32", "dev", "v0") },
-			unix.EADDRINUSE, "address 10.1.0.2 is in use in the node's namespace: table 254 has a route that ztun did not make (10.1.0.2/32 dev v0"},
-		{"another's IPv6 route to the address", func(n *node, p *pod) { n.IP(t, "-6", "route", "add", "fd01::2", "dev", "v0", "metric", "7") },
+			unix.EADDRINUSE, "address 10.1.0.2 is in use in the node's namespace: table 254 has a route that ztun did not " +
+				"make (10.1.0.2/32 dev v0"},
+		{"another's IPv6 route to the address", func(n *node, p *pod) {
+			n.IP(t, "-6", "route", "add", "fd01::2", "dev", "v0", "metric", "7")
+		},
 			unix.EADDRINUSE, "(fd01::2/128 dev v0 proto boot metric 7)"},
 		{"another way out of the pod", func(n *node, p *pod) {
 			p.IP(t, "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
 			p.IP(t, "link", "set", "eth0", "up")
 			p.IP(t, "route", "add", "default", "dev", "eth0", "metric", "50")
 		}, unix.EADDRINUSE, "route 0.0.0.0/0 is in use in the pod's namespace"},
-		{"the pod's device is missing", func(n *node, p *pod) { p.tun.Close() }, unix.ENODEV, "there is no device ztun0 (is its TUN open?)"},
-		{"the node's device is missing", func(n *node, p *pod) { n.tun.Close() }, unix.ENODEV, "there is no device ztun-node"},
+		{"the pod's device is missing", func(n *node, p *pod) {
+			p.tun.Close()
+		}, unix.ENODEV, "there is no device ztun0 (is its TUN open?)"},
+		{"the node's device is missing", func(n *node, p *pod) {
+			n.tun.Close()
+		}, unix.ENODEV, "there is no device ztun-node"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			n := newNode(t)
@@ -219,9 +232,12 @@ func TestConflicts(t *testing.T) {
 			}
 			defer p.tun.Close()
 			c.cmds(n, p)
-			waitFor(t, "link-local addresses", func() bool { return !strings.Contains(n.IP(t, "addr")+p.IP(t, "addr"), "tentative") })
+			waitFor(t, "link-local addresses", func() bool {
+				return !strings.Contains(n.IP(t, "addr")+p.IP(t, "addr"), "tentative")
+			})
 			nodeBefore, podBefore := n.State(t), p.State(t)
-			for name, err := range map[string]error{"Check": steer.Check(p.plan, p.namespaces()), "Apply": steer.Apply(t.Context(), p.plan, p.namespaces())} {
+			for name, err := range map[string]error{"Check": steer.Check(p.plan, p.namespaces()),
+				"Apply": steer.Apply(t.Context(), p.plan, p.namespaces())} {
 				if !errors.Is(err, c.is) || !strings.Contains(fmt.Sprint(err), c.want) {
 					t.Errorf("%s: %v\nwant: %s", name, err, c.want)
 				}
@@ -262,9 +278,12 @@ func TestNodeConflicts(t *testing.T) {
 		cmd  []string
 		want string
 	}{
-		{"table in use", []string{"route", "add", "unreachable", "192.0.2.0/24", "table", "15008"}, "routing table 15008 is in use by others (unreachable 192.0.2.0/24"},
-		{"rule to elsewhere", []string{"rule", "add", "pref", "5", "ipproto", "tcp", "dport", "15008", "lookup", "99"}, "sends that traffic to table 99 already (pref 5)"},
-		{"returned errors to elsewhere", []string{"-6", "rule", "add", "pref", "6", "iif", "ztun-node", "tos", "0x0c", "ipproto", "ipv6-icmp", "lookup", "99"},
+		{"table in use", []string{"route", "add", "unreachable", "192.0.2.0/24", "table", "15008"},
+			"routing table 15008 is in use by others (unreachable 192.0.2.0/24"},
+		{"rule to elsewhere", []string{"rule", "add", "pref", "5", "ipproto", "tcp", "dport", "15008", "lookup", "99"},
+			"sends that traffic to table 99 already (pref 5)"},
+		{"returned errors to elsewhere", []string{"-6", "rule", "add", "pref", "6", "iif", "ztun-node", "tos", "0x0c",
+			"ipproto", "ipv6-icmp", "lookup", "99"},
 			"sends that traffic to table 99 already (pref 6)"},
 	} {
 		n := newNode(t)
@@ -288,7 +307,8 @@ func TestApplyRefuses(t *testing.T) {
 	if err := steer.Apply(t.Context(), p.plan, steer.Namespaces{Node: n.NS.NS}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no pod namespace: %v", err)
 	}
-	if err := steer.Apply(t.Context(), p.plan, steer.Namespaces{Node: n.NS.NS, Pod: n.NS.NS}); err == nil || !strings.Contains(err.Error(), "is the node's own") {
+	if err := steer.Apply(t.Context(), p.plan, steer.Namespaces{Node: n.NS.NS, Pod: n.NS.NS}); err == nil ||
+		!strings.Contains(err.Error(), "is the node's own") {
 		t.Errorf("the node as a pod: %v", err)
 	}
 }
@@ -297,8 +317,10 @@ func TestApplyRefuses(t *testing.T) {
 func TestReplacesOwn(t *testing.T) {
 	n := newNode(t)
 	n.IP(t, "rule", "add", "pref", "12", "ipproto", "tcp", "dport", "15008", "lookup", "15007", "protocol", "158")
-	n.IP(t, "rule", "add", "pref", "9", "iif", "ztun-old", "tos", "0x0c", "ipproto", "icmp", "lookup", "15008", "protocol", "158")
-	n.IP(t, "-6", "rule", "add", "pref", "9", "iif", "ztun-old", "tos", "0x0c", "ipproto", "ipv6-icmp", "lookup", "15008", "protocol", "158")
+	n.IP(t, "rule", "add", "pref", "9", "iif", "ztun-old", "tos", "0x0c", "ipproto", "icmp", "lookup", "15008",
+		"protocol", "158")
+	n.IP(t, "-6", "rule", "add", "pref", "9", "iif", "ztun-old", "tos", "0x0c", "ipproto", "ipv6-icmp", "lookup", "15008",
+		"protocol", "158")
 	n.open(t)
 	old, err := tun.Open(tun.Options{Name: "ztun-old", NetNS: n.NS.NS})
 	if err != nil {
@@ -309,13 +331,16 @@ func TestReplacesOwn(t *testing.T) {
 	n.IP(t, "route", "add", "10.1.0.2/32", "dev", "ztun-old", "proto", "158")
 	n.IP(t, "-6", "route", "add", "fd01::2/128", "dev", "ztun-old", "proto", "158")
 	p := attach(t, n, "10.1.0.2", "fd01::2")
-	if got := n.IP(t, "rule") + n.IP(t, "-6", "rule") + n.IP(t, "route") + n.IP(t, "-6", "route"); strings.Contains(got, "15007") || strings.Contains(got, "iif ztun-old") || strings.Contains(got, "10.1.0.2 dev ztun-old") || strings.Contains(got, "fd01::2 dev ztun-old") {
+	if got := n.IP(t, "rule") + n.IP(t, "-6", "rule") + n.IP(t, "route") + n.IP(t, "-6", "route"); strings.Contains(got,
+		"15007") || strings.Contains(got, "iif ztun-old") || strings.Contains(got, "10.1.0.2 dev ztun-old") ||
+		strings.Contains(got, "fd01::2 dev ztun-old") {
 		t.Errorf("the old configuration is still there:\n%s", got)
 	}
 	undoAll(t, n, p)
 }
 
-// TestSweep: of the pods that a killed daemon left, those that are no more lose their routes; others, and others' routes, stay.
+// TestSweep: of the pods that a killed daemon left, those that are no more lose their routes; others, and others'
+// routes, stay.
 func TestSweep(t *testing.T) {
 	n := newNode(t)
 	n.open(t)
@@ -335,7 +360,8 @@ func TestSweep(t *testing.T) {
 	n.IP(t, "route", "del", "192.0.2.7/32")
 	// Also routes by a device without carrier, or none.
 	n.tun.Close()
-	if swept, err := steer.Sweep(n.NS.NS, nil); err != nil || !slices.Equal(swept, []netip.Addr{keep.addrs[0], keep.addrs[1]}) {
+	if swept, err := steer.Sweep(n.NS.NS, nil); err != nil ||
+		!slices.Equal(swept, []netip.Addr{keep.addrs[0], keep.addrs[1]}) {
 		t.Errorf("swept %v, %v", swept, err)
 	}
 	n.open(t)
@@ -362,7 +388,8 @@ func TestPodsApart(t *testing.T) {
 	same(t, "pod", podState, a.State(t))
 }
 
-// TestVanishedPod: the pod's namespace has lost its name and its processes; what is in the node's is undone all the same.
+// TestVanishedPod: the pod's namespace has lost its name and its processes; what is in the node's is undone all the
+// same.
 func TestVanishedPod(t *testing.T) {
 	n := newNode(t)
 	n.open(t)

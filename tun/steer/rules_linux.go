@@ -21,7 +21,8 @@ func (p *place) ruleFree(r Rule) error {
 	}
 	for _, h := range have {
 		if h.Protocol != Protocol && h.Table != r.Table {
-			return fmt.Errorf("a rule that ztun did not make sends that traffic to table %d already (pref %d): %w", h.Table, h.Priority, unix.EADDRINUSE)
+			return fmt.Errorf("a rule that ztun did not make sends that traffic to table %d already (pref %d): %w", h.Table,
+				h.Priority, unix.EADDRINUSE)
 		}
 	}
 	if r.Table == TableMain {
@@ -64,8 +65,8 @@ func (p *place) doRule(r Rule) (back func() error, err error) {
 	return func() error { return p.h.RuleDel(want) }, nil
 }
 
-// rules lists the rules that select the same traffic as r, whatever they do with it, and ours that select it from another device (the node's TUN had
-// another name).
+// rules lists the rules that select the same traffic as r, whatever they do with it, and ours that select it from
+// another device (the node's TUN had another name).
 func (p *place) rules(r Rule) ([]netlink.Rule, error) {
 	want := r.netlink()
 	have, err := retry(func() ([]netlink.Rule, error) { return p.h.RuleList(want.Family) })
@@ -75,7 +76,8 @@ func (p *place) rules(r Rule) ([]netlink.Rule, error) {
 	var out []netlink.Rule
 	for _, h := range have {
 		sameIif := h.IifName == r.Iif || (r.Iif != "" && h.IifName != "" && h.Protocol == Protocol)
-		if sameIif && h.IPProto == int(r.Proto) && h.Tos == uint(r.TOS) && samePorts(h.Sport, r.Sport) && samePorts(h.Dport, r.Dport) &&
+		if sameIif && h.IPProto == int(r.Proto) && h.Tos == uint(r.TOS) && samePorts(h.Sport, r.Sport) &&
+			samePorts(h.Dport, r.Dport) &&
 			samePrefix(h.Src, want.Src) && h.Dst == nil && h.OifName == "" && h.Mark == 0 && !h.Invert {
 			h.Family = want.Family
 			out = append(out, h)
@@ -84,8 +86,8 @@ func (p *place) rules(r Rule) ([]netlink.Rule, error) {
 	return out, nil
 }
 
-// dropStale removes our rules that select what none of the plan's does: an earlier version of ours took other ports, or an earlier configuration
-// another family. Rules are the node's alone and a plan that has any has all of them.
+// dropStale removes our rules that select what none of the plan's does: an earlier version of ours took other ports,
+// or an earlier configuration another family. Rules are the node's alone and a plan that has any has all of them.
 func (p *place) dropStale(plan Plan) error {
 	var keep []Rule
 	for _, s := range plan.Steps {
@@ -96,7 +98,8 @@ func (p *place) dropStale(plan Plan) error {
 	if len(keep) == 0 {
 		return nil
 	}
-	// What a removal does not mention is any to the kernel: it may take one of the plan's with the same preference, which is put back then.
+	// What a removal does not mention is any to the kernel: it may take one of the plan's with the same preference,
+	// which is put back then.
 	for range 3 {
 		stale, err := p.staleRules(keep)
 		if err != nil || len(stale) == 0 {
@@ -140,7 +143,8 @@ func (p *place) staleRules(keep []Rule) (stale []netlink.Rule, err error) {
 func (r Rule) is(h netlink.Rule) bool {
 	want := r.netlink()
 	return h.Family == want.Family && h.Priority == want.Priority && h.Table == want.Table && h.IifName == want.IifName &&
-		h.IPProto == want.IPProto && h.Tos == want.Tos && samePorts(h.Sport, r.Sport) && samePorts(h.Dport, r.Dport) && samePrefix(h.Src, want.Src)
+		h.IPProto == want.IPProto && h.Tos == want.Tos && samePorts(h.Sport, r.Sport) && samePorts(h.Dport, r.Dport) &&
+		samePrefix(h.Src, want.Src)
 }
 
 func samePorts(r *netlink.RulePortRange, p Ports) bool {

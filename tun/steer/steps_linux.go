@@ -37,13 +37,16 @@ func (p *place) doSysctl(s Sysctl) (back func() error, err error) {
 	})
 	switch {
 	case errors.Is(err, unix.EROFS), errors.Is(err, os.ErrPermission):
-		return nil, fmt.Errorf("cannot set it: %w (it is %q; is /proc/sys read-only in this container? set it from outside then)", err, old)
+		return nil,
+			fmt.Errorf("cannot set it: %w (it is %q; is /proc/sys read-only in this container? set it from outside then)",
+				err, old)
 	case errors.Is(err, os.ErrNotExist) && strings.HasPrefix(s.Path, "net/ipv6/"):
 		return nil, fmt.Errorf("cannot set it: %w (the device is gone, or the kernel is without IPv6)", err)
 	case err != nil:
 		return nil, fmt.Errorf("cannot set it: %w", err)
 	case old == s.Value, s.ofDevice():
-		// A device's settings are left: the device is ours and goes away, and to give it back its link-local address would make one.
+		// A device's settings are left: the device is ours and goes away, and to give it back its link-local address would
+		// make one.
 		return nil, nil
 	}
 	return func() error {
@@ -204,7 +207,8 @@ func (p *place) doRoute(r Route) (back func() error, err error) {
 		switch {
 		case errors.Is(err, unix.ENETDOWN):
 			return nil, fmt.Errorf("%w (device %s is down)", err, r.Dev)
-		case r.Dst.Addr().Is6() && (errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EINVAL)):
+		case r.Dst.Addr().Is6() && (errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EACCES) ||
+			errors.Is(err, unix.EINVAL)):
 			return nil, fmt.Errorf("%w (is IPv6 turned off on device %s?)", err, r.Dev)
 		}
 		return nil, err
@@ -240,7 +244,8 @@ func (p *place) routes(dst netip.Prefix, table int) ([]netlink.Route, error) {
 }
 
 func (p *place) netlinkRoute(r Route) (*netlink.Route, error) {
-	nr := &netlink.Route{Type: int(r.Type), Dst: ipNet(r.Dst), Table: r.Table, Priority: r.Metric, Protocol: Protocol, Family: family(r.Dst.Addr())}
+	nr := &netlink.Route{Type: int(r.Type), Dst: ipNet(r.Dst), Table: r.Table, Priority: r.Metric, Protocol: Protocol,
+		Family: family(r.Dst.Addr())}
 	if nr.Priority == 0 && r.Dst.Addr().Is6() {
 		nr.Priority = 1024 // the kernel's default, said aloud so that it compares
 	}
@@ -264,7 +269,8 @@ func (p *place) netlinkRoute(r Route) (*netlink.Route, error) {
 func (p *place) describe(r netlink.Route) string {
 	var b strings.Builder
 	if r.Type != unix.RTN_UNICAST {
-		fmt.Fprintf(&b, "%s ", map[int]string{unix.RTN_LOCAL: "local", unix.RTN_UNREACHABLE: "unreachable", unix.RTN_BLACKHOLE: "blackhole"}[r.Type])
+		fmt.Fprintf(&b, "%s ", map[int]string{unix.RTN_LOCAL: "local", unix.RTN_UNREACHABLE: "unreachable",
+			unix.RTN_BLACKHOLE: "blackhole"}[r.Type])
 	}
 	b.WriteString(prefix(r).String())
 	if r.Gw != nil {

@@ -11,8 +11,9 @@ import (
 	"ztun/tun/netns"
 )
 
-// Sweep removes from the node's namespace our routes of pods whose address is not in keep: what a killed daemon left of pods that went away before the
-// next one started. It returns the addresses swept, sorted, also along with an error.
+// Sweep removes from the node's namespace our routes of pods whose address is not in keep: what a killed daemon left
+// of pods that went away before the next one started. It returns the addresses swept, sorted, also along with an
+// error.
 func Sweep(node *netns.NS, keep []netip.Addr) ([]netip.Addr, error) {
 	p, err := openPlace(Node, node)
 	if err != nil {
@@ -43,8 +44,8 @@ func Sweep(node *netns.NS, keep []netip.Addr) ([]netip.Addr, error) {
 	return slices.Compact(swept), errors.Join(errs...)
 }
 
-// leftovers picks our routes to addresses not in keep, in the order in which they are to go: the table of captured traffic first and the
-// `unreachable` routes, which have the largest metric, last (see PodPlan).
+// leftovers picks our routes to addresses not in keep, in the order in which they are to go: the table of captured
+// traffic first and the `unreachable` routes, which have the largest metric, last (see PodPlan).
 func leftovers(all []netlink.Route, keep []netip.Addr) []netlink.Route {
 	mine := slices.DeleteFunc(slices.Clone(all), func(r netlink.Route) bool {
 		dst := prefix(r)

@@ -20,8 +20,8 @@ type Setting struct {
 
 func (s Setting) String() string { return Sysctl{Path: s.Path, Value: s.Was}.String() }
 
-// Former returns what the plan is about to change of the node's namespace as a whole. Settings of single devices are left out: they go
-// with their device.
+// Former returns what the plan is about to change of the node's namespace as a whole. Settings of single devices are
+// left out: they go with their device.
 func Former(p Plan, node *netns.NS) ([]Setting, error) {
 	var out []Setting
 	for _, step := range p.Steps {
@@ -61,7 +61,8 @@ func InForce(settings []Setting, node *netns.NS) ([]Setting, error) {
 	return out, nil
 }
 
-// Restore gives settings their former values. One that has another value by now than the plan's is somebody else's and stays.
+// Restore gives settings their former values. One that has another value by now than the plan's is somebody else's
+// and stays.
 func Restore(settings []Setting, node *netns.NS) (restored []Setting, err error) {
 	have, err := InForce(settings, node)
 	if err != nil {
@@ -69,7 +70,9 @@ func Restore(settings []Setting, node *netns.NS) (restored []Setting, err error)
 	}
 	var errs []error
 	for _, s := range have {
-		if err := node.Do(func() error { return os.WriteFile(filepath.Join("/proc/sys", s.Path), []byte(s.Was), 0) }); err != nil {
+		if err := node.Do(func() error {
+			return os.WriteFile(filepath.Join("/proc/sys", s.Path), []byte(s.Was), 0)
+		}); err != nil {
 			errs = append(errs, fmt.Errorf("cannot set %s back to %s: %w", s.Path, s.Was, err))
 			continue
 		}
@@ -87,8 +90,8 @@ func setting(ns *netns.NS, path string) (string, error) {
 	return string(bytes.TrimSpace(b)), err
 }
 
-// SweepAll removes from the node's namespace all that Sweep and NodePlan know as ours: every pod's routes, and the rules. It returns what it
-// has removed, also along with an error.
+// SweepAll removes from the node's namespace all that Sweep and NodePlan know as ours: every pod's routes, and the
+// rules. It returns what it has removed, also along with an error.
 func SweepAll(node *netns.NS) (pods []netip.Addr, rules int, err error) {
 	pods, err = Sweep(node, nil)
 	p, err2 := openPlace(Node, node)

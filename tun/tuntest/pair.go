@@ -11,7 +11,8 @@ import (
 	"ztun/tun"
 )
 
-// Options describe a Pair. The zero value: MTU 1500, no offload, 256 packets of queue in each direction, waiting writers.
+// Options describe a Pair. The zero value: MTU 1500, no offload, 256 packets of queue in each direction, waiting
+// writers.
 type Options struct {
 	MTU     int  // of both ends at first, in bytes; 0 means tun.DefaultMTU
 	Offload bool // both ends take and give headers and super-packets
@@ -125,8 +126,8 @@ func (d *Device) ReadPacket(h *tun.VNetHdr, bufs [][]byte) (int, error) {
 	return n, nil
 }
 
-// WritePacket implements tun.Device. Beyond its errors: unix.EMSGSIZE for a packet, or a segment of a super-packet, longer than the
-// peer's MTU; unix.EIO when the peer is closed.
+// WritePacket implements tun.Device. Beyond its errors: unix.EMSGSIZE for a packet, or a segment of a super-packet,
+// longer than the peer's MTU; unix.EIO when the peer is closed.
 func (d *Device) WritePacket(h *tun.VNetHdr, bufs [][]byte) error {
 	if d.isClosed() {
 		return os.ErrClosed

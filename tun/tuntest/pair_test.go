@@ -26,7 +26,8 @@ func TestPair(t *testing.T) {
 	a, b := tuntest.Pair(tuntest.Options{Offload: true, Queue: 4})
 	defer a.Close()
 	defer b.Close()
-	h := tun.VNetHdr{Flags: tun.FlagNeedsCSum, GSOType: tun.GSOTCPv4, HdrLen: 40, GSOSize: 1460, CSumStart: 20, CSumOffset: 16}
+	h := tun.VNetHdr{Flags: tun.FlagNeedsCSum, GSOType: tun.GSOTCPv4, HdrLen: 40, GSOSize: 1460, CSumStart: 20,
+		CSumOffset: 16}
 	p := packet(60000, 7)
 	go func() {
 		for range 10 {
@@ -57,7 +58,8 @@ func TestPairRules(t *testing.T) {
 	if fastB.SetMTU(1) == nil || plainA.Offload().VNetHdr || plainA.Offload().Why == "" || !fastA.Offload().TSO6 {
 		t.Error("SetMTU or Offload is wrong")
 	}
-	gso := tun.VNetHdr{Flags: tun.FlagNeedsCSum, GSOType: tun.GSOTCPv4, HdrLen: 40, GSOSize: 1260, CSumStart: 20, CSumOffset: 16}
+	gso := tun.VNetHdr{Flags: tun.FlagNeedsCSum, GSOType: tun.GSOTCPv4, HdrLen: 40, GSOSize: 1260, CSumStart: 20,
+		CSumOffset: 16}
 	long := gso
 	long.GSOSize = 1261
 	for _, c := range []struct {
@@ -83,7 +85,8 @@ func TestPairRules(t *testing.T) {
 		}
 	}
 	var h tun.VNetHdr
-	if _, err := plainB.ReadPacket(&h, [][]byte{make([]byte, 100)}); err != tun.ErrShortBuffer || plainB.Stats().ShortBuffers != 1 {
+	if _, err := plainB.ReadPacket(&h, [][]byte{make([]byte, 100)}); err != tun.ErrShortBuffer ||
+		plainB.Stats().ShortBuffers != 1 {
 		t.Error(err, plainB.Stats())
 	}
 }

@@ -86,18 +86,19 @@ func (h *Host) Dial(ctx context.Context, dst netip.AddrPort) (*netstack.Conn, er
 
 // attach gives the host's kernel its end of the pair.
 func (h *Host) attach(dev tun.Device) (end func(), err error) {
-	s, err := netstack.New(netstack.Config{Addrs: slices.Clone(h.addrs), App: dev, UplinkIsApp: true, OnFlow: func(f *netstack.Flow) {
-		h.mu.Lock()
-		serve := h.serving[f.Dst().Port()]
-		h.mu.Unlock()
-		if serve == nil {
-			f.Refuse(refusal.Reset)
-			return
-		}
-		if c, err := f.Accept(); err == nil {
-			serve(c)
-		}
-	}})
+	s, err := netstack.New(netstack.Config{Addrs: slices.Clone(h.addrs), App: dev, UplinkIsApp: true,
+		OnFlow: func(f *netstack.Flow) {
+			h.mu.Lock()
+			serve := h.serving[f.Dst().Port()]
+			h.mu.Unlock()
+			if serve == nil {
+				f.Refuse(refusal.Reset)
+				return
+			}
+			if c, err := f.Accept(); err == nil {
+				serve(c)
+			}
+		}})
 	if err != nil {
 		return nil, err
 	}

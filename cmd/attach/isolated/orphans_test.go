@@ -30,13 +30,15 @@ func TestParseTCPTable(t *testing.T) {
 	got, err := parseTCPTable(strings.NewReader(table))
 	a := netip.MustParseAddrPort
 	want := []orphan{
-		{a("10.91.1.2:8080"), a("10.2.1.100:50000")}, {a("10.91.1.2:8081"), a("10.2.1.100:50001")}, {a("10.91.1.2:8083"), a("10.2.1.100:50003")},
+		{a("10.91.1.2:8080"), a("10.2.1.100:50000")}, {a("10.91.1.2:8081"), a("10.2.1.100:50001")},
+		{a("10.91.1.2:8083"), a("10.2.1.100:50003")},
 		{a("[fd91:0:0:1::2]:80"), a("[2001:db8::1]:81")},
 	}
 	if err != nil || !slices.Equal(got, want) {
 		t.Errorf("got %v, %v\nwant %v", got, err, want)
 	}
-	for _, bad := range []string{"x", "0: 0100007F:1 00000000:0 ZZ", "0: 010000:1 00000000:0 01", "0: 0100007F 0100007F:1 01", "0: 0100007F:12345 0100007F:1 01"} {
+	for _, bad := range []string{"x", "0: 0100007F:1 00000000:0 ZZ", "0: 010000:1 00000000:0 01",
+		"0: 0100007F 0100007F:1 01", "0: 0100007F:12345 0100007F:1 01"} {
 		if _, err := parseTCPTable(strings.NewReader("head\n" + bad + "\n")); err == nil {
 			t.Errorf("%q was taken", bad)
 		}
@@ -58,7 +60,8 @@ func established(local, remote netip.AddrPort) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = errors.Join(unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR, 1), unix.Bind(fd, level(local)), unix.Connect(fd, level(remote)),
+	err = errors.Join(unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR, 1), unix.Bind(fd, level(local)),
+		unix.Connect(fd, level(remote)),
 		unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_REPAIR, unix.TCP_REPAIR_OFF_NO_WP))
 	if err != nil {
 		unix.Close(fd)
@@ -92,7 +95,8 @@ func TestOrphansAreReset(t *testing.T) {
 	var inside *os.File
 	if err := ns.Do(func() error {
 		for _, c := range []orphan{
-			{a("10.91.1.2:40000"), a("192.0.2.1:80")}, {a("10.91.1.2:8080"), a("10.91.2.2:55555")}, {a("[fd91:0:0:1::2]:40000"), a("[2001:db8::1]:80")},
+			{a("10.91.1.2:40000"), a("192.0.2.1:80")}, {a("10.91.1.2:8080"), a("10.91.2.2:55555")},
+			{a("[fd91:0:0:1::2]:40000"), a("[2001:db8::1]:80")},
 		} {
 			f, err := established(c.local, c.remote)
 			if err != nil {

@@ -42,7 +42,8 @@ func TestNamespaceAsDescriptor(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	pod := attach.Pod{PodSpec: admin.PodSpec{IPs: []netip.Addr{netip.MustParseAddr("10.91.1.2")}}, Label: "n/p", File: file}
+	pod := attach.Pod{PodSpec: admin.PodSpec{IPs: []netip.Addr{netip.MustParseAddr("10.91.1.2")}}, Label: "n/p",
+		File: file}
 	if err := n.Locate(&pod); err != nil {
 		t.Fatal(err)
 	}

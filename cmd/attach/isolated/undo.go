@@ -14,10 +14,11 @@ import (
 	"ztun/tun/steer"
 )
 
-// Undo of a node without a daemon: what a daemon, ended or killed, has left on the host is found by our mark on routes and rules, in the
-// places where pods lived, and in the record of settings that Open wrote.
+// Undo of a node without a daemon: what a daemon, ended or killed, has left on the host is found by our mark on
+// routes and rules, in the places where pods lived, and in the record of settings that Open wrote.
 
-// record is what the host's settings were before ztun. It holds for one life of one namespace: after a boot nothing of it is in force.
+// record is what the host's settings were before ztun. It holds for one life of one namespace: after a boot nothing
+// of it is in force.
 type record struct {
 	Boot     string          `json:"boot"`
 	Dev      uint64          `json:"dev"` // of the namespace's file
@@ -30,7 +31,8 @@ func bootID() string {
 	return strings.TrimSpace(string(b))
 }
 
-// remember writes down what plan will change for the whole host. What an earlier life has written stays: it knew the values from before us.
+// remember writes down what plan will change for the whole host. What an earlier life has written stays: it knew the
+// values from before us.
 func (n *Node) remember(plan steer.Plan) error {
 	path := n.o.Record
 	if path == "" {
@@ -42,7 +44,8 @@ func (n *Node) remember(plan steer.Plan) error {
 	}
 	was, err := recorded(path, n.ns)
 	if err != nil {
-		n.o.Logger("ztun").Warn("the record of the host's former settings cannot be read, and is begun anew", "file", path, "error", err)
+		n.o.Logger("ztun").Warn("the record of the host's former settings cannot be read, and is begun anew", "file", path,
+			"error", err)
 	}
 	if len(now) == 0 {
 		return nil
@@ -100,7 +103,8 @@ type Left struct {
 // Empty reports whether there is nothing.
 func (l Left) Empty() bool { return len(l.Devices)+len(l.Routes)+len(l.Rules)+len(l.Sysctls) == 0 }
 
-// Look tells what there is of ours on the host of the calling thread and in places, where pods live or lived. It changes nothing.
+// Look tells what there is of ours on the host of the calling thread and in places, where pods live or lived. It
+// changes nothing.
 func Look(places []attach.Place, record string) (Left, error) {
 	var l Left
 	node, err := netns.Current()
@@ -157,8 +161,9 @@ func hasDevice(p attach.Place) (bool, error) {
 	return false, nil
 }
 
-// Undo takes all that Look tells away: devices, with the addresses and routes of the pods, the node's routes and rules, and settings that are
-// still as ztun has set them. It must not be called while a daemon runs. It goes on after an error and returns all of them.
+// Undo takes all that Look tells away: devices, with the addresses and routes of the pods, the node's routes and
+// rules, and settings that are still as ztun has set them. It must not be called while a daemon runs. It goes on
+// after an error and returns all of them.
 func Undo(places []attach.Place, record string) error {
 	node, err := netns.Current()
 	if err != nil {

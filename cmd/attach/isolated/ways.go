@@ -48,7 +48,8 @@ func (p *pod) DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn, error
 	for _, a := range p.spec.IPs {
 		if a.Is4() == dst.Addr().Is4() {
 			o := p.node.o.Socket
-			o.Ports = netns.PortRange{Min: steer.MeshPortMin, Max: steer.MeshPortMax} // the node's rule knows the answers by them
+			// the node's rule knows the answers by them
+			o.Ports = netns.PortRange{Min: steer.MeshPortMin, Max: steer.MeshPortMax}
 			c, err := p.dialKernel(ctx, p.node.o.NetNS, a, dst, o)
 			if err != nil {
 				return nil, err
@@ -61,7 +62,8 @@ func (p *pod) DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn, error
 }
 
 // dialKernel is DialTransparent within the pod's share of descriptors.
-func (p *pod) dialKernel(ctx context.Context, ns *netns.NS, src netip.Addr, dst netip.AddrPort, o netns.SocketOptions) (*net.TCPConn, error) {
+func (p *pod) dialKernel(ctx context.Context, ns *netns.NS, src netip.Addr, dst netip.AddrPort, o netns.SocketOptions) (
+	*net.TCPConn, error) {
 	return p.node.o.Descriptors.Dial(ctx, p.spec.Label, dst, func(ctx context.Context) (*net.TCPConn, error) {
 		return netns.DialTransparent(ctx, ns, src, dst, o)
 	})

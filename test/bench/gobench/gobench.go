@@ -1,10 +1,11 @@
 // Package gobench reads what `go test -bench` prints (golang.org/design/14313-benchmark-format) into values.
 //
-// It is pure. The benchmark's hbone measurement feeds it the output of proxy/hbone's own benchmarks and pairs them with
-// those of bare crypto/tls by name. Lines that are not results (log output of the code under test, PASS, ok) are skipped;
-// a line that opens like a result but cannot be read is an error, so that a figure is never lost in silence.
+// It is pure. The benchmark's hbone measurement feeds it the output of proxy/hbone's own benchmarks and pairs them
+// with those of bare crypto/tls by name. Lines that are not results (log output of the code under test, PASS, ok) are
+// skipped; a line that opens like a result but cannot be read is an error, so that a figure is never lost in silence.
 //
-// Decision (2026-11-23): golang.org/x/perf/benchfmt does this and more; its module is not among ours, and thirty lines do.
+// Decision (2026-11-23): golang.org/x/perf/benchfmt does this and more; its module is not among ours, and thirty
+// lines do.
 package gobench
 
 import (
@@ -53,7 +54,8 @@ func parseLine(line string) (Result, bool, error) {
 	if len(f)%2 != 0 {
 		return Result{}, false, fmt.Errorf("gobench: %q: value without a unit", line)
 	}
-	res := Result{Name: trimProcs(strings.TrimPrefix(f[0], "Benchmark")), N: n, Values: make(map[string]float64, len(f)/2-1)}
+	res := Result{Name: trimProcs(strings.TrimPrefix(f[0], "Benchmark")), N: n,
+		Values: make(map[string]float64, len(f)/2-1)}
 	for i := 2; i < len(f); i += 2 {
 		v, err := strconv.ParseFloat(f[i], 64)
 		if err != nil {
@@ -74,8 +76,8 @@ func trimProcs(name string) string {
 	return name
 }
 
-// Throughput is the bytes moved per second: from MB/s (1e6 bytes) when the benchmark called SetBytes, else from a custom unit
-// "Gb/s", else false.
+// Throughput is the bytes moved per second: from MB/s (1e6 bytes) when the benchmark called SetBytes, else from a
+// custom unit "Gb/s", else false.
 func (r Result) Throughput() (bytesPerSecond float64, ok bool) {
 	if v, ok := r.Values["MB/s"]; ok {
 		return v * 1e6, true

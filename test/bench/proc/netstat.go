@@ -6,8 +6,8 @@ import (
 	"strings"
 )
 
-// ParseNetstat reads /proc/net/snmp or /proc/net/netstat: pairs of lines that open with the same word, names first, then values. Keys are
-// "Tcp.RetransSegs". Negative values (Tcp.MaxConn) are left out.
+// ParseNetstat reads /proc/net/snmp or /proc/net/netstat: pairs of lines that open with the same word, names first,
+// then values. Keys are "Tcp.RetransSegs". Negative values (Tcp.MaxConn) are left out.
 func ParseNetstat(s string) (map[string]uint64, error) {
 	out := make(map[string]uint64)
 	var names []string

@@ -1,12 +1,12 @@
-// Package proc reads the figures that the benchmark needs from /proc: CPU time and memory of a process, load that others put on
-// the machine, and the machine's description.
+// Package proc reads the figures that the benchmark needs from /proc: CPU time and memory of a process, load that
+// others put on the machine, and the machine's description.
 //
-// Parsing is pure (text in, values out, fuzzed); FS is the thin rim that reads the files, through an fs.FS so that tests bring
-// their own. It is called by test/bench. It starts nothing and never writes.
+// Parsing is pure (text in, values out, fuzzed); FS is the thin rim that reads the files, through an fs.FS so that
+// tests bring their own. It is called by test/bench. It starts nothing and never writes.
 //
-// Decisions (2026-11-23): CPU time comes from /proc/PID/stat (ticks of 10 ms, all threads, dead ones included): the bursts that we
-// measure last seconds. A tick is taken as 1/100 s, which is what the kernel shows to user space on every architecture that Go
-// runs on (USER_HZ).
+// Decisions (2026-11-23): CPU time comes from /proc/PID/stat (ticks of 10 ms, all threads, dead ones included): the
+// bursts that we measure last seconds. A tick is taken as 1/100 s, which is what the kernel shows to user space on
+// every architecture that Go runs on (USER_HZ).
 package proc
 
 import (
@@ -236,9 +236,9 @@ func (p FS) All() ([]Stat, error) {
 	return out, nil
 }
 
-// Foreign sums the CPU time of all processes that neither descend from root (root included) nor are kernel threads. A process's
-// ended children count with it, so that the difference of two sums holds the compilers that came and went in between; the sum
-// is only good for differences.
+// Foreign sums the CPU time of all processes that neither descend from root (root included) nor are kernel threads. A
+// process's ended children count with it, so that the difference of two sums holds the compilers that came and went
+// in between; the sum is only good for differences.
 func Foreign(all []Stat, root int) time.Duration {
 	parent := make(map[int]int, len(all))
 	for _, st := range all {

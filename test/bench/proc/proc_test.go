@@ -22,8 +22,10 @@ func TestParseStat(t *testing.T) {
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
 	}
-	for _, in := range []string{"", "4242", "x (a) R 1", "1 (a) R 1 2 3", "1 )a( R", "1 (a) R x 4242 4242 0 -1 4194560 1 2 3 4 250 50 7 3 20",
-		"1 (a) R 1 4242 4242 0 -1 4194560 1 2 3 4 -250 50 7 3 20", "1 (a) R 1 4242 4242 0 -1 4194560 1 2 3 4 9223372036854775807 50 7 3 20"} {
+	for _, in := range []string{"", "4242", "x (a) R 1", "1 (a) R 1 2 3", "1 )a( R",
+		"1 (a) R x 4242 4242 0 -1 4194560 1 2 3 4 250 50 7 3 20",
+		"1 (a) R 1 4242 4242 0 -1 4194560 1 2 3 4 -250 50 7 3 20",
+		"1 (a) R 1 4242 4242 0 -1 4194560 1 2 3 4 9223372036854775807 50 7 3 20"} {
 		if st, err := ParseStat(in); err == nil {
 			t.Errorf("%q: %+v, want an error", in, st)
 		}
@@ -38,7 +40,8 @@ func TestParseStatus(t *testing.T) {
 	if d := cmp.Diff(Mem{RSS: 1 << 20, Peak: 2 << 20, Anon: 512 << 10, Threads: 9}, got); d != "" {
 		t.Error(d)
 	}
-	for _, in := range []string{"", "Name:\tzombie\n", "VmRSS: x kB\n", "VmRSS: -1 kB\n", "VmRSS: 9223372036854775807 kB\n"} {
+	for _, in := range []string{"", "Name:\tzombie\n", "VmRSS: x kB\n", "VmRSS: -1 kB\n",
+		"VmRSS: 9223372036854775807 kB\n"} {
 		if _, err := ParseStatus(in); err == nil {
 			t.Errorf("%q: no error", in)
 		}

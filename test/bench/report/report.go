@@ -1,11 +1,13 @@
 // Package report collects what the repetitions measured and shows it: a table for people, JSON for programs.
 //
-// test/bench declares a Row for each figure in the order in which it shall appear, adds values as repetitions end, and prints.
-// The package is pure: it measures nothing, reads no clock and writes only to the io.Writer that it is given. It judges nothing
-// either: a missed target is printed as such and is no failure, because a benchmark on a shared machine is evidence and no test.
+// test/bench declares a Row for each figure in the order in which it shall appear, adds values as repetitions end,
+// and prints. The package is pure: it measures nothing, reads no clock and writes only to the io.Writer that it is
+// given. It judges nothing either: a missed target is printed as such and is no failure, because a benchmark on a
+// shared machine is evidence and no test.
 //
-// Decisions (2026-11-23): a missing value is a NaN in memory, null in JSON and "-" in the table, never a zero. Base and subject
-// stand on one line with the ratio of their repetitions (see package stat), since the ratio is what travels between machines.
+// Decisions (2026-11-23): a missing value is a NaN in memory, null in JSON and "-" in the table, never a zero. Base
+// and subject stand on one line with the ratio of their repetitions (see package stat), since the ratio is what
+// travels between machines.
 package report
 
 import (
@@ -97,8 +99,8 @@ type Profile struct {
 	Top   []string `json:"top"` // lines as `go tool pprof -top` prints them
 }
 
-// Row declares a row, or finds the one declared before under the same suite, case and metric (whose unit, target and reference
-// then stay).
+// Row declares a row, or finds the one declared before under the same suite, case and metric (whose unit, target and
+// reference then stay).
 func (r *Report) Row(w Row) *Row {
 	for _, o := range r.rows {
 		if o.Suite == w.Suite && o.Case == w.Case && o.Metric == w.Metric {
@@ -129,8 +131,8 @@ func (r *Report) Row(w Row) *Row {
 	return &w
 }
 
-// Add notes the value of a repetition (from 0). Repetitions without one read as missing. A second value for the same repetition
-// replaces the first.
+// Add notes the value of a repetition (from 0). Repetitions without one read as missing. A second value for the same
+// repetition replaces the first.
 func (r *Report) Add(w *Row, subject string, rep int, v float64) {
 	if !contains(r.subjects, subject) {
 		r.subjects = append(r.subjects, subject)
@@ -141,8 +143,8 @@ func (r *Report) Add(w *Row, subject string, rep int, v float64) {
 	w.values[subject][rep] = v
 }
 
-// Noise notes how many processors others kept busy, on average, during one measurement of the case; above noisyAbove the case's
-// figures of that subject carry a mark.
+// Noise notes how many processors others kept busy, on average, during one measurement of the case; above noisyAbove
+// the case's figures of that subject carry a mark.
 func (r *Report) Noise(suite, kase, subject string, processors float64) {
 	r.noise = append(r.noise, processors)
 	if processors <= noisyAbove {
@@ -173,8 +175,10 @@ func (w *Row) Ratio(subject, base string) stat.Summary {
 func (r *Report) Text(out io.Writer) error {
 	var b strings.Builder
 	m := r.Machine
-	fmt.Fprintf(&b, "machine   %s, %d cores, %.0f GiB, %s, kernel %s, %s\n", m.CPU, m.Cores, float64(m.Memory)/(1<<30), m.Arch, m.Kernel, m.Go)
-	fmt.Fprintf(&b, "run       %s, took %s%s\n", r.Started.UTC().Format("2006-01-02 15:04 UTC"), r.Took.Round(time.Second), suffix(", commit ", m.Commit))
+	fmt.Fprintf(&b, "machine   %s, %d cores, %.0f GiB, %s, kernel %s, %s\n", m.CPU, m.Cores, float64(m.Memory)/(1<<30),
+		m.Arch, m.Kernel, m.Go)
+	fmt.Fprintf(&b, "run       %s, took %s%s\n", r.Started.UTC().Format("2006-01-02 15:04 UTC"), r.Took.Round(time.Second),
+		suffix(", commit ", m.Commit))
 	for i, c := range r.Commands {
 		head := ""
 		if i == 0 {
@@ -183,9 +187,12 @@ func (r *Report) Text(out io.Writer) error {
 		fmt.Fprintf(&b, "%-9s %s\n", head, c)
 	}
 	if s := stat.Summarize(r.noise); s.Valid() {
-		fmt.Fprintf(&b, "others    kept %s processors busy meanwhile (median %s; ~ marks figures with more than %.1f)\n", rangeText(s), Number(s.Median), noisyAbove)
+		fmt.Fprintf(&b, "others    kept %s processors busy meanwhile (median %s; ~ marks figures with more than %.1f)\n",
+			rangeText(s), Number(s.Median), noisyAbove)
 	}
-	fmt.Fprintf(&b, "figures   median (smallest-largest) of the repetitions; the ratio is the median of the repetitions' own ratios; GB = 1e9 bytes\n")
+	fmt.Fprintf(&b,
+		"figures   median (smallest-largest) of the repetitions; the ratio is the median of the repetitions' own ratios; "+
+			"GB = 1e9 bytes\n")
 	for _, suite := range r.suites {
 		b.WriteString("\n" + suite + suffix(": ", r.Titles[suite]) + "\n")
 		b.WriteString(grid(r.lines(suite)))
@@ -305,7 +312,8 @@ func Number(v float64) string {
 	return strconv.FormatFloat(v, 'f', 3, 64)
 }
 
-// grid sets cells in columns as wide as their widest cell, indented by two; columns that hold nothing below their head are left out.
+// grid sets cells in columns as wide as their widest cell, indented by two; columns that hold nothing below their
+// head are left out.
 func grid(rows [][]string) string {
 	if len(rows) < 2 {
 		return ""
@@ -394,8 +402,9 @@ func (r *Report) MarshalJSON() ([]byte, error) {
 	rows := make([]jsonRow, 0, len(r.rows))
 	for _, w := range r.rows {
 		base := r.Base[w.Suite]
-		j := jsonRow{Suite: w.Suite, Case: w.Case, Metric: w.Metric, Unit: w.Unit, Base: base, Target: w.Target, Reference: w.Reference,
-			Values: map[string][]num{}, Summary: map[string]jsonSummary{}, Ratio: map[string]jsonSummary{}}
+		j := jsonRow{Suite: w.Suite, Case: w.Case, Metric: w.Metric, Unit: w.Unit, Base: base, Target: w.Target,
+			Reference: w.Reference,
+			Values:    map[string][]num{}, Summary: map[string]jsonSummary{}, Ratio: map[string]jsonSummary{}}
 		for _, s := range r.subjects {
 			vs, has := w.values[s]
 			if !has {
@@ -436,5 +445,6 @@ func (r *Report) MarshalJSON() ([]byte, error) {
 		Profiles    []Profile         `json:"profiles,omitempty"`
 		Notes       []string          `json:"notes,omitempty"`
 		Errors      []string          `json:"errors,omitempty"`
-	}{r.Machine, r.Started, r.Took.Seconds(), r.Commands, r.Titles, summaryJSON(stat.Summarize(r.noise)), rows, r.Profiles, r.Notes, r.Errors})
+	}{r.Machine, r.Started, r.Took.Seconds(), r.Commands, r.Titles, summaryJSON(stat.Summarize(r.noise)), rows, r.Profiles,
+		r.Notes, r.Errors})
 }

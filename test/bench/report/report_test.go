@@ -16,7 +16,8 @@ var update = flag.Bool("update", false, "write the golden files")
 
 func sample() *Report {
 	r := &Report{
-		Machine:  Machine{CPU: "AMD EPYC", Cores: 2, Memory: 24 << 30, Kernel: "6.18", Go: "go1.26", Arch: "amd64", Commit: "abc"},
+		Machine: Machine{CPU: "AMD EPYC", Cores: 2, Memory: 24 << 30, Kernel: "6.18", Go: "go1.26", Arch: "amd64",
+			Commit: "abc"},
 		Started:  time.Date(2026, 11, 23, 7, 0, 0, 0, time.UTC),
 		Took:     61 * time.Second,
 		Commands: []string{"scripts/bench mesh", "ip netns exec x y"},
@@ -26,8 +27,9 @@ func sample() *Report {
 		Notes:    []string{"a note"},
 		Profiles: []Profile{{Title: "node n1", File: "/x/n1.pprof", Top: []string{" 0.5s 50% a", " 0.1s 10% b"}}},
 	}
-	one := r.Row(Row{Suite: "mesh", Case: "1 stream up", Metric: "throughput", Unit: "Gb/s", Subject: "ztun", Reference: "0.2x",
-		Target: &Target{OfRatio: true, Value: 0.2}})
+	one := r.Row(Row{Suite: "mesh", Case: "1 stream up", Metric: "throughput", Unit: "Gb/s", Subject: "ztun",
+		Reference: "0.2x",
+		Target:    &Target{OfRatio: true, Value: 0.2}})
 	for i, v := range []float64{20, 18, 22} {
 		r.Add(one, "bare veth", i, v)
 		r.Add(one, "ztun", i, v/4)
@@ -44,9 +46,11 @@ func sample() *Report {
 	r.Add(relay, "ztun relay", 0, 10)
 	r.Add(relay, "slirp4netns", 0, 5)
 	// Declared last, belongs to the first case.
-	cpu := r.Row(Row{Suite: "mesh", Case: "1 stream up", Metric: "CPU-s/GB, node n1", Subject: "ztun", Target: &Target{AtMost: true, Value: 2.4}})
+	cpu := r.Row(Row{Suite: "mesh", Case: "1 stream up", Metric: "CPU-s/GB, node n1", Subject: "ztun",
+		Target: &Target{AtMost: true, Value: 2.4}})
 	r.Add(cpu, "ztun", 2, 1.234)
-	only := r.Row(Row{Suite: "mesh", Case: "bare only", Metric: "p50", Unit: "ms", Subject: "ztun", Target: &Target{AtMost: true, Value: 10}})
+	only := r.Row(Row{Suite: "mesh", Case: "bare only", Metric: "p50", Unit: "ms", Subject: "ztun",
+		Target: &Target{AtMost: true, Value: 10}})
 	r.Add(only, "bare veth", 0, 0.2401)
 	r.Noise("mesh", "1 stream up", "ztun", 0.5)
 	r.Noise("mesh", "1 stream up", "bare veth", 0.05)
@@ -108,7 +112,8 @@ func TestRowIsFoundAgain(t *testing.T) {
 
 func TestNumber(t *testing.T) {
 	for v, want := range map[float64]string{
-		0: "0", 0.0012345: "0.001", 0.9996: "1.00", 1.2345: "1.23", 9.996: "10.0", 12.345: "12.3", 99.96: "100", 7123.4: "7123", -3.14159: "-3.14",
+		0: "0", 0.0012345: "0.001", 0.9996: "1.00", 1.2345: "1.23", 9.996: "10.0", 12.345: "12.3", 99.96: "100",
+		7123.4: "7123", -3.14159: "-3.14",
 		math.Inf(1): "-",
 	} {
 		if got := Number(v); got != want {

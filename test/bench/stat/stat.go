@@ -1,11 +1,12 @@
-// Package stat holds the few statistics that the benchmark prints: medians with their range, paired ratios, percentiles.
+// Package stat holds the few statistics that the benchmark prints: medians with their range, paired ratios,
+// percentiles.
 //
 // It is pure: numbers in, numbers out. A measurement that failed is a NaN and is left out, never counted as zero.
 // It is used by test/bench/report. It never rounds and never prints (report does both).
 //
-// Decisions (2026-11-23): a ratio is the median of the ratios of the repetitions, each against its own neighbour in time,
-// because the machine's speed drifts over minutes by more than the differences that we look for. Means are not offered:
-// one disturbed repetition would spoil them.
+// Decisions (2026-11-23): a ratio is the median of the ratios of the repetitions, each against its own neighbour in
+// time, because the machine's speed drifts over minutes by more than the differences that we look for. Means are not
+// offered: one disturbed repetition would spoil them.
 package stat
 
 import (
@@ -24,8 +25,8 @@ type Summary struct {
 // Valid tells whether there was at least one value.
 func (s Summary) Valid() bool { return s.N > 0 }
 
-// Summarize returns the median and range of the finite values of vs; with an even number of values the median is the mean of the
-// two in the middle. Without a finite value all figures but N are NaN. vs is not changed.
+// Summarize returns the median and range of the finite values of vs; with an even number of values the median is the
+// mean of the two in the middle. Without a finite value all figures but N are NaN. vs is not changed.
 func Summarize(vs []float64) Summary {
 	f := make([]float64, 0, len(vs))
 	for _, v := range vs {
@@ -46,8 +47,8 @@ func Summarize(vs []float64) Summary {
 	return Summary{Median: m, Min: f[0], Max: f[len(f)-1], N: len(f)}
 }
 
-// Ratios divides num by den pairwise: element i is the ratio of repetition i, NaN where either is missing or den is zero.
-// The result is as long as the longer of the two.
+// Ratios divides num by den pairwise: element i is the ratio of repetition i, NaN where either is missing or den is
+// zero. The result is as long as the longer of the two.
 func Ratios(num, den []float64) []float64 {
 	out := make([]float64, max(len(num), len(den)))
 	for i := range out {

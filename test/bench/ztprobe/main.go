@@ -1,12 +1,13 @@
-// Command ztprobe asks small questions at a fixed pace from inside a namespace and prints how long the answers took, as JSON: it is
-// the measuring end of the control suite of test/bench, which starts it and reads its one line of output. It never looks at ztun.
+// Command ztprobe asks small questions at a fixed pace from inside a namespace and prints how long the answers took,
+// as JSON: it is the measuring end of the control suite of test/bench, which starts it and reads its one line of
+// output. It never looks at ztun.
 //
 //	ztprobe conns -to 10.91.2.2:9001 -rate 50 -t 5s                          connect, one byte, close
 //	ztprobe http  -url http://127.0.0.1:15021/healthz/ready -rate 5 -t 5s    GET, the whole body
 //	ztprobe http  -url http://127.0.0.1:15000/config_dump -t 5s              without -rate: one after the other
 //
-// Decision (2026-11-23): an open loop, as in ztload echo: a question's time counts from when it was due, so that a stall of the
-// server is not hidden by the client's waiting for it.
+// Decision (2026-11-23): an open loop, as in ztload echo: a question's time counts from when it was due, so that a
+// stall of the server is not hidden by the client's waiting for it.
 package main
 
 import (

@@ -1,14 +1,14 @@
-// Command ztrelay is the shortest way through ztun's lower half: a TUN in a pod's namespace, one netstack stack on it, and for each of the
-// pod's connections a kernel socket in the namespace where ztrelay itself runs.
+// Command ztrelay is the shortest way through ztun's lower half: a TUN in a pod's namespace, one netstack stack on
+// it, and for each of the pod's connections a kernel socket in the namespace where ztrelay itself runs.
 //
 //	ztrelay -netns /var/run/netns/pod -name ztun0 -mtu 1500 -addr 10.92.1.2,fd92:1::2 [-http 127.0.0.1:15000]
 //
-// It prints {"ready":true} when the device exists and ends with SIGTERM or SIGINT. Addresses and routes are the caller's
-// business. It is started by test/bench, whose relay suite shows with it what tun and netstack cost without policy, HTTP/2 and TLS; it is
-// no part of the product and never will be.
+// It prints {"ready":true} when the device exists and ends with SIGTERM or SIGINT. Addresses and routes are the
+// caller's business. It is started by test/bench, whose relay suite shows with it what tun and netstack cost without
+// policy, HTTP/2 and TLS; it is no part of the product and never will be.
 //
-// Decisions (2026-11-23): the copy loops are the plain ones that the two ends offer (Conn.WriteTo up, one buffer of a super-packet down),
-// so that the figure stays that of tun and netstack.
+// Decisions (2026-11-23): the copy loops are the plain ones that the two ends offer (Conn.WriteTo up, one buffer of a
+// super-packet down), so that the figure stays that of tun and netstack.
 package main
 
 import (
@@ -74,7 +74,9 @@ func run(ctx context.Context, args []string) (err error) {
 	if err != nil {
 		return err
 	}
-	s, err := netstack.New(netstack.Config{Addrs: ips, MTU: *mtu, App: dev, OnFlow: func(f *netstack.Flow) { relay(ctx, f) }})
+	s, err := netstack.New(netstack.Config{Addrs: ips, MTU: *mtu, App: dev, OnFlow: func(f *netstack.Flow) {
+		relay(ctx, f)
+	}})
 	if err != nil {
 		return errors.Join(err, dev.Close())
 	}
@@ -139,7 +141,8 @@ func relay(ctx context.Context, f *netstack.Flow) {
 	wg.Wait()
 }
 
-// onlyReader and onlyWriter keep io.CopyBuffer from looking for a shortcut (the kernel socket's WriteTo would take a 32 KiB buffer of its own).
+// onlyReader and onlyWriter keep io.CopyBuffer from looking for a shortcut (the kernel socket's WriteTo would take a
+// 32 KiB buffer of its own).
 type onlyReader struct{ io.Reader }
 
 type onlyWriter struct{ io.Writer }

@@ -67,7 +67,8 @@ type Duplex interface {
 	CloseWrite() error
 }
 
-// Exchange sends n bytes of Bulk on c while it reads, ends the direction, and checks that exactly these bytes come back before the end.
+// Exchange sends n bytes of Bulk on c while it reads, ends the direction, and checks that exactly these bytes come
+// back before the end.
 func Exchange(c Duplex, n int64, seed uint64) error {
 	sent := make(chan error, 1)
 	go func() {

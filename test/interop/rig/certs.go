@@ -88,13 +88,15 @@ func WritePEM(t testing.TB, c *identity.Certificate) PEM {
 	}
 }
 
-// ForeignClientTLS is a configuration for an HTTP/2 client written with crypto/tls by others: certificate c, its roots trusted, no host
-// name to check as the certificates of a mesh have none.
+// ForeignClientTLS is a configuration for an HTTP/2 client written with crypto/tls by others: certificate c, its
+// roots trusted, no host name to check as the certificates of a mesh have none.
 func ForeignClientTLS(c *identity.Certificate) *tls.Config {
 	return &tls.Config{
-		MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, Certificates: []tls.Certificate{c.TLS}, InsecureSkipVerify: true,
+		MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, Certificates: []tls.Certificate{c.TLS},
+		InsecureSkipVerify: true,
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			_, err := cs.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: c.Pool, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
+			_, err := cs.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: c.Pool,
+				KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
 			return err
 		},
 	}

@@ -12,7 +12,8 @@ import (
 	"ztun/refusal"
 )
 
-// network is a pod's ways out where the addresses are loopback's: kernel sockets bound to the address that the peer is to see.
+// network is a pod's ways out where the addresses are loopback's: kernel sockets bound to the address that the peer
+// is to see.
 type network struct {
 	self    netip.Addr
 	dialled *counter

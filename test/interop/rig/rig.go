@@ -78,13 +78,15 @@ func New(t testing.TB, more ...func(r *Rig, b *state.Builder)) *Rig {
 	return r
 }
 
-// listen picks a /24 of 127.0.0.0/8 in which the HBONE ports are free. The peer's may not be: Istio's echo server never gives it back.
+// listen picks a /24 of 127.0.0.0/8 in which the HBONE ports are free. The peer's may not be: Istio's echo server
+// never gives it back.
 func (r *Rig) listen() {
 	r.t.Helper()
 	var last error
 	for range 20 {
 		x, y := byte(64+rand.IntN(128)), byte(rand.IntN(256))
-		r.Served, r.Client, r.Peer = netip.AddrFrom4([4]byte{127, x, y, 2}), netip.AddrFrom4([4]byte{127, x, y, 3}), netip.AddrFrom4([4]byte{127, x, y, 4})
+		r.Served, r.Client, r.Peer = netip.AddrFrom4([4]byte{127, x, y, 2}), netip.AddrFrom4([4]byte{127, x, y, 3}),
+			netip.AddrFrom4([4]byte{127, x, y, 4})
 		peer, err := net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(netip.AddrPortFrom(r.Peer, Port)))
 		if err != nil {
 			last = err
@@ -120,7 +122,8 @@ func (r *Rig) world(more []func(*Rig, *state.Builder)) *state.View {
 // Workload is a pod that has HBONE, its account named as itself.
 func Workload(name string, ips ...netip.Addr) *state.Workload {
 	return &state.Workload{
-		UID: "rig//v1/Pod/default/" + name, Name: name, Namespace: "default", ServiceAccount: name, TrustDomain: "cluster.local",
+		UID: "rig//v1/Pod/default/" + name, Name: name, Namespace: "default", ServiceAccount: name,
+		TrustDomain:  "cluster.local",
 		WorkloadName: name, WorkloadType: "deployment", CanonicalName: name, CanonicalRevision: "v1", ClusterID: "Kubernetes",
 		Addresses: ips, Protocol: state.HBONE, Capacity: 1,
 	}
@@ -130,8 +133,10 @@ func (r *Rig) proxy(name string, self netip.Addr) *proxy.Proxy {
 	log := slog.New(slog.NewTextHandler(r.log, &slog.HandlerOptions{Level: slog.LevelDebug})).With("pod", name)
 	return proxy.New(proxy.Options{
 		Info:    state.WorkloadInfo{Name: name, Namespace: "default", ServiceAccount: name},
-		Network: &network{self: self, dialled: &r.dialled}, Knowledge: knowledge{r.view}, Certs: r.certs, Resolver: net.DefaultResolver,
-		Metrics: proxy.NewMetrics(), Access: log, Log: log, Random: rand.Uint64N, Config: proxy.Config{ResponseBaggage: true, SendReason: true},
+		Network: &network{self: self, dialled: &r.dialled}, Knowledge: knowledge{r.view}, Certs: r.certs,
+		Resolver: net.DefaultResolver,
+		Metrics:  proxy.NewMetrics(), Access: log, Log: log, Random: rand.Uint64N,
+		Config: proxy.Config{ResponseBaggage: true, SendReason: true},
 	})
 }
 
@@ -208,7 +213,8 @@ func (r *Rig) Identity(account string) *identity.Certificate {
 	return Issue(r.t, r.CA, ID(account))
 }
 
-// App runs an application at ip, a port of the kernel's choice, until the test ends; h is called per connection, which is closed when h returns.
+// App runs an application at ip, a port of the kernel's choice, until the test ends; h is called per connection,
+// which is closed when h returns.
 func (r *Rig) App(ip netip.Addr, h func(*net.TCPConn)) netip.AddrPort {
 	r.t.Helper()
 	ln, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: ip.AsSlice()})
@@ -255,8 +261,8 @@ type RefusedError struct{ Refusal refusal.Way }
 
 func (e *RefusedError) Error() string { return fmt.Sprintf("rig: SYN refused (%d)", e.Refusal) }
 
-// Dial opens a connection as the client pod's application does: a SYN to dst is captured and carried by its proxy. The error is a
-// *RefusedError if the proxy turned it down.
+// Dial opens a connection as the client pod's application does: a SYN to dst is captured and carried by its proxy.
+// The error is a *RefusedError if the proxy turned it down.
 func (r *Rig) Dial(dst netip.AddrPort) (*net.TCPConn, error) {
 	f := &flow{src: netip.AddrPortFrom(r.Client, uint16(20000+rand.IntN(30000))), dst: dst, verdict: make(chan error, 1)}
 	r.work.Go(func() { r.client.ServeOutbound(f) })
@@ -268,7 +274,8 @@ func (r *Rig) Dial(dst netip.AddrPort) (*net.TCPConn, error) {
 	}
 }
 
-// Tunnel opens a tunnel of the client pod's to addr beneath its proxy: hbone's client over mTLS, for identity want. It ends with the test.
+// Tunnel opens a tunnel of the client pod's to addr beneath its proxy: hbone's client over mTLS, for identity want.
+// It ends with the test.
 func (r *Rig) Tunnel(addr string, want string, cfg hbone.Config) (*hbone.ClientConn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), Wait)
 	defer cancel()
@@ -276,7 +283,8 @@ func (r *Rig) Tunnel(addr string, want string, cfg hbone.Config) (*hbone.ClientC
 	if err != nil {
 		return nil, err
 	}
-	conn, _, err := hbone.Client(ctx, raw, identity.ClientTLS(r.Identity("client"), []identity.ID{ID(want)}, identity.Params{}), nil)
+	conn, _, err := hbone.Client(ctx, raw, identity.ClientTLS(r.Identity("client"), []identity.ID{ID(want)},
+		identity.Params{}), nil)
 	if err != nil {
 		return nil, err
 	}

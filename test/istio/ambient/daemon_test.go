@@ -27,11 +27,14 @@ import (
 func TestObjects(t *testing.T) {
 	m := newMesh(t)
 	m.reaches("client", m.client.NS, serverVIP, 80)
-	m.knows("Kubernetes//Pod/default/client", "Kubernetes//Pod/default/server", "Kubernetes//Pod/default/outside", "server(1)")
+	m.knows("Kubernetes//Pod/default/client", "Kubernetes//Pod/default/server", "Kubernetes//Pod/default/outside",
+		"server(1)")
 
 	t.Run("certificates are Istio's", func(t *testing.T) { checkCertificates(t, m) })
 	t.Run("traffic is HBONE", func(t *testing.T) {
-		labels := []string{"connection_security_policy=mutual_tls", "source_principal=spiffe://cluster.local/ns/default/sa/client", "destination_principal=spiffe://cluster.local/ns/default/sa/server"}
+		labels := []string{"connection_security_policy=mutual_tls",
+			"source_principal=spiffe://cluster.local/ns/default/sa/client",
+			"destination_principal=spiffe://cluster.local/ns/default/sa/server"}
 		for n, reporter := range map[*lab.Node]string{m.N1: "source", m.N2: "destination"} {
 			eventually(t, 5*time.Second, func() error {
 				metrics, err := n.Daemon.Metrics(m.ctx)
@@ -119,7 +122,9 @@ func checkCertificates(t *testing.T, m *mesh) {
 				t.Errorf("%s: the root of %s is %v, not Istio's", n.Name, id, root.Subject)
 			}
 			leaf := certificate(t, certs[i].CertChain[0].PEM)
-			if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); err != nil {
+			if _, err :=
+				leaf.Verify(x509.VerifyOptions{Roots: roots, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); err !=
+				nil {
 				t.Errorf("%s: %s: %v", n.Name, id, err)
 			}
 			if len(leaf.URIs) != 1 || leaf.URIs[0].String() != id {
@@ -134,7 +139,8 @@ func checkCertificates(t *testing.T, m *mesh) {
 	}
 }
 
-// TestPolicies: AuthorizationPolicy and PeerAuthentication are enforced on new and on live connections, as created, as changed, and as deleted.
+// TestPolicies: AuthorizationPolicy and PeerAuthentication are enforced on new and on live connections, as created,
+// as changed, and as deleted.
 func TestPolicies(t *testing.T) {
 	m := newMesh(t)
 	const client, other = "cluster.local/ns/default/sa/client", "cluster.local/ns/default/sa/other"
@@ -175,7 +181,8 @@ func TestPolicies(t *testing.T) {
 		m.reaches("other", m.other.NS, server, 9000)
 		m.reaches("outside", m.outside.NS, server, 9000)
 	})
-	for name, scope := range map[string][2]string{"STRICT in the mesh": {"istio-system", ""}, "STRICT in the namespace": {"default", ""}, "STRICT for the pod": {"default", "server"}} {
+	for name, scope := range map[string][2]string{"STRICT in the mesh": {"istio-system", ""},
+		"STRICT in the namespace": {"default", ""}, "STRICT for the pod": {"default", "server"}} {
 		t.Run(name, func(t *testing.T) {
 			a, c := m.open(m.client.NS, server), m.open(m.outside.NS, server)
 			m.Apply(strictYAML(scope[0], scope[1]))
@@ -195,7 +202,8 @@ func TestPolicies(t *testing.T) {
 	}
 }
 
-// TestDisconnected: what is removed and made while there is no control plane is learnt when it is back (checklist 25, 32); until then the last state holds.
+// TestDisconnected: what is removed and made while there is no control plane is learnt when it is back (checklist 25,
+// 32); until then the last state holds.
 func TestDisconnected(t *testing.T) {
 	m := newMesh(t)
 	late := m.pod(m.N2, "late")
@@ -235,7 +243,8 @@ func TestDisconnected(t *testing.T) {
 	must(t, held.Check())
 }
 
-// TestKilledUnderTraffic: the control plane dies and comes back, several times and in several ways, and no connection notices.
+// TestKilledUnderTraffic: the control plane dies and comes back, several times and in several ways, and no connection
+// notices.
 func TestKilledUnderTraffic(t *testing.T) {
 	m := newMesh(t)
 	held, plain := m.open(m.client.NS, m.server.V4()), m.open(m.outside.NS, m.server.V4())
@@ -282,8 +291,8 @@ func TestKilledUnderTraffic(t *testing.T) {
 	}
 }
 
-// TestRefusedByIstiod: a node that istiod does not know does not become ready and says why; its token is read again at each attempt (checklist 34), so
-// that it goes on by itself once it has a good one.
+// TestRefusedByIstiod: a node that istiod does not know does not become ready and says why; its token is read again
+// at each attempt (checklist 34), so that it goes on by itself once it has a good one.
 func TestRefusedByIstiod(t *testing.T) {
 	m := prepare(t)
 	token := m.Path("token-n1")
@@ -325,7 +334,8 @@ func saysReady(log string) bool {
 	return false
 }
 
-// TestNoCA: a node that has its state and cannot reach the CA is not ready, and says why; with a pod that wants a certificate it says that of the pod.
+// TestNoCA: a node that has its state and cannot reach the CA is not ready, and says why; with a pod that wants a
+// certificate it says that of the pod.
 func TestNoCA(t *testing.T) {
 	m := prepare(t)
 	env := m.env(m.N1)
@@ -336,7 +346,8 @@ func TestNoCA(t *testing.T) {
 		t.Helper()
 		eventually(t, 20*time.Second, func() error {
 			status, body, err := d.Get(m.ctx, lab.ReadyPort, "/healthz/ready?verbose")
-			if err != nil || status != 500 || !strings.HasPrefix(body, "not ready, pending: certificates\n") || !strings.Contains(body, want) {
+			if err != nil || status != 500 || !strings.HasPrefix(body, "not ready, pending: certificates\n") ||
+				!strings.Contains(body, want) {
 				return fmt.Errorf("readiness says %d %q %v, want 500 and %q", status, body, err, want)
 			}
 			return nil
@@ -350,8 +361,9 @@ func TestNoCA(t *testing.T) {
 	}
 }
 
-// TestCertificateRefused: while istiod refuses certificates the daemon says why, the pods that have one go on, and one that has none is refused rather than let
-// through in plaintext; it gets its certificate soon after the reason is gone. The reason here is a token whose pod is no more.
+// TestCertificateRefused: while istiod refuses certificates the daemon says why, the pods that have one go on, and
+// one that has none is refused rather than let through in plaintext; it gets its certificate soon after the reason is
+// gone. The reason here is a token whose pod is no more.
 func TestCertificateRefused(t *testing.T) {
 	m := newMesh(t)
 	fakeistiod.Delete(m.Cluster, &corev1.Pod{}, "istio-system", "ztunnel-n1")
@@ -365,14 +377,16 @@ func TestCertificateRefused(t *testing.T) {
 			return errors.New("the log does not hold what istiod says")
 		}
 		for _, c := range m.dump(m.N1).Certificates {
-			if c.Identity == id && strings.HasPrefix(c.State, "Unavailable: ") && strings.Contains(c.State, "request authenticate failure") {
+			if c.Identity == id && strings.HasPrefix(c.State, "Unavailable: ") &&
+				strings.Contains(c.State, "request authenticate failure") {
 				return nil
 			}
 		}
 		return fmt.Errorf("/config_dump does not say why there is no certificate for %s", id)
 	})
 	must(t, m.ask(m.client.NS, m.server.V4(), 9000)) // the others do not notice
-	match(t, "certificate", istioctlAll(t, m.World, m.ctx, m.N1)["certificate"], `(?m)^`+id+` +NA +Unavailable +false +NA +NA +NA$`)
+	match(t, "certificate", istioctlAll(t, m.World, m.ctx, m.N1)["certificate"],
+		`(?m)^`+id+` +NA +Unavailable +false +NA +NA +NA$`)
 
 	m.Apply(ztunnelPod("n1", m.N1.Addr4.String()))
 	must(t, os.WriteFile(m.Path("token-n1"), []byte(m.Token("istio-system", "ztunnel", "ztunnel-n1")), 0o600))
@@ -380,8 +394,9 @@ func TestCertificateRefused(t *testing.T) {
 	m.reaches("client", m.client.NS, late.V4(), 9000)
 }
 
-// checkOutside: connections to addresses that nothing in the mesh has, again and again: at the second istiod used to be told to forget a name and
-// nothing else, which it answers with the removal of everything it knows that the node has.
+// checkOutside: connections to addresses that nothing in the mesh has, again and again: at the second istiod used to
+// be told to forget a name and nothing else, which it answers with the removal of everything it knows that the node
+// has.
 func checkOutside(t *testing.T, m *mesh) {
 	stranger, err := m.AddHost(m.N2, "stranger")
 	must(t, err)
@@ -425,7 +440,8 @@ func checkOutside(t *testing.T, m *mesh) {
 	m.reaches("client", m.client.NS, late.V4(), 9000)
 }
 
-// TestOnDemand: a daemon that asks for addresses as they are needed has the same mesh, and does not know what nobody asked for (checklist 21).
+// TestOnDemand: a daemon that asks for addresses as they are needed has the same mesh, and does not know what nobody
+// asked for (checklist 21).
 func TestOnDemand(t *testing.T) {
 	m := prepare(t)
 	for i := range 20 {
@@ -445,7 +461,8 @@ func TestOnDemand(t *testing.T) {
 	m.reaches("client", m.client.NS, m.outside.V4(), 9000)
 	metrics, err := m.N1.Daemon.Metrics(m.ctx)
 	must(t, err)
-	if metrics.Sum("istio_tcp_connections_opened_total", "reporter=source", "connection_security_policy=mutual_tls", "destination_workload=server") < 2 {
+	if metrics.Sum("istio_tcp_connections_opened_total", "reporter=source", "connection_security_policy=mutual_tls",
+		"destination_workload=server") < 2 {
 		t.Error("the connections to the server were not HBONE")
 	}
 	d := m.dump(m.N1)
@@ -461,7 +478,8 @@ func TestOnDemand(t *testing.T) {
 	must(t, m.ask(m.client.NS, m.outside.V4(), 9000)) // of which istiod has said that it is not captured
 	// What nobody can be asked about may be in the mesh: it is refused, not sent in plaintext.
 	late := m.pod(m.N2, "late")
-	if err := m.askWithin(8*time.Second, m.client.NS, late.V4(), 9000); err == nil || errors.Is(err, context.DeadlineExceeded) {
+	if err := m.askWithin(8*time.Second, m.client.NS, late.V4(), 9000); err == nil ||
+		errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("a pod that cannot be looked up: %v, want a refusal", err)
 	}
 	if log := m.N1.Daemon.Log(); !strings.Contains(log, "failed to look up the destination") {

@@ -42,7 +42,8 @@ var complete = []protoreflect.FileDescriptor{
 // leftOut are fields of the complete packages that ours lacks on purpose: none.
 var leftOut = []protoreflect.FullName{}
 
-// TestDescriptors: our wire types agree with Istio's own in numbers, types, labels, oneofs and enum values (checklist 41 in general).
+// TestDescriptors: our wire types agree with Istio's own in numbers, types, labels, oneofs and enum values (checklist
+// 41 in general).
 func TestDescriptors(t *testing.T) {
 	_ = &discovery.DeltaDiscoveryRequest{} // registers Envoy's
 	cmd := exec.CommandContext(t.Context(), "go", "run", "../internal/ourpb")
@@ -190,7 +191,8 @@ func (c *comparison) service(s protoreflect.ServiceDescriptor) {
 		return
 	}
 	signature := func(m protoreflect.MethodDescriptor) string {
-		return fmt.Sprintf("(%t %s) (%t %s)", m.IsStreamingClient(), m.Input().FullName(), m.IsStreamingServer(), m.Output().FullName())
+		return fmt.Sprintf("(%t %s) (%t %s)", m.IsStreamingClient(), m.Input().FullName(), m.IsStreamingServer(),
+			m.Output().FullName())
 	}
 	for i := range s.Methods().Len() {
 		m := s.Methods().Get(i)

@@ -70,7 +70,8 @@ func match(t *testing.T, command, out, pattern string) {
 	}
 }
 
-// settled is the output without what is an accident of a run: ports that the kernel chose, serial numbers, times, the widths of columns.
+// settled is the output without what is an accident of a run: ports that the kernel chose, serial numbers, times, the
+// widths of columns.
 func settled(out string) string {
 	for _, r := range [][2]string{
 		{`:[3-6]\d{4}\b`, ":PORT"},
@@ -84,7 +85,8 @@ func settled(out string) string {
 	return out
 }
 
-// TestIstioctl: istioctl shows the same of our daemons as of two real ztunnels in the same world with the same connections.
+// TestIstioctl: istioctl shows the same of our daemons as of two real ztunnels in the same world with the same
+// connections.
 func TestIstioctl(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	t.Cleanup(cancel)
@@ -95,7 +97,9 @@ func TestIstioctl(t *testing.T) {
 	for i, n := range w.Nodes() {
 		_, err := w.StartDaemon(ctx, n, lab.DaemonOptions{})
 		must(t, err)
-		p, err := w.AddPod(n, lab.Pod{Name: []string{"a", "b"}[i], IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 91, byte(i + 1), 2})}})
+		p, err :=
+			w.AddPod(n,
+				lab.Pod{Name: []string{"a", "b"}[i], IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 91, byte(i + 1), 2})}})
 		must(t, err)
 		must(t, w.Attach(ctx, p))
 		serve(t, p.NS)
@@ -104,9 +108,10 @@ func TestIstioctl(t *testing.T) {
 	// The connections of the samples: b's node first, then a twice over one tunnel.
 	hold := func(ns *lab.NS, from string, n int) *load.IdleConns {
 		src := netip.MustParseAddr(from)
-		ic, err := load.Idle(ctx, load.Target{Addr: "10.91.2.2:9000", Dial: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			return ns.DialFrom(ctx, src, network, addr)
-		}}, n)
+		ic, err := load.Idle(ctx,
+			load.Target{Addr: "10.91.2.2:9000", Dial: func(ctx context.Context, network, addr string) (net.Conn, error) {
+				return ns.DialFrom(ctx, src, network, addr)
+			}}, n)
 		must(t, err)
 		t.Cleanup(ic.Close)
 		return ic
@@ -126,19 +131,24 @@ func TestIstioctl(t *testing.T) {
 				t.Errorf("istioctl ztunnel-config %s at %s shows\n%s\nof a real ztunnel\n%s", c, n.Name, g, want)
 			}
 		}
-		match(t, "certificate", got["certificate"], fmt.Sprintf(`(?m)^spiffe://cluster\.local/ns/default/sa/%s +Leaf +Available +true +[0-9a-f]+ +\d{4}-\S+Z +\d{4}-\S+Z$`, pod))
+		match(t, "certificate", got["certificate"],
+			fmt.Sprintf(
+				`(?m)^spiffe://cluster\.local/ns/default/sa/%s +Leaf +Available +true +[0-9a-f]+ +\d{4}-\S+Z +\d{4}-\S+Z$`, pod))
 	}
 	must(t, plain.Check())
 	must(t, tunnelled.Check())
 
 	// Without a file istioctl asks the daemon itself: the same rows, and the log's levels.
-	match(t, "connections", liveIstioctl(t, ctx, w.N1, "connections", "ztunnel-n1"), `(?m)^a\.default +Outbound +a\.default:\d+ +b\.default:15008 +b\.default:9000 +HBONE$`)
+	match(t, "connections", liveIstioctl(t, ctx, w.N1, "connections", "ztunnel-n1"),
+		`(?m)^a\.default +Outbound +a\.default:\d+ +b\.default:15008 +b\.default:9000 +HBONE$`)
 	for _, row := range [][2]string{
 		{"", "hickory_server::server=off,info"},
-		{"access:debug", "hickory_server::server=off,access=debug,info"}, // as istioctl's help writes it, which ztunnel itself refuses
+		// as istioctl's help writes it, which ztunnel itself refuses
+		{"access:debug", "hickory_server::server=off,access=debug,info"},
 		{"access=info,warn", "hickory_server::server=off,access=info,warn"},
 	} {
-		if out := liveIstioctl(t, ctx, w.N1, "log", "ztunnel-n1", "--level", row[0]); !strings.Contains(out, "current log level is "+row[1]+"\n") {
+		if out := liveIstioctl(t, ctx, w.N1, "log", "ztunnel-n1", "--level", row[0]); !strings.Contains(out,
+			"current log level is "+row[1]+"\n") {
 			t.Errorf("istioctl ztunnel-config log --level %q: %s", row[0], out)
 		}
 	}

@@ -27,8 +27,8 @@ const noticed = 5 * time.Second
 // gone ends an attempt that never gets an answer, and is many times what an answer takes.
 const gone = 3 * time.Second
 
-// mesh is two nodes whose daemons have their knowledge and their certificates from Istio: pods client and other on n1, server on n2, the
-// uncaptured hosts outside on n2 and istiod on n1, where the control plane listens.
+// mesh is two nodes whose daemons have their knowledge and their certificates from Istio: pods client and other on
+// n1, server on n2, the uncaptured hosts outside on n2 and istiod on n1, where the control plane listens.
 type mesh struct {
 	*lab.World
 	*fakeistiod.Cluster
@@ -71,7 +71,8 @@ func prepare(t *testing.T) *mesh {
 	m.Apply(namespaces)
 	for _, n := range m.Nodes() {
 		m.Apply(ztunnelPod(n.Name, n.Addr4.String()))
-		must(t, os.WriteFile(m.Path("token-"+n.Name), []byte(m.Token("istio-system", "ztunnel", "ztunnel-"+n.Name)+"\n"), 0o600))
+		must(t, os.WriteFile(m.Path("token-"+n.Name), []byte(m.Token("istio-system", "ztunnel", "ztunnel-"+n.Name)+"\n"),
+			0o600))
 	}
 	must(t, os.WriteFile(m.Path("root.pem"), m.Root(), 0o644))
 	m.Apply(plainPod("default", "outside", "n2", m.outside.V4().String(), m.outside.V6().String()))
@@ -157,7 +158,8 @@ func (m *mesh) reaches(who string, ns *lab.NS, ip netip.Addr, port uint16) {
 	})
 }
 
-// refused waits until new connections do not work any more, and checks that they do not by an answer rather than by silence.
+// refused waits until new connections do not work any more, and checks that they do not by an answer rather than by
+// silence.
 func (m *mesh) refused(who string, ns *lab.NS, ip netip.Addr, port uint16) {
 	m.t.Helper()
 	eventually(m.t, noticed, func() error {

@@ -50,7 +50,8 @@ func newHand(t *testing.T, c *fakeistiod.Cluster, addr net.Addr, token string) *
 	t.Helper()
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(c.Root())
-	conn, err := grpc.NewClient("passthrough:///"+addr.String(), grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{RootCAs: roots, ServerName: "istiod.istio-system.svc"})))
+	conn, err := grpc.NewClient("passthrough:///"+addr.String(),
+		grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{RootCAs: roots, ServerName: "istiod.istio-system.svc"})))
 	must(t, err)
 	t.Cleanup(func() { conn.Close() })
 	h := &hand{t: t, conn: conn, md: []string{"clusterid", fakeistiod.ClusterID}}
@@ -61,13 +62,15 @@ func newHand(t *testing.T, c *fakeistiod.Cluster, addr net.Addr, token string) *
 }
 
 // stream opens delta xDS for one type as the ztunnel of a node; have are names that it knows from an earlier stream.
-func (h *hand) stream(node, typeURL string, have ...string) discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesClient {
+func (h *hand) stream(node, typeURL string,
+	have ...string) discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesClient {
 	h.t.Helper()
 	ctx, cancel := context.WithTimeout(metadata.AppendToOutgoingContext(h.t.Context(), h.md...), 20*time.Second)
 	h.t.Cleanup(cancel)
 	s, err := discovery.NewAggregatedDiscoveryServiceClient(h.conn).DeltaAggregatedResources(ctx)
 	must(h.t, err)
-	meta, err := structpb.NewStruct(map[string]any{"NAME": "ztunnel-" + node, "NAMESPACE": "istio-system", "NODE_NAME": node, "INSTANCE_IPS": "10.0.0.2"})
+	meta, err := structpb.NewStruct(map[string]any{"NAME": "ztunnel-" + node, "NAMESPACE": "istio-system",
+		"NODE_NAME": node, "INSTANCE_IPS": "10.0.0.2"})
 	must(h.t, err)
 	versions := map[string]string{}
 	for _, name := range have {
@@ -75,13 +78,16 @@ func (h *hand) stream(node, typeURL string, have ...string) discovery.Aggregated
 	}
 	must(h.t, s.Send(&discovery.DeltaDiscoveryRequest{
 		TypeUrl: typeURL, InitialResourceVersions: versions,
-		Node: &core.Node{Id: fmt.Sprintf("ztunnel~10.0.0.2~ztunnel-%s.istio-system~istio-system.svc.cluster.local", node), Metadata: meta},
+		Node: &core.Node{Id: fmt.Sprintf("ztunnel~10.0.0.2~ztunnel-%s.istio-system~istio-system.svc.cluster.local", node),
+			Metadata: meta},
 	}))
 	return s
 }
 
-// collect reads responses, with an ACK for each, until every name of want has come ("-name": as removed). It fails on the stream's error.
-func collect(t *testing.T, s discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesClient, want ...string) map[string]*discovery.Resource {
+// collect reads responses, with an ACK for each, until every name of want has come ("-name": as removed). It fails on
+// the stream's error.
+func collect(t *testing.T, s discovery.AggregatedDiscoveryService_DeltaAggregatedResourcesClient,
+	want ...string) map[string]*discovery.Resource {
 	t.Helper()
 	got := map[string]*discovery.Resource{}
 	for {
@@ -116,9 +122,11 @@ func keys[V any](m map[string]V) []string {
 func (h *hand) sign(identity string) ([]string, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(h.t, err)
-	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{URIs: []*url.URL{{Scheme: "spiffe", Host: "ignored"}}}, key)
+	csr, err := x509.CreateCertificateRequest(rand.Reader,
+		&x509.CertificateRequest{URIs: []*url.URL{{Scheme: "spiffe", Host: "ignored"}}}, key)
 	must(h.t, err)
-	req := &citadel.IstioCertificateRequest{Csr: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr})), ValidityDuration: 3600}
+	req := &citadel.IstioCertificateRequest{
+		Csr: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr})), ValidityDuration: 3600}
 	if identity != "" {
 		req.Metadata, err = structpb.NewStruct(map[string]any{"ImpersonatedIdentity": identity})
 		must(h.t, err)
@@ -136,10 +144,12 @@ func localListener(t *testing.T) net.Listener {
 	return ln
 }
 
-// TestRig: the control plane of these tests is what it claims to be. Every row was seen on a real istiod (docs/istio-peers.md).
+// TestRig: the control plane of these tests is what it claims to be. Every row was seen on a real istiod
+// (docs/istio-peers.md).
 func TestRig(t *testing.T) {
 	c := fakeistiod.New(t)
-	c.Apply(namespaces + ztunnelPod("n1", "10.91.0.1") + ztunnelPod("n2", "10.91.0.2") + podYAML("default", "a", "a", "n1", "10.91.1.2") + podYAML("default", "b", "b", "n2", "10.91.2.2") + serviceYAML("default", "b", "10.92.0.1"))
+	c.Apply(namespaces + ztunnelPod("n1", "10.91.0.1") + ztunnelPod("n2", "10.91.0.2") + podYAML("default", "a", "a", "n1",
+		"10.91.1.2") + podYAML("default", "b", "b", "n2", "10.91.2.2") + serviceYAML("default", "b", "10.92.0.1"))
 	ln := localListener(t)
 	began := time.Now()
 	istiod := c.Start(ln, "istiod.istio-system.svc")
@@ -152,7 +162,8 @@ func TestRig(t *testing.T) {
 		var a workloadapi.Address
 		must(t, got["Kubernetes//Pod/default/b"].Resource.UnmarshalTo(&a))
 		w := a.GetWorkload()
-		if w.TunnelProtocol != workloadapi.TunnelProtocol_HBONE || w.Node != "n2" || w.ServiceAccount != "b" || w.Services["default/b.default.svc.cluster.local"] == nil {
+		if w.TunnelProtocol != workloadapi.TunnelProtocol_HBONE || w.Node != "n2" || w.ServiceAccount != "b" ||
+			w.Services["default/b.default.svc.cluster.local"] == nil {
 			t.Errorf("pod b is %v", w)
 		}
 		c.Apply(podYAML("default", "late", "late", "n1", "10.91.1.9"))
@@ -203,7 +214,8 @@ func TestRig(t *testing.T) {
 		block, _ := pem.Decode([]byte(chain[0]))
 		leaf, err := x509.ParseCertificate(block.Bytes)
 		must(t, err)
-		if len(leaf.URIs) != 1 || leaf.URIs[0].String() != "spiffe://cluster.local/ns/default/sa/a" || leaf.NotAfter.Sub(time.Now()) > time.Hour {
+		if len(leaf.URIs) != 1 || leaf.URIs[0].String() != "spiffe://cluster.local/ns/default/sa/a" ||
+			leaf.NotAfter.Sub(time.Now()) > time.Hour {
 			t.Errorf("leaf for %v until %v", leaf.URIs, leaf.NotAfter)
 		}
 		unbound := newHand(t, c, ln.Addr(), c.TokenFor("istio-ca", "istio-system", "ztunnel", ""))
@@ -213,10 +225,13 @@ func TestRig(t *testing.T) {
 			identity string
 			want     string
 		}{
-			"account of another node": {good, "spiffe://cluster.local/ns/default/sa/b", "request impersonation authentication failure"},
-			"token without a pod":     {unbound, "spiffe://cluster.local/ns/default/sa/a", "request impersonation authentication failure"},
-			"not a node proxy":        {stranger, "spiffe://cluster.local/ns/default/sa/a", "request impersonation authentication failure"},
-			"no token":                {newHand(t, c, ln.Addr(), ""), "", "request authenticate failure"},
+			"account of another node": {good, "spiffe://cluster.local/ns/default/sa/b",
+				"request impersonation authentication failure"},
+			"token without a pod": {unbound, "spiffe://cluster.local/ns/default/sa/a",
+				"request impersonation authentication failure"},
+			"not a node proxy": {stranger, "spiffe://cluster.local/ns/default/sa/a",
+				"request impersonation authentication failure"},
+			"no token": {newHand(t, c, ln.Addr(), ""), "", "request authenticate failure"},
 		} {
 			t.Run(name, func(t *testing.T) {
 				_, err := row.h.sign(row.identity)
@@ -239,6 +254,7 @@ func TestRig(t *testing.T) {
 		must(t, err)
 		c.Start(ln, "istiod.istio-system.svc")
 		h := newHand(t, c, ln.Addr(), c.Token("istio-system", "ztunnel", "ztunnel-n1"))
-		collect(t, h.stream("n1", addressType, "Kubernetes//Pod/default/b"), "Kubernetes//Pod/default/new", "-Kubernetes//Pod/default/b")
+		collect(t, h.stream("n1", addressType, "Kubernetes//Pod/default/b"), "Kubernetes//Pod/default/new",
+			"-Kubernetes//Pod/default/b")
 	})
 }

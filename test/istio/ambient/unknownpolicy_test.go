@@ -15,9 +15,9 @@ import (
 	"ztun/test/lab"
 )
 
-// TestUnsetPeerAuthentication: with the mesh STRICT, a namespace's PeerAuthentication without a mode and a workload's with a PERMISSIVE
-// port, istiod lists a converted policy with the workload that it never sends. The workload serves the mesh all the same; what is
-// missing is said in the log, in the metrics and in /config_dump.
+// TestUnsetPeerAuthentication: with the mesh STRICT, a namespace's PeerAuthentication without a mode and a workload's
+// with a PERMISSIVE port, istiod lists a converted policy with the workload that it never sends. The workload serves
+// the mesh all the same; what is missing is said in the log, in the metrics and in /config_dump.
 func TestUnsetPeerAuthentication(t *testing.T) {
 	m := newMesh(t)
 	m.Apply(`apiVersion: security.istio.io/v1
@@ -65,8 +65,8 @@ spec: {selector: {matchLabels: {app: server}}, portLevelMtls: {9001: {mode: PERM
 	}
 }
 
-// TestPolicyToggledUnderTraffic: a policy that allows everybody comes and goes while a bystander connects; istiod sends the workload that
-// lists it before the policy. None of 10,000 connections is refused.
+// TestPolicyToggledUnderTraffic: a policy that allows everybody comes and goes while a bystander connects; istiod
+// sends the workload that lists it before the policy. None of 10,000 connections is refused.
 func TestPolicyToggledUnderTraffic(t *testing.T) {
 	m := newMesh(t)
 	const connections, bystanders = 10_000, 8
@@ -86,7 +86,8 @@ func TestPolicyToggledUnderTraffic(t *testing.T) {
 		})
 	}
 	toggles := 0
-	for deadline := time.Now().Add(60 * time.Second); tries.Load() < connections && time.Now().Before(deadline); toggles++ {
+	for deadline := time.Now().Add(60 * time.Second); tries.Load() < connections &&
+		time.Now().Before(deadline); toggles++ {
 		m.Apply(`apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {namespace: default, name: toggled}
@@ -102,7 +103,8 @@ spec:
 	}
 	work.Wait()
 	if e := first.Load(); e != nil {
-		t.Errorf("%d of %d connections failed while a policy for port 9 came and went %d times; the first: %v", bad.Load(), tries.Load(), toggles, *e)
+		t.Errorf("%d of %d connections failed while a policy for port 9 came and went %d times; the first: %v", bad.Load(),
+			tries.Load(), toggles, *e)
 	}
 	if n := min(tries.Load(), connections); n < connections || toggles < 10 {
 		t.Errorf("only %d connections beside %d changes: no test of anything", n, toggles)

@@ -72,10 +72,12 @@ type Cluster struct {
 func New(tb testing.TB) *Cluster {
 	tb.Helper()
 	if !features.EnableAmbient || len(features.CATrustedNodeAccounts) != 1 {
-		tb.Fatal("fakeistiod: istiod's switches were read without its environment; TestMain has to begin with fakeistiod.Exec")
+		tb.Fatal("fakeistiod: istiod's switches were read without its environment; TestMain has to begin with " +
+			"fakeistiod.Exec")
 	}
 	c := &Cluster{tb: tb, objects: map[string]runtime.Object{}, tokens: map[string]bound{}}
-	options, err := ca.NewSelfSignedDebugIstioCAOptions("", 24*time.Hour, 24*time.Hour, 90*24*time.Hour, "cluster.local", 2048)
+	options, err := ca.NewSelfSignedDebugIstioCAOptions("", 24*time.Hour, 24*time.Hour, 90*24*time.Hour,
+		"cluster.local", 2048)
 	if err == nil {
 		c.CA, err = ca.NewIstioCA(options)
 	}
@@ -99,7 +101,8 @@ type Istiod struct {
 	end  sync.Once
 }
 
-// Start runs an istiod over the cluster's objects on a listener, which it owns. hosts are the names and addresses of its serving certificate.
+// Start runs an istiod over the cluster's objects on a listener, which it owns. hosts are the names and addresses of
+// its serving certificate.
 func (c *Cluster) Start(ln net.Listener, hosts ...string) *Istiod {
 	c.tb.Helper()
 	c.change.Lock()
@@ -114,7 +117,8 @@ func (c *Cluster) Start(ln net.Listener, hosts ...string) *Istiod {
 	clientset := client.Kube().(*fake.Clientset)
 	clientset.PrependReactor("create", "tokenreviews", c.review)
 
-	auth := []security.Authenticator{kubeauth.NewKubeJWTAuthenticator(meshwatcher.NewTestWatcher(mesh.DefaultMeshConfig()), clientset, ClusterID, nil, nil)}
+	auth := []security.Authenticator{kubeauth.NewKubeJWTAuthenticator(meshwatcher.NewTestWatcher(mesh.DefaultMeshConfig()),
+		clientset, ClusterID, nil, nil)}
 	i.Server.Discovery.Authenticators = auth
 	clusters := multicluster.NewFakeController()
 	authority, err := caserver.New(c.CA, time.Hour, auth, clusters)
@@ -127,7 +131,9 @@ func (c *Cluster) Start(ln net.Listener, hosts ...string) *Istiod {
 	serving, err := c.serving(hosts)
 	c.must(err)
 	options := istiogrpc.ServerOptions(keepalive.DefaultOption(), func(int64) {})
-	i.grpc = grpc.NewServer(append(options, grpc.Creds(credentials.NewTLS(&tls.Config{Certificates: []tls.Certificate{serving}})))...)
+	i.grpc =
+		grpc.NewServer(
+			append(options, grpc.Creds(credentials.NewTLS(&tls.Config{Certificates: []tls.Certificate{serving}})))...)
 	i.Server.Discovery.Register(i.grpc)
 	authority.Register(i.grpc)
 	done := make(chan struct{})

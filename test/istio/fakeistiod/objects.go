@@ -27,8 +27,9 @@ type bound struct {
 	audience                string
 }
 
-// Apply creates or replaces the objects of a YAML text (documents separated by ---), in the API server and so in the istiod that runs.
-// A namespace, node, pod, service, AuthorizationPolicy, PeerAuthentication or ServiceEntry is taken.
+// Apply creates or replaces the objects of a YAML text (documents separated by ---), in the API server and so in the
+// istiod that runs. A namespace, node, pod, service, AuthorizationPolicy, PeerAuthentication or ServiceEntry is
+// taken.
 func (c *Cluster) Apply(yaml string) {
 	c.tb.Helper()
 	for _, doc := range strings.Split(yaml, "\n---\n") {
@@ -160,7 +161,8 @@ func (c *Cluster) review(action clienttesting.Action) (bool, runtime.Object, err
 	case !known:
 		r.Status.Error = "invalid bearer token"
 	case !slices.Contains(r.Spec.Audiences, b.audience):
-		r.Status.Error = fmt.Sprintf("token audiences [%q] is invalid for the target audiences %q", b.audience, r.Spec.Audiences)
+		r.Status.Error = fmt.Sprintf("token audiences [%q] is invalid for the target audiences %q", b.audience,
+			r.Spec.Audiences)
 	default:
 		if b.pod != "" {
 			pod, _ := c.objects[key(&corev1.Pod{}, b.namespace, b.pod)].(*corev1.Pod)
@@ -171,7 +173,8 @@ func (c *Cluster) review(action clienttesting.Action) (bool, runtime.Object, err
 		}
 		r.Status.Authenticated = true
 		r.Status.User.Username = fmt.Sprintf("system:serviceaccount:%s:%s", b.namespace, b.account)
-		r.Status.User.Groups = []string{"system:serviceaccounts", "system:serviceaccounts:" + b.namespace, "system:authenticated"}
+		r.Status.User.Groups = []string{"system:serviceaccounts", "system:serviceaccounts:" + b.namespace,
+			"system:authenticated"}
 		r.Status.User.Extra = map[string]authv1.ExtraValue{}
 		if b.pod != "" {
 			r.Status.User.Extra[tokenreview.PodNameKey] = authv1.ExtraValue{b.pod}

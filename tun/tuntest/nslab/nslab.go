@@ -1,6 +1,8 @@
-// Package nslab makes real network namespaces for tests that need them, and removes them when the test ends, however it ends.
+// Package nslab makes real network namespaces for tests that need them, and removes them when the test ends, however
+// it ends.
 //
-// Who calls it: tests below tun. What it never does: skip a test silently. Without root a test fails and says so, unless ZTUN_TEST_NOROOT=1 asks to skip.
+// Who calls it: tests below tun. What it never does: skip a test silently. Without root a test fails and says so,
+// unless ZTUN_TEST_NOROOT=1 asks to skip.
 package nslab
 
 import (
@@ -25,7 +27,8 @@ func NeedRoot(tb testing.TB) {
 	if os.Getenv("ZTUN_TEST_NOROOT") == "1" {
 		tb.Skip("SKIPPED: needs root, and ZTUN_TEST_NOROOT=1 is set")
 	}
-	tb.Fatal("\n*** this test makes network namespaces and TUN devices and NEEDS ROOT; run it as root, or set ZTUN_TEST_NOROOT=1 to skip it ***")
+	tb.Fatal("\n*** this test makes network namespaces and TUN devices and NEEDS ROOT; run it as root, or set " +
+		"ZTUN_TEST_NOROOT=1 to skip it ***")
 }
 
 // NS is a namespace of the lab.
@@ -43,7 +46,8 @@ func New(tb testing.TB) *NS {
 	name := fmt.Sprintf("zttun-%d-%s", os.Getpid(), hex.EncodeToString(b[:]))
 	IP(tb, "netns", "add", name)
 	tb.Cleanup(func() {
-		if out, err := exec.Command("ip", "netns", "del", name).CombinedOutput(); err != nil && !strings.Contains(string(out), "No such file") {
+		if out, err := exec.Command("ip", "netns", "del", name).CombinedOutput(); err != nil &&
+			!strings.Contains(string(out), "No such file") {
 			tb.Errorf("ip netns del %s: %v: %s", name, err, out)
 		}
 	})
@@ -53,7 +57,9 @@ func New(tb testing.TB) *NS {
 	}
 	tb.Cleanup(func() { ns.Close() })
 	// No duplicate address detection on devices to come: it takes seconds, and changes what State shows meanwhile.
-	if err := ns.Do(func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0) }); err != nil {
+	if err := ns.Do(func() error {
+		return os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0)
+	}); err != nil {
 		tb.Fatal(err)
 	}
 	n := &NS{NS: ns, Name: name}
@@ -72,7 +78,8 @@ func (n *NS) State(tb testing.TB) string {
 	tb.Helper()
 	var b strings.Builder
 	for _, args := range [][]string{
-		{"rule"}, {"-6", "rule"}, {"route", "show", "table", "all"}, {"-6", "route", "show", "table", "all"}, {"link"}, {"addr"},
+		{"rule"}, {"-6", "rule"}, {"route", "show", "table", "all"}, {"-6", "route", "show", "table", "all"}, {"link"},
+		{"addr"},
 	} {
 		fmt.Fprintf(&b, "# ip %s\n%s", strings.Join(args, " "), n.IP(tb, args...))
 	}

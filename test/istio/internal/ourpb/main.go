@@ -1,5 +1,6 @@
-// Command ourpb prints the descriptors of ztun's generated wire types (a serialized FileDescriptorSet with all that they import). It is a
-// program of its own because a process that links them beside Istio's types for the same messages panics while it starts.
+// Command ourpb prints the descriptors of ztun's generated wire types (a serialized FileDescriptorSet with all that
+// they import). It is a program of its own because a process that links them beside Istio's types for the same
+// messages panics while it starts.
 package main
 
 import (
@@ -31,7 +32,8 @@ func main() {
 		set.File = append(set.File, protodesc.ToFileDescriptorProto(f))
 	}
 	for _, m := range []proto.Message{
-		&citadelpb.IstioCertificateRequest{}, &discoverypb.DeltaDiscoveryRequest{}, &securitypb.Authorization{}, &workloadpb.Address{},
+		&citadelpb.IstioCertificateRequest{}, &discoverypb.DeltaDiscoveryRequest{}, &securitypb.Authorization{},
+		&workloadpb.Address{},
 	} {
 		add(m.ProtoReflect().Descriptor().ParentFile())
 	}

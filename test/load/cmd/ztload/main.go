@@ -42,16 +42,18 @@ func main() {
 }
 
 func usage(why string) {
-	fmt.Fprintln(os.Stderr, "ztload:", why, "(serve, dial, whoami, xfer, half, random, rate, echo, bulk, bystander, idle; -h shows the flags of each)")
+	fmt.Fprintln(os.Stderr, "ztload:", why,
+		"(serve, dial, whoami, xfer, half, random, rate, echo, bulk, bystander, idle; -h shows the flags of each)")
 	os.Exit(2)
 }
 
 func run(ctx context.Context, verb string, args []string) int {
 	fs := flag.NewFlagSet("ztload "+verb, flag.ExitOnError)
 	var (
-		to      = fs.String("to", "", "address and port to connect to")
-		listen  = fs.String("listen", ":9000", "serve: addresses of the many-purpose server, separated by commas")
-		byteL   = fs.String("byte", "", "serve: addresses of the one-byte server, separated by commas; bystander: the one to connect to")
+		to     = fs.String("to", "", "address and port to connect to")
+		listen = fs.String("listen", ":9000", "serve: addresses of the many-purpose server, separated by commas")
+		byteL  = fs.String("byte", "",
+			"serve: addresses of the one-byte server, separated by commas; bystander: the one to connect to")
 		verbose = fs.Bool("v", false, "serve: log failed connections to standard error")
 		timeout = fs.Duration("timeout", 5*time.Minute, "end everything after this time")
 		up      = fs.Int64("up", 1<<30, "xfer: bytes to send")
