@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"ztun/admin"
 	"ztun/tun/netns"
@@ -35,6 +36,55 @@ func Locate(p *Pod) error {
 	p.Place = Place{p.NetNS, dev, ino}
 	return nil
 }
+
+// LocateAddrs is Locate for the kinds whose pods have their addresses before they are attached: where none are given
+// they are read from the namespace, one of each family. With several devices (Multus) those of eth0 count, which is
+// how a CNI calls the one that the cluster knows the pod by.
+func LocateAddrs(p *Pod) error {
+	if err := Locate(p); err != nil {
+		return err
+	}
+	if len(p.IPs) > 0 {
+		return nil
+	}
+	ns, err := Open(*p)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	all, err := ns.Addrs()
+	if err != nil {
+		return fmt.Errorf("%w: %w", admin.ErrPodUnavailable, err)
+	}
+	if p.IPs = chooseAddrs(all); len(p.IPs) == 0 {
+		return fmt.Errorf("%w: network namespace %s has no address to be reached by: is its CNI done?",
+			admin.ErrPodUnavailable, ns)
+	}
+	return nil
+}
+
+// chooseAddrs takes the first address of each family: of eth0, else of the first device that has any.
+func chooseAddrs(all []netns.Addr) (ips []netip.Addr) {
+	if len(all) == 0 {
+		return nil
+	}
+	device := all[0].Device
+	if slices.ContainsFunc(all, func(a netns.Addr) bool { return a.Device == podDevice }) {
+		device = podDevice
+	}
+	for _, v4 := range []bool{true, false} {
+		for _, a := range all {
+			if ip := a.Prefix.Addr(); a.Device == device && ip.Is4() == v4 {
+				ips = append(ips, ip)
+				break
+			}
+		}
+	}
+	return ips
+}
+
+// podDevice is what every CNI calls a pod's first device: the runtime asks for it by this name.
+const podDevice = "eth0"
 
 // Open opens the namespace of p.
 func Open(p Pod) (*netns.NS, error) {
