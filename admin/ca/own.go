@@ -43,15 +43,15 @@ func NewOwn(o OwnOptions) *Own {
 func (w *Own) Run(ctx context.Context) error {
 	wait := w.wait.first
 	for {
-		pause := w.wait.most
-		if err := w.renewIfDue(ctx); err != nil {
+		pause, err := w.renewIfDue(ctx)
+		if err != nil {
 			if ctx.Err() != nil {
 				return nil
 			}
 			w.o.Logger.Warn("this node's client certificate cannot be renewed", "file", w.o.CertFile, "error", clip(err.Error()))
 			pause, wait = wait, min(2*wait, w.wait.most)
 		} else {
-			wait = w.wait.first
+			wait, pause = w.wait.first, min(max(pause, time.Second), w.wait.most)
 		}
 		select {
 		case <-time.After(pause):
@@ -61,28 +61,29 @@ func (w *Own) Run(ctx context.Context) error {
 	}
 }
 
-func (w *Own) renewIfDue(ctx context.Context) error {
+// renewIfDue returns when the certificate is due, from now.
+func (w *Own) renewIfDue(ctx context.Context) (time.Duration, error) {
 	// Read anew each time: the operator may have joined the node again.
 	pair, err := tls.LoadX509KeyPair(w.o.CertFile, w.o.KeyFile)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	life := pair.Leaf.NotAfter.Sub(pair.Leaf.NotBefore)
-	if time.Now().Before(pair.Leaf.NotAfter.Add(-life / 3)) {
-		return nil
+	if due := time.Until(pair.Leaf.NotAfter.Add(-life / 3)); due > 0 {
+		return due, nil
 	}
 	key, ok := pair.PrivateKey.(crypto.Signer)
 	uris := identity.URIs(pair.Leaf.Extensions)
 	if !ok || len(uris) != 1 {
-		return errors.New("it is not one that `ztun control join` made")
+		return 0, errors.New("it is not one that `ztun control join` made")
 	}
 	id, err := identity.Parse(uris[0])
 	if err != nil {
-		return err
+		return 0, err
 	}
 	csr, err := requestFor(id, key)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	remote := NewRemote(RemoteOptions{Connector: w.o.Connector, Logger: w.o.Logger})
 	defer remote.Close()
@@ -91,21 +92,22 @@ func (w *Own) renewIfDue(ctx context.Context) error {
 	// Its life without what the CA dates back, lest it grow each time.
 	chain, _, err := remote.Sign(ctx, id, csr, max(life-backdate, life/2))
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if !samePublicKey(chain[0], key) {
-		return errors.New("the certificate that came is for another key")
+		return 0, errors.New("the certificate that came is for another key")
 	}
 	if !chain[0].NotAfter.After(pair.Leaf.NotAfter) {
-		return fmt.Errorf("the certificate that came ends at %s, no later than the old one",
+		return 0, fmt.Errorf("the certificate that came ends at %s, no later than the old one",
 			chain[0].NotAfter.UTC().Format(time.RFC3339))
 	}
 	if err := WriteFile(w.o.CertFile, 0o644, encodePEM(chain)); err != nil {
-		return err
+		return 0, err
 	}
 	w.o.Logger.Info("renewed this node's client certificate", "file", w.o.CertFile, "valid until",
 		chain[0].NotAfter.UTC().Format(time.RFC3339))
-	return nil
+	life = chain[0].NotAfter.Sub(chain[0].NotBefore)
+	return time.Until(chain[0].NotAfter.Add(-life / 3)), nil
 }
 
 func encodePEM(certs []*x509.Certificate) []byte {

@@ -197,7 +197,7 @@ func (b *builder) check(p place) {
 		}
 		b.gateway(p, "waypoint", w.Waypoint)
 		b.gateway(p, "networkGateway", w.NetworkGateway)
-		if w.Node != "" && b.joined != nil && !b.joined[w.Node] {
+		if w.Node != "" && b.joined != nil && !b.joined[w.Node] && !b.joined[workloadMember(w)] {
 			b.warnings.at(p, "node", "no node %q has joined: nobody serves %s or gets its certificate", w.Node, r.name)
 		}
 		if w.NetworkMode != state.HostNetwork { // those have their node's addresses

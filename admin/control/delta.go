@@ -21,6 +21,7 @@ const (
 type subscription struct {
 	typeURL  string
 	node     string
+	workload string // uid, of a workload that is a member by itself; "": a node
 	wildcard bool
 	names    map[string]struct{}
 
@@ -228,7 +229,7 @@ func (d *subscription) retarget() {
 	if d.wildcard {
 		d.target = d.snap.table(d.typeURL)
 	} else {
-		d.target = d.snap.wanted(d.typeURL, d.node, d.names, d.target)
+		d.target = d.snap.wanted(d.typeURL, d.snap.own(d.node, d.workload), d.names, d.target)
 	}
 }
 

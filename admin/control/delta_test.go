@@ -383,7 +383,7 @@ func TestSubscriptionConverges(t *testing.T) {
 		}
 		target := snap.addresses
 		if !wildcard {
-			target = snap.wanted(typeAddress, "n1", names, nil)
+			target = snap.wanted(typeAddress, snap.own("n1", ""), names, nil)
 		}
 		for _, r := range target.all() {
 			want[r.name] = r.version

@@ -9,8 +9,9 @@
 // want a real control plane. What it never does: touch the data plane, or keep anything per node that grows with time
 // or with how slowly the node reads.
 //
-// Directory: ca/ (admin/ca.InitDir), mesh/ (the YAML files), nodes/ (one file per node: hashes of its credentials),
-// issued/ (which certificates each node has), crl.pem (what is revoked), control.sock (status) and control.lock.
+// Directory: ca/ (admin/ca.InitDir), mesh/ (the YAML files), nodes/ (one file per node, and per workload that has
+// joined by itself: hashes of its credentials), issued/ (which certificates each has), crl.pem (what is revoked),
+// control.sock (status) and control.lock.
 //
 // # Istiod's behaviour that is kept (docs/istio-peers.md, spec/controlplane.md 2.4)
 //
@@ -73,4 +74,11 @@
 //   - 2026-11-28: client certificates are judged with the call and not in the handshake, so that a node whose
 //     certificate has expired goes on by its token, visibly. A daemon renews its own at two thirds of its life, for
 //     the same key (the key is what nodes/ knows), by the call that signs for the node's proxy.
+//   - 2026-11-28: a workload can be a member by itself (`control join --workload`), for processes without a node's
+//     daemon. Its credentials are bound to the uid of one record, and its identity is what that record says when a
+//     certificate is signed: who asks in its name for another gets nothing, and without a record it is nobody. It may
+//     say any NODE_NAME, as nothing depends on it, and learns as much of the mesh as a node does: names need the
+//     services, and what may be sent in plaintext depends on the policies of the destination. Its client certificate
+//     bears the workload's own identity and lives a day; the token, which brings a laptop back after a holiday, ends
+//     with `leave` alone.
 package control

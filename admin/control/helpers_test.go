@@ -127,7 +127,8 @@ func (w *world) creds(node string) string { return filepath.Join(w.dir, "creds",
 
 func (w *world) join(node string) {
 	w.t.Helper()
-	check(w.t, Join(w.t.Context(), JoinOptions{Dir: w.dir, Node: node, Out: w.creds(node), Renew: true}))
+	_, err := Join(w.t.Context(), JoinOptions{Dir: w.dir, Node: node, Out: w.creds(node), Renew: true})
+	check(w.t, err)
 }
 
 func (w *world) token(node string) string {

@@ -26,7 +26,7 @@ import (
 // Names in the directory of what was signed.
 const (
 	issuedDir  = "issued"
-	issuedExt  = ".log"  // NODE.log: what a joined node has
+	issuedExt  = ".log"  // NODE.log: what a joined node has; of a workload NAMESPACE~NAME.log
 	revokedExt = ".left" // NODE.TIME.left: what a node had when it left
 	crlFile    = "crl.pem"
 )
@@ -116,7 +116,8 @@ func (s *issuedStore) refreshLocked(joined func(string) bool, now time.Time) err
 	var problems []error
 	for _, e := range entries {
 		path := filepath.Join(s.dir, e.Name())
-		node, isLog := strings.CutSuffix(e.Name(), issuedExt)
+		name, isLog := strings.CutSuffix(e.Name(), issuedExt)
+		node := memberOf(name)
 		if isLog && joined(node) {
 			if had, ok := s.live[node]; ok && !compact {
 				live[node] = had
@@ -223,12 +224,13 @@ func unexpired(list []signed, now time.Time) []signed {
 }
 
 func leftPath(dir, node string, now time.Time) string {
-	return filepath.Join(dir, fmt.Sprintf("%s.%d%s", node, now.UnixNano(), revokedExt))
+	return filepath.Join(dir, fmt.Sprintf("%s.%d%s", memberBase(node), now.UnixNano(), revokedExt))
 }
 
 // revokeIssued makes what a node has the revoked of a node that has left. A control plane that runs notices it.
 func revokeIssued(dir, node string, now time.Time) error {
-	err := os.Rename(filepath.Join(dir, issuedDir, node+issuedExt), leftPath(filepath.Join(dir, issuedDir), node, now))
+	dir = filepath.Join(dir, issuedDir)
+	err := os.Rename(filepath.Join(dir, memberBase(node)+issuedExt), leftPath(dir, node, now))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -242,7 +244,7 @@ func appendSigned(dir, node string, c signed) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	f, err := os.OpenFile(filepath.Join(dir, node+issuedExt), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	f, err := os.OpenFile(filepath.Join(dir, memberBase(node)+issuedExt), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return err
 	}

@@ -34,10 +34,11 @@ const (
 
 // What Join writes.
 const (
-	RootFile  = "root-cert.pem"
-	TokenFile = "token"
-	CertFile  = "cert-chain.pem"
-	KeyFile   = "key.pem"
+	RootFile   = "root-cert.pem"
+	TokenFile  = "token"
+	CertFile   = "cert-chain.pem"
+	KeyFile    = "key.pem"
+	BundleFile = "workload.json" // of a workload: which it is, and where the control plane is
 )
 
 // DefaultLife is how long a node's client certificate is valid unless JoinOptions say otherwise. Its token does not
@@ -78,94 +79,132 @@ func Init(dir, trustDomain string) error {
 		[]byte(strings.ReplaceAll(example, "@TRUST_DOMAIN@", trustDomain)))
 }
 
-// JoinOptions say who joins.
+// JoinOptions say who joins: a node, or one workload.
 type JoinOptions struct {
-	Dir   string        // of the control plane
-	Node  string        // its NODE_NAME, to which the credentials are bound
-	Out   string        // where the credentials go; made if need be (0700)
-	Life  time.Duration // of the client certificate; 0: DefaultLife
-	Renew bool          // replace the credentials of a node that has joined: the old ones end
+	Dir  string // of the control plane
+	Node string // its NODE_NAME, to which the credentials are bound
+	// Workload is a record of the mesh in place of a node: its uid, NAMESPACE/NAME, or a name that is the only one. The
+	// credentials are bound to that record, by its uid.
+	Workload string
+	Mesh     string        // where the records are; "": mesh in Dir
+	Address  string        // the control plane's, for the workload's bundle: https://host:port
+	Out      string        // where the credentials go; made if need be (0700). A workload's may be one file: *.json
+	Life     time.Duration // of the client certificate; 0: DefaultLife, and for a workload DefaultMaxLife
+	Renew    bool          // replace the credentials of who has joined: the old ones end
 }
 
-// Join makes credentials for a node, either of which suffices: a token, and a client certificate with its key; and the
-// roots to trust. A running control plane knows them at once.
-func Join(ctx context.Context, o JoinOptions) error {
-	if err := checkNodeName(o.Node); err != nil {
-		return err
-	}
-	path := filepath.Join(o.Dir, nodesDir, o.Node+".json")
-	if _, err := os.Stat(path); err == nil && !o.Renew {
-		return fmt.Errorf("node %s has joined (%s): %w; --renew makes new credentials and ends the old ones", o.Node, path,
-			fs.ErrExist)
-	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
+// Join makes credentials for a node or a workload, either of which suffices: a token, and a client certificate with its
+// key; and the roots to trust. A running control plane knows them at once. It returns who has joined, by the name that
+// the status has for it.
+func Join(ctx context.Context, o JoinOptions) (member string, err error) {
 	authority, err := ca.LoadDir(filepath.Join(o.Dir, caDir))
 	if err != nil {
-		return err
+		return "", err
 	}
-	if o.Life == 0 {
-		o.Life = DefaultLife
-	}
-	id := nodeIdentity(authority.TrustDomain())
-	key, csr, err := ca.NewRequest(id)
-	if err != nil {
-		return err
-	}
-	chain, roots, err := authority.Sign(ctx, id, csr, o.Life)
-	if err != nil {
-		return err
-	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return err
-	}
-	secret := make([]byte, 32)
-	if _, err := rand.Read(secret); err != nil {
-		return err
-	}
-	token := base64.RawURLEncoding.EncodeToString(secret)
-	tokenHash, keyHash := sha256.Sum256([]byte(token)), sha256.Sum256(chain[0].RawSubjectPublicKeyInfo)
-	now := time.Now()
-	record := nodeFile{
-		Node: o.Node, Created: now.UTC().Truncate(time.Second), Expires: chain[0].NotAfter,
-		Token: hex.EncodeToString(tokenHash[:]), Key: hex.EncodeToString(keyHash[:]), Serial: chain[0].SerialNumber.Text(16),
-	}
-	if err := os.MkdirAll(o.Out, 0o700); err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Join(o.Dir, nodesDir), 0o700); err != nil {
-		return err
-	}
-	// The node's copy first: what the control plane accepts must be somewhere.
-	for _, f := range []struct {
-		path string
-		mode fs.FileMode
-		data []byte
-	}{
-		{filepath.Join(o.Out, RootFile), 0o644, encodeCerts(roots)},
-		{filepath.Join(o.Out, CertFile), 0o644, encodeCerts(chain)},
-		{filepath.Join(o.Out, KeyFile), 0o600, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})},
-		{filepath.Join(o.Out, TokenFile), 0o600, []byte(token)},
-	} {
-		if err := ca.WriteFile(f.path, f.mode, f.data); err != nil {
-			return err
+	member, id, life := o.Node, nodeIdentity(authority.TrustDomain()), DefaultLife
+	var bundle *Bundle
+	if o.Workload != "" {
+		if o.Node != "" {
+			return "", errors.New("a node or a workload joins, not both")
+		}
+		w, err := findRecord(o.Dir, o.Mesh, authority.TrustDomain(), o.Workload)
+		if err != nil {
+			return "", err
+		}
+		member, id, life = workloadMember(w), w.Identity(), DefaultMaxLife
+		bundle = &Bundle{
+			Address: o.Address, UID: w.UID, Namespace: w.Namespace, Name: w.Name, ServiceAccount: w.ServiceAccount,
+			TrustDomain: w.TrustDomain, Network: w.Network, IPs: w.Addresses,
 		}
 	}
-	if err := replaced(o.Dir, o.Node, now); err != nil {
-		return err
+	if err := checkMember(member, o.Workload != ""); err != nil {
+		return "", err
+	}
+	path := filepath.Join(o.Dir, nodesDir, memberFile(member))
+	if _, err := os.Stat(path); err == nil && !o.Renew {
+		return "", fmt.Errorf("%s has joined (%s): %w; --renew makes new credentials and ends the old ones",
+			memberTitle(member), path, fs.ErrExist)
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	if o.Life != 0 {
+		life = o.Life
+	}
+	c, err := newCredentialSet(ctx, authority, id, life)
+	if err != nil {
+		return "", err
+	}
+	if err := os.MkdirAll(filepath.Join(o.Dir, nodesDir), 0o700); err != nil {
+		return "", err
+	}
+	// The member's copy first: what the control plane accepts must be somewhere.
+	if err := c.write(o.Out, bundle); err != nil {
+		return "", err
+	}
+	now := time.Now()
+	if err := replaced(o.Dir, member, now); err != nil {
+		return "", err
+	}
+	tokenHash, keyHash := sha256.Sum256([]byte(c.token)), sha256.Sum256(c.chain[0].RawSubjectPublicKeyInfo)
+	record := nodeFile{
+		Node: member, Created: now.UTC().Truncate(time.Second), Expires: c.chain[0].NotAfter,
+		Token: hex.EncodeToString(tokenHash[:]), Key: hex.EncodeToString(keyHash[:]),
+		Serial: c.chain[0].SerialNumber.Text(16),
+	}
+	if bundle != nil {
+		record.Workload = bundle.UID
 	}
 	if err := writeNode(filepath.Join(o.Dir, nodesDir), record); err != nil {
-		return err
+		return "", err
 	}
-	return appendSigned(filepath.Join(o.Dir, issuedDir), o.Node, signed{string(chain[0].SerialNumber.Bytes()),
-		chain[0].NotAfter.Unix()})
+	return member, appendSigned(filepath.Join(o.Dir, issuedDir), member,
+		signed{string(c.chain[0].SerialNumber.Bytes()), c.chain[0].NotAfter.Unix()})
 }
 
-// replaced revokes the client certificate of a node that joins anew. Its workloads' certificates stay: they are renewed
-// with the new credentials.
-func replaced(dir, node string, now time.Time) error {
-	data, err := os.ReadFile(filepath.Join(dir, nodesDir, node+".json"))
+// credentialSet is what a member gets.
+type credentialSet struct {
+	chain, roots []*x509.Certificate
+	key          []byte // PEM
+	token        string
+}
+
+func newCredentialSet(ctx context.Context, authority *ca.Local, id identity.ID, life time.Duration) (
+	*credentialSet, error) {
+	key, csr, err := ca.NewRequest(id)
+	if err != nil {
+		return nil, err
+	}
+	c := &credentialSet{}
+	if c.chain, c.roots, err = authority.Sign(ctx, id, csr, life); err != nil {
+		return nil, err
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	c.key = pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
+	secret := make([]byte, 32)
+	if _, err := rand.Read(secret); err != nil {
+		return nil, err
+	}
+	c.token = base64.RawURLEncoding.EncodeToString(secret)
+	return c, nil
+}
+
+// write puts the credentials where they are to go; bundle is nil for a node.
+func (c *credentialSet) write(out string, bundle *Bundle) error {
+	files := Files{Root: encodeCerts(c.roots), Cert: encodeCerts(c.chain), Key: c.key, Token: []byte(c.token)}
+	if bundle == nil {
+		return files.write(out)
+	}
+	bundle.Files = files
+	return bundle.Write(out)
+}
+
+// replaced revokes the client certificate of a member that joins anew. A node's workloads' certificates stay: they are
+// renewed with the new credentials.
+func replaced(dir, member string, now time.Time) error {
+	data, err := os.ReadFile(filepath.Join(dir, nodesDir, memberFile(member)))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -183,36 +222,50 @@ func replaced(dir, node string, now time.Time) error {
 	if err := os.MkdirAll(filepath.Join(dir, issuedDir), 0o700); err != nil {
 		return err
 	}
-	return writeSigned(leftPath(filepath.Join(dir, issuedDir), node, now),
+	return writeSigned(leftPath(filepath.Join(dir, issuedDir), member, now),
 		[]signed{{string(serial.Bytes()), old.Expires.Unix()}})
 }
 
 // Leave ends the credentials of a node. A running control plane ends the node's streams within seconds, and revokes
 // what certificates the node has: the other nodes learn of it by the revocation list that they follow.
 func Leave(dir, node string) error {
-	if err := checkNodeName(node); err != nil {
+	if err := checkMember(node, false); err != nil {
 		return err
 	}
-	err := os.Remove(filepath.Join(dir, nodesDir, node+".json"))
+	return leave(dir, node)
+}
+
+// LeaveWorkload is Leave for a workload, by any of the names that Join takes; its record may be gone from the mesh. It
+// returns who has left.
+func LeaveWorkload(dir, name string) (member string, err error) {
+	nodes := newNodeStore(filepath.Join(dir, nodesDir))
+	nodes.rescan()
+	joined, _ := nodes.joined()
+	var found []string
+	for _, f := range joined {
+		ns, short, ok := strings.Cut(f.Node, "/")
+		if ok && (name == f.Workload || name == f.Node || name == short && ns != "") {
+			found = append(found, f.Node)
+		}
+	}
+	switch len(found) {
+	case 0:
+		return "", fmt.Errorf("workload %s has not joined: %w", name, fs.ErrNotExist)
+	case 1:
+		return found[0], leave(dir, found[0])
+	}
+	return "", fmt.Errorf("%q may be any of %s: say NAMESPACE/NAME", name, strings.Join(found, ", "))
+}
+
+func leave(dir, member string) error {
+	err := os.Remove(filepath.Join(dir, nodesDir, memberFile(member)))
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("node %s has not joined: %w", node, err)
+		return fmt.Errorf("%s has not joined: %w", memberTitle(member), err)
 	}
 	if err != nil {
 		return err
 	}
-	return revokeIssued(dir, node, time.Now())
-}
-
-// checkNodeName takes what can be both a Kubernetes node and a file.
-func checkNodeName(name string) error {
-	ok := len(name) > 0 && len(name) <= 200 && name[0] != '.' && name[0] != '-'
-	for _, c := range []byte(name) {
-		ok = ok && (c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '.' || c == '-' || c == '_')
-	}
-	if !ok {
-		return fmt.Errorf("node name %q: want up to 200 letters, digits, dots, dashes and underscores", name)
-	}
-	return nil
+	return revokeIssued(dir, member, time.Now())
 }
 
 func encodeCerts(certs []*x509.Certificate) []byte {

@@ -30,14 +30,16 @@ const (
 	maxNodeFile    = 64 << 10 // bytes
 )
 
-// nodeFile is nodes/NAME.json: what is kept of a node's credentials. Hashes alone: who reads it cannot use it.
+// nodeFile is nodes/NAME.json: what is kept of the credentials of a node, or of a workload that has joined by itself
+// (NAMESPACE~NAME.json). Hashes alone: who reads it cannot use it.
 type nodeFile struct {
-	Node    string    `json:"node"`
-	Created time.Time `json:"created"`
-	Token   string    `json:"tokenSHA256"`         // hex, of the token's text
-	Key     string    `json:"publicKeySHA256"`     // hex, of the client certificate's SubjectPublicKeyInfo
-	Expires time.Time `json:"certificateNotAfter"` // for people, and how long a renewed one lives
-	Serial  string    `json:"certificateSerial"`   // hex, of the client certificate that Join made
+	Node     string    `json:"node"`               // a workload's is NAMESPACE/NAME, which no node can be called
+	Workload string    `json:"workload,omitempty"` // uid of the one record that the credentials are for; "": a node's
+	Created  time.Time `json:"created"`
+	Token    string    `json:"tokenSHA256"`         // hex, of the token's text
+	Key      string    `json:"publicKeySHA256"`     // hex, of the client certificate's SubjectPublicKeyInfo
+	Expires  time.Time `json:"certificateNotAfter"` // for people, and how long a renewed one lives
+	Serial   string    `json:"certificateSerial"`   // hex, of the client certificate that Join made
 }
 
 type hash [sha256.Size]byte
@@ -87,7 +89,7 @@ func (s *nodeStore) rescanChanged() {
 func (s *nodeStore) renewed(node string, notAfter time.Time) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	f, ok := s.files[node+".json"]
+	f, ok := s.files[memberFile(node)]
 	if !ok || !f.ok {
 		return fmt.Errorf("node %s has left", node)
 	}
@@ -104,7 +106,7 @@ func writeNode(dir string, f nodeFile) error {
 	if err != nil {
 		return err
 	}
-	return ca.WriteFile(filepath.Join(dir, f.Node+".json"), 0o600, append(record, '\n'))
+	return ca.WriteFile(filepath.Join(dir, memberFile(f.Node)), 0o600, append(record, '\n'))
 }
 
 func (s *nodeStore) rescanLocked(now time.Time) {
@@ -136,14 +138,14 @@ func (s *nodeStore) rescanLocked(now time.Time) {
 		f := files[name]
 		if !f.ok {
 			s.problems = append(s.problems,
-				Problem{File: "nodes/" + name, Text: "cannot be used: run ztun control join --renew for this node"})
+				Problem{File: "nodes/" + name, Text: "cannot be used: run ztun control join --renew for it"})
 			continue
 		}
 		token, key := enter(byToken, f.node.Token, f.node.Node), enter(byKey, f.node.Key, f.node.Node)
 		if !token || !key {
 			s.problems = append(s.problems,
 				Problem{File: "nodes/" + name,
-					Text: "has a credential of another node, for which it counts: run ztun control join --renew for this node"})
+					Text: "has a credential of another node, for which it counts: run ztun control join --renew for it"})
 		}
 	}
 	lost := lacks(byToken, s.byToken) || lacks(byKey, s.byKey)
@@ -187,7 +189,7 @@ func (s *nodeStore) load(e fs.DirEntry) nodeEntry {
 // parseNode reads the file of a node, whose name must be that of the node; one without a credential is none.
 func parseNode(name string, data []byte) (nodeFile, bool) {
 	var f nodeFile
-	if json.Unmarshal(data, &f) != nil || f.Node+".json" != name || checkNodeName(f.Node) != nil {
+	if json.Unmarshal(data, &f) != nil || memberFile(f.Node) != name || checkMember(f.Node, f.Workload != "") != nil {
 		return nodeFile{}, false
 	}
 	for _, text := range []string{f.Token, f.Key} {
@@ -268,7 +270,7 @@ func (s *nodeStore) members() (map[string]bool, bool) {
 	}
 	m := make(map[string]bool, len(s.files))
 	for name := range s.files {
-		m[strings.TrimSuffix(name, ".json")] = true
+		m[memberOf(name)] = true
 	}
 	return m, true
 }
@@ -290,13 +292,14 @@ func (s *nodeStore) joined() (nodes []nodeFile, problems []Problem) {
 func (s *nodeStore) file(node string) (nodeFile, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	f := s.files[node+".json"]
+	f := s.files[memberFile(node)]
 	return f.node, f.ok
 }
 
 // caller is who makes a call.
 type caller struct {
 	node     string
+	workload string // uid of the one record that it may be; "": it is a node
 	how      string // "token" or "certificate", or both
 	token    hash
 	key      hash
@@ -347,6 +350,11 @@ func (s *nodeStore) authenticate(ctx context.Context, md metadata.MD) (*caller, 
 	if !c.hasToken && !c.hasKey {
 		return nil, errors.New("neither a bearer token nor a client certificate")
 	}
+	f, ok := s.file(c.node)
+	if !ok {
+		return nil, errors.New("the credentials have just been removed")
+	}
+	c.workload = f.Workload
 	return c, nil
 }
 

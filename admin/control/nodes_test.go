@@ -15,6 +15,8 @@ func FuzzNode(f *testing.F) {
 	f.Add("node-a.json", `{"node":"node-a","created":"2026-11-23T12:00:00Z","tokenSHA256":"`+sum+`","publicKeySHA256":"`+
 		sum+`","certificateNotAfter":"2027-11-23T12:00:00Z"}`)
 	f.Add("x.json", `{"node":"x"}`)
+	f.Add("a~b.json", `{"node":"a/b","workload":"u/b","tokenSHA256":"`+sum+`"}`)
+	f.Add("a~b.json", `{"node":"a/b","tokenSHA256":"`+sum+`"}`)
 	f.Add(".json", `{"tokenSHA256":"`+sum+`"}`)
 	f.Fuzz(func(t *testing.T, name, text string) {
 		n, ok := parseNode(name, []byte(text))
@@ -23,7 +25,7 @@ func FuzzNode(f *testing.F) {
 		}
 		_, token := parseHash(n.Token)
 		_, key := parseHash(n.Key)
-		if checkNodeName(n.Node) != nil || !token && !key || filepath.Base(name) != name {
+		if checkMember(n.Node, n.Workload != "") != nil || !token && !key || filepath.Base(name) != name {
 			t.Fatalf("%q: %+v", name, n)
 		}
 		b, err := json.Marshal(n)

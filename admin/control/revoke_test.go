@@ -323,8 +323,15 @@ func (w *world) expire(node string) {
 // ownCSR is a request for the key of a node's client certificate.
 func (w *world) ownCSR(node string) string {
 	w.t.Helper()
-	pair := w.tls(node).Certificates[0]
-	san, err := identity.SANExtension(nodeIdentity("cluster.local"))
+	return w.ownCSROf(node, nodeIdentity("cluster.local").String())
+}
+
+func (w *world) ownCSROf(member, name string) string {
+	w.t.Helper()
+	pair := w.tls(member).Certificates[0]
+	id, err := identity.Parse(name)
+	check(w.t, err)
+	san, err := identity.SANExtension(id)
 	check(w.t, err)
 	der, err := x509.CreateCertificateRequest(rand.Reader,
 		&x509.CertificateRequest{ExtraExtensions: []pkix.Extension{san}}, pair.PrivateKey)

@@ -190,7 +190,8 @@ func TestAuthentication(t *testing.T) {
 	// One of another CA is none.
 	other := filepath.Join(t.TempDir(), "other")
 	check(t, Init(other, "cluster.local"))
-	check(t, Join(t.Context(), JoinOptions{Dir: other, Node: "node-a", Out: filepath.Join(other, "out")}))
+	_, err := Join(t.Context(), JoinOptions{Dir: other, Node: "node-a", Out: filepath.Join(other, "out")})
+	check(t, err)
 	pair, err := tls.LoadX509KeyPair(filepath.Join(other, "out", CertFile), filepath.Join(other, "out", KeyFile))
 	check(t, err)
 	foreign := w.tls("")
@@ -234,7 +235,7 @@ func TestJoinAndLeave(t *testing.T) {
 		c.begin(typeAddress, nil)
 		c.ack(c.recv())
 	}
-	if err := Join(t.Context(), JoinOptions{Dir: w.dir, Node: "node-a", Out: t.TempDir()}); err == nil ||
+	if _, err := Join(t.Context(), JoinOptions{Dir: w.dir, Node: "node-a", Out: t.TempDir()}); err == nil ||
 		!strings.Contains(err.Error(), "--renew") {
 		t.Fatal(err)
 	}
@@ -257,7 +258,7 @@ func TestJoinAndLeave(t *testing.T) {
 	}
 	c2.cancel()
 	for _, name := range []string{"", ".", "..", "a/b", "-x", "a b", "../../etc/x"} {
-		if err := Join(t.Context(), JoinOptions{Dir: w.dir, Node: name, Out: t.TempDir()}); err == nil ||
+		if _, err := Join(t.Context(), JoinOptions{Dir: w.dir, Node: name, Out: t.TempDir()}); err == nil ||
 			!strings.Contains(err.Error(), "node name") {
 			t.Fatal(name, err)
 		}
@@ -486,7 +487,8 @@ func TestStart(t *testing.T) {
 	equal(t, "errors and warnings", st.ErrorCount+st.WarningCount, 0)
 	equal(t, "workloads", st.Workloads, 3)
 	// Once there are nodes, others are doubtful.
-	check(t, Join(t.Context(), JoinOptions{Dir: dir, Node: "node-a", Out: t.TempDir()}))
+	_, err = Join(t.Context(), JoinOptions{Dir: dir, Node: "node-a", Out: t.TempDir()})
+	check(t, err)
 	st, err = Check(dir, "")
 	check(t, err)
 	if len(st.Warnings) != 1 || !strings.Contains(st.Warnings[0].String(), `no node "node-b" has joined`) {

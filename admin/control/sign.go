@@ -68,7 +68,8 @@ func caServiceDesc() *grpc.ServiceDesc {
 }
 
 // CreateCertificate signs for the identity of a workload of the caller's node (ImpersonatedIdentity), or without one
-// for the node's proxy itself. Codes and texts are istiod's; the reason follows a colon.
+// for the node's proxy itself; for a workload that is a member by itself its own identity and no other, named or not.
+// Codes and texts are istiod's; the reason follows a colon.
 func (s caServer) CreateCertificate(ctx context.Context, req *citadelpb.IstioCertificateRequest) (
 	*citadelpb.IstioCertificateResponse, error) {
 	c := callerOf(ctx)
@@ -84,36 +85,23 @@ func (s caServer) CreateCertificate(ctx context.Context, req *citadelpb.IstioCer
 
 func (s caServer) sign(ctx context.Context, c *caller, req *citadelpb.IstioCertificateRequest) (
 	*citadelpb.IstioCertificateResponse, error) {
-	id := nodeIdentity(s.authority.TrustDomain())
 	impersonated := req.GetMetadata().GetFields()["ImpersonatedIdentity"].GetStringValue()
-	if impersonated != "" {
-		var err error
-		if id, err = identity.Parse(impersonated); err != nil {
-			return nil, status.Errorf(codes.Unauthenticated, "request impersonation authentication failure: %v", err)
-		}
-		snap := s.feed.get()
-		if snap == nil {
-			return nil,
-				status.Error(codes.Unavailable, "the control plane has not loaded its directory yet; see ztun control status")
-		}
-		if !snap.runs(c.node, id) {
-			return nil,
-				status.Errorf(codes.Unauthenticated, "request impersonation authentication failure: no workload of %s has node %q",
-					id, c.node)
-		}
+	id, err := s.allowed(c, impersonated)
+	if err != nil {
+		return nil, err
 	}
 	block, _ := pem.Decode([]byte(req.Csr))
 	if block == nil {
 		return nil, status.Error(codes.InvalidArgument, "CSR signing error (the CSR is not PEM)")
 	}
 	// A node that renews its client certificate gets one that lives as long as join's: it opens nothing that the node's
-	// token or key would not.
+	// token or key would not. A workload's is one for the mesh as well, and lives no longer than those.
 	joinCert := impersonated == "" && s.ownKey(c, block.Bytes)
 	ttl := time.Duration(min(max(req.ValidityDuration, 0), 1<<32)) * time.Second
 	switch {
 	case ttl == 0:
 		ttl = min(defaultTTL, s.maxLife)
-	case joinCert:
+	case joinCert && c.workload == "":
 		ttl = min(ttl, DefaultLife)
 	case ttl > maxTTL:
 		return nil,
@@ -153,6 +141,38 @@ func (s caServer) sign(ctx context.Context, c *caller, req *citadelpb.IstioCerti
 	}
 	out.CertChain = append(out.CertChain, s.authority.rootsPEM())
 	return out, nil
+}
+
+// allowed is the identity for which a caller gets a certificate when it asks for impersonated ("": its own).
+func (s caServer) allowed(c *caller, impersonated string) (id identity.ID, err error) {
+	const failure = "request impersonation authentication failure: "
+	if impersonated != "" {
+		if id, err = identity.Parse(impersonated); err != nil {
+			return id, status.Errorf(codes.Unauthenticated, failure+"%v", err)
+		}
+	} else if c.workload == "" {
+		return nodeIdentity(s.authority.TrustDomain()), nil
+	}
+	snap := s.feed.get()
+	if snap == nil {
+		return id, status.Error(codes.Unavailable,
+			"the control plane has not loaded its directory yet; see ztun control status")
+	}
+	if c.workload == "" {
+		if !snap.runs(c.node, id) {
+			return id, status.Errorf(codes.Unauthenticated, failure+"no workload of %s has node %q", id, c.node)
+		}
+		return id, nil
+	}
+	own, ok := snap.identityOf(c.workload)
+	if !ok {
+		return id, status.Errorf(codes.Unauthenticated, failure+"the mesh has no record of workload %s (uid %s) any more",
+			c.node, c.workload)
+	}
+	if impersonated != "" && id != own {
+		return id, status.Errorf(codes.Unauthenticated, failure+"workload %s is %s, not %s", c.node, own, id)
+	}
+	return own, nil
 }
 
 // ownKey reports whether a request is for the key of the node's client certificate: the node renews that.

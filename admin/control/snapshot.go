@@ -111,11 +111,11 @@ func (s *snapshot) withBackers(list []*resource) []*resource {
 	return list
 }
 
-// wanted returns what a node that subscribed on demand has to have: its own workloads, and what the names mean.
-func (s *snapshot) wanted(typeURL, node string, names map[string]struct{}, prev *table) *table {
+// wanted returns what a member that subscribed on demand has to have: its own workloads, and what the names mean.
+func (s *snapshot) wanted(typeURL string, own []*resource, names map[string]struct{}, prev *table) *table {
 	found := make(map[string]*resource)
-	if n := s.nodes[node]; n != nil && typeURL == typeAddress {
-		for _, r := range n.workloads {
+	if typeURL == typeAddress {
+		for _, r := range own {
 			found[r.name] = r
 		}
 	}

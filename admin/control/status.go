@@ -139,6 +139,12 @@ func (st *stream) status(now time.Time, version uint64) NodeStatus {
 		Node: st.caller.node, Connected: true, Since: st.since.UTC(), Peer: st.remote, Auth: st.caller.how,
 		Identity: nodeIdentity(st.authority.TrustDomain()).String(), ID: st.nodeID, Types: slices.Clone(st.shown),
 	}
+	if snap := st.feed.get(); st.caller.workload != "" && snap != nil {
+		n.Identity = ""
+		if id, ok := snap.identityOf(st.caller.workload); ok {
+			n.Identity = id.String()
+		}
+	}
 	if err := st.caller.certErr; err != nil {
 		n.CertificateProblem = err.Error()
 	}
@@ -194,9 +200,9 @@ func (s *Server) Status() Status {
 	}
 	joined, problems := s.nodes.joined()
 	out.Problems = problems
-	expires := make(map[string]time.Time, len(joined))
+	expires, workload := make(map[string]time.Time, len(joined)), map[string]string{}
 	for _, f := range joined {
-		expires[f.Node] = f.Expires.UTC()
+		expires[f.Node], workload[f.Node] = f.Expires.UTC(), f.Workload
 		if !connected[f.Node] {
 			out.Nodes = append(out.Nodes, NodeStatus{Node: f.Node})
 		}
@@ -211,10 +217,15 @@ func (s *Server) Status() Status {
 	out.Revoked = s.issued.status()
 	if snap := s.feed.get(); snap != nil {
 		for i := range out.Nodes {
-			out.Nodes[i].place(snap.nodes[out.Nodes[i].Node])
+			out.Nodes[i].place(snap.own(out.Nodes[i].Node, workload[out.Nodes[i].Node]))
 		}
-		for name := range snap.nodes {
-			if _, ok := expires[name]; !ok {
+		for name, n := range snap.nodes {
+			// Workloads that have joined by themselves need no node that serves them.
+			alone := !slices.ContainsFunc(n.workloads, func(r *resource) bool {
+				_, ok := expires[workloadMember(r.workload)]
+				return !ok
+			})
+			if _, ok := expires[name]; !ok && !alone {
 				out.NotJoined = append(out.NotJoined, name)
 			}
 		}
@@ -228,12 +239,9 @@ func (s *Server) Status() Status {
 }
 
 // place enters what runs on a node.
-func (n *NodeStatus) place(on *nodeIndex) {
-	if on == nil {
-		return
-	}
-	n.Pods = len(on.workloads)
-	for _, r := range on.workloads[:min(n.Pods, pagePods)] {
+func (n *NodeStatus) place(on []*resource) {
+	n.Pods = len(on)
+	for _, r := range on[:min(n.Pods, pagePods)] {
 		n.PodNames = append(n.PodNames, r.workload.Namespace+"/"+r.workload.Name)
 	}
 	slices.Sort(n.PodNames)

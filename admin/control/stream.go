@@ -174,6 +174,7 @@ func (st *stream) request(req *discoverypb.DeltaDiscoveryRequest) error {
 				clip(req.TypeUrl, 200))
 		}
 		d = newSubscription(req.TypeUrl, st.caller.node)
+		d.workload = st.caller.workload
 		st.types[req.TypeUrl] = d
 	}
 	d.publish(st.feed.get())
@@ -191,13 +192,13 @@ func (st *stream) request(req *discoverypb.DeltaDiscoveryRequest) error {
 	return nil
 }
 
-// checkNode admits a node under its own name only.
+// checkNode admits a node under its own name only. A workload that is a member by itself may run on any node or none.
 func (st *stream) checkNode(n *discoverypb.Node) error {
 	if n == nil || n.Id == "" {
 		return status.Error(codes.InvalidArgument, "missing node information")
 	}
 	name := n.GetMetadata().GetFields()["NODE_NAME"].GetStringValue()
-	if name != st.caller.node {
+	if name != st.caller.node && st.caller.workload == "" {
 		return status.Errorf(codes.PermissionDenied,
 			"no identities of the caller matched NODE_NAME %q: its credentials are those of node %q (NODE_NAME must be what "+
 				"was given to ztun control join)", clip(name, 300), st.caller.node)

@@ -66,6 +66,18 @@ func completions(cmd *cobra.Command) map[string]completion {
 			return out, cobra.ShellCompDirectiveNoFileComp
 		}
 	}
+	// joined are the members of a control plane's mesh: nodes, or workloads that have joined by themselves, whose files
+	// are called NAMESPACE~NAME.
+	joined := func(workloads bool) completion {
+		return func(*cobra.Command, []string, string) (out []string, _ cobra.ShellCompDirective) {
+			for _, name := range namesIn(filepath.Join(flag("dir"), "nodes"), ".json") {
+				if strings.Contains(name, "~") == workloads {
+					out = append(out, strings.ReplaceAll(name, "~", "/"))
+				}
+			}
+			return out, cobra.ShellCompDirectiveNoFileComp
+		}
+	}
 	return map[string]completion{
 		"name": pods(func(p admin.PodStatus) string {
 			if cmd.Name() == "add" || p.Namespace != flag("namespace") { // a new one has a new name
@@ -78,9 +90,7 @@ func completions(cmd *cobra.Command) map[string]completion {
 		"netns": func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 			return namesIn(netns.Dir, ""), cobra.ShellCompDirectiveDefault // a path as well
 		},
-		"node": func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-			return namesIn(filepath.Join(flag("dir"), "nodes"), ".json"), cobra.ShellCompDirectiveNoFileComp
-		},
+		"node": joined(false), "workload": joined(true),
 		"output":    values(outputTable, outputWide, outputJSON, outputYAML),
 		"direction": values("outbound", "inbound", "passthrough"),
 		"outcome":   values("success", "denied", "failed", "cut", "bad"),

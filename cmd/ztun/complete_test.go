@@ -49,7 +49,7 @@ func TestCompletion(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(dir, "nodes"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	for _, f := range []string{"n1.json", "n2.json", ".tmp.json", "README"} {
+	for _, f := range []string{"n1.json", "n2.json", "shop~till.json", ".tmp.json", "README"} {
 		if err := os.WriteFile(filepath.Join(dir, "nodes", f), nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -68,6 +68,7 @@ func TestCompletion(t *testing.T) {
 		{[]string{"pod", "list", "--output", ""}, []string{"table", "wide", "json", "yaml", ":4"}},
 		{[]string{"flows", "--socket", socket, "--pod", ""}, []string{"default/front", "shop/till", ":4"}},
 		{[]string{"control", "leave", "--dir", dir, "--node", ""}, []string{"n1", "n2", ":4"}},
+		{[]string{"control", "leave", "--dir", dir, "--workload", ""}, []string{"shop/till", ":4"}},
 		{[]string{"control", "--log-format", ""}, []string{"plain", "json", ":4"}},
 		{[]string{"control", "init", ""}, []string{":16"}}, // directories
 		{[]string{"help", "pod", ""}, []string{"add", "del", "exec", "list", ":4"}},

@@ -98,12 +98,11 @@ func controlJoinCommand(dir *string) *cobra.Command {
 	var o control.JoinOptions
 	var host string
 	cmd := &cobra.Command{
-		Use: "join", Short: "make the credentials of a node", Args: noArgs,
+		Use: "join", Short: "make the credentials of a node, or of one workload", Args: noArgs,
+		Long: "Makes the credentials of a node's daemon (--node); or of one workload (--workload), whose process then may\n" +
+			"be anywhere, without root: it learns the mesh and gets certificates for that workload's identity alone.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o.Dir = *dir
-			if err := control.Join(cmd.Context(), o); err != nil {
-				return err
-			}
 			out, err := filepath.Abs(o.Out)
 			if err != nil {
 				return err
@@ -113,41 +112,65 @@ func controlJoinCommand(dir *string) *cobra.Command {
 					return err
 				}
 			}
-			root, address := filepath.Join(out, control.RootFile), "https://"+net.JoinHostPort(host, strconv.Itoa(ports.XDS))
-			fmt.Fprintf(os.Stderr, "wrote %s, %s, %s and %s to %s; the daemon of node %s needs one of token and certificate, "+
-				"and:\n",
+			o.Address = "https://" + net.JoinHostPort(host, strconv.Itoa(ports.XDS))
+			member, err := control.Join(cmd.Context(), o)
+			if err != nil {
+				return err
+			}
+			if o.Workload != "" {
+				fmt.Fprintf(os.Stderr, "wrote to %s what workload %s needs, and nobody else may have; its process:\n", out, member)
+				fmt.Printf("ztun run --join %s -- COMMAND\n", out)
+				return nil
+			}
+			root := filepath.Join(out, control.RootFile)
+			fmt.Fprintf(os.Stderr,
+				"wrote %s, %s, %s and %s to %s; the daemon of node %s needs one of token and certificate, and:\n",
 				control.RootFile, control.TokenFile, control.CertFile, control.KeyFile, out, o.Node)
 			fmt.Printf("NODE_NAME=%s\nXDS_ADDRESS=%s\nCA_ADDRESS=%s\nXDS_ROOT_CA=%s\nCA_ROOT_CA=%s\nAUTH_TOKEN=%s\n",
-				o.Node, address, address, root, root, filepath.Join(out, control.TokenFile))
+				o.Node, o.Address, o.Address, root, root, filepath.Join(out, control.TokenFile))
 			return nil
 		},
 	}
 	f := cmd.Flags()
 	f.StringVar(&o.Node, "node", "", "name of the node: its NODE_NAME, and the node of its workloads")
-	f.StringVar(&o.Out, "out", "", "directory to write the credentials to")
-	f.BoolVar(&o.Renew, "renew", false, "replace the credentials of a node that has joined before; the old ones end")
-	f.DurationVar(&o.Life, "life", control.DefaultLife, "validity of the client certificate; the token does not expire")
-	f.StringVar(&host, "host", "", "name of this machine in what is printed (default the host name)")
-	cmd.MarkFlagRequired("node")
+	f.StringVar(&o.Workload, "workload", "", "the workload: uid, NAMESPACE/NAME or name of its record in the mesh")
+	f.StringVar(&o.Mesh, "mesh", "", "directory of the YAML files, for --workload (default mesh in --dir)")
+	f.StringVar(&o.Out, "out", "", "directory to write the credentials to; a workload's may be one file, *.json")
+	f.BoolVar(&o.Renew, "renew", false, "replace the credentials of who has joined before; the old ones end")
+	f.DurationVar(&o.Life, "life", 0, fmt.Sprintf("validity of the client certificate, which is renewed "+
+		"(default %v; of a workload %v); the token does not expire", control.DefaultLife, control.DefaultMaxLife))
+	f.StringVar(&host, "host", "", "name of this machine in what is printed or written (default the host name)")
+	cmd.MarkFlagsOneRequired("node", "workload")
+	cmd.MarkFlagsMutuallyExclusive("node", "workload")
 	cmd.MarkFlagRequired("out")
 	return cmd
 }
 
 func controlLeaveCommand(dir *string) *cobra.Command {
-	var node string
+	var node, workload string
 	cmd := &cobra.Command{
-		Use: "leave", Short: "end the credentials of a node", Args: noArgs,
+		Use: "leave", Short: "end the credentials of a node or of a workload that has joined by itself", Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
-			if err := control.Leave(*dir, node); err != nil {
+			who, err := "node "+node, error(nil)
+			if workload != "" {
+				who, err = control.LeaveWorkload(*dir, workload)
+				who = "workload " + who
+			} else {
+				err = control.Leave(*dir, node)
+			}
+			if err != nil {
 				return err
 			}
-			fmt.Printf("node %s has left; the control plane revokes its certificates and tells the nodes that follow it "+
-				"(crl.pem in %s for others)\n", node, *dir)
+			fmt.Printf(
+				"%s has left; the control plane revokes its certificates and tells the nodes that follow it "+
+					"(crl.pem in %s for others)\n", who, *dir)
 			return nil
 		},
 	}
 	cmd.Flags().StringVar(&node, "node", "", "name of the node")
-	cmd.MarkFlagRequired("node")
+	cmd.Flags().StringVar(&workload, "workload", "", "the workload, as for join")
+	cmd.MarkFlagsOneRequired("node", "workload")
+	cmd.MarkFlagsMutuallyExclusive("node", "workload")
 	return cmd
 }
 
