@@ -131,4 +131,8 @@
 //
 // 2026-11-28: Refused datagrams are answered to the pod by ICMP "prohibited", so that
 // connected sockets have an error; to the network nothing is said.
+//
+// 2026-11-28: A flow is pending until the last act of its verdict, which gives its place back, and Close waits for
+// that as well as for OnFlow: before, a verdict on another goroutine could outlive the stack, and a flow that was not
+// pending any more could still hold a place or be missing from the counters.
 package netstack

@@ -128,12 +128,13 @@ func (fl *Flow) Accept() (*Conn, error) {
 	if !fl.decide() {
 		return nil, ErrDecided
 	}
+	// Not before the handshake: until then a second SYN would be a second flow. And not before the connection is
+	// counted and on the list that Close ends.
+	defer fl.f.forget(fl)
 	fl.syn = nil // a relay keeps its Flow, as long as the connection lasts
 	c := newConn(fl.key.h, fl.dst, fl.src)
 	ep, terr := fl.handshake(c)
-	// Not before the handshake: until then a second SYN would be a second flow.
 	fl.req.Complete(false)
-	fl.f.forget(fl)
 	if terr != nil {
 		fl.f.failed.Add(1)
 		err := toError(terr, "accept")
@@ -184,6 +185,7 @@ func (fl *Flow) Refuse(r refusal.Way) {
 }
 
 func (fl *Flow) refuse(r refusal.Way) {
+	defer fl.f.forget(fl)
 	fl.mu.Lock()
 	if fl.gone {
 		r = refusal.Silent // said by whoever could not finish: the client is to try again
@@ -195,9 +197,8 @@ func (fl *Flow) refuse(r refusal.Way) {
 	case !fl.inbound && time.Since(fl.start) < promptly:
 		fl.places.answers(fl.party)
 	}
+	fl.f.refused.Add(1) // before the client can know
 	fl.req.Complete(r == refusal.Reset)
-	fl.f.forget(fl)
-	fl.f.refused.Add(1)
 	if r == refusal.Reset || r == refusal.Silent {
 		return
 	}

@@ -40,19 +40,53 @@ func TestRefuse(t *testing.T) {
 				if fam.name == "ipv6" {
 					want = r.v6
 				}
-				// The client may hear before the place is given back.
-				for end := time.Now().Add(5 * time.Second); j.server.Stats().InFlight > 0 && time.Now().Before(end); {
-					time.Sleep(time.Millisecond)
-				}
 				if !errors.Is(err, want) {
 					t.Errorf("got %v, want %v", err, want)
 				}
-				if n := j.server.Stats(); n.Refused != 1 || n.InFlight != 0 {
+				// The client may hear before the place is given back.
+				eventually(t, "no flow pending", func() bool { return j.server.Stats().InFlight == 0 })
+				if n := j.server.Stats(); n.Refused != 1 {
 					t.Errorf("stats %+v", n)
 				}
 			})
 		})
 	}
+}
+
+// TestCloseWaitsForVerdict: what decides on a flow may be another goroutine than OnFlow's, and slower. Close returns
+// when it has given the flow's place back, not before.
+func TestCloseWaitsForVerdict(t *testing.T) {
+	flows, returned := make(chan *Flow, 1), make(chan struct{})
+	s, w := newWire(t, Config{CloseTimeout: time.Minute, OnFlow: func(f *Flow) {
+		flows <- f
+		for !f.decided.Load() {
+			time.Sleep(time.Millisecond)
+		}
+		close(returned)
+	}})
+	w.syn("10.1.0.2:500", "10.8.0.1:80", 1)
+	f := <-flows
+	f.places.mu.Lock() // where a prompt verdict has to pass
+	verdict := make(chan struct{})
+	go func() {
+		f.Refuse(refusal.Reset)
+		close(verdict)
+	}()
+	<-returned
+	closed := make(chan struct{})
+	go func() {
+		s.Close()
+		close(closed)
+	}()
+	select {
+	case <-closed:
+		t.Error("Close returned before the verdict was given")
+	case <-time.After(100 * time.Millisecond):
+	}
+	f.places.mu.Unlock()
+	<-closed
+	holdsNothing(t, s)
+	<-verdict
 }
 
 // A silent refusal leaves the next SYN to be a new flow.

@@ -31,7 +31,7 @@ type forwarder struct {
 	late       int // SYNs that wait for an older connection to go
 	stopped    bool
 	active     int           // OnFlow goroutines, and late SYNs
-	none       chan struct{} // closed when stopped and active == 0
+	none       chan struct{} // closed when stopped, active == 0 and nothing is pending
 
 	flows, duplicates, foreign, evicted, over, delayed atomic.Uint64
 	accepted, failed, refused                          atomic.Uint64
@@ -170,21 +170,28 @@ func (f *forwarder) serve(h *hop) func(*tcp.ForwarderRequest) {
 	}
 }
 
-// forget frees the flow's place within the bounds.
+// forget frees the flow's place within the bounds. It is the last act of a verdict: a flow that is not pending any more
+// holds nothing and has been counted, and a stack that stops waits for it.
 func (f *forwarder) forget(fl *Flow) {
+	fl.place.Release()
 	f.mu.Lock()
 	delete(f.pending, fl.key)
+	f.quiet()
 	f.mu.Unlock()
-	fl.place.Release()
 }
 
 func (f *forwarder) done() {
 	f.mu.Lock()
 	f.active--
-	if f.stopped && f.active == 0 {
+	f.quiet()
+	f.mu.Unlock()
+}
+
+// quiet tells wait when the last of what it waits for has gone. f.mu is held.
+func (f *forwarder) quiet() {
+	if f.stopped && f.active == 0 && len(f.pending) == 0 {
 		close(f.none)
 	}
-	f.mu.Unlock()
 }
 
 // stop refuses further flows.
@@ -193,13 +200,11 @@ func (f *forwarder) stop() {
 	defer f.mu.Unlock()
 	if !f.stopped {
 		f.stopped = true
-		if f.active == 0 {
-			close(f.none)
-		}
+		f.quiet()
 	}
 }
 
-// wait waits for the OnFlow goroutines after stop, at most d.
+// wait waits for the OnFlow goroutines and for all verdicts after stop, at most d.
 func (f *forwarder) wait(d time.Duration) bool {
 	t := time.NewTimer(d)
 	defer t.Stop()

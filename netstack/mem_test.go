@@ -132,13 +132,22 @@ func startStack(t testing.TB, cfg Config) *Stack {
 		case <-time.After(10 * time.Second):
 			t.Error("Run did not return after Close")
 		}
-		for _, p := range []*places{s.flows.opened, s.flows.arriving} {
-			if n := p.known.Used() + p.strange.Used(); n != int64(s.flows.inFlight()) {
-				t.Errorf("%d places are taken, for %d flows", n, s.flows.inFlight())
-			}
-		}
+		holdsNothing(t, s)
 	})
 	return s
+}
+
+// holdsNothing checks a stack that is closed: no flow awaits a verdict, and none has a place.
+func holdsNothing(t testing.TB, s *Stack) {
+	t.Helper()
+	if n := s.flows.inFlight(); n != 0 {
+		t.Errorf("%d flows are pending after Close", n)
+	}
+	for what, p := range map[string]*places{"opened": s.flows.opened, "arriving": s.flows.arriving} {
+		if n := p.known.Used() + p.strange.Used(); n != 0 {
+			t.Errorf("%d places of %s flows are taken after Close", n, what)
+		}
+	}
 }
 
 // family is one IP version's addresses.

@@ -122,10 +122,9 @@ func (s *Stack) crash(err error) {
 	s.pump.fail(err)
 }
 
-// Close resets every connection and pending flow, waits for the OnFlow
-// and OnDNS goroutines (each at most Config.CloseTimeout), flushes the resets, closes the App
-// device and waits for Run and for gVisor's goroutines. It may be called more
-// than once, but not from OnFlow or OnDNS.
+// Close resets every connection and pending flow, waits for the OnFlow and OnDNS goroutines and for verdicts that are
+// given elsewhere (each at most Config.CloseTimeout), flushes the resets, closes the App device and waits for Run and
+// for gVisor's goroutines. It may be called more than once, but not from OnFlow or OnDNS.
 func (s *Stack) Close() error {
 	s.shutdown()
 	if s.running.Load() {
