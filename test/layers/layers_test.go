@@ -25,9 +25,11 @@ admin/pb/citadelpb   ->
 admin/pb/discoverypb ->
 admin/pb/securitypb  ->
 admin/pb/workloadpb  ->
+admin/pb/zdspb       ->
 admin/suggest        ->
 admin/watch          ->
 admin/xds            -> admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/suggest admin/watch proxy/fair proxy/rbac proxy/rescue proxy/state
+admin/zds            -> admin/pb/zdspb
 admin/zlog           -> admin/suggest
 cmd/attach           -> admin netstack netstack/usersock proxy proxy/fair proxy/rescue tun tun/netns tun/steer
 cmd/attach/attachtest -> admin cmd/attach netstack proxy refusal tun tun/tuntest

@@ -16,6 +16,7 @@ import (
 
 	"istio.io/istio/pkg/workloadapi"
 	"istio.io/istio/pkg/workloadapi/security"
+	"istio.io/istio/pkg/zdsapi"
 )
 
 // theirs is how Istio and Envoy name what ours are named otherwise. Names of messages are not on the wire.
@@ -36,7 +37,7 @@ var renamed = map[protoreflect.FullName]protoreflect.Name{
 // complete are the packages of which a node proxy needs every message, field and value; of the others ours is a part.
 var complete = []protoreflect.FileDescriptor{
 	workloadapi.File_workloadapi_workload_proto, security.File_workloadapi_security_authorization_proto,
-	(&citadel.IstioCertificateRequest{}).ProtoReflect().Descriptor().ParentFile(),
+	(&citadel.IstioCertificateRequest{}).ProtoReflect().Descriptor().ParentFile(), zdsapi.File_zdsapi_zds_proto,
 }
 
 // leftOut are fields of the complete packages that ours lacks on purpose: none.

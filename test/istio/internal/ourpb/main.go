@@ -16,6 +16,7 @@ import (
 	"ztun/admin/pb/discoverypb"
 	"ztun/admin/pb/securitypb"
 	"ztun/admin/pb/workloadpb"
+	"ztun/admin/pb/zdspb"
 )
 
 func main() {
@@ -33,7 +34,7 @@ func main() {
 	}
 	for _, m := range []proto.Message{
 		&citadelpb.IstioCertificateRequest{}, &discoverypb.DeltaDiscoveryRequest{}, &securitypb.Authorization{},
-		&workloadpb.Address{},
+		&workloadpb.Address{}, &zdspb.WorkloadRequest{},
 	} {
 		add(m.ProtoReflect().Descriptor().ParentFile())
 	}
