@@ -101,7 +101,7 @@ func completions(cmd *cobra.Command) map[string]completion {
 		"log-format": values("plain", "json"),
 		"log":        values("error", "warn", "info", "debug", "trace", "off"),
 		"dir":        directories, "state-dir": directories, "out": directories, "mesh": directories,
-		"socket": files, "status-socket": files,
+		"socket": files, "status-socket": files, "join": files,
 		"service-account": nothing, "ip": nothing, "mtu": nothing, "listen": nothing, "host": nothing, "admin": nothing,
 		"max-life":     nothing,
 		"trust-domain": nothing, "life": nothing,

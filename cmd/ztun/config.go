@@ -18,6 +18,7 @@ import (
 
 	"ztun/ports"
 	"ztun/proxy/identity"
+	"ztun/proxy/state"
 )
 
 // Config is the effective configuration of the daemon. This file is the only reader of the environment;
@@ -97,6 +98,10 @@ type Config struct {
 	ShutOut                                string // a path for which CAP_DAC_OVERRIDE is among them
 
 	Rootless bool // `ztun run`: the daemon of one workload, in a user namespace
+	// Dedicated is PROXY_MODE: this is the proxy of Workload alone, and the CA is told by our token who that is.
+	Dedicated bool
+	// Workload is the only one that this process serves and holds a certificate for; zero: any.
+	Workload state.WorkloadInfo
 
 	guessed bool // nothing says where workloads come from: XDSAddress is the default of no particular environment
 
@@ -222,6 +227,14 @@ func (c *Config) finish(l *loader) error {
 	}
 	if err := c.sources(l); err != nil {
 		return err
+	}
+	switch none := c.Workload == (state.WorkloadInfo{}); {
+	case c.Dedicated && none:
+		return &configError{"PROXY_WORKLOAD_INFO", "", errors.New("PROXY_MODE=dedicated is one workload's proxy: say here " +
+			"which, as NAMESPACE/NAME/SERVICE_ACCOUNT of its record")}
+	case !c.Dedicated && !none:
+		c.warn("PROXY_WORKLOAD_INFO has no effect without PROXY_MODE=dedicated: pods are named by `ztun pod add`")
+		c.Workload = state.WorkloadInfo{}
 	}
 	switch {
 	case c.XDSOnDemand && c.DNSProxy:

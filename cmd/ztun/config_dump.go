@@ -28,6 +28,12 @@ func (c *Config) dump() map[string]any {
 		self = c.Identity.String()
 		workload = map[string]string{"name": c.PodName, "namespace": c.PodNamespace, "serviceAccount": c.ServiceAccount}
 	}
+	mode, only := "Shared", any(nil)
+	if c.Dedicated {
+		mode = "Dedicated"
+		only = map[string]string{"name": c.Workload.Name, "namespace": c.Workload.Namespace,
+			"serviceAccount": c.Workload.ServiceAccount}
+	}
 	return map[string]any{
 		"adminAddr":                c.localhost(c.AdminPort),
 		"altCaHostname":            orNull(c.AltCAHostname),
@@ -65,8 +71,8 @@ func (c *Config) dump() map[string]any {
 		"proxy":                    true,
 		"proxyArgs":                c.ProxyArgs,
 		"proxyMetadata":            c.ProxyMetadata,
-		"proxyMode":                "Shared",
-		"proxyWorkloadInformation": nil,
+		"proxyMode":                mode,
+		"proxyWorkloadInformation": only,
 		"readinessAddr":            c.socket(c.ReadinessPort),
 		"requireOriginalSource":    c.OriginalSource,
 		"secretTtl":                secsNanos(c.SecretTTL),

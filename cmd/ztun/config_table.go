@@ -36,9 +36,12 @@ func variables(c *Config, l *loader) []variable {
 		{"SERVICE_ACCOUNT", "", "its service account; with the two above it is this proxy's own identity",
 			str(&c.ServiceAccount)},
 		{"TRUST_DOMAIN", "cluster.local", "trust domain of this proxy's own identity", str(&c.TrustDomain)},
-		{"PROXY_MODE", "shared", "shared: one daemon for all pods of the node (the only mode)", proxyMode},
-		{"PROXY_WORKLOAD_INFO", "", "refused: the workload of dedicated mode; pods are named by `ztun pod add`",
-			proxyWorkloadInfo},
+		{"PROXY_MODE", "shared", "shared: one daemon for all pods of the node; dedicated: the proxy of the one workload " +
+			"that PROXY_WORKLOAD_INFO names, in its own network namespace, with or without root (of `ztun run`, too)",
+			proxyMode(&c.Dedicated)},
+		{"PROXY_WORKLOAD_INFO", "", "the workload of dedicated mode: NAMESPACE/NAME/SERVICE_ACCOUNT of its record; the " +
+			"CA knows by AUTH_TOKEN or the client certificate whose certificate we get, and we hold no other",
+			proxyWorkloadInfo(&c.Workload)},
 		{"ENABLE_PROXY", "true", "the HBONE proxy; must be on",
 			onlyBool(true, "a TUN device is the pods' only way out: without the proxy their connections would end there")},
 

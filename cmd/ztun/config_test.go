@@ -81,10 +81,9 @@ func TestBadValuesNameTheVariable(t *testing.T) {
 		{"POOL_UNUSED_RELEASE_TIMEOUT", "soon", "no duration"},
 		{"KEEPALIVE_TIME", "", "empty"},
 		{"SECRET_TTL", "1s", "shorter than 10s"},
-		{"PROXY_MODE", "dedicated", "iptables"},
-		{"PROXY_MODE", "Shared", "must be shared"},
+		{"PROXY_MODE", "Shared", "must be shared or dedicated"},
 		{"PROXY_WORKLOAD_INFO", "a/b", "NAMESPACE/NAME/SERVICE_ACCOUNT"}, // checklist 11
-		{"PROXY_WORKLOAD_INFO", "a/b/c", "ztun pod add --namespace a --name b --service-account c"},
+		{"PROXY_WORKLOAD_INFO", "a//c", "NAMESPACE/NAME/SERVICE_ACCOUNT"},
 		{"ENABLE_PROXY", "false", "TUN"},
 		{"ENABLE_PROXY", "False", "true or false"},
 		{"INPOD_PORT_REUSE", "false", "TUN"},

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"ztun/admin/guard"
+	"ztun/proxy/state"
 )
 
 // These make the set functions of the table: each reads one value into *p (spec controlplane 1.1). "" is a
@@ -68,15 +69,14 @@ func (c *Config) exactly(p *bool, name string) func(string) error {
 	}
 }
 
-func proxyMode(v string) error {
-	switch v {
-	case "shared":
+func proxyMode(dedicated *bool) func(string) error {
+	return func(v string) error {
+		if v != "shared" && v != "dedicated" {
+			return errors.New("must be shared or dedicated")
+		}
+		*dedicated = v == "dedicated"
 		return nil
-	case "dedicated":
-		return errors.New("dedicated mode redirects its own namespace with iptables; a TUN-based proxy serves pods through " +
-			"their namespaces: use shared, and `ztun pod add`")
 	}
-	return errors.New("must be shared")
 }
 
 // parseWorkloadInfo reads ztunnel's namespace/name/service-account.
@@ -88,14 +88,11 @@ func parseWorkloadInfo(v string) (namespace, name, serviceAccount string, err er
 	return parts[0], parts[1], parts[2], nil
 }
 
-// proxyWorkloadInfo refuses what only dedicated mode has a use for, and says what to do instead.
-func proxyWorkloadInfo(v string) error {
-	ns, name, sa, err := parseWorkloadInfo(v)
-	if err != nil {
+func proxyWorkloadInfo(p *state.WorkloadInfo) func(string) error {
+	return func(v string) (err error) {
+		p.Namespace, p.Name, p.ServiceAccount, err = parseWorkloadInfo(v)
 		return err
 	}
-	return fmt.Errorf("it names the one workload of dedicated mode; here pods are named one by one: `ztun pod add "+
-		"--namespace %s --name %s --service-account %s`", ns, name, sa)
 }
 
 func compliancePolicy(p *bool) func(string) error {

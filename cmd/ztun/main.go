@@ -79,6 +79,9 @@ func proxyCommand() *cobra.Command {
 			if err := c.deliberate(); err != nil {
 				return err
 			}
+			if c.Dedicated {
+				return &configError{"PROXY_MODE", "dedicated", errors.New("only of `ztun run` so far")}
+			}
 			held, err := permitted()
 			if err == nil {
 				err = needRoot(cmd.CommandPath(), held, needs(c)[:required]...)

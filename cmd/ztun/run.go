@@ -17,6 +17,7 @@ import (
 
 	"ztun/admin"
 	"ztun/cmd/attach"
+	"ztun/proxy/state"
 	"ztun/tun/netns"
 )
 
@@ -39,8 +40,7 @@ type exitStatus int
 func (s exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(s)) }
 
 func runCommand() *cobra.Command {
-	var spec admin.PodSpec
-	var ips []string
+	var who runWho
 	cmd := &cobra.Command{
 		Use:   "run [flags] -- COMMAND [ARGUMENT...]",
 		Short: "run a command as a workload of the mesh, without root",
@@ -57,30 +57,24 @@ func runCommand() *cobra.Command {
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
-			if spec.IPs, err = parseIPs(ips); err != nil {
+			if err := who.resolve(os.LookupEnv); err != nil {
 				return err
 			}
 			if os.Getenv(runInside) == "" {
 				return runOutside()
 			}
 			os.Unsetenv(runInside)
-			spec.NetNS = "-" // it comes as a descriptor
-			if err := spec.Validate(); err != nil {
+			who.spec.NetNS = "-" // it comes as a descriptor
+			if err := who.spec.Validate(); err != nil {
 				return err
 			}
-			return runWorkload(cmd.Context(), spec, args)
+			return runWorkload(cmd.Context(), &who, args)
 		},
 	}
 	f := cmd.Flags()
 	f.SetInterspersed(false)
-	f.StringVar(&spec.Name, "name", "", "name of the workload")
-	f.StringVar(&spec.Namespace, "namespace", "default", "namespace of the workload")
-	f.StringVar(&spec.ServiceAccount, "service-account", "default", "service account of the workload")
-	f.StringSliceVar(&ips, "ip", nil, "address of the workload, at most one per family: 10.1.0.2[,fd00::2]")
-	f.IntVar(&spec.MTU, "mtu", 0, "MTU in bytes (default ZTUN_MTU)")
-	for _, name := range []string{"name", "ip"} {
-		cmd.MarkFlagRequired(name)
-	}
+	f.IntVar(&who.spec.MTU, "mtu", 0, "MTU in bytes (default ZTUN_MTU)")
+	who.bind(cmd)
 	return cmd
 }
 
@@ -167,14 +161,19 @@ func follow(c *exec.Cmd, unable func(error) error) error {
 }
 
 // runWorkload is the daemon of one workload, for as long as its command runs.
-func runWorkload(ctx context.Context, spec admin.PodSpec, command []string) error {
+func runWorkload(ctx context.Context, who *runWho, command []string) error {
+	spec := who.spec
 	dir, err := os.MkdirTemp("", "ztun-run-")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(dir)
+	lookup, err := who.environment(os.LookupEnv, dir)
+	if err != nil {
+		return err
+	}
 	c, err := loadConfig(func(name string) (string, bool) {
-		v, ok := os.LookupEnv(name)
+		v, ok := lookup(name)
 		switch {
 		case name == "ZTUN_STATE_DIR":
 			return dir, true
@@ -189,6 +188,7 @@ func runWorkload(ctx context.Context, spec admin.PodSpec, command []string) erro
 	// Many on one host: each has ports of its own.
 	c.AdminPort, c.StatsPort, c.ReadinessPort = 0, 0, 0
 	c.Rootless, c.DropCapabilities = true, false
+	c.Workload = state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount}
 	d, err := newDaemon(c, os.Stderr)
 	if err != nil {
 		return err

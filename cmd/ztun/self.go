@@ -29,7 +29,7 @@ type selfPod struct {
 // newSelf is nil where the daemon is not told which pod is its own.
 func (d *daemon) newSelf() *selfPod {
 	c := d.c
-	if c.Identity == (identity.ID{}) {
+	if c.Identity == (identity.ID{}) || c.Workload != (state.WorkloadInfo{}) {
 		return nil
 	}
 	s := &selfPod{spec: admin.PodSpec{Name: c.PodName, Namespace: c.PodNamespace, ServiceAccount: c.ServiceAccount},

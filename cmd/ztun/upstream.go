@@ -61,7 +61,7 @@ func (d *daemon) authority(ctx context.Context) (ca.Signer, error) {
 		if err != nil {
 			return nil, err
 		}
-		d.remoteCA = ca.NewRemote(ca.RemoteOptions{Connector: conn, Impersonate: true, Logger: d.log.Logger("ca"),
+		d.remoteCA = ca.NewRemote(ca.RemoteOptions{Connector: conn, Impersonate: !c.Dedicated, Logger: d.log.Logger("ca"),
 			Changed: func() {
 				d.certs.Renew()
 			}})
@@ -71,6 +71,10 @@ func (d *daemon) authority(ctx context.Context) (ca.Signer, error) {
 			d.followControl(ctx, conn)
 		}
 	}
+	signer := options.Signer
+	if c.Workload != (state.WorkloadInfo{}) {
+		options.Signer = &ownSigner{Signer: signer, of: c.Workload, log: options.Logger}
+	}
 	d.certs = ca.NewManager(options)
 	if d.remoteCA != nil {
 		d.admin(ctx, "certificate authority", d.remoteCA.Run)
@@ -78,7 +82,7 @@ func (d *daemon) authority(ctx context.Context) (ca.Signer, error) {
 	if dir != nil {
 		d.admin(ctx, "certificate authority", func(ctx context.Context) error { return dir.Run(ctx, d.certs.Renew) })
 	}
-	return options.Signer, nil
+	return signer, nil
 }
 
 // trustDomain is that of workloads of a file that name none: the local CA's, else this proxy's own.

@@ -38,10 +38,20 @@ func newRootless(t *testing.T, m *mesh) *rootless {
 		}
 		return os.Chmod(path, 0o644)
 	}))
+	must(t, os.Mkdir(filepath.Join(dir, "tmp"), 0o755))
+	must(t, os.Chmod(filepath.Join(dir, "tmp"), 0o777|os.ModeSticky))
 	tun := filepath.Join(dir, "tun")
 	must(t, unix.Mknod(tun, unix.S_IFCHR|0o666, int(unix.Mkdev(10, 200))))
 	must(t, os.Chmod(tun, 0o666))
 	return &rootless{m, dir}
+}
+
+// clean says what runs have left.
+func (r *rootless) clean() {
+	r.t.Helper()
+	if left, _ := filepath.Glob(r.dir + "/tmp/ztun-run-*"); len(left) > 0 {
+		r.t.Errorf("left behind: %q", left)
+	}
 }
 
 // run is `ztun run` on a host, by a user without any capability and with no_new_privs; before is done as root in his
@@ -49,12 +59,17 @@ func newRootless(t *testing.T, m *mesh) *rootless {
 func (r *rootless) run(ns *lab.NS, before string, args ...string) (string, error) {
 	world, err := os.ReadFile(r.WorldPath())
 	must(r.t, err)
+	return r.runWith(ns, []string{"LOCAL_XDS=" + string(world), "XDS_ADDRESS=", "CA_ADDRESS=", "LOCAL_CA_DIR=" + r.dir + "/ca"},
+		before, args...)
+}
+
+// runWith is run with nothing in the environment that says where workloads and certificates come from, but env.
+func (r *rootless) runWith(ns *lab.NS, env []string, before string, args ...string) (string, error) {
 	script := "mount --bind " + r.dir + `/tun /dev/net/tun && ` + before +
 		`cd / && exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs --bounding-set -all --inh-caps -all "$@"`
 	return r.RunCmd(r.ctx, ns, lab.Cmd{
 		Args: append([]string{"unshare", "-m", "sh", "-c", script, "sh", r.dir + "/ztun", "run"}, args...),
-		Env: append(os.Environ(), "LOCAL_XDS="+string(world), "XDS_ADDRESS=", "CA_ADDRESS=", "LOCAL_CA_DIR="+r.dir+"/ca",
-			"TMPDIR=/tmp"),
+		Env:  append(append(os.Environ(), "TMPDIR="+r.dir+"/tmp"), env...),
 	})
 }
 
@@ -124,9 +139,7 @@ func TestRun(t *testing.T) {
 	if want := "user.max_user_namespaces is 0"; err == nil || !strings.Contains(err.Error(), want) {
 		t.Errorf("without user namespaces: %v, want %q", err, want)
 	}
-	if left, _ := filepath.Glob("/tmp/ztun-run-*"); len(left) > 0 {
-		t.Errorf("left behind: %q", left)
-	}
+	r.clean()
 	if left, err := exec.Command("pgrep", "-f", r.dir+"/ztun").Output(); err == nil {
 		t.Errorf("processes are left: %s", left)
 	}

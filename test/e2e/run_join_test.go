@@ -1,0 +1,75 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"ztun/test/lab"
+)
+
+// TestRunJoins: what `ztun control join --workload` has written is all that an ordinary user's `ztun run` takes to be
+// that workload, as a directory and as one file; another workload it cannot be; and `control leave` ends it.
+func TestRunJoins(t *testing.T) {
+	c := newControlled(t, false, nil)
+	record := func(name, address string) lab.Workload {
+		return lab.Workload{UID: "lab//v1/Pod/default/" + name, Name: name, Namespace: "default", ServiceAccount: name,
+			TrustDomain: "cluster.local", WorkloadIPs: []string{address}, Protocol: "TCP",
+			Services: map[string]map[uint16]uint16{}}
+	}
+	c.write("users.yaml", lab.WorldFile{Workloads: []lab.Workload{record("user", "10.91.66.4"), record("guest", "10.91.66.5")}})
+	c.write("policy.yaml", policy("users-alone", "Allow", "cluster.local/ns/default/sa/user"))
+	c.visible(c.N2, "users-alone", true)
+	r := newRootless(t, c.mesh)
+	bundle := func(name, out string) string {
+		out = filepath.Join(r.dir, out)
+		_, err := c.Ztun(c.ctx, nil, "control", "join", "--dir", c.dir, "--workload", "default/"+name, "--out", out, "--host",
+			c.N1.Addr4.String(), "--renew")
+		must(t, err)
+		must(t, filepath.WalkDir(out, func(path string, _ os.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			return os.Chown(path, 65534, 65534)
+		}))
+		return out
+	}
+	ask := func(bundle string) (string, error) {
+		return r.runWith(c.h1.NS, nil, "", "--join", bundle, "--", "bash", "-c",
+			fmt.Sprintf("exec 3<>/dev/tcp/%s/9000 && echo whoami >&3 && head -n 1 <&3", c.c.IPs[0]))
+	}
+	var user string
+	for _, out := range []string{"user", "user.json"} {
+		user = bundle("user", out)
+		if got, err := ask(user); err != nil || !strings.Contains(got, c.h1.IPs[0].String()) {
+			t.Fatalf("with %s: %q, %v", out, got, err)
+		}
+	}
+	// Another workload's credentials give another identity, also where the environment claims this one.
+	guest := bundle("guest", "guest")
+	if got, err := ask(guest); err == nil || !strings.Contains(err.Error(), "Connection refused") {
+		t.Errorf("as guest: %q, %v", got, err)
+	}
+	claim := []string{fmt.Sprintf("XDS_ADDRESS=https://%s:%d", c.N1.Addr4, controlPort), "ZTUN_CONTROL_CREDENTIALS=" + guest,
+		fmt.Sprintf("CA_ADDRESS=https://%s:%d", c.N1.Addr4, controlPort)}
+	got, err := r.runWith(c.h1.NS, claim, "", "--name", "user", "--service-account", "user", "--ip", "10.91.66.4", "--",
+		"bash", "-c", fmt.Sprintf("exec 3<>/dev/tcp/%s/9000 && echo whoami >&3 && head -n 1 <&3", c.c.IPs[0]))
+	if err == nil || !strings.Contains(err.Error(), "workload default/guest is spiffe://cluster.local/ns/default/sa/guest") {
+		t.Errorf("as guest that claims to be user: %q, %v", got, err)
+	}
+	out, err := c.Ztun(c.ctx, nil, "control", "leave", "--dir", c.dir, "--workload", "user")
+	must(t, err)
+	if !strings.Contains(out, "workload default/user has left") {
+		t.Error(out)
+	}
+	eventually(t, 30*time.Second, func() error {
+		if got, err := ask(user); err == nil {
+			return fmt.Errorf("who has left still gets %q", got)
+		}
+		return nil
+	})
+	r.clean()
+}
