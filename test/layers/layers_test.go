@@ -56,6 +56,7 @@ refusal              ->
 tun                  -> tun/netns
 tun/capture          ->
 tun/netns            ->
+tun/sandwich         -> ports tun/netns
 tun/steer            -> ports tun/netns
 tun/tuntest          -> tun
 tun/tuntest/nslab    -> tun/netns

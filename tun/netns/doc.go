@@ -8,8 +8,9 @@
 // Who calls it: tun (a device is created in the namespace in which /dev/net/tun is opened), tun/steer (netlink
 // sockets and sysctls belong to a namespace), and the composition root (HBONE on kernel sockets).
 //
-// What it never does: it creates and deletes no namespace, changes no route, and leaves no thread of the Go scheduler
-// in a foreign namespace.
+// Namespaces of our own (tun/sandwich) are made and removed here, under names that `ip netns` knows.
+//
+// What it never does: it changes no route, and leaves no thread of the Go scheduler in a foreign namespace.
 //
 // Decisions:
 //   - 2026-11-23: Do runs its function in a new goroutine that is locked to its thread. If the thread cannot be

@@ -1,0 +1,184 @@
+package sandwich
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"ztun/tun/netns"
+)
+
+// Namespaces are where a plan is carried out.
+type Namespaces struct{ S, Pod *netns.NS }
+
+// world is both, opened for work.
+type world struct {
+	places map[Where]*place
+	plan   Plan
+}
+
+// place is one namespace.
+type place struct {
+	where Where
+	ns    *netns.NS
+	h     *netlink.Handle
+}
+
+// patience bounds each exchange with the kernel, which may wait for the routing lock.
+const patience = 10 * time.Second
+
+func openPlace(where Where, ns *netns.NS) (*place, error) {
+	p := &place{where: where, ns: ns}
+	err := ns.Do(func() (err error) {
+		p.h, err = netlink.NewHandle(unix.NETLINK_ROUTE)
+		return err
+	})
+	if err == nil {
+		err = p.h.SetSocketTimeout(patience)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot talk to the kernel in network namespace %s: %w", ns, err)
+	}
+	return p, nil
+}
+
+func open(p Plan, ns Namespaces) (*world, error) {
+	w := &world{places: map[Where]*place{}, plan: p}
+	for where, n := range map[Where]*netns.NS{S: ns.S, Pod: ns.Pod} {
+		pl, err := openPlace(where, n)
+		if err != nil {
+			w.close()
+			return nil, err
+		}
+		w.places[where] = pl
+	}
+	return w, nil
+}
+
+func (w *world) close() {
+	for _, p := range w.places {
+		p.h.Close()
+	}
+}
+
+func (w *world) other(p *place) *place { return w.places[S+Pod-p.where] }
+
+// Apply makes every step true, in order; what is true is left alone. It stops at the first error, which names the
+// step: the caller applies Undo then, from whatever was reached. changed are the steps that were not true.
+func Apply(ctx context.Context, p Plan, ns Namespaces) (changed []Step, err error) {
+	return each(ctx, p, ns, false)
+}
+
+// Missing are the steps that are not true, without changing anything. A device that is not there fails nothing: what
+// has to do with it is not true.
+func Missing(ctx context.Context, p Plan, ns Namespaces) ([]Step, error) {
+	return each(ctx, p, ns, true)
+}
+
+func each(ctx context.Context, p Plan, ns Namespaces, dry bool) (changed []Step, err error) {
+	w, err := open(p, ns)
+	if err != nil {
+		return nil, err
+	}
+	defer w.close()
+	for _, s := range p.Steps {
+		if err := ctx.Err(); err != nil {
+			return changed, fmt.Errorf("before %q in %s: %w", s.Do, s.Where, err)
+		}
+		did, err := s.Do.ensure(w, w.places[s.Where], dry)
+		switch {
+		case err != nil && dry && errors.Is(err, unix.ENODEV):
+			did = true
+		case errors.Is(err, unix.EPERM):
+			return changed, fmt.Errorf("%q in %s: %w (CAP_NET_ADMIN and CAP_SYS_ADMIN are needed)", s.Do, s.Where, err)
+		case err != nil:
+			return changed, fmt.Errorf("%q in %s: %w", s.Do, s.Where, err)
+		}
+		if did {
+			changed = append(changed, s)
+		}
+	}
+	return changed, nil
+}
+
+// link finds a device; nil: there is none.
+func (p *place) link(name string) (netlink.Link, error) {
+	l, err := retry(func() (netlink.Link, error) { return p.h.LinkByName(name) })
+	var not netlink.LinkNotFoundError
+	if errors.As(err, &not) {
+		return nil, nil
+	}
+	return l, err
+}
+
+// need finds a device that has to be there.
+func (p *place) need(name string) (netlink.Link, error) {
+	l, err := p.link(name)
+	if err == nil && l == nil {
+		err = fmt.Errorf("there is no device %s: %w", name, unix.ENODEV)
+	}
+	return l, err
+}
+
+// routes lists a family's, of all tables.
+func (p *place) routes(fam int) ([]netlink.Route, error) {
+	all, err := retry(func() ([]netlink.Route, error) {
+		return p.h.RouteListFiltered(fam, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+	})
+	if fam == netlink.FAMILY_V6 && noIPv6(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot list routes: %w", err)
+	}
+	for i := range all {
+		all[i].Family = fam
+	}
+	return all, nil
+}
+
+// noIPv6 says that the kernel has none.
+func noIPv6(err error) bool {
+	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP)
+}
+
+func (p *place) rules(fam int) ([]netlink.Rule, error) {
+	all, err := retry(func() ([]netlink.Rule, error) { return p.h.RuleList(fam) })
+	if fam == netlink.FAMILY_V6 && noIPv6(err) {
+		return nil, nil
+	}
+	for i := range all {
+		all[i].Family = fam
+	}
+	return all, err
+}
+
+// retry repeats a question whose answer was torn by a change at the same time.
+func retry[T any](ask func() (T, error)) (v T, err error) {
+	for range 5 {
+		if v, err = ask(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return v, err
+}
+
+// gone says that an error of a removal means that there was nothing to remove.
+func gone(err error) bool {
+	return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) ||
+		errors.Is(err, os.ErrNotExist)
+}
+
+// keeps says that the plan has a rule of the kernel's.
+func (w *world) keeps(h netlink.Rule) bool {
+	return slices.ContainsFunc(w.plan.Steps, func(s Step) bool {
+		r, ok := s.Do.(Rule)
+		return ok && r.is(h)
+	})
+}

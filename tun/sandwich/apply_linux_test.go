@@ -1,0 +1,172 @@
+package sandwich
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+
+	"ztun/tun"
+	"ztun/tun/netns"
+	"ztun/tun/tuntest/nslab"
+)
+
+// bridgePod makes a pod as the bridge plugin does: a subnet's address, a gateway in it.
+func bridgePod(t *testing.T, node, pod *nslab.NS) {
+	node.IP(t, "link", "add", "veth1", "type", "veth", "peer", "name", "eth0", "netns", pod.Name)
+	node.IP(t, "addr", "add", "10.92.1.1/24", "dev", "veth1")
+	node.IP(t, "-6", "addr", "add", "fd92::1/64", "dev", "veth1", "nodad")
+	node.IP(t, "link", "set", "veth1", "up")
+	pod.IP(t, "link", "set", "eth0", "mtu", "1450", "up")
+	pod.IP(t, "addr", "add", "10.92.1.2/24", "brd", "+", "dev", "eth0")
+	pod.IP(t, "-6", "addr", "add", "fd92::2/64", "dev", "eth0")
+	pod.IP(t, "route", "add", "default", "via", "10.92.1.1")
+	pod.IP(t, "-6", "route", "add", "default", "via", "fd92::1", "metric", "77")
+	pod.IP(t, "route", "add", "10.0.0.0/8", "via", "10.92.1.1", "mtu", "1400")
+}
+
+// routedPod makes one as Calico does: a host's address, an on-link gateway that is nowhere.
+func routedPod(t *testing.T, node, pod *nslab.NS) {
+	node.IP(t, "link", "add", "veth1", "address", "ee:ee:ee:ee:ee:ee", "type", "veth", "peer", "name", "eth0", "netns",
+		pod.Name)
+	node.IP(t, "link", "set", "veth1", "up")
+	node.IP(t, "addr", "add", "169.254.1.1/32", "dev", "veth1")
+	node.IP(t, "-6", "addr", "add", "fe80::ecee/64", "dev", "veth1", "nodad")
+	node.IP(t, "route", "add", "10.92.1.2/32", "dev", "veth1")
+	node.IP(t, "-6", "route", "add", "fd92::2/128", "dev", "veth1")
+	node.IP(t, "addr", "add", "10.92.1.1/32", "dev", "lo")
+	node.IP(t, "-6", "addr", "add", "fd92::1/128", "dev", "lo")
+	pod.IP(t, "link", "set", "eth0", "up")
+	pod.IP(t, "addr", "add", "10.92.1.2/32", "dev", "eth0")
+	pod.IP(t, "-6", "addr", "add", "fd92::2/128", "dev", "eth0", "nodad")
+	pod.IP(t, "route", "add", "169.254.1.1", "dev", "eth0", "scope", "link")
+	pod.IP(t, "route", "add", "default", "via", "169.254.1.1", "dev", "eth0")
+	pod.IP(t, "-6", "route", "add", "default", "via", "fe80::ecee", "dev", "eth0")
+	pod.IP(t, "neigh", "add", "169.254.1.1", "lladdr", "ee:ee:ee:ee:ee:ee", "dev", "eth0", "nud", "permanent")
+}
+
+// dump is all that undo has to give back, as ip(8) tells it. What the kernel learns by itself is left out.
+func dump(t *testing.T, n *nslab.NS) string {
+	var b strings.Builder
+	for _, args := range []string{"-j -d link", "-j addr", "-j route show table all", "-j -6 route show table all", "-j rule",
+		"-j -6 rule", "-j neigh show nud permanent"} {
+		var v []map[string]any
+		out := n.IP(t, strings.Fields(args)...)
+		if strings.TrimSpace(out) == "" {
+			continue
+		}
+		if err := json.Unmarshal([]byte(out), &v); err != nil {
+			t.Fatalf("ip %s: %v: %s", args, err, out)
+		}
+		for _, m := range v {
+			delete(m, "link_netnsid")
+			delete(m, "link-netnsid")
+			for _, a := range []string{"link_index", "link_netnsid"} {
+				delete(m, a)
+			}
+			one, _ := json.Marshal(m)
+			fmt.Fprintf(&b, "%s: %s\n", args, one)
+		}
+	}
+	return b.String()
+}
+
+// sandwich makes S with the TUNs, which nobody reads.
+func sandwich(t *testing.T) *netns.NS {
+	t.Helper()
+	name := fmt.Sprintf("zttun-s-%d-%s", os.Getpid(), strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-")))
+	s, err := netns.Create(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		s.Close()
+		if err := netns.Remove(name); err != nil {
+			t.Error(err)
+		}
+	})
+	for _, dev := range []string{App, Net} {
+		d, err := tun.Open(tun.Options{Name: dev, NetNS: s, MTU: 1500, Persistent: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Close()
+	}
+	return s
+}
+
+// A plan is applied once and is true then; undone, everything is as it was, from every point at which it may have been
+// left; ICMP and UDP go on natively in between.
+func TestApplyAndUndo(t *testing.T) {
+	for name, make := range map[string]func(*testing.T, *nslab.NS, *nslab.NS){"bridge": bridgePod, "routed": routedPod} {
+		t.Run(name, func(t *testing.T) {
+			node, pod := nslab.New(t), nslab.New(t)
+			make(t, node, pod)
+			ping := func(when string) {
+				t.Helper()
+				for _, a := range []string{"10.92.1.1", "fd92::1"} {
+					if out, err := run(pod, "ping", "-c1", "-W10", a); err != nil {
+						t.Errorf("%s: %s", when, out)
+					}
+				}
+				for _, a := range []string{"10.92.1.2", "fd92::2"} {
+					if out, err := run(node, "ping", "-c1", "-W10", "-s", "1300", a); err != nil {
+						t.Errorf("%s: %s", when, out)
+					}
+				}
+			}
+			ping("before")
+			before := dump(t, pod)
+			ns := Namespaces{S: sandwich(t), Pod: pod.NS}
+			f, err := Read(pod.NS, "eth0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			p, err := New(f, Config{DNS: true, Native: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := Apply(t.Context(), p, ns); err != nil {
+				t.Fatal(err)
+			}
+			if left, err := Missing(t.Context(), p, ns); err != nil || len(left) > 0 {
+				t.Errorf("not true after all: %v, %v", Plan{left}, err)
+			}
+			if again, err := Apply(t.Context(), p, ns); err != nil || len(again) > 0 {
+				t.Errorf("applied twice: %v, %v", Plan{again}, err)
+			}
+			ping("captured")
+			undo := func() {
+				t.Helper()
+				if _, err := Apply(t.Context(), Undo(f), ns); err != nil {
+					t.Fatal(err)
+				}
+				if after := dump(t, pod); after != before {
+					t.Fatalf("before\n%s\nafter\n%s", before, after)
+				}
+			}
+			undo()
+			undo()
+			ping("undone")
+			// Left half way: around the swap, and now and then before and after.
+			swap := slices.IndexFunc(p.Steps, func(s Step) bool { return s.Where == Pod })
+			for n := range p.Steps {
+				if n%12 != 0 && n != swap && n != swap+1 {
+					continue
+				}
+				if _, err := Apply(t.Context(), Plan{p.Steps[:n]}, ns); err != nil {
+					t.Fatal(err)
+				}
+				undo()
+			}
+		})
+	}
+}
+
+func run(n *nslab.NS, args ...string) (string, error) {
+	out, err := exec.Command("ip", append([]string{"netns", "exec", n.Name}, args...)...).CombinedOutput()
+	return string(out), err
+}

@@ -1,0 +1,55 @@
+package sandwich
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+)
+
+// Facts are what there was in the pod's namespace before the first step: all that Undo has to give back.
+type Facts struct {
+	Dev    string  `json:"dev"` // eth0
+	Index  int     `json:"index"`
+	MAC    string  `json:"mac"`
+	MTU    int     `json:"mtu"` // in bytes
+	Addrs  []Addr  `json:"addrs"`
+	Routes []Route `json:"routes"` // by the device, in the kernel's order, all tables but local
+	Neighs []Neigh `json:"neighs"` // permanent ones
+	// Settings of the device, below /proc/sys, but for those that cannot be read.
+	Settings []Sysctl `json:"settings"`
+}
+
+// The pod's own addresses: those of global scope.
+func (f Facts) own() (out []netip.Addr) {
+	for _, a := range f.Addrs {
+		if ip := a.Prefix.Addr(); !ip.IsLinkLocalUnicast() {
+			out = append(out, ip)
+		}
+	}
+	return out
+}
+
+// ErrUnfit is what Read and New return (wrapped) for a pod that cannot be captured this way.
+var ErrUnfit = errors.New("cannot be steered")
+
+// check says why a plan cannot be made of these facts.
+func (f Facts) check() error {
+	own := f.own()
+	if len(own) == 0 {
+		return fmt.Errorf("%w: device %s has no address: is its CNI done?", ErrUnfit, f.Dev)
+	}
+	for i, a := range own {
+		for _, b := range own[:i] {
+			if a.Is4() == b.Is4() {
+				return fmt.Errorf("%w: device %s has two addresses of one family, %s and %s", ErrUnfit, f.Dev, b, a)
+			}
+		}
+	}
+	return nil
+}
+
+// Conn is a connection that was there before the pod was captured, as the pod sees it.
+type Conn struct {
+	Local  netip.AddrPort `json:"local"`
+	Remote netip.AddrPort `json:"remote"`
+}

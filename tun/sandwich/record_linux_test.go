@@ -1,0 +1,84 @@
+package sandwich
+
+import (
+	"os"
+	"strings"
+	"testing"
+
+	"ztun/tun"
+	"ztun/tun/netns"
+	"ztun/tun/tuntest/nslab"
+)
+
+// Whoever was killed in the middle has left a record: by it alone, without a path, the pod is given back, S is gone,
+// and a second time nothing happens. A pod whose namespace is gone loses S.
+func TestRestore(t *testing.T) {
+	node, pod, dir := nslab.New(t), nslab.New(t), t.TempDir()
+	routedPod(t, node, pod)
+	before := dump(t, pod)
+	f, err := Read(pod.NS, "eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := Record{Facts: f}
+	r.Dev, r.Ino = pod.ID()
+	half := func(r Record, pod *netns.NS) {
+		t.Helper()
+		s, err := netns.Create(r.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		t.Cleanup(func() { netns.Remove(r.Name()) })
+		for _, dev := range []string{App, Net} {
+			d, err := tun.Open(tun.Options{Name: dev, NetNS: s, MTU: 1500, Persistent: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.Close()
+		}
+		p, err := New(f, Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Apply(t.Context(), Plan{p.Steps[:len(p.Steps)-6]}, Namespaces{s, pod}); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Save(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	half(r, pod.NS)
+	found, err := Find(dir, r.Dev, r.Ino)
+	if err != nil || found == nil {
+		t.Fatalf("the record: %v, %v", found, err)
+	}
+	for range 2 {
+		if err := found.Restore(t.Context(), dir); err != nil {
+			t.Fatal(err)
+		}
+		if after := dump(t, pod); after != before {
+			t.Fatalf("before\n%s\nafter\n%s", before, after)
+		}
+	}
+	if all, err := Records(dir); len(all) != 0 || err != nil {
+		t.Errorf("left: %v, %v", all, err)
+	}
+	if _, err := os.Stat(netns.Dir + "/" + r.Name()); err == nil {
+		t.Error("S is left")
+	}
+	half(r, pod.NS)
+	r.Ino++ // as if another lived there
+	if err := os.Rename(found.file(dir), r.file(dir)); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Restore(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(dir+"/ztun-1-2.json", []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Records(dir); err == nil || !strings.Contains(err.Error(), "ztun-1-2.json") {
+		t.Errorf("a torn record: %v", err)
+	}
+}
