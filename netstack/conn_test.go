@@ -292,12 +292,16 @@ func TestOnReset(t *testing.T) {
 				time.Sleep(20 * time.Millisecond)
 				own.OnReset(func(err error) { told <- err })
 			}
+			wait := patience
+			if !c.told {
+				wait = 50 * time.Millisecond
+			}
 			select {
 			case err := <-told:
 				if !c.told || !errors.Is(err, syscall.ECONNRESET) {
 					t.Errorf("%s, early %v: told %v", name, early, err)
 				}
-			case <-time.After(100 * time.Millisecond):
+			case <-time.After(wait):
 				if c.told {
 					t.Errorf("%s, early %v: not told", name, early)
 				}

@@ -60,7 +60,7 @@ func TestPanicEndsOneStack(t *testing.T) {
 	good, _, goodDone := mk("10.1.0.3")
 	client, _, clientDone := mk("10.1.0.4")
 	reach := func(dst string) error {
-		patience := 5 * time.Second
+		patience := patience
 		if dst == "10.1.0.2:80" && panics.Total() > 0 {
 			patience = 500 * time.Millisecond // it says nothing any more
 		}
@@ -101,7 +101,7 @@ func TestPanicEndsOneStack(t *testing.T) {
 		if !errors.As(err, &e) {
 			t.Errorf("its Run returned %v", err)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("its Run goes on")
 	}
 	for range 3 {
@@ -143,7 +143,7 @@ func TestPanicInAppReader(t *testing.T) {
 		if !errors.As(err, &e) || panics.Total() != 1 {
 			t.Errorf("Run returned %v after %d panics", err, panics.Total())
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("Run goes on")
 	}
 	s.Close()

@@ -64,7 +64,7 @@ func (c *carried) receives(at *memDevice) []byte {
 	select {
 	case p := <-at.in:
 		return p.b
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		c.t.Fatalf("nothing came: %+v", c.s.Stats())
 		return nil
 	}

@@ -47,16 +47,6 @@ func udpPacket(src, dst netip.AddrPort, payload []byte) []byte {
 	return b
 }
 
-// eventually waits for what the reader of a device does in its own time.
-func eventually(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !ok(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("not within 10 s: ", what)
-		}
-	}
-}
-
 // askers joins a stack without OnDNS whose App device is its way out, so that its
 // DialUDP meets the tap, to one with OnDNS.
 func askers(t *testing.T, offload bool, onDNS func(*DNSQuery), mod func(*Config)) *joined {
@@ -79,7 +69,7 @@ func exchange(t *testing.T, s *Stack, dst netip.AddrPort, q []byte) []byte {
 	if _, err := c.Write(q); err != nil {
 		t.Fatal(err)
 	}
-	c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	c.SetReadDeadline(time.Now().Add(patience))
 	b := make([]byte, 65536)
 	n, err := c.Read(b)
 	if err != nil {
@@ -306,7 +296,7 @@ func TestDialUDPErrors(t *testing.T) {
 		t.Errorf("nothing there: %v", err)
 	}
 	time.AfterFunc(10*time.Millisecond, func() { d.inject(e) }) // most likely while Read waits
-	conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+	conn.SetReadDeadline(time.Now().Add(patience))
 	if _, err := conn.Read(make([]byte, 16)); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("a refusal from the network: %v", err)
 	}

@@ -49,6 +49,7 @@ type Flow struct {
 	onGone    func() // called once when it is
 	accepting bool   // the SYN was answered, the client's acknowledgement is awaited
 	tired     bool   // handshakePatience has passed
+	closing   bool   // the stack is about to go
 }
 
 // Src is the client's address and port.
@@ -96,6 +97,14 @@ func (fl *Flow) tire() {
 	fl.mu.Lock()
 	defer fl.mu.Unlock()
 	fl.tired = true
+	fl.cutHandshake()
+}
+
+// close ends a handshake under way, and those that begin later.
+func (fl *Flow) close() {
+	fl.mu.Lock()
+	defer fl.mu.Unlock()
+	fl.closing = true
 	fl.cutHandshake()
 }
 
@@ -161,10 +170,10 @@ func (fl *Flow) Accept() (*Conn, error) {
 // handshake answers the SYN and waits for the client, within bounds.
 func (fl *Flow) handshake(c *Conn) (tcpip.Endpoint, tcpip.Error) {
 	fl.mu.Lock()
-	gone := fl.gone
-	fl.accepting, fl.onGone = !gone, nil
+	late := fl.gone || fl.closing
+	fl.accepting, fl.onGone = !late, nil
 	fl.mu.Unlock()
-	if gone {
+	if late {
 		return nil, &tcpip.ErrAborted{}
 	}
 	patience := time.AfterFunc(fl.f.s.handshakePatience, fl.f.s.cfg.Panics.Func("a handshake's end", fl.tire,

@@ -89,6 +89,47 @@ func TestCloseWaitsForVerdict(t *testing.T) {
 	<-verdict
 }
 
+// TestCloseBeforeAccept: a flow whose Accept begins when the stack is about to close does not wait for its client.
+func TestCloseBeforeAccept(t *testing.T) {
+	flows, errs := make(chan *Flow, 1), make(chan error, 1)
+	release := make(chan struct{})
+	s, w := newWire(t, Config{CloseTimeout: time.Minute, OnFlow: func(f *Flow) {
+		flows <- f
+		<-release
+		_, err := f.Accept()
+		errs <- err
+	}})
+	s.handshakePatience = time.Hour
+	w.syn("10.1.0.2:500", "10.8.0.1:80", 1)
+	f := <-flows
+	closed := make(chan struct{})
+	go func() {
+		s.Close()
+		close(closed)
+	}()
+	eventually(t, "the hop closed", func() bool {
+		s.app.mu.Lock()
+		defer s.app.mu.Unlock()
+		return s.app.closed
+	})
+	eventually(t, "the flow told", func() bool {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return f.closing
+	})
+	close(release)
+	select {
+	case err := <-errs:
+		if err == nil {
+			t.Error("accepted by a stack that is closed")
+		}
+	case <-time.After(patience):
+		t.Fatal("Accept waits for a client of a stack that is closed")
+	}
+	<-closed
+	holdsNothing(t, s)
+}
+
 // A silent refusal leaves the next SYN to be a new flow.
 func TestRefuseSilent(t *testing.T) {
 	j := join(t, true, nil)
@@ -293,7 +334,7 @@ func TestStackClose(t *testing.T) {
 	if _, err := client.DialApp(context.Background(), families[0].client, dst); err == nil {
 		t.Error("dial on a closed stack succeeded")
 	}
-	for end := time.Now().Add(5 * time.Second); runtime.NumGoroutine() > before; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(patience); runtime.NumGoroutine() > before; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			buf := make([]byte, 1<<20)
 			t.Fatalf("goroutines left: %d, before %d\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
@@ -371,9 +412,7 @@ func TestUplink(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	p1.s.DialPlain(ctx, netip.MustParseAddrPort("10.1.0.9:80"))
 	cancel()
-	if n := uplink.Stats().RxUnknownDst; n == 0 {
-		t.Error("a packet to nobody was not counted")
-	}
+	eventually(t, "a packet to nobody counted", func() bool { return uplink.Stats().RxUnknownDst > 0 })
 	a, _ := memPair(1500, true)
 	if _, err := New(Config{Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.2")}, App: a, Uplink: uplink,
 		OnFlow: func(*Flow) {}}); !errors.Is(err, ErrAddressTaken) {

@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -201,6 +202,17 @@ func (f *forwarder) stop() {
 	if !f.stopped {
 		f.stopped = true
 		f.quiet()
+	}
+}
+
+// close ends the handshakes under way, and those that begin later: what hop.abort finds registered is not all, as a
+// flow may be just before its Accept.
+func (f *forwarder) close() {
+	f.mu.Lock()
+	flows := slices.Collect(maps.Values(f.pending))
+	f.mu.Unlock()
+	for _, fl := range flows {
+		fl.close()
 	}
 }
 

@@ -11,7 +11,7 @@ import (
 
 func TestAgain(t *testing.T) {
 	again := make(chan bool, 10)
-	_, w := newWire(t, Config{OnFlow: func(f *Flow) {
+	s, w := newWire(t, Config{OnFlow: func(f *Flow) {
 		again <- f.Again()
 		f.Refuse(refusal.Way(int(refusal.Silent) * int(f.Dst().Port()%2)))
 	}})
@@ -28,7 +28,7 @@ func TestAgain(t *testing.T) {
 		if got := <-again; got != tc.want {
 			t.Errorf("%d: again %v, want %v", i, got, tc.want)
 		}
-		time.Sleep(5 * time.Millisecond) // the verdict
+		eventually(t, "the verdict", func() bool { return s.Stats().InFlight == 0 })
 	}
 }
 
@@ -90,7 +90,7 @@ func TestSamePort(t *testing.T) {
 			t.Helper()
 			w.send(src, dst, header.TCPFlagSyn, seq, 0)
 			for {
-				_, _, th := w.next(900 * time.Millisecond) // before a client would send again
+				_, _, th := w.next(patience) // the SYN is not sent again
 				if th == nil {
 					t.Fatal("no SYN-ACK")
 				}
@@ -126,7 +126,7 @@ func TestSamePort(t *testing.T) {
 		w.send(src, dst, header.TCPFlagSyn, 2, 0)
 		select {
 		case <-waiting:
-		case <-time.After(900 * time.Millisecond):
+		case <-time.After(patience):
 			t.Fatal("the second attempt did not take the first one's place")
 		}
 		w.send(src, dst, header.TCPFlagSyn, 3, 0)
@@ -149,14 +149,14 @@ func TestSYNOnLiving(t *testing.T) {
 	}})
 	src, dst := netip.MustParseAddrPort("10.1.0.2:4000"), netip.MustParseAddrPort("10.2.0.3:80")
 	w.send(src, dst, header.TCPFlagSyn, 1, 0)
-	_, _, th := w.next(5 * time.Second)
+	_, _, th := w.next(patience)
 	ack := th.SequenceNumber() + 1
 	w.send(src, dst, header.TCPFlagAck, 2, ack)
 	c := <-conns
 	defer c.Close()
 	w.send(src, dst, header.TCPFlagSyn, 500, 0)
 	for {
-		_, _, th = w.next(5 * time.Second)
+		_, _, th = w.next(patience)
 		if th == nil {
 			t.Fatal("no challenge")
 		}

@@ -108,6 +108,19 @@ func (d *memDevice) WritePacket(h *tun.VNetHdr, bufs [][]byte) error {
 // write injects a packet from outside a stack.
 func (d *memDevice) inject(b []byte) { d.WritePacket(&tun.VNetHdr{}, [][]byte{b}) }
 
+// patience is how long a test waits for what has to come: a machine that others use may stand still for a second.
+const patience = 30 * time.Second
+
+// eventually waits for what others do in their own time.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not within %v: %s", patience, what)
+		}
+	}
+}
+
 // startStack makes and runs a stack that is closed with the test.
 func startStack(t testing.TB, cfg Config) *Stack {
 	t.Helper()
@@ -129,7 +142,7 @@ func startStack(t testing.TB, cfg Config) *Stack {
 			if err != nil {
 				t.Errorf("Run: %v", err)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(patience):
 			t.Error("Run did not return after Close")
 		}
 		holdsNothing(t, s)
@@ -214,7 +227,7 @@ func (j *joined) pipe(t testing.TB, f family) (client, server *Conn) {
 		}
 	case r := <-ch:
 		t.Fatalf("dial ended without a flow: %v", r.err)
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("no flow")
 	}
 	r := <-ch

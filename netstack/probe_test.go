@@ -105,7 +105,7 @@ func TestProbeAnswers(t *testing.T) {
 			t.Error(err)
 		}
 		for {
-			_, to, th := w.next(5 * time.Second)
+			_, to, th := w.next(patience)
 			if th == nil {
 				t.Fatal("the kernel's half is not taken back")
 			}
@@ -118,7 +118,7 @@ func TestProbeAnswers(t *testing.T) {
 		first, giveUp := context.WithCancel(context.Background())
 		answers := make(chan error, 20)
 		go func() { answers <- s.ProbeApp(first, fam.server.Addr(), dst) }()
-		if _, _, th := w.next(5 * time.Second); th == nil {
+		if _, _, th := w.next(patience); th == nil {
 			t.Fatal("no probe")
 		}
 		for range 19 {

@@ -148,6 +148,7 @@ func (s *Stack) shutdown() {
 		if s.up != nil {
 			s.up.abort()
 		}
+		s.flows.close()
 		if !s.flows.wait(s.cfg.CloseTimeout) {
 			s.log.Error("netstack: flows still being handled at close", "count", s.flows.inFlight())
 		}

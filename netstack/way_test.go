@@ -41,7 +41,7 @@ func (w *fakeWay) next(t *testing.T) Datagram {
 	select {
 	case d := <-w.sent:
 		return d
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("nothing was sent")
 		return Datagram{}
 	}
@@ -126,7 +126,7 @@ func TestWayDelivers(t *testing.T) {
 		select {
 		case p := <-pod.in:
 			return p
-		case <-time.After(10 * time.Second):
+		case <-time.After(patience):
 			t.Fatalf("nothing came: %+v", s.Stats())
 			return memPacket{}
 		}
