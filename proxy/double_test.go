@@ -324,14 +324,16 @@ func TestDoubleHBONEReset(t *testing.T) {
 	if err := <-got; !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("the far application read %v, want a reset", err)
 	}
+	arrived := make(chan struct{})
 	w.listen(appB, func(c net.Conn) {
 		io.ReadFull(c, make([]byte, 4))
 		io.WriteString(c, "pong")
-		time.Sleep(50 * time.Millisecond)
+		<-arrived // a reset overtakes what it finds unsent
 		c.(*net.TCPConn).SetLinger(0)
 		c.Close()
 	})
 	app, done = open()
+	close(arrived)
 	if _, err := app.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("the application read %v, want a reset", err)
 	}

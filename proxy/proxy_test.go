@@ -34,7 +34,7 @@ func echo(c net.Conn) {
 
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		if ok() {
 			return
 		}
@@ -81,9 +81,10 @@ func TestHalfClose(t *testing.T) {
 func TestReset(t *testing.T) {
 	w := newWorld(t)
 	t.Run("application resets", func(t *testing.T) {
-		got := make(chan error, 1)
+		got, arrived := make(chan error, 1), make(chan struct{})
 		w.listen(appB, func(c net.Conn) {
 			io.ReadFull(c, make([]byte, 4))
+			close(arrived)
 			_, err := c.Read(make([]byte, 1))
 			got <- err
 		})
@@ -92,7 +93,7 @@ func TestReset(t *testing.T) {
 			t.Fatal(err)
 		}
 		app.Write([]byte("ping"))
-		time.Sleep(50 * time.Millisecond) // the bytes travel first: a reset overtakes what it finds unsent
+		<-arrived // a reset overtakes what it finds unsent
 		app.SetLinger(0)
 		app.Close()
 		<-done

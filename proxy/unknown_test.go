@@ -178,7 +178,7 @@ func TestHeldConnectionEnds(t *testing.T) {
 		if ok {
 			t.Error("connected by a proxy that is closed")
 		}
-	case <-time.After(5 * time.Second):
+	case <-time.After(20 * time.Second):
 		t.Error("the connection outlives its proxy")
 	}
 }

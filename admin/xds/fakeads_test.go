@@ -18,7 +18,7 @@ import (
 )
 
 // soon is how long tests wait for what should happen at once.
-const soon = 20 * time.Second
+const soon = time.Minute
 
 // ads is a scripted control plane: the test says what happens on each stream.
 type ads struct {

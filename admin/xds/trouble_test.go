@@ -29,29 +29,44 @@ func TestStall(t *testing.T) {
 	defer goleak.VerifyNone(t)
 	a := newADS(t)
 	defer a.srv.Stop()
-	r := run(t, a, func(c *Client) { c.limits.first = 300 * time.Millisecond })
+	r := run(t, a, func(c *Client) { c.limits.first = time.Second })
 	defer r.cancel()
+	// On a busy machine more streams are given up than the test means to be: each loop goes on with the newest.
 	a.begin() // mute
 	s, _, _ := a.begin()
-	if st := r.Stats(); st.Stalls != 1 || st.Terminations["ConnectionError"] != 1 ||
+	if st := r.Stats(); st.Stalls < 1 || st.Terminations["ConnectionError"] < 1 ||
 		!strings.Contains(st.LastError, "no response for "+TypeAddress+" and "+TypeAuthorization) {
 		t.Errorf("%+v", st)
 	}
-	s.accepted(addresses(pod(0)))
-	s, addr, _ := a.begin()
-	if st := r.Stats(); st.Stalls != 2 || st.Terminations["Error"] != 1 ||
-		!strings.Contains(st.LastError, "no response for "+TypeAuthorization+" within") {
+	var addr *discoverypb.DeltaDiscoveryRequest
+	for half := "no response for " + TypeAuthorization + " within"; !strings.Contains(r.Stats().LastError, half); {
+		s.s.Send(addresses(pod(0)))
+		s, addr, _ = a.begin()
+	}
+	if st := r.Stats(); st.Stalls < 2 || st.Terminations["Error"] < 1 {
 		t.Errorf("%+v", st)
 	}
 	if len(addr.InitialResourceVersions) != 1 || r.view.Load().WorkloadByUID(pod(0).Name) == nil {
 		t.Error("state lost")
 	}
-	s.accepted(policies())
-	<-r.synced
+	for synced := false; !synced; {
+		s.s.Send(policies())
+		select {
+		case <-r.synced:
+			synced = true
+		case s = <-a.streams:
+			s.recv()
+			s.recv()
+		case <-time.After(soon):
+			t.Fatal("never synced")
+		}
+	}
+	s.recv()
 	// Everything has been heard of: silence is a quiet mesh.
-	time.Sleep(2 * r.limits.first)
+	before := r.Stats().Stalls
+	time.Sleep(r.limits.first * 3 / 2)
 	s.accepted(addresses(pod(1)))
-	if st := r.Stats(); st.Stalls != 2 || !st.Connected {
+	if st := r.Stats(); st.Stalls != before || !st.Connected {
 		t.Errorf("%+v", st)
 	}
 }
@@ -65,7 +80,7 @@ func TestSilence(t *testing.T) {
 	s.send(policies())
 	<-r.synced
 	_, addr, _ := a.begin()
-	if st := r.Stats(); st.Terminations["Reconnect"] != 1 || st.Stalls != 0 || len(addr.InitialResourceVersions) != 1 {
+	if st := r.Stats(); st.Terminations["Reconnect"] < 1 || st.Stalls != 0 || len(addr.InitialResourceVersions) != 1 {
 		t.Errorf("%+v", st)
 	}
 }

@@ -212,7 +212,7 @@ func TestPacketsDuringAttach(t *testing.T) {
 				return err
 			})
 		}()
-		for end := time.Now().Add(10 * time.Second); stats().Flows == 0; time.Sleep(time.Millisecond) {
+		for end := time.Now().Add(30 * time.Second); stats().Flows == 0; time.Sleep(time.Millisecond) {
 			if time.Now().After(end) {
 				t.Error("no packet has come")
 				return
@@ -286,7 +286,7 @@ func TestStopDuringQuery(t *testing.T) {
 
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(4 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(30 * time.Second); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("not in time: ", what)
 		}

@@ -67,7 +67,7 @@ func TestProcessorsRun(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	over := make(chan struct{})
 	go func() { defer close(over); p.run(ctx) }()
-	for end := time.Now().Add(10 * time.Second); runtime.GOMAXPROCS(0) > 1 && time.Now().Before(end); {
+	for end := time.Now().Add(30 * time.Second); runtime.GOMAXPROCS(0) > 1 && time.Now().Before(end); {
 		time.Sleep(10 * time.Millisecond) // nothing to do: it comes down
 	}
 	if n := runtime.GOMAXPROCS(0); n != 1 {

@@ -1,11 +1,13 @@
 package dns
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -13,7 +15,7 @@ import (
 // One client asks for a second, 10,000 times, for names whose upstream is dead;
 // another one's questions, for our names and by a nameserver that works, are
 // answered meanwhile, each within a time that shows that it did not queue behind
-// them (issue 5: others unharmed).
+// them: those wait for a minute.
 func TestLoadOthersUnharmed(t *testing.T) {
 	dead := netip.MustParseAddrPort("10.0.0.66:53")
 	m := NewMetrics()
@@ -24,10 +26,12 @@ func TestLoadOthersUnharmed(t *testing.T) {
 		return echo(p, dst, raw)
 	}}
 	// Two pods: a Server each, as in the daemon, with the node's metrics.
-	noisy := start(t, Config{Metrics: m, Upstream: up, Timeout: 300 * time.Millisecond, MaxForwards: 128})
+	noisy := start(t, Config{Metrics: m, Upstream: up, Timeout: time.Minute, MaxForwards: 128})
 	quiet := start(t, Config{Metrics: m, Upstream: up})
 
-	const total = 10000
+	const least = 10000
+	total := 0
+	var enough atomic.Bool
 	var answered [3]int // by what came: nothing, SERVFAIL, other
 	var mu sync.Mutex
 	flood := make(chan struct{})
@@ -40,7 +44,8 @@ func TestLoadOthersUnharmed(t *testing.T) {
 	go func() {
 		defer close(flood)
 		begin := time.Now()
-		for i := range total {
+		for i := 0; i < least || !enough.Load(); i++ {
+			total++
 			if ahead := time.Duration(i)*100*time.Microsecond - time.Since(begin); ahead > time.Millisecond {
 				time.Sleep(ahead)
 			}
@@ -65,23 +70,22 @@ func TestLoadOthersUnharmed(t *testing.T) {
 				}
 			})
 		}
-		wg.Wait()
 	}()
 
 	var took []time.Duration
 	for i := 0; ; i++ {
 		select {
 		case <-flood:
-			slices.Sort(took)
-			if len(took) < 20 {
-				t.Fatalf("only %d questions in the time of the flood", len(took))
-			}
-			p50, worst := took[len(took)/2], took[len(took)-1]
-			t.Logf("%d questions beside the flood: p50 %v, worst %v; flood: %v, turned away %d", len(took), p50, worst, answered,
+			ended, end := context.WithCancel(context.Background())
+			end()
+			noisy.Shutdown(ended) // what waits for the dead upstream
+			wg.Wait()
+			worst := slices.Max(took)
+			t.Logf("%d questions beside the flood, the slowest in %v; flood: %v, turned away %d", len(took), worst, answered,
 				turnedAway)
 			// Far above what a busy machine needs, far below the flood's own wait.
-			if p50 > 100*time.Millisecond || worst > 2*time.Second {
-				t.Errorf("a quiet client waits: p50 %v, worst %v", p50, worst)
+			if worst > 20*time.Second {
+				t.Errorf("a quiet client waited for %v", worst)
 			}
 			if taken := total - turnedAway; answered[2] < taken/4 { // a slow machine turns more away
 				t.Errorf("of the noisy client's own questions for our names and garbage, half of %d, only %d were answered", taken,
@@ -103,6 +107,7 @@ func TestLoadOthersUnharmed(t *testing.T) {
 			t.Fatalf("%s: %s", name, got)
 		}
 		took = append(took, time.Since(begin))
+		enough.Store(len(took) >= 20)
 		time.Sleep(10 * time.Millisecond)
 	}
 }

@@ -74,7 +74,7 @@ func TestPanicEndsOneTunnel(t *testing.T) {
 			if _, _, err := cc.Open(ctx, &Request{Authority: "x:1"}); err == nil || errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("the request that panics: %v", err)
 			}
-			first.SetReadDeadline(time.Now().Add(10 * time.Second))
+			first.SetReadDeadline(time.Now().Add(patience))
 			if _, err := first.Read(make([]byte, 1)); err == nil || isTimeout(err) {
 				t.Errorf("a stream beside it: %v", err)
 			}

@@ -87,7 +87,7 @@ func TestSeedsAreCommitted(t *testing.T) {
 
 // feed writes b in pieces of step bytes, and closes.
 func feed(c net.Conn, b []byte, step byte) {
-	c.SetDeadline(time.Now().Add(10 * time.Second))
+	c.SetDeadline(time.Now().Add(patience))
 	go io.Copy(io.Discard, c)
 	n := max(1, int(step))
 	for len(b) > 0 {

@@ -33,7 +33,7 @@ func newRawPeer(t testing.TB, c net.Conn) *rawPeer {
 	p.fr.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
 	p.fr.AllowIllegalWrites = true
 	p.henc = hpack.NewEncoder(&p.hbuf)
-	c.SetDeadline(time.Now().Add(20 * time.Second))
+	c.SetDeadline(time.Now().Add(patience))
 	return p
 }
 

@@ -153,7 +153,7 @@ func TestOpenSSL(t *testing.T) {
 			})
 			c := ours(Client(ctx, raw, ccfg, nil))
 			defer c.Close()
-			c.SetDeadline(time.Now().Add(20 * time.Second))
+			c.SetDeadline(time.Now().Add(patience))
 			r := bufio.NewReader(c)
 			for _, records := range []int{2 * firstRekey, 50} {
 				want := ""
@@ -203,7 +203,7 @@ func TestOpenSSL(t *testing.T) {
 			}
 			c := ours(Server(ctx, raw, scfg, nil))
 			defer c.Close()
-			c.SetDeadline(time.Now().Add(20 * time.Second))
+			c.SetDeadline(time.Now().Add(patience))
 			r := bufio.NewReader(c)
 			talk := func(i int) {
 				t.Helper()

@@ -476,7 +476,7 @@ func TestStarvedReader(t *testing.T) {
 	sc := NewServerConn(b, Config{ControlFrames: 1 << 20}, nil)
 	served := make(chan error, 1)
 	go func() { served <- sc.Serve(context.Background()) }()
-	a.SetDeadline(time.Now().Add(20 * time.Second))
+	a.SetDeadline(time.Now().Add(patience))
 	io.WriteString(a, http2.ClientPreface)
 	fr := http2.NewFramer(a, a)
 	fr.WriteSettings()

@@ -41,7 +41,7 @@ func TestHandshakesInTurn(t *testing.T) {
 		_, _, err := Server(t.Context(), stuck, scfg, turn)
 		failed <- err
 	}()
-	for end := time.Now().Add(10 * time.Second); turn.taken.Load() == 0 && time.Now().Before(end); {
+	for end := time.Now().Add(patience); turn.taken.Load() == 0 && time.Now().Before(end); {
 		time.Sleep(time.Millisecond)
 	}
 	var wg sync.WaitGroup
@@ -69,7 +69,7 @@ func TestHandshakesInTurn(t *testing.T) {
 			defer client.Close()
 			defer server.Close()
 			go client.Write([]byte("x"))
-			server.SetReadDeadline(time.Now().Add(10 * time.Second))
+			server.SetReadDeadline(time.Now().Add(patience))
 			if n, err := server.Read(make([]byte, 1)); n != 1 {
 				t.Error(n, err)
 			}

@@ -284,7 +284,7 @@ func TestRecordsAlertReachesPeer(t *testing.T) {
 	}
 	b.(*tls.Conn).NetConn().Write([]byte{23, 3, 3, 0, 20, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18,
 		19, 20})
-	b.SetReadDeadline(time.Now().Add(10 * time.Second))
+	b.SetReadDeadline(time.Now().Add(patience))
 	_, err = io.Copy(io.Discard, b)
 	if err == nil || !strings.Contains(err.Error(), "bad record MAC") {
 		t.Error(err)

@@ -54,8 +54,8 @@ func TestPausedReaders(t *testing.T) {
 			t.Errorf("up %v: %d bytes held for %d readers who pause, want %d at most", up, held, paused, bound)
 		}
 		w, r := open()
-		w.SetWriteDeadline(time.Now().Add(10 * time.Second))
-		r.SetReadDeadline(time.Now().Add(10 * time.Second))
+		w.SetWriteDeadline(time.Now().Add(patience))
+		r.SetReadDeadline(time.Now().Add(patience))
 		wg.Go(func() {
 			if n, err := io.Copy(w, io.LimitReader(neverending{}, 32<<20)); n != 32<<20 {
 				t.Errorf("up %v: a stream beside them sent %d bytes: %v", up, n, err)
@@ -65,7 +65,7 @@ func TestPausedReaders(t *testing.T) {
 			t.Errorf("up %v: a stream beside them got %d bytes: %v", up, n, err)
 		}
 		for i, r := range readers { // one after the other
-			r.SetReadDeadline(time.Now().Add(10 * time.Second))
+			r.SetReadDeadline(time.Now().Add(patience))
 			if n, err := io.Copy(io.Discard, r); n != each || err != nil {
 				t.Fatalf("up %v: reader %d got %d bytes of %d: %v", up, i, n, each, err)
 			}
@@ -133,7 +133,7 @@ func TestUnreadIsBounded(t *testing.T) {
 	}()
 	var opened []*Stream
 	send := func(id uint32) bool { // 64 KiB on a stream of its own, which then is over
-		for until := time.Now().Add(time.Second); credit.Load()-sent.Load() < 1<<16; time.Sleep(time.Millisecond) {
+		for until := time.Now().Add(3 * time.Second); credit.Load()-sent.Load() < 1<<16; time.Sleep(time.Millisecond) {
 			if time.Now().After(until) {
 				return false
 			}
@@ -255,7 +255,7 @@ func TestPausedReadersOfOthers(t *testing.T) {
 	}
 	eventually(t, func() bool { return all[0].c.stuck() })
 	last := all[paused]
-	last.SetWriteDeadline(time.Now().Add(10 * time.Second))
+	last.SetWriteDeadline(time.Now().Add(patience))
 	if n, err := io.Copy(last, io.LimitReader(neverending{}, 64<<20)); n != 64<<20 {
 		t.Errorf("the stream beside %d that are not read sent %d bytes: %v", paused, n, err)
 	}
@@ -290,7 +290,7 @@ func TestServerRotates(t *testing.T) {
 		}
 		close(stuck)
 	}()
-	p.c.SetReadDeadline(time.Now().Add(20 * time.Second))
+	p.c.SetReadDeadline(time.Now().Add(patience))
 	for got < 2<<20 || !goneAway {
 		if !asked {
 			select {
