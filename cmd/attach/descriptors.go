@@ -174,6 +174,9 @@ func (d *Descriptors) Outbound(pod string, giveUp func()) *Share {
 	return p
 }
 
+// forSockets is how many of a pod's descriptors may be UDP sockets, so that some are left for its calls.
+func (d *Descriptors) forSockets() int { return int(max(d.limit/podShare/2, 1)) }
+
 // Dial calls dst within the pod's share: without a place there it fails with ErrNoDescriptor. When somebody else
 // needs the place while the call is being made, its context ends.
 func (d *Descriptors) Dial(ctx context.Context, pod string, dst netip.AddrPort,

@@ -77,21 +77,44 @@ func NewStack(o *Options, p Pod, mtu int, dev tun.Device, uplink *netstack.Uplin
 
 // sockets is the way of datagrams where there is no uplink: the process's own sockets. Nothing comes by it before the
 // stack, which runs by then, has sent something.
-func (s *Stack) sockets(o *Options, label string) way {
-	return way{usersock.New(usersock.Options{
+func (s *Stack) sockets(o *Options, label string) *way {
+	w := &way{log: s.log, label: label}
+	w.Sockets = usersock.New(usersock.Options{
 		Deliver: func(d usersock.Datagram) { s.DeliverDatagram(netstack.Datagram(d)) },
 		Fail:    func(f usersock.Failure) { s.DeliverFailure(netstack.DatagramFailure(f)) },
 		Turned: func(peer netip.Addr, evicted bool) {
 			o.Report.Turned("UDP sockets", label, peer.String(), evicted)
 		},
-		Panics: o.Panics,
-	})}
+		Descriptor: func(end func()) (release func()) {
+			if place := o.Descriptors.Outbound(label, end); place != nil {
+				return place.Release
+			}
+			return nil
+		},
+		MaxSockets: min(maxSockets, o.Descriptors.forSockets()),
+		Panics:     o.Panics,
+	})
+	return w
 }
 
-// way is the process's sockets as netstack wants them.
-type way struct{ *usersock.Sockets }
+// maxSockets bounds the UDP and ping sockets of a workload.
+const maxSockets = 1024
 
-func (w way) Send(d netstack.Datagram) error { return w.Sockets.Send(usersock.Datagram(d)) }
+// way is the process's sockets as netstack wants them.
+type way struct {
+	*usersock.Sockets
+	log    *slog.Logger
+	label  string
+	noPing sync.Once
+}
+
+func (w *way) Send(d netstack.Datagram) error {
+	err := w.Sockets.Send(usersock.Datagram(d))
+	if err == usersock.ErrNoPing {
+		w.noPing.Do(func() { w.log.Warn("a ping cannot leave", "pod", w.label, "error", err) })
+	}
+	return err
+}
 
 // Run starts the stack.
 func (s *Stack) Run() {

@@ -19,10 +19,10 @@ func (d *daemon) chooseKind() attach.Kind {
 		Socket: c.meshSocket(), Stack: c.stack(),
 		Descriptors: d.fds, Self: d.pods.selfDoor, Report: d.report, Panics: d.panics, Serve: d.serve, Logger: d.log.Logger,
 	}
+	o.Stack.Datagrams = c.datagrams(d.know)
 	if c.Rootless {
 		return rootless.New(o)
 	}
-	o.Stack.Datagrams = c.datagrams(d.know)
 	return isolated.New(o)
 }
 

@@ -41,6 +41,7 @@ func (s exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(s)
 
 func runCommand() *cobra.Command {
 	var who runWho
+	var noUDP bool
 	cmd := &cobra.Command{
 		Use:   "run [flags] -- COMMAND [ARGUMENT...]",
 		Short: "run a command as a workload of the mesh, without root",
@@ -68,12 +69,13 @@ func runCommand() *cobra.Command {
 			if err := who.spec.Validate(); err != nil {
 				return err
 			}
-			return runWorkload(cmd.Context(), &who, args)
+			return runWorkload(cmd.Context(), &who, noUDP, args)
 		},
 	}
 	f := cmd.Flags()
 	f.SetInterspersed(false)
 	f.IntVar(&who.spec.MTU, "mtu", 0, "MTU in bytes (default ZTUN_MTU)")
+	f.BoolVar(&noUDP, "no-udp", false, "carry no UDP but DNS, and no ping (as ZTUN_UDP=off)")
 	who.bind(cmd)
 	return cmd
 }
@@ -161,7 +163,7 @@ func follow(c *exec.Cmd, unable func(error) error) error {
 }
 
 // runWorkload is the daemon of one workload, for as long as its command runs.
-func runWorkload(ctx context.Context, who *runWho, command []string) error {
+func runWorkload(ctx context.Context, who *runWho, noUDP bool, command []string) error {
 	spec := who.spec
 	dir, err := os.MkdirTemp("", "ztun-run-")
 	if err != nil {
@@ -188,6 +190,9 @@ func runWorkload(ctx context.Context, who *runWho, command []string) error {
 	// Many on one host: each has ports of its own.
 	c.AdminPort, c.StatsPort, c.ReadinessPort = 0, 0, 0
 	c.Rootless, c.DropCapabilities = true, false
+	if noUDP {
+		c.UDP = udpOff
+	}
 	c.Workload = state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount}
 	d, err := newDaemon(c, os.Stderr)
 	if err != nil {

@@ -79,15 +79,17 @@ func (c *socket) send(d *Datagram) error {
 			if err != unix.EIO && err != unix.EINVAL && err != unix.EOPNOTSUPP {
 				return
 			}
-			c.mu.Lock()
-			c.noGSO = true // no checksum offload on the way out, or an old kernel
-			c.mu.Unlock()
 		}
 		err = nil
 		for b := d.Payload; len(b) > 0 && err == nil; {
 			n := min(d.Segment, len(b))
 			err = sendOne(int(fd), b[:n], c.control(d, 0), to)
 			b = b[n:]
+		}
+		if gso && err == nil { // else they are too large for the path, which Linux calls EINVAL, too
+			c.mu.Lock()
+			c.noGSO = true // no checksum offload on the way out, or an old kernel
+			c.mu.Unlock()
 		}
 	}); werr != nil {
 		return ErrClosed
@@ -135,24 +137,25 @@ func appendControl(oob []byte, level, typ int, data []byte) []byte {
 	return oob
 }
 
-// read delivers what comes until the socket is closed.
+// read delivers what comes until the socket is closed. An error wakes the poller as a datagram does, so the error
+// queue is looked at once each time, and when an error stands at the socket: not before every datagram, which would be
+// a call more for each.
 func (c *socket) read() {
 	oob := make([]byte, 512)
 	_ = c.rc.Read(func(fd uintptr) bool {
 		p := c.s.buffers.Get().(*[]byte)
 		defer c.s.buffers.Put(p)
+		c.readErrors(int(fd), *p, oob)
 		for !c.over.Load() {
-			errs := c.readErrors(int(fd), *p, oob)
 			n, oobn, flags, from, err := unix.Recvmsg(int(fd), *p, oob, 0)
 			switch {
 			case err == unix.EAGAIN:
-				if !errs {
-					return false // wait
-				}
-			case err == nil && flags&unix.MSG_TRUNC == 0:
+				return false // wait
+			case err != nil: // that of the error queue's head, which this takes away
+				c.readErrors(int(fd), *p, oob)
+			case flags&unix.MSG_TRUNC == 0:
 				c.deliver((*p)[:n], oob[:oobn], from)
 			}
-			// Any other error is that of the queue's head, which it takes away.
 		}
 		return true
 	})
@@ -198,14 +201,13 @@ func eachControl(oob []byte, f func(level, typ int32, data []byte)) {
 	}
 }
 
-// readErrors tells of what is in the socket's error queue, and reports whether there was anything.
-func (c *socket) readErrors(fd int, b, oob []byte) (any bool) {
+// readErrors tells of what is in the socket's error queue.
+func (c *socket) readErrors(fd int, b, oob []byte) {
 	for {
 		_, oobn, _, to, err := unix.Recvmsg(fd, b, oob, unix.MSG_ERRQUEUE)
 		if err != nil {
-			return any
+			return
 		}
-		any = true
 		peer, ok := addrOf(to)
 		if !ok {
 			continue
@@ -251,8 +253,11 @@ func (c *socket) failed(peer netip.AddrPort, e []byte) {
 }
 
 // hostSays tells of a datagram that the host itself has refused.
-func (c *socket) hostSays(d *Datagram, err error) {
+func (s *Sockets) hostSays(d *Datagram, err error) {
 	errno, ok := err.(syscall.Errno)
+	if err == ErrNoPing {
+		errno, ok = unix.EACCES, true
+	}
 	if !ok {
 		return
 	}
@@ -263,8 +268,8 @@ func (c *socket) hostSays(d *Datagram, err error) {
 	if errno == unix.EMSGSIZE {
 		f.MTU = pathMTU(d.Peer.Addr())
 	}
-	c.s.failures.Add(1)
-	c.s.o.Fail(f)
+	s.failures.Add(1)
+	s.o.Fail(f)
 }
 
 // pathMTU is what the host knows of the path to a peer, in bytes; 0: nothing. Only a connected socket can be asked.

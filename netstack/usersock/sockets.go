@@ -47,6 +47,9 @@ type Options struct {
 	Fail    func(Failure)
 	// Turned, if set, is told of each mapping that a bound turned away, and of the peer it was first made for.
 	Turned func(peer netip.Addr, evicted bool)
+	// Descriptor, if set, takes a place for a socket, which end makes free when somebody else needs it; nil: there is
+	// none. What it returns gives the place back.
+	Descriptor func(end func()) (release func())
 	// MaxSockets bounds the mappings, each of which is a descriptor (default 1024); at the bound the peer with the most
 	// loses its oldest.
 	MaxSockets int
@@ -64,7 +67,8 @@ const (
 )
 
 // ErrNoPing is the error of a ping where the host lets nobody of this process's groups have ICMP sockets.
-var ErrNoPing = errors.New("the host's net.ipv4.ping_group_range leaves out this process's groups: pings cannot leave")
+var ErrNoPing = errors.New("the host's net.ipv4.ping_group_range leaves out this process's groups: pings cannot " +
+	"leave; as root: sysctl net.ipv4.ping_group_range='0 2147483647'")
 
 // ErrBound is the error of a datagram for which there is no place, ErrClosed that of one after Close.
 var (
@@ -114,6 +118,7 @@ type socket struct {
 
 	mu    sync.Mutex
 	place *fair.Place[netip.Addr]
+	free  func()                // gives the descriptor's place back
 	peers map[netip.Addr]uint32 // whom the pod has spoken to, and when (Sockets.tick)
 	seen  uint32
 	gone  bool
@@ -157,6 +162,7 @@ func (s *Sockets) Send(d Datagram) error {
 		var err error
 		if c, err = s.open(k, d.Peer.Addr()); err != nil {
 			s.dropped.Add(1)
+			s.hostSays(&d, err)
 			return err
 		}
 	}
@@ -164,7 +170,7 @@ func (s *Sockets) Send(d Datagram) error {
 	err := c.send(&d)
 	if err != nil {
 		s.dropped.Add(1)
-		c.hostSays(&d, err)
+		s.hostSays(&d, err)
 		return err
 	}
 	s.sent.Add(1)
@@ -175,19 +181,25 @@ func (s *Sockets) Send(d Datagram) error {
 // open makes a mapping.
 func (s *Sockets) open(k key, peer netip.Addr) (*socket, error) {
 	c := &socket{s: s, key: k, peers: map[netip.Addr]uint32{}}
-	place := s.places.Take(fair.Group(peer), 1, c.end)
-	if place == nil {
+	place, free := s.places.Take(fair.Group(peer), 1, c.end), func() {}
+	if place != nil && s.o.Descriptor != nil {
+		free = s.o.Descriptor(c.end)
+	}
+	if place == nil || free == nil {
+		place.Release()
 		return nil, ErrBound
 	}
 	fd, err := newSocket(k)
 	if err != nil {
 		place.Release()
+		free()
 		return nil, err
 	}
 	file := os.NewFile(uintptr(fd), "udp")
 	rc, err := file.SyscallConn()
 	if err != nil {
 		place.Release()
+		free()
 		file.Close()
 		return nil, err
 	}
@@ -200,6 +212,7 @@ func (s *Sockets) open(k key, peer netip.Addr) (*socket, error) {
 		c.mu.Unlock()
 		s.mu.Unlock()
 		place.Release()
+		free()
 		file.Close()
 		switch {
 		case before != nil: // somebody else was first
@@ -209,7 +222,7 @@ func (s *Sockets) open(k key, peer netip.Addr) (*socket, error) {
 		}
 		return nil, ErrBound
 	}
-	c.place, c.file, c.rc, c.seen = place, file, rc, s.tick
+	c.place, c.free, c.file, c.rc, c.seen = place, free, file, rc, s.tick
 	c.mu.Unlock()
 	s.by[k] = c
 	if s.timer == nil {
@@ -258,12 +271,13 @@ func (c *socket) end() {
 	c.s.mu.Unlock()
 	c.mu.Lock()
 	c.gone = true
-	place, file := c.place, c.file
+	place, free, file := c.place, c.free, c.file
 	c.mu.Unlock()
 	c.over.Store(true)
 	place.Release()
 	if file != nil { // else open sees to it
 		file.Close()
+		free()
 	}
 }
 

@@ -250,6 +250,9 @@ func TestNamespace(t *testing.T) {
 		}
 		return nil
 	})
+	if got, want := next(t, w.bad), (Failure{Echo: true, Pod: pod, Peer: lo, Type: 3, Code: 13}); got != want {
+		t.Errorf("the pod is told %+v, want %+v", got, want)
+	}
 	do("range", func() error { return writeFile("/proc/sys/net/ipv4/ping_group_range", "0 2147483647") })
 	for _, p := range []Datagram{
 		{Echo: true, Pod: pod, Peer: lo, Payload: echo(77, false)},

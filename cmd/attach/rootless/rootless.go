@@ -7,8 +7,9 @@
 //
 // Limits: calls only. Nothing reaches the workload from the network yet, in plaintext or over HBONE: that takes a
 // record that says at which port of the host its mesh port is. Peers see the host's address as the source and the
-// workload's identity; ztun's own say in a line that the two do not belong together. UDP other than DNS, and ICMP, are
-// dropped and counted.
+// workload's identity; ztun's own say in a line that the two do not belong together. UDP and pings leave by sockets
+// as well (package usersock), so that what is neither, and an ICMP error of the workload's, goes nowhere; pings need
+// net.ipv4.ping_group_range of the host to let them.
 //
 // Decisions:
 //   - 2026-11-28: the daemon itself lives in the user namespace and in the host's network namespace, rather than a
