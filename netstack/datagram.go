@@ -62,6 +62,7 @@ type DatagramFailure struct {
 	From       netip.Addr // who says so; the zero Addr: nobody with an address
 	Type, Code uint8      // of ICMP, or of ICMPv6
 	MTU        int
+	Seq        uint16 // of the ping that it is about
 }
 
 // DatagramFlow is who speaks to whom: of UDP addresses and ports.

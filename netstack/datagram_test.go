@@ -223,6 +223,38 @@ func TestDatagramsDropped(t *testing.T) {
 	}
 }
 
+// Pings that are not carried are dropped, whole and in fragments: nobody here answers in another's name.
+func TestPingsDropped(t *testing.T) {
+	for name, dg := range map[string]*Datagrams{"nothing is carried": nil, "by a way": {Way: newFakeWay()}} {
+		app, pod := memPair(1500, true)
+		s := startStack(t, Config{App: app, Addrs: []netip.Addr{families[0].client.Addr(), families[1].client.Addr()},
+			Datagrams: dg})
+		sent := uint64(0)
+		for _, f := range families {
+			ping := echo(f.client.Addr(), f.server.Addr(), 77, false)
+			parts := cut(append(ping, make([]byte, 1000)...), 3)
+			if dg == nil {
+				parts = append(parts, ping)
+			}
+			for _, b := range parts {
+				pod.inject(b)
+				sent++
+			}
+		}
+		eventually(t, "dropped", func() bool { return s.Stats().App.RxNotTCP == sent })
+		mark := udpPacket(families[0].server, families[0].client, []byte("mark"))
+		s.pump.send(rawPacket(bytes.Clone(mark)))
+		select {
+		case got := <-pod.in:
+			if !bytes.Equal(got.b, mark) {
+				t.Errorf("%s: the pod has % x", name, got.b)
+			}
+		case <-time.After(10 * time.Second):
+			t.Errorf("%s: not even what was sent last has come", name)
+		}
+	}
+}
+
 // Policy is asked once per flow, and again when it may have changed. The pod is told, the network is not.
 func TestDatagramPolicy(t *testing.T) {
 	var version atomic.Uint64

@@ -129,6 +129,9 @@
 // Fragments are put together by the stack first, within the DNS tap's rate; pings
 // that need some are not carried.
 //
+// 2026-11-28: Of ICMP, a stack gets errors alone, and those whole. It would answer pings for every address there is,
+// ICMPv6's did: with ZTUN_UDP=off each host in the world seemed to be there.
+//
 // 2026-11-28: Refused datagrams are answered to the pod by ICMP "prohibited", so that
 // connected sockets have an error; to the network nothing is said.
 //

@@ -184,6 +184,10 @@ func (p *pump) read() error {
 			if carried {
 				continue
 			}
+			if foreignICMP(iov[0][:min(n, headSize)]) {
+				p.rx.notTCP.Add(1)
+				continue
+			}
 			knownICMP6(iov[0][:min(n, headSize)])
 			if p.unreachable != nil {
 				p.unreachable(iov[0][:min(n, headSize)])

@@ -194,3 +194,13 @@ func icmpKind(proto tcpip.TransportProtocolNumber, typ uint8) sightKind {
 	}
 	return sightNone
 }
+
+// foreignICMP reports whether a packet is ICMP of which a stack would make something that is not its business: it
+// takes errors about its connections, and would answer pings in everybody's name, and put others together.
+func foreignICMP(head []byte) bool {
+	l, ok := seeIP(head)
+	if !ok || l.proto == header.UDPProtocolNumber || !datagramProto(l) {
+		return !ok
+	}
+	return l.part || len(head) <= l.l4 || icmpKind(l.proto, head[l.l4]) != sightError
+}

@@ -140,6 +140,7 @@ func (s *Stack) DeliverFailure(f DatagramFailure) {
 			quoted[ipLen] = byte(header.ICMPv6EchoRequest)
 		}
 		binary.BigEndian.PutUint16(quoted[ipLen+4:], f.Pod.Port())
+		binary.BigEndian.PutUint16(quoted[ipLen+6:], f.Seq)
 	} else {
 		header.UDP(quoted[ipLen:]).Encode(&header.UDPFields{SrcPort: f.Pod.Port(), DstPort: f.Peer.Port(),
 			Length: header.UDPMinimumSize})

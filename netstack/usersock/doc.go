@@ -21,6 +21,8 @@
 //     port-dependent mapping, which RFC 4787 forbids (REQ-1) and QUIC, WebRTC and games break at.
 //   - 2026-11-28: a goroutine per socket, in Go's poller, that holds a buffer only while there is something to read:
 //     an idle mapping costs a descriptor and some 3 KiB.
+//   - 2026-11-28: the descriptors are the process's, whose TCP calls need some, too: Options.Descriptor asks for each.
+//   - 2026-11-28: a ping that the host does not let leave is refused to the pod ("Packet filtered"), not lost.
 //   - 2026-11-28: datagrams of one size travel together where the kernel can (UDP_SEGMENT out, UDP_GRO in); where it
 //     refuses, they are sent one by one.
 package usersock

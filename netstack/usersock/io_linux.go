@@ -204,7 +204,7 @@ func eachControl(oob []byte, f func(level, typ int32, data []byte)) {
 // readErrors tells of what is in the socket's error queue.
 func (c *socket) readErrors(fd int, b, oob []byte) {
 	for {
-		_, oobn, _, to, err := unix.Recvmsg(fd, b, oob, unix.MSG_ERRQUEUE)
+		n, oobn, _, to, err := unix.Recvmsg(fd, b, oob, unix.MSG_ERRQUEUE)
 		if err != nil {
 			return
 		}
@@ -221,7 +221,7 @@ func (c *socket) readErrors(fd int, b, oob []byte) {
 			if !ip4 && !ip6 || len(data) < extendedErr {
 				return
 			}
-			c.failed(peer, data)
+			c.failed(peer, data, b[:n])
 		})
 	}
 }
@@ -230,7 +230,8 @@ func (c *socket) readErrors(fd int, b, oob []byte) {
 // data. Behind it stands the address of who said so.
 const extendedErr = 16
 
-func (c *socket) failed(peer netip.AddrPort, e []byte) {
+// failed tells of the error e, about the datagram of which sent is as much as was quoted.
+func (c *socket) failed(peer netip.AddrPort, e, sent []byte) {
 	f := Failure{Echo: c.key.echo, Pod: c.key.pod, Peer: peer}
 	errno, info := syscall.Errno(binary.NativeEndian.Uint32(e)), binary.NativeEndian.Uint32(e[8:])
 	switch e[4] {
@@ -248,6 +249,9 @@ func (c *socket) failed(peer netip.AddrPort, e []byte) {
 	if errno == unix.EMSGSIZE {
 		f.MTU = int(info)
 	}
+	if f.Echo && len(sent) >= 8 {
+		f.Seq = binary.BigEndian.Uint16(sent[6:])
+	}
 	c.s.failures.Add(1)
 	c.s.o.Fail(f)
 }
@@ -264,6 +268,9 @@ func (s *Sockets) hostSays(d *Datagram, err error) {
 	f := Failure{Echo: d.Echo, Pod: d.Pod, Peer: d.Peer}
 	if f.Type, f.Code, ok = icmpOf(errno, d.Peer.Addr().Is6()); !ok {
 		return
+	}
+	if d.Echo {
+		f.Seq = binary.BigEndian.Uint16(d.Payload[6:])
 	}
 	if errno == unix.EMSGSIZE {
 		f.MTU = pathMTU(d.Peer.Addr())

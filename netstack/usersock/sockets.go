@@ -37,7 +37,8 @@ type Failure struct {
 	From      netip.Addr // who says so; the zero Addr: this host
 	// Type and Code are those of ICMP, of ICMPv6 if Peer is IPv6.
 	Type, Code uint8
-	MTU        int // what would fit, where the datagram was too large
+	MTU        int    // what would fit, where the datagram was too large
+	Seq        uint16 // of the ping that it is about: traceroute tells its probes apart by it
 }
 
 // Options is what Sockets are made of.

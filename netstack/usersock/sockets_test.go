@@ -250,7 +250,7 @@ func TestNamespace(t *testing.T) {
 		}
 		return nil
 	})
-	if got, want := next(t, w.bad), (Failure{Echo: true, Pod: pod, Peer: lo, Type: 3, Code: 13}); got != want {
+	if got, want := next(t, w.bad), (Failure{Echo: true, Pod: pod, Peer: lo, Type: 3, Code: 13, Seq: 1}); got != want {
 		t.Errorf("the pod is told %+v, want %+v", got, want)
 	}
 	do("range", func() error { return writeFile("/proc/sys/net/ipv4/ping_group_range", "0 2147483647") })

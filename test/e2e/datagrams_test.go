@@ -28,6 +28,7 @@ func TestDatagrams(t *testing.T) {
 	s, err := m.AddPod(m.N2, lab.Pod{Name: "s", Namespace: "strict"})
 	must(t, err)
 	f := m.DefaultWorld()
+	f.Workloads = append(f.Workloads, user())
 	f.Policies = []lab.Policy{{Name: "istio_converted_static_strict", Namespace: "strict", Scope: "Namespace",
 		Action: "Deny", Rules: [][][]map[string]any{{
 			{{"notPrincipals": []any{map[string]any{"Presence": []any{}}}}}, {{"notDestinationPorts": []any{7101, 4433}}},
@@ -45,7 +46,7 @@ func TestDatagrams(t *testing.T) {
 		must(t, n.NS.Sysctl("net/ipv4/icmp_ratelimit", "0"))
 		must(t, n.NS.Sysctl("net/ipv6/icmp/ratelimit", "0"))
 	}
-	d := &datagrams{mesh: m, s: s}
+	d := &datagrams{mesh: m, s: s, bin: filepath.Join(t.TempDir(), "quic")}
 	t.Run("ping", d.ping)
 	t.Run("traceroute", d.traceroute)
 	t.Run("errors", d.errors)
@@ -55,11 +56,13 @@ func TestDatagrams(t *testing.T) {
 	t.Run("iperf3", d.iperf3)
 	t.Run("quic", d.quic)
 	t.Run("flows", func(t *testing.T) { d.flows(t, flows) })
+	t.Run("rootless", d.rootless)
 }
 
 type datagrams struct {
 	*mesh
-	s *lab.Pod
+	s   *lab.Pod
+	bin string // of test/quic
 }
 
 // each runs f for both families.
@@ -274,6 +277,10 @@ func (d *datagrams) dns(t *testing.T) {
 // iperf3 both ways: what was sent arrives, but for what a busy machine loses.
 func (d *datagrams) iperf3(t *testing.T) {
 	d.background(d.h2.NS, "Server listening", "iperf3", "-s", "--forceflush", "-p", "5201")
+	d.iperf3From(t, d.a.NS)
+}
+
+func (d *datagrams) iperf3From(t *testing.T, from *lab.NS) {
 	d.each(t, func(t *testing.T, pick func([]netip.Addr) netip.Addr) {
 		for _, way := range [][]string{nil, {"-R"}} {
 			args := append([]string{"iperf3", "-u", "-b", "100M", "-l", "1200", "-t", "1", "-J", "-c", pick(d.h2.IPs).String()},
@@ -287,7 +294,7 @@ func (d *datagrams) iperf3(t *testing.T) {
 					} `json:"sum"`
 				} `json:"end"`
 			}
-			out := d.run(t, d.a.NS, args...)
+			out := d.run(t, from, args...)
 			if err := json.Unmarshal([]byte(out), &r); err != nil {
 				t.Fatalf("%v: %s", err, out)
 			}
@@ -303,28 +310,49 @@ func (d *datagrams) iperf3(t *testing.T) {
 func (d *datagrams) quic(t *testing.T) {
 	root, err := lab.Root()
 	must(t, err)
-	bin := filepath.Join(t.TempDir(), "quic")
-	build := exec.Command("go", "build", "-buildvcs=false", "-o", bin, ".")
+	build := exec.Command("go", "build", "-buildvcs=false", "-o", d.bin, ".")
 	build.Dir = filepath.Join(root, "test/quic")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	const size = "4000000"
 	for _, ns := range []*lab.NS{d.h2.NS, d.a.NS, d.s.NS} {
-		d.background(ns, "listening", bin, "serve", ":4433")
+		d.background(ns, "listening", d.bin, "serve", ":4433")
 	}
+	d.quicBetween(t, []quicPath{{d.a.NS, d.h2.IPs}, {d.h2.NS, d.a.IPs}, {d.a.NS, d.s.IPs}})
+}
+
+type quicPath struct {
+	from *lab.NS
+	to   []netip.Addr
+}
+
+func (d *datagrams) quicBetween(t *testing.T, paths []quicPath) {
 	d.each(t, func(t *testing.T, pick func([]netip.Addr) netip.Addr) {
-		for _, p := range []struct {
-			from *lab.NS
-			to   []netip.Addr
-		}{{d.a.NS, d.h2.IPs}, {d.h2.NS, d.a.IPs}, {d.a.NS, d.s.IPs}} {
-			t.Logf("%s", bytes.TrimSpace([]byte(d.run(t, p.from, bin, "echo", lab.HostPort(pick(p.to), 4433), size))))
+		for _, p := range paths {
+			t.Logf("%s", bytes.TrimSpace([]byte(d.run(t, p.from, d.bin, "echo", lab.HostPort(pick(p.to), 4433), "4000000"))))
 		}
 	})
 }
 
 // 10,000 flows of one pod: its bound holds and is counted, and each datagram has its answer all the same.
 func (d *datagrams) flows(t *testing.T, bound int) {
+	d.manyFlows(t, d.b.NS)
+	ms, err := d.N1.Daemon.Metrics(d.ctx)
+	must(t, err)
+	now, opened := ms.Sum("ztun_datagram_flows", "pod=default/b"),
+		ms.Sum("ztun_datagram_flows_opened_total", "pod=default/b")
+	evicted := ms.Sum("ztun_datagram_flows_evicted_total", "pod=default/b")
+	if int(now) > bound || opened < 10000 || evicted < opened-float64(bound)-10 {
+		t.Errorf("%v flows, %v opened, %v evicted", now, opened, evicted)
+	}
+	if !ms.Has("ztun_bounded_total") {
+		t.Error("the bound is not reported")
+	}
+}
+
+// manyFlows has 10,000 flows answered.
+func (d *datagrams) manyFlows(t *testing.T, from *lab.NS) {
+	t.Helper()
 	const n = 100
 	for i := range n {
 		d.echoUDP(t, d.h2.NS, netip.AddrPortFrom(d.h2.V4(), uint16(20000+i)))
@@ -333,7 +361,7 @@ func (d *datagrams) flows(t *testing.T, bound int) {
 	b := make([]byte, 64)
 	for range n {
 		var c *net.UDPConn
-		must(t, d.b.NS.Do(func() (err error) { c, err = net.ListenUDP("udp4", nil); return err }))
+		must(t, from.Do(func() (err error) { c, err = net.ListenUDP("udp4", nil); return err }))
 		missing := map[uint16]bool{}
 		for i := range n {
 			missing[uint16(20000+i)] = true
@@ -356,16 +384,5 @@ func (d *datagrams) flows(t *testing.T, bound int) {
 	}
 	if unanswered > 0 {
 		t.Errorf("%d of %d flows have no answer", unanswered, n*n)
-	}
-	ms, err := d.N1.Daemon.Metrics(d.ctx)
-	must(t, err)
-	now, opened := ms.Sum("ztun_datagram_flows", "pod=default/b"),
-		ms.Sum("ztun_datagram_flows_opened_total", "pod=default/b")
-	evicted := ms.Sum("ztun_datagram_flows_evicted_total", "pod=default/b")
-	if int(now) > bound || opened < n*n || evicted < opened-float64(bound)-10 {
-		t.Errorf("%v flows, %v opened, %v evicted", now, opened, evicted)
-	}
-	if !ms.Has("ztun_bounded_total") {
-		t.Error("the bound is not reported")
 	}
 }

@@ -57,20 +57,40 @@ func (r *rootless) clean() {
 // run is `ztun run` on a host, by a user without any capability and with no_new_privs; before is done as root in his
 // mount namespace.
 func (r *rootless) run(ns *lab.NS, before string, args ...string) (string, error) {
+	return r.RunCmd(r.ctx, ns, r.cmd(r.knowledge(), before, args...))
+}
+
+// knowledge says in the environment that workloads and certificates come from files.
+func (r *rootless) knowledge() []string {
 	world, err := os.ReadFile(r.WorldPath())
 	must(r.t, err)
-	return r.runWith(ns, []string{"LOCAL_XDS=" + string(world), "XDS_ADDRESS=", "CA_ADDRESS=", "LOCAL_CA_DIR=" + r.dir + "/ca"},
-		before, args...)
+	return []string{"LOCAL_XDS=" + string(world), "XDS_ADDRESS=", "CA_ADDRESS=", "LOCAL_CA_DIR=" + r.dir + "/ca"}
 }
 
 // runWith is run with nothing in the environment that says where workloads and certificates come from, but env.
 func (r *rootless) runWith(ns *lab.NS, env []string, before string, args ...string) (string, error) {
-	script := "mount --bind " + r.dir + `/tun /dev/net/tun && ` + before +
-		`cd / && exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs --bounding-set -all --inh-caps -all "$@"`
-	return r.RunCmd(r.ctx, ns, lab.Cmd{
+	return r.RunCmd(r.ctx, ns, r.cmd(env, before, args...))
+}
+
+func (r *rootless) cmd(env []string, before string, args ...string) lab.Cmd {
+	script := "mount --bind " + r.dir + `/tun /dev/net/tun && ` + before + "cd / && exec setpriv --reuid 65534 " +
+		`--regid 65534 --clear-groups --no-new-privs --bounding-set -all --inh-caps -all "$@"`
+	return lab.Cmd{
 		Args: append([]string{"unshare", "-m", "sh", "-c", script, "sh", r.dir + "/ztun", "run"}, args...),
 		Env:  append(append(os.Environ(), "TMPDIR="+r.dir+"/tmp"), env...),
-	})
+	}
+}
+
+// user is the record of the workload that he runs.
+func user() lab.Workload {
+	return lab.Workload{UID: "lab//v1/Pod/default/user", Name: "user", Namespace: "default", ServiceAccount: "user",
+		TrustDomain: "cluster.local", WorkloadIPs: []string{"10.91.66.4", "fd91:0:0:66::4"}, Protocol: "TCP",
+		Services: map[string]map[uint16]uint16{}}
+}
+
+// asUser are the arguments of `ztun run` for it.
+func asUser(command ...string) []string {
+	return append([]string{"--name", "user", "--service-account", "user", "--ip", "10.91.66.4,fd91:0:0:66::4"}, command...)
 }
 
 // TestRun: without root, a command is a workload of the mesh: it is reached by nobody and reaches pods over HBONE
@@ -78,9 +98,7 @@ func (r *rootless) runWith(ns *lab.NS, env []string, before string, args ...stri
 // capabilities; its end is ours, and nothing is left.
 func TestRun(t *testing.T) {
 	m := newMesh(t, meshOptions{
-		workloads: []lab.Workload{{UID: "lab//v1/Pod/default/user", Name: "user", Namespace: "default",
-			ServiceAccount: "user", TrustDomain: "cluster.local",
-			WorkloadIPs: []string{"10.91.66.4", "fd91:0:0:66::4"}, Protocol: "TCP", Services: map[string]map[uint16]uint16{}}},
+		workloads: []lab.Workload{user()},
 		services: []lab.Service{{Name: "plain", Namespace: "default", Hostname: "plain.default.svc.cluster.local",
 			VIPs: []string{"/10.96.0.9"}, Ports: map[uint16]uint16{80: 9000}}},
 		policies: []lab.Policy{{Name: "users-alone", Namespace: "default", Scope: "Namespace", Action: "Allow",

@@ -239,7 +239,14 @@ func (w *World) newNode(i int) (*Node, error) {
 }
 
 // AddNS makes an empty namespace that belongs to the world; name is its last part.
-func (w *World) AddNS(name string) (*NS, error) {
+func (w *World) AddNS(name string) (*NS, error) { return w.nameNS(name, "add") }
+
+// NameNS makes the namespace of a process, which somebody else has made, the world's.
+func (w *World) NameNS(name string, pid int) (*NS, error) {
+	return w.nameNS(name, "attach", fmt.Sprint(pid))
+}
+
+func (w *World) nameNS(name, how string, more ...string) (*NS, error) {
 	full := w.ID + "-" + name
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -252,8 +259,8 @@ func (w *World) AddNS(name string) (*NS, error) {
 	if err = errors.Join(err, f.Close()); err != nil {
 		return nil, err
 	}
-	if out, err := exec.Command("ip", "netns", "add", full).CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("ip netns add %s: %w: %s", full, err, out)
+	if out, err := exec.Command("ip", append([]string{"netns", how, full}, more...)...).CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("ip netns %s %s: %w: %s", how, full, err, out)
 	}
 	ns, err := openNS(full)
 	if err != nil {

@@ -23,6 +23,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"syscall"
 
@@ -118,7 +119,18 @@ func (k *Kind) Attach(_ context.Context, spec attach.Pod, h attach.Handler) (_ a
 	if _, err = steer.LoopbackUp(w.ns); err != nil {
 		return nil, fmt.Errorf("the loopback device of %s: %w", w.ns, err)
 	}
+	if err = allowPing(w.ns); err != nil {
+		o.Logger("pods").Warn("the workload's own kernel lets it have no ping", "pod", spec.Label, "error", err)
+	}
 	return w, nil
+}
+
+// allowPing lets the user have ICMP sockets in the workload's namespace: a new one's range is empty, and ping has no
+// capability here. Whether they leave the host is the host's to say.
+func allowPing(ns *netns.NS) error {
+	return ns.Do(func() error {
+		return os.WriteFile("/proc/sys/net/ipv4/ping_group_range", fmt.Appendf(nil, "%d %[1]d", os.Getegid()), 0)
+	})
 }
 
 // Place implements attach.Attachment.
