@@ -17,8 +17,8 @@ import (
 )
 
 // Kind is one way of capturing pods and of reaching the network for them, for all pods of a daemon. cmd/ztun chooses
-// one by mode and knows nothing else of it. What differs between the four, of which isolated stands,
-// rootless for calls, and the others are to come:
+// one by mode and knows nothing else of it. What differs between the four, of which isolated and redirected stand,
+// rootless for calls, and steered is to come:
 //
 //	                      isolated            steered               redirected             rootless
 //	the pod has           lo and a TUN with   a veth called eth0;   the CNI's eth0         lo and a TUN with

@@ -121,7 +121,7 @@ func (d *Descriptors) ForPod(pod string) *Share {
 // the connection is reset.
 func (d *Descriptors) Inbound(pod string, conn *net.TCPConn) *Share {
 	from := fair.Group(conn.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap())
-	end := func() { reset(conn) }
+	end := func() { Reset(conn) }
 	p := &Share{}
 	p.end.Store(&end)
 	if p.inPod = d.clients(pod).Take(from, 1, p.evict); p.inPod == nil {
@@ -196,9 +196,10 @@ func (d *Descriptors) Dial(ctx context.Context, pod string, dst netip.AddrPort,
 	return c, nil
 }
 
-// Opened says that the call was answered: the place is the connection's until that is closed, which collect notices.
+// Opened gives a place to a connection, of a call that was answered or accepted, until that is closed, which collect
+// notices.
 func (d *Descriptors) Opened(p *Share, conn *net.TCPConn) {
-	end := func() { reset(conn) }
+	end := func() { Reset(conn) }
 	p.end.Store(&end)
 	if p.evicted.Load() { // before it was to be closed
 		end()
@@ -240,10 +241,4 @@ func (d *Descriptors) collect() {
 			delete(d.dialled, conn)
 		}
 	}
-}
-
-// reset closes a connection at once, whatever it still had to send.
-func reset(conn *net.TCPConn) {
-	conn.SetLinger(0)
-	conn.Close()
 }

@@ -78,7 +78,7 @@ func TestDescriptorsAreShared(t *testing.T) {
 	// A call that is still being made is given up.
 	given := false
 	for range 8 {
-		reset(calls[len(calls)-1])
+		Reset(calls[len(calls)-1])
 		calls = calls[:len(calls)-1]
 	}
 	d.collect()

@@ -37,6 +37,9 @@ func Locate(p *Pod) error {
 	return nil
 }
 
+// ErrNoAddress is what LocateAddrs returns (wrapped) for a namespace that cannot be reached from outside.
+var ErrNoAddress = errors.New("has no address to be reached by: is its CNI done?")
+
 // LocateAddrs is Locate for the kinds whose pods have their addresses before they are attached: where none are given
 // they are read from the namespace, one of each family. With several devices (Multus) those of eth0 count, which is
 // how a CNI calls the one that the cluster knows the pod by.
@@ -57,8 +60,7 @@ func LocateAddrs(p *Pod) error {
 		return fmt.Errorf("%w: %w", admin.ErrPodUnavailable, err)
 	}
 	if p.IPs = chooseAddrs(all); len(p.IPs) == 0 {
-		return fmt.Errorf("%w: network namespace %s has no address to be reached by: is its CNI done?",
-			admin.ErrPodUnavailable, ns)
+		return fmt.Errorf("%w: network namespace %s %w", admin.ErrPodUnavailable, ns, ErrNoAddress)
 	}
 	return nil
 }

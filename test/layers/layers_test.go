@@ -34,6 +34,7 @@ admin/zlog           -> admin/suggest
 cmd/attach           -> admin netstack netstack/usersock proxy proxy/fair proxy/rescue tun tun/netns tun/steer
 cmd/attach/attachtest -> admin cmd/attach netstack proxy refusal tun tun/tuntest
 cmd/attach/isolated  -> admin cmd/attach netstack ports proxy tun tun/netns tun/steer
+cmd/attach/redirected -> admin cmd/attach netstack ports proxy refusal tun tun/netns
 cmd/attach/rootless  -> admin cmd/attach proxy tun tun/netns tun/steer
 cmd/doctor           -> tun/netns tun/steer
 cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/xds admin/zlog cmd/attach cmd/attach/isolated cmd/attach/rootless cmd/doctor netstack ports proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state refusal tun tun/capture tun/netns

@@ -6,7 +6,8 @@
 // a chosen namespace and with a chosen source (DialTransparent, ListenTransparent).
 //
 // Who calls it: tun (a device is created in the namespace in which /dev/net/tun is opened), tun/steer (netlink
-// sockets and sysctls belong to a namespace), and the composition root (HBONE on kernel sockets).
+// sockets and sysctls belong to a namespace), and the kinds of attachment (HBONE on kernel sockets; the sockets in a
+// pod that istio-cni's rules redirect to, which ask here where a connection was going).
 //
 // Namespaces of our own (tun/sandwich) are made and removed here, under names that `ip netns` knows.
 //

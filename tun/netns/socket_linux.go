@@ -26,6 +26,9 @@ type SocketOptions struct {
 	NotSentLowat int
 	// Mark is the socket's SO_MARK, 0 for none. It needs CAP_NET_ADMIN.
 	Mark uint32
+	// ReusePort lets other sockets of the same user listen on a listener's port beside it (SO_REUSEPORT): the kernel
+	// shares connections out among them.
+	ReusePort bool
 	// Ports is the range from which a dialed socket's local port is drawn; zero leaves it to the kernel.
 	Ports PortRange
 	// KeepAlive replaces ztunnel's keepalive when it is not the zero value; Enable false in a non-zero value turns
@@ -46,9 +49,8 @@ func (o SocketOptions) keepAlive() net.KeepAliveConfig {
 	return o.KeepAlive
 }
 
-// set applies what dialed and listening sockets have in common. Accepted sockets inherit it from their listener. v6
-// says that fd is an AF_INET6 socket.
-func (o SocketOptions) set(fd int, v6 bool) error {
+// transparent lets a socket have an address that is not the host's. v6 says that fd is an AF_INET6 socket.
+func transparent(fd int, v6 bool) error {
 	// Both levels on an IPv6 socket, since a dual-stack listener takes IPv4 as well. The kernel keeps a single bit,
 	// older ones check the level.
 	if v6 {
@@ -56,9 +58,11 @@ func (o SocketOptions) set(fd int, v6 bool) error {
 			return err
 		}
 	}
-	if err := sockopt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1, "IP_TRANSPARENT"); err != nil {
-		return err
-	}
+	return sockopt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1, "IP_TRANSPARENT")
+}
+
+// set applies what dialed and listening TCP sockets have in common. Accepted sockets inherit it from their listener.
+func (o SocketOptions) set(fd int) error {
 	if o.UserTimeout > 0 {
 		ms := max(int(o.UserTimeout/time.Millisecond), 1)
 		if err := sockopt(fd, unix.SOL_TCP, unix.TCP_USER_TIMEOUT, ms, "TCP_USER_TIMEOUT"); err != nil {
@@ -70,12 +74,28 @@ func (o SocketOptions) set(fd int, v6 bool) error {
 			return err
 		}
 	}
-	if o.Mark != 0 {
-		if err := sockopt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(o.Mark), "SO_MARK"); err != nil {
-			return err
-		}
+	return o.mark(fd)
+}
+
+func (o SocketOptions) mark(fd int) error {
+	if o.Mark == 0 {
+		return nil
 	}
-	return nil
+	return sockopt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(o.Mark), "SO_MARK")
+}
+
+// Control is for a net.Dialer or net.ListenConfig, of TCP or UDP: it sets Mark, and ReusePort.
+func (o SocketOptions) Control(_, _ string, rc syscall.RawConn) error {
+	var inner error
+	err := rc.Control(func(fd uintptr) { inner = errors.Join(o.mark(int(fd)), o.reusePort(int(fd))) })
+	return errors.Join(err, inner)
+}
+
+func (o SocketOptions) reusePort(fd int) error {
+	if !o.ReusePort {
+		return nil
+	}
+	return sockopt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1, "SO_REUSEPORT")
 }
 
 func sockopt(fd, level, name, value int, what string) error {
@@ -97,7 +117,9 @@ func ListenTransparent(ctx context.Context, ns *NS, port uint16, ipv6 bool, o So
 		KeepAliveConfig: o.keepAlive(),
 		Control: func(_, _ string, rc syscall.RawConn) error {
 			var inner error
-			err := rc.Control(func(fd uintptr) { inner = o.set(int(fd), ipv6) })
+			err := rc.Control(func(fd uintptr) {
+				inner = errors.Join(transparent(int(fd), ipv6), o.set(int(fd)), o.reusePort(int(fd)))
+			})
 			return errors.Join(err, inner)
 		},
 	}
@@ -146,12 +168,30 @@ func setBacklog(l *net.TCPListener) error {
 // ended in the last minute); when ctx ends first, the error matches ctx.Err().
 func DialTransparent(ctx context.Context, ns *NS, src netip.Addr, dst netip.AddrPort, o SocketOptions) (*net.TCPConn,
 	error) {
-	src, dst = src.Unmap(), netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
-	fail := func(err error) error {
-		return &net.OpError{Op: "dial", Net: "tcp", Source: net.TCPAddrFromAddrPort(netip.AddrPortFrom(src, 0)),
-			Addr: net.TCPAddrFromAddrPort(dst), Err: err}
+	if !src.IsValid() {
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst),
+			Err: os.NewSyscallError("bind", unix.EAFNOSUPPORT)}
 	}
-	if !src.IsValid() || !dst.Addr().IsValid() || src.Is4() != dst.Addr().Is4() {
+	return dial(ctx, ns, src.Unmap(), dst, o)
+}
+
+// Dial connects to dst from whatever address ns (nil: the process's namespace) would use. Errors are those of
+// DialTransparent.
+func Dial(ctx context.Context, ns *NS, dst netip.AddrPort, o SocketOptions) (*net.TCPConn, error) {
+	return dial(ctx, ns, netip.Addr{}, dst, o)
+}
+
+// dial is DialTransparent, and without a src Dial.
+func dial(ctx context.Context, ns *NS, src netip.Addr, dst netip.AddrPort, o SocketOptions) (*net.TCPConn, error) {
+	dst = netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
+	fail := func(err error) error {
+		e := &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: err}
+		if src.IsValid() {
+			e.Source = net.TCPAddrFromAddrPort(netip.AddrPortFrom(src, 0))
+		}
+		return e
+	}
+	if !dst.Addr().IsValid() || src.IsValid() && src.Is4() != dst.Addr().Is4() {
 		return nil, fail(os.NewSyscallError("bind", unix.EAFNOSUPPORT))
 	}
 	if err := ctx.Err(); err != nil {
@@ -201,7 +241,7 @@ func connectFrom(ctx context.Context, ns *NS, src netip.Addr, dst netip.AddrPort
 }
 
 func connectOnce(ctx context.Context, ns *NS, src, dst netip.AddrPort, o SocketOptions) (*os.File, error) {
-	file, err := newSocket(ns, src, o)
+	file, err := newSocket(ns, src, dst.Addr(), o)
 	if err != nil {
 		return nil, err
 	}
@@ -212,11 +252,11 @@ func connectOnce(ctx context.Context, ns *NS, src, dst netip.AddrPort, o SocketO
 	return file, nil
 }
 
-// newSocket makes a nonblocking TCP socket in ns, bound to src; with port 0 the kernel draws the port when it is
-// connected.
-func newSocket(ns *NS, src netip.AddrPort, o SocketOptions) (*os.File, error) {
+// newSocket makes a nonblocking TCP socket in ns for dst, bound to src unless that is not valid; with port 0 the
+// kernel draws the port when it is connected.
+func newSocket(ns *NS, src netip.AddrPort, dst netip.Addr, o SocketOptions) (*os.File, error) {
 	family := unix.AF_INET
-	if src.Addr().Is6() {
+	if dst.Is6() {
 		family = unix.AF_INET6
 	}
 	fd := -1
@@ -228,7 +268,10 @@ func newSocket(ns *NS, src netip.AddrPort, o SocketOptions) (*os.File, error) {
 		return nil, err
 	}
 	err = func() error {
-		if err := o.set(fd, family == unix.AF_INET6); err != nil {
+		if err := o.set(fd); err != nil || !src.Addr().IsValid() {
+			return err
+		}
+		if err := transparent(fd, family == unix.AF_INET6); err != nil {
 			return err
 		}
 		if src.Port() == 0 {

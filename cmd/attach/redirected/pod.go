@@ -1,0 +1,282 @@
+package redirected
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"ztun/cmd/attach"
+	"ztun/netstack"
+	"ztun/proxy"
+	"ztun/refusal"
+	"ztun/tun"
+	"ztun/tun/netns"
+)
+
+// pod is one attached pod.
+type pod struct {
+	kind *Kind
+	spec attach.Pod
+	h    attach.Handler
+	ns   *netns.NS
+	fds  *attach.Share
+	log  *slog.Logger
+
+	doors   []door
+	closing sync.Once
+	running sync.WaitGroup
+	removed sync.Once
+}
+
+// door is a listener in the pod's namespace, and who serves what comes to it.
+type door struct {
+	ln    *net.TCPListener
+	serve func(*net.TCPConn)
+}
+
+// Addrs implements attach.Attachment.
+func (p *pod) Addrs() []netip.Addr { return p.spec.IPs }
+
+// Place implements attach.Attachment. Kept by path: a pid or a name may mean something else after a restart.
+func (p *pod) Place() attach.Place {
+	pl := p.spec.Place
+	if p.spec.File == nil {
+		pl.Path = p.ns.Path()
+	}
+	return pl
+}
+
+// Capture implements attach.Attachment: the rules are there, and what they have redirected waits in the queues.
+func (p *pod) Capture(context.Context) error {
+	for _, d := range p.doors {
+		p.running.Go(p.kind.o.Panics.Func("a listener of a pod", func() {
+			attach.Accept(d.ln, p.log, d.serve)
+		}, nil))
+	}
+	return nil
+}
+
+// Settle implements attach.Attachment: the kernel sees to what was written to its sockets, whoever closes them.
+func (p *pod) Settle(context.Context) error { return nil }
+
+// closeListeners lets nobody in any more, but for those who stand in the queues already.
+func (p *pod) closeListeners() {
+	p.closing.Do(func() {
+		for _, d := range p.doors {
+			for conn := waiting(d.ln); conn != nil; conn = waiting(d.ln) {
+				d.serve(conn)
+			}
+			d.ln.Close()
+		}
+	})
+}
+
+// waiting is a connection of a listener's queue; nil: it is empty.
+func waiting(ln *net.TCPListener) *net.TCPConn {
+	rc, err := ln.SyscallConn()
+	if err != nil {
+		return nil
+	}
+	fd := -1
+	var inner error
+	if err := rc.Control(func(l uintptr) {
+		fd, _, inner = unix.Accept4(int(l), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+	}); err != nil || inner != nil {
+		return nil
+	}
+	file := os.NewFile(uintptr(fd), "tcp")
+	defer file.Close() // net.FileConn works on a duplicate
+	conn, err := net.FileConn(file)
+	if err != nil {
+		return nil
+	}
+	return conn.(*net.TCPConn)
+}
+
+// Stop implements attach.Attachment.
+func (p *pod) Stop() bool {
+	p.closeListeners()
+	return p.kind.o.Panics.Wait(&p.running)
+}
+
+// Remove implements attach.Attachment.
+func (p *pod) Remove() error {
+	p.removed.Do(func() {
+		p.Stop()
+		p.kind.mu.Lock()
+		delete(p.kind.pods, p)
+		p.kind.mu.Unlock()
+		if p.ns != nil {
+			p.ns.Close()
+		}
+		p.fds.Release()
+		p.kind.o.Descriptors.Forget(p.spec.Label)
+	})
+	return nil
+}
+
+// Status, Tap, Stats and Weigh implement attach.Attachment: there is no device and no stack.
+func (*pod) Status() attach.Status  { return attach.Status{} }
+func (*pod) Tap() *tun.Tap          { return nil }
+func (*pod) Stats() *netstack.Stats { return nil }
+func (*pod) Weigh()                 {}
+
+// mesh serves a connection to 15008.
+func (p *pod) mesh(conn *net.TCPConn) {
+	place := p.kind.o.Descriptors.Inbound(p.spec.Label, conn)
+	if place == nil {
+		attach.Reset(conn)
+		return
+	}
+	p.serve("a connection to port 15008", func() {
+		defer place.Release()
+		p.h.ServeMesh(conn)
+	})
+}
+
+// outbound serves a connection of the application's that was redirected to 15001.
+func (p *pod) outbound(conn *net.TCPConn) {
+	p.redirected(conn, p.kind.o.Descriptors.Outbound(p.spec.Label, func() {}), p.h.ServeOutbound)
+}
+
+// passthrough serves one of the network's that was redirected to 15006.
+func (p *pod) passthrough(conn *net.TCPConn) {
+	p.redirected(conn, p.kind.o.Descriptors.Inbound(p.spec.Label, conn), p.h.ServePassthrough)
+}
+
+// redirected makes a connection a flow to where it was going.
+func (p *pod) redirected(conn *net.TCPConn, place *attach.Share, serve func(proxy.Flow)) {
+	if place == nil {
+		attach.Reset(conn)
+		return
+	}
+	p.kind.o.Descriptors.Opened(place, conn)
+	dst, err := netns.OriginalDst(conn)
+	if err != nil {
+		p.log.Warn("a redirected connection is reset", "pod", p.spec.Label, "error", err)
+		attach.Reset(conn)
+		return
+	}
+	src, local := addrPort(conn.RemoteAddr()), addrPort(conn.LocalAddr())
+	if dst == local {
+		attach.Reset(conn) // nobody has redirected it: see doc.go
+		return
+	}
+	p.serve("a redirected connection", func() { serve(&flow{conn: conn, src: src, dst: dst}) })
+}
+
+// serve runs f, which ends when the proxy lets go of its connection.
+func (p *pod) serve(what string, f func()) { go p.kind.o.Panics.Func(what, f, nil)() }
+
+func addrPort(a net.Addr) netip.AddrPort {
+	ap := a.(*net.TCPAddr).AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port())
+}
+
+// flow is a connection that the kernel has accepted already: to refuse it is to reset it.
+type flow struct {
+	conn     *net.TCPConn
+	src, dst netip.AddrPort
+}
+
+// Src implements proxy.Flow.
+func (f *flow) Src() netip.AddrPort { return f.src }
+
+// Dst implements proxy.Flow.
+func (f *flow) Dst() netip.AddrPort { return f.dst }
+
+// Accept implements proxy.Flow.
+func (f *flow) Accept() (proxy.Conn, error) { return f.conn, nil }
+
+// Refuse implements proxy.Flow: in one way, whichever is called for.
+func (f *flow) Refuse(refusal.Way) { attach.Reset(f.conn) }
+
+// Again and OnGone implement proxy.Flow: a connection is accepted once, and whoever takes its place closes it.
+func (*flow) Again() bool   { return false }
+func (*flow) OnGone(func()) {}
+
+// DialApp implements proxy.Network.
+func (p *pod) DialApp(ctx context.Context, src, dst netip.AddrPort) (proxy.Conn, error) {
+	from := src.Addr().Unmap()
+	if to := dst.Addr().Unmap(); p.kind.ownSource || !from.IsValid() || from == to || from.Is4() != to.Is4() {
+		return p.call(ctx, dst)
+	}
+	c, err := p.dial(ctx, dst, func(ctx context.Context) (*net.TCPConn, error) {
+		return netns.DialTransparent(ctx, p.ns, from, dst, p.kind.o.Socket)
+	})
+	if errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.EINVAL) {
+		// No address for a socket (multicast, say), or the ports towards dst are used up.
+		return p.call(ctx, dst)
+	}
+	return asConn(c, err)
+}
+
+// ProbeApp implements proxy.Network: whoever asks has been accepted already, and DialApp will tell.
+func (*pod) ProbeApp(context.Context, netip.Addr, netip.AddrPort) error { return nil }
+
+// DialMesh implements proxy.Network.
+func (p *pod) DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn, error) {
+	return p.call(ctx, dst)
+}
+
+// DialPlain implements proxy.Network.
+func (p *pod) DialPlain(ctx context.Context, dst netip.AddrPort) (proxy.Conn, error) {
+	return p.call(ctx, dst)
+}
+
+// call is a connection from the pod's own address.
+func (p *pod) call(ctx context.Context, dst netip.AddrPort) (proxy.Conn, error) {
+	return asConn(p.dial(ctx, dst, func(ctx context.Context) (*net.TCPConn, error) {
+		return netns.Dial(ctx, p.ns, dst, p.kind.o.Socket)
+	}))
+}
+
+func (p *pod) dial(ctx context.Context, dst netip.AddrPort, dial func(context.Context) (*net.TCPConn, error)) (
+	*net.TCPConn, error) {
+	return p.kind.o.Descriptors.Dial(ctx, p.spec.Label, dst, dial)
+}
+
+func asConn(c *net.TCPConn, err error) (proxy.Conn, error) {
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// DialUDP implements attach.Ways.
+func (p *pod) DialUDP(ctx context.Context, dst netip.AddrPort) (c net.Conn, err error) {
+	o := netns.SocketOptions{Mark: p.kind.o.Socket.Mark}
+	err = p.ns.Do(func() error {
+		d := net.Dialer{Control: o.Control}
+		c, err = d.DialContext(ctx, "udp", dst.String())
+		return err
+	})
+	return c, err
+}
+
+// Listen implements attach.Ways.
+func (p *pod) Listen(network, addr string) (ln net.Listener, err error) {
+	err = p.ns.Do(func() error {
+		lc := net.ListenConfig{Control: p.kind.o.Socket.Control}
+		lc.SetMultipathTCP(false)
+		ln, err = lc.Listen(context.Background(), network, addr)
+		return err
+	})
+	return ln, err
+}
+
+// ListenPacket implements attach.Ways.
+func (p *pod) ListenPacket(network, addr string) (c net.PacketConn, err error) {
+	err = p.ns.Do(func() error {
+		lc := net.ListenConfig{Control: p.kind.o.Socket.Control}
+		c, err = lc.ListenPacket(context.Background(), network, addr)
+		return err
+	})
+	return c, err
+}
