@@ -50,6 +50,9 @@ import (
 //
 // (S: a namespace of ours between pod and network; no application runs in it.)
 //
+// A fifth, dedicated, is PROXY_MODE=dedicated: as redirected, in the daemon's own namespace and without any privilege,
+// for the one workload that lives there.
+//
 // Whatever lives in more than one column is a part of this package that the kinds are made of: Stack, Descriptors,
 // Place.
 type Kind interface {

@@ -252,11 +252,17 @@ func (d *daemon) start(ctx context.Context) error {
 	d.registry.MustRegister(&dataplaneCollector{d: d, tables: newMetricTables()})
 	proxyReady.Done()
 	d.pods.new, d.pods.changed, d.pods.known = d.newPod, d.podsChanged, d.known
-	if err := d.pods.adopt(ctx); err != nil {
-		return err
-	}
-	if err := d.kind.Sweep(d.pods.addresses()); err != nil {
-		d.logger.Warn("routes of an earlier run may be left", "error", err)
+	if c.Dedicated && !c.Rootless {
+		if err := d.pods.addOwn(ctx); err != nil {
+			return err
+		}
+	} else {
+		if err := d.pods.adopt(ctx); err != nil {
+			return err
+		}
+		if err := d.kind.Sweep(d.pods.addresses()); err != nil {
+			d.logger.Warn("routes of an earlier run may be left", "error", err)
+		}
 	}
 	d.serve("control socket", d.control.Serve)
 	d.admin(ctx, "memory", d.weigh)

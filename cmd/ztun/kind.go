@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 
 	"ztun/cmd/attach"
+	"ztun/cmd/attach/dedicated"
 	"ztun/cmd/attach/isolated"
 	"ztun/cmd/attach/rootless"
 	"ztun/netstack"
@@ -20,8 +21,11 @@ func (d *daemon) chooseKind() attach.Kind {
 		Descriptors: d.fds, Self: d.pods.selfDoor, Report: d.report, Panics: d.panics, Serve: d.serve, Logger: d.log.Logger,
 	}
 	o.Stack.Datagrams = c.datagrams(d.know)
-	if c.Rootless {
+	switch {
+	case c.Rootless:
 		return rootless.New(o)
+	case c.Dedicated:
+		return dedicated.New(o)
 	}
 	return isolated.New(o)
 }

@@ -79,11 +79,8 @@ func proxyCommand() *cobra.Command {
 			if err := c.deliberate(); err != nil {
 				return err
 			}
-			if c.Dedicated {
-				return &configError{"PROXY_MODE", "dedicated", errors.New("only of `ztun run` so far")}
-			}
 			held, err := permitted()
-			if err == nil {
+			if err == nil && !c.Dedicated {
 				err = needRoot(cmd.CommandPath(), held, needs(c)[:required]...)
 			}
 			if err != nil {

@@ -83,6 +83,9 @@ func (s *savedPod) place() attach.Place { return attach.Place{Path: s.NetNS, Dev
 
 // Add implements admin.PodManager.
 func (m *podManager) Add(ctx context.Context, spec admin.PodSpec) error {
+	if err := m.alone(); err != nil {
+		return err
+	}
 	m.op.Lock()
 	defer m.op.Unlock()
 	// A name is resolved now, so that a later change of directory or of meaning cannot redirect it.
@@ -154,6 +157,9 @@ func owner(pods []*pod, place attach.Place) *pod {
 // Delete implements admin.PodManager: connections may finish until the termination deadline. Others may
 // add and delete pods meanwhile.
 func (m *podManager) Delete(ctx context.Context, namespace, name string) error {
+	if err := m.alone(); err != nil {
+		return err
+	}
 	uid, err := m.find(admin.PodRef{Namespace: namespace, Name: name})
 	if err != nil {
 		return err

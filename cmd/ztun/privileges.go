@@ -61,12 +61,18 @@ type need struct {
 const required = 2
 
 // needs lists what a configuration needs. What is not held is not asked for: everything but the first two (required)
-// does without.
+// does without, and dedicated mode without any.
 func needs(c *Config) []need {
 	all := []need{
 		{unix.CAP_NET_ADMIN, "TUN devices, addresses, routes and rules, transparent sockets"},
 		{unix.CAP_SYS_ADMIN, "entering the pods' network namespaces"},
 		{unix.CAP_SYS_PTRACE, "pods given by the id of a process"},
+	}
+	if c.Dedicated {
+		all = nil
+		if c.PacketMark != 0 {
+			all = append(all, need{unix.CAP_NET_ADMIN, "PACKET_MARK"})
+		}
 	}
 	ports := []uint16{c.AdminPort, c.StatsPort, c.ReadinessPort}
 	if _, p, err := net.SplitHostPort(c.DNSProxyAddr); err == nil && c.DNSProxy {
@@ -198,7 +204,7 @@ func dropOnThread(c *Config, again bool) (held capSet, err error) {
 func (c *Config) shutOut() string {
 	denied := func(err error) bool { return errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) }
 	const device = "/dev/net/tun"
-	if denied(unix.Faccessat(unix.AT_FDCWD, device, unix.R_OK|unix.W_OK, unix.AT_EACCESS)) {
+	if !c.Dedicated && denied(unix.Faccessat(unix.AT_FDCWD, device, unix.R_OK|unix.W_OK, unix.AT_EACCESS)) {
 		return device
 	}
 	read, write := c.files()

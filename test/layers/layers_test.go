@@ -35,9 +35,10 @@ cmd/attach           -> admin netstack netstack/usersock proxy proxy/fair proxy/
 cmd/attach/attachtest -> admin cmd/attach netstack proxy refusal tun tun/tuntest
 cmd/attach/isolated  -> admin cmd/attach netstack ports proxy tun tun/netns tun/steer
 cmd/attach/redirected -> admin cmd/attach netstack ports proxy refusal tun tun/netns
+cmd/attach/dedicated -> admin cmd/attach netstack ports proxy refusal tun tun/netns
 cmd/attach/rootless  -> admin cmd/attach proxy tun tun/netns tun/steer
 cmd/doctor           -> tun/netns tun/steer
-cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/xds admin/zlog cmd/attach cmd/attach/isolated cmd/attach/rootless cmd/doctor netstack ports proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state refusal tun tun/capture tun/netns
+cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/xds admin/zlog cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/rootless cmd/doctor netstack ports proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state refusal tun tun/capture tun/netns
 netstack             -> ports proxy/fair proxy/grow proxy/rescue refusal tun
 netstack/usersock    -> proxy/fair proxy/rescue
 ports                ->
