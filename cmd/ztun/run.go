@@ -141,6 +141,7 @@ func follow(c *exec.Cmd, unable func(error) error) error {
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- c.Wait() }()
+	forgetStart()
 	_, noTerminal := unix.IoctlGetTermios(int(os.Stdin.Fd()), unix.TCGETS)
 	for {
 		select {

@@ -141,6 +141,12 @@ func TestRun(t *testing.T) {
 			t.Errorf("inside there is no %q: %s", want, out)
 		}
 	}
+	// Many on one host: what its daemon keeps in memory is at most 30 MB, once it has started.
+	if out, err := r.run(m.h1.NS, "", as("user", "sh", "-c", `for i in $(seq 200); do
+		rss=$(sed -n 's/^VmRSS: *\t* *\([0-9]*\) kB/\1/p' /proc/$PPID/status); [ "$rss" -le 30000 ] && exit 0; sleep 0.1
+		done; cat /proc/$PPID/status; exit 1`)...); err != nil {
+		t.Errorf("resident memory: %v: %s", err, out)
+	}
 	// What it cannot do without, and says so; each where it is found out.
 	for _, c := range []struct{ before, inside, say string }{
 		{"chmod 0600 " + r.dir + "/tun && ", "true", "/dev/net/tun cannot be opened"},
