@@ -46,6 +46,7 @@ type path struct {
 	actualDst   netip.AddrPort
 	protocol    string        // HBONE, TCP, DOUBLEHBONE
 	policy      rbac.Question // of an inbound one
+	exempt      bool          // from policy: a probe of the node's
 }
 
 // The directions of a connection, as profiles and traces name them.

@@ -11,7 +11,14 @@ import (
 
 // ServePassthrough takes a plaintext connection from the network to the pod's application (ztunnel's
 // port 15006). It returns when the flow is refused, or accepted and being copied.
-func (p *Proxy) ServePassthrough(f Flow) {
+func (p *Proxy) ServePassthrough(f Flow) { p.passthrough(f, true) }
+
+// ServeProbe is ServePassthrough for a connection that a socket of the node's own opens: policy is not asked, as the
+// kubelet has no identity and restarts what does not answer it. Whoever calls it has made sure of that.
+func (p *Proxy) ServeProbe(f Flow) { p.passthrough(f, false) }
+
+// passthrough serves a plaintext connection; judged: if policy lets it pass.
+func (p *Proxy) passthrough(f Flow, judged bool) {
 	start := time.Now()
 	c := p.enter(passthrough)
 	if c == nil {
@@ -48,8 +55,11 @@ func (p *Proxy) ServePassthrough(f Flow) {
 	}
 	q := rbac.Question{Src: src.Addr(), Dst: dst}
 	c.register(path{inbound: true, start: start, src: src, originalDst: dst, actualDst: dst, protocol: route.TCP.String(),
-		policy: q})
-	failed := c.admit(ctx, p.policyLog(src, ""), local)
+		policy: q, exempt: !judged})
+	var failed *Error
+	if judged {
+		failed = c.admit(ctx, p.policyLog(src, ""), local)
+	}
 	if failed == nil {
 		if err := p.probeApp(ctx, src.Addr(), dst); err != nil {
 			failed = c.instead(fail(kindApp, err))

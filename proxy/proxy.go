@@ -223,7 +223,7 @@ func (p *Proxy) Recheck() {
 	policies := view.PoliciesFor(local)
 	for _, c := range p.table.snapshot() {
 		on := c.where()
-		if !on.inbound {
+		if !on.inbound || on.exempt {
 			continue
 		}
 		v := rbac.Evaluate(policies, on.policy)

@@ -127,6 +127,9 @@ type Handler interface {
 	ServeOutbound(f proxy.Flow)
 	// ServePassthrough gets a connection that the network opens to the pod, other than to the mesh's port.
 	ServePassthrough(f proxy.Flow)
+	// ServeProbe gets what ServePassthrough would, from a socket of the node's own: the kubelet asks whether the pod is
+	// well, whatever policy says.
+	ServeProbe(f proxy.Flow)
 	// ServeMesh gets an accepted connection to the pod's mesh port, and returns when it has ended.
 	ServeMesh(conn net.Conn)
 	// ServeDNS gets a UDP question of the pod's application to any nameserver.

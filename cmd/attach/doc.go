@@ -1,7 +1,7 @@
 // Package attach is the seam between what one pod consists of for the mesh (its proxy, its DNS proxy, its SOCKS5:
 // cmd/ztun) and how the pod is captured and reaches the network. Kind's comment has the table of the four ways; each
-// is a package below this one, of which there are isolated, redirected and rootless today. attachtest is a fifth, in
-// memory, with which the daemon's own pod manager runs in tests without root.
+// is a package below this one: isolated, steered, redirected and rootless. attachtest is a fifth, in memory, with which
+// the daemon's own pod manager runs in tests without root.
 //
 // What flows through it: pods, which a Kind makes an Attachment of; flows, questions and mesh connections, which an
 // Attachment gives to the pod's Handler; dials, which the proxy gives to an Attachment. Who calls it: cmd/ztun, which
@@ -9,7 +9,8 @@
 // remember pods over a restart.
 //
 // stack.go is what the kinds with a TUN have in common, descriptors.go shares out the process's descriptors among the
-// pods' kernel sockets, place.go tells network namespaces apart, accept.go is the accept loop.
+// pods' kernel sockets, place.go tells network namespaces apart, accept.go is the accept loop, orphans.go ends what a
+// killed daemon left in a pod's kernel.
 //
 // Decisions:
 //   - 2026-11-28: attaching has two steps, Attach and Capture. Between them the pod's own servers are made (they need

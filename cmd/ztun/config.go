@@ -89,6 +89,7 @@ type Config struct {
 	DNSRate                                int
 	DNSSearch                              []string
 	UDP                                    udpMode
+	Steer                                  bool // pods with an eth0
 	MaxUDPFlows                            int
 	MemoryLimit, PodMemory                 int64 // bytes; 0: not set
 	GCSet                                  bool  // GOGC is the operator's

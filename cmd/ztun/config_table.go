@@ -161,6 +161,8 @@ func variables(c *Config, l *loader) []variable {
 		{"ZTUN_UDP", "policy", "UDP and ICMP of the pods: policy carries them, in the clear, but for UDP that a policy of " +
 			"its destination would refuse as plaintext; all carries that, too (as under ztunnel, which captures no UDP); off " +
 			"drops everything but DNS queries", udpModes(&c.UDP)},
+		{"ZTUN_STEER", "false", "capture pods that have an eth0 of a CNI's as well, by a namespace of ours between pod " +
+			"and network; false: such a pod is refused", boolean(&c.Steer)},
 		{"ZTUN_MAX_UDP_FLOWS", "16384", "UDP and ICMP flows of one pod, at most; the node has 65536",
 			ranged(&c.MaxUDPFlows, 16, 65536)},
 		{"ZTUN_DNS_SEARCH", "", "search domains of pods beside the cluster's three, comma separated (default: those of the " +

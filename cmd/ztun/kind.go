@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"net"
 	"path/filepath"
 
@@ -8,6 +9,7 @@ import (
 	"ztun/cmd/attach/dedicated"
 	"ztun/cmd/attach/isolated"
 	"ztun/cmd/attach/rootless"
+	"ztun/cmd/attach/steered"
 	"ztun/netstack"
 	"ztun/tun/netns"
 )
@@ -27,6 +29,9 @@ func (d *daemon) chooseKind() attach.Kind {
 	case c.Dedicated:
 		return dedicated.New(o)
 	}
+	if c.Steer {
+		return nodeKinds{isolated.New(o), steered.New(o)}
+	}
 	return isolated.New(o)
 }
 
@@ -35,11 +40,15 @@ func hostRecord(stateDir string) string { return filepath.Join(stateDir, "host.j
 
 // hostLeft and hostUndo are what kinds leave on a host when no daemon runs, and its removal. pods lived in places.
 func hostLeft(places []attach.Place, stateDir string) (isolated.Left, error) {
-	return isolated.Look(places, hostRecord(stateDir))
+	left, err := isolated.Look(places, hostRecord(stateDir))
+	pods, err2 := steered.Look(steered.Records(hostRecord(stateDir)))
+	left.Devices = append(left.Devices, pods...)
+	return left, errors.Join(err, err2)
 }
 
 func hostUndo(places []attach.Place, stateDir string) error {
-	return isolated.Undo(places, hostRecord(stateDir))
+	record := hostRecord(stateDir)
+	return errors.Join(steered.Undo(steered.Records(record), nil), isolated.Undo(places, record))
 }
 
 // notSentLowat keeps what waits unsent in the kernel short on tunnels, so that a small request is not

@@ -111,6 +111,13 @@ func (p *pod) ServePassthrough(f proxy.Flow) {
 	}
 }
 
+// ServeProbe implements attach.Handler.
+func (p *pod) ServeProbe(f proxy.Flow) {
+	if p.stands(f) {
+		p.proxy.ServeProbe(f)
+	}
+}
+
 // ServeOutbound implements attach.Handler.
 func (p *pod) ServeOutbound(f proxy.Flow) {
 	if !p.stands(f) {

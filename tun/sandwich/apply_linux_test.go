@@ -108,12 +108,12 @@ func TestApplyAndUndo(t *testing.T) {
 			ping := func(when string) {
 				t.Helper()
 				for _, a := range []string{"10.92.1.1", "fd92::1"} {
-					if out, err := run(pod, "ping", "-c1", "-W10", a); err != nil {
+					if out, err := run(pod, "ping", "-c1", "-w10", a); err != nil {
 						t.Errorf("%s: %s", when, out)
 					}
 				}
 				for _, a := range []string{"10.92.1.2", "fd92::2"} {
-					if out, err := run(node, "ping", "-c1", "-W10", "-s", "1300", a); err != nil {
+					if out, err := run(node, "ping", "-c1", "-w10", "-s", "1300", a); err != nil {
 						t.Errorf("%s: %s", when, out)
 					}
 				}

@@ -35,8 +35,9 @@
 //   - a device that changes its namespace loses addresses, routes, neighbours and settings, and its number where that
 //     is taken: all of them are in Facts.
 //
-// Limits: one address of a family per pod. Multicast and the CNI's layer 2 do not reach the pod, protocols other than
-// TCP, UDP and ICMP are dropped. One more hop of TTL each way.
+// Limits: a fragmented IPv6 ping does not reach the pod (tc looks for ICMPv6 behind the fixed header). One address of
+// a family per pod. Multicast and the CNI's layer 2 do not reach the pod, protocols other than TCP, UDP and ICMP are
+// dropped. One more hop of TTL each way.
 //
 // Decisions:
 //   - 2026-11-28: a package beside steer and not more kinds of step in it: steer's plans change a namespace that is

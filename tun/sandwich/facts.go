@@ -19,8 +19,8 @@ type Facts struct {
 	Settings []Sysctl `json:"settings"`
 }
 
-// The pod's own addresses: those of global scope.
-func (f Facts) own() (out []netip.Addr) {
+// Own are the pod's own addresses: those of global scope.
+func (f Facts) Own() (out []netip.Addr) {
 	for _, a := range f.Addrs {
 		if ip := a.Prefix.Addr(); !ip.IsLinkLocalUnicast() {
 			out = append(out, ip)
@@ -34,7 +34,7 @@ var ErrUnfit = errors.New("cannot be steered")
 
 // check says why a plan cannot be made of these facts.
 func (f Facts) check() error {
-	own := f.own()
+	own := f.Own()
 	if len(own) == 0 {
 		return fmt.Errorf("%w: device %s has no address: is its CNI done?", ErrUnfit, f.Dev)
 	}

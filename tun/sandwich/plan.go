@@ -56,7 +56,7 @@ func New(f Facts, c Config) (Plan, error) {
 			p.Steps = append(p.Steps, Step{S, a})
 		}
 	}
-	own := f.own()
+	own := f.Own()
 	slices.SortFunc(own, netip.Addr.Compare)
 	s(Up{Dev: "lo"})
 	for _, key := range []string{"net/ipv4/ip_forward=1", "net/ipv4/conf/all/rp_filter=0",
@@ -151,7 +151,7 @@ func rules(f Facts, c Config, v6 bool) (out []Action) {
 		icmp = unix.IPPROTO_ICMPV6
 	}
 	var a netip.Addr
-	for _, o := range f.own() {
+	for _, o := range f.Own() {
 		if o.Is6() == v6 {
 			a = o
 		}
@@ -223,7 +223,7 @@ func rules(f Facts, c Config, v6 bool) (out []Action) {
 func (f Facts) outside() []Route {
 	var parts [3][]Route
 	for _, r := range f.Routes {
-		own := slices.ContainsFunc(f.own(), func(a netip.Addr) bool { return r.Dst == host(a) })
+		own := slices.ContainsFunc(f.Own(), func(a netip.Addr) bool { return r.Dst == host(a) })
 		if own || r.Table != unix.RT_TABLE_MAIN || r.Dst.Addr().IsLinkLocalUnicast() && r.Dst.Addr().Is6() ||
 			r.Dst.Addr().IsMulticast() {
 			continue

@@ -165,7 +165,7 @@ const maxKeep = 256
 // Keep chooses which of a pod's connections go on natively: from its own addresses to others'. left is how many there
 // are beyond the bound: every packet of the pod passes their rules.
 func Keep(f Facts, all []Conn) (keep []Conn, left int) {
-	own := f.own()
+	own := f.Own()
 	for _, c := range all {
 		if !slices.Contains(own, c.Local.Addr()) || slices.Contains(own, c.Remote.Addr()) {
 			continue

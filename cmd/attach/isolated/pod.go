@@ -110,7 +110,7 @@ func (p *pod) Place() attach.Place {
 // Capture implements attach.Attachment.
 func (p *pod) Capture(ctx context.Context) error {
 	// Listed before the stack runs: what it is going to know is not among them.
-	left, err := orphans(p.ns, p.spec.IPs)
+	left, err := attach.Orphans(p.ns, p.spec.IPs)
 	if err != nil {
 		p.log.Warn("the pod's connections of an earlier run cannot be listed", "pod", p.spec.Label, "error", err)
 	}
@@ -126,7 +126,7 @@ func (p *pod) Capture(ctx context.Context) error {
 		}
 	})
 	if len(left) > 0 {
-		p.Go("a pod's connections of an earlier run", func(ctx context.Context) { p.endOrphans(ctx, left) })
+		p.Go("a pod's connections of an earlier run", func(ctx context.Context) { p.EndOrphans(ctx, p.ns, left) })
 	}
 	return nil
 }

@@ -92,6 +92,8 @@ func (r *relay) ServeOutbound(f proxy.Flow) {
 	r.carry(f, up, err)
 }
 
+func (r *relay) ServeProbe(f proxy.Flow) { r.ServePassthrough(f) }
+
 func (r *relay) ServePassthrough(f proxy.Flow) {
 	r.say("in %s>%s", f.Src().Addr(), f.Dst())
 	up, err := r.att.DialApp(context.Background(), f.Src(), f.Dst())

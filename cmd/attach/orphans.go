@@ -1,4 +1,4 @@
-package isolated
+package attach
 
 import (
 	"bufio"
@@ -21,8 +21,8 @@ import (
 // something to send finds out by itself; a client that only reads, or a server whose client is gone, would wait for
 // ever.
 
-// orphan is such a connection, as the pod's kernel sees it.
-type orphan struct{ local, remote netip.AddrPort }
+// Orphan is such a connection, as the pod's kernel sees it.
+type Orphan struct{ Local, Remote netip.AddrPort }
 
 const (
 	// orphanRounds, orphanWait: a kernel lets itself be asked once in half a second per connection, and a packet may
@@ -33,9 +33,9 @@ const (
 	orphanBatch = 256
 )
 
-// orphans lists the connections of a pod's namespace that would go through its device: from the pod's addresses to
+// Orphans lists the connections of a pod's namespace that would go through its device: from the pod's addresses to
 // any but its own.
-func orphans(ns *netns.NS, own []netip.Addr) ([]orphan, error) {
+func Orphans(ns *netns.NS, own []netip.Addr) ([]Orphan, error) {
 	var files []*os.File
 	defer func() {
 		for _, f := range files {
@@ -59,14 +59,14 @@ func orphans(ns *netns.NS, own []netip.Addr) ([]orphan, error) {
 	if err != nil {
 		return nil, err
 	}
-	var all []orphan
+	var all []Orphan
 	for _, f := range files {
 		found, err := parseTCPTable(f)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", f.Name(), err)
 		}
 		for _, o := range found {
-			if slices.Contains(own, o.local.Addr()) && !slices.Contains(own, o.remote.Addr()) {
+			if slices.Contains(own, o.Local.Addr()) && !slices.Contains(own, o.Remote.Addr()) {
 				all = append(all, o)
 			}
 		}
@@ -83,8 +83,8 @@ const (
 )
 
 // parseTCPTable reads /proc/net/tcp or tcp6 and returns the connections that may rest for ever.
-func parseTCPTable(r io.Reader) ([]orphan, error) {
-	var out []orphan
+func parseTCPTable(r io.Reader) ([]Orphan, error) {
+	var out []Orphan
 	lines := bufio.NewScanner(r)
 	lines.Scan() // the headings
 	for lines.Scan() {
@@ -99,9 +99,9 @@ func parseTCPTable(r io.Reader) ([]orphan, error) {
 		if state != tcpEstablished && state != tcpFinWait2 && state != tcpCloseWait {
 			continue
 		}
-		var o orphan
-		if o.local, err = parseTCPAddr(f[1]); err == nil {
-			o.remote, err = parseTCPAddr(f[2])
+		var o Orphan
+		if o.Local, err = parseTCPAddr(f[1]); err == nil {
+			o.Remote, err = parseTCPAddr(f[2])
 		}
 		if err != nil {
 			return nil, err
@@ -129,12 +129,12 @@ func parseTCPAddr(s string) (netip.AddrPort, error) {
 	return netip.AddrPortFrom(a.Unmap(), uint16(n)), nil
 }
 
-// endOrphans resets connections that were there before the pod's stack was, until none is left or ctx ends.
-func (p *pod) endOrphans(ctx context.Context, found []orphan) {
-	ref, left := p.spec.Label, found
+// EndOrphans resets connections that were there before the stack was, until none is left or ctx ends.
+func (s *Stack) EndOrphans(ctx context.Context, ns *netns.NS, found []Orphan) {
+	left := found
 	for range orphanRounds {
 		for i, o := range left {
-			p.EndOrphan(o.local, o.remote)
+			s.EndOrphan(o.Local, o.Remote)
 			if i%orphanBatch == orphanBatch-1 && !pause(ctx, 5*time.Millisecond) {
 				return
 			}
@@ -142,21 +142,21 @@ func (p *pod) endOrphans(ctx context.Context, found []orphan) {
 		if !pause(ctx, orphanWait) {
 			return
 		}
-		now, err := orphans(p.ns, p.spec.IPs)
+		now, err := Orphans(ns, s.addrs)
 		if err != nil {
-			p.log.Warn("the pod's connections of an earlier run cannot be listed", "pod", ref, "error", err)
+			s.log.Warn("the pod's connections of an earlier run cannot be listed", "pod", s.label, "error", err)
 			return
 		}
-		still := make(map[orphan]bool, len(now))
+		still := make(map[Orphan]bool, len(now))
 		for _, o := range now {
 			still[o] = true
 		}
-		left = slices.DeleteFunc(slices.Clone(left), func(o orphan) bool { return !still[o] })
+		left = slices.DeleteFunc(slices.Clone(left), func(o Orphan) bool { return !still[o] })
 		if len(left) == 0 {
 			break
 		}
 	}
-	p.log.Info("reset connections of an earlier run", "pod", ref, "count", len(found)-len(left), "left", len(left))
+	s.log.Info("reset connections of an earlier run", "pod", s.label, "count", len(found)-len(left), "left", len(left))
 }
 
 // pause waits; false: ctx has ended.

@@ -1,0 +1,17 @@
+// Package steered attaches pods that keep their CNI's eth0, by tun/sandwich: a namespace of ours (S) lies between pod
+// and network.
+//
+// What flows through it: node.go is the kind (what the kernel can do, which records of earlier lives there are); pod.go
+// one pod: S, its two TUNs, netstack between them, the listener of HBONE in S; ways.go how it gets out; watch.go puts
+// back what somebody has changed, and ends S when the pod's end has gone; probe.go tells the kubelet's connections by
+// the node's own sockets. Who calls it: cmd/ztun, by attach.Kind. What it never does: touch the node's namespace.
+//
+// Decisions:
+//   - 2026-11-28: whether a connection is a probe is asked of the kernel: the node has a socket of exactly these
+//     addresses and ports. A source address alone proves nothing, anybody can write one into a SYN; and whoever comes
+//     from elsewhere in the node's name (masquerading, another node) has no socket here. A pod with hostNetwork has:
+//     it is the node for this purpose, as for the kubelet's own probes.
+//   - 2026-11-28: without tc's mirred UDP and ICMP go by netstack as an isolated pod's do, rather than ICMP alone being
+//     copied: that is a way that is tested, and policy is asked about UDP then.
+//   - 2026-11-28: a connection from before the pod was captured goes on by the kernel until it ends, at most 256.
+package steered

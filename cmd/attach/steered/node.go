@@ -1,0 +1,102 @@
+package steered
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"sync/atomic"
+
+	"ztun/cmd/attach"
+	"ztun/tun/netns"
+	"ztun/tun/sandwich"
+)
+
+// podDevice is what every CNI calls a pod's first device.
+const podDevice = "eth0"
+
+// Node is the kind.
+type Node struct {
+	o       attach.Options
+	ns      *netns.NS // the node's
+	records string    // the directory of what there was in pods
+	native  bool      // UDP and ICMP go by the kernel
+
+	leaving atomic.Bool // new mesh connections are reset
+}
+
+var _ attach.Kind = (*Node)(nil)
+
+// New makes the kind; nothing is touched before Open.
+func New(o attach.Options) *Node { return &Node{o: o, records: Records(o.Record)} }
+
+// Records is the directory beside the file of attach.Options.Record in which pods are written down.
+func Records(record string) string { return filepath.Join(filepath.Dir(record), "steered") }
+
+// Open implements attach.Kind: it finds out what the kernel can do.
+func (n *Node) Open(ctx context.Context) (err error) {
+	if n.ns = n.o.NetNS; n.ns == nil {
+		if n.ns, err = netns.Current(); err != nil {
+			return err
+		}
+	}
+	if n.o.Stack.Datagrams == nil {
+		return nil // nothing is to pass
+	}
+	if err := sandwich.ProbeCopy(ctx); err != nil {
+		n.o.Logger("ztun").Warn("UDP and ICMP of steered pods go by netstack: the kernel cannot copy ICMP (cls_u32, "+
+			"act_mirred)", "reason", err)
+		return nil
+	}
+	n.native = true
+	return nil
+}
+
+// Locate implements attach.Kind.
+func (n *Node) Locate(p *attach.Pod) error { return attach.LocateAddrs(p) }
+
+// Gone implements attach.Kind.
+func (n *Node) Gone(p attach.Place) error { return p.Gone() }
+
+// Has says whether there is a record of a pod: it was captured, or about to be, when it was last heard of.
+func (n *Node) Has(p attach.Place) bool {
+	r, _ := sandwich.Find(n.records, p.Dev, p.Ino)
+	return r != nil
+}
+
+// Clean implements attach.Kind.
+func (n *Node) Clean(p attach.Place) error {
+	r, err := sandwich.Find(n.records, p.Dev, p.Ino)
+	if r == nil {
+		return err
+	}
+	return r.Restore(context.Background(), n.records)
+}
+
+// Sweep implements attach.Kind: pods that went away while no daemon ran have left S and their CNI's device in it.
+func (n *Node) Sweep(keep []netip.Addr) error { return Undo(n.records, keep) }
+
+// Leave implements attach.Kind.
+func (n *Node) Leave() { n.leaving.Store(true) }
+
+// Close implements attach.Kind.
+func (n *Node) Close() error { return nil }
+
+// Stats implements attach.Kind.
+func (n *Node) Stats() attach.NodeStats { return attach.NodeStats{} }
+
+// Look tells which pods there are a record of, as commands that look at them.
+func Look(records string) (out []string, err error) {
+	all, err := sandwich.Records(records)
+	for _, r := range all {
+		out = append(out, fmt.Sprintf("%s (in %s)", r.Facts.Dev, r.Name()))
+	}
+	return out, err
+}
+
+// HasDevice says whether a pod's namespace has an eth0.
+func HasDevice(ns *netns.NS) (bool, error) {
+	all, err := ns.Addrs()
+	return slices.ContainsFunc(all, func(a netns.Addr) bool { return a.Device == podDevice }), err
+}

@@ -1,0 +1,65 @@
+package sandwich
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+
+	"ztun/tun/netns"
+)
+
+// ProbeCopy says why this kernel cannot do Copy (cls_u32, act_mirred), by trying it in a namespace made for it.
+func ProbeCopy(ctx context.Context) error {
+	name := fmt.Sprintf("ztun-probe-%d", os.Getpid())
+	ns, err := netns.Create(name)
+	if err != nil {
+		return err
+	}
+	defer netns.Remove(name)
+	defer ns.Close()
+	_, err = Apply(ctx, Plan{[]Step{
+		{S, Pair{Dev: "a", MAC: gatewayMAC, Peer: "b", PeerMAC: "02:00:00:00:00:02", MTU: 1500}},
+		{S, Copy{From: "a", Dst: netip.MustParseAddr("192.0.2.1"), To: "b", Pref: 1}},
+	}}, Namespaces{ns, ns})
+	return err
+}
+
+// Joined says whether the pod's end of S is there.
+func Joined(s *netns.NS) (bool, error) {
+	p, err := openPlace(S, s)
+	if err != nil {
+		return false, err
+	}
+	defer p.h.Close()
+	l, err := p.link(In)
+	return l != nil, err
+}
+
+// End deletes the CNI's device in S, with its end in the node.
+func End(s *netns.NS, dev string) error {
+	p, err := openPlace(S, s)
+	if err != nil {
+		return err
+	}
+	defer p.h.Close()
+	_, err = Absent{dev}.ensure(nil, p, false)
+	return err
+}
+
+// Captured says whether S stands and has both the CNI's device and the pod's end.
+func (r Record) Captured() bool {
+	s, err := netns.OpenName(r.Name())
+	if err != nil {
+		return false
+	}
+	defer s.Close()
+	p, err := openPlace(S, s)
+	if err != nil {
+		return false
+	}
+	defer p.h.Close()
+	in, _ := p.link(In)
+	dev, _ := p.link(r.Facts.Dev)
+	return in != nil && dev != nil
+}
