@@ -43,7 +43,7 @@ type options struct {
 
 // suiteNames in the order in which they run and are shown.
 func suiteNames() []string {
-	return []string{"relay", "hbone", "mesh", "conns", "echo", "mixed", "idle", "control"}
+	return []string{"relay", "hbone", "mesh", "conns", "echo", "mixed", "idle", "rootless", "control"}
 }
 
 var errHelp = errors.New("help")
@@ -61,6 +61,7 @@ suites (default: all)
   echo    1 KiB echo over kept connections at fixed rates, open loop
   mixed   the same echo at 500/s beside 8 bulk streams between the same two pods
   idle    resident memory idle and per idle connection
+  rootless ` + "`ztun run`" + ` to a plain host, as an ordinary user: TCP, connections, UDP, beside pasta and slirp4netns
   control a mesh of 100,000 workloads: taking it in, one update, one dump, and what a storm of dumps, scrapes and updates does to
           requests and new connections, calm and stormy in turn
 

@@ -39,6 +39,7 @@ type bench struct {
 	relay  *relayWorld
 	hbone  *hboneWorld
 	ctl    *controlWorld
+	user   *rootlessWorld
 }
 
 // run returns what the command line said and the exit code: 0 for a run in which everything could be measured,
@@ -112,6 +113,8 @@ func (b *bench) all(ctx context.Context) error {
 			plain(b.echoCases)},
 		{"mixed", "the same echo beside 8 bulk streams between the same two pods", bareVeth, plain(b.mixedCases)},
 		{"idle", "resident memory of the daemons, fresh ones in each repetition", bareVeth, plain(b.idleCases)},
+		{"rootless", "a user's command in a namespace of its own, MTU 1500, to a plain host two hops away; ratios to slirp4netns",
+			slirpName, func() ([]kase, error) { return b.rootlessCases(ctx) }},
 		{"control",
 			fmt.Sprintf("%d workloads, %d services from %s; requests and connections from pod to pod, storms at node n1",
 				b.o.Workloads, b.o.Services, b.o.Source), calm, plain(b.controlCases)},
@@ -148,7 +151,7 @@ func (b *bench) all(ctx context.Context) error {
 }
 
 func (b *bench) close() error {
-	errs := []error{b.relay.Close(), b.hbone.Close(), b.ctl.Close()}
+	errs := []error{b.relay.Close(), b.hbone.Close(), b.ctl.Close(), b.user.Close()}
 	for _, w := range b.worlds {
 		errs = append(errs, w.Close())
 	}
