@@ -3,11 +3,13 @@ package control
 import (
 	"net/netip"
 
+	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"ztun/admin/pb/securitypb"
 	"ztun/admin/pb/workloadpb"
+	"ztun/admin/xds"
 	"ztun/proxy/rbac"
 	"ztun/proxy/state"
 )
@@ -76,6 +78,12 @@ func EncodeWorkload(w *state.Workload) *workloadpb.Address {
 		Status:                workloadpb.WorkloadStatus(w.Status),
 		ClusterId:             unless(w.ClusterID, defaultCluster),
 		NetworkMode:           workloadpb.NetworkMode(w.NetworkMode),
+	}
+	for _, a := range w.MeshAddresses {
+		config := &anypb.Any{}
+		// It cannot fail: the message has nothing but numbers and bytes.
+		config.MarshalFrom(encodeGateway(&state.GatewayAddress{Addr: state.NetworkAddress{Addr: a.Addr()}, Port: a.Port()}))
+		m.Extensions = append(m.Extensions, &workloadpb.Extension{Name: xds.MeshExtension, Config: config})
 	}
 	for _, a := range w.Addresses {
 		m.Addresses = append(m.Addresses, a.AsSlice())

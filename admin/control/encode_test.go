@@ -38,6 +38,7 @@ workloads:
   authorizationPolicies: ["shop/front-only", "shop/other"]
   waypoint: {destination: "shop/wp.host", hboneMtlsPort: 15008}
   networkGateway: {destination: "edge/10.0.0.200", hboneMtlsPort: 15009}
+  meshAddresses: ["192.0.2.7:15018", "[fd00:9::7]:15019"]
   services:
     "shop/stock.host": {80: 8080, 443: 8443}
     "shop/other.host": {}
@@ -98,6 +99,10 @@ func TestEncode(t *testing.T) {
 		locality { region: "r1" zone: "z1" subzone: "s1" } authorization_policies: "shop/front-only" authorization_policies: "shop/other"
 		waypoint { hostname { namespace: "shop" hostname: "wp.host" } hbone_mtls_port: 15008 }
 		network_gateway { address { network: "edge" address: "\n\000\000\310" } hbone_mtls_port: 15009 }
+		extensions { name: "ztun.mesh-address" config { [type.googleapis.com/istio.workload.GatewayAddress] {
+			address { address: "\300\000\002\007" } hbone_mtls_port: 15018 } } }
+		extensions { name: "ztun.mesh-address" config { [type.googleapis.com/istio.workload.GatewayAddress] {
+			address { address: "\375\000\000\t\000\000\000\000\000\000\000\000\000\000\000\007" } hbone_mtls_port: 15019 } } }
 		services { key: "shop/stock.host" value { ports { service_port: 80 target_port: 8080 } ports { service_port: 443 target_port: 8443 } } }
 		services { key: "shop/other.host" value {} }
 	}`, `workload { uid: "plain" namespace: "shop" network_mode: HOST_NETWORK capacity {} application_tunnel {} }`} {

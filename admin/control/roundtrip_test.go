@@ -229,6 +229,9 @@ func randomLocal(r *rand.Rand) *xds.Local {
 		for range r.IntN(3) {
 			w.Addresses = append(w.Addresses, ip())
 		}
+		if coin() {
+			w.MeshAddresses = []netip.AddrPort{netip.AddrPortFrom(ip(), uint16(1+r.IntN(65535)))}
+		}
 		for range r.IntN(3) {
 			if k := key(); !slices.ContainsFunc(w.Services, func(s state.WorkloadService) bool { return s.Service == k }) {
 				w.Services = append(w.Services, state.WorkloadService{Service: k, Ports: ports()})

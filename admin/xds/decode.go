@@ -129,10 +129,45 @@ func (d *decoder) workload(name string, x *workloadpb.Workload) (*state.Workload
 	if w.NetworkGateway, err = d.gateway(x.NetworkGateway); err != nil {
 		return nil, fmt.Errorf("network_gateway: %w", err)
 	}
+	if w.MeshAddresses, err = meshAddresses(x.Extensions); err != nil {
+		return nil, fmt.Errorf("extension %s: %w", MeshExtension, err)
+	}
 	if w.Services, err = d.workloadServices(x.Services); err != nil {
 		return nil, fmt.Errorf("services: %w", err)
 	}
 	return w, nil
+}
+
+// MeshExtension names a workload's extension of ours: a GatewayAddress that says where its HBONE connections arrive.
+// Others of that protocol pass over it, as over every extension.
+const MeshExtension = "ztun.mesh-address"
+
+// meshAddresses reads those extensions; the others are none of ours.
+func meshAddresses(l []*workloadpb.Extension) (out []netip.AddrPort, err error) {
+	for _, x := range l {
+		if x.Name != MeshExtension {
+			continue
+		}
+		var g workloadpb.GatewayAddress
+		if err := x.Config.UnmarshalTo(&g); err != nil {
+			return nil, err
+		}
+		ip, err := addr(g.GetAddress().GetAddress())
+		if err != nil {
+			return nil, err
+		}
+		n, err := port(g.HboneMtlsPort)
+		if err != nil {
+			return nil, fmt.Errorf("hbone_mtls_port: %w", err)
+		}
+		if n == 0 || ip.IsUnspecified() {
+			return nil, fmt.Errorf("%v is nowhere to connect to", netip.AddrPortFrom(ip, n))
+		}
+		if out = append(out, netip.AddrPortFrom(ip, n)); !state.OneOfEachFamily(out) {
+			return nil, errors.New("several addresses of one family")
+		}
+	}
+	return out, nil
 }
 
 func workloadType(t workloadpb.WorkloadType) string {

@@ -1,6 +1,7 @@
 package xds
 
 import (
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -39,6 +40,7 @@ var ignoreServiceInternals = cmp.Options{
 	cmp.Comparer(func(a, b netip.Addr) bool {
 		return a == b
 	}), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
+	cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b }),
 	cmp.FilterPath(func(p cmp.Path) bool {
 		return p.Last().String() == ".seq" || p.Last().String() == ".uniform" || p.Last().String() == ".SANs"
 	}, cmp.Ignore()),
@@ -97,6 +99,46 @@ func TestDecodeWorkload(t *testing.T) {
 		}
 		if diff := cmp.Diff(want, got, ignoreServiceInternals); diff != "" {
 			t.Fatal(diff)
+		}
+	}
+}
+
+// Where HBONE for a workload arrives is an extension of ours, which is refused where it is nonsense: a workload that
+// nobody reaches is no better.
+func TestMeshAddresses(t *testing.T) {
+	ext := func(m proto.Message) *workloadpb.Extension {
+		config, err := anypb.New(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &workloadpb.Extension{Name: MeshExtension, Config: config}
+	}
+	at := func(ip string, port uint32) *workloadpb.Extension {
+		return ext(&workloadpb.GatewayAddress{HboneMtlsPort: port, Destination: &workloadpb.GatewayAddress_Address{
+			Address: &workloadpb.NetworkAddress{Address: netip.MustParseAddr(ip).AsSlice()}}})
+	}
+	for name, c := range map[string]struct {
+		in   []*workloadpb.Extension
+		want string
+	}{
+		"both families": {[]*workloadpb.Extension{{Name: "other"}, at("::ffff:192.0.2.7", 15018), at("fd00::7", 1)},
+			"[192.0.2.7:15018 [fd00::7]:1]"},
+		"without config":      {[]*workloadpb.Extension{{Name: MeshExtension}}, "extension ztun.mesh-address"},
+		"another message":     {[]*workloadpb.Extension{ext(&workloadpb.Locality{})}, "extension ztun.mesh-address"},
+		"without address":     {[]*workloadpb.Extension{ext(&workloadpb.GatewayAddress{HboneMtlsPort: 1})}, "0 bytes"},
+		"port 0":              {[]*workloadpb.Extension{at("192.0.2.7", 0)}, "192.0.2.7:0 is nowhere to connect to"},
+		"a port of 17 bits":   {[]*workloadpb.Extension{at("192.0.2.7", 1<<16)}, "hbone_mtls_port"},
+		"anywhere":            {[]*workloadpb.Extension{at("::", 1)}, "[::]:1 is nowhere to connect to"},
+		"twice in one family": {[]*workloadpb.Extension{at("192.0.2.7", 1), at("192.0.2.8", 1)}, "of one family"},
+	} {
+		var d decoder
+		w, _, err := d.address("u", marshal(t, workloadAddress(&workloadpb.Workload{Uid: "u", Extensions: c.in})))
+		got := fmt.Sprint(err)
+		if err == nil {
+			got = fmt.Sprint(w.MeshAddresses)
+		}
+		if !strings.Contains(got, c.want) {
+			t.Errorf("%s: %s, want %s", name, got, c.want)
 		}
 	}
 }

@@ -37,6 +37,11 @@
 // error too (ztunnel ignores it there): a misspelt constraint must not vanish
 // from a policy. Unknown keys are ignored only within locality and cidrVips.
 //
+// 2026-11-29: no field of WDS says at which port a workload that is no gateway takes HBONE: hbone_mtls_port is a
+// waypoint's or a network's, and networkGateway cannot be borrowed, since istiod gives it to the workloads of one's own
+// network as well. So meshAddresses is ours: in the file a key, in xDS an Extension of the workload (MeshExtension),
+// which ztunnel passes over and then calls port 15008 of the workload's own addresses.
+//
 // 2026-11-23: an empty file is an error: that is what a reader sees between an
 // editor's truncate and write, and it must not empty the mesh. "{}" is the way
 // to say nothing.

@@ -192,6 +192,15 @@ func (j *jsonWriter) workload(w *state.Workload, services func()) {
 		j.member("zone", w.Locality.Zone)
 		j.close('}')
 	}
+	if len(w.MeshAddresses) > 0 { // the keys are ztunnel's where there are none
+		j.key("meshAddresses")
+		j.open('[')
+		for _, a := range w.MeshAddresses {
+			j.next()
+			j.text(a.String())
+		}
+		j.close(']')
+	}
 	j.member("name", w.Name)
 	j.member("namespace", w.Namespace)
 	if w.NativeTunnel {

@@ -211,6 +211,11 @@ func readWorkload(v *value) *state.Workload {
 			w.Waypoint = readGateway(x)
 		case "networkGateway":
 			w.NetworkGateway = readGateway(x)
+		case "meshAddresses":
+			x.list(func(x *value) { w.MeshAddresses = append(w.MeshAddresses, x.addrPort()) })
+			if !state.OneOfEachFamily(w.MeshAddresses) {
+				x.fail("want one address of each family at most")
+			}
 		case "applicationTunnel":
 			w.Tunnel = readTunnel(x)
 		case "authorizationPolicies":

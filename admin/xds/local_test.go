@@ -48,8 +48,9 @@ func TestSchema(t *testing.T) {
 				Ports:   state.PortMap{{Service: 80, Target: 8080}, {Service: 443, Target: 8443}},
 			}},
 			AuthorizationPolicies: []string{"shop/front-only"}, Waypoint: wp, NetworkGateway: gw, Capacity: 3,
-			Tunnel:   state.ApplicationTunnel{Protocol: state.TunnelProxy, Port: 15088},
-			Protocol: state.HBONE, NetworkMode: state.HostNetwork, Status: state.Unhealthy, NativeTunnel: true, Unlisted: true,
+			MeshAddresses: []netip.AddrPort{netip.MustParseAddrPort("10.9.0.7:15018"), netip.MustParseAddrPort("[fd00:9::7]:15019")},
+			Tunnel:        state.ApplicationTunnel{Protocol: state.TunnelProxy, Port: 15088},
+			Protocol:      state.HBONE, NetworkMode: state.HostNetwork, Status: state.Unhealthy, NativeTunnel: true, Unlisted: true,
 		}, {
 			Namespace: "shop", Capacity: 1, Unlisted: true,
 		}},
@@ -91,7 +92,8 @@ func TestSchema(t *testing.T) {
 	opts := cmp.Options{cmpopts.EquateEmpty(), cmpopts.IgnoreUnexported(state.Service{}, rbac.Policy{}),
 		cmp.Comparer(func(a, b netip.Addr) bool {
 			return a == b
-		}), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })}
+		}), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
+		cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })}
 	if diff := cmp.Diff(want, got, opts); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
@@ -248,7 +250,7 @@ func TestErrors(t *testing.T) {
 			`line 8: policies[0].rules[0][0][0].destinationPorts[0]: want a port number, found nothing`},
 		{"merge key", workloadHead + "  <<: {node: x}\n",
 			`line 6: workloads[0].<<: unknown key; a workload has applicationTunnel, authorizationPolicies, canonicalName, canonicalRevision, capacity, clusterId, hostname, ` +
-				`locality, name, namespace, nativeTunnel, network, networkGateway, networkMode, node, protocol, serviceAccount, services, status, trustDomain, uid, ` +
+				`locality, meshAddresses, name, namespace, nativeTunnel, network, networkGateway, networkMode, node, protocol, serviceAccount, services, status, trustDomain, uid, ` +
 				`waypoint, workloadIps, workloadName, workloadType`},
 	} {
 		l, err := ParseLocal([]byte(tt.text))

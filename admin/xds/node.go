@@ -298,6 +298,19 @@ func (v *value) addr() netip.Addr {
 	return a
 }
 
+// addrPort reads ADDRESS:PORT, none of them zero.
+func (v *value) addrPort() netip.AddrPort {
+	s, ok := v.text()
+	if !ok {
+		return netip.AddrPort{}
+	}
+	a, err := netip.ParseAddrPort(s)
+	if err != nil || a.Port() == 0 || a.Addr().IsUnspecified() || a.Addr().Zone() != "" {
+		v.fail("want address:port ([address]:port with IPv6), found %s", v.describe())
+	}
+	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
+}
+
 // parseIP parses an address without zone, in canonical form.
 func parseIP(s string) (netip.Addr, bool) {
 	a, err := netip.ParseAddr(s)

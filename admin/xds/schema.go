@@ -107,6 +107,9 @@ var workloadObject = Object{Name: "workload", Meaning: "One pod, or another proc
 		{Name: "networkGateway", Type: "[gateway](#gateway)", Default: "null",
 			Example: `{destination: "edge/203.0.113.1", hboneMtlsPort: 15008}`,
 			Meaning: "the way into its network from others"},
+		{Name: "meshAddresses", Type: "list of address:port", Default: "[]", Example: `["192.0.2.7:15018", "[fd00::7]:15018"]`,
+			Meaning: "where HBONE for the workload arrives if not at port 15008 of its addresses, one of each family at " +
+				"most (ztun's own: ztunnel calls port 15008)"},
 		{Name: "networkMode", Type: "string", Default: "Standard", Allowed: []string{"Standard", "HostNetwork"},
 			Example: "HostNetwork",
 			Meaning: "HostNetwork: its addresses are its node's; it is not found by address"},

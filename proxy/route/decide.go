@@ -96,8 +96,8 @@ type Decision struct {
 type authorityKind uint8
 
 const (
-	noAuthority authorityKind = iota
-	calledAddress
+	noAuthority   authorityKind = iota
+	calledAddress               // that of Decision.called
 	ownAddress
 	calledService
 )
@@ -264,8 +264,25 @@ func (r *resolver) direct(up upstream) (Decision, error) {
 	port := up.port
 	if up.workload.Protocol == state.HBONE {
 		d.Protocol, d.authority, d.port, port = HBONE, ownAddress, up.port, ports.HBONE
+		if at, ok := meshAddress(up); ok {
+			d.authority, d.called, up.addr, port = calledAddress, up.addr, at.Addr(), at.Port()
+		}
 	}
 	return d.at(up, port)
+}
+
+// meshAddress is where a workload that says so takes its HBONE connections: of the family that was called if it has
+// one. A workload without an address has no name in a CONNECT, and none there either.
+func meshAddress(up upstream) (at netip.AddrPort, ok bool) {
+	if !up.addr.IsValid() {
+		return at, false
+	}
+	for _, a := range up.workload.MeshAddresses {
+		if !ok || a.Addr().Is6() == up.prefer6 {
+			at, ok = a, true
+		}
+	}
+	return at, ok
 }
 
 // toWaypoint sends a connection to a waypoint of our network, which is told the

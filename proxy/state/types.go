@@ -33,6 +33,9 @@ type Workload struct {
 
 	Waypoint       *GatewayAddress // nil: none
 	NetworkGateway *GatewayAddress // nil: none
+	// MeshAddresses are where its HBONE connections arrive if that is not the mesh's port at its own addresses: sockets
+	// of a host, for a workload that has nothing but those. One of each family at most.
+	MeshAddresses []netip.AddrPort
 
 	Capacity     uint32 // weight in load balancing; 0: never chosen
 	Tunnel       ApplicationTunnel
@@ -65,6 +68,11 @@ func (w *Workload) HasAddress(ip netip.Addr) bool {
 		}
 	}
 	return false
+}
+
+// OneOfEachFamily reports whether no two of the addresses are of one family, as MeshAddresses have to be.
+func OneOfEachFamily(l []netip.AddrPort) bool {
+	return len(l) < 2 || len(l) == 2 && l[0].Addr().Is4() != l[1].Addr().Is4()
 }
 
 // PortsFor returns the workload's port mapping for a service that it backs.

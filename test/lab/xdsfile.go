@@ -34,6 +34,7 @@ type Workload struct {
 	Status            string                       `yaml:"status,omitempty"`
 	Services          map[string]map[uint16]uint16 `yaml:"services"`
 	NetworkGateway    *Gateway                     `yaml:"networkGateway,omitempty"`
+	MeshAddresses     []string                     `yaml:"meshAddresses,omitempty"`
 	Hostname          string                       `yaml:"hostname,omitempty"`
 	NetworkMode       string                       `yaml:"networkMode,omitempty"` // Standard, HostNetwork
 	Capacity          *uint32                      `yaml:"capacity,omitempty"`    // nil: 1
