@@ -48,9 +48,10 @@ func TestSchema(t *testing.T) {
 				Ports:   state.PortMap{{Service: 80, Target: 8080}, {Service: 443, Target: 8443}},
 			}},
 			AuthorizationPolicies: []string{"shop/front-only"}, Waypoint: wp, NetworkGateway: gw, Capacity: 3,
-			MeshAddresses: []netip.AddrPort{netip.MustParseAddrPort("10.9.0.7:15018"), netip.MustParseAddrPort("[fd00:9::7]:15019")},
-			Tunnel:        state.ApplicationTunnel{Protocol: state.TunnelProxy, Port: 15088},
-			Protocol:      state.HBONE, NetworkMode: state.HostNetwork, Status: state.Unhealthy, NativeTunnel: true, Unlisted: true,
+			MeshAddresses: []netip.AddrPort{netip.MustParseAddrPort("10.9.0.7:15018"),
+				netip.MustParseAddrPort("[fd00:9::7]:15019")},
+			Tunnel:   state.ApplicationTunnel{Protocol: state.TunnelProxy, Port: 15088},
+			Protocol: state.HBONE, NetworkMode: state.HostNetwork, Status: state.Unhealthy, NativeTunnel: true, Unlisted: true,
 		}, {
 			Namespace: "shop", Capacity: 1, Unlisted: true,
 		}},
