@@ -75,12 +75,8 @@ func Apply(ctx context.Context, p Plan, ns Namespaces) (changed []Step, err erro
 	return each(ctx, p, ns, false)
 }
 
-// Missing are the steps that are not true, without changing anything. A device that is not there fails nothing: what
-// has to do with it is not true.
-func Missing(ctx context.Context, p Plan, ns Namespaces) ([]Step, error) {
-	return each(ctx, p, ns, true)
-}
-
+// each goes through the steps. A dry one changes nothing, and changed are the steps that are not true; a device that is
+// not there fails nothing then: what has to do with it is not true.
 func each(ctx context.Context, p Plan, ns Namespaces, dry bool) (changed []Step, err error) {
 	w, err := open(p, ns)
 	if err != nil {

@@ -7,7 +7,7 @@
 // What flows through it: Read takes the facts about a pod's eth0 (addresses, routes, neighbours, settings); New turns
 // them into the Plan, Undo into the plan that gives everything back. Both are data, print as the commands that a
 // person would type, and are compared with golden files. Apply makes a plan true over netlink, step by step, leaving
-// alone what is true already; Missing tells what is not. Save writes the facts down before the first step, so that
+// alone what is true already. Save writes the facts down before the first step, so that
 // Restore can give the pod back without the daemon.
 //
 // Who calls it: cmd/attach/steered, once per pod. What it never does: look at a packet, or touch the node's namespace.
