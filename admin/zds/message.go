@@ -63,7 +63,8 @@ func decode(b []byte, netns *os.File) (message, error) {
 		m = message{kind: kindAdd, noInfo: i == nil, netns: netns, workload: Workload{UID: p.Add.GetUid(),
 			Name: i.GetName(), Namespace: i.GetNamespace(), ServiceAccount: i.GetServiceAccount()}}
 		if netns == nil {
-			return message{}, fmt.Errorf("Add of %s: no network namespace came with it (SCM_RIGHTS)", quote(m.workload.UID))
+			return message{}, fmt.Errorf("%s of %s: no network namespace came with it (SCM_RIGHTS)", m.kind,
+				quote(m.workload.UID))
 		}
 	case *zdspb.WorkloadRequest_Keep:
 		m = message{kind: kindKeep, workload: Workload{UID: p.Keep.GetUid()}}

@@ -1,7 +1,6 @@
 package zds
 
 import (
-	"errors"
 	"fmt"
 	"slices"
 )
@@ -29,11 +28,11 @@ func (s *session) take(m message, known []string) (todo, error) {
 	uid := m.workload.UID
 	switch {
 	case m.kind == kindAdd && m.noInfo:
-		return todo{}, fmt.Errorf("Add of %s: workload_info is required but not present", quote(uid))
+		return todo{}, fmt.Errorf("%s of %s: workload_info is required but not present", m.kind, quote(uid))
 	case m.kind == kindKeep && s.complete:
-		return todo{}, fmt.Errorf("Keep of %s: it belongs into the snapshot, which was sent already", quote(uid))
+		return todo{}, fmt.Errorf("%s of %s: it belongs into the snapshot, which was sent already", m.kind, quote(uid))
 	case m.kind == kindSnapshotSent && s.complete:
-		return todo{}, errors.New("SnapshotSent: the snapshot was sent already")
+		return todo{}, fmt.Errorf("%s: the snapshot was sent already", m.kind)
 	case (m.kind == kindAdd || m.kind == kindKeep) && !s.complete && len(s.named) >= maxNamed && !s.named[uid]:
 		return todo{}, fmt.Errorf("%s of %s: the snapshot has %d pods already", m.kind, quote(uid), maxNamed)
 	}
