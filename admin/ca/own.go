@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"ztun/proxy/identity"
+	"ztun/tun/replace"
 )
 
 // OwnOptions configure an Own.
@@ -101,7 +102,7 @@ func (w *Own) renewIfDue(ctx context.Context) (time.Duration, error) {
 		return 0, fmt.Errorf("the certificate that came ends at %s, no later than the old one",
 			chain[0].NotAfter.UTC().Format(time.RFC3339))
 	}
-	if err := WriteFile(w.o.CertFile, 0o644, encodePEM(chain)); err != nil {
+	if err := replace.File(w.o.CertFile, 0o644, encodePEM(chain)); err != nil {
 		return 0, err
 	}
 	w.o.Logger.Info("renewed this node's client certificate", "file", w.o.CertFile, "valid until",

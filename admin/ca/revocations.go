@@ -5,11 +5,8 @@ import (
 	"context"
 	"encoding/pem"
 	"errors"
-	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"time"
 
 	"google.golang.org/grpc"
@@ -19,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"ztun/proxy/identity"
+	"ztun/tun/replace"
 )
 
 // How `ztun control` tells its nodes what is revoked: a stream that answers an empty request (google.protobuf.Empty)
@@ -122,7 +120,7 @@ func (r *Revocations) put(der []byte) error {
 	if old, err := os.ReadFile(r.o.Path); err == nil && bytes.Equal(old, text) {
 		return nil
 	}
-	if err := WriteFile(r.o.Path, 0o600, text); err != nil {
+	if err := replace.File(r.o.Path, 0o600, text); err != nil {
 		return err
 	}
 	r.o.Put()
@@ -130,20 +128,3 @@ func (r *Revocations) put(der []byte) error {
 }
 
 const crlBlock = "X509 CRL"
-
-// WriteFile replaces a file, so that a reader sees the old content or the new.
-func WriteFile(path string, mode fs.FileMode, data []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // 0600
-	if err != nil {
-		return fmt.Errorf("cannot replace %s: %w", path, err)
-	}
-	_, werr := f.Write(data)
-	err = errors.Join(werr, f.Chmod(mode), f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
-	}
-	return nil
-}

@@ -24,10 +24,10 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/structpb"
 
-	"ztun/admin/ca"
 	"ztun/admin/pb/discoverypb"
 	"ztun/admin/xds"
 	"ztun/proxy/state"
+	"ztun/tun/replace"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -120,7 +120,7 @@ func (w *world) write(name, text string) {
 	w.t.Helper()
 	path := filepath.Join(w.dir, meshDir, name)
 	check(w.t, os.MkdirAll(filepath.Dir(path), 0o755))
-	check(w.t, ca.WriteFile(path, 0o644, []byte(text)))
+	check(w.t, replace.File(path, 0o644, []byte(text)))
 }
 
 func (w *world) creds(node string) string { return filepath.Join(w.dir, "creds", node) }

@@ -20,7 +20,7 @@ import (
 	"sync"
 	"time"
 
-	"ztun/admin/ca"
+	"ztun/tun/replace"
 )
 
 // Names in the directory of what was signed.
@@ -196,7 +196,7 @@ func (s *issuedStore) makeList(now time.Time) error {
 	close(s.changed)
 	s.changed = make(chan struct{})
 	text := pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: der})
-	return errors.Join(err, ca.WriteFile(s.crlPath, 0o644, text))
+	return errors.Join(err, replace.File(s.crlPath, 0o644, text))
 }
 
 // current is the list in DER, nil before there is one, and a channel that is closed when there is a newer one.
@@ -257,7 +257,7 @@ func writeSigned(path string, list []signed) error {
 	for _, c := range list {
 		b.WriteString(c.line())
 	}
-	return ca.WriteFile(path, 0o600, b.Bytes())
+	return replace.File(path, 0o600, b.Bytes())
 }
 
 // readSigned reads a file of lines and skips what is none.

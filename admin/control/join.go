@@ -21,6 +21,7 @@ import (
 
 	"ztun/admin/ca"
 	"ztun/proxy/identity"
+	"ztun/tun/replace"
 )
 
 // What is where in the directory.
@@ -75,7 +76,7 @@ func Init(dir, trustDomain string) error {
 	if l, err := os.ReadDir(mesh); err != nil || len(l) > 0 {
 		return err // a mesh that is there already
 	}
-	return ca.WriteFile(filepath.Join(mesh, "example.yaml"), 0o644,
+	return replace.File(filepath.Join(mesh, "example.yaml"), 0o644,
 		[]byte(strings.ReplaceAll(example, "@TRUST_DOMAIN@", trustDomain)))
 }
 

@@ -19,7 +19,7 @@ import (
 
 	"google.golang.org/grpc/metadata"
 
-	"ztun/admin/ca"
+	"ztun/tun/replace"
 )
 
 // Bounds of the credentials.
@@ -102,11 +102,7 @@ func (s *nodeStore) renewed(node string, notAfter time.Time) error {
 }
 
 func writeNode(dir string, f nodeFile) error {
-	record, err := json.MarshalIndent(f, "", "  ")
-	if err != nil {
-		return err
-	}
-	return ca.WriteFile(filepath.Join(dir, memberFile(f.Node)), 0o600, append(record, '\n'))
+	return replace.JSON(filepath.Join(dir, memberFile(f.Node)), f)
 }
 
 func (s *nodeStore) rescanLocked(now time.Time) {

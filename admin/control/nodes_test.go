@@ -6,7 +6,7 @@ import (
 	"strings"
 	"testing"
 
-	"ztun/admin/ca"
+	"ztun/tun/replace"
 )
 
 // FuzzNode: any file is a node's with a credential, and survives being written again, or it is none.
@@ -52,7 +52,7 @@ func TestNodeFiles(t *testing.T) {
 		"e.json": `{"node":"other","tokenSHA256":"` + sum("e") + `"}`,
 		"f.json": `{"node":"f","tokenSHA256":"` + sum("f") + `","x":"` + strings.Repeat("x", maxNodeFile) + `"}`,
 	} {
-		check(t, ca.WriteFile(filepath.Join(dir, name), 0o600, []byte(text)))
+		check(t, replace.File(filepath.Join(dir, name), 0o600, []byte(text)))
 	}
 	s := newNodeStore(dir)
 	s.rescan()

@@ -21,6 +21,7 @@ import (
 	"ztun/admin/ca"
 	"ztun/admin/istiod"
 	"ztun/proxy/identity"
+	"ztun/tun/replace"
 )
 
 // follower is a node's side of the revocation list.
@@ -159,7 +160,7 @@ func TestLeaveRevokes(t *testing.T) {
 func TestUnreadableNodesKeepTheirs(t *testing.T) {
 	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a")}, nil)
 	w.workload("node-a", "spiffe://cluster.local/ns/ns/sa/sa-x")
-	check(t, ca.WriteFile(filepath.Join(w.dir, nodesDir, "node-a.json"), 0o600, []byte("{")))
+	check(t, replace.File(filepath.Join(w.dir, nodesDir, "node-a.json"), 0o600, []byte("{")))
 	eventually(t, "noticed", func() bool { return len(w.srv.Status().Problems) == 1 })
 	dir := filepath.Join(w.dir, nodesDir)
 	check(t, os.Rename(dir, dir+".away"))
@@ -313,7 +314,7 @@ func (w *world) expire(node string) {
 	t.SerialNumber, t.NotBefore, t.NotAfter = nil, time.Now().Add(-2*time.Hour), time.Now().Add(-time.Minute)
 	der, err := x509.CreateCertificate(rand.Reader, &t, a.signer, old.PublicKey, a.key)
 	check(w.t, err)
-	check(w.t, ca.WriteFile(path, 0o644, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
+	check(w.t, replace.File(path, 0o644, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
 	s := newNodeStore(filepath.Join(w.dir, nodesDir))
 	s.rescan()
 	check(w.t, s.renewed(node, t.NotAfter))

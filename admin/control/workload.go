@@ -12,9 +12,9 @@ import (
 	"slices"
 	"strings"
 
-	"ztun/admin/ca"
 	"ztun/proxy/identity"
 	"ztun/proxy/state"
+	"ztun/tun/replace"
 )
 
 // A member of the mesh is a node, or a workload that has joined by itself (`ztun run`, a VM): the one is called by its
@@ -139,7 +139,7 @@ func (f Files) write(dir string) error {
 		mode fs.FileMode
 		data []byte
 	}{{RootFile, 0o644, f.Root}, {CertFile, 0o644, f.Cert}, {KeyFile, 0o600, f.Key}, {TokenFile, 0o600, f.Token}} {
-		if err := ca.WriteFile(filepath.Join(dir, x.name), x.mode, x.data); err != nil {
+		if err := replace.File(filepath.Join(dir, x.name), x.mode, x.data); err != nil {
 			return err
 		}
 	}
@@ -185,9 +185,9 @@ func (b *Bundle) Write(path string) error {
 		return err
 	}
 	if one {
-		return ca.WriteFile(path, 0o600, append(text, '\n'))
+		return replace.File(path, 0o600, append(text, '\n'))
 	}
-	return ca.WriteFile(filepath.Join(path, BundleFile), 0o644, append(text, '\n'))
+	return replace.File(filepath.Join(path, BundleFile), 0o644, append(text, '\n'))
 }
 
 // ReadBundle reads what Join has written for a workload. Of a directory Dir is set, of one file Files.

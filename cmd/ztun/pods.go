@@ -19,6 +19,7 @@ import (
 	"ztun/cmd/attach"
 	"ztun/proxy/rescue"
 	"ztun/proxy/state"
+	"ztun/tun/replace"
 )
 
 // podManager attaches pods, remembers them over restarts, and lets go of those that vanish.
@@ -296,15 +297,10 @@ func (m *podManager) save() error {
 	slices.SortFunc(specs, func(a, b savedPod) int {
 		return strings.Compare(refOf(a.PodSpec).String(), refOf(b.PodSpec).String())
 	})
-	b, err := json.MarshalIndent(specs, "", "  ")
-	if err != nil {
-		return err
-	}
-	tmp := m.stateFile() + ".new"
-	if err := os.WriteFile(tmp, append(b, '\n'), 0o600); err != nil {
+	if err := replace.JSON(m.stateFile(), specs); err != nil {
 		return fmt.Errorf("the list of pods could not be saved, a restart would forget the change: %w", err)
 	}
-	return os.Rename(tmp, m.stateFile())
+	return nil
 }
 
 // readSaved reads what save wrote. What is wrong with one pod is no reason to forget the others: the error is about

@@ -15,8 +15,8 @@ import (
 // decision: draw it here, and say why in the package's doc.go.
 const allowed = `
 admin                -> admin/guard admin/page admin/suggest proxy/fair proxy/rescue proxy/state
-admin/ca             -> admin/istiod admin/pb/citadelpb admin/watch proxy/identity
-admin/control        -> admin/ca admin/guard admin/page admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch admin/xds proxy/fair proxy/identity proxy/rbac proxy/state
+admin/ca             -> admin/istiod admin/pb/citadelpb admin/watch proxy/identity tun/replace
+admin/control        -> admin/ca admin/guard admin/page admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch admin/xds proxy/fair proxy/identity proxy/rbac proxy/state tun/replace
 admin/guard          -> proxy/fair
 admin/istiod         -> proxy/identity
 admin/page           ->
@@ -33,13 +33,13 @@ admin/zds            -> admin/pb/zdspb
 admin/zlog           -> admin/suggest
 cmd/attach           -> admin netstack netstack/usersock proxy proxy/fair proxy/rescue tun tun/netns tun/steer
 cmd/attach/attachtest -> admin cmd/attach netstack proxy refusal tun tun/tuntest
-cmd/attach/isolated  -> admin cmd/attach netstack ports proxy tun tun/netns tun/steer
+cmd/attach/isolated  -> admin cmd/attach netstack ports proxy tun tun/netns tun/replace tun/steer
 cmd/attach/redirected -> admin cmd/attach netstack ports proxy refusal tun tun/netns
 cmd/attach/dedicated -> admin cmd/attach netstack ports proxy refusal tun tun/netns
 cmd/attach/rootless  -> admin cmd/attach proxy tun tun/netns tun/steer
 cmd/attach/steered   -> admin cmd/attach netstack ports proxy tun tun/netns tun/sandwich
 cmd/doctor           -> tun/netns tun/steer
-cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/xds admin/zlog cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/rootless cmd/attach/steered cmd/doctor netstack ports proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state refusal tun tun/capture tun/netns
+cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/xds admin/zlog cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/rootless cmd/attach/steered cmd/doctor netstack ports proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state refusal tun tun/capture tun/netns tun/replace
 netstack             -> ports proxy/fair proxy/grow proxy/rescue refusal tun
 netstack/usersock    -> proxy/fair proxy/rescue
 ports                ->
@@ -59,7 +59,8 @@ refusal              ->
 tun                  -> tun/netns
 tun/capture          ->
 tun/netns            ->
-tun/sandwich         -> ports tun/netns
+tun/replace          ->
+tun/sandwich         -> ports tun/netns tun/replace
 tun/steer            -> ports tun/netns
 tun/tuntest          -> tun
 tun/tuntest/nslab    -> tun/netns

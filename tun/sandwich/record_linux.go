@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"ztun/tun/netns"
+	"ztun/tun/replace"
 )
 
 // Record is what is written down of a pod before the first step: enough to give it back without the daemon.
@@ -30,23 +31,14 @@ func (r Record) file(dir string) string { return filepath.Join(dir, r.Name()+".j
 // Save writes r into dir, which it makes: whole or not at all.
 func (r Record) Save(dir string) error {
 	r.Boot = bootID()
-	b, err := json.MarshalIndent(r, "", "  ")
-	if err != nil {
-		return err
+	err := os.MkdirAll(dir, 0o700)
+	if err == nil {
+		err = replace.JSON(r.file(dir), r)
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("what there was in a pod cannot be written down: %w", err)
-	}
-	file := r.file(dir)
-	f, err := os.OpenFile(file+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return fmt.Errorf("what there was in a pod cannot be written down: %w", err)
 	}
-	_, err = f.Write(append(b, '\n'))
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("what there was in a pod cannot be written down: %w", err)
-	}
-	return os.Rename(file+".new", file)
+	return nil
 }
 
 // Forget removes r from dir.

@@ -11,6 +11,7 @@ import (
 	"ztun/cmd/attach"
 	"ztun/tun"
 	"ztun/tun/netns"
+	"ztun/tun/replace"
 	"ztun/tun/steer"
 )
 
@@ -62,14 +63,10 @@ func (n *Node) remember(plan steer.Plan) error {
 		}
 	}
 	dev, ino := n.ns.ID()
-	b, err := json.MarshalIndent(record{bootID(), dev, ino, now}, "", "  ")
-	if err != nil {
-		return err
-	}
-	if err := os.WriteFile(path+".new", append(b, '\n'), 0o600); err != nil {
+	if err := replace.JSON(path, record{bootID(), dev, ino, now}); err != nil {
 		return fmt.Errorf("the host's former settings cannot be recorded: %w", err)
 	}
-	return os.Rename(path+".new", path)
+	return nil
 }
 
 // recorded reads the record at path; one of another namespace or boot says nothing.

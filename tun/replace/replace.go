@@ -1,0 +1,43 @@
+// Package replace writes files that must be whole whenever somebody reads them: what a process keeps for its next life,
+// and keys and lists that another process reads.
+//
+// Decisions:
+//   - 2026-11-29: one writer for all of them. There were four, two of which did not wait for the disk: after a loss of
+//     power the new name could have stood for an empty file. It lies on the lowest floor as tun/sandwich writes by it.
+package replace
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// File replaces the file at path, so that a reader sees the old content or the new, after a loss of power as well. Its
+// directory must be there. Errors name path.
+func File(path string, mode fs.FileMode, data []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // 0600
+	if err != nil {
+		return fmt.Errorf("cannot replace %s: %w", path, err)
+	}
+	_, werr := f.Write(data)
+	err = errors.Join(werr, f.Chmod(mode), f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot replace %s: %w", path, errors.Join(err, os.Remove(f.Name())))
+	}
+	return nil
+}
+
+// JSON replaces the file at path with v, for its owner alone (mode 0600).
+func JSON(path string, v any) error {
+	b, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return fmt.Errorf("cannot replace %s: %w", path, err)
+	}
+	return File(path, 0o600, append(b, '\n'))
+}
