@@ -115,7 +115,9 @@ func (r *relay) carry(f proxy.Flow, up proxy.Conn, err error) {
 		io.Copy(up, down)
 		up.CloseWrite()
 	}()
-	io.Copy(down, up)
+	if _, err := io.Copy(down, up); err != nil {
+		attach.Reset(down.(*net.TCPConn)) // as a proxy carries a reset on
+	}
 }
 
 func (r *relay) ServeMesh(conn net.Conn) {
