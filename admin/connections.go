@@ -219,6 +219,11 @@ func (q *ConnectionQuery) matcher() func(*Connection) bool {
 
 // Select answers a query of what is live, or of what has ended. It holds no more than twice what the answer does.
 func (s ConnectionSource) Select(ended bool, q ConnectionQuery) Connections {
+	return s.walk(ended, q, func(*Connection) {})
+}
+
+// walk is Select that shows each connection on its way, whether the query names it or not.
+func (s ConnectionSource) walk(ended bool, q ConnectionQuery, each func(*Connection)) Connections {
 	from := s.Live
 	if ended {
 		from = s.Ended
@@ -243,7 +248,7 @@ func (s ConnectionSource) Select(ended bool, q ConnectionQuery) Connections {
 		if n++; n%64 == 0 {
 			breath.breathe()
 		}
-		if !match(&c) {
+		if each(&c); !match(&c) {
 			continue
 		}
 		out.Total++

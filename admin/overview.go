@@ -123,9 +123,10 @@ func overviewOf(o *AdminOptions, extra []string) nodePage {
 	if o.Logging != nil {
 		p.Levels = o.Logging.Filter()
 	}
-	p.Live = o.Connections.Select(false, ConnectionQuery{Limit: overviewFlows})
+	carry := carriers{}
+	p.Live = o.Connections.walk(false, ConnectionQuery{Limit: overviewFlows}, carry.add)
+	p.Tunnels, p.Carriers = carry.busiest(overviewTunnels)
 	p.Refused = o.Connections.Select(true, ConnectionQuery{Outcome: "bad", Limit: overviewRefused})
-	p.Tunnels, p.Carriers = o.Connections.tunnels(overviewTunnels)
 	for _, c := range p.Certificates {
 		if !c.Until.IsZero() && (p.First.Until.IsZero() || c.Until.Before(p.First.Until)) {
 			p.First = c
@@ -155,28 +156,24 @@ func head[T any](all []T) ([]T, int) {
 	return all[:n], len(all) - n
 }
 
-// tunnels are those that carry something, the busiest first, and how many there are.
-func (s ConnectionSource) tunnels(limit int) ([]tunnelRow, int) {
-	if s.Live == nil {
-		return nil, 0
+// carriers are tunnels that carry something.
+type carriers map[Tunnel]*tunnelRow
+
+func (all carriers) add(c *Connection) {
+	if c.Tunnel.Remote == (netip.AddrPort{}) {
+		return
 	}
-	var breath breather
-	all, n := map[Tunnel]*tunnelRow{}, 0
-	for c := range s.Live {
-		if n++; n%64 == 0 {
-			breath.breathe()
-		}
-		if c.Tunnel.Remote == (netip.AddrPort{}) {
-			continue
-		}
-		r := all[c.Tunnel]
-		if r == nil {
-			r = &tunnelRow{Tunnel: c.Tunnel, Pod: c.Pod, Direction: c.Direction, Identity: c.Peer().Identity}
-			all[c.Tunnel] = r
-		}
-		r.Connections++
-		r.Bytes += c.Sent + c.Received
+	r := all[c.Tunnel]
+	if r == nil {
+		r = &tunnelRow{Tunnel: c.Tunnel, Pod: c.Pod, Direction: c.Direction, Identity: c.Peer().Identity}
+		all[c.Tunnel] = r
 	}
+	r.Connections++
+	r.Bytes += c.Sent + c.Received
+}
+
+// busiest are limit of them, the busiest first, and how many there are.
+func (all carriers) busiest(limit int) ([]tunnelRow, int) {
 	rows := make([]tunnelRow, 0, len(all))
 	for r := range maps.Values(all) {
 		rows = append(rows, *r)

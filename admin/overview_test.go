@@ -216,3 +216,24 @@ func TestMeter(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 }
+
+// TestOneWalk: a rendering of the page walks over the live connections once, however many of its parts are about
+// them: there may be a hundred thousand.
+func TestOneWalk(t *testing.T) {
+	walks := 0
+	tunnel := Tunnel{Local: netip.MustParseAddrPort("10.1.0.1:4000"), Remote: netip.MustParseAddrPort("10.2.0.1:15008")}
+	p := overviewOf(&AdminOptions{Meter: NewMeter(func() (out, in Traffic) { return }), Connections: ConnectionSource{
+		Live: func(yield func(Connection) bool) {
+			walks++
+			for range 3 {
+				if !yield(Connection{Pod: "n/p", Direction: "outbound", Tunnel: tunnel, Sent: 5}) {
+					return
+				}
+			}
+			yield(Connection{Pod: "n/p", Direction: "passthrough"})
+		}}}, nil)
+	if walks != 1 || p.Live.Total != 4 || p.Carriers != 1 || len(p.Tunnels) != 1 || p.Tunnels[0].Connections != 3 ||
+		p.Tunnels[0].Bytes != 15 {
+		t.Errorf("%d walks, %d connections, tunnels %+v of %d", walks, p.Live.Total, p.Tunnels, p.Carriers)
+	}
+}

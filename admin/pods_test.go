@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -204,6 +206,53 @@ func TestPodHTTP(t *testing.T) {
 			ct != "application/json" {
 			t.Errorf("%s %s %.60s: %d %q %q, want %d %q", tc.method, tc.path, tc.body, code, e, ct, tc.code, tc.err)
 		}
+	}
+}
+
+// TestPodHandlers: what else the socket answers is answered, and its errors logged, as what pods are asked for.
+func TestPodHandlers(t *testing.T) {
+	var log lockedBuffer
+	path := filepath.Join(t.TempDir(), "ztun.sock")
+	s, err := NewPodSocket(PodSocketOptions{Path: path, Pods: &fakePods{},
+		Logger: slog.New(slog.NewTextHandler(&log, nil)),
+		Handlers: map[string]PodHandler{
+			"/v1/good": func(http.ResponseWriter, *http.Request) (any, error) { return map[string]int{"n": 1}, nil },
+			"/v1/bad": func(http.ResponseWriter, *http.Request) (any, error) {
+				return nil, fmt.Errorf("%w: pod n/x", ErrPodNotFound)
+			},
+			"/v1/own": func(w http.ResponseWriter, _ *http.Request) (any, error) {
+				w.Header().Set("Content-Type", "text/plain")
+				w.Write([]byte("mine"))
+				return nil, nil
+			},
+		}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- s.Serve() }()
+	c := NewPodClient(path)
+	for path, want := range map[string]string{"/v1/good": "{\"n\":1}\n", "/v1/own": "mine"} {
+		r, err := c.Get(background(t), path, nil)
+		if err != nil {
+			t.Fatal(path, err)
+		}
+		if b, err := io.ReadAll(r); err != nil || string(b) != want {
+			t.Errorf("%s: %q, %v", path, b, err)
+		}
+		r.Close()
+	}
+	if _, err := c.Get(background(t), "/v1/bad", nil); !errors.Is(err, ErrPodNotFound) {
+		t.Errorf("bad: %v", err)
+	}
+	if err := s.Shutdown(background(t)); err != nil {
+		t.Error(err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if n := strings.Count(log.String(), "control request failed"); n != 1 || !strings.Contains(log.String(), "/v1/bad") {
+		t.Errorf("%d lines: %s", n, log.String())
 	}
 }
 

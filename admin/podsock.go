@@ -37,11 +37,15 @@ type PodSocketOptions struct {
 	Pods PodManager
 	// Connections is asked by GET /v1/connections and /v1/flows.
 	Connections ConnectionSource
-	// Handlers answer GET requests of further exact paths, below /v1/; with Answer or by themselves.
-	Handlers map[string]http.Handler
+	// Handlers answer GET requests of further exact paths, below /v1/.
+	Handlers map[string]PodHandler
 	Report   *fair.Report // of the bound on connections; may be nil
 	Logger   *slog.Logger
 }
+
+// PodHandler gives what a request is answered with, as JSON, or an error, whose status is that of podCodes. One that
+// writes the answer itself gives neither: from its first byte on nothing else can be said.
+type PodHandler func(w http.ResponseWriter, r *http.Request) (body any, err error)
 
 // PodSocket is the HTTP server behind `ztun pod` and whatever else asks a running daemon. Its paths are POST /v1/pods,
 // GET /v1/pods, DELETE /v1/pods/{namespace}/{name}, GET /v1/connections and GET /v1/flows; errors are {"error": "..."}.
@@ -194,7 +198,7 @@ type podHandler struct {
 	ctx         context.Context // ends at Close
 	pods        PodManager
 	connections ConnectionSource
-	handlers    map[string]http.Handler
+	handlers    map[string]PodHandler
 	logger      *slog.Logger
 }
 
@@ -205,20 +209,14 @@ const (
 )
 
 func (h *podHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if next := h.handlers[r.URL.Path]; next != nil && r.Method == http.MethodGet {
-		next.ServeHTTP(w, r)
-		return
-	}
-	var code int
+	code := http.StatusOK
 	var body any
 	var err error
-	switch r.URL.Path {
-	case connectionsPath, flowsPath:
+	if next := h.handlers[r.URL.Path]; next != nil && r.Method == http.MethodGet {
+		body, err = next(w, r)
+	} else if r.URL.Path == connectionsPath || r.URL.Path == flowsPath {
 		err = h.list(w, r)
-		if err == nil {
-			return
-		}
-	default:
+	} else {
 		code, body, err = h.serve(r)
 	}
 	if err != nil {
@@ -232,23 +230,14 @@ func (h *podHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			"status", code, "error", err)
 	}
 	if body == nil {
-		w.WriteHeader(code)
-		return
+		if code != http.StatusOK {
+			w.WriteHeader(code)
+		}
+		return // or it is written already
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
 	json.NewEncoder(w).Encode(body)
-}
-
-// Answer writes v as JSON or, if err is not nil, what it is, with the status that it stands for.
-func Answer(w http.ResponseWriter, v any, err error) {
-	code := http.StatusOK
-	if err != nil {
-		code, v = podStatus(err), podError{err.Error()}
-	}
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(code)
-	json.NewEncoder(w).Encode(v)
 }
 
 // list answers what is asked of connections; an error if nothing was written.

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -143,7 +144,7 @@ func (b *books) attrs(a []slog.Attr) []slog.Attr {
 		}
 	}
 	a = append(a, slog.Any("src.addr", b.src))
-	str("src.workload", firstNonEmpty(b.srcName, b.labels[lSourceCanonicalService]))
+	str("src.workload", cmp.Or(b.srcName, b.labels[lSourceCanonicalService]))
 	str("src.namespace", b.labels[lSourceNamespace])
 	if b.mtls {
 		str("src.identity", b.labels[lSourcePrincipal])
@@ -154,7 +155,7 @@ func (b *books) attrs(a []slog.Attr) []slog.Attr {
 		a = append(a, slog.Any("dst.hbone_addr", display(b.hbone)))
 	}
 	str("dst.service", b.labels[lDestinationService])
-	str("dst.workload", firstNonEmpty(b.dstName, b.labels[lDestinationCanonicalService]))
+	str("dst.workload", cmp.Or(b.dstName, b.labels[lDestinationCanonicalService]))
 	str("dst.namespace", b.labels[lDestinationNamespace])
 	if b.mtls {
 		str("dst.identity", b.labels[lDestinationPrincipal])
@@ -182,13 +183,6 @@ func durationText(d time.Duration) string {
 	var b [24]byte
 	n := strconv.AppendInt(b[:0], d.Milliseconds(), 10)
 	return string(append(n, 'm', 's'))
-}
-
-func firstNonEmpty(a, b string) string {
-	if a != "" {
-		return a
-	}
-	return b
 }
 
 // addSent and addReceived count bytes as they are written, for the metrics and the access line.

@@ -265,13 +265,7 @@ func (p *Proxy) probe(ctx context.Context, local *state.Workload, src netip.Addr
 	}
 	defer c.leave()
 	start := time.Now()
-	var up Conn
-	var failed *Error
-	if d.Protocol == route.DoubleHBONE {
-		up, _, failed = c.connectDouble(ctx, local, src, d)
-	} else {
-		up, failed = p.connect(ctx, local, src, d)
-	}
+	up, _, failed := c.connect(ctx, local, src, d)
 	if failed != nil {
 		return probeOf(start, stageOf(failed), failed, nil)
 	}

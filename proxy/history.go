@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"iter"
@@ -187,11 +188,11 @@ func (b *books) info() ConnectionInfo {
 		Service:   b.labels[lDestinationService],
 		Authority: b.hbone, Start: b.start, Sent: b.sent.Load(), Received: b.received.Load(),
 		Source: Party{
-			Addr: b.src, Workload: firstNonEmpty(b.srcName, b.labels[lSourceCanonicalService]),
+			Addr: b.src, Workload: cmp.Or(b.srcName, b.labels[lSourceCanonicalService]),
 			Namespace: b.labels[lSourceNamespace], Cluster: b.labels[lSourceCluster],
 		},
 		Destination: Party{
-			Addr: b.dst, Workload: firstNonEmpty(b.dstName, b.labels[lDestinationCanonicalService]),
+			Addr: b.dst, Workload: cmp.Or(b.dstName, b.labels[lDestinationCanonicalService]),
 			Namespace: b.labels[lDestinationNamespace], Cluster: b.labels[lDestinationCluster],
 		},
 	}

@@ -53,13 +53,8 @@ func (c *connection) outbound(f Flow, start time.Time) {
 			e.derived = &derived{id: local.Identity(), hasID: true}
 		}
 		tctx, cancel := a.context(ctx, &d)
-		var up Conn
-		var failed *Error
-		if d.Protocol == route.DoubleHBONE {
-			up, e.farEnd, failed = c.connectDouble(tctx, local, src, d)
-		} else {
-			up, failed = p.connect(tctx, local, src, d)
-		}
+		up, far, failed := c.connect(tctx, local, src, d)
+		e.farEnd = far
 		cancel()
 		if failed != nil {
 			if c.reason() == nil {
@@ -128,13 +123,22 @@ func (p *Proxy) decide(ctx context.Context, src, dst netip.AddrPort, tried []*st
 	return d, local, err
 }
 
-// connect opens the upstream side: a stream of a pooled tunnel whose CONNECT was answered with 200, or
-// a plain connection.
-func (p *Proxy) connect(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision) (Conn,
-	*Error) {
-	if d.Protocol == route.HBONE {
-		return p.connectHBONE(ctx, local, src, d, request(local, src, d))
+// connect opens the upstream side: a stream of a pooled tunnel whose CONNECT was answered with 200, one of a tunnel
+// within such a stream, or a plain connection. far is what the end beyond a gateway says of itself; nil elsewhere.
+func (c *connection) connect(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision) (
+	up Conn, far *derived, failed *Error) {
+	switch d.Protocol {
+	case route.DoubleHBONE:
+		return c.connectDouble(ctx, local, src, d)
+	case route.HBONE:
+		up, failed = c.p.connectHBONE(ctx, local, src, d, request(local, src, d))
+	default:
+		up, failed = c.p.connectPlain(ctx, d)
 	}
+	return up, nil, failed
+}
+
+func (p *Proxy) connectPlain(ctx context.Context, d route.Decision) (Conn, *Error) {
 	dctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
 	var up Conn

@@ -22,14 +22,6 @@ const (
 	defaultWorkloadType   = "deployment"
 )
 
-// or returns s, or def if s is empty.
-func or(s, def string) string {
-	if s == "" {
-		return def
-	}
-	return s
-}
-
 // unless returns s, or nothing if it is what nothing means.
 func unless(s, def string) string {
 	if s == def {

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -233,9 +234,9 @@ func fileProblems(path string, err error) []Problem {
 // encode applies xDS's defaults and makes the file's resources.
 func (f *file) encode(trustDomain string) error {
 	for i, w := range f.local.Workloads {
-		w.TrustDomain = or(w.TrustDomain, trustDomain)
-		w.ServiceAccount = or(w.ServiceAccount, defaultServiceAccount)
-		w.ClusterID = or(w.ClusterID, defaultCluster)
+		w.TrustDomain = cmp.Or(w.TrustDomain, trustDomain)
+		w.ServiceAccount = cmp.Or(w.ServiceAccount, defaultServiceAccount)
+		w.ClusterID = cmp.Or(w.ClusterID, defaultCluster)
 		w.Unlisted = false // xDS knows no such thing
 		r, err := newResource(w.UID, EncodeWorkload(w))
 		if err != nil {

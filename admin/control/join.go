@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -48,7 +49,7 @@ const DefaultLife = 365 * 24 * time.Hour
 
 // nodeIdentity is the SPIFFE id of every node's proxy, that of ztunnel in an Istio mesh.
 func nodeIdentity(trustDomain string) identity.ID {
-	return identity.ID{TrustDomain: or(trustDomain, defaultTrustDomain), Namespace: "istio-system",
+	return identity.ID{TrustDomain: cmp.Or(trustDomain, defaultTrustDomain), Namespace: "istio-system",
 		ServiceAccount: "ztunnel"}
 }
 

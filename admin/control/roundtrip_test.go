@@ -2,6 +2,7 @@ package control
 
 import (
 	"bytes"
+	stdcmp "cmp"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -27,8 +28,8 @@ import (
 func normal(l *xds.Local) *xds.Local {
 	byUID := map[string]*state.Workload{}
 	for _, w := range l.Workloads {
-		w.TrustDomain, w.ServiceAccount, w.ClusterID, w.WorkloadType = or(w.TrustDomain, "cluster.local"),
-			or(w.ServiceAccount, "default"), or(w.ClusterID, "Kubernetes"), or(w.WorkloadType, "deployment")
+		w.TrustDomain, w.ServiceAccount, w.ClusterID, w.WorkloadType = stdcmp.Or(w.TrustDomain, "cluster.local"),
+			stdcmp.Or(w.ServiceAccount, "default"), stdcmp.Or(w.ClusterID, "Kubernetes"), stdcmp.Or(w.WorkloadType, "deployment")
 		w.Unlisted = false
 		byUID[w.UID] = w
 	}

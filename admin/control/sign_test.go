@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/x509"
@@ -104,14 +105,14 @@ func TestImpersonation(t *testing.T) {
 		{name: "no token", id: td + "ns/ns/sa/sa-x", code: codes.Unauthenticated, text: "request authenticate failure"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			key, text := csr(t, or(test.csr, test.id))
+			key, text := csr(t, cmp.Or(test.csr, test.id))
 			out, err := w.sign(plain, test.node, signRequest(text, test.id, test.seconds))
 			if test.code != codes.OK {
 				wantStatus(t, err, test.code, test.text)
 				return
 			}
 			check(t, err)
-			id, err := identity.Parse(or(test.id, test.csr))
+			id, err := identity.Parse(cmp.Or(test.id, test.csr))
 			check(t, err)
 			chain, roots, _, err := ca.ParseChain(id, out.CertChain)
 			check(t, err)

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -38,7 +39,7 @@ type source struct {
 
 func newSource(root, trustDomain string, limit int, logger *slog.Logger, f *feed) *source {
 	return &source{
-		reader:      reader{root: root, trustDomain: or(trustDomain, defaultTrustDomain)},
+		reader:      reader{root: root, trustDomain: cmp.Or(trustDomain, defaultTrustDomain)},
 		trustDomain: trustDomain, limit: limit, logger: logger, feed: f,
 		settle: 200 * time.Millisecond, poll: 5 * time.Second, loaded: make(chan struct{}),
 	}

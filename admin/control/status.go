@@ -347,13 +347,14 @@ func (st *Status) WriteTable(out io.Writer) error {
 			if n.Connected {
 				state, since = "no request yet", age(st.Now, n.Since)
 			}
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t-\t-\t-\t%s\t-\t-\n", printable(n.Node), since, or(n.Peer, "-"), or(n.Auth, "-"),
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t-\t-\t-\t%s\t-\t-\n", printable(n.Node), since, cmp.Or(n.Peer, "-"),
+				cmp.Or(n.Auth, "-"),
 				n.certificateLeft(st.Now), state)
 		}
 		for _, y := range n.Types {
 			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\n", printable(n.Node), age(st.Now, n.Since), n.Peer,
 				n.Auth, n.certificateLeft(st.Now),
-				printable(y.Type), or(y.SentNonce, "-"), or(y.AckedNonce, "-"), y.state(), y.lagText(), y.NACKs)
+				printable(y.Type), cmp.Or(y.SentNonce, "-"), cmp.Or(y.AckedNonce, "-"), y.state(), y.lagText(), y.NACKs)
 		}
 	}
 	if err := t.Flush(); err != nil {

@@ -29,36 +29,33 @@ const (
 	captureSnap  = tun.MaxPacket          // bytes of a packet
 )
 
-func (d *daemon) captureHandler(w http.ResponseWriter, r *http.Request) {
+func (d *daemon) captureHandler(w http.ResponseWriter, r *http.Request) (any, error) {
 	q := r.URL.Query()
 	p, err := d.pods.attached(q.Get("pod"))
 	if err != nil {
-		admin.Answer(w, nil, err)
-		return
+		return nil, err
 	}
 	c := &capturing{pod: p, flows: map[flow]flowState{}}
 	if err := c.read(q); err != nil {
-		admin.Answer(w, nil, fmt.Errorf("%w: %w", admin.ErrPodInvalid, err))
-		return
+		return nil, fmt.Errorf("%w: %w", admin.ErrPodInvalid, err)
 	}
 	tap := p.att.Tap()
 	if tap == nil {
-		admin.Answer(w, nil, fmt.Errorf("%w: pod %s has no device to look at", admin.ErrPodInvalid, p.label))
-		return
+		return nil, fmt.Errorf("%w: pod %s has no device to look at", admin.ErrPodInvalid, p.label)
 	}
 	stop, err := tap.Look(c.queue.See)
 	if err != nil {
-		admin.Answer(w, nil, fmt.Errorf("%w: %w", admin.ErrPodConflict, err))
-		return
+		return nil, fmt.Errorf("%w: %w", admin.ErrPodConflict, err)
 	}
 	defer stop()
 	w.Header().Set("Content-Type", "application/x-pcapng")
 	out := &patient{w: w, c: http.NewResponseController(w)}
 	if c.w, err = capture.NewWriter(out, tap.Name(), "pod "+p.label+", in the clear, by ztun capture",
 		c.snap); err != nil {
-		return
+		return nil, nil // the reader has left
 	}
 	c.run(r.Context().Done(), tap.Done())
+	return nil, nil
 }
 
 // patient writes to a reader who has a while for each piece.

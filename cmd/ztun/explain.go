@@ -25,16 +25,14 @@ const explainPath = "/v1/explain"
 const explainTime = 45 * time.Second
 
 // handlers are what the control socket answers beside pods and connections.
-func (d *daemon) handlers() map[string]http.Handler {
-	return map[string]http.Handler{explainPath: http.HandlerFunc(d.explainHandler),
-		capturePath: http.HandlerFunc(d.captureHandler)}
+func (d *daemon) handlers() map[string]admin.PodHandler {
+	return map[string]admin.PodHandler{explainPath: d.explainHandler, capturePath: d.captureHandler}
 }
 
-func (d *daemon) explainHandler(w http.ResponseWriter, r *http.Request) {
+func (d *daemon) explainHandler(_ http.ResponseWriter, r *http.Request) (any, error) {
 	ctx, cancel := context.WithTimeout(r.Context(), explainTime)
 	defer cancel()
-	x, err := d.explain(ctx, r.URL.Query())
-	admin.Answer(w, x, err)
+	return d.explain(ctx, r.URL.Query())
 }
 
 // explain answers a question to the control socket.
