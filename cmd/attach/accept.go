@@ -40,3 +40,18 @@ func Reset(conn *net.TCPConn) {
 	conn.SetLinger(0)
 	conn.Close()
 }
+
+// Admit gives an accepted mesh connection to the Door that it is for, within that one's share of descriptors: what is
+// returned serves it until it has ended, in a goroutine that the caller starts. Nil: there was no place, and it was
+// reset.
+func (o *Options) Admit(to Door, conn *net.TCPConn) (serve func()) {
+	place := o.Descriptors.Inbound(to.Label, conn)
+	if place == nil {
+		Reset(conn)
+		return nil
+	}
+	return func() {
+		defer place.Release()
+		to.Serve(conn)
+	}
+}

@@ -17,8 +17,8 @@ import (
 )
 
 // Kind is one way of capturing pods and of reaching the network for them, for all pods of a daemon. cmd/ztun chooses
-// one by mode and knows nothing else of it. What differs between the four, of which isolated and redirected stand,
-// rootless for calls, and steered is to come:
+// one by mode and knows nothing else of it. What differs between the four (of rootless only calls stand, and nothing
+// chooses redirected yet):
 //
 //	                      isolated            steered               redirected             rootless
 //	the pod has           lo and a TUN with   a veth called eth0;   the CNI's eth0         lo and a TUN with
@@ -53,8 +53,8 @@ import (
 // A fifth, dedicated, is PROXY_MODE=dedicated: as redirected, in the daemon's own namespace and without any privilege,
 // for the one workload that lives there.
 //
-// Whatever lives in more than one column is a part of this package that the kinds are made of: Stack, Descriptors,
-// Place.
+// Whatever lives in more than one column is a part of this package that the kinds are made of: Stack, KernelTCP,
+// Redirect, Loopback, Descriptors, Place.
 type Kind interface {
 	// Open makes what all pods need, before the first of them: devices, rules, listeners. What a killed daemon left
 	// of it is taken over.

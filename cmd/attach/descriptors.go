@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"time"
 
+	"ztun/proxy"
 	"ztun/proxy/fair"
 )
 
@@ -180,7 +181,7 @@ func (d *Descriptors) forSockets() int { return int(max(d.limit/podShare/2, 1)) 
 // Dial calls dst within the pod's share: without a place there it fails with ErrNoDescriptor. When somebody else
 // needs the place while the call is being made, its context ends.
 func (d *Descriptors) Dial(ctx context.Context, pod string, dst netip.AddrPort,
-	dial func(context.Context) (*net.TCPConn, error)) (*net.TCPConn, error) {
+	dial func(context.Context) (*net.TCPConn, error)) (proxy.Conn, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	place := d.Outbound(pod, cancel)
@@ -194,6 +195,17 @@ func (d *Descriptors) Dial(ctx context.Context, pod string, dst netip.AddrPort,
 	}
 	d.Opened(place, c)
 	return c, nil
+}
+
+// DialBy is Dial by a dialer of the standard library's.
+func (d *Descriptors) DialBy(ctx context.Context, pod string, dst netip.AddrPort, by *net.Dialer) (proxy.Conn, error) {
+	return d.Dial(ctx, pod, dst, func(ctx context.Context) (*net.TCPConn, error) {
+		c, err := by.DialContext(ctx, "tcp", dst.String())
+		if err != nil {
+			return nil, err
+		}
+		return c.(*net.TCPConn), nil // as net.Dialer says of "tcp"
+	})
 }
 
 // Opened gives a place to a connection, of a call that was answered or accepted, until that is closed, which collect

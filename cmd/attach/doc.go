@@ -8,9 +8,10 @@
 // chooses the Kind by mode and knows nothing else of it. What it never does: decide where a connection goes, or
 // remember pods over a restart.
 //
-// stack.go is what the kinds with a TUN have in common, descriptors.go shares out the process's descriptors among the
-// pods' kernel sockets, place.go tells network namespaces apart, accept.go is the accept loop, orphans.go ends what a
-// killed daemon left in a pod's kernel.
+// stack.go and kernel.go are what the kinds with a TUN have in common, redirect.go what those have that rules
+// redirect connections to, accept.go what all with a mesh listener have; descriptors.go shares out the process's
+// descriptors among the pods' kernel sockets, place.go tells network namespaces apart, orphans.go ends what a killed
+// daemon left in a pod's kernel.
 //
 // Decisions:
 //   - 2026-11-28: attaching has two steps, Attach and Capture. Between them the pod's own servers are made (they need

@@ -101,6 +101,38 @@ func Open(p Pod) (*netns.NS, error) {
 	return ns, nil
 }
 
+// OpenApart is Open for a pod that must not live in the daemon's own namespace.
+func OpenApart(p Pod, own *netns.NS) (*netns.NS, error) {
+	ns, err := Open(p)
+	if err != nil {
+		return nil, err
+	}
+	if ns.Same(own) {
+		err = fmt.Errorf("%w: %s is the daemon's own network namespace, not a pod's", admin.ErrPodInvalid, ns)
+		ns.Close()
+		return nil, err
+	}
+	return ns, nil
+}
+
+// PlaceOf is where an attached pod lives whose namespace is ns. Kept by path: a pid or a name may mean something else
+// after a restart.
+func PlaceOf(p Pod, ns *netns.NS) (at Place) {
+	if p.File == nil {
+		at.Path = ns.Path()
+	}
+	at.Dev, at.Ino = ns.ID()
+	return at
+}
+
+// Namespace is the node's, open.
+func (o *Options) Namespace() (*netns.NS, error) {
+	if o.NetNS != nil {
+		return o.NetNS, nil
+	}
+	return netns.Current()
+}
+
 // Gone says why there surely is no namespace any more that is the one meant; nil if there is, and nil if that cannot
 // be told: a pod is not given up for a shortage of the daemon's. One that came as a descriptor is held by it.
 func (p Place) Gone() error {

@@ -31,11 +31,11 @@ admin/watch          ->
 admin/xds            -> admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/suggest admin/watch proxy/fair proxy/rbac proxy/rescue proxy/state
 admin/zds            -> admin/pb/zdspb
 admin/zlog           -> admin/suggest
-cmd/attach           -> admin netstack netstack/usersock proxy proxy/fair proxy/rescue tun tun/netns tun/steer
+cmd/attach           -> admin netstack netstack/usersock ports proxy proxy/fair proxy/rescue refusal tun tun/netns tun/steer
 cmd/attach/attachtest -> admin cmd/attach netstack proxy refusal tun tun/tuntest
-cmd/attach/isolated  -> admin cmd/attach netstack ports proxy tun tun/netns tun/replace tun/steer
-cmd/attach/redirected -> admin cmd/attach netstack ports proxy refusal tun tun/netns
-cmd/attach/dedicated -> admin cmd/attach netstack ports proxy refusal tun tun/netns
+cmd/attach/isolated  -> admin cmd/attach netstack ports tun tun/netns tun/replace tun/steer
+cmd/attach/redirected -> admin cmd/attach netstack ports proxy tun tun/netns
+cmd/attach/dedicated -> admin cmd/attach netstack ports proxy tun
 cmd/attach/rootless  -> admin cmd/attach proxy tun tun/netns tun/steer
 cmd/attach/steered   -> admin cmd/attach netstack ports proxy tun tun/netns tun/sandwich
 cmd/doctor           -> tun/netns tun/steer

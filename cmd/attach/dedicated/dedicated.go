@@ -36,9 +36,7 @@ import (
 	"ztun/netstack"
 	"ztun/ports"
 	"ztun/proxy"
-	"ztun/refusal"
 	"ztun/tun"
-	"ztun/tun/netns"
 )
 
 // namespace is the daemon's own.
@@ -204,50 +202,17 @@ func (w *workload) Capture(context.Context) error {
 
 // mesh serves a connection to 15008.
 func (w *workload) mesh(conn *net.TCPConn) {
-	place := w.kind.o.Descriptors.Inbound(w.spec.Label, conn)
-	if place == nil {
-		attach.Reset(conn)
-		return
+	if serve := w.kind.o.Admit(attach.Door{Label: w.spec.Label, Serve: w.h.ServeMesh}, conn); serve != nil {
+		w.running.Go(w.kind.o.Panics.Func("a connection to port 15008", serve, nil))
 	}
-	w.running.Go(w.kind.o.Panics.Func("a connection to port 15008", func() {
-		defer place.Release()
-		w.h.ServeMesh(conn)
-	}, nil))
 }
 
 // redirected hands an accepted connection to serve, as one to where it was going before somebody redirected it.
 func (w *workload) redirected(conn *net.TCPConn, place *attach.Share, serve func(proxy.Flow)) {
-	if place == nil {
-		attach.Reset(conn)
-		return
+	if r := w.kind.o.Redirected(w.spec.Label, place, conn); r != nil {
+		w.running.Go(w.kind.o.Panics.Func("a redirected connection", func() { serve(r) }, nil))
 	}
-	w.kind.o.Descriptors.Opened(place, conn)
-	dst, err := netns.OriginalDst(conn)
-	if err != nil {
-		w.kind.log.Warn("a redirected connection is reset", "error", err)
-		attach.Reset(conn)
-		return
-	}
-	src := conn.RemoteAddr().(*net.TCPAddr).AddrPort()
-	f := &flow{conn: conn, src: netip.AddrPortFrom(src.Addr().Unmap(), src.Port()), dst: dst}
-	w.running.Go(w.kind.o.Panics.Func("a redirected connection", func() { serve(f) }, nil))
 }
-
-// flow is a connection that the kernel has accepted already: a refusal is a reset.
-type flow struct {
-	conn     *net.TCPConn
-	src, dst netip.AddrPort
-}
-
-func (f *flow) Src() netip.AddrPort         { return f.src }
-func (f *flow) Dst() netip.AddrPort         { return f.dst }
-func (f *flow) Accept() (proxy.Conn, error) { return f.conn, nil }
-func (f *flow) Again() bool                 { return false }
-
-func (f *flow) Refuse(refusal.Way) { attach.Reset(f.conn) }
-
-// OnGone implements proxy.Flow. A connection whose place is taken is reset, which its copying finds out.
-func (f *flow) OnGone(func()) {}
 
 // Addrs implements attach.Attachment.
 func (w *workload) Addrs() []netip.Addr { return w.spec.IPs }
@@ -305,17 +270,7 @@ func (w *workload) DialPlain(ctx context.Context, dst netip.AddrPort) (proxy.Con
 }
 
 func (w *workload) call(ctx context.Context, dst netip.AddrPort) (proxy.Conn, error) {
-	c, err := w.kind.o.Descriptors.Dial(ctx, w.spec.Label, dst, func(ctx context.Context) (*net.TCPConn, error) {
-		c, err := w.kind.dial.DialContext(ctx, "tcp", dst.String())
-		if err != nil {
-			return nil, err
-		}
-		return c.(*net.TCPConn), nil // as net.Dialer says of "tcp"
-	})
-	if err != nil {
-		return nil, err
-	}
-	return c, nil
+	return w.kind.o.Descriptors.DialBy(ctx, w.spec.Label, dst, &w.kind.dial)
 }
 
 // DialUDP implements attach.Ways.

@@ -19,15 +19,9 @@ func (n *Node) serveMesh(ln *net.TCPListener) error {
 			attach.Reset(conn)
 			return
 		}
-		place := n.o.Descriptors.Inbound(to.Label, conn)
-		if place == nil {
-			attach.Reset(conn)
-			return
+		if serve := n.o.Admit(to, conn); serve != nil {
+			go n.o.Panics.Func("a connection to port 15008", serve, nil)()
 		}
-		go n.o.Panics.Func("a connection to port 15008", func() {
-			defer place.Release()
-			to.Serve(conn)
-		}, nil)()
 	})
 	return nil
 }

@@ -45,10 +45,8 @@ func New(o attach.Options) *Node {
 // Open implements attach.Kind.
 func (n *Node) Open(ctx context.Context) (err error) {
 	o := &n.o
-	if n.ns = o.NetNS; n.ns == nil {
-		if n.ns, err = netns.Current(); err != nil {
-			return err
-		}
+	if n.ns, err = o.Namespace(); err != nil {
+		return err
 	}
 	if n.dev, err = tun.Open(tun.Options{Name: o.NodeTUN, NetNS: o.NetNS, MTU: o.MTU, Plain: o.Plain}); err != nil {
 		return err

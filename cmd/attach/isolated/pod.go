@@ -20,7 +20,7 @@ const podTUN = "ztun0"
 
 // pod is one attached pod.
 type pod struct {
-	*attach.Stack
+	attach.KernelTCP
 	attach.Loopback
 	node *Node
 	spec attach.Pod
@@ -56,14 +56,13 @@ func (n *Node) Attach(_ context.Context, spec attach.Pod, h attach.Handler) (_ a
 		return nil, fmt.Errorf("%w: %w", admin.ErrPodUnavailable, attach.ErrNoDescriptor)
 	}
 	undo = append(undo, p.fds.Release)
-	if p.ns, err = attach.Open(spec); err != nil {
+	if p.ns, err = attach.OpenApart(spec, n.ns); err != nil {
 		return nil, err
 	}
 	undo = append(undo, func() { p.ns.Close() })
 	p.Loopback = attach.Loopback{NS: p.ns}
-	if p.ns.Same(n.ns) {
-		return nil, fmt.Errorf("%w: %s is the daemon's own network namespace, not a pod's", admin.ErrPodInvalid, p.ns)
-	}
+	p.KernelTCP = attach.KernelTCP{Descriptors: o.Descriptors, Label: spec.Label, Socket: o.Socket,
+		Pod: p.ns, Mesh: o.NetNS}
 	dev, err := tun.Open(tun.Options{Name: podTUN, NetNS: p.ns, MTU: mtu, Persistent: true, Plain: o.Plain})
 	if err != nil {
 		return nil, err
@@ -97,15 +96,8 @@ func (p *pod) removeDevice() {
 	}
 }
 
-// Place implements attach.Attachment. Kept by path: a pid or a name may mean something else after a restart.
-func (p *pod) Place() attach.Place {
-	pl := attach.Place{}
-	if p.spec.File == nil {
-		pl.Path = p.ns.Path()
-	}
-	pl.Dev, pl.Ino = p.ns.ID()
-	return pl
-}
+// Place implements attach.Attachment.
+func (p *pod) Place() attach.Place { return attach.PlaceOf(p.spec, p.ns) }
 
 // Capture implements attach.Attachment.
 func (p *pod) Capture(ctx context.Context) error {

@@ -14,7 +14,6 @@ import (
 	"ztun/cmd/attach"
 	"ztun/netstack"
 	"ztun/proxy"
-	"ztun/refusal"
 	"ztun/tun"
 	"ztun/tun/netns"
 )
@@ -43,14 +42,8 @@ type door struct {
 // Addrs implements attach.Attachment.
 func (p *pod) Addrs() []netip.Addr { return p.spec.IPs }
 
-// Place implements attach.Attachment. Kept by path: a pid or a name may mean something else after a restart.
-func (p *pod) Place() attach.Place {
-	pl := p.spec.Place
-	if p.spec.File == nil {
-		pl.Path = p.ns.Path()
-	}
-	return pl
-}
+// Place implements attach.Attachment.
+func (p *pod) Place() attach.Place { return attach.PlaceOf(p.spec, p.ns) }
 
 // Capture implements attach.Attachment: the rules are there, and what they have redirected waits in the queues.
 func (p *pod) Capture(context.Context) error {
@@ -129,15 +122,9 @@ func (*pod) Weigh()                 {}
 
 // mesh serves a connection to 15008.
 func (p *pod) mesh(conn *net.TCPConn) {
-	place := p.kind.o.Descriptors.Inbound(p.spec.Label, conn)
-	if place == nil {
-		attach.Reset(conn)
-		return
+	if serve := p.kind.o.Admit(attach.Door{Label: p.spec.Label, Serve: p.h.ServeMesh}, conn); serve != nil {
+		go p.kind.o.Panics.Func("a connection to port 15008", serve, nil)()
 	}
-	p.serve("a connection to port 15008", func() {
-		defer place.Release()
-		p.h.ServeMesh(conn)
-	})
 }
 
 // outbound serves a connection of the application's that was redirected to 15001.
@@ -150,56 +137,17 @@ func (p *pod) passthrough(conn *net.TCPConn) {
 	p.redirected(conn, p.kind.o.Descriptors.Inbound(p.spec.Label, conn), p.h.ServePassthrough)
 }
 
-// redirected makes a connection a flow to where it was going.
+// redirected has a connection served as a flow to where it was going, until the proxy lets go of it.
 func (p *pod) redirected(conn *net.TCPConn, place *attach.Share, serve func(proxy.Flow)) {
-	if place == nil {
+	r := p.kind.o.Redirected(p.spec.Label, place, conn)
+	switch {
+	case r == nil:
+	case r.Straight(): // see doc.go
 		attach.Reset(conn)
-		return
+	default:
+		go p.kind.o.Panics.Func("a redirected connection", func() { serve(r) }, nil)()
 	}
-	p.kind.o.Descriptors.Opened(place, conn)
-	dst, err := netns.OriginalDst(conn)
-	if err != nil {
-		p.log.Warn("a redirected connection is reset", "pod", p.spec.Label, "error", err)
-		attach.Reset(conn)
-		return
-	}
-	src, local := addrPort(conn.RemoteAddr()), addrPort(conn.LocalAddr())
-	if dst == local {
-		attach.Reset(conn) // nobody has redirected it: see doc.go
-		return
-	}
-	p.serve("a redirected connection", func() { serve(&flow{conn: conn, src: src, dst: dst}) })
 }
-
-// serve runs f, which ends when the proxy lets go of its connection.
-func (p *pod) serve(what string, f func()) { go p.kind.o.Panics.Func(what, f, nil)() }
-
-func addrPort(a net.Addr) netip.AddrPort {
-	ap := a.(*net.TCPAddr).AddrPort()
-	return netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port())
-}
-
-// flow is a connection that the kernel has accepted already: to refuse it is to reset it.
-type flow struct {
-	conn     *net.TCPConn
-	src, dst netip.AddrPort
-}
-
-// Src implements proxy.Flow.
-func (f *flow) Src() netip.AddrPort { return f.src }
-
-// Dst implements proxy.Flow.
-func (f *flow) Dst() netip.AddrPort { return f.dst }
-
-// Accept implements proxy.Flow.
-func (f *flow) Accept() (proxy.Conn, error) { return f.conn, nil }
-
-// Refuse implements proxy.Flow: in one way, whichever is called for.
-func (f *flow) Refuse(refusal.Way) { attach.Reset(f.conn) }
-
-// Again and OnGone implement proxy.Flow: a connection is accepted once, and whoever takes its place closes it.
-func (*flow) Again() bool   { return false }
-func (*flow) OnGone(func()) {}
 
 // DialApp implements proxy.Network.
 func (p *pod) DialApp(ctx context.Context, src, dst netip.AddrPort) (proxy.Conn, error) {
@@ -214,7 +162,7 @@ func (p *pod) DialApp(ctx context.Context, src, dst netip.AddrPort) (proxy.Conn,
 		// No address for a socket (multicast, say), or the ports towards dst are used up.
 		return p.call(ctx, dst)
 	}
-	return asConn(c, err)
+	return c, err
 }
 
 // ProbeApp implements proxy.Network: whoever asks has been accepted already, and DialApp will tell.
@@ -232,21 +180,14 @@ func (p *pod) DialPlain(ctx context.Context, dst netip.AddrPort) (proxy.Conn, er
 
 // call is a connection from the pod's own address.
 func (p *pod) call(ctx context.Context, dst netip.AddrPort) (proxy.Conn, error) {
-	return asConn(p.dial(ctx, dst, func(ctx context.Context) (*net.TCPConn, error) {
+	return p.dial(ctx, dst, func(ctx context.Context) (*net.TCPConn, error) {
 		return netns.Dial(ctx, p.ns, dst, p.kind.o.Socket)
-	}))
+	})
 }
 
 func (p *pod) dial(ctx context.Context, dst netip.AddrPort, dial func(context.Context) (*net.TCPConn, error)) (
-	*net.TCPConn, error) {
+	proxy.Conn, error) {
 	return p.kind.o.Descriptors.Dial(ctx, p.spec.Label, dst, dial)
-}
-
-func asConn(c *net.TCPConn, err error) (proxy.Conn, error) {
-	if err != nil {
-		return nil, err
-	}
-	return c, nil
 }
 
 // DialUDP implements attach.Ways.

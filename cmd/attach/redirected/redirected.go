@@ -61,15 +61,9 @@ func (k *Kind) serveSelf(conn *net.TCPConn) {
 		attach.Reset(conn)
 		return
 	}
-	place := k.o.Descriptors.Inbound(door.Label, conn)
-	if place == nil {
-		attach.Reset(conn)
-		return
+	if serve := k.o.Admit(door, conn); serve != nil {
+		go k.o.Panics.Func("a connection to port 15008", serve, nil)()
 	}
-	go k.o.Panics.Func("a connection to port 15008", func() {
-		defer place.Release()
-		door.Serve(conn)
-	}, nil)()
 }
 
 // Locate implements attach.Kind. Addresses are for those who look at the pod: one that has none yet is attached.
@@ -121,16 +115,13 @@ func (k *Kind) Attach(ctx context.Context, spec attach.Pod, h attach.Handler) (_
 	if p.fds = k.o.Descriptors.ForPod(spec.Label); p.fds == nil {
 		return nil, fmt.Errorf("%w: %w", admin.ErrPodUnavailable, attach.ErrNoDescriptor)
 	}
-	if p.ns, err = attach.Open(spec); err != nil {
-		return nil, err
-	}
 	own, err := k.own()
 	if err != nil {
 		return nil, err
 	}
 	defer own.Close()
-	if p.ns.Same(own) {
-		return nil, fmt.Errorf("%w: %s is the daemon's own network namespace, not a pod's", admin.ErrPodInvalid, p.ns)
+	if p.ns, err = attach.OpenApart(spec, own); err != nil {
+		return nil, err
 	}
 	for _, l := range []struct {
 		port  uint16

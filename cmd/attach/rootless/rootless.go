@@ -77,7 +77,7 @@ func (*Kind) Stats() attach.NodeStats { return attach.NodeStats{} }
 
 // workload is what is attached.
 type workload struct {
-	*attach.Stack
+	attach.KernelTCP // but for the mesh and the network, which are the user's sockets'
 	attach.Loopback
 	kind    *Kind
 	spec    attach.Pod
@@ -108,6 +108,7 @@ func (k *Kind) Attach(_ context.Context, spec attach.Pod, h attach.Handler) (_ a
 		return nil, err
 	}
 	w.Loopback = attach.Loopback{NS: w.ns}
+	w.KernelTCP = attach.KernelTCP{Descriptors: o.Descriptors, Label: spec.Label, Socket: o.Socket, Pod: w.ns}
 	dev, err := tun.Open(tun.Options{Name: deviceName, NetNS: w.ns, MTU: mtu, Plain: o.Plain})
 	if err != nil {
 		return nil, err
@@ -157,28 +158,6 @@ func (w *workload) Remove() error {
 	return nil
 }
 
-// DialApp implements proxy.Network; from the workload's own address its kernel has to call, see package isolated.
-func (w *workload) DialApp(ctx context.Context, src, dst netip.AddrPort) (proxy.Conn, error) {
-	if src.Addr() != dst.Addr() {
-		return w.Stack.DialApp(ctx, src, dst)
-	}
-	c, err := w.kind.o.Descriptors.Dial(ctx, w.spec.Label, dst, func(ctx context.Context) (*net.TCPConn, error) {
-		return netns.DialTransparent(ctx, w.ns, src.Addr(), dst, w.kind.o.Socket)
-	})
-	if err != nil {
-		return nil, err
-	}
-	return c, nil
-}
-
-// ProbeApp implements proxy.Network.
-func (w *workload) ProbeApp(ctx context.Context, src netip.Addr, dst netip.AddrPort) error {
-	if src == dst.Addr() {
-		return nil // DialApp will tell
-	}
-	return w.Stack.ProbeApp(ctx, src, dst)
-}
-
 // DialMesh implements proxy.Network.
 func (w *workload) DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn, error) {
 	return w.call(ctx, dst)
@@ -194,17 +173,7 @@ func (w *workload) call(ctx context.Context, dst netip.AddrPort) (proxy.Conn, er
 	if dst.Addr().Unmap().IsLoopback() {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: syscall.ENETUNREACH}
 	}
-	c, err := w.kind.o.Descriptors.Dial(ctx, w.spec.Label, dst, func(ctx context.Context) (*net.TCPConn, error) {
-		c, err := w.kind.dial.DialContext(ctx, "tcp", dst.String())
-		if err != nil {
-			return nil, err
-		}
-		return c.(*net.TCPConn), nil // as net.Dialer says of "tcp"
-	})
-	if err != nil {
-		return nil, err
-	}
-	return c, nil
+	return w.kind.o.Descriptors.DialBy(ctx, w.spec.Label, dst, &w.kind.dial)
 }
 
 // DialUDP implements attach.Ways. The host's nameserver may well be on its loopback.

@@ -36,10 +36,8 @@ func Records(record string) string { return filepath.Join(filepath.Dir(record), 
 
 // Open implements attach.Kind: it finds out what the kernel can do.
 func (n *Node) Open(ctx context.Context) (err error) {
-	if n.ns = n.o.NetNS; n.ns == nil {
-		if n.ns, err = netns.Current(); err != nil {
-			return err
-		}
+	if n.ns, err = n.o.Namespace(); err != nil {
+		return err
 	}
 	if n.o.Stack.Datagrams == nil {
 		return nil // nothing is to pass

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/netip"
 	"slices"
 	"sync"
 
@@ -21,7 +20,7 @@ import (
 
 // pod is one attached pod.
 type pod struct {
-	*attach.Stack
+	attach.KernelTCP
 	attach.Loopback
 	node   *Node
 	spec   attach.Pod
@@ -64,14 +63,11 @@ func (n *Node) Attach(ctx context.Context, spec attach.Pod, h attach.Handler) (_
 		p.fds = append(p.fds, share)
 		undo = append(undo, share.Release)
 	}
-	if p.ns, err = attach.Open(spec); err != nil {
+	if p.ns, err = attach.OpenApart(spec, n.ns); err != nil {
 		return nil, err
 	}
 	undo = append(undo, func() { p.ns.Close() })
 	p.Loopback = attach.Loopback{NS: p.ns}
-	if p.ns.Same(n.ns) {
-		return nil, fmt.Errorf("%w: %s is the daemon's own network namespace, not a pod's", admin.ErrPodInvalid, p.ns)
-	}
 	fresh, err := p.recall(ctx)
 	if err != nil {
 		return nil, err
@@ -104,6 +100,7 @@ func (n *Node) Attach(ctx context.Context, spec attach.Pod, h attach.Handler) (_
 		return nil, fmt.Errorf("port %d (HBONE) in %s: %w", ports.HBONE, name, err)
 	}
 	undo = append(undo, func() { p.mesh.Close() })
+	p.KernelTCP = attach.KernelTCP{Descriptors: o.Descriptors, Label: spec.Label, Socket: o.Socket, Pod: p.ns, Mesh: p.s}
 	if p.Stack, err = attach.NewStack(&o, spec, facts.MTU, devs[0], p.uplink, prober{h, n, p}); err != nil {
 		return nil, err
 	}
@@ -196,7 +193,7 @@ func (p *pod) Capture(ctx context.Context) error {
 			p.fail(fmt.Errorf("device %s in %s: %w", sandwich.Net, p.record.Name(), err))
 		}
 	})
-	p.Go("a pod's mesh port", func(context.Context) { p.serveMesh() })
+	p.Go("a pod's mesh port", func(context.Context) { attach.Accept(p.mesh, p.log, p.serveMesh) })
 	plan, err := p.plan()
 	if err != nil {
 		return err
@@ -233,17 +230,18 @@ func (p *pod) Status() attach.Status {
 }
 
 // Place implements attach.Attachment.
-func (p *pod) Place() attach.Place {
-	pl := attach.Place{}
-	if p.spec.File == nil {
-		pl.Path = p.ns.Path()
-	}
-	pl.Dev, pl.Ino = p.ns.ID()
-	return pl
-}
+func (p *pod) Place() attach.Place { return attach.PlaceOf(p.spec, p.ns) }
 
-// Addrs implements attach.Attachment.
-func (p *pod) Addrs() []netip.Addr { return p.spec.IPs }
+// serveMesh serves a connection to 15008.
+func (p *pod) serveMesh(conn *net.TCPConn) {
+	if p.node.leaving.Load() {
+		attach.Reset(conn)
+		return
+	}
+	if serve := p.node.o.Admit(attach.Door{Label: p.spec.Label, Serve: p.h.ServeMesh}, conn); serve != nil {
+		go p.node.o.Panics.Func("a connection to port 15008", serve, nil)()
+	}
+}
 
 // Stop implements attach.Attachment. S stays, with devices that nobody reads.
 func (p *pod) Stop() bool {
