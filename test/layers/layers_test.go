@@ -60,8 +60,9 @@ tun                  -> tun/netns
 tun/capture          ->
 tun/netns            ->
 tun/replace          ->
-tun/sandwich         -> ports tun/netns tun/replace
-tun/steer            -> ports tun/netns
+tun/rtnl             -> tun/netns
+tun/sandwich         -> ports tun/netns tun/replace tun/rtnl
+tun/steer            -> ports tun/netns tun/rtnl
 tun/tuntest          -> tun
 tun/tuntest/nslab    -> tun/netns
 `

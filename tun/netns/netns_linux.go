@@ -56,6 +56,12 @@ func Open(ref string) (*NS, error) {
 	return nil, fmt.Errorf("%w: %q: is it a path, a name in %s or a pid?", ErrNotExist, ref, Dir)
 }
 
+// BootID is the kernel's name for this boot: what is written down of a namespace (Identify) holds no longer.
+func BootID() string {
+	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b))
+}
+
 // Identify tells which namespace a reference means, as Open takes it, without a descriptor: also when the process has
 // none left. ErrNotExist and ErrNotNamespace say that there is none; every other error says nothing about it.
 func Identify(ref string) (dev, ino uint64, err error) {

@@ -4,14 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
-	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"ztun/tun/netns"
+	"ztun/tun/rtnl"
 )
 
 // Namespaces are where a plan is carried out.
@@ -30,22 +29,12 @@ type place struct {
 	h     *netlink.Handle
 }
 
-// patience bounds each exchange with the kernel, which may wait for the routing lock.
-const patience = 10 * time.Second
-
 func openPlace(where Where, ns *netns.NS) (*place, error) {
-	p := &place{where: where, ns: ns}
-	err := ns.Do(func() (err error) {
-		p.h, err = netlink.NewHandle(unix.NETLINK_ROUTE)
-		return err
-	})
-	if err == nil {
-		err = p.h.SetSocketTimeout(patience)
-	}
+	h, err := rtnl.Open(ns)
 	if err != nil {
 		return nil, fmt.Errorf("cannot talk to the kernel in network namespace %s: %w", ns, err)
 	}
-	return p, nil
+	return &place{where: where, ns: ns, h: h}, nil
 }
 
 func open(p Plan, ns Namespaces) (*world, error) {
@@ -72,12 +61,6 @@ func (w *world) other(p *place) *place { return w.places[S+Pod-p.where] }
 // Apply makes every step true, in order; what is true is left alone. It stops at the first error, which names the
 // step: the caller applies Undo then, from whatever was reached. changed are the steps that were not true.
 func Apply(ctx context.Context, p Plan, ns Namespaces) (changed []Step, err error) {
-	return each(ctx, p, ns, false)
-}
-
-// each goes through the steps. A dry one changes nothing, and changed are the steps that are not true; a device that is
-// not there fails nothing then: what has to do with it is not true.
-func each(ctx context.Context, p Plan, ns Namespaces, dry bool) (changed []Step, err error) {
 	w, err := open(p, ns)
 	if err != nil {
 		return nil, err
@@ -87,10 +70,8 @@ func each(ctx context.Context, p Plan, ns Namespaces, dry bool) (changed []Step,
 		if err := ctx.Err(); err != nil {
 			return changed, fmt.Errorf("before %q in %s: %w", s.Do, s.Where, err)
 		}
-		did, err := s.Do.ensure(w, w.places[s.Where], dry)
+		did, err := s.Do.ensure(w, w.places[s.Where])
 		switch {
-		case err != nil && dry && errors.Is(err, unix.ENODEV):
-			did = true
 		case errors.Is(err, unix.EPERM):
 			return changed, fmt.Errorf("%q in %s: %w (CAP_NET_ADMIN and CAP_SYS_ADMIN are needed)", s.Do, s.Where, err)
 		case err != nil:
@@ -103,19 +84,9 @@ func each(ctx context.Context, p Plan, ns Namespaces, dry bool) (changed []Step,
 	return changed, nil
 }
 
-// link finds a device; nil: there is none.
-func (p *place) link(name string) (netlink.Link, error) {
-	l, err := retry(func() (netlink.Link, error) { return p.h.LinkByName(name) })
-	var not netlink.LinkNotFoundError
-	if errors.As(err, &not) {
-		return nil, nil
-	}
-	return l, err
-}
-
 // need finds a device that has to be there.
 func (p *place) need(name string) (netlink.Link, error) {
-	l, err := p.link(name)
+	l, err := rtnl.Link(p.h, name)
 	if err == nil && l == nil {
 		err = fmt.Errorf("there is no device %s: %w", name, unix.ENODEV)
 	}
@@ -124,7 +95,7 @@ func (p *place) need(name string) (netlink.Link, error) {
 
 // routes lists a family's, of all tables.
 func (p *place) routes(fam int) ([]netlink.Route, error) {
-	all, err := retry(func() ([]netlink.Route, error) {
+	all, err := rtnl.Retry(func() ([]netlink.Route, error) {
 		return p.h.RouteListFiltered(fam, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
 	})
 	if fam == netlink.FAMILY_V6 && noIPv6(err) {
@@ -145,7 +116,7 @@ func noIPv6(err error) bool {
 }
 
 func (p *place) rules(fam int) ([]netlink.Rule, error) {
-	all, err := retry(func() ([]netlink.Rule, error) { return p.h.RuleList(fam) })
+	all, err := rtnl.Retry(func() ([]netlink.Rule, error) { return p.h.RuleList(fam) })
 	if fam == netlink.FAMILY_V6 && noIPv6(err) {
 		return nil, nil
 	}
@@ -153,22 +124,6 @@ func (p *place) rules(fam int) ([]netlink.Rule, error) {
 		all[i].Family = fam
 	}
 	return all, err
-}
-
-// retry repeats a question whose answer was torn by a change at the same time.
-func retry[T any](ask func() (T, error)) (v T, err error) {
-	for range 5 {
-		if v, err = ask(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
-	return v, err
-}
-
-// gone says that an error of a removal means that there was nothing to remove.
-func gone(err error) bool {
-	return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) ||
-		errors.Is(err, os.ErrNotExist)
 }
 
 // keeps says that the plan has a rule of the kernel's.

@@ -4,12 +4,14 @@ import (
 	"encoding/binary"
 	"errors"
 
+	"ztun/tun/rtnl"
+
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
 // ensure has the qdisc that filters hang on, and one filter for each type.
-func (c Copy) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
+func (c Copy) ensure(_ *world, p *place) (changed bool, err error) {
 	from, err := p.need(c.From)
 	if err != nil {
 		return false, err
@@ -19,7 +21,7 @@ func (c Copy) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
 		return false, err
 	}
 	have, err := p.h.FilterList(from, netlink.HANDLE_MIN_INGRESS)
-	if err != nil && !gone(err) && !errors.Is(err, unix.EINVAL) { // EINVAL: there is no such qdisc
+	if err != nil && !rtnl.Gone(err) && !errors.Is(err, unix.EINVAL) { // EINVAL: there is no such qdisc
 		return false, err
 	}
 	want := c.types()
@@ -37,9 +39,6 @@ func (c Copy) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
 	if n == len(want) {
 		return false, nil
 	}
-	if dry {
-		return true, nil
-	}
 	q := &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: from.Attrs().Index,
 		Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}
 	if err := p.h.QdiscAdd(q); err != nil && !errors.Is(err, unix.EEXIST) {
@@ -48,7 +47,7 @@ func (c Copy) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
 	// Half of them is as good as none.
 	for _, f := range have {
 		if u, ok := f.(*netlink.U32); ok && u.Priority == c.Pref && u.Sel != nil {
-			if err := p.h.FilterDel(f); err != nil && !gone(err) {
+			if err := p.h.FilterDel(f); err != nil && !rtnl.Gone(err) {
 				return false, err
 			}
 		}

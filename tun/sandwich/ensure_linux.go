@@ -9,12 +9,14 @@ import (
 	"path/filepath"
 	"slices"
 
+	"ztun/tun/rtnl"
+
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
-func (s Sysctl) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
+func (s Sysctl) ensure(_ *world, p *place) (changed bool, err error) {
 	path := filepath.Join("/proc/sys", s.Path)
 	err = p.ns.Do(func() error {
 		old, err := os.ReadFile(path)
@@ -25,9 +27,6 @@ func (s Sysctl) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
 			return nil
 		}
 		changed = true
-		if dry {
-			return nil
-		}
 		return os.WriteFile(path, []byte(s.Value), 0)
 	})
 	switch {
@@ -39,14 +38,14 @@ func (s Sysctl) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
 	return changed, err
 }
 
-func (u Up) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
+func (u Up) ensure(_ *world, p *place) (changed bool, err error) {
 	l, err := p.need(u.Dev)
 	if err != nil {
 		return false, err
 	}
 	mtu, up := u.MTU != 0 && l.Attrs().MTU != u.MTU, l.Attrs().Flags&net.FlagUp == 0
-	if dry || !mtu && !up {
-		return mtu || up, nil
+	if !mtu && !up {
+		return false, nil
 	}
 	if mtu {
 		err = p.h.LinkSetMTU(l, u.MTU)
@@ -57,9 +56,9 @@ func (u Up) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
 	return true, err
 }
 
-func (a Pair) ensure(w *world, p *place, dry bool) (changed bool, err error) {
-	if l, err := p.link(a.Dev); l != nil || err != nil || dry {
-		return l == nil, err
+func (a Pair) ensure(w *world, p *place) (changed bool, err error) {
+	if l, err := rtnl.Link(p.h, a.Dev); l != nil || err != nil {
+		return false, err
 	}
 	mac, err := net.ParseMAC(a.MAC)
 	if err != nil {
@@ -79,12 +78,12 @@ func (a Pair) ensure(w *world, p *place, dry bool) (changed bool, err error) {
 	return true, err
 }
 
-func (a Absent) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
-	l, err := p.link(a.Dev)
-	if l == nil || err != nil || dry {
-		return l != nil, err
+func (a Absent) ensure(_ *world, p *place) (changed bool, err error) {
+	l, err := rtnl.Link(p.h, a.Dev)
+	if l == nil || err != nil {
+		return false, err
 	}
-	if err := p.h.LinkDel(l); err != nil && !gone(err) {
+	if err := p.h.LinkDel(l); err != nil && !rtnl.Gone(err) {
 		return false, err
 	}
 	return true, nil
@@ -93,21 +92,18 @@ func (a Absent) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
 // iflaNewIfindex is the number that a device gets in the namespace that it is moved to (linux/if_link.h; Linux 5.13).
 const iflaNewIfindex = 49
 
-func (m Move) ensure(w *world, p *place, dry bool) (changed bool, err error) {
+func (m Move) ensure(w *world, p *place) (changed bool, err error) {
 	to := w.other(p)
-	l, err := p.link(m.Dev)
+	l, err := rtnl.Link(p.h, m.Dev)
 	if err != nil || l == nil {
 		return false, err
 	}
-	if there, err := to.link(m.Dev); err != nil || there != nil {
+	if there, err := rtnl.Link(to.h, m.Dev); err != nil || there != nil {
 		// After a move the name is taken by ours in the pod, and by the CNI's in S.
 		if p.where == Pod {
 			return false, err
 		}
 		return false, fmt.Errorf("the other namespace has a device %s: %w", m.Dev, unix.EEXIST)
-	}
-	if dry {
-		return true, nil
 	}
 	err = to.ns.Fd(func(fd int) error {
 		if m.Index == 0 {
@@ -134,8 +130,8 @@ func moveAs(from, fd, index int) error {
 	return err
 }
 
-func (r Rename) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
-	l, err := p.link(r.From)
+func (r Rename) ensure(_ *world, p *place) (changed bool, err error) {
+	l, err := rtnl.Link(p.h, r.From)
 	if err != nil {
 		return false, err
 	}
@@ -143,33 +139,23 @@ func (r Rename) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
 		_, err := p.need(r.To)
 		return false, err
 	}
-	if dry {
-		return true, nil
-	}
 	return true, p.h.LinkSetName(l, r.To)
 }
 
-func (a Addr) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
+func (a Addr) ensure(_ *world, p *place) (changed bool, err error) {
 	l, err := p.need(a.Dev)
 	if err != nil {
 		return false, err
 	}
-	fam := netlink.FAMILY_V4
-	if a.Prefix.Addr().Is6() {
-		fam = netlink.FAMILY_V6
-	}
-	have, err := retry(func() ([]netlink.Addr, error) { return p.h.AddrList(l, fam) })
+	have, err := rtnl.Retry(func() ([]netlink.Addr, error) { return p.h.AddrList(l, rtnl.Family(a.Prefix.Addr())) })
 	if err != nil {
 		return false, err
 	}
-	if slices.ContainsFunc(have, func(h netlink.Addr) bool { return prefix(h.IPNet) == a.Prefix }) {
+	if slices.ContainsFunc(have, func(h netlink.Addr) bool { return rtnl.Prefix(h.IPNet) == a.Prefix }) {
 		return false, nil
 	}
-	if dry {
-		return true, nil
-	}
 	// The library makes up a broadcast address where there is none.
-	n := &netlink.Addr{IPNet: ipNet(a.Prefix), Peer: ipNet(a.Peer), Flags: a.Flags, Scope: a.Scope,
+	n := &netlink.Addr{IPNet: rtnl.IPNet(a.Prefix), Peer: rtnl.IPNet(a.Peer), Flags: a.Flags, Scope: a.Scope,
 		Broadcast: net.IPv4zero}
 	if a.Broadcast.IsValid() {
 		n.Broadcast = a.Broadcast.AsSlice()
@@ -177,11 +163,9 @@ func (a Addr) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
 	return true, p.h.AddrAdd(l, n)
 }
 
-func (r Route) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
-	fam := netlink.FAMILY_V4
-	want := r
-	if r.Dst.Addr().Is6() {
-		fam = netlink.FAMILY_V6
+func (r Route) ensure(_ *world, p *place) (changed bool, err error) {
+	fam, want := rtnl.Family(r.Dst.Addr()), r
+	if fam == netlink.FAMILY_V6 {
 		if r.Metric == 0 {
 			want.Metric = 1024 // the kernel's default
 		}
@@ -189,7 +173,7 @@ func (r Route) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
 			want.Dev = "lo" // as the kernel tells it
 		}
 	}
-	n := &netlink.Route{Family: fam, Dst: ipNet(r.Dst), Type: r.Type, Scope: netlink.Scope(r.Scope), Table: r.Table,
+	n := &netlink.Route{Family: fam, Dst: rtnl.IPNet(r.Dst), Type: r.Type, Scope: netlink.Scope(r.Scope), Table: r.Table,
 		Priority: want.Metric, Protocol: netlink.RouteProtocol(r.Proto), MTU: r.MTU, Tos: r.TOS}
 	if r.Via.IsValid() {
 		n.Gw = r.Via.AsSlice()
@@ -212,36 +196,27 @@ func (r Route) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
 		return false, err
 	}
 	for _, h := range have {
-		if prefixOf(h) != r.Dst || h.Table != r.Table || h.Priority != n.Priority || h.Tos != r.TOS {
+		if rtnl.Dst(h) != r.Dst || h.Table != r.Table || h.Priority != n.Priority || h.Tos != r.TOS {
 			continue
 		}
 		if h.Type == r.Type && (want.Dev == "lo" || h.LinkIndex == n.LinkIndex) && h.Gw.Equal(n.Gw) {
 			return false, nil
 		}
-		if dry {
-			return true, nil
-		}
 		if fam == netlink.FAMILY_V6 { // more than one of these may stand side by side
-			if err := p.h.RouteDel(&h); err != nil && !gone(err) {
+			if err := p.h.RouteDel(&h); err != nil && !rtnl.Gone(err) {
 				return false, err
 			}
 		}
 	}
-	if dry {
-		return true, nil
-	}
 	return true, p.h.RouteReplace(n)
 }
 
-func (n Neigh) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
+func (n Neigh) ensure(_ *world, p *place) (changed bool, err error) {
 	l, err := p.need(n.Dev)
 	if err != nil {
 		return false, err
 	}
-	fam := netlink.FAMILY_V4
-	if n.Addr.Is6() {
-		fam = netlink.FAMILY_V6
-	}
+	fam := rtnl.Family(n.Addr)
 	want := &netlink.Neigh{LinkIndex: l.Attrs().Index, Family: fam, IP: n.Addr.AsSlice()}
 	list := p.h.NeighList
 	if n.Proxy {
@@ -252,7 +227,7 @@ func (n Neigh) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
 			return false, err
 		}
 	}
-	have, err := retry(func() ([]netlink.Neigh, error) { return list(l.Attrs().Index, fam) })
+	have, err := rtnl.Retry(func() ([]netlink.Neigh, error) { return list(l.Attrs().Index, fam) })
 	if err != nil {
 		return false, err
 	}
@@ -260,19 +235,16 @@ func (n Neigh) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
 		return h.IP.Equal(want.IP) && h.LinkIndex == want.LinkIndex && (n.Proxy || h.State&netlink.NUD_PERMANENT != 0 &&
 			bytes.Equal(h.HardwareAddr, want.HardwareAddr))
 	})
-	if is || dry {
-		return !is, nil
+	if is {
+		return false, nil
 	}
 	return true, p.h.NeighSet(want)
 }
 
 func (r Rule) netlink() *netlink.Rule {
 	n := netlink.NewRule()
-	n.Family, n.Priority, n.Table, n.IifName, n.IPProto, n.Protocol = netlink.FAMILY_V4, r.Pref, r.Table, r.Iif,
+	n.Family, n.Priority, n.Table, n.IifName, n.IPProto, n.Protocol = rtnl.FamilyOf(r.V6), r.Pref, r.Table, r.Iif,
 		int(r.Proto), protocol
-	if r.V6 {
-		n.Family = netlink.FAMILY_V6
-	}
 	if r.Proto == 0 {
 		n.IPProto = -1
 	}
@@ -280,10 +252,10 @@ func (r Rule) netlink() *netlink.Rule {
 		n.Table, n.Type = unix.RT_TABLE_UNSPEC, unix.FR_ACT_BLACKHOLE
 	}
 	if r.From.IsValid() {
-		n.Src = ipNet(host(r.From))
+		n.Src = rtnl.IPNet(host(r.From))
 	}
 	if r.To.IsValid() {
-		n.Dst = ipNet(host(r.To))
+		n.Dst = rtnl.IPNet(host(r.To))
 	}
 	if r.Sport != (Ports{}) {
 		n.Sport = netlink.NewRulePortRange(r.Sport.Min, r.Sport.Max)
@@ -306,7 +278,7 @@ func (r Rule) is(h netlink.Rule) bool {
 		h.Mark == 0 && h.OifName == "" && h.Tos == 0 && !h.Invert && h.Goto < 1
 }
 
-func (r Rule) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
+func (r Rule) ensure(_ *world, p *place) (changed bool, err error) {
 	n := r.netlink()
 	have, err := p.rules(n.Family)
 	if err != nil {
@@ -314,9 +286,6 @@ func (r Rule) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
 	}
 	if slices.ContainsFunc(have, r.is) {
 		return false, nil
-	}
-	if dry {
-		return true, nil
 	}
 	err = p.h.RuleAdd(n)
 	if r.V6 && noIPv6(err) {
@@ -328,12 +297,8 @@ func (r Rule) ensure(_ *world, p *place, dry bool) (changed bool, err error) {
 	return true, err
 }
 
-func (o OnlyRules) ensure(w *world, p *place, dry bool) (changed bool, err error) {
-	fam := netlink.FAMILY_V4
-	if o.V6 {
-		fam = netlink.FAMILY_V6
-	}
-	have, err := p.rules(fam)
+func (o OnlyRules) ensure(w *world, p *place) (changed bool, err error) {
+	have, err := p.rules(rtnl.FamilyOf(o.V6))
 	if err != nil {
 		return false, err
 	}
@@ -342,13 +307,10 @@ func (o OnlyRules) ensure(w *world, p *place, dry bool) (changed bool, err error
 			continue
 		}
 		changed = true
-		if dry {
-			return true, nil
-		}
 		if h.Priority == 0 && h.Table == unix.RT_TABLE_LOCAL {
 			h.Priority = -1 // as the library wants it unsaid; the kernel finds it by its table
 		}
-		if err := p.h.RuleDel(&h); err != nil && !gone(err) {
+		if err := p.h.RuleDel(&h); err != nil && !rtnl.Gone(err) {
 			return true, fmt.Errorf("cannot remove %s: %w", h, err)
 		}
 	}

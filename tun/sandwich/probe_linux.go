@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"ztun/tun/netns"
+	"ztun/tun/rtnl"
 )
 
 // ProbeCopy says why this kernel cannot do Copy (cls_u32, act_mirred), by trying it in a namespace made for it.
@@ -32,7 +33,7 @@ func Joined(s *netns.NS) (bool, error) {
 		return false, err
 	}
 	defer p.h.Close()
-	l, err := p.link(In)
+	l, err := rtnl.Link(p.h, In)
 	return l != nil, err
 }
 
@@ -43,7 +44,7 @@ func End(s *netns.NS, dev string) error {
 		return err
 	}
 	defer p.h.Close()
-	_, err = Absent{dev}.ensure(nil, p, false)
+	_, err = Absent{dev}.ensure(nil, p)
 	return err
 }
 
@@ -59,7 +60,7 @@ func (r Record) Captured() bool {
 		return false
 	}
 	defer p.h.Close()
-	in, _ := p.link(In)
-	dev, _ := p.link(r.Facts.Dev)
+	in, _ := rtnl.Link(p.h, In)
+	dev, _ := rtnl.Link(p.h, r.Facts.Dev)
 	return in != nil && dev != nil
 }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -14,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ztun/tun/netns"
+	"ztun/tun/rtnl"
 )
 
 // Read takes the facts about the device dev of a pod's namespace. ErrUnfit: there is something that this way of
@@ -25,7 +25,7 @@ func Read(ns *netns.NS, dev string) (Facts, error) {
 		return f, err
 	}
 	defer p.h.Close()
-	link, err := p.link(dev)
+	link, err := rtnl.Link(p.h, dev)
 	if err != nil {
 		return f, err
 	}
@@ -37,7 +37,7 @@ func Read(ns *netns.NS, dev string) (Facts, error) {
 		return f, fmt.Errorf("%w: %s (%s) is no Ethernet device", ErrUnfit, dev, link.Type())
 	}
 	f.Index, f.MAC, f.MTU = at.Index, at.HardwareAddr.String(), at.MTU
-	addrs, err := retry(func() ([]netlink.Addr, error) { return p.h.AddrList(link, netlink.FAMILY_ALL) })
+	addrs, err := rtnl.Retry(func() ([]netlink.Addr, error) { return p.h.AddrList(link, netlink.FAMILY_ALL) })
 	if err != nil {
 		return f, fmt.Errorf("cannot list addresses: %w", err)
 	}
@@ -56,11 +56,11 @@ func Read(ns *netns.NS, dev string) (Facts, error) {
 				return f, fmt.Errorf("%w: a route of several ways (%s)", ErrUnfit, r)
 			case r.LinkIndex == at.Index:
 				f.Routes = append(f.Routes, routeOf(r, dev))
-			case r.Type == unix.RTN_UNICAST && prefixOf(r).Bits() == 0:
+			case r.Type == unix.RTN_UNICAST && rtnl.Dst(r).Bits() == 0:
 				return f, fmt.Errorf("%w: a default route by another device, a way around the mesh (%s)", ErrUnfit, r)
 			}
 		}
-		neighs, err := retry(func() ([]netlink.Neigh, error) { return p.h.NeighList(at.Index, fam) })
+		neighs, err := rtnl.Retry(func() ([]netlink.Neigh, error) { return p.h.NeighList(at.Index, fam) })
 		if err != nil {
 			return f, fmt.Errorf("cannot list neighbours: %w", err)
 		}
@@ -106,10 +106,10 @@ func settings(ns *netns.NS, dev string) (out []Sysctl, err error) {
 }
 
 func addrOf(a netlink.Addr, dev string) Addr {
-	out := Addr{Dev: dev, Prefix: prefix(a.IPNet), Scope: a.Scope,
+	out := Addr{Dev: dev, Prefix: rtnl.Prefix(a.IPNet), Scope: a.Scope,
 		Flags: a.Flags & (unix.IFA_F_NODAD | unix.IFA_F_NOPREFIXROUTE)}
 	if a.Peer != nil {
-		out.Peer = prefix(a.Peer)
+		out.Peer = rtnl.Prefix(a.Peer)
 	}
 	if b, ok := netip.AddrFromSlice(a.Broadcast); ok {
 		out.Broadcast = b.Unmap()
@@ -118,7 +118,7 @@ func addrOf(a netlink.Addr, dev string) Addr {
 }
 
 func routeOf(r netlink.Route, dev string) Route {
-	out := Route{Dst: prefixOf(r), Type: r.Type, Dev: dev, Onlink: r.Flags&unix.RTNH_F_ONLINK != 0,
+	out := Route{Dst: rtnl.Dst(r), Type: r.Type, Dev: dev, Onlink: r.Flags&unix.RTNH_F_ONLINK != 0,
 		Scope: int(r.Scope), Table: r.Table, Metric: r.Priority, Proto: int(r.Protocol), MTU: r.MTU, TOS: r.Tos}
 	if r.LinkIndex == 0 {
 		out.Dev = ""
@@ -130,33 +130,6 @@ func routeOf(r netlink.Route, dev string) Route {
 		out.Src = a.Unmap()
 	}
 	return out
-}
-
-// prefixOf is a route's destination; a default route's may be absent.
-func prefixOf(r netlink.Route) netip.Prefix {
-	if r.Dst != nil {
-		return prefix(r.Dst)
-	}
-	if r.Family == netlink.FAMILY_V6 {
-		return netip.PrefixFrom(netip.IPv6Unspecified(), 0)
-	}
-	return netip.PrefixFrom(netip.IPv4Unspecified(), 0)
-}
-
-func prefix(n *net.IPNet) netip.Prefix {
-	a, _ := netip.AddrFromSlice(n.IP)
-	ones, _ := n.Mask.Size()
-	if len(n.Mask) == 4 {
-		a = a.Unmap()
-	}
-	return netip.PrefixFrom(a, ones)
-}
-
-func ipNet(p netip.Prefix) *net.IPNet {
-	if !p.IsValid() {
-		return nil
-	}
-	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
 // Connections are those of the table of connections that New lets go on; a pod with more keeps the first.

@@ -30,7 +30,7 @@ func (r Record) file(dir string) string { return filepath.Join(dir, r.Name()+".j
 
 // Save writes r into dir, which it makes: whole or not at all.
 func (r Record) Save(dir string) error {
-	r.Boot = bootID()
+	r.Boot = netns.BootID()
 	err := os.MkdirAll(dir, 0o700)
 	if err == nil {
 		err = replace.JSON(r.file(dir), r)
@@ -65,7 +65,7 @@ func Records(dir string) (out []Record, err error) {
 		switch {
 		case err != nil:
 			errs = append(errs, fmt.Errorf("%s is no record of a pod: %w", file, err))
-		case r.Boot != bootID():
+		case r.Boot != netns.BootID():
 			errs = append(errs, os.Remove(file)) // none of its namespaces are there any more
 		default:
 			out = append(out, r)
@@ -160,9 +160,4 @@ func (r Record) is(path string) *netns.NS {
 		return nil
 	}
 	return ns
-}
-
-func bootID() string {
-	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(b))
 }

@@ -36,8 +36,8 @@ type Step struct {
 // Action is one kind of step. String returns the command that a person would type.
 type Action interface {
 	fmt.Stringer
-	// ensure makes it true in p, or with dry only tells that it is not: changed.
-	ensure(w *world, p *place, dry bool) (changed bool, err error)
+	// ensure makes it true in p, if it is not: changed.
+	ensure(w *world, p *place) (changed bool, err error)
 }
 
 // String returns one line per step.

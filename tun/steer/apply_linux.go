@@ -6,12 +6,12 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"ztun/tun/netns"
+	"ztun/tun/rtnl"
 )
 
 // Apply makes every step of the plan true, in order. Before it changes anything it looks for what stands in the way:
@@ -32,7 +32,7 @@ func Apply(ctx context.Context, p Plan, ns Namespaces) error {
 	var undo []func() error
 	fail := func(err error) error {
 		for _, back := range slices.Backward(undo) {
-			if uerr := back(); uerr != nil && !gone(uerr) {
+			if uerr := back(); uerr != nil && !rtnl.Gone(uerr) {
 				err = fmt.Errorf("%w; and while taking back what was done: %w", err, uerr)
 			}
 		}
@@ -89,7 +89,7 @@ func Undo(p Plan, ns Namespaces) error {
 	defer w.close()
 	var errs []error
 	for _, s := range slices.Backward(steps) {
-		if err := w.at(s.Where).remove(s.Do); err != nil && !gone(err) {
+		if err := w.at(s.Where).remove(s.Do); err != nil && !rtnl.Gone(err) {
 			errs = append(errs, fmt.Errorf("cannot undo %q in the %s's namespace: %w", s.Do, s.Where, err))
 		}
 	}
@@ -104,14 +104,6 @@ func stepError(s Step, err error) error {
 	return fmt.Errorf("%q in the %s's namespace: %w", s.Do, s.Where, err)
 }
 
-// gone says that an error of a removal means that there was nothing to remove.
-func gone(err error) bool {
-	var notFound netlink.LinkNotFoundError
-	return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) ||
-		errors.Is(err, unix.EADDRNOTAVAIL) ||
-		errors.As(err, &notFound)
-}
-
 // world is the namespaces of a plan, opened for work.
 type world struct {
 	places map[Where]*place
@@ -124,9 +116,6 @@ type place struct {
 	ns    *netns.NS
 	h     *netlink.Handle
 }
-
-// patience bounds each exchange with the kernel, which normally takes microseconds, but may wait for the routing lock.
-const patience = 10 * time.Second
 
 func openWorld(p Plan, ns Namespaces) (*world, error) {
 	w := &world{places: map[Where]*place{}}
@@ -152,19 +141,11 @@ func openPlace(where Where, ns *netns.NS) (*place, error) {
 	if ns == nil {
 		return nil, fmt.Errorf("the %s's network namespace is not there: %w", where, os.ErrNotExist)
 	}
-	pl := &place{where: where, ns: ns}
-	err := ns.Do(func() (err error) {
-		pl.h, err = netlink.NewHandle(unix.NETLINK_ROUTE)
-		return err
-	})
+	h, err := rtnl.Open(ns)
 	if err != nil {
 		return nil, fmt.Errorf("cannot talk to the kernel in the %s's network namespace %s: %w", where, ns, err)
 	}
-	if err := pl.h.SetSocketTimeout(patience); err != nil {
-		pl.h.Close()
-		return nil, err
-	}
-	return pl, nil
+	return &place{where: where, ns: ns, h: h}, nil
 }
 
 func (w *world) at(where Where) *place { return w.places[where] }
@@ -223,20 +204,9 @@ func (p *place) remove(a Action) error {
 
 // link finds a device.
 func (p *place) link(name string) (netlink.Link, error) {
-	l, err := retry(func() (netlink.Link, error) { return p.h.LinkByName(name) })
-	var notFound netlink.LinkNotFoundError
-	if errors.As(err, &notFound) {
+	l, err := rtnl.Link(p.h, name)
+	if l == nil && err == nil {
 		return nil, fmt.Errorf("there is no device %s (is its TUN open?): %w", name, unix.ENODEV)
 	}
 	return l, err
-}
-
-// retry repeats a question whose answer was torn by a change at the same time.
-func retry[T any](ask func() (T, error)) (v T, err error) {
-	for range 5 {
-		if v, err = ask(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
-	return v, err
 }

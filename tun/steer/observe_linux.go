@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ztun/tun/netns"
+	"ztun/tun/rtnl"
 )
 
 // Looking without changing: what a plan's state is, and what is in a namespace beside it.
@@ -74,7 +75,7 @@ func (p *place) is(a Action) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		have, err := retry(func() ([]netlink.Addr, error) { return p.h.AddrList(l, family(a.Prefix.Addr())) })
+		have, err := rtnl.Retry(func() ([]netlink.Addr, error) { return p.h.AddrList(l, rtnl.Family(a.Prefix.Addr())) })
 		return slices.ContainsFunc(have, func(h netlink.Addr) bool {
 			ip, _ := netip.AddrFromSlice(h.IP)
 			return ip.Unmap() == a.Prefix.Addr()
@@ -146,13 +147,13 @@ func Observe(ns *netns.NS) (Seen, error) {
 		return s, err
 	}
 	defer p.h.Close()
-	links, err := retry(p.h.LinkList)
+	links, err := rtnl.Retry(p.h.LinkList)
 	if err != nil {
 		return s, fmt.Errorf("cannot list devices: %w", err)
 	}
 	defaults := map[int]bool{}
 	for _, fam := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		rules, err := retry(func() ([]netlink.Rule, error) { return p.h.RuleList(fam) })
+		rules, err := rtnl.Retry(func() ([]netlink.Rule, error) { return p.h.RuleList(fam) })
 		if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
 			continue // a kernel without IPv6
 		}
@@ -169,7 +170,7 @@ func Observe(ns *netns.NS) (Seen, error) {
 				return s, err
 			}
 			for _, r := range routes {
-				dst := prefix(r)
+				dst := rtnl.Dst(r)
 				if r.Table == TableMain && (!dst.IsValid() || dst.Bits() == 0) {
 					defaults[r.LinkIndex] = true
 				}

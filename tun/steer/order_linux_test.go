@@ -10,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"ztun/tun/rtnl"
 )
 
 // TestLeftovers: what a sweep removes, and that a pod's captured traffic loses its way in before its other routes,
@@ -17,8 +19,8 @@ import (
 func TestLeftovers(t *testing.T) {
 	route := func(dst string, table, metric, typ int, protocol netlink.RouteProtocol) netlink.Route {
 		p := netip.MustParsePrefix(dst)
-		return netlink.Route{Dst: ipNet(p), Table: table, Priority: metric, Type: typ, Protocol: protocol,
-			Family: family(p.Addr())}
+		return netlink.Route{Dst: rtnl.IPNet(p), Table: table, Priority: metric, Type: typ, Protocol: protocol,
+			Family: rtnl.Family(p.Addr())}
 	}
 	for _, c := range []struct {
 		dst, kept, net string
@@ -40,7 +42,7 @@ func TestLeftovers(t *testing.T) {
 			got := leftovers(all, []netip.Addr{netip.MustParsePrefix(c.kept).Addr()})
 			if !slices.EqualFunc(got, want, func(a, b netlink.Route) bool {
 				return a.Table == b.Table && a.Priority == b.Priority && a.Type == b.Type && a.Protocol == b.Protocol &&
-					prefix(a) == prefix(b)
+					rtnl.Dst(a) == rtnl.Dst(b)
 			}) {
 				t.Fatalf("got %v\nwant %v", got, want)
 			}
@@ -64,7 +66,7 @@ func TestRetry(t *testing.T) {
 		{100, nil, 5, netlink.ErrDumpInterrupted},
 	} {
 		asked := 0
-		v, err := retry(func() (int, error) {
+		v, err := rtnl.Retry(func() (int, error) {
 			if asked++; asked <= c.torn {
 				return 0, fmt.Errorf("routes: %w", netlink.ErrDumpInterrupted)
 			}

@@ -9,6 +9,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"ztun/tun/rtnl"
 )
 
 // Rules.
@@ -50,7 +52,7 @@ func (p *place) doRule(r Rule) (back func() error, err error) {
 			return nil, nil
 		}
 		if h.Protocol == Protocol {
-			if err := p.h.RuleDel(&h); err != nil && !gone(err) {
+			if err := p.h.RuleDel(&h); err != nil && !rtnl.Gone(err) {
 				return nil, fmt.Errorf("cannot replace a rule of an earlier ztun: %w", err)
 			}
 		}
@@ -69,7 +71,7 @@ func (p *place) doRule(r Rule) (back func() error, err error) {
 // another device (the node's TUN had another name).
 func (p *place) rules(r Rule) ([]netlink.Rule, error) {
 	want := r.netlink()
-	have, err := retry(func() ([]netlink.Rule, error) { return p.h.RuleList(want.Family) })
+	have, err := rtnl.Retry(func() ([]netlink.Rule, error) { return p.h.RuleList(want.Family) })
 	if err != nil {
 		return nil, fmt.Errorf("cannot list rules: %w", err)
 	}
@@ -106,7 +108,7 @@ func (p *place) dropStale(plan Plan) error {
 			return err
 		}
 		for _, h := range stale {
-			if err := p.h.RuleDel(&h); err != nil && !gone(err) {
+			if err := p.h.RuleDel(&h); err != nil && !rtnl.Gone(err) {
 				return fmt.Errorf("cannot remove a rule of an earlier ztun (pref %d): %w", h.Priority, err)
 			}
 		}
@@ -122,7 +124,7 @@ func (p *place) dropStale(plan Plan) error {
 // staleRules lists our rules but those of keep.
 func (p *place) staleRules(keep []Rule) (stale []netlink.Rule, err error) {
 	for _, fam := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		have, err := retry(func() ([]netlink.Rule, error) { return p.h.RuleList(fam) })
+		have, err := rtnl.Retry(func() ([]netlink.Rule, error) { return p.h.RuleList(fam) })
 		if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
 			continue // a kernel without IPv6
 		}
@@ -161,12 +163,7 @@ func samePrefix(a, b *net.IPNet) bool {
 	return a.String() == b.String()
 }
 
-func (r Rule) family() int {
-	if r.V6 {
-		return netlink.FAMILY_V6
-	}
-	return netlink.FAMILY_V4
-}
+func (r Rule) family() int { return rtnl.FamilyOf(r.V6) }
 
 func (r Rule) netlink() *netlink.Rule {
 	nr := netlink.NewRule()
@@ -174,7 +171,7 @@ func (r Rule) netlink() *netlink.Rule {
 	nr.Priority, nr.Table, nr.IPProto, nr.Protocol = r.Pref, r.Table, int(r.Proto), Protocol
 	nr.IifName, nr.Tos = r.Iif, uint(r.TOS)
 	if r.Unbound {
-		nr.Src = ipNet(host(netip.IPv4Unspecified()))
+		nr.Src = rtnl.IPNet(host(netip.IPv4Unspecified()))
 	}
 	if r.Sport != (Ports{}) {
 		nr.Sport = netlink.NewRulePortRange(r.Sport.Min, r.Sport.Max)

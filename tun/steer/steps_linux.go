@@ -12,6 +12,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"ztun/tun/rtnl"
 )
 
 // One section per kind of step: what must not be there before, how it becomes true, how it is taken back.
@@ -98,7 +100,7 @@ func (p *place) doLink(l Link) (back func() error, err error) {
 
 // addressFree says whether no device other than except has the address.
 func (p *place) addressFree(a netip.Addr, except string) error {
-	addrs, err := retry(func() ([]netlink.Addr, error) { return p.h.AddrList(nil, family(a)) })
+	addrs, err := rtnl.Retry(func() ([]netlink.Addr, error) { return p.h.AddrList(nil, rtnl.Family(a)) })
 	if err != nil {
 		return fmt.Errorf("cannot list addresses: %w", err)
 	}
@@ -142,7 +144,7 @@ func (p *place) delAddr(a Addr) error {
 }
 
 func (a Addr) netlink() *netlink.Addr {
-	na := &netlink.Addr{IPNet: ipNet(a.Prefix)}
+	na := &netlink.Addr{IPNet: rtnl.IPNet(a.Prefix)}
 	if a.Prefix.Addr().Is6() {
 		na.Flags = unix.IFA_F_NODAD
 	}
@@ -199,7 +201,7 @@ func (p *place) doRoute(r Route) (back func() error, err error) {
 			return nil, nil
 		}
 		// Ours, with another device or type: left by a daemon with another configuration.
-		if err := p.h.RouteDel(&h); err != nil && !gone(err) {
+		if err := p.h.RouteDel(&h); err != nil && !rtnl.Gone(err) {
 			return nil, fmt.Errorf("cannot replace %s: %w", p.describe(h), err)
 		}
 	}
@@ -226,9 +228,9 @@ func (p *place) delRoute(r Route) error {
 
 // routes lists the routes of a table to exactly dst.
 func (p *place) routes(dst netip.Prefix, table int) ([]netlink.Route, error) {
-	filter := &netlink.Route{Table: table, Dst: ipNet(dst)}
-	have, err := retry(func() ([]netlink.Route, error) {
-		return p.h.RouteListFiltered(family(dst.Addr()), filter, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
+	filter := &netlink.Route{Table: table, Dst: rtnl.IPNet(dst)}
+	have, err := rtnl.Retry(func() ([]netlink.Route, error) {
+		return p.h.RouteListFiltered(rtnl.Family(dst.Addr()), filter, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
 	})
 	if err != nil {
 		return nil, fmt.Errorf("cannot list routes: %w", err)
@@ -236,7 +238,7 @@ func (p *place) routes(dst netip.Prefix, table int) ([]netlink.Route, error) {
 	// The library's filter is not trusted: its conditions exclude each other.
 	out := have[:0]
 	for _, h := range have {
-		if h.Table == table && prefix(h) == dst {
+		if h.Table == table && rtnl.Dst(h) == dst {
 			out = append(out, h)
 		}
 	}
@@ -244,8 +246,8 @@ func (p *place) routes(dst netip.Prefix, table int) ([]netlink.Route, error) {
 }
 
 func (p *place) netlinkRoute(r Route) (*netlink.Route, error) {
-	nr := &netlink.Route{Type: int(r.Type), Dst: ipNet(r.Dst), Table: r.Table, Priority: r.Metric, Protocol: Protocol,
-		Family: family(r.Dst.Addr())}
+	nr := &netlink.Route{Type: int(r.Type), Dst: rtnl.IPNet(r.Dst), Table: r.Table, Priority: r.Metric, Protocol: Protocol,
+		Family: rtnl.Family(r.Dst.Addr())}
 	if nr.Priority == 0 && r.Dst.Addr().Is6() {
 		nr.Priority = 1024 // the kernel's default, said aloud so that it compares
 	}
@@ -272,7 +274,7 @@ func (p *place) describe(r netlink.Route) string {
 		fmt.Fprintf(&b, "%s ", map[int]string{unix.RTN_LOCAL: "local", unix.RTN_UNREACHABLE: "unreachable",
 			unix.RTN_BLACKHOLE: "blackhole"}[r.Type])
 	}
-	b.WriteString(prefix(r).String())
+	b.WriteString(rtnl.Dst(r).String())
 	if r.Gw != nil {
 		fmt.Fprintf(&b, " via %s", r.Gw)
 	}
@@ -289,43 +291,11 @@ func (p *place) describe(r netlink.Route) string {
 
 // table lists all routes of a table.
 func (p *place) table(fam, table int) ([]netlink.Route, error) {
-	routes, err := retry(func() ([]netlink.Route, error) {
+	routes, err := rtnl.Retry(func() ([]netlink.Route, error) {
 		return p.h.RouteListFiltered(fam, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
 	})
 	if err != nil {
 		return nil, fmt.Errorf("cannot list table %d: %w", table, err)
 	}
 	return routes, nil
-}
-
-// Conversions.
-
-func family(a netip.Addr) int {
-	if a.Is4() {
-		return netlink.FAMILY_V4
-	}
-	return netlink.FAMILY_V6
-}
-
-func ipNet(p netip.Prefix) *net.IPNet {
-	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
-}
-
-// prefix is the destination of a route; a default route's may be absent.
-func prefix(r netlink.Route) netip.Prefix {
-	if r.Dst == nil {
-		if r.Family == netlink.FAMILY_V6 {
-			return netip.PrefixFrom(netip.IPv6Unspecified(), 0)
-		}
-		return netip.PrefixFrom(netip.IPv4Unspecified(), 0)
-	}
-	a, ok := netip.AddrFromSlice(r.Dst.IP)
-	if !ok {
-		return netip.Prefix{}
-	}
-	ones, _ := r.Dst.Mask.Size()
-	if r.Family == netlink.FAMILY_V4 {
-		a = a.Unmap()
-	}
-	return netip.PrefixFrom(a, ones)
 }

@@ -9,6 +9,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"ztun/tun/netns"
+	"ztun/tun/rtnl"
 )
 
 // Sweep removes from the node's namespace our routes of pods whose address is not in keep: what a killed daemon left
@@ -33,11 +34,11 @@ func Sweep(node *netns.NS, keep []netip.Addr) ([]netip.Addr, error) {
 			all = append(all, routes...)
 		}
 		for _, r := range leftovers(all, keep) {
-			if err := p.h.RouteDel(&r); err != nil && !gone(err) {
+			if err := p.h.RouteDel(&r); err != nil && !rtnl.Gone(err) {
 				errs = append(errs, fmt.Errorf("cannot remove %s: %w", p.describe(r), err))
 				continue
 			}
-			swept = append(swept, prefix(r).Addr())
+			swept = append(swept, rtnl.Dst(r).Addr())
 		}
 	}
 	slices.SortFunc(swept, netip.Addr.Compare)
@@ -48,7 +49,7 @@ func Sweep(node *netns.NS, keep []netip.Addr) ([]netip.Addr, error) {
 // traffic first and the `unreachable` routes, which have the largest metric, last (see PodPlan).
 func leftovers(all []netlink.Route, keep []netip.Addr) []netlink.Route {
 	mine := slices.DeleteFunc(slices.Clone(all), func(r netlink.Route) bool {
-		dst := prefix(r)
+		dst := rtnl.Dst(r)
 		return r.Protocol != Protocol || !dst.IsSingleIP() || slices.Contains(keep, dst.Addr())
 	})
 	slices.SortStableFunc(mine, func(a, b netlink.Route) int {

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"ztun/tun/netns"
+	"ztun/tun/rtnl"
 )
 
 // Setting is a sysctl of a whole namespace as it was, and as a plan has set it.
@@ -102,7 +103,7 @@ func SweepAll(node *netns.NS) (pods []netip.Addr, rules int, err error) {
 	stale, err2 := p.staleRules(nil)
 	errs := []error{err, err2}
 	for _, r := range stale {
-		if err := p.h.RuleDel(&r); err != nil && !gone(err) {
+		if err := p.h.RuleDel(&r); err != nil && !rtnl.Gone(err) {
 			errs = append(errs, fmt.Errorf("cannot remove a rule of ztun's (pref %d): %w", r.Priority, err))
 			continue
 		}

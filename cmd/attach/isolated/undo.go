@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"strings"
 
 	"ztun/cmd/attach"
 	"ztun/tun"
@@ -25,11 +24,6 @@ type record struct {
 	Dev      uint64          `json:"dev"` // of the namespace's file
 	Ino      uint64          `json:"ino"`
 	Settings []steer.Setting `json:"settings"`
-}
-
-func bootID() string {
-	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(b))
 }
 
 // remember writes down what plan will change for the whole host. What an earlier life has written stays: it knew the
@@ -63,7 +57,7 @@ func (n *Node) remember(plan steer.Plan) error {
 		}
 	}
 	dev, ino := n.ns.ID()
-	if err := replace.JSON(path, record{bootID(), dev, ino, now}); err != nil {
+	if err := replace.JSON(path, record{netns.BootID(), dev, ino, now}); err != nil {
 		return fmt.Errorf("the host's former settings cannot be recorded: %w", err)
 	}
 	return nil
@@ -82,7 +76,7 @@ func recorded(path string, ns *netns.NS) ([]steer.Setting, error) {
 	if err := json.Unmarshal(b, &r); err != nil {
 		return nil, fmt.Errorf("%s is no record of settings: %w", path, err)
 	}
-	if dev, ino := ns.ID(); r.Boot != bootID() || r.Dev != dev || r.Ino != ino {
+	if dev, ino := ns.ID(); r.Boot != netns.BootID() || r.Dev != dev || r.Ino != ino {
 		return nil, nil
 	}
 	return r.Settings, nil
