@@ -27,14 +27,24 @@ type place struct {
 	where Where
 	ns    *netns.NS
 	h     *netlink.Handle
+	seen  seen
 }
+
+// seen is what was listed since the last change, by family: most steps ask for the same lists, and a look at a pod
+// whose plan is true changes nothing.
+type seen struct {
+	routes map[int][]netlink.Route
+	rules  map[int][]netlink.Rule
+}
+
+func nothingSeen() seen { return seen{map[int][]netlink.Route{}, map[int][]netlink.Rule{}} }
 
 func openPlace(where Where, ns *netns.NS) (*place, error) {
 	h, err := rtnl.Open(ns)
 	if err != nil {
 		return nil, fmt.Errorf("cannot talk to the kernel in network namespace %s: %w", ns, err)
 	}
-	return &place{where: where, ns: ns, h: h}, nil
+	return &place{where: where, ns: ns, h: h, seen: nothingSeen()}, nil
 }
 
 func open(p Plan, ns Namespaces) (*world, error) {
@@ -79,6 +89,9 @@ func Apply(ctx context.Context, p Plan, ns Namespaces) (changed []Step, err erro
 		}
 		if did {
 			changed = append(changed, s)
+			for _, p := range w.places { // a device has an end in both
+				p.seen = nothingSeen()
+			}
 		}
 	}
 	return changed, nil
@@ -95,6 +108,9 @@ func (p *place) need(name string) (netlink.Link, error) {
 
 // routes lists a family's, of all tables.
 func (p *place) routes(fam int) ([]netlink.Route, error) {
+	if all, ok := p.seen.routes[fam]; ok {
+		return all, nil
+	}
 	all, err := rtnl.Retry(func() ([]netlink.Route, error) {
 		return p.h.RouteListFiltered(fam, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
 	})
@@ -107,6 +123,7 @@ func (p *place) routes(fam int) ([]netlink.Route, error) {
 	for i := range all {
 		all[i].Family = fam
 	}
+	p.seen.routes[fam] = all
 	return all, nil
 }
 
@@ -116,14 +133,21 @@ func noIPv6(err error) bool {
 }
 
 func (p *place) rules(fam int) ([]netlink.Rule, error) {
+	if all, ok := p.seen.rules[fam]; ok {
+		return all, nil
+	}
 	all, err := rtnl.Retry(func() ([]netlink.Rule, error) { return p.h.RuleList(fam) })
 	if fam == netlink.FAMILY_V6 && noIPv6(err) {
 		return nil, nil
 	}
+	if err != nil {
+		return nil, err
+	}
 	for i := range all {
 		all[i].Family = fam
 	}
-	return all, err
+	p.seen.rules[fam] = all
+	return all, nil
 }
 
 // keeps says that the plan has a rule of the kernel's.
