@@ -48,11 +48,11 @@ type ClientOptions struct {
 // Client keeps one delta xDS stream to a control plane and turns what arrives
 // into Views.
 type Client struct {
-	o       ClientOptions
-	log     *slog.Logger
-	store   *store
-	backoff backoff
-	limits  limits
+	o      ClientOptions
+	log    *slog.Logger
+	store  *store
+	pauses pauses
+	limits limits
 	// sleeps, or less if ctx ends or somebody wants an answer
 	pause func(ctx context.Context, d time.Duration, wake <-chan struct{})
 
@@ -83,10 +83,10 @@ func NewClient(o ClientOptions) *Client {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	c := &Client{
-		o:       o,
-		log:     o.Logger.With("target", "xds::client"),
-		store:   newStore(o.NodeName, o.Base),
-		backoff: newBackoff(rand.Int64N),
+		o:      o,
+		log:    o.Logger.With("target", "xds::client"),
+		store:  newStore(o.NodeName, o.Base),
+		pauses: newPauses(rand.Int64N),
 		// istiod ends streams after some 30 minutes by itself: an hour of silence on
 		// a living connection is a quiet mesh, or a server that has lost us.
 		limits: limits{open: 30 * time.Second, send: time.Minute, first: 2 * time.Minute, silence: time.Hour,
@@ -126,7 +126,7 @@ func (c *Client) Run(ctx context.Context) error {
 			break
 		}
 		e.lived, e.healthy = time.Since(start), e.messages > 0 && len(c.unheard) == 0
-		wait := c.backoff.next(e)
+		wait := c.pauses.next(e)
 		c.ended(e, wait)
 		if wait > 0 {
 			c.pause(ctx, wait, c.demands.kick)

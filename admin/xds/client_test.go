@@ -429,7 +429,7 @@ func TestBackoff(t *testing.T) {
 			ending{step: stepNow, lived: time.Minute}, ending{step: stepNow}),
 			[]time.Duration{0, 0, 0, ms(20), ms(40), ms(80), 0, 0}},
 	} {
-		b := newBackoff(c.random)
+		b := newPauses(c.random)
 		var got []time.Duration
 		for _, e := range c.ends {
 			got = append(got, b.next(e))

@@ -10,7 +10,7 @@
 // Reading order, the client: client.go (from above), session.go (one stream),
 // store.go (a response becomes state; pure), wire.go (the response as bytes),
 // decode.go and decodepolicy.go (resources; pure), demand.go (on-demand mode),
-// backoff.go, retained.go, nodeid.go, clientstats.go.
+// pauses.go, retained.go, nodeid.go, clientstats.go.
 //
 // Reading order, the file: local.go (the schema, from above), policy.go (its
 // policies), node.go (strict reading of YAML nodes: lines, keys, duplicates),

@@ -218,7 +218,7 @@ func run(t testing.TB, a *ads, change ...func(*Client)) *runningClient {
 		r.mu.Unlock()
 		sleep(ctx, time.Millisecond, nil)
 	}
-	r.backoff.random = func(int64) int64 { return 0 }
+	r.Client.pauses = newPauses(func(int64) int64 { return 0 })
 	for _, f := range change {
 		f(r.Client)
 	}

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
+	"ztun/admin/backoff"
 	"ztun/admin/pb/discoverypb"
 	"ztun/proxy/state"
 )
@@ -430,9 +431,9 @@ func TestWokenPause(t *testing.T) {
 		name           string
 		pause, at, end time.Duration
 	}{
-		{"nobody", backoffMax, -1, backoffMax},
-		{"at once", backoffMax, 0, wokenPause},
-		{"later", backoffMax, 7 * time.Second, 7 * time.Second},
+		{"nobody", backoff.Max, -1, backoff.Max},
+		{"at once", backoff.Max, 0, wokenPause},
+		{"later", backoff.Max, 7 * time.Second, 7 * time.Second},
 		{"a short one", 20 * time.Millisecond, time.Millisecond, 20 * time.Millisecond},
 	} {
 		synctest.Test(t, func(t *testing.T) {

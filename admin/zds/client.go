@@ -10,6 +10,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"ztun/admin/backoff"
 )
 
 // Pods are the pods that agents have named, whichever connection they came by. Its methods are called one at a time.
@@ -80,7 +82,7 @@ func (c *Client) Stats() Stats {
 
 // Run keeps a connection to the agent until ctx ends.
 func (c *Client) Run(ctx context.Context) error {
-	pause := newBackoff(c.o.Random)
+	pause := newPauses(c.o.Random)
 	said := ""
 	defer c.settle(true, func() {})
 	for {
@@ -219,44 +221,29 @@ func (c *Client) do(ctx context.Context, s *session, m message) error {
 	return nil
 }
 
-const (
-	backoffMin = 10 * time.Millisecond
-	backoffMax = 15 * time.Second
-	// brief is the life of a connection on which no snapshot was completed. A few of them are followed by waits as
-	// after failures: an agent that hangs up on us must not be called without pause.
-	brief    = time.Second
-	maxBrief = 3
-)
-
-// backoff says how long to wait before the next connection (spec controlplane 8.3): 20, 40, ... 15000 ms after one
-// that could not be made, nothing after others. A quarter is added or taken away at random.
-type backoff struct {
-	cur    time.Duration
+// pauses says how long to wait before the next connection (spec controlplane 8.3): as package backoff after one that
+// could not be made, nothing after others. Brief are those on which no snapshot was completed.
+type pauses struct {
+	backoff.Backoff
 	briefs int
-	random func(n int64) int64
 }
 
-func newBackoff(random func(int64) int64) backoff { return backoff{cur: backoffMin, random: random} }
+func newPauses(random func(int64) int64) pauses { return pauses{Backoff: backoff.New(random)} }
 
 // next is told whether the last connection failed, whether it had a complete snapshot, and how long it lived.
-func (b *backoff) next(failed, complete bool, lived time.Duration) time.Duration {
+func (p *pauses) next(failed, complete bool, lived time.Duration) time.Duration {
 	switch {
 	case failed:
-	case lived < brief:
-		b.briefs++
+	case lived < backoff.Brief:
+		p.briefs++
 	default:
-		b.briefs = 0
+		p.briefs = 0
 	}
-	if !failed && b.briefs <= maxBrief {
-		if complete || lived >= brief {
-			b.cur = backoffMin
-		}
-		return 0
+	if failed || p.briefs > backoff.MaxBrief {
+		return p.Longer()
 	}
-	b.cur = min(backoffMax, 2*b.cur)
-	jitter := time.Duration(b.random(int64(b.cur)/4 + 1))
-	if b.cur == backoffMax {
-		return b.cur - jitter
+	if complete || lived >= backoff.Brief {
+		p.Reset()
 	}
-	return b.cur + jitter
+	return 0
 }

@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"ztun/admin/backoff"
 	"ztun/admin/pb/zdspb"
 )
 
@@ -177,7 +178,7 @@ func FuzzDecode(f *testing.F) {
 
 // Failures wait longer and longer, other ends do not; but for an agent that hangs up at once every time.
 func TestBackoff(t *testing.T) {
-	b := newBackoff(func(int64) int64 { return 0 })
+	b := newPauses(func(int64) int64 { return 0 })
 	var got []string
 	for range 13 {
 		got = append(got, b.next(true, false, 0).String())
@@ -185,10 +186,10 @@ func TestBackoff(t *testing.T) {
 	if s := strings.Join(got, " "); s != "20ms 40ms 80ms 160ms 320ms 640ms 1.28s 2.56s 5.12s 10.24s 15s 15s 15s" {
 		t.Error(s)
 	}
-	if d := b.next(false, true, brief); d != 0 {
+	if d := b.next(false, true, backoff.Brief); d != 0 {
 		t.Errorf("after a good one: %v", d)
 	}
-	if d := b.next(true, false, 0); d != 2*backoffMin {
+	if d := b.next(true, false, 0); d != 2*backoff.Min {
 		t.Errorf("the first failure after it: %v", d)
 	}
 	got = nil

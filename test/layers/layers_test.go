@@ -15,6 +15,7 @@ import (
 // decision: draw it here, and say why in the package's doc.go.
 const allowed = `
 admin                -> admin/guard admin/page admin/suggest proxy/fair proxy/rescue proxy/state
+admin/backoff        ->
 admin/ca             -> admin/istiod admin/pb/citadelpb admin/watch proxy/identity tun/replace
 admin/control        -> admin/ca admin/guard admin/page admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch admin/xds proxy/fair proxy/identity proxy/rbac proxy/state tun/replace
 admin/guard          -> proxy/fair
@@ -28,8 +29,8 @@ admin/pb/workloadpb  ->
 admin/pb/zdspb       ->
 admin/suggest        ->
 admin/watch          ->
-admin/xds            -> admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/suggest admin/watch proxy/fair proxy/rbac proxy/rescue proxy/state
-admin/zds            -> admin/pb/zdspb
+admin/xds            -> admin/backoff admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/suggest admin/watch proxy/fair proxy/rbac proxy/rescue proxy/state
+admin/zds            -> admin/backoff admin/pb/zdspb
 admin/zlog           -> admin/suggest
 cmd/attach           -> admin netstack netstack/usersock ports proxy proxy/fair proxy/rescue refusal tun tun/netns tun/steer
 cmd/attach/attachtest -> admin cmd/attach netstack proxy refusal tun tun/tuntest
