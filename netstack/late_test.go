@@ -9,6 +9,8 @@ import (
 	"ztun/refusal"
 )
 
+// A SYN that comes again after it was refused by silence is the same attempt; one of another connect from that port
+// is not.
 func TestAgain(t *testing.T) {
 	again := make(chan bool, 10)
 	s, w := newWire(t, Config{OnFlow: func(f *Flow) {
@@ -63,6 +65,8 @@ func TestLately(t *testing.T) {
 	}
 }
 
+// One client, one source port, again and again: reset by the client, closed by our side first, given up while it
+// waits.
 func TestSamePort(t *testing.T) {
 	for _, fam := range families {
 		src, dst := netip.AddrPortFrom(fam.client.Addr(), 4000), fam.server
@@ -138,6 +142,7 @@ func TestSamePort(t *testing.T) {
 	}
 }
 
+// A SYN on a living connection ends nothing: it is answered by gVisor's challenge, if late.
 func TestSYNOnLiving(t *testing.T) {
 	conns := make(chan *Conn, 1)
 	s, w := newWire(t, Config{OnFlow: func(f *Flow) {

@@ -22,7 +22,6 @@ type wire struct {
 }
 
 // newWire gives a stack for the pod 10.1.0.2, fd00:1::2, and the other end of its device.
-
 func newWire(t testing.TB, cfg Config) (*Stack, wire) {
 	dev, far := memPair(1500, false)
 	cfg.App, cfg.Addrs = dev, []netip.Addr{families[0].client.Addr(), families[1].client.Addr()}
@@ -30,7 +29,6 @@ func newWire(t testing.TB, cfg Config) (*Stack, wire) {
 }
 
 // send sends a TCP packet without data.
-
 func (w wire) send(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint32) {
 	s, proto := fromAddr(src.Addr())
 	d, _ := fromAddr(dst.Addr())
@@ -57,13 +55,11 @@ func (w wire) send(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint
 }
 
 // syn asks for a connection.
-
 func (w wire) syn(src, dst string, seq uint32) {
 	w.send(netip.MustParseAddrPort(src), netip.MustParseAddrPort(dst), header.TCPFlagSyn, seq, 0)
 }
 
 // next is the next TCP packet that the stack sends within d, nil if there is none.
-
 func (w wire) next(d time.Duration) (src, dst netip.AddrPort, th header.TCP) {
 	w.t.Helper()
 	buf := make([]byte, 1<<16)
@@ -90,10 +86,7 @@ func (w wire) next(d time.Duration) (src, dst netip.AddrPort, th header.TCP) {
 }
 
 // hang is an OnFlow that waits for answers which never come, except from the given destinations, which are refused at
-// once. What
-
-// is evicted ends.
-
+// once. What is evicted ends.
 func hang(stop <-chan struct{}, live ...string) func(*Flow) {
 	answers := map[netip.AddrPort]bool{}
 	for _, l := range live {
@@ -115,10 +108,7 @@ func hang(stop <-chan struct{}, live ...string) func(*Flow) {
 }
 
 // More connects than there are places to destinations that do not answer, one each: one that answers has its answer
-// at once, be it
-
-// new or known. At the bound somebody is told.
-
+// at once, be it new or known. At the bound somebody is told.
 func TestDeadDestinations(t *testing.T) {
 	stop := make(chan struct{})
 	var mu sync.Mutex
@@ -175,7 +165,6 @@ func TestDeadDestinations(t *testing.T) {
 }
 
 // A destination that has answered keeps its places however many others do not answer: it is not counted among them.
-
 func TestKnownKeepsPlaces(t *testing.T) {
 	stop, release := make(chan struct{}), make(chan struct{})
 	busy := netip.MustParseAddrPort("10.8.0.1:80")
@@ -229,10 +218,7 @@ func TestKnownKeepsPlaces(t *testing.T) {
 }
 
 // The places of either direction are its own, and a client that does not end its handshake loses its place after a
-// while, or at
-
-// once to others when there is none left.
-
+// while, or at once to others when there is none left.
 func TestHandshakeBounds(t *testing.T) {
 	errs := make(chan error, 100)
 	s, w := newWire(t, Config{MaxInFlight: 16, UplinkIsApp: true, OnFlow: func(f *Flow) {
@@ -324,7 +310,6 @@ func TestHandshakePatience(t *testing.T) {
 
 // The pod speaks in its own name only, to the network and to name servers, and nobody but the network speaks to the
 // pod.
-
 func TestForeignSource(t *testing.T) {
 	for _, steered := range []bool{false, true} {
 		got := make(chan *Flow, 10)
@@ -362,22 +347,8 @@ func TestForeignSource(t *testing.T) {
 	}
 }
 
-// A SYN that comes again after it was refused by silence is the same attempt; one of another connect from that port
-// is not.
-
-// One client, one source port, again and again: reset by the client, closed by our side first, given up while it waits.
-
-// A SYN on a living connection ends nothing: it is answered by gVisor's challenge, if late.
-
-// The kernel's answer to a probe is the port's, and its application sees nothing of it.
-
-// What a packet filter may say to a probe, or nothing.
-
-// addrPort2 is where a TCP packet comes from.
-
 // Queries beyond a pod's rate are dropped by the reader, in one piece or in several, and told of; TCP is not touched
 // by that.
-
 func TestDNSRate(t *testing.T) {
 	var mu sync.Mutex
 	asked, told := 0, 0
@@ -416,7 +387,6 @@ func TestDNSRate(t *testing.T) {
 }
 
 // fragments cuts an IPv4 packet in two.
-
 func fragments(b []byte) (parts [][]byte) {
 	const cut = header.IPv4MinimumSize + 40
 	for i, p := range [][]byte{b[header.IPv4MinimumSize:cut], b[cut:]} {

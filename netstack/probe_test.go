@@ -15,6 +15,7 @@ import (
 	"ztun/tun"
 )
 
+// The kernel's answer to a probe is the port's, and its application sees nothing of it.
 func TestTUNProbe(t *testing.T) {
 	l := newLab(t, false, func(f *Flow) { f.Refuse(refusal.Reset) })
 	for _, tc := range []struct{ dst, src, closed, filtered string }{
@@ -67,6 +68,7 @@ func TestTUNProbe(t *testing.T) {
 	}
 }
 
+// What a packet filter may say to a probe, or nothing.
 func TestProbeAnswers(t *testing.T) {
 	for _, fam := range families {
 		s, w := newWire(t, Config{PortMin: 40000, PortMax: 40000}) // one port, which has to come back each time
@@ -158,6 +160,7 @@ func TestProbeAnswers(t *testing.T) {
 	}
 }
 
+// addrPort2 is where a TCP packet comes from.
 func addrPort2(t *testing.T, b []byte) netip.AddrPort {
 	t.Helper()
 	var p rxPacket
