@@ -4,8 +4,8 @@
 //
 // What flows through it: node.go is what all pods share (the node's TUN, rules and sysctls, by tun/steer's NodePlan;
 // the listener on 15008, whose accepted connections mesh.go gives to the pod that has their local address); pod.go is
-// one pod's namespace, device and routes (PodPlan); ways.go how it gets out. Who calls it: cmd/ztun, by attach.Kind.
-// What it never does: look at what a connection carries.
+// one pod's namespace, device and routes (PodPlan); package attach's KernelTCP is how it gets out. Who calls it:
+// cmd/ztun, by attach.Kind. What it never does: look at what a connection carries.
 //
 // Decisions:
 //   - 2026-11-23: a daemon that ends leaves the pods' devices, addresses and routes where they are. Until the next

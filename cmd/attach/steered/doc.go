@@ -1,10 +1,11 @@
 // Package steered attaches pods that keep their CNI's eth0, by tun/sandwich: a namespace of ours (S) lies between pod
 // and network.
 //
-// What flows through it: node.go is the kind (what the kernel can do, which records of earlier lives there are); pod.go
-// one pod: S, its two TUNs, netstack between them, the listener of HBONE in S; ways.go how it gets out; watch.go puts
-// back what somebody has changed, and ends S when the pod's end has gone; probe.go tells the kubelet's connections by
-// the node's own sockets. Who calls it: cmd/ztun, by attach.Kind. What it never does: touch the node's namespace.
+// What flows through it: node.go is the kind (what the kernel can do, which records of earlier lives there are);
+// pod.go one pod: S, its two TUNs, netstack between them, the listener of HBONE in S; package attach's KernelTCP is
+// how it gets out; watch.go puts back what somebody has changed, and ends S when the pod's end has gone; probe.go
+// tells the kubelet's connections by the node's own sockets. Who calls it: cmd/ztun, by attach.Kind. What it never
+// does: touch the node's namespace.
 //
 // Decisions:
 //   - 2026-11-28: whether a connection is a probe is asked of the kernel: the node has a socket of exactly these
