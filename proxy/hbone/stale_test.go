@@ -79,6 +79,7 @@ func TestStaleTunnel(t *testing.T) {
 					s.CloseWrite()
 					io.Copy(io.Discard, s)
 				}
+				synctest.Wait() // the streams' places are free again, so that the next requests meet these tunnels
 				for _, l := range f.conns {
 					c.lose(l)
 				}
