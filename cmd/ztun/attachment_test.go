@@ -42,7 +42,7 @@ func newMemoryDaemon(t *testing.T) *memoryDaemon {
 	}
 	log := zlog.New(zlog.Options{Writer: io.Discard, Control: zlog.NewControl(filter)})
 	c := load(t, "ISTIO_META_DNS_CAPTURE", "false")
-	c.StateDir = t.TempDir()
+	c.State.Dir = t.TempDir()
 	d := &daemon{c: c, log: log, logger: log.Logger("ztun"), report: fair.NewReport(log.Logger("bounds")),
 		panics:     rescue.New(log.Logger("ztun")),
 		certs:      ca.NewManager(ca.ManagerOptions{Signer: ca.NewFake(), TTL: time.Hour}),

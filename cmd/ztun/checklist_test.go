@@ -53,7 +53,7 @@ func TestUserTimeout(t *testing.T) {
 // TestGracePeriods: dataplane checklist 152 and controlplane 8, with what TestTerminationDeadline leaves out.
 func TestGracePeriods(t *testing.T) {
 	for value, want := range map[string]time.Duration{"30": 25 * time.Second, "8": 7 * time.Second, "-": 5 * time.Second} {
-		if got := load(t, "TERMINATION_GRACE_PERIOD_SECONDS", value).TerminationDeadline; got != want {
+		if got := load(t, "TERMINATION_GRACE_PERIOD_SECONDS", value).Process.TerminationDeadline; got != want {
 			t.Errorf("%s: %v, want %v", value, got, want)
 		}
 	}

@@ -16,95 +16,39 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"ztun/netstack"
 	"ztun/ports"
 	"ztun/proxy/identity"
 	"ztun/proxy/state"
 )
 
-// Config is the effective configuration of the daemon. This file is the only reader of the environment;
-// config_table.go has the table of variables, config_values.go and config_duration.go read single values,
-// config_mesh.go ProxyConfig and the metadata, config_control.go the way to the control plane, and
-// config_dump.go shows it all in /config_dump.
+// Config is the effective configuration of the daemon, a part for each subsystem (config_groups.go). This file is the
+// only reader of the environment; config_table.go has the table of variables and says which field each fills,
+// config_values.go and config_duration.go read single values, config_mesh.go ProxyConfig and the metadata,
+// config_control.go the way to the control plane, and config_dump.go shows it all in /config_dump.
 //
 // Decisions (2026-11-23), where ztunnel's reading of a variable hides a mistake: a control plane at http://,
 // roots that are neither file nor PEM, and an unknown COMPLIANCE_POLICY are errors and not silently without
 // effect; a ProxyConfig without proxyMetadata is read; a value that may be a secret is not repeated.
 type Config struct {
-	NodeName, Network, ClusterID, ClusterDomain       string
-	InstanceIP, PodName, PodNamespace, ServiceAccount string
-	TrustDomain                                       string
-	Identity                                          identity.ID // of this proxy itself; zero if the pod is not told
-	ProxyMetadata                                     map[string]string
-	MetaJSON                                          map[string]json.RawMessage // by name, without ISTIO_METAJSON_
-	PreferredServiceNamespace                         string
-
-	LocalXDSPath, LocalXDS            string
-	XDSAddress, CAAddress             string // URIs; "" = off
-	XDSRoots, CARoots                 RootSource
-	AltXDSHostname, AltCAHostname     string
-	TokenFile, TokenLiteral           string // at most one; neither: no authorization is sent
-	XDSHeaders, CAHeaders             [][2]string
-	XDSOnDemand                       bool
-	ClientCert, ClientKey, ControlDir string // towards `ztun control`
-	LocalCADir                        string
-	FakeCA                            bool
-	SecretTTL                         time.Duration
-	CRLPath                           string
-	TLS12, PQC                        bool
-
-	StreamWindow, ConnWindow, FrameSize uint32
-	PoolMaxStreams                      uint16
-	PoolUnused                          time.Duration
-	ResponseBaggage                     bool
-	LocalhostAppTunnel                  bool
-	OriginalSource                      *bool // nil = as the situation allows
-
-	KeepaliveTime, KeepaliveInterval time.Duration
-	KeepaliveRetries                 uint32
-	KeepaliveEnabled, UserTimeout    bool
-
-	IPv6                 bool
-	AdminPort, StatsPort uint16
-	ReadinessPort        uint16
-	PacketMark           uint32
-	DNSProxy             bool
-	DNSProxyAddr         string // localhost:PORT (both loopback addresses) or IP:PORT
-	SOCKS5               bool
-	InpodUDS             string // nothing reads it yet
-
-	TerminationDeadline time.Duration
-	WorkerThreads       int
-	RustLog, LogFormat  string
-	AuthzInfo           bool // decisions of policies are logged at info
-	DenyUnknownPolicy   bool
-	IstioVersion        string
-	ProxyArgs           string // the command line after the program's name
-
-	StateDir, Socket, NodeTUN              string
-	AdminToken                             string // file
-	MTU                                    int
-	MaxInFlight, MaxInFlightPerDestination int
-	SendReason                             bool // to peers of the mesh
-	Flows                                  int  // per pod
-	DNSRate                                int
-	DNSSearch                              []string
-	UDP                                    udpMode
-	Steer                                  bool // pods with an eth0
-	MaxUDPFlows                            int
-	MemoryLimit, PodMemory                 int64 // bytes; 0: not set
-	GCSet                                  bool  // GOGC is the operator's
-	TUNPlain, AdaptiveProcessors           bool
-	DropCapabilities                       bool
-	Held                                   capSet // what is left of the capabilities
-	ShutOut                                string // a path for which CAP_DAC_OVERRIDE is among them
-
-	Rootless bool // `ztun run`: the daemon of one workload, in a user namespace
-	// Dedicated is PROXY_MODE: this is the proxy of Workload alone, and the CA is told by our token who that is.
-	Dedicated bool
-	// Workload is the only one that this process serves and holds a certificate for; zero: any.
-	Workload state.WorkloadInfo
-
-	guessed bool // nothing says where workloads come from: XDSAddress is the default of no particular environment
+	Node       nodeConfig
+	Self       selfConfig
+	Mode       modeConfig
+	XDS        xdsConfig
+	CA         caConfig
+	Control    controlConfig
+	Proxy      trafficConfig
+	Net        netConfig
+	Stack      netstack.Config // of every pod; stack() adds what Net has for it
+	DNS        dnsConfig
+	UDP        udpConfig
+	Attach     attachConfig
+	Admin      adminConfig
+	Log        logConfig
+	State      stateConfig
+	Process    processConfig
+	Memory     memoryConfig
+	Privileges privilegesConfig
 
 	Warnings []string // what is to be logged at the start
 }
@@ -163,7 +107,7 @@ func (l *loader) given(name string) bool { _, ok := l.lookup(name); return ok }
 // loadConfig reads every variable through lookup and, for the patterns of names, environ (os.LookupEnv and
 // os.Environ in the program). What is not UTF-8 counts as not set. The error is a *configError.
 func loadConfig(lookup func(string) (string, bool), environ func() []string) (*Config, error) {
-	c := &Config{MetaJSON: map[string]json.RawMessage{}, ProxyArgs: "proxy"}
+	c := &Config{Self: selfConfig{MetaJSON: map[string]json.RawMessage{}, Args: "proxy"}}
 	l := &loader{c: c, cpus: runtime.NumCPU(), meta: map[string]string{}}
 	l.lookup = func(name string) (string, bool) {
 		v, ok := lookup(name)
@@ -196,7 +140,7 @@ func loadConfig(lookup func(string) (string, bool), environ func() []string) (*C
 			}
 		}
 	}
-	_, c.GCSet = lookup("GOGC")
+	_, c.Process.GCSet = lookup("GOGC")
 	if err := c.finish(l); err != nil {
 		return nil, err
 	}
@@ -205,58 +149,59 @@ func loadConfig(lookup func(string) (string, bool), environ func() []string) (*C
 
 // finish applies the rules that span several variables.
 func (c *Config) finish(l *loader) error {
-	c.AdminPort, c.StatsPort = ports.Admin, ports.Stats
+	c.Admin.Port, c.Admin.StatsPort = ports.Admin, ports.Stats
 	if p := l.proxy.ProxyAdminPort; p != nil {
-		c.AdminPort = *p
+		c.Admin.Port = *p
 	}
 	if p := l.proxy.StatsPort; p != nil {
-		c.StatsPort = *p
+		c.Admin.StatsPort = *p
 	}
-	c.ProxyMetadata = proxyMetadata(l.proxy.ProxyMetadata, l.meta)
-	capture, set := c.ProxyMetadata["DNS_CAPTURE"]
-	c.DNSProxy = !set || strings.ToLower(capture) == "true"
+	c.Self.Metadata = proxyMetadata(l.proxy.ProxyMetadata, l.meta)
+	capture, set := c.Self.Metadata["DNS_CAPTURE"]
+	c.DNS.Proxy = !set || strings.ToLower(capture) == "true"
 	addr := fmt.Sprint("localhost:", ports.DNS)
-	if a, set := c.ProxyMetadata["DNS_PROXY_ADDR"]; set {
+	if a, set := c.Self.Metadata["DNS_PROXY_ADDR"]; set {
 		addr = a
 	}
 	var err error
-	if c.DNSProxyAddr, err = parseDNSAddress(addr); err != nil {
+	if c.DNS.Addr, err = parseDNSAddress(addr); err != nil {
 		return &configError{"ISTIO_META_DNS_PROXY_ADDR", addr, err}
 	}
-	if c.PodNamespace != "" && c.ServiceAccount != "" && c.PodName != "" {
-		c.Identity = identity.ID{TrustDomain: c.TrustDomain, Namespace: c.PodNamespace, ServiceAccount: c.ServiceAccount}
+	if c.Self.Namespace != "" && c.Self.ServiceAccount != "" && c.Self.Pod != "" {
+		c.Self.Identity = identity.ID{TrustDomain: c.Self.TrustDomain, Namespace: c.Self.Namespace,
+			ServiceAccount: c.Self.ServiceAccount}
 	}
 	if err := c.sources(l); err != nil {
 		return err
 	}
-	switch none := c.Workload == (state.WorkloadInfo{}); {
-	case c.Dedicated && none:
+	switch none := c.Mode.Workload == (state.WorkloadInfo{}); {
+	case c.Mode.Dedicated && none:
 		return &configError{"PROXY_WORKLOAD_INFO", "", errors.New("PROXY_MODE=dedicated is one workload's proxy: say here " +
 			"which, as NAMESPACE/NAME/SERVICE_ACCOUNT of its record")}
-	case !c.Dedicated && !none:
+	case !c.Mode.Dedicated && !none:
 		c.warn("PROXY_WORKLOAD_INFO has no effect without PROXY_MODE=dedicated: pods are named by `ztun pod add`")
-		c.Workload = state.WorkloadInfo{}
+		c.Mode.Workload = state.WorkloadInfo{}
 	}
 	switch {
-	case c.XDSOnDemand && c.DNSProxy:
+	case c.XDS.OnDemand && c.DNS.Proxy:
 		return &configError{"XDS_ON_DEMAND", "true",
 			errors.New("the DNS proxy needs every service, not those in use: set ISTIO_META_DNS_CAPTURE=false")}
-	case c.ConnWindow < c.StreamWindow:
-		return &configError{"HTTP2_CONNECTION_WINDOW_SIZE", fmt.Sprint(c.ConnWindow),
+	case c.Proxy.HBONE.ConnWindow < c.Proxy.HBONE.StreamWindow:
+		return &configError{"HTTP2_CONNECTION_WINDOW_SIZE", fmt.Sprint(c.Proxy.HBONE.ConnWindow),
 			errors.New("smaller than HTTP2_STREAM_WINDOW_SIZE: one stream could block all others")}
-	case c.SecretTTL < 10*time.Second:
-		return &configError{"SECRET_TTL", c.SecretTTL.String(), errors.New("shorter than 10s leaves no time to rotate")}
+	case c.CA.TTL < 10*time.Second:
+		return &configError{"SECRET_TTL", c.CA.TTL.String(), errors.New("shorter than 10s leaves no time to rotate")}
 	}
-	if c.IPv6 {
+	if c.Net.IPv6 {
 		if _, err := os.ReadFile(loopbackSetting); err != nil {
 			c.warn("cannot tell whether ::1 can be bound, and take it that it can: %v", err)
 		}
 	}
-	if c.Socket == "" {
-		c.Socket = filepath.Join(c.StateDir, "ztun.sock")
+	if c.State.Socket == "" {
+		c.State.Socket = filepath.Join(c.State.Dir, "ztun.sock")
 	}
-	c.TerminationDeadline = terminationDeadline(l.deadline, l.grace)
-	if c.WorkerThreads, err = workerThreads(l.workers, l.proxy.Concurrency, l.limit, l.request, l.cpuLimit,
+	c.Process.TerminationDeadline = terminationDeadline(l.deadline, l.grace)
+	if c.Process.WorkerThreads, err = workerThreads(l.workers, l.proxy.Concurrency, l.limit, l.request, l.cpuLimit,
 		l.cpus); err != nil {
 		return &configError{"ZTUNNEL_WORKER_THREADS", l.workers, err}
 	}
@@ -369,21 +314,21 @@ func (l *loader) setMetaJSON(key, value string) error {
 		l.c.warn("ISTIO_METAJSON_%s is no JSON: the control plane will not see it", key)
 		return nil
 	}
-	l.c.MetaJSON[key] = json.RawMessage(value)
+	l.c.Self.MetaJSON[key] = json.RawMessage(value)
 	return nil
 }
 
 // userTimeout is TCP_USER_TIMEOUT of the connections to the network (spec 1), 0 for none.
 func (c *Config) userTimeout() time.Duration {
-	if !c.UserTimeout {
+	if !c.Net.UserTimeout {
 		return 0
 	}
-	return c.KeepaliveTime + time.Duration(c.KeepaliveRetries)*c.KeepaliveInterval
+	return c.Net.KeepaliveTime + time.Duration(c.Net.KeepaliveRetries)*c.Net.KeepaliveInterval
 }
 
 // wildcard is the address that a server of this daemon binds to serve the network.
 func (c *Config) wildcard(port uint16) netip.AddrPort {
-	if c.IPv6 {
+	if c.Net.IPv6 {
 		return netip.AddrPortFrom(netip.IPv6Unspecified(), port)
 	}
 	return netip.AddrPortFrom(netip.IPv4Unspecified(), port)
@@ -393,7 +338,7 @@ const loopbackSetting = "/proc/sys/net/ipv6/conf/lo/disable_ipv6"
 
 // loopbackIPv6 reports whether ::1 can be bound (spec controlplane 1.2).
 func (c *Config) loopbackIPv6() bool {
-	if !c.IPv6 {
+	if !c.Net.IPv6 {
 		return false
 	}
 	b, err := os.ReadFile(loopbackSetting)

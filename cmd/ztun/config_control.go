@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"ztun/admin/istiod"
 	"ztun/ports"
 )
 
@@ -18,33 +20,26 @@ const (
 	defaultToken = "./var/run/secrets/tokens/istio-token"
 )
 
-// RootSource says which authorities a server of the control plane may be certified by: a file (read again
-// at every connection), PEM text, or those of the operating system. None of them is nobody.
-type RootSource struct {
-	File   string
-	PEM    []byte
-	System bool
-}
-
-// parseRoots reads XDS_ROOT_CA and CA_ROOT_CA: a file that exists, SYSTEM, or PEM text. ztunnel takes any
-// other text for PEM without certificates, and then trusts nobody; here only the default may be missing.
-func parseRoots(v string) (RootSource, error) {
+// parseRoots reads XDS_ROOT_CA and CA_ROOT_CA, who may certify a server of the control plane: a file that exists,
+// SYSTEM, or PEM text. ztunnel takes any other text for PEM without certificates, and then trusts nobody; here only
+// the default may be missing.
+func parseRoots(v string) (istiod.Roots, error) {
 	switch info, err := os.Stat(v); {
 	case v == "SYSTEM":
-		return RootSource{System: true}, nil
+		return istiod.Roots{System: true}, nil
 	case strings.Contains(v, "-----BEGIN CERTIFICATE-----"):
-		return RootSource{PEM: []byte(v)}, nil
+		return istiod.Roots{PEM: []byte(v)}, nil
 	case err == nil && info.IsDir():
-		return RootSource{}, errors.New("a directory; name the file in it")
+		return istiod.Roots{}, errors.New("a directory; name the file in it")
 	case err == nil:
-		return RootSource{File: v}, nil
+		return istiod.Roots{File: v}, nil
 	case v == defaultRoots:
-		return RootSource{}, nil
+		return istiod.Roots{}, nil
 	}
-	return RootSource{}, errors.New("neither a file that exists, nor SYSTEM, nor a certificate in PEM")
+	return istiod.Roots{}, errors.New("neither a file that exists, nor SYSTEM, nor a certificate in PEM")
 }
 
-func roots(p *RootSource) func(string) error {
+func roots(p *istiod.Roots) func(string) error {
 	return func(v string) (err error) { *p, err = parseRoots(v); return err }
 }
 
@@ -54,7 +49,7 @@ func (l *loader) setToken(v string) error {
 		if info.IsDir() {
 			return errors.New("a directory; name the file in it")
 		}
-		l.c.TokenFile = v
+		l.c.Control.Token.File = v
 		return nil
 	}
 	if !l.given("AUTH_TOKEN") {
@@ -67,7 +62,7 @@ func (l *loader) setToken(v string) error {
 	if strings.HasPrefix(v, "/") || strings.HasPrefix(v, "./") {
 		l.c.warn("AUTH_TOKEN looks like a path, but there is no such file: it is used as the token itself")
 	}
-	l.c.TokenLiteral = v
+	l.c.Control.Token.Literal = v
 	return nil
 }
 
@@ -156,11 +151,11 @@ func parseDNSAddress(v string) (string, error) {
 // credentials applies ZTUN_CONTROL_CREDENTIALS, a directory that `ztun control join` has written, where no
 // variable of its own says otherwise.
 func (c *Config) credentials(l *loader) error {
-	if c.ControlDir == "" {
+	if c.Control.Dir == "" {
 		return nil
 	}
 	file := func(name string) string {
-		path := filepath.Join(c.ControlDir, name)
+		path := filepath.Join(c.Control.Dir, name)
 		if _, err := os.Stat(path); err != nil {
 			return ""
 		}
@@ -176,16 +171,16 @@ func (c *Config) credentials(l *loader) error {
 		return errors.New("it has neither a token nor cert-chain.pem and key.pem: the control plane would not know us")
 	}
 	if !l.given("XDS_ROOT_CA") {
-		c.XDSRoots = RootSource{File: root}
+		c.XDS.Roots = istiod.Roots{File: root}
 	}
 	if !l.given("CA_ROOT_CA") {
-		c.CARoots = RootSource{File: root}
+		c.CA.Roots = istiod.Roots{File: root}
 	}
 	if !l.given("AUTH_TOKEN") {
-		c.TokenFile, c.TokenLiteral = token, ""
+		c.Control.Token.File, c.Control.Token.Literal = token, ""
 	}
 	if !l.given("ZTUN_CONTROL_CERT") && !l.given("ZTUN_CONTROL_KEY") {
-		c.ClientCert, c.ClientKey = cert, key
+		c.Control.Cert, c.Control.Key = cert, key
 	}
 	return nil
 }
@@ -194,7 +189,7 @@ func (c *Config) credentials(l *loader) error {
 // name, nor where workloads come from. Whoever tries what `ztun proxy` does must not find rules and forwarding
 // changed after it.
 func (c *Config) deliberate() error {
-	if c.NodeName == "" && c.guessed {
+	if c.Node.Name == "" && c.XDS.guessed {
 		return &configError{"NODE_NAME", "",
 			errors.New("nothing is configured, and this host is left as it is: name this node here, " +
 				"and a source of workloads in XDS_ADDRESS or LOCAL_XDS_PATH; ztun proxy --help has all variables")}
@@ -212,53 +207,53 @@ func (c *Config) sources(l *loader) error {
 	var err error
 	switch {
 	case l.xds != nil:
-		c.XDSAddress = *l.xds // "" is off
+		c.XDS.Address = *l.xds // "" is off
 	case l.proxy.DiscoveryAddress != nil:
-		if c.XDSAddress, err = parseAddress(*l.proxy.DiscoveryAddress); err != nil {
+		if c.XDS.Address, err = parseAddress(*l.proxy.DiscoveryAddress); err != nil {
 			return &configError{l.discoveryFrom, "discoveryAddress: " + *l.proxy.DiscoveryAddress, err}
 		}
 	default:
-		c.XDSAddress = istiod
-		c.guessed = !l.kubernetes && c.LocalXDS == "" && c.LocalXDSPath == ""
+		c.XDS.Address = istiod
+		c.XDS.guessed = !l.kubernetes && c.XDS.LocalInline == "" && c.XDS.LocalPath == ""
 	}
 	switch {
-	case c.LocalXDS != "" && c.LocalXDSPath != "":
+	case c.XDS.LocalInline != "" && c.XDS.LocalPath != "":
 		return &configError{"LOCAL_XDS", "...", errors.New("LOCAL_XDS_PATH is set as well; only one of them may be")}
-	case c.XDSAddress == "" && c.LocalXDS == "" && c.LocalXDSPath == "":
+	case c.XDS.Address == "" && c.XDS.LocalInline == "" && c.XDS.LocalPath == "":
 		return &configError{"XDS_ADDRESS", "",
 			errors.New("no source of workloads: name a control plane here, or a workload file in LOCAL_XDS_PATH")}
-	case c.FakeCA && c.LocalCADir != "":
+	case c.CA.Fake && c.CA.LocalDir != "":
 		return &configError{"FAKE_CA", "true", errors.New("LOCAL_CA_DIR is set as well; only one of them may be")}
-	case c.FakeCA: // CA_ADDRESS is not read, as in ztunnel
-	case c.LocalCADir != "" && l.ca != nil && *l.ca != "":
-		return &configError{"LOCAL_CA_DIR", c.LocalCADir, errors.New("CA_ADDRESS is set as well; only one of them may be")}
-	case c.LocalCADir != "":
+	case c.CA.Fake: // CA_ADDRESS is not read, as in ztunnel
+	case c.CA.LocalDir != "" && l.ca != nil && *l.ca != "":
+		return &configError{"LOCAL_CA_DIR", c.CA.LocalDir, errors.New("CA_ADDRESS is set as well; only one of them may be")}
+	case c.CA.LocalDir != "":
 	case l.ca == nil:
-		c.CAAddress = istiod
+		c.CA.Address = istiod
 	case *l.ca == "":
 		return &configError{"CA_ADDRESS", "",
 			errors.New("no source of certificates: name a CA here; or run `ztun ca init DIR` and name DIR in LOCAL_CA_DIR; or " +
 				"set FAKE_CA=true for a test")}
 	default:
-		c.CAAddress = *l.ca
+		c.CA.Address = *l.ca
 	}
-	if !isHeaderValue(c.ClusterID) {
-		return &configError{"CLUSTER_ID", c.ClusterID,
+	if !isHeaderValue(c.Node.ClusterID) {
+		return &configError{"CLUSTER_ID", c.Node.ClusterID,
 			errors.New("it goes into a header of each call to the control plane, which cannot carry these characters")}
 	}
 	if err := c.credentials(l); err != nil {
-		return &configError{"ZTUN_CONTROL_CREDENTIALS", c.ControlDir, err}
+		return &configError{"ZTUN_CONTROL_CREDENTIALS", c.Control.Dir, err}
 	}
-	if (c.ClientCert == "") != (c.ClientKey == "") {
-		return &configError{"ZTUN_CONTROL_CERT", c.ClientCert,
+	if (c.Control.Cert == "") != (c.Control.Key == "") {
+		return &configError{"ZTUN_CONTROL_CERT", c.Control.Cert,
 			errors.New("ZTUN_CONTROL_CERT and ZTUN_CONTROL_KEY go together")}
 	}
 	for _, s := range []struct {
-		name, address string
-		roots         RootSource
-	}{{"XDS_ROOT_CA", c.XDSAddress, c.XDSRoots}, {"CA_ROOT_CA", c.CAAddress, c.CARoots}} {
-		if s.address != "" && s.roots.File == "" && s.roots.PEM == nil && !s.roots.System {
-			c.warn("%s is not set and %s does not exist: no server at %s will be trusted", s.name, defaultRoots, s.address)
+		name string
+		upstream
+	}{{"XDS_ROOT_CA", c.XDS.upstream}, {"CA_ROOT_CA", c.CA.upstream}} {
+		if s.Address != "" && s.Roots.File == "" && s.Roots.PEM == nil && !s.Roots.System {
+			c.warn("%s is not set and %s does not exist: no server at %s will be trusted", s.name, defaultRoots, s.Address)
 		}
 	}
 	return nil

@@ -21,27 +21,28 @@ func TestControlPlaneAddress(t *testing.T) { // checklist 2, 3, 4
 	} {
 		c := load(t, "XDS_ADDRESS", tc.xds, "CA_ADDRESS", tc.ca, "KUBERNETES_SERVICE_HOST", tc.kubernetes,
 			"LOCAL_CA_DIR", "-")
-		if c.XDSAddress != tc.wantXDS || c.CAAddress != tc.wantCA {
-			t.Errorf("%+v: %s, %s", tc, c.XDSAddress, c.CAAddress)
+		if c.XDS.Address != tc.wantXDS || c.CA.Address != tc.wantCA {
+			t.Errorf("%+v: %s, %s", tc, c.XDS.Address, c.CA.Address)
 		}
 	}
 }
 
 // Workloads come from a file, a control plane, or both; certificates from exactly one place.
 func TestSourcesOfKnowledge(t *testing.T) {
-	if c := load(t, "XDS_ADDRESS", "-", "LOCAL_XDS_PATH", "-"); c.XDSAddress == "" || c.LocalXDSPath != "" {
+	if c := load(t, "XDS_ADDRESS", "-", "LOCAL_XDS_PATH", "-"); c.XDS.Address == "" || c.XDS.LocalPath != "" {
 		t.Errorf("xDS alone: %+v", c)
 	}
-	if c := load(t, "XDS_ADDRESS", "-"); c.XDSAddress == "" || c.LocalXDSPath == "" {
+	if c := load(t, "XDS_ADDRESS", "-"); c.XDS.Address == "" || c.XDS.LocalPath == "" {
 		t.Errorf("both: %+v", c)
 	}
-	if c := load(t, "LOCAL_XDS_PATH", "-", "LOCAL_XDS", "{}"); c.XDSAddress != "" || c.LocalXDS != "{}" {
+	if c := load(t, "LOCAL_XDS_PATH", "-", "LOCAL_XDS", "{}"); c.XDS.Address != "" || c.XDS.LocalInline != "{}" {
 		t.Errorf("inline: %+v", c)
 	}
-	if c := load(t, "LOCAL_CA_DIR", "-", "FAKE_CA", "true", "CA_ADDRESS", "istiod:15012"); c.CAAddress != "" || !c.FakeCA {
+	if c := load(t, "LOCAL_CA_DIR", "-", "FAKE_CA", "true", "CA_ADDRESS", "istiod:15012"); c.CA.Address != "" ||
+		!c.CA.Fake {
 		t.Errorf("FAKE_CA: %+v", c)
 	}
-	if c := load(t, "CA_ADDRESS", ""); c.CAAddress != "" || c.LocalCADir == "" {
+	if c := load(t, "CA_ADDRESS", ""); c.CA.Address != "" || c.CA.LocalDir == "" {
 		t.Errorf("LOCAL_CA_DIR: %+v", c)
 	}
 	for _, tc := range []struct{ name, says string }{{"XDS_ADDRESS", "LOCAL_XDS_PATH"}, {"CA_ADDRESS", "ztun ca init"}} {
@@ -60,13 +61,13 @@ func TestRootSources(t *testing.T) {
 	pem := "-----BEGIN CERTIFICATE-----\nMA==\n-----END CERTIFICATE-----\n"
 	remote := []string{"XDS_ADDRESS", "-", "LOCAL_CA_DIR", "-"}
 	c := load(t, remote...)
-	if len(c.Warnings) != 2 || !strings.Contains(c.Warnings[0], "XDS_ROOT_CA") || c.XDSRoots.File != "" ||
-		c.XDSRoots.PEM != nil || c.XDSRoots.System {
-		t.Errorf("nothing mounted: %+v %q", c.XDSRoots, c.Warnings)
+	if len(c.Warnings) != 2 || !strings.Contains(c.Warnings[0], "XDS_ROOT_CA") || c.XDS.Roots.File != "" ||
+		c.XDS.Roots.PEM != nil || c.XDS.Roots.System {
+		t.Errorf("nothing mounted: %+v %q", c.XDS.Roots, c.Warnings)
 	}
 	c = load(t, append(remote, "XDS_ROOT_CA", "SYSTEM", "CA_ROOT_CA", pem)...)
-	if !c.XDSRoots.System || string(c.CARoots.PEM) != pem || c.CARoots.System || len(c.Warnings) != 0 {
-		t.Errorf("SYSTEM and PEM: %+v %+v %q", c.XDSRoots, c.CARoots, c.Warnings)
+	if !c.XDS.Roots.System || string(c.CA.Roots.PEM) != pem || c.CA.Roots.System || len(c.Warnings) != 0 {
+		t.Errorf("SYSTEM and PEM: %+v %+v %q", c.XDS.Roots, c.CA.Roots, c.Warnings)
 	}
 	if err := os.MkdirAll("var/run/secrets/istio", 0o755); err != nil {
 		t.Fatal(err)
@@ -74,22 +75,24 @@ func TestRootSources(t *testing.T) {
 	if err := os.WriteFile(defaultRoots, []byte(pem), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if c = load(t, remote...); c.XDSRoots.File != defaultRoots || c.CARoots.File != defaultRoots || len(c.Warnings) != 0 {
-		t.Errorf("mounted: %+v %q", c.XDSRoots, c.Warnings)
+	if c = load(t, remote...); c.XDS.Roots.File != defaultRoots || c.CA.Roots.File != defaultRoots ||
+		len(c.Warnings) != 0 {
+		t.Errorf("mounted: %+v %q", c.XDS.Roots, c.Warnings)
 	}
 }
 
 func TestToken(t *testing.T) {
 	dir := t.TempDir()
 	t.Chdir(dir)
-	if c := load(t); c.TokenFile != "" || c.TokenLiteral != "" {
-		t.Errorf("nothing mounted: %q %q", c.TokenFile, c.TokenLiteral)
+	if c := load(t); c.Control.Token.File != "" || c.Control.Token.Literal != "" {
+		t.Errorf("nothing mounted: %q %q", c.Control.Token.File, c.Control.Token.Literal)
 	}
-	if c := load(t, "AUTH_TOKEN", "abc.def\n"); c.TokenLiteral != "abc.def" || c.TokenFile != "" || len(c.Warnings) != 0 {
-		t.Errorf("literal: %q %q", c.TokenFile, c.TokenLiteral)
+	if c := load(t, "AUTH_TOKEN", "abc.def\n"); c.Control.Token.Literal != "abc.def" || c.Control.Token.File != "" ||
+		len(c.Warnings) != 0 {
+		t.Errorf("literal: %q %q", c.Control.Token.File, c.Control.Token.Literal)
 	}
-	if c := load(t, "AUTH_TOKEN", "/no/such/token"); c.TokenLiteral != "/no/such/token" || len(c.Warnings) != 1 {
-		t.Errorf("a path that is not there: %q %q", c.TokenLiteral, c.Warnings)
+	if c := load(t, "AUTH_TOKEN", "/no/such/token"); c.Control.Token.Literal != "/no/such/token" || len(c.Warnings) != 1 {
+		t.Errorf("a path that is not there: %q %q", c.Control.Token.Literal, c.Warnings)
 	}
 	if err := os.MkdirAll("var/run/secrets/tokens", 0o755); err != nil {
 		t.Fatal(err)
@@ -97,35 +100,36 @@ func TestToken(t *testing.T) {
 	if err := os.WriteFile(defaultToken, []byte("t"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if c := load(t); c.TokenFile != defaultToken {
-		t.Errorf("mounted: %q", c.TokenFile)
+	if c := load(t); c.Control.Token.File != defaultToken {
+		t.Errorf("mounted: %q", c.Control.Token.File)
 	}
-	if c := load(t, "AUTH_TOKEN", ""); c.TokenFile != "" || c.TokenLiteral != "" {
-		t.Errorf("none wanted: %q %q", c.TokenFile, c.TokenLiteral)
+	if c := load(t, "AUTH_TOKEN", ""); c.Control.Token.File != "" || c.Control.Token.Literal != "" {
+		t.Errorf("none wanted: %q %q", c.Control.Token.File, c.Control.Token.Literal)
 	}
 }
 
 func TestHeaders(t *testing.T) { // checklist 14
 	c := load(t, "XDS_HEADER_FOO_BAR", "v", "XDS_HEADER_X-Y.Z", "", "CA_HEADER_Authorization", "Basic a=b")
-	if want := [][2]string{{"foo_bar", "v"}, {"x-y.z", ""}}; !slices.Equal(c.XDSHeaders, want) {
-		t.Errorf("xDS: %q", c.XDSHeaders)
+	if want := [][2]string{{"foo_bar", "v"}, {"x-y.z", ""}}; !slices.Equal(c.XDS.Headers, want) {
+		t.Errorf("xDS: %q", c.XDS.Headers)
 	}
-	if want := [][2]string{{"authorization", "Basic a=b"}}; !slices.Equal(c.CAHeaders, want) {
-		t.Errorf("CA: %q", c.CAHeaders)
+	if want := [][2]string{{"authorization", "Basic a=b"}}; !slices.Equal(c.CA.Headers, want) {
+		t.Errorf("CA: %q", c.CA.Headers)
 	}
 }
 
 func TestMetadata(t *testing.T) { // checklist 13, 20
 	c := load(t, "ISTIO_META_CLUSTER_ID", "c1", "CLUSTER_ID", "c2", "ISTIO_METAJSON_LABELS", `{"a":1}`,
 		"ISTIO_METAJSON_BAD", "{", "ISTIO_METAJSON_NULL", "null")
-	if c.ClusterID != "c1" || c.ProxyMetadata["CLUSTER_ID"] != "c1" || len(c.ProxyMetadata) != 1 {
-		t.Errorf("cluster %q, metadata %v", c.ClusterID, c.ProxyMetadata)
+	if c.Node.ClusterID != "c1" || c.Self.Metadata["CLUSTER_ID"] != "c1" || len(c.Self.Metadata) != 1 {
+		t.Errorf("cluster %q, metadata %v", c.Node.ClusterID, c.Self.Metadata)
 	}
-	if string(c.MetaJSON["LABELS"]) != `{"a":1}` || string(c.MetaJSON["NULL"]) != "null" || len(c.MetaJSON) != 2 ||
+	if string(c.Self.MetaJSON["LABELS"]) != `{"a":1}` || string(c.Self.MetaJSON["NULL"]) != "null" ||
+		len(c.Self.MetaJSON) != 2 ||
 		len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0], "ISTIO_METAJSON_BAD") {
-		t.Errorf("JSON %s, warnings %q", c.MetaJSON, c.Warnings)
+		t.Errorf("JSON %s, warnings %q", c.Self.MetaJSON, c.Warnings)
 	}
-	if !json.Valid(c.MetaJSON["LABELS"]) {
+	if !json.Valid(c.Self.MetaJSON["LABELS"]) {
 		t.Error("what is kept is not JSON")
 	}
 }
@@ -155,18 +159,18 @@ func TestControlCredentials(t *testing.T) {
 	broken("only one of")
 	key := file("key.pem")
 	c := load(t, set...)
-	if c.XDSRoots.File != root || c.CARoots.File != root || c.TokenFile != "" || c.ClientCert != cert ||
-		c.ClientKey != key || c.ControlDir != dir || len(c.Warnings) != 0 {
+	if c.XDS.Roots.File != root || c.CA.Roots.File != root || c.Control.Token.File != "" || c.Control.Cert != cert ||
+		c.Control.Key != key || c.Control.Dir != dir || len(c.Warnings) != 0 {
 		t.Errorf("certificate only: %+v", c)
 	}
 	token := file("token")
-	if c := load(t, set...); c.TokenFile != token || c.ClientCert != cert {
+	if c := load(t, set...); c.Control.Token.File != token || c.Control.Cert != cert {
 		t.Errorf("all: %+v", c)
 	}
 	c = load(t, append(set, "XDS_ROOT_CA", "SYSTEM", "AUTH_TOKEN", "t", "ZTUN_CONTROL_CERT", "/c", "ZTUN_CONTROL_KEY",
 		"/k")...)
-	if !c.XDSRoots.System || c.XDSRoots.File != "" || c.CARoots.File != root || c.TokenLiteral != "t" ||
-		c.TokenFile != "" || c.ClientCert != "/c" || c.ClientKey != "/k" {
+	if !c.XDS.Roots.System || c.XDS.Roots.File != "" || c.CA.Roots.File != root || c.Control.Token.Literal != "t" ||
+		c.Control.Token.File != "" || c.Control.Cert != "/c" || c.Control.Key != "/k" {
 		t.Errorf("specific variables: %+v", c)
 	}
 }

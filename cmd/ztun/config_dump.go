@@ -10,6 +10,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"ztun/admin/istiod"
 	"ztun/ports"
 	"ztun/proxy/identity"
 )
@@ -19,76 +20,77 @@ import (
 func (c *Config) dump() map[string]any {
 	illegal := []int{ports.Outbound, ports.InboundPlaintext, ports.HBONE}
 	var socks any
-	if c.SOCKS5 {
+	if c.Proxy.SOCKS5 {
 		illegal = append(illegal, ports.SOCKS)
 		socks = fmt.Sprint("127.0.0.1:", ports.SOCKS)
 	}
 	var self, workload any
-	if c.Identity != (identity.ID{}) {
-		self = c.Identity.String()
-		workload = map[string]string{"name": c.PodName, "namespace": c.PodNamespace, "serviceAccount": c.ServiceAccount}
+	if c.Self.Identity != (identity.ID{}) {
+		self = c.Self.Identity.String()
+		workload = map[string]string{"name": c.Self.Pod, "namespace": c.Self.Namespace,
+			"serviceAccount": c.Self.ServiceAccount}
 	}
 	mode, only := "Shared", any(nil)
-	if c.Dedicated {
+	if c.Mode.Dedicated {
 		mode = "Dedicated"
-		only = map[string]string{"name": c.Workload.Name, "namespace": c.Workload.Namespace,
-			"serviceAccount": c.Workload.ServiceAccount}
+		only = map[string]string{"name": c.Mode.Workload.Name, "namespace": c.Mode.Workload.Namespace,
+			"serviceAccount": c.Mode.Workload.ServiceAccount}
 	}
 	return map[string]any{
-		"adminAddr":                c.localhost(c.AdminPort),
-		"altCaHostname":            orNull(c.AltCAHostname),
-		"altXdsHostname":           orNull(c.AltXDSHostname),
-		"caAddress":                orNull(c.CAAddress),
-		"caHeaders":                headersOf(c.CAHeaders),
-		"caRootCert":               c.CARoots.dump(),
-		"clusterDomain":            c.ClusterDomain,
-		"clusterId":                c.ClusterID,
-		"connectionWindowSize":     c.ConnWindow,
-		"crlPath":                  orNull(c.CRLPath),
-		"dnsProxy":                 c.DNSProxy,
+		"adminAddr":                c.localhost(c.Admin.Port),
+		"altCaHostname":            orNull(c.CA.AltHostname),
+		"altXdsHostname":           orNull(c.XDS.AltHostname),
+		"caAddress":                orNull(c.CA.Address),
+		"caHeaders":                headersOf(c.CA.Headers),
+		"caRootCert":               dumpRoots(c.CA.Roots),
+		"clusterDomain":            c.Node.ClusterDomain,
+		"clusterId":                c.Node.ClusterID,
+		"connectionWindowSize":     c.Proxy.HBONE.ConnWindow,
+		"crlPath":                  orNull(c.CA.CRLPath),
+		"dnsProxy":                 c.DNS.Proxy,
 		"dnsProxyAddr":             c.dnsAddress(),
 		"dnsResolverCfg":           resolvConf().servers(),
-		"dnsResolverOpts":          resolvConf().options(c.IPv6),
-		"enableEnhancedBaggage":    c.ResponseBaggage,
-		"fakeCa":                   c.FakeCA,
+		"dnsResolverOpts":          resolvConf().options(c.Net.IPv6),
+		"enableEnhancedBaggage":    c.Proxy.ResponseBaggage,
+		"fakeCa":                   c.CA.Fake,
 		"fakeSelfInbound":          false,
-		"frameSize":                c.FrameSize,
+		"frameSize":                c.Proxy.HBONE.FrameSize,
 		"illegalPorts":             illegal,
 		"inboundAddr":              c.wildcard(ports.HBONE).String(),
 		"inboundPlaintextAddr":     c.wildcard(ports.InboundPlaintext).String(),
 		"inpodPortReuse":           true,
-		"inpodUds":                 c.InpodUDS,
-		"ipv6Enabled":              c.IPv6,
-		"localNode":                orNull(c.NodeName),
-		"localhostAppTunnel":       c.LocalhostAppTunnel,
-		"network":                  c.Network,
-		"numWorkerThreads":         c.WorkerThreads,
+		"inpodUds":                 c.Attach.InpodUDS,
+		"ipv6Enabled":              c.Net.IPv6,
+		"localNode":                orNull(c.Node.Name),
+		"localhostAppTunnel":       c.Proxy.LocalhostAppTunnel,
+		"network":                  c.Node.Network,
+		"numWorkerThreads":         c.Process.WorkerThreads,
 		"outboundAddr":             c.wildcard(ports.Outbound).String(),
-		"packetMark":               c.PacketMark,
-		"poolMaxStreamsPerConn":    c.PoolMaxStreams,
-		"poolUnusedReleaseTimeout": secsNanos(c.PoolUnused),
-		"preferedServiceNamespace": orNull(c.PreferredServiceNamespace),
+		"packetMark":               c.Net.PacketMark,
+		"poolMaxStreamsPerConn":    c.Proxy.PoolMaxStreams,
+		"poolUnusedReleaseTimeout": secsNanos(c.Proxy.PoolUnused),
+		"preferedServiceNamespace": orNull(c.DNS.PreferredNamespace),
 		"proxy":                    true,
-		"proxyArgs":                c.ProxyArgs,
-		"proxyMetadata":            c.ProxyMetadata,
+		"proxyArgs":                c.Self.Args,
+		"proxyMetadata":            c.Self.Metadata,
 		"proxyMode":                mode,
 		"proxyWorkloadInformation": only,
-		"readinessAddr":            c.socket(c.ReadinessPort),
-		"requireOriginalSource":    c.OriginalSource,
-		"secretTtl":                secsNanos(c.SecretTTL),
-		"selfTerminationDeadline":  secsNanos(c.TerminationDeadline),
+		"readinessAddr":            c.socket(c.Admin.ReadinessPort),
+		"requireOriginalSource":    c.Proxy.OriginalSource,
+		"secretTtl":                secsNanos(c.CA.TTL),
+		"selfTerminationDeadline":  secsNanos(c.Process.TerminationDeadline),
 		"socketConfig": map[string]any{
-			"keepaliveEnabled": c.KeepaliveEnabled, "keepaliveInterval": secsNanos(c.KeepaliveInterval),
-			"keepaliveRetries": c.KeepaliveRetries,
-			"keepaliveTime":    secsNanos(c.KeepaliveTime), "userTimeoutEnabled": c.UserTimeout,
+			"keepaliveEnabled": c.Net.KeepaliveEnabled, "keepaliveInterval": secsNanos(c.Net.KeepaliveInterval),
+			"keepaliveRetries": c.Net.KeepaliveRetries,
+			"keepaliveTime":    secsNanos(c.Net.KeepaliveTime), "userTimeoutEnabled": c.Net.UserTimeout,
 		},
 		"socks5Addr":      socks,
-		"statsAddr":       c.socket(c.StatsPort),
-		"windowSize":      c.StreamWindow,
-		"xdsAddress":      orNull(c.XDSAddress),
-		"xdsHeaders":      headersOf(c.XDSHeaders),
-		"xdsOnDemand":     c.XDSOnDemand,
-		"xdsRootCert":     c.XDSRoots.dump(),
+		"statsAddr":       c.socket(c.Admin.StatsPort),
+		"windowSize":      c.Proxy.HBONE.StreamWindow,
+		"xdsAddress":      orNull(c.XDS.Address),
+		"xdsHeaders":      headersOf(c.XDS.Headers),
+		"xdsOnDemand":     c.XDS.OnDemand,
+		"xdsRootCert":     dumpRoots(c.XDS.Roots),
 		"ztun":            c.dumpOwn(),
 		"ztunnelIdentity": self,
 		"ztunnelWorkload": workload,
@@ -98,19 +100,23 @@ func (c *Config) dump() map[string]any {
 // dumpOwn is what ztunnel does not have or does not show; no secrets and no contents of files.
 func (c *Config) dumpOwn() map[string]any {
 	return map[string]any{
-		"adaptiveProcessors": c.AdaptiveProcessors, "authzPolicyInfoLogging": c.AuthzInfo, "clientCert": orNull(c.ClientCert),
-		"controlCredentials": orNull(c.ControlDir), "localCaDir": orNull(c.LocalCADir),
-		"localXdsPath": orNull(c.LocalXDSPath),
-		"memoryLimit":  c.MemoryLimit, "podMemory": c.PodMemory,
-		"maxInFlight": c.MaxInFlight, "maxInFlightPerDestination": c.MaxInFlightPerDestination, "dnsRate": c.DNSRate,
-		"flows": c.Flows, "sendReason": c.SendReason, "dnsSearch": c.DNSSearch, "mtu": c.MTU, "nodeTun": c.NodeTUN,
-		"pqc": c.PQC, "socket": c.Socket, "stateDir": c.StateDir, "tls12": c.TLS12, "tokenFile": orNull(c.TokenFile),
-		"tunPlain":          c.TUNPlain,
-		"denyUnknownPolicy": c.DenyUnknownPolicy, "dropCapabilities": c.DropCapabilities,
+		"adaptiveProcessors": c.Process.AdaptiveProcessors, "authzPolicyInfoLogging": c.Proxy.PolicyInfoLogging,
+		"clientCert":         orNull(c.Control.Cert),
+		"controlCredentials": orNull(c.Control.Dir), "localCaDir": orNull(c.CA.LocalDir),
+		"localXdsPath": orNull(c.XDS.LocalPath),
+		"memoryLimit":  c.Memory.Limit, "podMemory": c.Memory.Pod,
+		"maxInFlight": c.Stack.MaxInFlight, "maxInFlightPerDestination": c.Stack.MaxInFlightPerDst,
+		"dnsRate": c.Stack.DNSRate,
+		"flows":   c.Proxy.Remember, "sendReason": c.Proxy.SendReason, "dnsSearch": c.DNS.Search, "mtu": c.Attach.MTU,
+		"nodeTun": c.Attach.NodeTUN,
+		"pqc":     c.Proxy.TLS.PQC, "socket": c.State.Socket, "stateDir": c.State.Dir, "tls12": c.Proxy.TLS.TLS12,
+		"tokenFile":         orNull(c.Control.Token.File),
+		"tunPlain":          c.Attach.Plain,
+		"denyUnknownPolicy": c.Proxy.DenyUnknownPolicy, "dropCapabilities": c.Privileges.Drop,
 	}
 }
 
-func (r RootSource) dump() any {
+func dumpRoots(r istiod.Roots) any {
 	switch {
 	case r.File != "":
 		return map[string]string{"File": r.File}
@@ -129,11 +135,11 @@ func (c *Config) localhost(port uint16) any {
 }
 
 func (c *Config) dnsAddress() any {
-	if port, ok := strings.CutPrefix(c.DNSProxyAddr, "localhost:"); ok {
+	if port, ok := strings.CutPrefix(c.DNS.Addr, "localhost:"); ok {
 		n, _ := strconv.ParseUint(port, 10, 16) // checked when it was read
 		return c.localhost(uint16(n))
 	}
-	return map[string]string{"SocketAddr": c.DNSProxyAddr}
+	return map[string]string{"SocketAddr": c.DNS.Addr}
 }
 
 func secsNanos(d time.Duration) any {
@@ -225,12 +231,12 @@ func (r resolver) addrs() (all []netip.AddrPort) {
 // daemon's own resolver appends, since kubelet adds the node's search list to every pod's. A daemon that is a pod has
 // domains of its own namespace there, which are no other pod's.
 func (c *Config) searchDomains(r resolver) (all []string) {
-	if len(c.DNSSearch) > 0 {
-		return c.DNSSearch
+	if len(c.DNS.Search) > 0 {
+		return c.DNS.Search
 	}
 	for _, d := range r.search {
 		d = strings.Trim(strings.ToLower(d), ".")
-		if d != "" && d != c.ClusterDomain && !strings.HasSuffix(d, "."+c.ClusterDomain) {
+		if d != "" && d != c.Node.ClusterDomain && !strings.HasSuffix(d, "."+c.Node.ClusterDomain) {
 			all = append(all, d)
 		}
 	}

@@ -71,7 +71,7 @@ func TestDumpIsZtunnels(t *testing.T) {
 	c := load(t, "NODE_NAME", "n1", "LOCAL_CA_DIR", "-", "FAKE_CA", "true", "ISTIO_META_DNS_CAPTURE", "true",
 		"UNSTABLE_ENABLE_SOCKS5", "true",
 		"ENABLE_ORIG_SRC", "true", "PACKET_MARK", "1337", "ZTUNNEL_WORKER_THREADS", "2")
-	c.ProxyArgs = "proxy ztunnel"
+	c.Self.Args = "proxy ztunnel"
 	text, got := jsonOf(t, c.dump())
 	want := sampleConfig(t)
 
@@ -152,14 +152,15 @@ func TestParseResolvConf(t *testing.T) {
 func TestSearchDomains(t *testing.T) {
 	r := resolver{search: []string{"istio-system.svc.cluster.local", "svc.cluster.local", "Cluster.local.",
 		"corp.example.", "lab", "."}}
-	if got := fmt.Sprint((&Config{ClusterDomain: "cluster.local"}).searchDomains(r)); got != "[corp.example lab]" {
+	if got := fmt.Sprint((&Config{Node: nodeConfig{ClusterDomain: "cluster.local"}}).searchDomains(r)); got !=
+		"[corp.example lab]" {
 		t.Errorf("of the daemon's resolver: %v", got)
 	}
-	c := &Config{ClusterDomain: "cluster.local"}
-	if err := domains(&c.DNSSearch)(" a.example. ,,b"); err != nil || fmt.Sprint(c.searchDomains(r)) != "[a.example b]" {
+	c := &Config{Node: nodeConfig{ClusterDomain: "cluster.local"}}
+	if err := domains(&c.DNS.Search)(" a.example. ,,b"); err != nil || fmt.Sprint(c.searchDomains(r)) != "[a.example b]" {
 		t.Errorf("configured: %v, %v", c.searchDomains(r), err)
 	}
-	if domains(&c.DNSSearch)("a b") == nil || domains(&c.DNSSearch)("http://a") == nil {
+	if domains(&c.DNS.Search)("a b") == nil || domains(&c.DNS.Search)("http://a") == nil {
 		t.Error("no domain is taken for one")
 	}
 }

@@ -41,41 +41,41 @@ defaultConfig:
 `)
 	off := []string{"XDS_ADDRESS", "-"}
 	c := load(t, off...)
-	if c.XDSAddress != "https://mesh.example:15012" || c.AdminPort != 15100 || c.StatsPort != 15120 ||
-		c.WorkerThreads != 3 || c.DNSProxy {
+	if c.XDS.Address != "https://mesh.example:15012" || c.Admin.Port != 15100 || c.Admin.StatsPort != 15120 ||
+		c.Process.WorkerThreads != 3 || c.DNS.Proxy {
 		t.Errorf("from the mesh: %+v", c)
 	}
 	if want := map[string]string{"A": "mesh", "B": "mesh", "C": "mesh", "DNS_CAPTURE": "false"}; !maps.Equal(
-		c.ProxyMetadata, want) {
-		t.Errorf("metadata %v", c.ProxyMetadata)
+		c.Self.Metadata, want) {
+		t.Errorf("metadata %v", c.Self.Metadata)
 	}
 	own := append(off, "PROXY_CONFIG",
 		`{"discoveryAddress": "own.example", "statsPort": 15220, "proxyMetadata": {"B": "own", "ISTIO_META_C": "own"}}`)
 	c = load(t, own...)
-	if c.XDSAddress != "https://own.example" || c.AdminPort != 15100 || c.StatsPort != 15220 {
+	if c.XDS.Address != "https://own.example" || c.Admin.Port != 15100 || c.Admin.StatsPort != 15220 {
 		t.Errorf("PROXY_CONFIG over mesh: %+v", c)
 	}
 	c = load(t, append(own, "XDS_ADDRESS", "env.example:1", "ISTIO_META_C", "env", "ISTIO_META_DNS_CAPTURE", "TRUE",
 		"ISTIO_META_D", "")...)
 	if want := map[string]string{"A": "mesh", "B": "own", "C": "env", "D": "", "DNS_CAPTURE": "TRUE"}; !maps.Equal(
-		c.ProxyMetadata, want) || !c.DNSProxy {
-		t.Errorf("environment over both: %v, DNS %v", c.ProxyMetadata, c.DNSProxy)
+		c.Self.Metadata, want) || !c.DNS.Proxy {
+		t.Errorf("environment over both: %v, DNS %v", c.Self.Metadata, c.DNS.Proxy)
 	}
-	if c.XDSAddress != "https://env.example:1" {
-		t.Errorf("XDS_ADDRESS over discoveryAddress: %s", c.XDSAddress)
+	if c.XDS.Address != "https://env.example:1" {
+		t.Errorf("XDS_ADDRESS over discoveryAddress: %s", c.XDS.Address)
 	}
-	if c := load(t, append(own, "XDS_ADDRESS", "")...); c.XDSAddress != "" {
-		t.Errorf("XDS_ADDRESS= over discoveryAddress: %s", c.XDSAddress)
+	if c := load(t, append(own, "XDS_ADDRESS", "")...); c.XDS.Address != "" {
+		t.Errorf("XDS_ADDRESS= over discoveryAddress: %s", c.XDS.Address)
 	}
-	if c := load(t, append(own, "ZTUN_MESH_CONFIG", "")...); c.AdminPort != 15000 {
-		t.Errorf("no mesh configuration wanted, and yet one is read: %d", c.AdminPort)
+	if c := load(t, append(own, "ZTUN_MESH_CONFIG", "")...); c.Admin.Port != 15000 {
+		t.Errorf("no mesh configuration wanted, and yet one is read: %d", c.Admin.Port)
 	}
 	other := filepath.Join(t.TempDir(), "other")
 	if err := os.WriteFile(other, []byte("defaultConfig: {proxyAdminPort: 15300}"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if c := load(t, "ZTUN_MESH_CONFIG", other); c.AdminPort != 15300 {
-		t.Errorf("ZTUN_MESH_CONFIG: %d", c.AdminPort)
+	if c := load(t, "ZTUN_MESH_CONFIG", other); c.Admin.Port != 15300 {
+		t.Errorf("ZTUN_MESH_CONFIG: %d", c.Admin.Port)
 	}
 }
 
@@ -129,17 +129,17 @@ func TestProxyConfigTexts(t *testing.T) {
 func TestDNSCapture(t *testing.T) {
 	for value, want := range map[string]bool{"-": true, "true": true, "TRUE": true, "false": false, "": false,
 		"yes": false} {
-		if c := load(t, "ISTIO_META_DNS_CAPTURE", value); c.DNSProxy != want {
-			t.Errorf("%q: %v", value, c.DNSProxy)
+		if c := load(t, "ISTIO_META_DNS_CAPTURE", value); c.DNS.Proxy != want {
+			t.Errorf("%q: %v", value, c.DNS.Proxy)
 		}
 	}
 	for value, want := range map[string]string{"localhost:53": "localhost:53", "127.0.0.2:5353": "127.0.0.2:5353",
 		"[::1]:53": "[::1]:53"} {
-		if c := load(t, "ISTIO_META_DNS_PROXY_ADDR", value); c.DNSProxyAddr != want {
-			t.Errorf("%q: %q", value, c.DNSProxyAddr)
+		if c := load(t, "ISTIO_META_DNS_PROXY_ADDR", value); c.DNS.Addr != want {
+			t.Errorf("%q: %q", value, c.DNS.Addr)
 		}
 	}
-	if c := load(t, "XDS_ON_DEMAND", "true", "ISTIO_META_DNS_CAPTURE", "false"); !c.XDSOnDemand {
+	if c := load(t, "XDS_ON_DEMAND", "true", "ISTIO_META_DNS_CAPTURE", "false"); !c.XDS.OnDemand {
 		t.Error("on demand without DNS")
 	}
 }

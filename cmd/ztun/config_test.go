@@ -38,29 +38,35 @@ func load(t *testing.T, pairs ...string) *Config {
 
 func TestDefaults(t *testing.T) { // checklist 1; not 7: PACKET_MARK serves iptables rules, of which there are none here
 	c := load(t)
-	if c.StreamWindow != 4<<20 || c.ConnWindow != 16<<20 || c.FrameSize != 1<<20 || c.PoolMaxStreams != 100 ||
-		c.PoolUnused != 5*time.Minute {
+	if c.Proxy.HBONE.StreamWindow != 4<<20 || c.Proxy.HBONE.ConnWindow != 16<<20 || c.Proxy.HBONE.FrameSize != 1<<20 ||
+		c.Proxy.PoolMaxStreams != 100 ||
+		c.Proxy.PoolUnused != 5*time.Minute {
 		t.Errorf("HTTP/2 defaults: %+v", c)
 	}
-	if c.AdminPort != 15000 || c.StatsPort != 15020 || c.ReadinessPort != 15021 || c.TerminationDeadline != 5*time.Second {
+	if c.Admin.Port != 15000 || c.Admin.StatsPort != 15020 || c.Admin.ReadinessPort != 15021 ||
+		c.Process.TerminationDeadline != 5*time.Second {
 		t.Errorf("ports or deadline: %+v", c)
 	}
-	if c.KeepaliveTime != 180*time.Second || c.KeepaliveRetries != 9 || !c.KeepaliveEnabled || c.UserTimeout {
+	if c.Net.KeepaliveTime != 180*time.Second || c.Net.KeepaliveRetries != 9 || !c.Net.KeepaliveEnabled ||
+		c.Net.UserTimeout {
 		t.Errorf("keepalive: %+v", c)
 	}
-	if c.Socket != "/var/run/ztun/ztun.sock" || c.MTU != 1500 || c.NodeTUN != "ztun-node" || c.SecretTTL != 24*time.Hour {
+	if c.State.Socket != "/var/run/ztun/ztun.sock" || c.Attach.MTU != 1500 || c.Attach.NodeTUN != "ztun-node" ||
+		c.CA.TTL != 24*time.Hour {
 		t.Errorf("own settings: %+v", c)
 	}
-	if !c.DNSProxy || c.DNSProxyAddr != "localhost:15053" || c.SOCKS5 || c.XDSOnDemand || c.TLS12 || c.PQC ||
-		c.AuthzInfo || !c.LocalhostAppTunnel || c.OriginalSource != nil {
+	if !c.DNS.Proxy || c.DNS.Addr != "localhost:15053" || c.Proxy.SOCKS5 || c.XDS.OnDemand || c.Proxy.TLS.TLS12 ||
+		c.Proxy.TLS.PQC ||
+		c.Proxy.PolicyInfoLogging || !c.Proxy.LocalhostAppTunnel || c.Proxy.OriginalSource != nil {
 		t.Errorf("switches: %+v", c)
 	}
-	if c.XDSAddress != "" || c.CAAddress != "" || c.ClusterID != "Kubernetes" || c.ClusterDomain != "cluster.local" ||
-		c.TrustDomain != "cluster.local" || !c.Identity.IsZero() || c.ProxyArgs != "proxy" {
+	if c.XDS.Address != "" || c.CA.Address != "" || c.Node.ClusterID != "Kubernetes" ||
+		c.Node.ClusterDomain != "cluster.local" ||
+		c.Self.TrustDomain != "cluster.local" || !c.Self.Identity.IsZero() || c.Self.Args != "proxy" {
 		t.Errorf("who and where: %+v", c)
 	}
-	if c.ProxyMetadata == nil || len(c.ProxyMetadata) != 0 || len(c.Warnings) != 0 {
-		t.Errorf("metadata %v, warnings %q", c.ProxyMetadata, c.Warnings)
+	if c.Self.Metadata == nil || len(c.Self.Metadata) != 0 || len(c.Warnings) != 0 {
+		t.Errorf("metadata %v, warnings %q", c.Self.Metadata, c.Warnings)
 	}
 }
 
@@ -155,13 +161,13 @@ func TestTerminationDeadline(t *testing.T) { // spec controlplane checklist 8
 	for value, want := range map[string]time.Duration{"30": 25 * time.Second, "11": 6 * time.Second, "10": 9 * time.Second,
 		"1": time.Second, "0": time.Second} {
 		c, err := loadConfig(env("TERMINATION_GRACE_PERIOD_SECONDS", value))
-		if err != nil || c.TerminationDeadline != want {
-			t.Errorf("grace %s: %v, %v; want %v", value, c.TerminationDeadline, err, want)
+		if err != nil || c.Process.TerminationDeadline != want {
+			t.Errorf("grace %s: %v, %v; want %v", value, c.Process.TerminationDeadline, err, want)
 		}
 	}
 	c, err := loadConfig(env("TERMINATION_GRACE_PERIOD_SECONDS", "30", "CONNECTION_TERMINATION_DEADLINE", "1s"))
-	if err != nil || c.TerminationDeadline != time.Second {
-		t.Errorf("explicit deadline: %v, %v", c.TerminationDeadline, err)
+	if err != nil || c.Process.TerminationDeadline != time.Second {
+		t.Errorf("explicit deadline: %v, %v", c.Process.TerminationDeadline, err)
 	}
 }
 
@@ -217,11 +223,11 @@ func TestErrorsKeepSecrets(t *testing.T) {
 func TestTextOnly(t *testing.T) {
 	c := load(t, "KEEPALIVE_RETRIES", "\xff", "XDS_HEADER_A", "\xff", "ISTIO_META_X", "\xff", "CLUSTER_ID", "",
 		"ISTIO_META_Y", "")
-	if c.KeepaliveRetries != 9 || len(c.XDSHeaders) != 0 || c.ClusterID != "" {
+	if c.Net.KeepaliveRetries != 9 || len(c.XDS.Headers) != 0 || c.Node.ClusterID != "" {
 		t.Errorf("%+v", c)
 	}
-	if _, ok := c.ProxyMetadata["X"]; ok || len(c.ProxyMetadata) != 1 {
-		t.Errorf("metadata %v", c.ProxyMetadata)
+	if _, ok := c.Self.Metadata["X"]; ok || len(c.Self.Metadata) != 1 {
+		t.Errorf("metadata %v", c.Self.Metadata)
 	}
 }
 
@@ -232,14 +238,14 @@ func TestExactlyTrue(t *testing.T) {
 		warnings int
 	}{"true": {true, 0}, "false": {}, "": {}, "True": {false, 2}, "1": {false, 2}} {
 		c := load(t, "TLS12_ENABLED", value, "AUTHZ_POLICY_INFO_LOGGING", value)
-		if c.TLS12 != want.on || c.AuthzInfo != want.on || len(c.Warnings) != want.warnings {
-			t.Errorf("%q: %v %v %q", value, c.TLS12, c.AuthzInfo, c.Warnings)
+		if c.Proxy.TLS.TLS12 != want.on || c.Proxy.PolicyInfoLogging != want.on || len(c.Warnings) != want.warnings {
+			t.Errorf("%q: %v %v %q", value, c.Proxy.TLS.TLS12, c.Proxy.PolicyInfoLogging, c.Warnings)
 		}
 	}
-	if c := load(t, "COMPLIANCE_POLICY", "pqc"); !c.PQC {
+	if c := load(t, "COMPLIANCE_POLICY", "pqc"); !c.Proxy.TLS.PQC {
 		t.Error("pqc")
 	}
-	if c := load(t, "COMPLIANCE_POLICY", ""); c.PQC {
+	if c := load(t, "COMPLIANCE_POLICY", ""); c.Proxy.TLS.PQC {
 		t.Error("no policy")
 	}
 }
@@ -250,16 +256,18 @@ func TestPlainVariables(t *testing.T) {
 		"1h30m",
 		"ALT_XDS_HOSTNAME", "x", "ALT_CA_HOSTNAME", "y", "ZTUN_CONTROL_CERT", "/c", "ZTUN_CONTROL_KEY", "/k",
 		"INPOD_PORT_REUSE", "true", "PACKET_MARK", "1337")
-	if !c.SOCKS5 || c.LocalhostAppTunnel || c.PreferredServiceNamespace != "p" || c.ClusterDomain != "d.local" ||
-		c.CRLPath != "/crl.pem" || c.InstanceIP != "10.0.0.9" || c.InpodUDS != "/x.sock" || c.AltXDSHostname != "x" ||
-		c.AltCAHostname != "y" ||
-		c.ClientCert != "/c" || c.ClientKey != "/k" || c.PacketMark != 1337 {
+	if !c.Proxy.SOCKS5 || c.Proxy.LocalhostAppTunnel || c.DNS.PreferredNamespace != "p" ||
+		c.Node.ClusterDomain != "d.local" ||
+		c.CA.CRLPath != "/crl.pem" || c.Self.InstanceIP != "10.0.0.9" || c.Attach.InpodUDS != "/x.sock" ||
+		c.XDS.AltHostname != "x" ||
+		c.CA.AltHostname != "y" ||
+		c.Control.Cert != "/c" || c.Control.Key != "/k" || c.Net.PacketMark != 1337 {
 		t.Errorf("%+v", c)
 	}
-	if c.SecretTTL != 5400*time.Second { // checklist 15
-		t.Errorf("SECRET_TTL %v", c.SecretTTL)
+	if c.CA.TTL != 5400*time.Second { // checklist 15
+		t.Errorf("SECRET_TTL %v", c.CA.TTL)
 	}
-	if c := load(t, "ENABLE_ORIG_SRC", "true"); c.OriginalSource == nil || !*c.OriginalSource {
+	if c := load(t, "ENABLE_ORIG_SRC", "true"); c.Proxy.OriginalSource == nil || !*c.Proxy.OriginalSource {
 		t.Error("ENABLE_ORIG_SRC=true")
 	}
 }
@@ -268,15 +276,15 @@ func TestPlainVariables(t *testing.T) {
 func TestOwnIdentity(t *testing.T) {
 	all := []string{"POD_NAMESPACE", "istio-system", "SERVICE_ACCOUNT", "ztunnel", "POD_NAME", "zt-1"}
 	c := load(t, all...)
-	if c.Identity.String() != "spiffe://cluster.local/ns/istio-system/sa/ztunnel" || c.PodName != "zt-1" {
-		t.Errorf("%v", c.Identity)
+	if c.Self.Identity.String() != "spiffe://cluster.local/ns/istio-system/sa/ztunnel" || c.Self.Pod != "zt-1" {
+		t.Errorf("%v", c.Self.Identity)
 	}
-	if c := load(t, append(all, "TRUST_DOMAIN", "td")...); c.Identity.TrustDomain != "td" {
-		t.Errorf("%v", c.Identity)
+	if c := load(t, append(all, "TRUST_DOMAIN", "td")...); c.Self.Identity.TrustDomain != "td" {
+		t.Errorf("%v", c.Self.Identity)
 	}
 	for _, missing := range []string{"POD_NAMESPACE", "SERVICE_ACCOUNT", "POD_NAME"} {
-		if c := load(t, append(slices.Clone(all), missing, "-")...); !c.Identity.IsZero() {
-			t.Errorf("without %s: %v", missing, c.Identity)
+		if c := load(t, append(slices.Clone(all), missing, "-")...); !c.Self.Identity.IsZero() {
+			t.Errorf("without %s: %v", missing, c.Self.Identity)
 		}
 	}
 }

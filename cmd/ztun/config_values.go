@@ -130,13 +130,13 @@ func uint32v(p *uint32, lo, hi uint64) func(string) error {
 	}
 }
 
-func uint16v(p *uint16, lo uint64) func(string) error {
+func uint16v[T uint16 | int](p *T, lo uint64) func(string) error {
 	return func(v string) error {
 		n, err := strconv.ParseUint(v, 10, 16)
 		if err != nil || n < lo {
 			return fmt.Errorf("must be a decimal number from %d to 65535", lo)
 		}
-		*p = uint16(n)
+		*p = T(n)
 		return nil
 	}
 }

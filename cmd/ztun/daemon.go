@@ -85,13 +85,13 @@ type daemon struct {
 
 // newDaemon makes a daemon that does nothing yet. It logs to out.
 func newDaemon(c *Config, out io.Writer) (*daemon, error) {
-	filter, err := zlog.ParseFilter(c.RustLog)
+	filter, err := zlog.ParseFilter(c.Log.Filter)
 	if err != nil {
-		return nil, &configError{"RUST_LOG", c.RustLog, err}
+		return nil, &configError{"RUST_LOG", c.Log.Filter, err}
 	}
-	log := zlog.New(zlog.Options{Writer: out, JSON: c.LogFormat == "json", Control: zlog.NewControl(filter)})
+	log := zlog.New(zlog.Options{Writer: out, JSON: c.Log.Format == "json", Control: zlog.NewControl(filter)})
 	return &daemon{c: c, log: log, logger: log.Logger("ztun"), report: fair.NewReport(log.Logger("bounds")),
-		handshakes: fair.NewTurns[proxy.Crypto](c.WorkerThreads/2, 250*time.Microsecond, 500*time.Microsecond),
+		handshakes: fair.NewTurns[proxy.Crypto](c.Process.WorkerThreads/2, 250*time.Microsecond, 500*time.Microsecond),
 		panics:     rescue.New(log.Logger("ztun")), quit: make(chan string, 1)}, nil
 }
 
@@ -127,7 +127,7 @@ func runProxy(ctx context.Context, c *Config) error {
 		}
 	case reason = <-d.quit:
 	}
-	d.logger.Info("received "+reason+", starting shutdown", "deadline", c.TerminationDeadline)
+	d.logger.Info("received "+reason+", starting shutdown", "deadline", c.Process.TerminationDeadline)
 	// The operator's impatience wins: a second signal ends the process at once.
 	over := make(chan struct{})
 	defer close(over)
@@ -138,7 +138,7 @@ func runProxy(ctx context.Context, c *Config) error {
 		case <-over:
 		}
 	}()
-	d.end(c.TerminationDeadline)
+	d.end(c.Process.TerminationDeadline)
 	stop()
 	d.work.Wait()
 	d.logger.Info("shutdown complete")
@@ -158,33 +158,33 @@ func (d *daemon) start(ctx context.Context) error {
 		d.logger.Debug("effective configuration", "config", string(effective))
 	}
 	// One processor more than the workers have, so that admin work never takes one of theirs.
-	if !c.GCSet {
+	if !c.Process.GCSet {
 		debug.SetGCPercent(gcSmall)
 	}
-	d.memory = newMemory("/", c.MemoryLimit, c.PodMemory)
+	d.memory = newMemory("/", c.Memory.Limit, c.Memory.Pod)
 	d.memory.tellRuntime()
-	procs := &processors{limit: c.WorkerThreads + 1, gc: !c.GCSet}
+	procs := &processors{limit: c.Process.WorkerThreads + 1, gc: !c.Process.GCSet}
 	procs.set(procs.limit)
-	if c.AdaptiveProcessors {
+	if c.Process.AdaptiveProcessors {
 		d.admin(ctx, "processors", func(ctx context.Context) error { procs.run(ctx); return nil })
 	}
-	if c.DropCapabilities {
+	if c.Privileges.Drop {
 		for _, n := range needs(c) {
-			if c.Held&capsOf(n.cap) != 0 {
+			if c.Privileges.Held&capsOf(n.cap) != 0 {
 				d.logger.Debug("capability held", "capability", capsOf(n.cap).String(), "for", n.why)
 			}
 		}
-		if c.ShutOut != "" {
+		if c.Privileges.ShutOut != "" {
 			d.logger.Warn("CAP_DAC_OVERRIDE is kept: without it the daemon may not use a path of its configuration", "path",
-				c.ShutOut)
+				c.Privileges.ShutOut)
 		}
 	}
 	for _, w := range c.Warnings {
 		d.logger.Warn(w)
 	}
 	files := raiseFileLimit(d.logger)
-	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
-		return &configError{"ZTUN_STATE_DIR", c.StateDir, err}
+	if err := os.MkdirAll(c.State.Dir, 0o700); err != nil {
+		return &configError{"ZTUN_STATE_DIR", c.State.Dir, err}
 	}
 
 	d.ready = admin.NewReady(time.Now)
@@ -196,7 +196,7 @@ func (d *daemon) start(ctx context.Context) error {
 		return err
 	}
 	d.admin(ctx, "readiness", func(ctx context.Context) error {
-		sayReady(ctx, d.ready, d.logger.With("node", c.NodeName))
+		sayReady(ctx, d.ready, d.logger.With("node", c.Node.Name))
 		return nil
 	})
 
@@ -206,12 +206,12 @@ func (d *daemon) start(ctx context.Context) error {
 	}
 	d.revocation(ctx)
 	d.metrics = proxy.NewMetrics()
-	d.policies = proxy.NewUnknownPolicies(c.DenyUnknownPolicy, d.log.Logger("proxy"))
+	d.policies = proxy.NewUnknownPolicies(c.Proxy.DenyUnknownPolicy, d.log.Logger("proxy"))
 	d.onDemandDNS = proxy.NewOnDemandDNS()
-	if c.DNSProxy {
+	if c.DNS.Proxy {
 		d.dnsMetrics = dns.NewMetrics()
 	}
-	d.resolve = resolve.New(resolve.Options{IPv4Only: !c.IPv6})
+	d.resolve = resolve.New(resolve.Options{IPv4Only: !c.Net.IPv6})
 	resolver := resolvConf()
 	d.nameservers, d.search = resolver.addrs(), c.searchDomains(resolver)
 	d.know = newKnowledge()
@@ -226,8 +226,9 @@ func (d *daemon) start(ctx context.Context) error {
 	d.meter = admin.NewMeter(d.traffic)
 	d.admin(ctx, "meter", d.meter.Run)
 	d.admin(ctx, "series", func(ctx context.Context) error { d.metrics.Run(ctx, d.present); return nil })
-	d.file = &xds.File{Path: c.LocalXDSPath, Inline: c.LocalXDS, TrustDomain: trustDomain(signer, c.TrustDomain),
-		Logger: d.log.Logger("xds")}
+	d.file = &xds.File{Path: c.XDS.LocalPath, Inline: c.XDS.LocalInline,
+		TrustDomain: trustDomain(signer, c.Self.TrustDomain),
+		Logger:      d.log.Logger("xds")}
 	d.static = xds.NewStatic(d.file)
 	if err := d.bindAdmin(); err != nil {
 		return err
@@ -239,8 +240,9 @@ func (d *daemon) start(ctx context.Context) error {
 
 	// Bound before anything of the node or of the list of pods is touched: its lock tells two daemons with
 	// one ZTUN_STATE_DIR apart. It is served last.
-	d.control, err = admin.NewPodSocket(admin.PodSocketOptions{Path: c.Socket, Pods: d.pods, Connections: d.connections(),
-		Handlers: d.handlers(), Report: d.report, Logger: d.log.Logger("pods")})
+	d.control, err = admin.NewPodSocket(admin.PodSocketOptions{Path: c.State.Socket, Pods: d.pods,
+		Connections: d.connections(),
+		Handlers:    d.handlers(), Report: d.report, Logger: d.log.Logger("pods")})
 	if err != nil {
 		return err
 	}
@@ -252,7 +254,7 @@ func (d *daemon) start(ctx context.Context) error {
 	d.registry.MustRegister(&dataplaneCollector{d: d, tables: newMetricTables()})
 	proxyReady.Done()
 	d.pods.new, d.pods.changed, d.pods.known = d.newPod, d.podsChanged, d.known
-	if c.Dedicated && !c.Rootless {
+	if c.Mode.Dedicated && !c.Mode.Rootless {
 		if err := d.pods.addOwn(ctx); err != nil {
 			return err
 		}
@@ -273,7 +275,8 @@ func (d *daemon) start(ctx context.Context) error {
 		d.know.poke()
 	}
 	podsReady.Done()
-	d.logger.Info("started", "node", c.NodeName, "workers", c.WorkerThreads, "offload", d.kind.Stats().Offload.VNetHdr)
+	d.logger.Info("started", "node", c.Node.Name, "workers", c.Process.WorkerThreads, "offload",
+		d.kind.Stats().Offload.VNetHdr)
 	d.admin(ctx, "certificate check", func(ctx context.Context) error { d.checkCertificates(ctx, certsReady); return nil })
 	return nil
 }

@@ -35,10 +35,10 @@ func udpModes(m *udpMode) func(string) error {
 
 // datagrams is how all pods' UDP and ICMP are carried; nil: they are not.
 func (c *Config) datagrams(know dns.Knowledge) *netstack.Datagrams {
-	if c.UDP == udpOff {
+	if c.UDP.Mode == udpOff {
 		return nil
 	}
-	return &netstack.Datagrams{MaxFlows: c.MaxUDPFlows, Version: func() uint64 { return know.View().Version() }}
+	return &netstack.Datagrams{MaxFlows: c.UDP.MaxFlows, Version: func() uint64 { return know.View().Version() }}
 }
 
 // AllowDatagram implements attach.Handler.

@@ -23,7 +23,7 @@ func TestDatagramModes(t *testing.T) {
 		if (d != nil) != tt.carried || d != nil && d.MaxFlows != 77 {
 			t.Errorf("%s: %+v", tt.mode, d)
 		}
-		p := &pod{udp: c.UDP, built: make(chan struct{})}
+		p := &pod{udp: c.UDP.Mode, built: make(chan struct{})}
 		if got := p.AllowDatagram(false, src, dst); got != tt.allowed {
 			t.Errorf("%s, being attached: allowed %v", tt.mode, got)
 		}
@@ -32,8 +32,8 @@ func TestDatagramModes(t *testing.T) {
 			t.Errorf("%s, not attached after all: allowed %v", tt.mode, got)
 		}
 	}
-	if c := load(t); c.UDP != udpPolicy || c.MaxUDPFlows != 16384 {
-		t.Errorf("by default %v, %d", c.UDP, c.MaxUDPFlows)
+	if c := load(t); c.UDP.Mode != udpPolicy || c.UDP.MaxFlows != 16384 {
+		t.Errorf("by default %v, %d", c.UDP.Mode, c.UDP.MaxFlows)
 	}
 	if _, err := loadConfig(env("ZTUN_UDP", "yes")); err == nil {
 		t.Error("ZTUN_UDP=yes is taken")

@@ -128,26 +128,26 @@ func examine(ctx context.Context, a asker) (doctor.Facts, error) {
 	if err != nil {
 		return doctor.Facts{}, err
 	}
-	o.NodeTUN, o.MTU, o.IPv6, o.PlainTUN = c.NodeTUN, c.MTU, c.IPv6, c.TUNPlain
-	o.Ports = []uint16{ports.HBONE, c.AdminPort, c.StatsPort, c.ReadinessPort}
+	o.NodeTUN, o.MTU, o.IPv6, o.PlainTUN = c.Attach.NodeTUN, c.Attach.MTU, c.Net.IPv6, c.Attach.Plain
+	o.Ports = []uint16{ports.HBONE, c.Admin.Port, c.Admin.StatsPort, c.Admin.ReadinessPort}
 	o.Upstreams = upstreams(c)
 	for _, p := range pods {
 		o.Pods = append(o.Pods, podOptions(p))
 	}
-	if c.DNSProxy {
+	if c.DNS.Proxy {
 		// The pods' stacks take port 53 of any address. This one is nobody's (RFC 5737).
 		o.Nameserver = netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, 53}), 53)
 	}
 	if o.Running {
-		o.Daemon.Ready, err = unready(ctx, c.ReadinessPort)
+		o.Daemon.Ready, err = unready(ctx, c.Admin.ReadinessPort)
 		missed("readiness", err)
-		body, err := fetch(ctx, c.AdminPort, "/config_dump")
+		body, err := fetch(ctx, c.Admin.Port, "/config_dump")
 		if err == nil {
 			domain, _ := lookup("TRUST_DOMAIN")
-			if c.FakeCA || c.LocalCADir != "" {
+			if c.CA.Fake || c.CA.LocalDir != "" {
 				domain = "" // it is the authority's
 			}
-			o.Certs, o.Peers, err = fromDump(body, c.NodeName, domain)
+			o.Certs, o.Peers, err = fromDump(body, c.Node.Name, domain)
 		}
 		missed("certificates and peers", err)
 	}
@@ -173,24 +173,21 @@ func podOptions(p admin.PodStatus) doctor.PodOptions {
 func upstreams(c *Config) []doctor.UpstreamOptions {
 	var all []doctor.UpstreamOptions
 	for _, u := range []struct {
-		name, address string
-		roots         RootSource
-		alt           string
-		headers       [][2]string
-	}{{"XDS_ADDRESS", c.XDSAddress, c.XDSRoots, c.AltXDSHostname, c.XDSHeaders},
-		{"CA_ADDRESS", c.CAAddress, c.CARoots, c.AltCAHostname, c.CAHeaders}} {
-		local := u.name == "CA_ADDRESS" && (c.FakeCA || c.LocalCADir != "")
-		if u.address == "" || local {
+		name string
+		upstream
+	}{{"XDS_ADDRESS", c.XDS.upstream}, {"CA_ADDRESS", c.CA.upstream}} {
+		local := u.name == "CA_ADDRESS" && (c.CA.Fake || c.CA.LocalDir != "")
+		if u.Address == "" || local {
 			continue
 		}
-		up := doctor.UpstreamOptions{Upstream: doctor.Upstream{Variable: u.name, Address: u.address,
-			Token: doctor.Token{Path: c.TokenFile}}}
-		if u.roots.File != "" {
-			if _, err := os.ReadFile(u.roots.File); err != nil {
+		up := doctor.UpstreamOptions{Upstream: doctor.Upstream{Variable: u.name, Address: u.Address,
+			Token: doctor.Token{Path: c.Control.Token.File}}}
+		if u.Roots.File != "" {
+			if _, err := os.ReadFile(u.Roots.File); err != nil {
 				up.Roots = err.Error()
 			}
 		}
-		conn, err := newConnector(c, u.name, u.address, u.roots, u.alt, u.headers, 0, slog.New(slog.DiscardHandler))
+		conn, err := newConnector(c, u.name, u.upstream, 0, slog.New(slog.DiscardHandler))
 		if err != nil {
 			up.Probe = func(context.Context) error { return err }
 		} else {

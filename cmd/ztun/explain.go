@@ -150,7 +150,7 @@ func (d *daemon) caller(q *proxy.ExplainQuestion, v url.Values) (err error) {
 	var w *state.Workload
 	if q.Src, err = netip.ParseAddr(from); err == nil {
 		q.Src = q.Src.Unmap()
-		w = view.WorkloadByAddr(d.c.Network, q.Src)
+		w = view.WorkloadByAddr(d.c.Node.Network, q.Src)
 	} else {
 		if w, err = d.workload(from, "default"); err != nil {
 			return err

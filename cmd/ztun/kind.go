@@ -18,18 +18,19 @@ import (
 func (d *daemon) chooseKind() attach.Kind {
 	c := d.c
 	o := attach.Options{
-		NodeTUN: c.NodeTUN, MTU: c.MTU, IPv6: c.IPv6, Plain: c.TUNPlain, Record: hostRecord(c.StateDir), DNS: c.DNSProxy,
+		NodeTUN: c.Attach.NodeTUN, MTU: c.Attach.MTU, IPv6: c.Net.IPv6, Plain: c.Attach.Plain,
+		Record: hostRecord(c.State.Dir), DNS: c.DNS.Proxy,
 		Socket: c.meshSocket(), Stack: c.stack(),
 		Descriptors: d.fds, Self: d.pods.selfDoor, Report: d.report, Panics: d.panics, Serve: d.serve, Logger: d.log.Logger,
 	}
 	o.Stack.Datagrams = c.datagrams(d.know)
 	switch {
-	case c.Rootless:
+	case c.Mode.Rootless:
 		return rootless.New(o)
-	case c.Dedicated:
+	case c.Mode.Dedicated:
 		return dedicated.New(o)
 	}
-	if c.Steer {
+	if c.Attach.Steer {
 		return nodeKinds{isolated.New(o), steered.New(o)}
 	}
 	return isolated.New(o)
@@ -57,17 +58,18 @@ const notSentLowat = 128 << 10
 
 // meshSocket is what the mesh's kernel sockets have in common.
 func (c *Config) meshSocket() netns.SocketOptions {
-	return netns.SocketOptions{UserTimeout: c.userTimeout(), NotSentLowat: notSentLowat, Mark: c.PacketMark,
+	return netns.SocketOptions{UserTimeout: c.userTimeout(), NotSentLowat: notSentLowat, Mark: c.Net.PacketMark,
 		KeepAlive: net.KeepAliveConfig{
-			Enable: c.KeepaliveEnabled, Idle: c.KeepaliveTime, Interval: c.KeepaliveInterval, Count: int(c.KeepaliveRetries),
+			Enable: c.Net.KeepaliveEnabled, Idle: c.Net.KeepaliveTime, Interval: c.Net.KeepaliveInterval,
+			Count: int(c.Net.KeepaliveRetries),
 		}}
 }
 
 // stack is what the stacks of all pods have in common.
 func (c *Config) stack() netstack.Config {
-	return netstack.Config{
-		MaxInFlight: c.MaxInFlight, MaxInFlightPerDst: c.MaxInFlightPerDestination, DNSRate: c.DNSRate,
-		KeepaliveOff: !c.KeepaliveEnabled, UserTimeout: c.userTimeout(),
-		KeepaliveIdle: c.KeepaliveTime, KeepaliveInterval: c.KeepaliveInterval, KeepaliveCount: int(c.KeepaliveRetries),
-	}
+	s := c.Stack
+	s.KeepaliveOff, s.KeepaliveIdle, s.KeepaliveInterval = !c.Net.KeepaliveEnabled, c.Net.KeepaliveTime,
+		c.Net.KeepaliveInterval
+	s.KeepaliveCount, s.UserTimeout = int(c.Net.KeepaliveRetries), c.userTimeout()
+	return s
 }

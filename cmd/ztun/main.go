@@ -80,19 +80,19 @@ func proxyCommand() *cobra.Command {
 				return err
 			}
 			held, err := permitted()
-			if err == nil && !c.Dedicated {
+			if err == nil && !c.Mode.Dedicated {
 				err = needRoot(cmd.CommandPath(), held, needs(c)[:required]...)
 			}
 			if err != nil {
 				return err
 			}
-			c.ProxyArgs = strings.Join(append([]string{"proxy"}, args...), " ")
-			if c.DropCapabilities {
+			c.Self.Args = strings.Join(append([]string{"proxy"}, args...), " ")
+			if c.Privileges.Drop {
 				held, err := dropPrivileges(c)
 				if err != nil {
 					c.Warnings = append(c.Warnings, fmt.Sprintf("capabilities that are not needed could not be given up: %v", err))
 				}
-				c.Held = held
+				c.Privileges.Held = held
 			}
 			return runProxy(cmd.Context(), c)
 		},

@@ -14,14 +14,14 @@ func (d *daemon) traffic() (out, in admin.Traffic) {
 func (d *daemon) overview() admin.Overview {
 	view := d.loop.View()
 	version, _ := buildVersion()
-	o := admin.Overview{Node: d.c.NodeName, Version: version, Started: d.started, Source: d.c.XDSAddress}
+	o := admin.Overview{Node: d.c.Node.Name, Version: version, Started: d.started, Source: d.c.XDS.Address}
 	o.Workloads, o.Services, o.Policies = view.Counts()
 	if s, ok := d.xdsStats(); ok {
 		o.Connected = s.Connected
 		for _, n := range s.Rejected {
 			o.Rejected += n
 		}
-	} else if o.Source, o.File = d.c.LocalXDSPath, true; o.Source == "" {
+	} else if o.Source, o.File = d.c.XDS.LocalPath, true; o.Source == "" {
 		o.Source = "LOCAL_XDS"
 	}
 	d.overviewPods(&o)

@@ -65,7 +65,7 @@ type podParts struct {
 // newPod attaches a pod. What it has made is unmade when a later step fails.
 func newPod(ctx context.Context, parts *podParts, a attach.Pod) (_ *pod, err error) {
 	a.Memory = parts.memory.forPod()
-	p := &pod{memory: a.Memory, spec: a.PodSpec, uid: a.UID, label: a.Label, udp: parts.c.UDP, log: parts.log,
+	p := &pod{memory: a.Memory, spec: a.PodSpec, uid: a.UID, label: a.Label, udp: parts.c.UDP.Mode, log: parts.log,
 		panics: parts.panics, built: make(chan struct{})}
 	var undo []func()
 	defer func() {
@@ -85,7 +85,7 @@ func newPod(ctx context.Context, parts *podParts, a attach.Pod) (_ *pod, err err
 	p.spec.IPs = p.att.Addrs()
 	undo = append(undo, func() { p.closeLoopback(ended()); p.running.Wait() }) // after all else that ends what runs
 	var names lookup
-	if parts.c.DNSProxy {
+	if parts.c.DNS.Proxy {
 		if err = p.serveNames(parts); err != nil {
 			return nil, err
 		}
@@ -93,7 +93,7 @@ func newPod(ctx context.Context, parts *podParts, a attach.Pod) (_ *pod, err err
 	}
 	p.proxy = parts.proxy(p.spec, p.att, names, p.memory)
 	undo = append(undo, p.proxy.Close)
-	if parts.c.SOCKS5 {
+	if parts.c.Proxy.SOCKS5 {
 		if err = p.serveSOCKS(parts); err != nil {
 			return nil, err
 		}

@@ -70,7 +70,7 @@ func (l *podLab) open(t *testing.T, limit uint64) *attach.Descriptors {
 	fds := attach.NewDescriptors(limit, nil)
 	var serving sync.WaitGroup
 	kind := isolated.New(attach.Options{
-		NetNS: l.node.NS, NodeTUN: l.parts.c.NodeTUN, MTU: l.parts.c.MTU, IPv6: true, DNS: true,
+		NetNS: l.node.NS, NodeTUN: l.parts.c.Attach.NodeTUN, MTU: l.parts.c.Attach.MTU, IPv6: true, DNS: true,
 		Socket: l.parts.c.meshSocket(), Stack: l.parts.c.stack(),
 		Descriptors: fds, Serve: func(_ string, f func() error) { serving.Go(func() { f() }) },
 		Logger: func(string) *slog.Logger { return slog.New(slog.DiscardHandler) },

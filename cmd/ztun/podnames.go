@@ -73,15 +73,15 @@ func closeAll(ls []net.Listener, ps []net.PacketConn) {
 // serveNames starts the pod's DNS proxy.
 func (p *pod) serveNames(parts *podParts) error {
 	c := parts.c
-	host, port, _ := net.SplitHostPort(c.DNSProxyAddr) // checked by the configuration
-	at, err := netip.ParseAddrPort(c.DNSProxyAddr)
+	host, port, _ := net.SplitHostPort(c.DNS.Addr) // checked by the configuration
+	at, err := netip.ParseAddrPort(c.DNS.Addr)
 	where := []netip.AddrPort{at}
 	if err != nil && host == "localhost" {
 		n, err := net.LookupPort("udp", port)
 		if err != nil {
 			return err
 		}
-		where = loopback(uint16(n), c.IPv6)
+		where = loopback(uint16(n), c.Net.IPv6)
 	}
 	ls, ps, err := p.listen("DNS proxy", "ISTIO_META_DNS_CAPTURE=false or another ISTIO_META_DNS_PROXY_ADDR", where, true)
 	if err != nil {
@@ -89,9 +89,11 @@ func (p *pod) serveNames(parts *podParts) error {
 	}
 	p.dns, err = dns.New(dns.Config{
 		Client: p.info(), Knowledge: parts.know, Upstream: podUpstream{p.att}, Nameservers: parts.nameservers,
-		Options: dns.Options{ClusterDomain: c.ClusterDomain, PreferredNamespace: c.PreferredServiceNamespace, IPv6: c.IPv6,
+		Options: dns.Options{ClusterDomain: c.Node.ClusterDomain, PreferredNamespace: c.DNS.PreferredNamespace,
+			IPv6:        c.Net.IPv6,
 			ExtraSearch: parts.search},
-		Packets: ps, Listeners: ls, Rate: c.DNSRate, Panics: parts.panics, Metrics: parts.dnsMetrics, Logger: parts.dnsLog,
+		Packets: ps, Listeners: ls, Rate: c.Stack.DNSRate, Panics: parts.panics, Metrics: parts.dnsMetrics,
+		Logger: parts.dnsLog,
 	})
 	if err != nil {
 		closeAll(ls, ps)
@@ -114,7 +116,7 @@ func (p *pod) ServeDNS(q attach.Query) {
 
 // serveSOCKS starts the pod's SOCKS5 server.
 func (p *pod) serveSOCKS(parts *podParts) error {
-	ls, _, err := p.listen("SOCKS5", "UNSTABLE_ENABLE_SOCKS5=false", loopback(ports.SOCKS, parts.c.IPv6), false)
+	ls, _, err := p.listen("SOCKS5", "UNSTABLE_ENABLE_SOCKS5=false", loopback(ports.SOCKS, parts.c.Net.IPv6), false)
 	if err != nil {
 		return err
 	}

@@ -118,7 +118,7 @@ func (m *podManager) attach(ctx context.Context, spec attach.Pod) error {
 	if labels[spec.Label] {
 		spec.Label += "@" + uid // two of one name for a while: in messages and metrics they are told apart
 	}
-	if !m.c.IPv6 && slices.ContainsFunc(spec.IPs, netip.Addr.Is6) {
+	if !m.c.Net.IPv6 && slices.ContainsFunc(spec.IPs, netip.Addr.Is6) {
 		return fmt.Errorf("%w: it has an IPv6 address, but the daemon runs with IPV6_ENABLED=false", admin.ErrPodInvalid)
 	}
 	if err := m.kind.Locate(&spec); err != nil {
@@ -168,7 +168,7 @@ func (m *podManager) Delete(ctx context.Context, namespace, name string) error {
 	m.mu.Lock()
 	p := m.pods[uid]
 	m.mu.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, m.c.TerminationDeadline)
+	ctx, cancel := context.WithTimeout(ctx, m.c.Process.TerminationDeadline)
 	defer cancel()
 	if p != nil {
 		p.stop(ctx)
@@ -278,7 +278,7 @@ func (m *podManager) counts() (active, pending int) {
 // podsFile is the list of pods in the state directory.
 const podsFile = "pods.json"
 
-func (m *podManager) stateFile() string { return filepath.Join(m.c.StateDir, podsFile) }
+func (m *podManager) stateFile() string { return filepath.Join(m.c.State.Dir, podsFile) }
 
 // save writes the list of pods for the next life of the daemon.
 func (m *podManager) save() error {

@@ -32,7 +32,8 @@ func (*noKind) Leave()                          {}
 // testManager makes a podManager that can attach nothing, in a directory of its own.
 func testManager(t *testing.T, saved ...savedPod) (*podManager, *int) {
 	t.Helper()
-	m := newPodManager(&Config{StateDir: t.TempDir(), MTU: 1500, IPv6: true, TerminationDeadline: time.Second},
+	m := newPodManager(&Config{State: stateConfig{Dir: t.TempDir()}, Attach: attachConfig{MTU: 1500},
+		Net: netConfig{IPv6: true}, Process: processConfig{TerminationDeadline: time.Second}},
 		slog.New(slog.DiscardHandler))
 	swept := 0
 	m.new = func(context.Context, attach.Pod) (*pod, error) { return nil, errors.New("no devices here") }

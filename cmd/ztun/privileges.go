@@ -68,14 +68,14 @@ func needs(c *Config) []need {
 		{unix.CAP_SYS_ADMIN, "entering the pods' network namespaces"},
 		{unix.CAP_SYS_PTRACE, "pods given by the id of a process"},
 	}
-	if c.Dedicated {
+	if c.Mode.Dedicated {
 		all = nil
-		if c.PacketMark != 0 {
+		if c.Net.PacketMark != 0 {
 			all = append(all, need{unix.CAP_NET_ADMIN, "PACKET_MARK"})
 		}
 	}
-	ports := []uint16{c.AdminPort, c.StatsPort, c.ReadinessPort}
-	if _, p, err := net.SplitHostPort(c.DNSProxyAddr); err == nil && c.DNSProxy {
+	ports := []uint16{c.Admin.Port, c.Admin.StatsPort, c.Admin.ReadinessPort}
+	if _, p, err := net.SplitHostPort(c.DNS.Addr); err == nil && c.DNS.Proxy {
 		if n, err := strconv.ParseUint(p, 10, 16); err == nil {
 			ports = append(ports, uint16(n))
 		}
@@ -89,20 +89,21 @@ func needs(c *Config) []need {
 // files are the paths that a configuration reads, and the directories that it writes to.
 func (c *Config) files() (read, write []string) {
 	for _, p := range []string{
-		c.LocalXDSPath, c.LocalCADir, c.CRLPath, c.TokenFile, c.ClientCert, c.ClientKey, c.ControlDir, c.AdminToken,
-		c.XDSRoots.File, c.CARoots.File,
+		c.XDS.LocalPath, c.CA.LocalDir, c.CA.CRLPath, c.Control.Token.File, c.Control.Cert, c.Control.Key, c.Control.Dir,
+		c.Admin.TokenFile,
+		c.XDS.Roots.File, c.CA.Roots.File,
 	} {
 		if p != "" {
 			read = append(read, p)
 		}
 	}
-	for _, dir := range []string{c.LocalCADir, c.ControlDir} {
+	for _, dir := range []string{c.CA.LocalDir, c.Control.Dir} {
 		if dir != "" {
 			inside, _ := filepath.Glob(filepath.Join(dir, "*.pem")) // the pattern is a good one
 			read = append(read, inside...)
 		}
 	}
-	return read, []string{c.StateDir, filepath.Dir(c.Socket)}
+	return read, []string{c.State.Dir, filepath.Dir(c.State.Socket)}
 }
 
 // executedAgain marks, in the environment, that the process has executed itself: once is enough.
@@ -143,7 +144,7 @@ func dropOnThread(c *Config, again bool) (held capSet, err error) {
 		if err := setCaps(keep, held, 0); err != nil {
 			return held, err
 		}
-		if c.ShutOut = c.shutOut(); c.ShutOut != "" {
+		if c.Privileges.ShutOut = c.shutOut(); c.Privileges.ShutOut != "" {
 			keep |= modes
 		}
 		if err := setCaps(held, held, 0); err != nil {
@@ -204,7 +205,7 @@ func dropOnThread(c *Config, again bool) (held capSet, err error) {
 func (c *Config) shutOut() string {
 	denied := func(err error) bool { return errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) }
 	const device = "/dev/net/tun"
-	if !c.Dedicated && denied(unix.Faccessat(unix.AT_FDCWD, device, unix.R_OK|unix.W_OK, unix.AT_EACCESS)) {
+	if !c.Mode.Dedicated && denied(unix.Faccessat(unix.AT_FDCWD, device, unix.R_OK|unix.W_OK, unix.AT_EACCESS)) {
 		return device
 	}
 	read, write := c.files()

@@ -65,20 +65,20 @@ func TestShutOut(t *testing.T) {
 	if err := os.Chown(others, 65534, 65534); err != nil {
 		t.Fatal(err)
 	}
-	ok := Config{StateDir: filepath.Join(mine, "a/b"), Socket: filepath.Join(mine, "a/b/s"), LocalXDSPath: good,
-		CRLPath: filepath.Join(mine, "none")}
+	ok := Config{State: stateConfig{Dir: filepath.Join(mine, "a/b"), Socket: filepath.Join(mine, "a/b/s")},
+		XDS: xdsConfig{LocalPath: good}, CA: caConfig{CRLPath: filepath.Join(mine, "none")}}
 	for name, c := range map[string]struct {
 		change func(c *Config)
 		want   string
 	}{
 		"all is ours":               {func(*Config) {}, ""},
-		"another's file":            {func(c *Config) { c.TokenFile = bad }, bad},
-		"a file behind a directory": {func(c *Config) { c.LocalXDSPath = hidden }, hidden},
-		"a key in a directory":      {func(c *Config) { c.LocalCADir = ca }, key},
+		"another's file":            {func(c *Config) { c.Control.Token.File = bad }, bad},
+		"a file behind a directory": {func(c *Config) { c.XDS.LocalPath = hidden }, hidden},
+		"a key in a directory":      {func(c *Config) { c.CA.LocalDir = ca }, key},
 		"a state directory to be": {func(c *Config) {
-			c.StateDir = filepath.Join(others, "x/y")
+			c.State.Dir = filepath.Join(others, "x/y")
 		}, filepath.Join(others, "x/y")},
-		"a socket in another's place": {func(c *Config) { c.Socket = filepath.Join(others, "sock") }, others},
+		"a socket in another's place": {func(c *Config) { c.State.Socket = filepath.Join(others, "sock") }, others},
 	} {
 		conf := ok
 		c.change(&conf)

@@ -189,12 +189,12 @@ func runWorkload(ctx context.Context, who *runWho, noUDP bool, command []string)
 		return err
 	}
 	// Many on one host: each has ports of its own.
-	c.AdminPort, c.StatsPort, c.ReadinessPort = 0, 0, 0
-	c.Rootless, c.DropCapabilities = true, false
+	c.Admin.Port, c.Admin.StatsPort, c.Admin.ReadinessPort = 0, 0, 0
+	c.Mode.Rootless, c.Privileges.Drop = true, false
 	if noUDP {
-		c.UDP = udpOff
+		c.UDP.Mode = udpOff
 	}
-	c.Workload = state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount}
+	c.Mode.Workload = state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount}
 	d, err := newDaemon(c, os.Stderr)
 	if err != nil {
 		return err
@@ -203,7 +203,7 @@ func runWorkload(ctx context.Context, who *runWho, noUDP bool, command []string)
 	ctx, stop := context.WithCancel(ctx)
 	defer d.work.Wait()
 	defer stop()
-	defer func() { d.end(c.TerminationDeadline) }()
+	defer func() { d.end(c.Process.TerminationDeadline) }()
 	if err := d.start(ctx); err != nil {
 		return err
 	}
@@ -217,7 +217,7 @@ func runWorkload(ctx context.Context, who *runWho, noUDP bool, command []string)
 		return err
 	}
 	resolv := filepath.Join(dir, "resolv.conf")
-	if c.DNSProxy {
+	if c.DNS.Proxy {
 		r := resolvConf()
 		text := "nameserver " + capturedServer + "\n"
 		if len(r.search) > 0 {
@@ -233,7 +233,7 @@ func runWorkload(ctx context.Context, who *runWho, noUDP bool, command []string)
 	}
 	defer ns.Close()
 	return ns.Do(func() error {
-		if c.DNSProxy {
+		if c.DNS.Proxy {
 			if err := mountOver(resolv, "/etc/resolv.conf"); err != nil {
 				d.logger.Warn("the command's names go to the host's nameservers", "error", err)
 			}

@@ -54,12 +54,15 @@ func TestRunJoins(t *testing.T) {
 		if filepath.Ext(path) == ".json" {
 			where = filepath.Join(dir, "join")
 		}
-		if c.ControlDir != where || c.TokenFile != filepath.Join(where, control.TokenFile) || c.TokenLiteral != "" ||
-			c.XDSRoots.File != filepath.Join(where, control.RootFile) || c.ClientKey != filepath.Join(where, control.KeyFile) {
+		if c.Control.Dir != where || c.Control.Token.File != filepath.Join(where, control.TokenFile) ||
+			c.Control.Token.Literal != "" ||
+			c.XDS.Roots.File != filepath.Join(where, control.RootFile) ||
+			c.Control.Key != filepath.Join(where, control.KeyFile) {
 			t.Errorf("credentials: %+v", c)
 		}
-		if !c.Dedicated || c.Workload != (state.WorkloadInfo{Namespace: "shop", Name: "till", ServiceAccount: "tills"}) ||
-			c.TrustDomain != "td" || c.XDSAddress != "https://elsewhere:1" || c.CAAddress != "https://control:15012" {
+		if !c.Mode.Dedicated ||
+			c.Mode.Workload != (state.WorkloadInfo{Namespace: "shop", Name: "till", ServiceAccount: "tills"}) ||
+			c.Self.TrustDomain != "td" || c.XDS.Address != "https://elsewhere:1" || c.CA.Address != "https://control:15012" {
 			t.Errorf("%+v", c)
 		}
 	}
@@ -162,15 +165,18 @@ func TestOwnSigner(t *testing.T) {
 // Dedicated mode is one workload's, which has to be named; elsewhere the name has no effect, as with ztunnel.
 func TestDedicatedConfig(t *testing.T) { // checklist 11
 	c := load(t, "PROXY_MODE", "dedicated", "PROXY_WORKLOAD_INFO", "shop/till/tills/x")
-	if !c.Dedicated || c.Workload != (state.WorkloadInfo{Namespace: "shop", Name: "till", ServiceAccount: "tills/x"}) {
-		t.Errorf("%+v", c.Workload)
+	if !c.Mode.Dedicated ||
+		c.Mode.Workload != (state.WorkloadInfo{Namespace: "shop", Name: "till", ServiceAccount: "tills/x"}) {
+		t.Errorf("%+v", c.Mode.Workload)
 	}
 	d := c.dump()
-	if w, ok := d["proxyWorkloadInformation"].(map[string]string); d["proxyMode"] != "Dedicated" || !ok || w["name"] != "till" {
+	if w, ok := d["proxyWorkloadInformation"].(map[string]string); d["proxyMode"] != "Dedicated" || !ok ||
+		w["name"] != "till" {
 		t.Error(d["proxyMode"], d["proxyWorkloadInformation"])
 	}
 	c = load(t, "PROXY_WORKLOAD_INFO", "shop/till/tills")
-	if c.Dedicated || c.Workload != (state.WorkloadInfo{}) || !strings.Contains(strings.Join(c.Warnings, " "), "no effect") {
-		t.Errorf("%+v %v", c.Workload, c.Warnings)
+	if c.Mode.Dedicated || c.Mode.Workload != (state.WorkloadInfo{}) ||
+		!strings.Contains(strings.Join(c.Warnings, " "), "no effect") {
+		t.Errorf("%+v %v", c.Mode.Workload, c.Warnings)
 	}
 }

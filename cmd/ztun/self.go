@@ -29,14 +29,15 @@ type selfPod struct {
 // newSelf is nil where the daemon is not told which pod is its own.
 func (d *daemon) newSelf() *selfPod {
 	c := d.c
-	if c.Identity == (identity.ID{}) || c.Workload != (state.WorkloadInfo{}) {
+	if c.Self.Identity == (identity.ID{}) || c.Mode.Workload != (state.WorkloadInfo{}) {
 		return nil
 	}
-	s := &selfPod{spec: admin.PodSpec{Name: c.PodName, Namespace: c.PodNamespace, ServiceAccount: c.ServiceAccount},
+	s := &selfPod{spec: admin.PodSpec{Name: c.Self.Pod, Namespace: c.Self.Namespace,
+		ServiceAccount: c.Self.ServiceAccount},
 		view: d.loop.View}
-	s.addr, _ = netip.ParseAddr(c.InstanceIP)
+	s.addr, _ = netip.ParseAddr(c.Self.InstanceIP)
 	s.addr = s.addr.Unmap()
-	s.proxy = d.newProxy(s.spec, selfNetwork{c.StatsPort}, nil, nil)
+	s.proxy = d.newProxy(s.spec, selfNetwork{c.Admin.StatsPort}, nil, nil)
 	return s
 }
 

@@ -15,7 +15,7 @@ import (
 
 // bindReadiness starts 15021 first of all: a probe during start-up is answered "not ready", not refused.
 func (d *daemon) bindReadiness() error {
-	s, err := admin.NewReadiness(admin.ReadinessOptions{Port: d.c.ReadinessPort, IPv6: d.c.IPv6, Ready: d.ready,
+	s, err := admin.NewReadiness(admin.ReadinessOptions{Port: d.c.Admin.ReadinessPort, IPv6: d.c.Net.IPv6, Ready: d.ready,
 		Report: d.report, Logger: d.log.Logger("readiness")})
 	return d.bound("readiness", s, err)
 }
@@ -23,10 +23,10 @@ func (d *daemon) bindReadiness() error {
 // bindAdmin starts 15000 and 15020.
 func (d *daemon) bindAdmin() error {
 	a, err := admin.NewAdmin(admin.AdminOptions{
-		Port: d.c.AdminPort, IPv6: d.c.loopbackIPv6(), Logging: d.log, Dump: d.dump, Connections: d.connections(),
+		Port: d.c.Admin.Port, IPv6: d.c.loopbackIPv6(), Logging: d.log, Dump: d.dump, Connections: d.connections(),
 		Quit:     d.askToQuit,
 		Overview: d.overview, Meter: d.meter, Ready: d.ready,
-		Token: d.c.AdminToken, Report: d.report, Logger: d.log.Logger("admin"),
+		Token: d.c.Admin.TokenFile, Report: d.report, Logger: d.log.Logger("admin"),
 	})
 	if err := d.bound("admin", a, err); err != nil {
 		return err
@@ -34,7 +34,7 @@ func (d *daemon) bindAdmin() error {
 	registry := prometheus.NewRegistry()
 	d.registry = registry
 	s, err := admin.NewStats(admin.StatsOptions{
-		Port: d.c.StatsPort, IPv6: d.c.IPv6, Registry: registry, Ordered: d.ordered(), Report: d.report,
+		Port: d.c.Admin.StatsPort, IPv6: d.c.Net.IPv6, Registry: registry, Ordered: d.ordered(), Report: d.report,
 		Logger: d.log.Logger("stats"),
 	})
 	if err := d.bound("stats", s, err); err != nil {
@@ -42,7 +42,7 @@ func (d *daemon) bindAdmin() error {
 	}
 	registry.MustRegister(
 		admin.ProcessCollector(),
-		admin.BuildCollector(d.c.IstioVersion),
+		admin.BuildCollector(d.c.Self.IstioVersion),
 		admin.VersionCollector(buildVersion()),
 		admin.WorkloadManagerCollector(func() admin.WorkloadManagerStats {
 			active, pending := d.pods.counts()
@@ -50,7 +50,7 @@ func (d *daemon) bindAdmin() error {
 				Stopped: d.pods.stopped.Load()}
 		}),
 		admin.GoCollector(),
-		admin.RuntimeCollector(admin.RuntimeSources{Workers: d.c.WorkerThreads, AdminTasks: func() int {
+		admin.RuntimeCollector(admin.RuntimeSources{Workers: d.c.Process.WorkerThreads, AdminTasks: func() int {
 			return int(d.tasks.Load())
 		}, Servers: d.servers}),
 		admin.XDSCollector(d.xdsStats),
@@ -133,7 +133,7 @@ func (d *daemon) version() map[string]string {
 	version, revision := buildVersion()
 	return map[string]string{
 		"version": version, "gitRevision": revision, "rustVersion": "", "buildProfile": "release", "buildStatus": "",
-		"istioVersion": d.c.IstioVersion, "cryptoProvider": "go",
+		"istioVersion": d.c.Self.IstioVersion, "cryptoProvider": "go",
 	}
 }
 

@@ -16,23 +16,20 @@ import (
 // maxXDS bounds a message of the control plane, in bytes (spec controlplane 2.1).
 const maxXDS = 200 << 20
 
-// connector is the way to a control plane: what XDS_ADDRESS and CA_ADDRESS have in common.
-func (d *daemon) connector(name, address string, roots RootSource, alt string, headers [][2]string, maxRecv int) (
-	*istiod.Connector, error) {
-	return newConnector(d.c, name, address, roots, alt, headers, maxRecv, d.log.Logger("istiod"))
+// connector is the way to a control plane: what XDS_ADDRESS and CA_ADDRESS, which is the name, have in common.
+func (d *daemon) connector(name string, up upstream, maxRecv int) (*istiod.Connector, error) {
+	return newConnector(d.c, name, up, maxRecv, d.log.Logger("istiod"))
 }
 
 // newConnector is for those who have no daemon.
-func newConnector(
-	c *Config, name, address string, roots RootSource, alt string, headers [][2]string, maxRecv int, log *slog.Logger,
-) (*istiod.Connector, error) {
+func newConnector(c *Config, name string, up upstream, maxRecv int, log *slog.Logger) (*istiod.Connector, error) {
 	conn, err := istiod.New(istiod.Options{
-		Address: address, Roots: istiod.Roots{File: roots.File, PEM: roots.PEM, System: roots.System}, AltHostname: alt,
-		Token: istiod.Token{File: c.TokenFile, Literal: c.TokenLiteral}, ClusterID: c.ClusterID, Headers: headers,
-		ClientCert: c.ClientCert, ClientKey: c.ClientKey, TLS12: c.TLS12, PQC: c.PQC, MaxRecv: maxRecv, Logger: log,
+		Address: up.Address, Roots: up.Roots, AltHostname: up.AltHostname, Headers: up.Headers,
+		Token: c.Control.Token, ClusterID: c.Node.ClusterID, ClientCert: c.Control.Cert, ClientKey: c.Control.Key,
+		TLS12: c.Proxy.TLS.TLS12, PQC: c.Proxy.TLS.PQC, MaxRecv: maxRecv, Logger: log,
 	})
 	if err != nil {
-		return nil, &configError{name, address, err}
+		return nil, &configError{name, up.Address, err}
 	}
 	return conn, nil
 }
@@ -41,39 +38,40 @@ func newConnector(
 // certificates.
 func (d *daemon) authority(ctx context.Context) (ca.Signer, error) {
 	c := d.c
-	options := ca.ManagerOptions{TTL: c.SecretTTL, Logger: d.log.Logger("ca")}
+	options := ca.ManagerOptions{TTL: c.CA.TTL, Logger: d.log.Logger("ca")}
 	var dir *ca.Dir
 	switch {
-	case c.FakeCA:
+	case c.CA.Fake:
 		fake := ca.NewFake()
 		d.logger.Warn("FAKE_CA=true: certificates are signed with a key that everybody knows, and that is not ztunnel's; "+
 			"for tests only",
 			"root", ca.Describe(fake.Certificate()))
 		options.Signer = fake
-	case c.LocalCADir != "":
+	case c.CA.LocalDir != "":
 		var err error
-		if dir, err = ca.OpenDir(c.LocalCADir, d.log.Logger("ca")); err != nil {
-			return nil, &configError{"LOCAL_CA_DIR", c.LocalCADir, err}
+		if dir, err = ca.OpenDir(c.CA.LocalDir, d.log.Logger("ca")); err != nil {
+			return nil, &configError{"LOCAL_CA_DIR", c.CA.LocalDir, err}
 		}
 		options.Signer = dir
 	default:
-		conn, err := d.connector("CA_ADDRESS", c.CAAddress, c.CARoots, c.AltCAHostname, c.CAHeaders, 0)
+		conn, err := d.connector("CA_ADDRESS", c.CA.upstream, 0)
 		if err != nil {
 			return nil, err
 		}
-		d.remoteCA = ca.NewRemote(ca.RemoteOptions{Connector: conn, Impersonate: !c.Dedicated, Logger: d.log.Logger("ca"),
+		d.remoteCA = ca.NewRemote(ca.RemoteOptions{Connector: conn, Impersonate: !c.Mode.Dedicated,
+			Logger: d.log.Logger("ca"),
 			Changed: func() {
 				d.certs.Renew()
 			}})
 		d.probeCA = conn.Probe
 		options.Signer = d.remoteCA
-		if c.ControlDir != "" {
+		if c.Control.Dir != "" {
 			d.followControl(ctx, conn)
 		}
 	}
 	signer := options.Signer
-	if c.Workload != (state.WorkloadInfo{}) {
-		options.Signer = &ownSigner{Signer: signer, of: c.Workload, log: options.Logger}
+	if c.Mode.Workload != (state.WorkloadInfo{}) {
+		options.Signer = &ownSigner{Signer: signer, of: c.Mode.Workload, log: options.Logger}
 	}
 	d.certs = ca.NewManager(options)
 	if d.remoteCA != nil {
@@ -97,12 +95,12 @@ func trustDomain(signer ca.Signer, own string) string {
 // certificate of this node when its own nears its end.
 func (d *daemon) followControl(ctx context.Context, conn *istiod.Connector) {
 	c, log := d.c, d.log.Logger("ca")
-	if c.ClientCert != "" && filepath.Dir(c.ClientCert) == filepath.Clean(c.ControlDir) {
+	if c.Control.Cert != "" && filepath.Dir(c.Control.Cert) == filepath.Clean(c.Control.Dir) {
 		d.admin(ctx, "own certificate",
-			ca.NewOwn(ca.OwnOptions{Connector: conn, CertFile: c.ClientCert, KeyFile: c.ClientKey, Logger: log}).Run)
+			ca.NewOwn(ca.OwnOptions{Connector: conn, CertFile: c.Control.Cert, KeyFile: c.Control.Key, Logger: log}).Run)
 	}
-	path := filepath.Join(c.StateDir, "control-crl.pem")
-	d.crl = ca.NewCRLFile(c.CRLPath, &d.revoked, d.log.Logger("crl"))
+	path := filepath.Join(c.State.Dir, "control-crl.pem")
+	d.crl = ca.NewCRLFile(c.CA.CRLPath, &d.revoked, d.log.Logger("crl"))
 	d.crl.Also(path)
 	follow := ca.NewRevocations(ca.RevocationsOptions{Connector: conn, Path: path, Put: func() {
 		d.crl.Load()
@@ -113,11 +111,11 @@ func (d *daemon) followControl(ctx context.Context, conn *istiod.Connector) {
 // revocation reads CRL_PATH. A list that cannot be read at start only warns, as in ztunnel: a pod that does not come up
 // is worse than one whose list comes late.
 func (d *daemon) revocation(ctx context.Context) {
-	if d.crl == nil && d.c.CRLPath == "" {
+	if d.crl == nil && d.c.CA.CRLPath == "" {
 		return
 	}
 	if d.crl == nil {
-		d.crl = ca.NewCRLFile(d.c.CRLPath, &d.revoked, d.log.Logger("crl"))
+		d.crl = ca.NewCRLFile(d.c.CA.CRLPath, &d.revoked, d.log.Logger("crl"))
 	}
 	d.crl.Load() // it says itself what is wrong
 	d.admin(ctx, "revocation list", d.crl.Run)
@@ -125,7 +123,7 @@ func (d *daemon) revocation(ctx context.Context) {
 
 // tls is what handshakes with peers are asked for.
 func (d *daemon) tls() identity.Params {
-	p := identity.Params{TLS12: d.c.TLS12, PQC: d.c.PQC}
+	p := d.c.Proxy.TLS
 	if d.crl != nil {
 		p.Revocation = &d.revoked
 	}
@@ -138,27 +136,27 @@ func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
 	c := d.c
 	var base *xds.Local
 	file := d.file
-	if c.LocalXDSPath != "" || c.LocalXDS != "" {
+	if c.XDS.LocalPath != "" || c.XDS.LocalInline != "" {
 		// The first load is synchronous: a wrong file at start is an error, later it keeps the last good state.
 		first, err := file.Load()
 		switch {
-		case err != nil && c.LocalXDSPath == "":
+		case err != nil && c.XDS.LocalPath == "":
 			return &configError{"LOCAL_XDS", "...", err}
 		case err != nil:
-			return &configError{"LOCAL_XDS_PATH", c.LocalXDSPath, err}
+			return &configError{"LOCAL_XDS_PATH", c.XDS.LocalPath, err}
 		}
 		base = first
 		d.static.Keep(first)
 	}
-	if c.XDSAddress == "" {
-		if err := d.loop.Do(ctx, func() { d.loop.Publish(base.View(c.NodeName)) }); err != nil {
+	if c.XDS.Address == "" {
+		if err := d.loop.Do(ctx, func() { d.loop.Publish(base.View(c.Node.Name)) }); err != nil {
 			return err
 		}
 		ready.Done()
 		d.admin(ctx, "workload file", func(ctx context.Context) error {
 			return file.Run(ctx, func(l *xds.Local) {
 				d.static.Keep(l)
-				d.loop.Post(ctx, admin.StateBuilt{Source: "file", View: l.View(c.NodeName)})
+				d.loop.Post(ctx, admin.StateBuilt{Source: "file", View: l.View(c.Node.Name)})
 			}, func(err error) {
 				d.static.Keep(nil)
 				d.loop.Post(ctx, admin.SourceBroken{Source: "file", Err: err})
@@ -166,7 +164,7 @@ func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
 		})
 		return nil
 	}
-	conn, err := d.connector("XDS_ADDRESS", c.XDSAddress, c.XDSRoots, c.AltXDSHostname, c.XDSHeaders, maxXDS)
+	conn, err := d.connector("XDS_ADDRESS", c.XDS.upstream, maxXDS)
 	if err != nil {
 		return err
 	}
@@ -179,9 +177,10 @@ func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
 	}
 	synced := false
 	client := xds.NewClient(xds.ClientOptions{
-		Connector: conn, NodeName: c.NodeName, OnDemand: c.XDSOnDemand, Base: base, Logger: d.log.Logger("xds"),
-		Node: xds.NewNode(xds.NodeInfo{IP: c.InstanceIP, Pod: c.PodName, Namespace: c.PodNamespace, NodeName: c.NodeName,
-			Metadata: c.ProxyMetadata, JSON: c.MetaJSON}),
+		Connector: conn, NodeName: c.Node.Name, OnDemand: c.XDS.OnDemand, Base: base, Logger: d.log.Logger("xds"),
+		Node: xds.NewNode(xds.NodeInfo{IP: c.Self.InstanceIP, Pod: c.Self.Pod, Namespace: c.Self.Namespace,
+			NodeName: c.Node.Name,
+			Metadata: c.Self.Metadata, JSON: c.Self.MetaJSON}),
 		Publish: func(v *state.View, _ bool) {
 			if synced {
 				publish(v)

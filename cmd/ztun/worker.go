@@ -9,7 +9,6 @@ import (
 	"ztun/cmd/attach"
 	"ztun/proxy"
 	"ztun/proxy/fair"
-	"ztun/proxy/hbone"
 	"ztun/proxy/state"
 )
 
@@ -28,24 +27,18 @@ func (d *daemon) newPod(ctx context.Context, spec attach.Pod) (*pod, error) {
 func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup, memory *fair.Budget) *proxy.Proxy {
 	c := d.c
 	var demand func(context.Context, string) error
-	if client := d.xds.Load(); c.XDSOnDemand && client != nil {
+	if client := d.xds.Load(); c.XDS.OnDemand && client != nil {
 		source := refOf(spec).String()
 		demand = func(ctx context.Context, key string) error { return client.Demand(ctx, source, key) }
 	}
+	config := c.Proxy.Config
+	config.NetworkName, config.TLS = c.Node.Network, d.tls()
+	config.HBONE.Memory, config.HBONE.Buffers, config.HBONE.Logger = memory, &d.buffers, d.log.Logger("hbone")
 	return proxy.New(proxy.Options{
 		Info:    state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount},
 		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: d.resolve, Metrics: d.metrics, Panics: d.panics,
 		Report: d.report, Handshakes: d.handshakes, Policies: d.policies, OnDemandDNS: d.onDemandDNS, Demand: demand,
 		Names:  names,
-		Access: d.log.Logger("access"), Log: d.log.Logger("proxy"), Random: mrand.Uint64N,
-		Config: proxy.Config{
-			NetworkName: c.Network, ResponseBaggage: c.ResponseBaggage,
-			HBONE: hbone.Config{StreamWindow: c.StreamWindow, ConnWindow: c.ConnWindow, FrameSize: c.FrameSize,
-				Memory: memory, Buffers: &d.buffers, Logger: d.log.Logger("hbone")},
-			PoolMaxStreams: int(c.PoolMaxStreams), PoolUnused: c.PoolUnused,
-			TLS:    d.tls(),
-			SOCKS5: c.SOCKS5, LocalhostAppTunnel: c.LocalhostAppTunnel, PolicyInfoLogging: c.AuthzInfo, Remember: c.Flows,
-			SendReason: c.SendReason,
-		},
+		Access: d.log.Logger("access"), Log: d.log.Logger("proxy"), Random: mrand.Uint64N, Config: config,
 	})
 }
