@@ -208,6 +208,53 @@ func TestEndBelowZero(t *testing.T) {
 	}
 }
 
+// TestCreditAtAcknowledgement: credit that was not worth a frame of its own in a large window is given when the peer
+// acknowledges the small one, at once: it may be all that the window has, and nothing else may come to carry it.
+func TestCreditAtAcknowledgement(t *testing.T) {
+	accepted := make(chan *Stream, 4)
+	p, _, stop := serve(t, Config{StreamWindow: 1 << 20, ConnWindow: 4 << 20}, func(ss *ServerStream) {
+		s, err := ss.Accept(&Response{Status: 200})
+		if err != nil {
+			t.Error(err)
+		}
+		accepted <- s
+		<-ss.Done()
+	})
+	defer stop()
+	p.preface()
+	p.fr.WriteSettingsAck()
+	p.connect(1)
+	s := <-accepted
+	p.fr.WriteData(1, false, make([]byte, 1<<14))
+	if _, err := io.ReadFull(s, make([]byte, 1<<14)); err != nil { // far below a quarter of the window
+		t.Fatal(err)
+	}
+	for id := uint32(3); id <= 7; id += 2 { // a crowd
+		p.connect(id)
+		<-accepted
+	}
+	for range 20 { // 320 KiB unread
+		p.fr.WriteData(3, false, make([]byte, 1<<14))
+	}
+	until := func(want string) {
+		t.Helper()
+		for text := ""; !strings.HasPrefix(text, want) || text == "SETTINGS 0 ACK"; {
+			var ok bool
+			if text, _, ok = p.next(); !ok {
+				t.Fatalf("no %s", want)
+			}
+			if strings.HasPrefix(text, "WINDOW_UPDATE 1 ") && !strings.HasPrefix(want, "WINDOW_UPDATE 1 ") {
+				t.Errorf("%s came early", text)
+			}
+		}
+	}
+	until("SETTINGS")
+	p.fr.WritePing(false, [8]byte{1}) // whatever was under way has been flushed before its answer
+	until("PING 0 ACK")
+	p.fr.WriteSettingsAck()
+	until("WINDOW_UPDATE 1 +16384")
+}
+
 // TestMemoryIsBounded: a peer that sends small pieces between large ones, to a stream that nobody reads, does not
 // make us keep the large blocks.
 func TestMemoryIsBounded(t *testing.T) {
