@@ -17,7 +17,7 @@ import (
 func TestSocketOptions(t *testing.T) {
 	const userTimeout = 1800 * time.Second
 	node, _ := memPair(1500, true)
-	up := NewUplink(node, nil)
+	up := NewUplink(node, nil, nil)
 	done := make(chan error, 1)
 	go func() { done <- up.Run(context.Background()) }()
 	t.Cleanup(func() { up.Close(); <-done })

@@ -22,8 +22,7 @@ import (
 func TestPanicEndsOneStack(t *testing.T) {
 	panics := rescue.New(slog.New(slog.DiscardHandler))
 	nodeA, nodeB := memPair(1500, true)
-	uplink := NewUplink(nodeA, nil)
-	uplink.Rescue(panics)
+	uplink := NewUplink(nodeA, panics, nil)
 	var work sync.WaitGroup
 	work.Go(func() { uplink.Run(context.Background()) })
 	work.Go(func() { // the node sends every packet back down, as a router between the pods

@@ -34,7 +34,7 @@ type carried struct {
 func newCarried(t testing.TB, o Datagrams, mod func(*Config)) *carried {
 	node, network := memPair(1500, true)
 	app, pod := memPair(1500, true)
-	c := &carried{t: t, up: NewUplink(node, nil), pod: pod, network: network}
+	c := &carried{t: t, up: NewUplink(node, nil, nil), pod: pod, network: network}
 	done := make(chan error, 1)
 	go func() { done <- c.up.Run(context.Background()) }()
 	t.Cleanup(func() {

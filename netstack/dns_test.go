@@ -354,7 +354,7 @@ func TestDialUDPClose(t *testing.T) {
 // and in fragments; without a socket UDP for a pod is dropped and makes no stack.
 func TestDialUDPByUplink(t *testing.T) {
 	node, network := memPair(1500, true)
-	up := NewUplink(node, nil)
+	up := NewUplink(node, nil, nil)
 	done := make(chan error, 1)
 	go func() { done <- up.Run(context.Background()) }()
 	defer func() {

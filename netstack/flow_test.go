@@ -346,7 +346,7 @@ func TestStackClose(t *testing.T) {
 // each other through the node, and what belongs to nobody is counted.
 func TestUplink(t *testing.T) {
 	nodeA, nodeB := memPair(1500, true)
-	uplink := NewUplink(nodeA, nil)
+	uplink := NewUplink(nodeA, nil, nil)
 	upDone := make(chan error, 1)
 	go func() { upDone <- uplink.Run(context.Background()) }()
 

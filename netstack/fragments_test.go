@@ -43,7 +43,7 @@ func firstFragment(dst netip.Addr, id int) []byte {
 // still are; and in all, whatever the number of pods, no more than a few thousand a minute.
 func TestFragmentBudget(t *testing.T) {
 	nodeA, nodeB := memPair(1500, true)
-	uplink := NewUplink(nodeA, nil)
+	uplink := NewUplink(nodeA, nil, nil)
 	done := make(chan error, 1)
 	go func() { done <- uplink.Run(context.Background()) }()
 	other := netip.MustParseAddr("10.1.0.3")

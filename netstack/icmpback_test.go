@@ -179,7 +179,7 @@ func TestForKernel(t *testing.T) {
 // of the stacks, which fail the dial that they are about.
 func TestGiveBack(t *testing.T) {
 	nodeA, nodeB := memPair(1500, true)
-	uplink := NewUplink(nodeA, nil)
+	uplink := NewUplink(nodeA, nil, nil)
 	done := make(chan error, 1)
 	go func() { done <- uplink.Run(context.Background()) }()
 	app, _ := memPair(1500, true)

@@ -34,12 +34,13 @@ type Uplink struct {
 // one of the addresses.
 var ErrAddressTaken = errors.New("address belongs to another pod")
 
-// NewUplink takes over dev, which Close closes.
-func NewUplink(dev tun.Device, log *slog.Logger) *Uplink {
+// NewUplink takes over dev, which Close closes. panics catches them (nil: nobody does): one at a pod's packet then ends
+// that pod's stack.
+func NewUplink(dev tun.Device, panics *rescue.Panics, log *slog.Logger) *Uplink {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	u := &Uplink{pump: newPump(dev, log, nil), runDone: make(chan struct{})}
+	u := &Uplink{pump: newPump(dev, log, panics), runDone: make(chan struct{})}
 	u.table.Store(&map[netip.Addr]*port{})
 	u.pump.route = func(p *rxPacket) *port { return (*u.table.Load())[p.dst] }
 	u.pump.back = u.giveBack
@@ -47,10 +48,6 @@ func NewUplink(dev tun.Device, log *slog.Logger) *Uplink {
 	u.flows = fair.NewLedger(fair.LedgerOptions[*datagrams]{Limit: nodeFlows, Turned: (*datagrams).nodeTurned})
 	return u
 }
-
-// Rescue has p catch panics: one at a pod's packet then ends that pod's stack. It is to
-// be called before Run.
-func (u *Uplink) Rescue(p *rescue.Panics) { u.pump.panics = p }
 
 // Run moves packets until Close, until ctx ends (which closes the Uplink) or
 // until the device fails, whose error it returns. At most once.

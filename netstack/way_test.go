@@ -223,7 +223,7 @@ func TestWayDelivers(t *testing.T) {
 // An uplink and a Way exclude each other, and one of them is needed.
 func TestWayConfig(t *testing.T) {
 	app, _ := memPair(1500, true)
-	up := NewUplink(app, nil)
+	up := NewUplink(app, nil, nil)
 	defer up.Close()
 	for i, c := range []Config{{Datagrams: &Datagrams{}}, {Datagrams: &Datagrams{Way: newFakeWay()}, Uplink: up}} {
 		c.App, c.Addrs, c.OnFlow = app, []netip.Addr{families[0].client.Addr()}, func(*Flow) {}

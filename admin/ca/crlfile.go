@@ -41,8 +41,9 @@ type CRLStats struct {
 	LastError       string // of the last attempt; "" if it succeeded
 }
 
-// NewCRLFile makes a CRLFile of an operator's file; "": there is none. It reads nothing yet.
-func NewCRLFile(path string, rev *identity.Revocation, log *slog.Logger) *CRLFile {
+// NewCRLFile makes a CRLFile of an operator's file, "": there is none, and of others that need not be there yet. It
+// reads nothing yet.
+func NewCRLFile(path string, rev *identity.Revocation, log *slog.Logger, also ...string) *CRLFile {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
@@ -50,12 +51,12 @@ func NewCRLFile(path string, rev *identity.Revocation, log *slog.Logger) *CRLFil
 	if path != "" {
 		f.files = append(f.files, crlPart{path: path})
 	}
+	for _, path := range also {
+		f.files = append(f.files, crlPart{path: path, optional: true})
+	}
 	f.wait.settle, f.wait.poll = settle, poll
 	return f
 }
-
-// Also adds a file that need not be there yet. To be called before Load and Run.
-func (f *CRLFile) Also(path string) { f.files = append(f.files, crlPart{path: path, optional: true}) }
 
 func (f *CRLFile) paths() []string {
 	var all []string

@@ -74,9 +74,9 @@ func (b *lockedBuffer) String() string {
 	return b.b.String()
 }
 
-func newCRLFile(path string, rev *identity.Revocation) (*CRLFile, *lockedBuffer) {
+func newCRLFile(path string, rev *identity.Revocation, also ...string) (*CRLFile, *lockedBuffer) {
 	log := new(lockedBuffer)
-	f := NewCRLFile(path, rev, slog.New(slog.NewTextHandler(log, nil)))
+	f := NewCRLFile(path, rev, slog.New(slog.NewTextHandler(log, nil)), also...)
 	f.wait.settle, f.wait.poll = 10*time.Millisecond, 50*time.Millisecond
 	return f, log
 }
@@ -276,8 +276,7 @@ func TestCRLOfTwoFiles(t *testing.T) {
 	dir := t.TempDir()
 	operators, controls := filepath.Join(dir, "a.pem"), filepath.Join(dir, "b.pem")
 	rev := &identity.Revocation{}
-	f, log := newCRLFile(operators, rev)
-	f.Also(controls)
+	f, log := newCRLFile(operators, rev, controls)
 	writeFile(t, operators, fakeCRL(t, time.Hour, one.Leaf))
 	for _, step := range []struct {
 		name, path string
@@ -303,8 +302,7 @@ func TestCRLOfTwoFiles(t *testing.T) {
 		t.Errorf("%d loads:\n%s", n, log.String())
 	}
 	// Without an operator's file there is nothing to be missed.
-	f, log = newCRLFile("", &identity.Revocation{})
-	f.Also(filepath.Join(dir, "none"))
+	f, log = newCRLFile("", &identity.Revocation{}, filepath.Join(dir, "none"))
 	if err := f.Load(); err != nil || log.String() != "" {
 		t.Errorf("%v %s", err, log.String())
 	}

@@ -48,8 +48,7 @@ func (w *world) nodeConnector(node string) *istiod.Connector {
 func (w *world) revocations(node string) *follower {
 	w.t.Helper()
 	f := &follower{path: filepath.Join(w.t.TempDir(), "crl.pem"), rev: &identity.Revocation{}}
-	file := ca.NewCRLFile("", f.rev, nil)
-	file.Also(f.path)
+	file := ca.NewCRLFile("", f.rev, nil, f.path)
 	r := ca.NewRevocations(ca.RevocationsOptions{Connector: w.nodeConnector(node), Path: f.path, Put: func() {
 		file.Load()
 	}})

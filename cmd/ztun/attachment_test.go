@@ -25,6 +25,7 @@ import (
 	"ztun/proxy/fair"
 	"ztun/proxy/rescue"
 	"ztun/proxy/resolve"
+	"ztun/proxy/state"
 )
 
 // memoryDaemon is the daemon's own pod manager and proxies over the attachment that is in memory.
@@ -49,15 +50,14 @@ func newMemoryDaemon(t *testing.T) *memoryDaemon {
 		handshakes: fair.NewTurns[proxy.Crypto](1, time.Millisecond, time.Millisecond),
 		metrics:    proxy.NewMetrics(), policies: proxy.NewUnknownPolicies(false, log.Logger("proxy")),
 		onDemandDNS: proxy.NewOnDemandDNS(),
-		resolve:     resolve.New(resolve.Options{}), know: newKnowledge()}
+		resolve:     resolve.New(resolve.Options{})}
+	d.know = newKnowledge(func() *state.View { return d.loop.View() })
 	d.loop = admin.NewLoop(admin.LoopOptions{Published: d.know.published})
-	d.know.view = d.loop.View
-	m := &memoryDaemon{daemon: d, net: attachtest.NewNetwork(), pods: newPodManager(c, log.Logger("pods"))}
-	d.pods = m.pods
+	m := &memoryDaemon{daemon: d, net: attachtest.NewNetwork()}
 	d.kind = m.net.Kind(attach.Options{MTU: 1500, IPv6: true, Stack: c.stack(), Report: d.report, Panics: d.panics,
 		Logger: log.Logger})
-	m.pods.kind, m.pods.new, m.pods.changed, m.pods.known, m.pods.panics = d.kind, d.newPod, d.podsChanged, d.known,
-		d.panics
+	m.pods = newPodManager(c, d.kind, d, d.panics, log.Logger("pods"))
+	d.pods = m.pods
 	ctx, cancel := context.WithCancel(context.Background())
 	var work sync.WaitGroup
 	work.Go(func() { d.certs.Run(ctx) })

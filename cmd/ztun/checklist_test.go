@@ -87,11 +87,10 @@ func TestIdentitiesOfTheNode(t *testing.T) {
 	defer cancel()
 	d := &daemon{c: load(t), certs: ca.NewManager(ca.ManagerOptions{Signer: ca.NewFake(), TTL: time.Hour}),
 		policies: proxy.NewUnknownPolicies(false, slog.New(slog.DiscardHandler)), loop: admin.NewLoop(admin.LoopOptions{})}
-	d.pods = newPodManager(d.c, slog.New(slog.DiscardHandler))
+	d.pods = newPodManager(d.c, nil, d, nil, slog.New(slog.DiscardHandler))
 	work.Go(func() { d.certs.Run(ctx) })
 	work.Go(func() { d.loop.Run(ctx) })
-	d.know = newKnowledge()
-	d.know.view = d.loop.View
+	d.know = newKnowledge(d.loop.View)
 	attach := func(name string) {
 		info := state.WorkloadInfo{Name: name, Namespace: "n", ServiceAccount: "shared"}
 		p := &pod{spec: admin.PodSpec{Name: name, Namespace: "n", ServiceAccount: "shared"},

@@ -31,6 +31,7 @@ import (
 	"ztun/proxy/identity"
 	"ztun/proxy/rescue"
 	"ztun/proxy/resolve"
+	"ztun/proxy/state"
 )
 
 // daemon is the composition root: everything that runs is made here, in start order.
@@ -53,7 +54,7 @@ type daemon struct {
 	policies *proxy.UnknownPolicies
 	pods     *podManager
 	fds      *attach.Descriptors
-	kind     attach.Kind    // how pods are attached; nil: not chosen yet
+	kind     attach.Kind    // how pods are attached; nil as long as pods is: start has not come so far
 	buffers  hbone.Buffers  // shared by the tunnels of all pods
 	panics   *rescue.Panics // of the data plane
 	memory   *memory        // what lies here for the pods
@@ -214,12 +215,11 @@ func (d *daemon) start(ctx context.Context) error {
 	d.resolve = resolve.New(resolve.Options{IPv4Only: !c.Net.IPv6})
 	resolver := resolvConf()
 	d.nameservers, d.search = resolver.addrs(), c.searchDomains(resolver)
-	d.know = newKnowledge()
+	d.know = newKnowledge(func() *state.View { return d.loop.View() })
 	d.loop = admin.NewLoop(admin.LoopOptions{Published: d.know.published, Handle: d.handle, Logger: d.log.Logger("admin")})
-	d.know.view = d.loop.View
-	d.pods = newPodManager(c, d.log.Logger("pods"))
-	d.pods.panics = d.panics
 	d.fds = attach.NewDescriptors(files, d.report)
+	d.kind = d.chooseKind()
+	d.pods = newPodManager(c, d.kind, d, d.panics, d.log.Logger("pods"))
 	d.admin(ctx, "admin loop", func(ctx context.Context) error { return d.loop.Run(ctx) })
 	d.admin(ctx, "certificates", func(ctx context.Context) error { return d.certs.Run(ctx) })
 	d.admin(ctx, "re-check", func(ctx context.Context) error { d.know.follow(ctx, d.newState); return nil })
@@ -246,14 +246,11 @@ func (d *daemon) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	d.kind = d.chooseKind()
-	d.pods.kind = d.kind
 	if err := d.kind.Open(ctx); err != nil {
 		return err
 	}
 	d.registry.MustRegister(&dataplaneCollector{d: d, tables: newMetricTables()})
 	proxyReady.Done()
-	d.pods.new, d.pods.changed, d.pods.known = d.newPod, d.podsChanged, d.known
 	if c.Mode.Dedicated && !c.Mode.Rootless {
 		if err := d.pods.addOwn(ctx); err != nil {
 			return err

@@ -10,8 +10,7 @@ import (
 // ZTUN_UDP and ZTUN_MAX_UDP_FLOWS decide whether datagrams are carried, whether policy is asked, and how many flows
 // there may be.
 func TestDatagramModes(t *testing.T) {
-	know := newKnowledge()
-	know.view = func() *state.View { return nil }
+	know := newKnowledge(func() *state.View { return nil })
 	src, dst := netip.MustParseAddrPort("10.1.0.2:4000"), netip.MustParseAddrPort("192.0.2.1:443")
 	for _, tt := range []struct {
 		mode    string

@@ -17,8 +17,9 @@ type knowledge struct {
 	news    chan struct{} // capacity 1: there is something that follow has not seen yet
 }
 
-func newKnowledge() *knowledge {
-	return &knowledge{changed: make(chan struct{}), news: make(chan struct{}, 1)}
+// newKnowledge takes where the newest View is.
+func newKnowledge(view func() *state.View) *knowledge {
+	return &knowledge{view: view, changed: make(chan struct{}), news: make(chan struct{}, 1)}
 }
 
 func (k *knowledge) View() *state.View { return k.view() }

@@ -23,12 +23,12 @@ func TestWantedMeanwhile(t *testing.T) {
 	defer cancel()
 	d := &daemon{c: load(t), certs: ca.NewManager(ca.ManagerOptions{Signer: ca.NewFake(), TTL: time.Hour}),
 		policies: proxy.NewUnknownPolicies(false, slog.New(slog.DiscardHandler)), loop: admin.NewLoop(admin.LoopOptions{})}
-	d.pods = newPodManager(d.c, slog.New(slog.DiscardHandler))
+	d.pods = newPodManager(d.c, nil, d, nil, slog.New(slog.DiscardHandler))
 	work.Go(func() { d.certs.Run(ctx) })
 	work.Go(func() { d.loop.Run(ctx) })
 	meanwhile := func() {}
-	d.know = newKnowledge()
-	d.know.view = func() *state.View { meanwhile(); return d.loop.View() } // the proxy's look, within newState
+	// the proxy's look, within newState
+	d.know = newKnowledge(func() *state.View { meanwhile(); return d.loop.View() })
 	p := &pod{spec: admin.PodSpec{Name: "one", Namespace: "n", ServiceAccount: "s"},
 		proxy: proxy.New(proxy.Options{Knowledge: d.know, Metrics: proxy.NewMetrics(), Log: slog.New(slog.DiscardHandler),
 			Access: slog.New(slog.DiscardHandler)})}

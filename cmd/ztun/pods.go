@@ -24,14 +24,11 @@ import (
 
 // podManager attaches pods, remembers them over restarts, and lets go of those that vanish.
 type podManager struct {
-	c    *Config
-	log  *slog.Logger
-	kind attach.Kind                                              // how pods are attached
-	new  func(ctx context.Context, spec attach.Pod) (*pod, error) // builds and starts one
-	// changed is told after a pod was attached or detached.
-	changed func()
-	panics  *rescue.Panics
-	known   func(state.WorkloadInfo) bool // whether the control side has a record of a pod
+	c      *Config
+	kind   attach.Kind // how pods are attached
+	host   podHost
+	panics *rescue.Panics
+	log    *slog.Logger
 
 	// op serialises changes: attaching is a sequence of steps on shared tables (routes, addresses).
 	op sync.Mutex
@@ -45,6 +42,16 @@ type podManager struct {
 
 	started, stopped atomic.Uint64
 	traces           atomic.Bool // something of a pod that is gone could not be removed from the node: to be swept
+}
+
+// podHost is what the pods are made of and belong to: the daemon.
+type podHost interface {
+	// newPod attaches a pod and starts what serves it.
+	newPod(ctx context.Context, spec attach.Pod) (*pod, error)
+	// podsChanged is called after a pod was attached or detached.
+	podsChanged()
+	// known reports whether the control side has a record of a pod.
+	known(state.WorkloadInfo) bool
 }
 
 type pendingPod struct {
@@ -65,8 +72,9 @@ const (
 	pendingRetry = 5 * time.Second // as ztunnel retries a proxy that could not start (spec controlplane 8.4)
 )
 
-func newPodManager(c *Config, log *slog.Logger) *podManager {
-	return &podManager{c: c, log: log, pods: map[string]*pod{}, pending: map[string]pendingPod{}}
+func newPodManager(c *Config, kind attach.Kind, host podHost, panics *rescue.Panics, log *slog.Logger) *podManager {
+	return &podManager{c: c, kind: kind, host: host, panics: panics, log: log, pods: map[string]*pod{},
+		pending: map[string]pendingPod{}}
 }
 
 func refOf(s admin.PodSpec) admin.PodRef { return admin.PodRef{Namespace: s.Namespace, Name: s.Name} }
@@ -130,7 +138,7 @@ func (m *podManager) attach(ctx context.Context, spec attach.Pod) error {
 	if owner := owner(attached, spec.Place); owner != nil {
 		return fmt.Errorf("%w: network namespace %s belongs to pod %s", admin.ErrPodConflict, spec.NetNS, owner.label)
 	}
-	p, err := m.new(ctx, spec)
+	p, err := m.host.newPod(ctx, spec)
 	if err != nil {
 		return err
 	}
@@ -139,7 +147,7 @@ func (m *podManager) attach(ctx context.Context, spec attach.Pod) error {
 	delete(m.pending, uid)
 	m.mu.Unlock()
 	m.started.Add(1)
-	m.changed()
+	m.host.podsChanged()
 	m.log.Info("pod attached", "pod", p.label, "netns", p.spec.NetNS, "addresses", fmt.Sprint(p.spec.IPs), "offload",
 		p.att.Status().Offload.VNetHdr)
 	return nil
@@ -227,7 +235,7 @@ func (m *podManager) detach(ctx context.Context, uid string, only *pod) error {
 	delete(m.pods, uid)
 	m.mu.Unlock()
 	m.stopped.Add(1)
-	m.changed()
+	m.host.podsChanged()
 	if err != nil {
 		m.traces.Store(true)
 		return fmt.Errorf("pod %s is detached, but traces of it may be left: %w", p.label, err)
@@ -243,7 +251,7 @@ func (m *podManager) List() []admin.PodStatus {
 	out := make([]admin.PodStatus, 0, len(m.pods)+len(m.pending))
 	for _, p := range m.pods {
 		s := p.status()
-		if s.Error == "" && !m.known(p.info()) {
+		if s.Error == "" && !m.host.known(p.info()) {
 			s.Error = fmt.Sprintf("no workload record of name %s, namespace %s, service account %s yet: its connections wait "+
 				"for it for up to 5s each and are refused then", s.Name, s.Namespace, s.ServiceAccount)
 		}

@@ -14,6 +14,7 @@ import (
 
 	"ztun/admin"
 	"ztun/cmd/attach"
+	"ztun/proxy/state"
 	"ztun/tun/netns"
 )
 
@@ -29,16 +30,22 @@ func (k *noKind) Sweep(keep []netip.Addr) error { return k.sweep() }
 func (*noKind) Clean(attach.Place) error        { return nil }
 func (*noKind) Leave()                          {}
 
+// noHost can build no pod, and knows none.
+type noHost struct{}
+
+func (noHost) newPod(context.Context, attach.Pod) (*pod, error) {
+	return nil, errors.New("no devices here")
+}
+func (noHost) podsChanged()                  {}
+func (noHost) known(state.WorkloadInfo) bool { return false }
+
 // testManager makes a podManager that can attach nothing, in a directory of its own.
 func testManager(t *testing.T, saved ...savedPod) (*podManager, *int) {
 	t.Helper()
+	swept := 0
 	m := newPodManager(&Config{State: stateConfig{Dir: t.TempDir()}, Attach: attachConfig{MTU: 1500},
 		Net: netConfig{IPv6: true}, Process: processConfig{TerminationDeadline: time.Second}},
-		slog.New(slog.DiscardHandler))
-	swept := 0
-	m.new = func(context.Context, attach.Pod) (*pod, error) { return nil, errors.New("no devices here") }
-	m.changed = func() {}
-	m.kind = &noKind{sweep: func() error { swept++; return nil }}
+		&noKind{sweep: func() error { swept++; return nil }}, noHost{}, nil, slog.New(slog.DiscardHandler))
 	b, err := json.Marshal(saved)
 	if err != nil {
 		t.Fatal(err)

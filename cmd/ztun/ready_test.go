@@ -110,7 +110,7 @@ func TestCertificatesAreReady(t *testing.T) {
 		defer mu.Unlock()
 		return reach
 	}
-	d.pods = newPodManager(d.c, slog.New(slog.DiscardHandler))
+	d.pods = newPodManager(d.c, nil, d, nil, slog.New(slog.DiscardHandler))
 	state, certs := d.ready.Register("state manager"), d.ready.Register("certificates")
 	ctx, cancel := context.WithCancel(t.Context())
 	var work sync.WaitGroup

@@ -58,8 +58,8 @@ func (s *selfPod) owns(a netip.Addr) bool {
 }
 
 // selfDoor is the own pod's door in the kind of attachment.
-func (m *podManager) selfDoor(local netip.Addr) (attach.Door, bool) {
-	s := m.self.Load()
+func (d *daemon) selfDoor(local netip.Addr) (attach.Door, bool) {
+	s := d.pods.self.Load()
 	if !s.owns(local) {
 		return attach.Door{}, false
 	}

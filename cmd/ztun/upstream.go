@@ -100,8 +100,7 @@ func (d *daemon) followControl(ctx context.Context, conn *istiod.Connector) {
 			ca.NewOwn(ca.OwnOptions{Connector: conn, CertFile: c.Control.Cert, KeyFile: c.Control.Key, Logger: log}).Run)
 	}
 	path := filepath.Join(c.State.Dir, "control-crl.pem")
-	d.crl = ca.NewCRLFile(c.CA.CRLPath, &d.revoked, d.log.Logger("crl"))
-	d.crl.Also(path)
+	d.crl = ca.NewCRLFile(c.CA.CRLPath, &d.revoked, d.log.Logger("crl"), path)
 	follow := ca.NewRevocations(ca.RevocationsOptions{Connector: conn, Path: path, Put: func() {
 		d.crl.Load()
 	}, Logger: d.log.Logger("crl")})

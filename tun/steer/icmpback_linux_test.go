@@ -31,7 +31,7 @@ type meshNode struct {
 func serve(t *testing.T, n *node) *meshNode {
 	t.Helper()
 	n.open(t)
-	m := &meshNode{node: n, uplink: netstack.NewUplink(n.tun, nil)}
+	m := &meshNode{node: n, uplink: netstack.NewUplink(n.tun, nil, nil)}
 	done := make(chan error, 1)
 	go func() { done <- m.uplink.Run(context.Background()) }()
 	t.Cleanup(func() {

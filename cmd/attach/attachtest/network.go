@@ -147,7 +147,7 @@ func (n *Network) Kind(o attach.Options) *Kind { return &Kind{o: o, net: n} }
 // Open implements attach.Kind.
 func (k *Kind) Open(context.Context) error {
 	near, far := tuntest.Pair(tuntest.Options{MTU: k.o.MTU, Drop: true})
-	k.uplink, k.far = netstack.NewUplink(near, k.o.Logger("netstack")), far
+	k.uplink, k.far = netstack.NewUplink(near, k.o.Panics, k.o.Logger("netstack")), far
 	k.running.Go(func() { k.uplink.Run(context.Background()) })
 	// The node's routes: what a pod sends to the network goes to the pod that has the address, by the same device.
 	k.running.Go(func() {

@@ -54,8 +54,7 @@ func (n *Node) Open(ctx context.Context) (err error) {
 	if why := n.dev.Offload().Why; why != "" {
 		o.Logger("ztun").Warn("the TUN device runs without offload, which costs most of its speed", "reason", why)
 	}
-	n.uplink = netstack.NewUplink(n.dev, o.Logger("netstack"))
-	n.uplink.Rescue(o.Panics)
+	n.uplink = netstack.NewUplink(n.dev, o.Panics, o.Logger("netstack"))
 	plan := steer.NodePlan(steer.NodeConfig{TUN: o.NodeTUN, MTU: o.MTU, IPv6: o.IPv6})
 	if err := n.remember(plan); err != nil {
 		return err

@@ -93,8 +93,7 @@ func (n *Node) Attach(ctx context.Context, spec attach.Pod, h attach.Handler) (_
 		undo = append(undo, func() { d.Close() })
 		devs[i] = d
 	}
-	p.uplink = netstack.NewUplink(devs[1], p.log)
-	p.uplink.Rescue(o.Panics)
+	p.uplink = netstack.NewUplink(devs[1], o.Panics, p.log)
 	undo = append(undo, func() { p.uplink.Close() })
 	if p.mesh, err = netns.ListenTransparent(ctx, p.s, ports.HBONE, o.IPv6, o.Socket); err != nil {
 		return nil, fmt.Errorf("port %d (HBONE) in %s: %w", ports.HBONE, name, err)
