@@ -17,8 +17,7 @@ import (
 )
 
 // Kind is one way of capturing pods and of reaching the network for them, for all pods of a daemon. cmd/ztun chooses
-// one by mode and knows nothing else of it. What differs between the four (of rootless only calls stand, and nothing
-// chooses redirected yet):
+// one by mode and knows nothing else of it. What differs between the four (of rootless only calls stand):
 //
 //	                      isolated            steered               redirected             rootless
 //	the pod has           lo and a TUN with   a veth called eth0;   the CNI's eth0         lo and a TUN with
@@ -62,6 +61,9 @@ type Kind interface {
 	// Locate completes a pod by what only its namespace can tell: Place, and its addresses where none are given.
 	// Errors wrap those of package admin that say whose fault it is, as all of this interface do.
 	Locate(p *Pod) error
+	// Shares says that pods may have one address, or live in one namespace, at the same time: where nothing outside of
+	// a pod's namespace knows it by either. A node agent knows an old pod and its successor at once for a moment.
+	Shares() bool
 	// Gone says why there surely is no such namespace any more; nil if there is, and nil if that cannot be told.
 	Gone(p Place) error
 	// Attach prepares a pod and returns when everything stands but the last step, Capture: nothing leaves the pod

@@ -89,6 +89,9 @@ func (d *daemon) newState() {
 // waited for.
 func (d *daemon) podsChanged() {
 	d.know.poke()
+	if d.agent != nil {
+		d.agent.settle()
+	}
 	if client := d.xds.Load(); client != nil {
 		client.Retry()
 	}

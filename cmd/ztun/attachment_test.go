@@ -67,6 +67,12 @@ func newMemoryDaemon(t *testing.T) *memoryDaemon {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
+		given := agentPods{m.pods, func() {}}
+		for _, uid := range given.Known() {
+			if err := given.Detach(uid); err != nil {
+				t.Error(err)
+			}
+		}
 		for _, p := range m.pods.all() {
 			if err := m.pods.Delete(context.Background(), p.spec.Namespace, p.spec.Name); err != nil {
 				t.Error(err)

@@ -98,6 +98,9 @@ func (c *controlCollector) Collect(ch chan<- prometheus.Metric) {
 				float64(n), code)
 		}
 	}
+	if c.d.agent != nil {
+		c.tables.agent.emit(ch, c.d.agent.client.Stats())
+	}
 	if c.d.crl == nil {
 		return
 	}

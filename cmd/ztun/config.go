@@ -97,6 +97,9 @@ type loader struct {
 	meta                     map[string]string
 	grace                    *uint64
 	deadline                 *time.Duration
+	inpod                    *bool // INPOD_ENABLED
+	steering                 *steering
+	mark                     *uint32 // PACKET_MARK
 	workers                  string
 	cpuLimit, limit, request int
 	proxy                    proxyConfig
@@ -182,6 +185,9 @@ func (c *Config) finish(l *loader) error {
 		c.warn("PROXY_WORKLOAD_INFO has no effect without PROXY_MODE=dedicated: pods are named by `ztun pod add`")
 		c.Mode.Workload = state.WorkloadInfo{}
 	}
+	if err := c.chooseSteering(l); err != nil {
+		return err
+	}
 	switch {
 	case c.XDS.OnDemand && c.DNS.Proxy:
 		return &configError{"XDS_ON_DEMAND", "true",
@@ -196,6 +202,9 @@ func (c *Config) finish(l *loader) error {
 		if _, err := os.ReadFile(loopbackSetting); err != nil {
 			c.warn("cannot tell whether ::1 can be bound, and take it that it can: %v", err)
 		}
+	}
+	if !l.given("ZTUN_STATE_DIR") {
+		c.State.Dir = defaultStateDir()
 	}
 	if c.State.Socket == "" {
 		c.State.Socket = filepath.Join(c.State.Dir, "ztun.sock")

@@ -58,7 +58,7 @@ func (c *Config) dump() map[string]any {
 		"illegalPorts":             illegal,
 		"inboundAddr":              c.wildcard(ports.HBONE).String(),
 		"inboundPlaintextAddr":     c.wildcard(ports.InboundPlaintext).String(),
-		"inpodPortReuse":           true,
+		"inpodPortReuse":           c.Attach.PortReuse,
 		"inpodUds":                 c.Attach.InpodUDS,
 		"ipv6Enabled":              c.Net.IPv6,
 		"localNode":                orNull(c.Node.Name),
@@ -113,6 +113,7 @@ func (c *Config) dumpOwn() map[string]any {
 		"tokenFile":         orNull(c.Control.Token.File),
 		"tunPlain":          c.Attach.Plain,
 		"denyUnknownPolicy": c.Proxy.DenyUnknownPolicy, "dropCapabilities": c.Privileges.Drop,
+		"steering": c.Attach.Steering.String(), "nodeAgent": c.Attach.NodeAgent,
 	}
 }
 

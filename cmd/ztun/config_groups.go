@@ -111,11 +111,14 @@ type logConfig struct {
 
 // attachConfig is how pods are attached.
 type attachConfig struct {
-	NodeTUN  string
-	MTU      int // bytes
-	Plain    bool
-	Steer    bool   // pods with an eth0
-	InpodUDS string // nothing reads it yet
+	NodeTUN string
+	MTU     int // bytes
+	Plain   bool
+
+	Steering  steering
+	NodeAgent bool // one says at InpodUDS which pods there are
+	InpodUDS  string
+	PortReuse bool // in the pods
 }
 
 // stateConfig is where the daemon keeps what outlives it, and is spoken to.

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"math"
 	"strings"
@@ -107,14 +106,8 @@ func variables(c *Config, l *loader) []variable {
 		{"ENABLE_RESPONSE_BAGGAGE", "true", "send and read baggage in answers", boolean(&c.Proxy.ResponseBaggage)},
 		{"LOCALHOST_APP_TUNNEL", "true", "an application tunnel's PROXY protocol is spoken to the pod's loopback address",
 			boolean(&c.Proxy.LocalhostAppTunnel)},
-		{"ENABLE_ORIG_SRC", "", "connections reach applications from the client's own address: always, so false is refused",
-			func(v string) error {
-				if v == "false" {
-					return errors.New("here applications always see the client's own address: it takes no privilege that could be " +
-						"missing, and there is nothing to switch off")
-				}
-				return optionalBool(&c.Proxy.OriginalSource)(v)
-			}},
+		{"ENABLE_ORIG_SRC", "", "connections reach applications from the client's own address: always, so false is refused " +
+			"but with ZTUN_STEERING=redirected", optionalBool(&c.Proxy.OriginalSource)},
 
 		{"KEEPALIVE_ENABLED", "true", "TCP keepalive", boolean(&c.Net.KeepaliveEnabled)},
 		{"KEEPALIVE_TIME", "180s", "idle time before the first probe", duration(&c.Net.KeepaliveTime)},
@@ -122,12 +115,13 @@ func variables(c *Config, l *loader) []variable {
 		{"KEEPALIVE_RETRIES", "9", "probes before a connection is given up", uint32v(&c.Net.KeepaliveRetries, 1, 127)},
 		{"USER_TIMEOUT_ENABLED", "false", "TCP_USER_TIMEOUT of time + retries x interval", boolean(&c.Net.UserTimeout)},
 		{"IPV6_ENABLED", "true", "listen on and route IPv6, too", boolean(&c.Net.IPv6)},
-		{"PACKET_MARK", "0", "SO_MARK of the sockets towards the network, 0 for none (ztunnel's 1337 serves its iptables " +
-			"rules, of which there are none here)", uint32v(&c.Net.PacketMark, 0, math.MaxUint32)},
-		{"INPOD_UDS", "/var/run/ztunnel/ztunnel.sock", "istio-cni's socket; nothing reads it yet", str(&c.Attach.InpodUDS)},
-		{"INPOD_PORT_REUSE", "true", "SO_REUSEPORT in the pods; must be on: no port is bound there",
-			onlyBool(true, "ports are served by a userspace stack behind the TUN, not by sockets in the pods: there is "+
-				"nothing to keep others from")},
+		{"PACKET_MARK", "", "SO_MARK of the sockets towards the network, 0 for none (default 1337 with " +
+			"ZTUN_STEERING=redirected, whose rules know ours by it, else 0)", l.setMark},
+		{"INPOD_ENABLED", "", "a node agent (istio-cni's) says at INPOD_UDS which pods there are, as in ztunnel's DaemonSet " +
+			"(default: whether INPOD_UDS is set, or ZTUN_STEERING=redirected)", optionalBool(&l.inpod)},
+		{"INPOD_UDS", "/var/run/ztunnel/ztunnel.sock", "the node agent's socket (ZDS)", str(&c.Attach.InpodUDS)},
+		{"INPOD_PORT_REUSE", "true", "SO_REUSEPORT in the pods, by which a daemon may be replaced by another that runs " +
+			"beside it; false only with ZTUN_STEERING=redirected: else no port is bound there", boolean(&c.Attach.PortReuse)},
 
 		{"CONNECTION_TERMINATION_DEADLINE", "", "how long connections may finish after SIGTERM (default 5s)", l.setDeadline},
 		{"TERMINATION_GRACE_PERIOD_SECONDS", "", "the same, from the pod: N>10: N-5, else N-1 seconds, at least 1",
@@ -147,7 +141,8 @@ func variables(c *Config, l *loader) []variable {
 				"deny refuses", unknownPolicy(&c.Proxy.DenyUnknownPolicy)},
 		{"ISTIO_META_ISTIO_VERSION", "unknown", "version shown by the istio_build metric", str(&c.Self.IstioVersion)},
 
-		{"ZTUN_STATE_DIR", "/var/run/ztun", "where the daemon keeps its socket and the list of pods", str(&c.State.Dir)},
+		{"ZTUN_STATE_DIR", "/var/run/ztun", "where the daemon keeps its socket and the list of pods (default where " +
+			"that is on a read-only file system: /tmp/ztun)", str(&c.State.Dir)},
 		{"ZTUN_SOCKET", "", "control socket of `ztun pod` (default ZTUN_STATE_DIR/ztun.sock)", str(&c.State.Socket)},
 		{"ZTUN_NODE_TUN", "ztun-node", "name of the node's TUN device", deviceName(&c.Attach.NodeTUN)},
 		{"ZTUN_MTU", "1500", "MTU of the TUN devices, bytes", ranged(&c.Attach.MTU, 1280, 65535)},
@@ -166,8 +161,10 @@ func variables(c *Config, l *loader) []variable {
 		{"ZTUN_UDP", "policy", "UDP and ICMP of the pods: policy carries them, in the clear, but for UDP that a policy of " +
 			"its destination would refuse as plaintext; all carries that, too (as under ztunnel, which captures no UDP); off " +
 			"drops everything but DNS queries", udpModes(&c.UDP.Mode)},
-		{"ZTUN_STEER", "false", "capture pods that have an eth0 of a CNI's as well, by a namespace of ours between pod " +
-			"and network; false: such a pod is refused", boolean(&c.Attach.Steer)},
+		{"ZTUN_STEERING", "", "how pods are captured. isolated: a TUN is their only device; steered: the same, and pods " +
+			"that have an eth0 of a CNI's by a namespace of ours between pod and network; redirected: by the rules of " +
+			"istio-cni in the pod, as ztunnel (default: redirected where a node agent says which pods there are, else isolated)",
+			l.setSteering},
 		{"ZTUN_MAX_UDP_FLOWS", "16384", "UDP and ICMP flows of one pod, at most; the node has 65536",
 			ranged(&c.UDP.MaxFlows, 16, 65536)},
 		{"ZTUN_DNS_SEARCH", "", "search domains of pods beside the cluster's three, comma separated (default: those of the " +

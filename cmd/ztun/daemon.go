@@ -53,6 +53,7 @@ type daemon struct {
 	metrics  *proxy.Metrics
 	policies *proxy.UnknownPolicies
 	pods     *podManager
+	agent    *nodeAgent // nil: nobody but `ztun pod` says which pods there are
 	fds      *attach.Descriptors
 	kind     attach.Kind    // how pods are attached; nil as long as pods is: start has not come so far
 	buffers  hbone.Buffers  // shared by the tunnels of all pods
@@ -184,12 +185,12 @@ func (d *daemon) start(ctx context.Context) error {
 		d.logger.Warn(w)
 	}
 	files := raiseFileLimit(d.logger)
-	if err := os.MkdirAll(c.State.Dir, 0o700); err != nil {
+	if err := makeStateDir(c.State.Dir); err != nil {
 		return &configError{"ZTUN_STATE_DIR", c.State.Dir, err}
 	}
 
 	d.ready = admin.NewReady(time.Now)
-	stateReady := d.ready.Register("state manager")
+	stateReady := d.ready.Register(stateManager)
 	proxyReady := d.ready.Register("proxy")
 	podsReady := d.ready.Register("workload proxy manager")
 	certsReady := d.ready.Register("certificates")
@@ -220,6 +221,9 @@ func (d *daemon) start(ctx context.Context) error {
 	d.fds = attach.NewDescriptors(files, d.report)
 	d.kind = d.chooseKind()
 	d.pods = newPodManager(c, d.kind, d, d.panics, d.log.Logger("pods"))
+	if c.Attach.NodeAgent && !c.Mode.Rootless {
+		d.agent = newNodeAgent(d.pods, podsReady, c.Attach.InpodUDS, d.log.Logger("zds"))
+	}
 	d.admin(ctx, "admin loop", func(ctx context.Context) error { return d.loop.Run(ctx) })
 	d.admin(ctx, "certificates", func(ctx context.Context) error { return d.certs.Run(ctx) })
 	d.admin(ctx, "re-check", func(ctx context.Context) error { d.know.follow(ctx, d.newState); return nil })
@@ -259,8 +263,10 @@ func (d *daemon) start(ctx context.Context) error {
 		if err := d.pods.adopt(ctx); err != nil {
 			return err
 		}
-		if err := d.kind.Sweep(d.pods.addresses()); err != nil {
-			d.logger.Warn("routes of an earlier run may be left", "error", err)
+		if d.agent == nil { // else it has yet to say which pods there are
+			if err := d.kind.Sweep(d.pods.addresses()); err != nil {
+				d.logger.Warn("routes of an earlier run may be left", "error", err)
+			}
 		}
 	}
 	d.serve("control socket", d.control.Serve)
@@ -271,7 +277,11 @@ func (d *daemon) start(ctx context.Context) error {
 		d.pods.self.Store(s)
 		d.know.poke()
 	}
-	podsReady.Done()
+	if d.agent == nil {
+		podsReady.Done()
+	} else {
+		d.admin(ctx, "node agent", func(ctx context.Context) error { return d.agent.run(ctx, d.ready) })
+	}
 	d.logger.Info("started", "node", c.Node.Name, "workers", c.Process.WorkerThreads, "offload",
 		d.kind.Stats().Offload.VNetHdr)
 	d.admin(ctx, "certificate check", func(ctx context.Context) error { d.checkCertificates(ctx, certsReady); return nil })
@@ -283,6 +293,9 @@ func (d *daemon) start(ctx context.Context) error {
 func (d *daemon) end(deadline time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), deadline)
 	defer cancel()
+	if d.agent != nil {
+		d.agent.leave()
+	}
 	var wg sync.WaitGroup
 	if d.control != nil {
 		// Beside the rest: a `ztun pod del` under way drains a pod, which may take as long as we have.

@@ -8,6 +8,7 @@ import (
 	"ztun/cmd/attach"
 	"ztun/cmd/attach/dedicated"
 	"ztun/cmd/attach/isolated"
+	"ztun/cmd/attach/redirected"
 	"ztun/cmd/attach/rootless"
 	"ztun/cmd/attach/steered"
 	"ztun/netstack"
@@ -30,7 +31,11 @@ func (d *daemon) chooseKind() attach.Kind {
 	case c.Mode.Dedicated:
 		return dedicated.New(o)
 	}
-	if c.Attach.Steer {
+	switch c.Attach.Steering {
+	case redirectedPods:
+		own := c.Proxy.OriginalSource
+		return redirected.New(o, own != nil && !*own)
+	case steeredPods:
 		return nodeKinds{isolated.New(o), steered.New(o)}
 	}
 	return isolated.New(o)
@@ -59,6 +64,7 @@ const notSentLowat = 128 << 10
 // meshSocket is what the mesh's kernel sockets have in common.
 func (c *Config) meshSocket() netns.SocketOptions {
 	return netns.SocketOptions{UserTimeout: c.userTimeout(), NotSentLowat: notSentLowat, Mark: c.Net.PacketMark,
+		ReusePort: c.Attach.Steering == redirectedPods && c.Attach.PortReuse,
 		KeepAlive: net.KeepAliveConfig{
 			Enable: c.Net.KeepaliveEnabled, Idle: c.Net.KeepaliveTime, Interval: c.Net.KeepaliveInterval,
 			Count: int(c.Net.KeepaliveRetries),

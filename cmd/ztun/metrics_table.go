@@ -6,6 +6,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"ztun/admin/ca"
+	"ztun/admin/zds"
 	"ztun/netstack"
 	"ztun/proxy"
 	"ztun/proxy/hbone"
@@ -74,6 +75,7 @@ type metricTables struct {
 	authority    families[ca.RemoteStats]
 	crl          families[ca.CRLStats]
 	revocation   families[identity.RevocationStats]
+	agent        families[zds.Stats]
 }
 
 func newMetricTables() *metricTables {
@@ -361,6 +363,21 @@ func newMetricTables() *metricTables {
 			amount("ztun_crl_tracked", "Tunnels that a revocation list can end.", func(s *identity.RevocationStats) int {
 				return s.Tracked
 			}),
+		),
+		agent: table(nil,
+			count("ztun_agent_connections_total", "Connections made to the node agent (ZDS).", func(s *zds.Stats) uint64 {
+				return s.Connections
+			}),
+			count("ztun_agent_messages_total", "Requests of the node agent.", func(s *zds.Stats) uint64 { return s.Messages }),
+			count("ztun_agent_refused_total", "Requests of the node agent that were answered with an error.",
+				func(s *zds.Stats) uint64 {
+					return s.Refused
+				}),
+			family[zds.Stats]{name: "ztun_agent_connected",
+				help: "1: the node agent is connected and has said which pods there are.",
+				get: func(s *zds.Stats) float64 {
+					return truth(s.Connected)
+				}},
 		),
 	}
 }

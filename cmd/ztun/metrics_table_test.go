@@ -69,4 +69,5 @@ func TestMetricTablesCoverTheParts(t *testing.T) {
 	covers(t, m.authority, seen)
 	covers(t, m.crl, seen)
 	covers(t, m.revocation, seen)
+	covers(t, m.agent, seen)
 }

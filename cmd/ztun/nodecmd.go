@@ -29,7 +29,7 @@ func nodeCommand() *cobra.Command {
 func stateDirFlag(cmd *cobra.Command) *string {
 	def := os.Getenv("ZTUN_STATE_DIR")
 	if def == "" {
-		def = "/var/run/ztun"
+		def = defaultStateDir()
 	}
 	return cmd.Flags().String("state-dir", def, "directory of the daemon's state (ZTUN_STATE_DIR)")
 }

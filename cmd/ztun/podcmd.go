@@ -97,7 +97,7 @@ func defaultSocket(getenv func(string) string) string {
 	}
 	dir := getenv("ZTUN_STATE_DIR")
 	if dir == "" {
-		dir = "/var/run/ztun"
+		dir = defaultStateDir()
 	}
 	return filepath.Join(dir, "ztun.sock")
 }

@@ -35,7 +35,7 @@ type podManager struct {
 
 	mu      sync.Mutex
 	pods    map[string]*pod       // by uid
-	pending map[string]pendingPod // by uid: known from an earlier life, not attached yet
+	pending map[string]pendingPod // by uid: known from an earlier life or a node agent, not attached yet
 	closed  bool
 
 	self atomic.Pointer[selfPod] // the daemon's own; nil: there is none, or it does not stand yet
@@ -56,7 +56,10 @@ type podHost interface {
 
 type pendingPod struct {
 	savedPod
-	err error
+	// file is the namespace where it came as a descriptor: from a node agent, which gives it to the next daemon, too, so
+	// that such a pod is not saved.
+	file *os.File
+	err  error
 }
 
 // savedPod is a pod in the state file. The path of its namespace alone does not do: a path, and all the
@@ -132,11 +135,13 @@ func (m *podManager) attach(ctx context.Context, spec attach.Pod) error {
 	if err := m.kind.Locate(&spec); err != nil {
 		return err
 	}
-	if err := attach.CheckAddrs(spec.Label, spec.IPs, addrs); err != nil {
-		return err
-	}
-	if owner := owner(attached, spec.Place); owner != nil {
-		return fmt.Errorf("%w: network namespace %s belongs to pod %s", admin.ErrPodConflict, spec.NetNS, owner.label)
+	if !m.kind.Shares() {
+		if err := attach.CheckAddrs(spec.Label, spec.IPs, addrs); err != nil {
+			return err
+		}
+		if owner := owner(attached, spec.Place); owner != nil {
+			return fmt.Errorf("%w: network namespace %s belongs to pod %s", admin.ErrPodConflict, spec.NetNS, owner.label)
+		}
 	}
 	p, err := m.host.newPod(ctx, spec)
 	if err != nil {
@@ -144,13 +149,24 @@ func (m *podManager) attach(ctx context.Context, spec attach.Pod) error {
 	}
 	m.mu.Lock()
 	m.pods[uid] = p
-	delete(m.pending, uid)
 	m.mu.Unlock()
+	m.forget(uid)
 	m.started.Add(1)
 	m.host.podsChanged()
 	m.log.Info("pod attached", "pod", p.label, "netns", p.spec.NetNS, "addresses", fmt.Sprint(p.spec.IPs), "offload",
 		p.att.Status().Offload.VNetHdr)
 	return nil
+}
+
+// forget takes a pod out of those that wait, and says which it was.
+func (m *podManager) forget(uid string) (was pendingPod, found bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if was, found = m.pending[uid]; found {
+		delete(m.pending, uid)
+		was.file.Close() // nothing to do where there is none
+	}
+	return was, found
 }
 
 // owner is which of the pods lives in a namespace, nil if none does.
@@ -175,7 +191,12 @@ func (m *podManager) Delete(ctx context.Context, namespace, name string) error {
 	}
 	m.mu.Lock()
 	p := m.pods[uid]
+	agents := p != nil && p.spec.NetNS == "" || m.pending[uid].file != nil
 	m.mu.Unlock()
+	if agents {
+		return fmt.Errorf("%w: pod %s/%s is the node agent's: it ends with the pod or its label", admin.ErrPodConflict,
+			namespace, name)
+	}
 	ctx, cancel := context.WithTimeout(ctx, m.c.Process.TerminationDeadline)
 	defer cancel()
 	if p != nil {
@@ -183,11 +204,7 @@ func (m *podManager) Delete(ctx context.Context, namespace, name string) error {
 	}
 	m.op.Lock()
 	defer m.op.Unlock()
-	m.mu.Lock()
-	waiting, ok := m.pending[uid]
-	delete(m.pending, uid)
-	m.mu.Unlock()
-	if ok {
+	if waiting, ok := m.forget(uid); ok {
 		return errors.Join(m.save(), m.clean(waiting.savedPod))
 	}
 	if err := m.detach(ctx, uid, p); err != nil {
@@ -299,7 +316,9 @@ func (m *podManager) save() error {
 		}
 	}
 	for _, p := range m.pending {
-		specs = append(specs, p.savedPod)
+		if p.file == nil {
+			specs = append(specs, p.savedPod)
+		}
 	}
 	m.mu.Unlock()
 	slices.SortFunc(specs, func(a, b savedPod) int {
@@ -363,7 +382,7 @@ func (m *podManager) adopt(ctx context.Context) error {
 	m.op.Lock()
 	defer m.op.Unlock()
 	for _, spec := range specs {
-		m.retry(ctx, spec)
+		m.retry(ctx, pendingPod{savedPod: spec})
 	}
 	if err := m.save(); err != nil {
 		m.log.Error("saving the list of pods", "error", err)
@@ -382,18 +401,21 @@ func (m *podManager) addresses() []netip.Addr {
 
 // retry attaches a pod of an earlier life, or keeps it pending. False says that its namespace is gone and
 // the pod was dropped. op is held.
-func (m *podManager) retry(ctx context.Context, s savedPod) bool {
+func (m *podManager) retry(ctx context.Context, s pendingPod) bool {
 	uid, ref := uidOf(s.PodSpec), refOf(s.PodSpec).String()
-	if err := m.kind.Gone(s.place()); err != nil {
-		m.mu.Lock()
-		delete(m.pending, uid)
-		m.mu.Unlock()
+	if err := m.kind.Gone(s.place()); err != nil && s.file == nil { // what we hold cannot go
+		m.forget(uid)
 		m.log.Warn("pod of an earlier run is gone", "pod", ref, "error", err)
 		return false
 	}
-	if err := m.attach(ctx, attach.Pod{PodSpec: s.PodSpec}); err != nil {
+	spec := s.PodSpec
+	if s.file != nil {
+		spec.IPs = nil // nobody has given them: they may be others by now
+	}
+	if err := m.attach(ctx, attach.Pod{PodSpec: spec, File: s.file}); err != nil {
+		s.err = err
 		m.mu.Lock()
-		m.pending[uid] = pendingPod{s, err}
+		m.pending[uid] = s
 		m.mu.Unlock()
 		m.log.Error("pod cannot be attached, will be tried again", "pod", ref, "error", err)
 	}
@@ -467,9 +489,9 @@ func (m *podManager) dropVanished() {
 
 func (m *podManager) retryPending(ctx context.Context) {
 	m.mu.Lock()
-	var specs []savedPod
+	var specs []pendingPod
 	for _, p := range m.pending {
-		specs = append(specs, p.savedPod)
+		specs = append(specs, p)
 	}
 	m.mu.Unlock()
 	if len(specs) == 0 {
@@ -480,8 +502,9 @@ func (m *podManager) retryPending(ctx context.Context) {
 	dropped := false
 	for _, s := range specs {
 		m.mu.Lock()
-		_, still := m.pending[uidOf(s.PodSpec)] // not deleted, and not added anew, while we waited for op
+		now, still := m.pending[uidOf(s.PodSpec)] // not deleted, and not added anew, while we waited for op
 		m.mu.Unlock()
+		still = still && now.file == s.file
 		dropped = still && !m.retry(ctx, s) || dropped
 	}
 	if !dropped {

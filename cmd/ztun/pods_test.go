@@ -25,6 +25,7 @@ type noKind struct {
 }
 
 func (*noKind) Locate(p *attach.Pod) error      { return attach.Locate(p) }
+func (*noKind) Shares() bool                    { return false }
 func (*noKind) Gone(p attach.Place) error       { return p.Gone() }
 func (k *noKind) Sweep(keep []netip.Addr) error { return k.sweep() }
 func (*noKind) Clean(attach.Place) error        { return nil }

@@ -68,6 +68,9 @@ func needs(c *Config) []need {
 		{unix.CAP_SYS_ADMIN, "entering the pods' network namespaces"},
 		{unix.CAP_SYS_PTRACE, "pods given by the id of a process"},
 	}
+	if c.Attach.Steering == redirectedPods {
+		all[0].why = "sockets in the pods with marks and their clients' addresses"
+	}
 	if c.Mode.Dedicated {
 		all = nil
 		if c.Net.PacketMark != 0 {
@@ -205,7 +208,8 @@ func dropOnThread(c *Config, again bool) (held capSet, err error) {
 func (c *Config) shutOut() string {
 	denied := func(err error) bool { return errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) }
 	const device = "/dev/net/tun"
-	if !c.Mode.Dedicated && denied(unix.Faccessat(unix.AT_FDCWD, device, unix.R_OK|unix.W_OK, unix.AT_EACCESS)) {
+	opens := !c.Mode.Dedicated && c.Attach.Steering != redirectedPods
+	if opens && denied(unix.Faccessat(unix.AT_FDCWD, device, unix.R_OK|unix.W_OK, unix.AT_EACCESS)) {
 		return device
 	}
 	read, write := c.files()

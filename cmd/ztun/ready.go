@@ -13,6 +13,9 @@ import (
 	"ztun/proxy/identity"
 )
 
+// stateManager is the task of readiness that is done when the mesh is known.
+const stateManager = "state manager"
+
 // How soon, and how often then, the log says why this node is not ready.
 const (
 	firstExcuse = 10 * time.Second
@@ -104,7 +107,7 @@ func (d *daemon) certificates(probe func() error) error {
 		return nil
 	}
 	for _, p := range d.ready.Pending() {
-		if p.Name == "state manager" {
+		if p.Name == stateManager {
 			return errors.New("which pods want one is known with the first state")
 		}
 	}

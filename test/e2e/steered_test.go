@@ -48,7 +48,7 @@ func TestSteered(t *testing.T) {
 	f.Policies = []lab.Policy{{Name: "istio_converted_static_strict", Namespace: "default", Scope: "Namespace",
 		Action: "Deny", Rules: [][][]map[string]any{{{{"notPrincipals": []any{map[string]any{"Presence": []any{}}}}}}}}}
 	must(t, m.WriteWorld(f))
-	env := map[string]string{"ZTUN_STEER": "true"}
+	env := map[string]string{"ZTUN_STEERING": "steered"}
 	for _, n := range m.Nodes() {
 		m.start(n, env)
 	}

@@ -40,7 +40,7 @@ cmd/attach/dedicated -> admin cmd/attach netstack ports proxy tun
 cmd/attach/rootless  -> admin cmd/attach proxy tun tun/netns tun/steer
 cmd/attach/steered   -> admin cmd/attach netstack ports proxy tun tun/netns tun/sandwich
 cmd/doctor           -> tun/netns tun/steer
-cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/xds admin/zlog cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/rootless cmd/attach/steered cmd/doctor netstack ports proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state refusal tun tun/capture tun/netns tun/replace
+cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/xds admin/zds admin/zlog cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/doctor netstack ports proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state refusal tun tun/capture tun/netns tun/replace
 netstack             -> ports proxy/fair proxy/grow proxy/rescue refusal tun
 netstack/usersock    -> proxy/fair proxy/rescue
 ports                ->

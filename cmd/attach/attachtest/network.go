@@ -186,6 +186,9 @@ func (h *Host) isGone() bool {
 	return h.gone
 }
 
+// Shares implements attach.Kind.
+func (*Kind) Shares() bool { return false }
+
 // Gone implements attach.Kind.
 func (k *Kind) Gone(p attach.Place) error {
 	if h := k.net.at(p); h == nil || h.isGone() {

@@ -130,6 +130,9 @@ func (k *Kind) Locate(p *attach.Pod) error {
 	return nil
 }
 
+// Shares implements attach.Kind.
+func (*Kind) Shares() bool { return false }
+
 // Gone implements attach.Kind: it is our own.
 func (*Kind) Gone(attach.Place) error { return nil }
 

@@ -74,6 +74,9 @@ func (n *Node) Open(ctx context.Context) (err error) {
 // Locate implements attach.Kind.
 func (n *Node) Locate(p *attach.Pod) error { return attach.Locate(p) }
 
+// Shares implements attach.Kind.
+func (*Node) Shares() bool { return false }
+
 // Gone implements attach.Kind.
 func (n *Node) Gone(p attach.Place) error { return p.Gone() }
 

@@ -74,6 +74,9 @@ func (k *Kind) Locate(p *attach.Pod) error {
 	return nil
 }
 
+// Shares implements attach.Kind: what is a pod's is in its namespace, and listeners share ports there.
+func (*Kind) Shares() bool { return true }
+
 // Gone implements attach.Kind.
 func (*Kind) Gone(p attach.Place) error { return p.Gone() }
 

@@ -57,6 +57,9 @@ func (*Kind) Open(context.Context) error { return nil }
 // Locate implements attach.Kind.
 func (*Kind) Locate(p *attach.Pod) error { return attach.Locate(p) }
 
+// Shares implements attach.Kind.
+func (*Kind) Shares() bool { return false }
+
 // Gone implements attach.Kind.
 func (*Kind) Gone(p attach.Place) error { return p.Gone() }
 
