@@ -24,7 +24,8 @@ import (
 
 // tunnel is what is known of one accepted HBONE connection.
 type tunnel struct {
-	src, dst netip.AddrPort // TCP peer; our address and port 15008
+	src, dst netip.AddrPort // TCP peer; our address and port 15008, or the pod's for which we were reached elsewhere
+	anyOwn   bool           // reached elsewhere: that stands for each of the pod's addresses
 	peer     identity.ID
 	hasPeer  bool
 	// place is the connection's among those that have carried nothing yet. The first CONNECT that is granted gives it
@@ -33,8 +34,9 @@ type tunnel struct {
 }
 
 // ServeMesh carries one TCP connection accepted on the pod's port 15008. It returns when the
-// connection and all its streams have ended.
-func (p *Proxy) ServeMesh(raw net.Conn) {
+// connection and all its streams have ended. at is for a connection that was accepted at an address that is not the
+// pod's (MeshAddresses of its record): the pod's own that it stands for; not valid: raw's local address.
+func (p *Proxy) ServeMesh(raw net.Conn, at netip.AddrPort) {
 	defer raw.Close()
 	c := p.enter(inbound)
 	if c == nil {
@@ -42,7 +44,10 @@ func (p *Proxy) ServeMesh(raw net.Conn) {
 	}
 	defer c.leave()
 
-	t := &tunnel{src: addrPort(raw.RemoteAddr()), dst: addrPort(raw.LocalAddr())}
+	t := &tunnel{src: addrPort(raw.RemoteAddr()), dst: at, anyOwn: at.IsValid()}
+	if !t.anyOwn {
+		t.dst = addrPort(raw.LocalAddr())
+	}
 	var evicted atomic.Bool
 	evict := func() {
 		evicted.Store(true)
@@ -274,7 +279,8 @@ func (p *Proxy) receive(ctx context.Context, t *tunnel, s *hbone.ServerStream) (
 		return nil, nil, none, err
 	}
 	q := route.InboundQuestion{
-		Network: p.o.Config.NetworkName, Local: local, LocalAddr: t.dst.Addr(), Authority: s.Authority(),
+		Network: p.o.Config.NetworkName, Local: local, LocalAddr: t.dst.Addr(), AnyOwn: t.anyOwn,
+		Authority:     s.Authority(),
 		ForwardedHost: hbone.ParseForwardedHost(s.Forwarded()), Illegal: p.illegal,
 	}
 	var in route.InboundDecision

@@ -149,7 +149,7 @@ func newWorldWith(t *testing.T, change func(w *world, i int, o *Options)) *world
 				w.tunnels.Add(1)
 				defer w.tunnels.Add(-1)
 				w.proxies[1].ServeMesh(&addressed{Conn: c, local: netip.AddrPortFrom(addrB, 15008),
-					remote: netip.MustParseAddrPort(string(src))})
+					remote: netip.MustParseAddrPort(string(src))}, netip.AddrPort{})
 			})
 		}
 	})

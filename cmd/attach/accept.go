@@ -52,6 +52,6 @@ func (o *Options) Admit(to Door, conn *net.TCPConn) (serve func()) {
 	}
 	return func() {
 		defer place.Release()
-		to.Serve(conn)
+		to.Serve(conn, to.At)
 	}
 }

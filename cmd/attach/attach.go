@@ -17,7 +17,7 @@ import (
 )
 
 // Kind is one way of capturing pods and of reaching the network for them, for all pods of a daemon. cmd/ztun chooses
-// one by mode and knows nothing else of it. What differs between the four (of rootless only calls stand):
+// one by mode and knows nothing else of it. What differs between the four:
 //
 //	                      isolated            steered               redirected             rootless
 //	the pod has           lo and a TUN with   a veth called eth0;   the CNI's eth0         lo and a TUN with
@@ -132,8 +132,9 @@ type Handler interface {
 	// ServeProbe gets what ServePassthrough would, from a socket of the node's own: the kubelet asks whether the pod is
 	// well, whatever policy says.
 	ServeProbe(f proxy.Flow)
-	// ServeMesh gets an accepted connection to the pod's mesh port, and returns when it has ended.
-	ServeMesh(conn net.Conn)
+	// ServeMesh gets an accepted connection to the pod's mesh port, and returns when it has ended. at is the pod's
+	// address that it is for, if it was accepted at one that is not the pod's; not valid otherwise.
+	ServeMesh(conn net.Conn, at netip.AddrPort)
 	// ServeDNS gets a UDP question of the pod's application to any nameserver.
 	ServeDNS(q Query)
 	// AllowDatagram judges a UDP flow that src begins, the network if inbound. It is asked on a device's reader, and
@@ -177,10 +178,11 @@ type NodeStats struct {
 	MeshUnknown uint64              // accepted mesh connections for an address that no pod has
 }
 
-// Door is somebody beside the pods who serves the mesh at an address of the node: the daemon, where it is a pod itself.
+// Door is who serves accepted mesh connections at an address: a pod, or the daemon itself, where it is one.
 type Door struct {
 	Label string
-	Serve func(net.Conn)
+	At    netip.AddrPort // as ServeMesh's at
+	Serve func(conn net.Conn, at netip.AddrPort)
 }
 
 // Options are what the composition root lends to a kind.

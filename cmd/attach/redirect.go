@@ -9,7 +9,8 @@ import (
 	"ztun/tun/netns"
 )
 
-// Redirect is a connection that somebody's rules have brought to a listener of ours, as a flow to where it was going.
+// Redirect is a connection that came to a listener of ours, brought there by somebody's rules or published at it, as a
+// flow to where it was going.
 // The kernel has accepted it already: to refuse it is to reset it.
 type Redirect struct {
 	conn     *net.TCPConn
@@ -30,6 +31,17 @@ func (o *Options) Redirected(pod string, place *Share, conn *net.TCPConn) *Redir
 		Reset(conn)
 		return nil
 	}
+	return &Redirect{conn: conn, src: addrPort(conn.RemoteAddr()), dst: dst}
+}
+
+// Published makes a flow of a connection that was accepted at a port of the host's on behalf of the pod's dst. Nil: as
+// Redirected's.
+func (o *Options) Published(place *Share, conn *net.TCPConn, dst netip.AddrPort) *Redirect {
+	if place == nil {
+		Reset(conn)
+		return nil
+	}
+	o.Descriptors.Opened(place, conn)
 	return &Redirect{conn: conn, src: addrPort(conn.RemoteAddr()), dst: dst}
 }
 

@@ -78,6 +78,9 @@ func (d *daemon) newState() {
 	if self != nil {
 		use(self.proxy, self.info())
 	}
+	if d.ports != nil && len(pods) > 0 {
+		d.ports.follow(context.Background(), view.WorkloadByInfo(pods[0].info()), d.log.Logger("pods"))
+	}
 	for _, c := range had {
 		if !used[c.Identity] {
 			d.certs.Forget(c.Identity)

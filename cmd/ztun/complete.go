@@ -102,7 +102,8 @@ func completions(cmd *cobra.Command) map[string]completion {
 		"log":        values("error", "warn", "info", "debug", "trace", "off"),
 		"dir":        directories, "state-dir": directories, "out": directories, "mesh": directories,
 		"socket": files, "status-socket": files, "join": files,
-		"service-account": nothing, "ip": nothing, "mtu": nothing, "listen": nothing, "host": nothing, "admin": nothing,
+		"service-account": nothing, "ip": nothing, "mtu": nothing, "mesh-port": nothing, "publish": nothing,
+		"listen": nothing, "host": nothing, "admin": nothing,
 		"max-life":     nothing,
 		"trust-domain": nothing, "life": nothing,
 	}

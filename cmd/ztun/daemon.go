@@ -56,6 +56,7 @@ type daemon struct {
 	agent    *nodeAgent // nil: nobody but `ztun pod` says which pods there are
 	fds      *attach.Descriptors
 	kind     attach.Kind    // how pods are attached; nil as long as pods is: start has not come so far
+	ports    *runPorts      // of `ztun run`; nil in others
 	buffers  hbone.Buffers  // shared by the tunnels of all pods
 	panics   *rescue.Panics // of the data plane
 	memory   *memory        // what lies here for the pods

@@ -27,7 +27,8 @@ func (d *daemon) chooseKind() attach.Kind {
 	o.Stack.Datagrams = c.datagrams(d.know)
 	switch {
 	case c.Mode.Rootless:
-		return rootless.New(o)
+		d.ports.kind = rootless.New(o, *d.ports.announced(d.know.View))
+		return d.ports.kind
 	case c.Mode.Dedicated:
 		return dedicated.New(o)
 	}

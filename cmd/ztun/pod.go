@@ -143,13 +143,13 @@ func (p *pod) stands(f proxy.Flow) bool {
 }
 
 // ServeMesh implements attach.Handler.
-func (p *pod) ServeMesh(conn net.Conn) {
+func (p *pod) ServeMesh(conn net.Conn, at netip.AddrPort) {
 	<-p.built
 	if p.proxy == nil {
 		conn.Close()
 		return
 	}
-	p.proxy.ServeMesh(conn)
+	p.proxy.ServeMesh(conn, at)
 }
 
 // dnsPort is captured when DNS capture is on.

@@ -41,6 +41,7 @@ func (s exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(s)
 
 func runCommand() *cobra.Command {
 	var who runWho
+	var reached runPorts
 	var noUDP bool
 	cmd := &cobra.Command{
 		Use:   "run [flags] -- COMMAND [ARGUMENT...]",
@@ -49,8 +50,9 @@ func runCommand() *cobra.Command {
 			"mesh:\n" +
 			"what it calls is reached over HBONE with the workload's identity where the mesh knows it, in plaintext " +
 			"elsewhere.\n" +
-			"Needs user namespaces that users may make, and a /dev/net/tun that they may open. Calls only: nobody in the\n" +
-			"network reaches COMMAND. Configured like `ztun proxy`, with quieter logs (RUST_LOG=warn) on standard error.",
+			"Needs user namespaces that users may make, and a /dev/net/tun that they may open. Peers of the mesh reach\n" +
+			"COMMAND at a port of this host that its record announces (meshAddresses), others at ports published\n" +
+			"with -p. Configured like `ztun proxy`, with quieter logs (RUST_LOG=warn) on standard error.",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return usageError(cmd, fmt.Errorf("%s wants a command to run", cmd.CommandPath()))
@@ -61,6 +63,9 @@ func runCommand() *cobra.Command {
 			if err := who.resolve(os.LookupEnv); err != nil {
 				return err
 			}
+			if err := reached.resolve(); err != nil {
+				return err
+			}
 			if os.Getenv(runInside) == "" {
 				return runOutside()
 			}
@@ -69,7 +74,7 @@ func runCommand() *cobra.Command {
 			if err := who.spec.Validate(); err != nil {
 				return err
 			}
-			return runWorkload(cmd.Context(), &who, noUDP, args)
+			return runWorkload(cmd.Context(), &who, &reached, noUDP, args)
 		},
 	}
 	f := cmd.Flags()
@@ -77,6 +82,7 @@ func runCommand() *cobra.Command {
 	f.IntVar(&who.spec.MTU, "mtu", 0, "MTU in bytes (default ZTUN_MTU)")
 	f.BoolVar(&noUDP, "no-udp", false, "carry no UDP but DNS, and no ping (as ZTUN_UDP=off)")
 	who.bind(cmd)
+	reached.bind(cmd)
 	return cmd
 }
 
@@ -164,7 +170,7 @@ func follow(c *exec.Cmd, unable func(error) error) error {
 }
 
 // runWorkload is the daemon of one workload, for as long as its command runs.
-func runWorkload(ctx context.Context, who *runWho, noUDP bool, command []string) error {
+func runWorkload(ctx context.Context, who *runWho, reached *runPorts, noUDP bool, command []string) error {
 	spec := who.spec
 	dir, err := os.MkdirTemp("", "ztun-run-")
 	if err != nil {
@@ -199,6 +205,7 @@ func runWorkload(ctx context.Context, who *runWho, noUDP bool, command []string)
 	if err != nil {
 		return err
 	}
+	d.ports = reached
 	defer d.log.Close(context.Background())
 	ctx, stop := context.WithCancel(ctx)
 	defer d.work.Wait()

@@ -10,8 +10,11 @@ import (
 type InboundQuestion struct {
 	Local     *state.Workload // the workload that the tunnel reached; required
 	LocalAddr netip.Addr      // its address at which the tunnel arrived
-	Network   string          // this node's network (NETWORK)
-	Authority string          // the request's :authority
+	// AnyOwn: the tunnel arrived elsewhere (Local.MeshAddresses), on behalf of all of Local's addresses. The authority
+	// says which one is meant; LocalAddr is, where it names none.
+	AnyOwn    bool
+	Network   string // this node's network (NETWORK)
+	Authority string // the request's :authority
 	// ForwardedHost is host= of the forwarded header, "" if absent: it helps to
 	// tell which service was called.
 	ForwardedHost string
@@ -43,6 +46,9 @@ func Inbound(v *state.View, q InboundQuestion) (InboundDecision, error) {
 		return InboundDecision{}, err
 	}
 	local := q.LocalAddr.Unmap()
+	if q.AnyOwn && q.Local.HasAddress(auth.Addr) {
+		local = auth.Addr
+	}
 	if err := validate(v, q, local, auth); err != nil {
 		return InboundDecision{}, err
 	}

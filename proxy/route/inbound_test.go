@@ -33,6 +33,30 @@ func TestInboundOwnPorts(t *testing.T) {
 	}
 }
 
+// TestInboundElsewhere: a tunnel that arrived at none of the workload's addresses is for whichever of them is named;
+// one that arrived at one of them is for that one.
+func TestInboundElsewhere(t *testing.T) {
+	v4, v6 := netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")
+	w := &state.Workload{UID: "w", Addresses: []netip.Addr{v4, v6}}
+	b := state.NewBuilder("")
+	b.InsertWorkload(w)
+	v := b.Build()
+	for _, test := range []struct {
+		anyOwn    bool
+		authority string
+		want      netip.Addr // not valid: refused
+	}{
+		{true, "10.0.0.1:80", v4}, {true, "[fd00::1]:80", v6}, {true, "10.0.0.2:80", netip.Addr{}},
+		{false, "10.0.0.1:80", v4}, {false, "[fd00::1]:80", netip.Addr{}},
+	} {
+		d, err := route.Inbound(v, route.InboundQuestion{Local: w, LocalAddr: v4, AnyOwn: test.anyOwn,
+			Authority: test.authority})
+		if d.App.Addr() != test.want || (err == nil) != test.want.IsValid() {
+			t.Errorf("%+v: %v, %v", test, d.App, err)
+		}
+	}
+}
+
 // TestInboundForAnother: a workload is served by its own waypoint, and by no other workload that the mesh knows.
 func TestInboundForAnother(t *testing.T) {
 	b := state.NewBuilder("")

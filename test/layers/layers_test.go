@@ -37,7 +37,7 @@ cmd/attach/attachtest -> admin cmd/attach netstack proxy refusal tun tun/tuntest
 cmd/attach/isolated  -> admin cmd/attach netstack ports tun tun/netns tun/replace tun/steer
 cmd/attach/redirected -> admin cmd/attach netstack ports proxy tun tun/netns
 cmd/attach/dedicated -> admin cmd/attach netstack ports proxy tun
-cmd/attach/rootless  -> admin cmd/attach proxy tun tun/netns tun/steer
+cmd/attach/rootless  -> admin cmd/attach ports proxy tun tun/netns tun/steer
 cmd/attach/steered   -> admin cmd/attach netstack ports proxy tun tun/netns tun/sandwich
 cmd/doctor           -> tun/netns tun/steer
 cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/xds admin/zds admin/zlog cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/doctor netstack ports proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state refusal tun tun/capture tun/netns tun/replace

@@ -311,7 +311,7 @@ func (p *pod) DialMesh(_ context.Context, dst netip.AddrPort) (net.Conn, error) 
 			}
 		})
 		defer close(served)
-		to.h.ServeMesh(end{far, at, src})
+		to.h.ServeMesh(end{far, at, src}, netip.AddrPort{})
 	})
 	return end{near, src, at}, nil
 }

@@ -120,7 +120,7 @@ func (r *relay) carry(f proxy.Flow, up proxy.Conn, err error) {
 	}
 }
 
-func (r *relay) ServeMesh(conn net.Conn) {
+func (r *relay) ServeMesh(conn net.Conn, _ netip.AddrPort) {
 	defer conn.Close()
 	r.say("mesh")
 	fmt.Fprintf(conn, "mesh of %s at %s for %s", r.name, conn.LocalAddr(), conn.RemoteAddr().(*net.TCPAddr).IP)

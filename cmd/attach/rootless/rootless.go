@@ -5,9 +5,10 @@
 // What flows through it: as in package isolated, but for the node, which has no part in it: no device, no rule, no
 // listener. Who calls it: cmd/ztun's `ztun run`, from within the user namespace. What it never does: need root.
 //
-// Limits: calls only. Nothing reaches the workload from the network yet, in plaintext or over HBONE: that takes a
-// record that says at which port of the host its mesh port is. Peers see the host's address as the source and the
-// workload's identity; ztun's own say in a line that the two do not belong together. UDP and pings leave by sockets
+// Limits: peers find the workload's mesh port, a listener on the host's address, by a record that says where it is
+// (meshAddresses). Peers see the host's address as the source and the workload's identity; ztun's own say in a line
+// that the two do not belong together. A client that has no address which the namespace could answer (it is on the
+// host's loopback, or of the other family) is seen as a stand-in for it. UDP and pings leave by sockets
 // as well (package usersock), so that what is neither, and an ICMP error of the workload's, goes nowhere; pings need
 // net.ipv4.ping_group_range of the host to let them.
 //
@@ -16,6 +17,10 @@
 //     child handing descriptors to a parent outside: in there it may enter the workload's namespace as a root daemon
 //     enters a pod's, and all of it (devices, routes, listeners on the workload's loopback) is the same code. The
 //     kernel lets a thread go in and not out again; netns.NS.Do gives such a thread up.
+//   - 2026-11-29: where the record says that HBONE arrives is where we listen, unless Options name a port: one place
+//     to say it. An address that is none of the host's (it is behind a NAT, or a VM's) is listened for on all.
+//   - 2026-11-29: a published port hands connections to the proxy as any plaintext that arrives, so that policy judges
+//     them; it does not answer for the application: a client is accepted by the kernel before that is known.
 package rootless
 
 import (
@@ -25,6 +30,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"ztun/admin"
@@ -41,18 +47,19 @@ const deviceName = "ztun0"
 // Kind is the way of attaching.
 type Kind struct {
 	o    attach.Options
+	in   Inbound
 	dial net.Dialer
+
+	leaving atomic.Bool
+	open    listeners
 }
 
 var _ attach.Kind = (*Kind)(nil)
 
 // New makes the kind.
-func New(o attach.Options) *Kind {
-	return &Kind{o: o, dial: net.Dialer{KeepAliveConfig: o.Socket.KeepAlive}}
+func New(o attach.Options, in Inbound) *Kind {
+	return &Kind{o: o, in: in, dial: net.Dialer{KeepAliveConfig: o.Socket.KeepAlive}}
 }
-
-// Open implements attach.Kind: there is nothing that pods share.
-func (*Kind) Open(context.Context) error { return nil }
 
 // Locate implements attach.Kind.
 func (*Kind) Locate(p *attach.Pod) error { return attach.Locate(p) }
@@ -70,10 +77,7 @@ func (*Kind) Clean(attach.Place) error { return nil }
 func (*Kind) Sweep([]netip.Addr) error { return nil }
 
 // Leave implements attach.Kind.
-func (*Kind) Leave() {}
-
-// Close implements attach.Kind.
-func (*Kind) Close() error { return nil }
+func (k *Kind) Leave() { k.leaving.Store(true) }
 
 // Stats implements attach.Kind.
 func (*Kind) Stats() attach.NodeStats { return attach.NodeStats{} }
@@ -84,6 +88,7 @@ type workload struct {
 	attach.Loopback
 	kind    *Kind
 	spec    attach.Pod
+	h       attach.Handler
 	ns      *netns.NS
 	plan    steer.Plan
 	fds     *attach.Share
@@ -97,7 +102,7 @@ func (k *Kind) Attach(_ context.Context, spec attach.Pod, h attach.Handler) (_ a
 	if mtu == 0 {
 		mtu = o.MTU
 	}
-	w := &workload{kind: k, spec: spec}
+	w := &workload{kind: k, spec: spec, h: h}
 	w.plan = steer.InsidePlan(steer.PodConfig{Name: spec.Label, Addrs: spec.IPs, TUN: deviceName, MTU: mtu})
 	defer func() {
 		if err != nil {
@@ -143,12 +148,17 @@ func (w *workload) Place() attach.Place { return w.spec.Place }
 // Capture implements attach.Attachment.
 func (w *workload) Capture(ctx context.Context) error {
 	w.Run()
-	return steer.Apply(ctx, w.plan, steer.Namespaces{Pod: w.ns})
+	if err := steer.Apply(ctx, w.plan, steer.Namespaces{Pod: w.ns}); err != nil {
+		return err
+	}
+	w.kind.open.serve(w)
+	return nil
 }
 
 // Remove implements attach.Attachment. Device, addresses and routes go with the stack.
 func (w *workload) Remove() error {
 	w.removed.Do(func() {
+		w.kind.open.serve(nil)
 		if w.Stack != nil {
 			w.Stop()
 		}
@@ -163,20 +173,31 @@ func (w *workload) Remove() error {
 
 // DialMesh implements proxy.Network.
 func (w *workload) DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn, error) {
-	return w.call(ctx, dst)
+	return w.call(ctx, dst, w.kind.in.Announced)
 }
 
-// DialPlain implements proxy.Network. Loopback is the host's own, and no business of the workload's.
+// DialPlain implements proxy.Network.
 func (w *workload) DialPlain(ctx context.Context, dst netip.AddrPort) (proxy.Conn, error) {
-	return w.call(ctx, dst)
+	return w.call(ctx, dst, nil)
 }
 
-// call is a TCP connection by the user's own socket, within the workload's share of descriptors.
-func (w *workload) call(ctx context.Context, dst netip.AddrPort) (proxy.Conn, error) {
-	if dst.Addr().Unmap().IsLoopback() {
+// call is a TCP connection by the user's own socket, within the workload's share of descriptors. Loopback is the host's
+// own and no business of the workload's, but for what known says is there for the mesh.
+func (w *workload) call(ctx context.Context, dst netip.AddrPort, known func(netip.AddrPort) bool) (proxy.Conn, error) {
+	if dst.Addr().Unmap().IsLoopback() && (known == nil || !known(dst)) {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: syscall.ENETUNREACH}
 	}
 	return w.kind.o.Descriptors.DialBy(ctx, w.spec.Label, dst, &w.kind.dial)
+}
+
+// DialApp implements proxy.Network.
+func (w *workload) DialApp(ctx context.Context, src, dst netip.AddrPort) (proxy.Conn, error) {
+	return w.KernelTCP.DialApp(ctx, netip.AddrPortFrom(seenAs(src.Addr(), dst.Addr()), src.Port()), dst)
+}
+
+// ProbeApp implements proxy.Network.
+func (w *workload) ProbeApp(ctx context.Context, src netip.Addr, dst netip.AddrPort) error {
+	return w.KernelTCP.ProbeApp(ctx, seenAs(src, dst.Addr()), dst)
 }
 
 // DialUDP implements attach.Ways. The host's nameserver may well be on its loopback.

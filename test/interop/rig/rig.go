@@ -147,7 +147,7 @@ func (r *Rig) accept() {
 			return
 		}
 		r.accepted.add(1)
-		r.work.Go(func() { r.served.ServeMesh(c) })
+		r.work.Go(func() { r.served.ServeMesh(c, netip.AddrPort{}) })
 	}
 }
 
