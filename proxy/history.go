@@ -22,7 +22,8 @@ type Party struct {
 	Cluster             string
 }
 
-// ConnectionInfo is one connection as an operator sees it: what the books hold of it, while it lives and after.
+// ConnectionInfo is one connection as an operator sees it: what the books hold of it, while it lives and after. It is
+// what /config_dump, `ztun connections` and `ztun flows` are made of.
 type ConnectionInfo struct {
 	Direction           string // outbound, inbound or passthrough (inbound plaintext)
 	Protocol            string // HBONE, TCP or DOUBLEHBONE
@@ -163,6 +164,18 @@ func (p *Proxy) Live() iter.Seq[ConnectionInfo] {
 			}
 		}
 	}
+}
+
+// Open is how many connections Live would yield, without a look at each one's books.
+func (p *Proxy) Open() (inbound, outbound int) {
+	for _, c := range p.table.snapshot() {
+		if c.where().inbound {
+			inbound++
+		} else {
+			outbound++
+		}
+	}
+	return inbound, outbound
 }
 
 // Ended yields connections that have ended, as many as are remembered (Config.Remember), in no order.

@@ -278,25 +278,6 @@ func (p *Proxy) Stats() Stats {
 		Retried: p.retried.Load(), SourceRewritten: p.foreign.Load()}
 }
 
-// ConnectionDump is one connection as /config_dump lists it.
-type ConnectionDump struct {
-	Inbound                     bool
-	Src, OriginalDst, ActualDst netip.AddrPort // OriginalDst is zero where there is none
-	Protocol                    string         // HBONE, TCP or DOUBLEHBONE
-}
-
-// Connections lists what is open now.
-func (p *Proxy) Connections() []ConnectionDump {
-	list := p.table.snapshot()
-	out := make([]ConnectionDump, len(list))
-	for i, c := range list {
-		on := c.where()
-		out[i] = ConnectionDump{Inbound: on.inbound, Src: on.src, OriginalDst: on.originalDst, ActualDst: on.actualDst,
-			Protocol: on.protocol}
-	}
-	return out
-}
-
 // Shutdown drains: nothing new is taken, mesh peers are told so (GOAWAY), and connections may finish
 // until ctx ends; what is left then is cut and recorded with ztunnel's drain text.
 func (p *Proxy) Shutdown(ctx context.Context) {

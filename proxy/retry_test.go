@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -85,7 +86,7 @@ func TestNextEndpoint(t *testing.T) {
 			if s := w.proxies[0].Stats(); s.Retried != uint64(dials.Load()) {
 				t.Errorf("%d retries counted after %d dials", s.Retried, dials.Load())
 			}
-			if n := len(w.proxies[0].Connections()); n != 0 {
+			if n := len(slices.Collect(w.proxies[0].Live())); n != 0 {
 				t.Errorf("%d connections are left in the table", n)
 			}
 			w.stop()

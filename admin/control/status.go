@@ -14,7 +14,8 @@ import (
 	"sync/atomic"
 	"text/tabwriter"
 	"time"
-	"unicode"
+
+	"ztun/admin/words"
 )
 
 // Status is what a control plane knows of itself and its nodes.
@@ -323,19 +324,19 @@ func (st *Status) WriteTable(out io.Writer) error {
 	st.Snapshot.write(w, st.Now)
 	if e := st.Certificate.Error; e != "" {
 		fmt.Fprintf(w, "server certificate: valid until %s, cannot be renewed: %s\n", stampText(st.Certificate.NotAfter),
-			printable(e))
+			words.Printable(e))
 	}
 	for _, p := range st.Problems {
-		fmt.Fprintf(w, "credentials: %s\n", printable(p.String()))
+		fmt.Fprintf(w, "credentials: %s\n", words.Printable(p.String()))
 	}
 	if len(st.NotJoined) > 0 {
-		fmt.Fprintf(w, "not joined, and named by workloads: %s\n", printable(strings.Join(st.NotJoined, ", ")))
+		fmt.Fprintf(w, "not joined, and named by workloads: %s\n", words.Printable(strings.Join(st.NotJoined, ", ")))
 	}
 	if n := st.Revoked.Certificates; n > 0 {
 		fmt.Fprintf(w, "revoked: %d certificates of nodes that have left\n", n)
 	}
 	if st.Revoked.Problem != "" {
-		fmt.Fprintf(w, "revocation: %s\n", printable(st.Revoked.Problem))
+		fmt.Fprintf(w, "revocation: %s\n", words.Printable(st.Revoked.Problem))
 	}
 	fmt.Fprintln(w)
 	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
@@ -347,14 +348,15 @@ func (st *Status) WriteTable(out io.Writer) error {
 			if n.Connected {
 				state, since = "no request yet", age(st.Now, n.Since)
 			}
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t-\t-\t-\t%s\t-\t-\n", printable(n.Node), since, cmp.Or(n.Peer, "-"),
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t-\t-\t-\t%s\t-\t-\n", words.Printable(n.Node), since, cmp.Or(n.Peer, "-"),
 				cmp.Or(n.Auth, "-"),
 				n.certificateLeft(st.Now), state)
 		}
 		for _, y := range n.Types {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\n", printable(n.Node), age(st.Now, n.Since), n.Peer,
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\n", words.Printable(n.Node),
+				age(st.Now, n.Since), n.Peer,
 				n.Auth, n.certificateLeft(st.Now),
-				printable(y.Type), cmp.Or(y.SentNonce, "-"), cmp.Or(y.AckedNonce, "-"), y.state(), y.lagText(), y.NACKs)
+				words.Printable(y.Type), cmp.Or(y.SentNonce, "-"), cmp.Or(y.AckedNonce, "-"), y.state(), y.lagText(), y.NACKs)
 		}
 	}
 	if err := t.Flush(); err != nil {
@@ -364,14 +366,14 @@ func (st *Status) WriteTable(out io.Writer) error {
 	for _, n := range st.Nodes {
 		if text := n.certificateText(st.Now); text != "" && !said[n.Node] {
 			said[n.Node] = true
-			fmt.Fprintf(w, "\n%s: %s\n", printable(n.Node), printable(text))
+			fmt.Fprintf(w, "\n%s: %s\n", words.Printable(n.Node), words.Printable(text))
 		}
 	}
 	for _, n := range st.Nodes {
 		for _, y := range n.Types {
 			if y.LastNACK != "" {
-				fmt.Fprintf(w, "\n%s rejected %s %s ago: %s\n", printable(n.Node), printable(y.Type), age(st.Now, y.LastNACKAt),
-					printable(y.LastNACK))
+				fmt.Fprintf(w, "\n%s rejected %s %s ago: %s\n", words.Printable(n.Node), words.Printable(y.Type),
+					age(st.Now, y.LastNACKAt), words.Printable(y.LastNACK))
 			}
 		}
 	}
@@ -390,7 +392,7 @@ func (n *NodeStatus) certificateLeft(now time.Time) string {
 	case left <= 0:
 		return "expired"
 	}
-	return duration(left.Seconds())
+	return words.Span(left)
 }
 
 // certificateText says what is to be known of a node's client certificate; "": nothing.
@@ -406,7 +408,7 @@ func (n *NodeStatus) certificateText(now time.Time) string {
 		return "the client certificate that it shows does not count, its token does: " + n.CertificateProblem
 	case left < expiresSoon:
 		return fmt.Sprintf("its client certificate expires at %s, in %s", stampText(n.CertificateNotAfter),
-			duration(left.Seconds()))
+			words.Span(left))
 	}
 	return ""
 }
@@ -432,7 +434,7 @@ func (s *SnapshotStatus) write(w io.Writer, now time.Time) {
 // WriteProblems prints a list of which there may be more, count in all.
 func WriteProblems(w io.Writer, list []Problem, count int) {
 	for _, p := range list {
-		fmt.Fprintf(w, "  %s\n", printable(p.String()))
+		fmt.Fprintf(w, "  %s\n", words.Printable(p.String()))
 	}
 	if more := count - len(list); more > 0 {
 		fmt.Fprintf(w, "  ... and %d more\n", more)
@@ -457,36 +459,12 @@ func (y *TypeStatus) lagText() string {
 	if y.Lag == 0 {
 		return "-"
 	}
-	return fmt.Sprintf("%d (%s)", y.Lag, duration(y.LagSeconds))
+	return fmt.Sprintf("%d (%s)", y.Lag, words.Span(time.Duration(y.LagSeconds*float64(time.Second))))
 }
 
-func age(now, then time.Time) string { return duration(now.Sub(then).Seconds()) }
-
-// duration prints two steps of precision at most: 3.2s, 4m10s, 2h5m, 3d4h.
-func duration(seconds float64) string {
-	d := time.Duration(max(0, seconds) * float64(time.Second))
-	switch {
-	case d < time.Minute:
-		return fmt.Sprintf("%.1fs", d.Seconds())
-	case d < time.Hour:
-		return fmt.Sprintf("%dm%ds", int(d.Minutes()), int(d.Seconds())%60)
-	case d < 24*time.Hour:
-		return fmt.Sprintf("%dh%dm", int(d.Hours()), int(d.Minutes())%60)
-	}
-	return fmt.Sprintf("%dd%dh", int(d.Hours())/24, int(d.Hours())%24)
-}
+func age(now, then time.Time) string { return words.Span(now.Sub(then)) }
 
 func stampText(t time.Time) string { return t.UTC().Format(time.RFC3339) }
-
-// printable keeps what nodes and files say from steering a terminal.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) {
-			return r
-		}
-		return '?'
-	}, s)
-}
 
 // errWriter remembers the first error.
 type errWriter struct {

@@ -8,6 +8,8 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+
+	"ztun/admin/words"
 )
 
 // longest is how much of a foreign text is shown, in characters.
@@ -39,37 +41,19 @@ func ago(t time.Time) string {
 	if t.IsZero() {
 		return ""
 	}
-	return span(time.Since(t)) + " ago"
+	return words.Span(time.Since(t)) + " ago"
 }
 
 // until is how long it is until a time, or that it is over.
 func until(t time.Time) string {
 	if d := time.Until(t); d > 0 {
-		return "in " + span(d)
+		return "in " + words.Span(d)
 	}
 	return ago(t)
 }
 
 // stamp is a time as machines and careful people read it.
 func stamp(t time.Time) string { return t.UTC().Format("2006-01-02T15:04:05Z") }
-
-// span is a duration by its greatest unit, or its two greatest where the first is small.
-func span(d time.Duration) string {
-	d = max(d, 0)
-	switch {
-	case d < time.Second:
-		return fmt.Sprintf("%d ms", d.Milliseconds())
-	case d < time.Minute:
-		return fmt.Sprintf("%d s", int(d.Seconds()))
-	case d < time.Hour:
-		return fmt.Sprintf("%d min", int(d.Minutes()))
-	case d < 10*time.Hour && d%time.Hour >= time.Minute:
-		return fmt.Sprintf("%d h %d min", int(d.Hours()), int(d.Minutes())%60)
-	case d < 48*time.Hour:
-		return fmt.Sprintf("%d h", int(d.Hours()))
-	}
-	return fmt.Sprintf("%d days", int(d.Hours())/24)
-}
 
 // amount is an amount with the unit that keeps it short.
 func amount(v any) string {

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"ztun/admin/words"
 )
 
 //go:embed layout.html
@@ -98,7 +100,7 @@ func functions() template.FuncMap {
 	return template.FuncMap{
 		"style":  func() template.CSS { return template.CSS(style) },
 		"script": func() template.JS { return template.JS(script) },
-		"clean":  clean, "ago": ago, "span": span, "until": until, "stamp": stamp, "bytes": amount, "count": count,
+		"clean":  clean, "ago": ago, "span": words.Span, "until": until, "stamp": stamp, "bytes": amount, "count": count,
 		"rate": rate, "spark": spark,
 		"lower": strings.ToLower,
 	}

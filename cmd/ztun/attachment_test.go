@@ -193,6 +193,72 @@ policies:
 	}
 }
 
+// What /config_dump has of a pod's connections: in plaintext and over HBONE what the application called, inbound who
+// came and what was reached, once however many streams a tunnel has.
+func TestConnectionsInTheDump(t *testing.T) {
+	m := newMemoryDaemon(t)
+	addr, at := netip.MustParseAddr, netip.MustParseAddrPort
+	one, two, outside := m.net.Host("host-one", addr("10.1.0.1")), m.net.Host("host-two", addr("10.1.0.2")),
+		m.net.Host("host-three", addr("10.1.0.3"))
+	two.Listen(80, echo)
+	outside.Listen(80, echo)
+	m.knows(t, "")
+	for _, s := range []admin.PodSpec{specOf("one"), specOf("two"), specOf("three")} {
+		if err := m.pods.Add(t.Context(), s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, dst := range []string{"10.1.0.2:80", "10.1.0.2:80", "10.1.0.3:80"} {
+		c, err := one.Dial(t.Context(), at(dst))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		c.SetReadDeadline(time.Now().Add(20 * time.Second))
+		if _, err := c.Read(make([]byte, 1)); err != nil { // it stands at both ends
+			t.Fatal(err)
+		}
+	}
+	dumps := map[string]admin.PodDump{}
+	for _, f := range m.podDumps() {
+		d := f()
+		dumps[d.Name] = d
+	}
+	unnamed := func(in []admin.ConnectionDump) (out []admin.ConnectionDump) {
+		for _, c := range in {
+			if c.Src.Addr() != addr("10.1.0.1") || c.Src.Port() == 0 {
+				t.Errorf("source %v", c.Src)
+			}
+			c.Src = netip.AddrPort{}
+			out = append(out, c)
+		}
+		slices.SortFunc(out, func(a, b admin.ConnectionDump) int { return a.ActualDst.Compare(b.ActualDst) })
+		return out
+	}
+	mesh := admin.ConnectionDump{OriginalDst: at("10.1.0.2:80"), ActualDst: at("10.1.0.2:15008"), Protocol: "HBONE"}
+	if got, want := unnamed(dumps["one"].Outbound), []admin.ConnectionDump{mesh, mesh,
+		{OriginalDst: at("10.1.0.3:80"), ActualDst: at("10.1.0.3:80"), Protocol: "TCP"}}; !slices.Equal(got, want) {
+		t.Errorf("outbound %+v", got)
+	}
+	if got, want := unnamed(dumps["two"].Inbound), []admin.ConnectionDump{{ActualDst: at("10.1.0.2:80"),
+		Protocol: "HBONE"}}; !slices.Equal(got, want) {
+		t.Errorf("inbound %+v", got)
+	}
+	if got, want := unnamed(dumps["three"].Inbound), []admin.ConnectionDump{{ActualDst: at("10.1.0.3:80"),
+		Protocol: "TCP"}}; !slices.Equal(got, want) {
+		t.Errorf("inbound in plaintext %+v", got)
+	}
+	for _, p := range m.pods.all() {
+		in, out := p.proxy.Open()
+		if want := map[string][2]int{"one": {0, 3}, "two": {2, 0}, "three": {1, 0}}[p.spec.Name]; [2]int{in, out} != want {
+			t.Errorf("%s: %d inbound, %d outbound", p.spec.Name, in, out)
+		}
+	}
+	if len(dumps["one"].Inbound) != 0 || len(dumps["two"].Outbound) != 0 {
+		t.Errorf("%+v", dumps)
+	}
+}
+
 // A pod is known by its uid: two of one name are there at once, each under a label of its own, and neither the
 // address nor the namespace of the other can be had.
 func TestPodsAreKnownByUID(t *testing.T) {

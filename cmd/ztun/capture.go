@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"ztun/admin"
+	"ztun/admin/words"
 	"ztun/proxy"
 	"ztun/tun"
 	"ztun/tun/capture"
@@ -263,5 +264,5 @@ func (c *capturing) learn(i *proxy.ConnectionInfo) {
 	if i.Reason != "" {
 		text += ": " + i.Reason
 	}
-	c.known[flowOf(src, dst)] = printable(text)
+	c.known[flowOf(src, dst)] = words.Printable(text)
 }

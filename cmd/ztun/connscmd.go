@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ztun/admin"
+	"ztun/admin/words"
 )
 
 // asker is what the commands that ask a running daemon share.
@@ -108,7 +109,7 @@ type connColumn = column[admin.Connection]
 func connectionColumns(now func() time.Time) []connColumn {
 	state := connColumn{head: "STATE", cell: func(c admin.Connection) string { return c.State }}
 	return slices.Concat(sideColumns[:3], []connColumn{state}, sideColumns[3:], []connColumn{
-		{head: "AGE", cell: func(c admin.Connection) string { return ageText(c.Age(now())) }},
+		{head: "AGE", cell: func(c admin.Connection) string { return words.Span(c.Age(now())) }},
 		{head: "TUNNEL", cell: func(c admin.Connection) string {
 			if !c.Tunnel.Local.IsValid() {
 				return ""
@@ -121,7 +122,7 @@ func connectionColumns(now func() time.Time) []connColumn {
 func flowColumns(func() time.Time) []connColumn {
 	end := connColumn{head: "END", cell: func(c admin.Connection) string { return c.End.Local().Format("15:04:05.000") }}
 	return slices.Concat([]connColumn{end}, sideColumns, []connColumn{
-		{head: "TOOK", cell: func(c admin.Connection) string { return ageText(c.Age(c.End)) }},
+		{head: "TOOK", cell: func(c admin.Connection) string { return words.Span(c.Age(c.End)) }},
 		{head: "OUTCOME", cell: func(c admin.Connection) string { return c.Outcome }},
 		{head: "REASON", cell: func(c admin.Connection) string { return c.Reason }},
 	}, wideColumns)

@@ -102,12 +102,12 @@ default/a  outbound   HBONE     open   10.1.0.2:4000  10.96.0.1:80  default/a  d
 `},
 		{"flows", `
 END           POD        DIRECTION    PROTOCOL  SOURCE          DESTINATION    FROM       TO           SENT   RECEIVED  TOOK  OUTCOME  REASON
-12:00:01.500  default/a  outbound     HBONE     10.1.0.2:4000   10.96.0.1:80   default/a  default/c    1.2Ki  5.0Mi     1s    success  -
-12:00:02.500  default/a  passthrough  TCP       192.0.2.9:4000  10.1.0.2:8080  -          (default/a)  0      0         1s    denied   policy ?[31mred?[0m
+12:00:01.500  default/a  outbound     HBONE     10.1.0.2:4000   10.96.0.1:80   default/a  default/c    1.2Ki  5.0Mi     1.5s  success  -
+12:00:02.500  default/a  passthrough  TCP       192.0.2.9:4000  10.1.0.2:8080  -          (default/a)  0      0         1.5s  denied   policy ?[31mred?[0m
 `},
 		{"flows --outcome denied -o wide", `
 END           POD        DIRECTION    PROTOCOL  SOURCE          DESTINATION    FROM  TO           SENT  RECEIVED  TOOK  OUTCOME  REASON               SERVICE  ENDPOINT       AUTHORITY  SOURCE-IDENTITY  DESTINATION-IDENTITY  FLAG
-12:00:02.500  default/a  passthrough  TCP       192.0.2.9:4000  10.1.0.2:8080  -     (default/a)  0     0         1s    denied   policy ?[31mred?[0m  -        10.1.0.2:8080  -          -                -                     DENY
+12:00:02.500  default/a  passthrough  TCP       192.0.2.9:4000  10.1.0.2:8080  -     (default/a)  0     0         1.5s  denied   policy ?[31mred?[0m  -        10.1.0.2:8080  -          -                -                     DENY
 `},
 		{"flows --peer default/c -o yaml", `
 connections:

@@ -71,7 +71,7 @@ func explainCommand() *cobra.Command {
 				err = writeExplanation(cmd.OutOrStdout(), &o, &x)
 			}
 			if err == nil && x.Probe != nil && !x.Probe.OK {
-				err = fmt.Errorf("the probe failed at the step %q: %s", x.Probe.Step, printable(x.Probe.Error))
+				err = fmt.Errorf("the probe failed at the step %q: %s", x.Probe.Step, cellOf(x.Probe.Error))
 			}
 			return err
 		},
@@ -142,7 +142,7 @@ func writeExplanation(w io.Writer, o *output, x *proxy.Explanation) error {
 		if !s.OK {
 			mark = "NO"
 		}
-		fmt.Fprintf(&b, "%s  %-11s  %s\n", mark, s.Step, printable(s.Text))
+		fmt.Fprintf(&b, "%s  %-11s  %s\n", mark, s.Step, cellOf(s.Text))
 		if len(s.Candidates) > 0 {
 			if err := indented(&b, o, candidateColumns, s.Candidates); err != nil {
 				return err
@@ -158,14 +158,14 @@ func writeExplanation(w io.Writer, o *output, x *proxy.Explanation) error {
 	if x.Refused {
 		verdict = "REFUSED"
 	}
-	fmt.Fprintf(&b, "\n%s: %s\n", verdict, printable(x.Outcome))
+	fmt.Fprintf(&b, "\n%s: %s\n", verdict, cellOf(x.Outcome))
 	if x.Error != "" {
 		fmt.Fprintf(&b, "access log: error=%q\n", x.Error)
 	}
 	if p := x.Probe; p != nil {
-		fmt.Fprintf(&b, "probe: %s (%.1f ms)\n", printable(p.Outcome), p.Millis)
+		fmt.Fprintf(&b, "probe: %s (%.1f ms)\n", cellOf(p.Outcome), p.Millis)
 		if !p.OK {
-			fmt.Fprintf(&b, "probe: failed at the step %q: %s\n", p.Step, printable(p.Error))
+			fmt.Fprintf(&b, "probe: failed at the step %q: %s\n", p.Step, cellOf(p.Error))
 		}
 	}
 	_, err := io.WriteString(w, b.String())

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -14,6 +15,8 @@ import (
 	"github.com/spf13/cobra"
 	"go.yaml.in/yaml/v3"
 	"golang.org/x/sys/unix"
+
+	"ztun/admin/words"
 )
 
 // output is what -o says, in every command that shows something.
@@ -120,7 +123,7 @@ func (t *rowWriter[T]) write(rows []T) error {
 	for _, r := range rows {
 		cells := make([]string, len(t.columns))
 		for i, c := range t.columns {
-			cells[i] = printable(c.cell(r))
+			cells[i] = cellOf(c.cell(r))
 			t.widths[i] = max(t.widths[i], utf8.RuneCountInString(cells[i]))
 		}
 		lines = append(lines, cells)
@@ -139,18 +142,8 @@ func (t *rowWriter[T]) write(rows []T) error {
 	return err
 }
 
-// printable is a cell that does nothing to the terminal: some of what is shown was chosen by a peer.
-func printable(s string) string {
-	if s == "" {
-		return "-"
-	}
-	return strings.Map(func(r rune) rune {
-		if r < ' ' || r >= 0x7f && r < 0xa0 || r == utf8.RuneError {
-			return '?'
-		}
-		return r
-	}, s)
-}
+// cellOf is the text of a cell: some of what is shown was chosen by a peer.
+func cellOf(s string) string { return cmp.Or(words.Printable(s), "-") }
 
 // watching is how something is followed: what there is, asked for every second.
 type watching[T any] struct {
@@ -269,21 +262,6 @@ func terminalRows(w io.Writer) int {
 		return 0
 	}
 	return max(int(size.Row), 3)
-}
-
-// ageText is a duration as people say it.
-func ageText(d time.Duration) string {
-	switch {
-	case d < time.Second:
-		return fmt.Sprintf("%dms", max(d.Milliseconds(), 0))
-	case d < 2*time.Minute:
-		return fmt.Sprintf("%ds", d/time.Second)
-	case d < time.Hour:
-		return fmt.Sprintf("%dm%ds", d/time.Minute, d%time.Minute/time.Second)
-	case d < 48*time.Hour:
-		return fmt.Sprintf("%dh%dm", d/time.Hour, d%time.Hour/time.Minute)
-	}
-	return fmt.Sprintf("%dd%dh", d/(24*time.Hour), d%(24*time.Hour)/time.Hour)
 }
 
 // bytesText is a number of bytes in three digits or so.

@@ -229,12 +229,6 @@ func (p *pod) status() admin.PodStatus {
 	if st.Err != nil {
 		s.State, s.Error = "Failed", st.Err.Error()
 	}
-	for _, c := range p.proxy.Connections() {
-		if c.Inbound {
-			s.Connections.Inbound++
-		} else {
-			s.Connections.Outbound++
-		}
-	}
+	s.Connections.Inbound, s.Connections.Outbound = p.proxy.Open()
 	return s
 }

@@ -3,13 +3,11 @@ package main
 import (
 	"context"
 	"io"
-	"net/netip"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"ztun/admin"
 	"ztun/admin/xds"
-	"ztun/proxy"
 	"ztun/proxy/state"
 )
 
@@ -148,16 +146,18 @@ func (d *daemon) podDumps() map[string]func() admin.PodDump {
 			e := dumpOf(p.spec)
 			e.Up = true
 			// Streams of one tunnel to one port are one inbound entry, as in ztunnel.
-			seen := map[proxy.ConnectionDump]bool{}
-			for _, x := range p.proxy.Connections() {
-				c := admin.ConnectionDump{Src: x.Src, OriginalDst: x.OriginalDst, ActualDst: x.ActualDst, Protocol: x.Protocol}
+			seen := map[admin.ConnectionDump]bool{}
+			for x := range p.proxy.Live() {
+				c := admin.ConnectionDump{Src: x.Source.Addr, ActualDst: x.Destination.Addr, Protocol: x.Protocol}
 				switch {
-				case !x.Inbound:
+				case x.Direction == "outbound":
+					if c.OriginalDst = x.Called; !c.OriginalDst.IsValid() {
+						c.OriginalDst = c.ActualDst
+					}
 					e.Outbound = append(e.Outbound, c)
-				case !seen[x]:
-					seen[x] = true
-					// null in ztunnel (samples/config_dump-inpod-b.json); istioctl shows it as the target
-					c.OriginalDst = netip.AddrPort{}
+				case !seen[c]:
+					seen[c] = true
+					// OriginalDst is null in ztunnel (samples/config_dump-inpod-b.json); istioctl shows it as the target.
 					e.Inbound = append(e.Inbound, c)
 				}
 			}

@@ -31,7 +31,7 @@ const maxHost = 254
 // required, decimal, at most 65535. IPv4 in IPv6 clothes becomes IPv4. The
 // error is an *Error with BadAuthority.
 func ParseAuthority(s string) (Authority, error) {
-	bad := func() (Authority, error) { return Authority{}, &Error{Code: BadAuthority, Subject: printable(s)} }
+	bad := func() (Authority, error) { return Authority{}, &Error{Code: BadAuthority, Subject: quoted(s)} }
 	i := strings.LastIndexByte(s, ':')
 	if i <= 0 {
 		return bad()
@@ -92,8 +92,8 @@ func validHost(s string) bool {
 	return true
 }
 
-// printable makes what a peer sent fit for an error text: bounded, one line.
-func printable(s string) string {
+// quoted makes what a peer sent fit for an error text: bounded, one line.
+func quoted(s string) string {
 	if len(s) > 300 {
 		s = s[:300] + "..."
 	}

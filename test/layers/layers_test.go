@@ -17,10 +17,10 @@ const allowed = `
 admin                -> admin/guard admin/page admin/suggest proxy/fair proxy/rescue proxy/state
 admin/backoff        ->
 admin/ca             -> admin/istiod admin/pb/citadelpb admin/watch proxy/identity tun/replace
-admin/control        -> admin/ca admin/guard admin/page admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch admin/xds proxy/fair proxy/identity proxy/rbac proxy/state tun/replace
+admin/control        -> admin/ca admin/guard admin/page admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch admin/words admin/xds proxy/fair proxy/identity proxy/rbac proxy/state tun/replace
 admin/guard          -> proxy/fair
 admin/istiod         -> proxy/identity
-admin/page           ->
+admin/page           -> admin/words
 admin/pb             ->
 admin/pb/citadelpb   ->
 admin/pb/discoverypb ->
@@ -29,6 +29,7 @@ admin/pb/workloadpb  ->
 admin/pb/zdspb       ->
 admin/suggest        ->
 admin/watch          ->
+admin/words          ->
 admin/xds            -> admin/backoff admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/suggest admin/watch proxy/fair proxy/rbac proxy/rescue proxy/state
 admin/zds            -> admin/backoff admin/pb/zdspb
 admin/zlog           -> admin/suggest
@@ -40,7 +41,7 @@ cmd/attach/dedicated -> admin cmd/attach netstack ports proxy tun
 cmd/attach/rootless  -> admin cmd/attach ports proxy tun tun/netns tun/steer
 cmd/attach/steered   -> admin cmd/attach netstack ports proxy tun tun/netns tun/sandwich
 cmd/doctor           -> tun/netns tun/steer
-cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/xds admin/zds admin/zlog cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/doctor netstack ports proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state refusal tun tun/capture tun/netns tun/replace
+cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/words admin/xds admin/zds admin/zlog cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/doctor netstack ports proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state refusal tun tun/capture tun/netns tun/replace
 netstack             -> ports proxy/fair proxy/grow proxy/rescue refusal tun
 netstack/usersock    -> proxy/fair proxy/rescue
 ports                ->

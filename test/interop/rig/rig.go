@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -157,8 +158,8 @@ func (r *Rig) settle() {
 		return
 	}
 	for _, p := range []*proxy.Proxy{r.served, r.client} {
-		if !Eventually(func() bool { return len(p.Connections()) == 0 }) {
-			r.t.Errorf("connections left after the test: %+v", p.Connections())
+		if !Eventually(func() bool { return len(slices.Collect(p.Live())) == 0 }) {
+			r.t.Errorf("connections left after the test: %+v", slices.Collect(p.Live()))
 		}
 	}
 }
@@ -180,7 +181,7 @@ func (r *Rig) Drain(ctx context.Context) { r.served.Shutdown(ctx) }
 func (r *Rig) Cut() { r.served.Close() }
 
 // Connections are those that the served pod carries now.
-func (r *Rig) Connections() []proxy.ConnectionDump { return r.served.Connections() }
+func (r *Rig) Connections() []proxy.ConnectionInfo { return slices.Collect(r.served.Live()) }
 
 // Accepted is how many TCP connections came to the served pod's HBONE port so far.
 func (r *Rig) Accepted() int { return r.accepted.get() }
