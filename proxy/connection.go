@@ -24,7 +24,7 @@ type connection struct {
 	// inner is the connection's own tunnel within a gateway's, where there is one. It ends with its only
 	// stream; leave waits for that.
 	inner   *hbone.ClientConn
-	forget  func() // ends the watch over the inner peer's revocation; nil without inner
+	forget  func() // ends the watch over the revocation of the inner peer, or of one in memory; nil without
 	carried bool   // its bytes are being copied
 	left    atomic.Bool
 
@@ -150,6 +150,8 @@ func (c *connection) leave() {
 	if c.inner != nil {
 		c.inner.Shutdown(c.p.ctx)
 		c.inner.Close()
+	}
+	if c.forget != nil {
 		c.forget()
 	}
 	c.p.work.Done()
@@ -201,7 +203,7 @@ func (c *connection) instead(err *Error) *Error {
 
 // cancel ends one end of a connection that we cut: CANCEL on a tunnel's stream, as ztunnel does, RST on TCP.
 func cancel(c Conn) {
-	if s, ok := c.(*hbone.Stream); ok {
+	if s, ok := c.(resetter); ok {
 		s.Reset(http2.ErrCodeCancel)
 		return
 	}

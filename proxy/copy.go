@@ -299,10 +299,13 @@ func ignorable(err error) bool {
 		errors.Is(err, syscall.ENOTCONN) || errors.Is(err, io.ErrClosedPipe)
 }
 
+// resetter is a stream, of a tunnel or in memory: its other end learns why it was reset.
+type resetter interface{ Reset(http2.ErrCode) }
+
 // abort ends c so that its peer learns of a failure rather than of an orderly end.
 func abort(c net.Conn) {
 	switch c := c.(type) {
-	case *hbone.Stream:
+	case resetter:
 		c.Reset(http2.ErrCodeConnect) // RFC 9113 section 8.5
 	case interface{ Reset() error }:
 		c.Reset()

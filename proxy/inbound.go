@@ -66,7 +66,7 @@ func (p *Proxy) ServeMesh(raw net.Conn, at netip.AddrPort) {
 		}
 		return
 	}
-	server := hbone.NewServerConn(conn, p.o.Config.HBONE, func(s *hbone.ServerStream) { p.serveStream(t, s) })
+	server := hbone.NewServerConn(conn, p.o.Config.HBONE, func(s *hbone.ServerStream) { p.serveStream(t, streamCall{s}) })
 	forget, err := p.track(identity.ServerSide, shown, server.Abort)
 	if err != nil {
 		server.Close()
@@ -157,7 +157,11 @@ func (p *Proxy) handshake(raw net.Conn, t *tunnel) (net.Conn, proof, error) {
 
 // serveStream answers one CONNECT (spec 4.3 and 4.4). It returns when the request is refused, or
 // accepted and being copied.
-func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
+func (p *Proxy) serveStream(t *tunnel, s call) { p.serveCall(t, s, nil) }
+
+// serveCall is serveStream. watch, if there is one, is told of the connection when it is known to be one: its error
+// refuses it.
+func (p *Proxy) serveCall(t *tunnel, s call, watch func(*connection) error) {
 	start := time.Now()
 	// Until there is an answer, the peer's giving up ends what is under way for it.
 	ctx, stop := s.Context(p.ctx)
@@ -192,6 +196,11 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	c.register(path{inbound: true, start: start, src: t.src, originalDst: t.dst, actualDst: in.App,
 		protocol: route.HBONE.String(), policy: q})
 	failed := c.admit(ctx, p.policyLog(t.src, s.Traceparent()), local)
+	if watch != nil && failed == nil {
+		if err := watch(c); err != nil {
+			failed = fail(kindTLS, err)
+		}
+	}
 	der := &derived{id: t.peer, hasID: t.hasPeer}
 	if p.o.Config.ResponseBaggage && failed == nil {
 		der.baggage = hbone.ParseBaggage(s.Baggage()) // what a peer that policy refuses says of itself is not listened to
@@ -219,7 +228,7 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 	if p.o.Config.ResponseBaggage {
 		resp.Baggage, resp.HasBaggage = baggageOf(local).Format(), true
 	}
-	down, err := s.Accept(resp)
+	down, err := s.Grant(resp)
 	if err != nil {
 		abort(up)
 		c.books.record(nil) // the peer gave its stream up before we could answer
@@ -232,7 +241,7 @@ func (p *Proxy) serveStream(t *tunnel, s *hbone.ServerStream) {
 
 // refuseStream answers a request that is turned down. A peer who has proven who it is learns why, which its operator
 // would have to look up in our log otherwise (ZTUN_SEND_REASON).
-func (p *Proxy) refuseStream(t *tunnel, s *hbone.ServerStream, status int, why error) {
+func (p *Proxy) refuseStream(t *tunnel, s call, status int, why error) {
 	resp := &hbone.Response{Status: status}
 	if p.o.Config.SendReason && t.hasPeer {
 		resp.Reason = why.Error()
@@ -268,7 +277,7 @@ func (p *Proxy) rewritten(t *tunnel, at *state.Workload) bool {
 }
 
 // receive validates a CONNECT and finds its next hop. An error is an early denial: nothing is counted.
-func (p *Proxy) receive(ctx context.Context, t *tunnel, s *hbone.ServerStream) (*state.View, *state.Workload,
+func (p *Proxy) receive(ctx context.Context, t *tunnel, s call) (*state.View, *state.Workload,
 	route.InboundDecision, error) {
 	var none route.InboundDecision
 	if s.Method() != http.MethodConnect {

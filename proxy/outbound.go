@@ -124,14 +124,21 @@ func (p *Proxy) decide(ctx context.Context, src, dst netip.AddrPort, tried []*st
 }
 
 // connect opens the upstream side: a stream of a pooled tunnel whose CONNECT was answered with 200, one of a tunnel
-// within such a stream, or a plain connection. far is what the end beyond a gateway says of itself; nil elsewhere.
+// within such a stream, a plain connection, or one in memory where the endpoint is a pod of this daemon. far is what
+// the end beyond a gateway says of itself; nil elsewhere.
 func (c *connection) connect(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision) (
 	up Conn, far *derived, failed *Error) {
 	switch d.Protocol {
 	case route.DoubleHBONE:
 		return c.connectDouble(ctx, local, src, d)
 	case route.HBONE:
-		up, failed = c.p.connectHBONE(ctx, local, src, d, request(local, src, d))
+		taken := false
+		if peer := c.p.localPeer(local, src, &d); peer != nil {
+			up, failed, taken = c.connectLocal(ctx, peer, local, src, d)
+		}
+		if !taken {
+			up, failed = c.p.connectHBONE(ctx, local, src, d, request(local, src, d))
+		}
 	default:
 		up, failed = c.p.connectPlain(ctx, d)
 	}

@@ -67,11 +67,14 @@ type Options struct {
 	Panics      *rescue.Panics      // catches those of the proxy's goroutines; nil: nobody does
 	Report      *fair.Report        // of what bounds turn away; nil: nobody is told
 	Handshakes  *fair.Turns[Crypto] // of all pods: leave to compute handshakes; nil: whenever they like
-	Metrics     *Metrics
-	Access      *slog.Logger // target "access"
-	Log         *slog.Logger
-	Config      Config
-	Random      func(n uint64) uint64 // uniform in [0, n)
+	// Local finds the proxy of a pod of this process by its address; nil: there is none there. Connections to it are
+	// relayed in memory. Without Local all take the wire.
+	Local   func(netip.Addr) *Proxy
+	Metrics *Metrics
+	Access  *slog.Logger // target "access"
+	Log     *slog.Logger
+	Config  Config
+	Random  func(n uint64) uint64 // uniform in [0, n)
 }
 
 // Crypto is whose handshake it is: a pod, and who calls it. The pod's own calls have no source.

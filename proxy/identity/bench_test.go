@@ -2,6 +2,7 @@ package identity
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"testing"
 	"time"
 )
@@ -29,7 +30,7 @@ func BenchmarkHandshake(b *testing.B) {
 	var v verifier
 	v.roots = two.Pool
 	remembering.VerifyConnection = func(cs tls.ConnectionState) error {
-		if err := v.verify(cs.PeerCertificates, time.Now()); err != nil {
+		if err := v.verify(cs.PeerCertificates, x509.ExtKeyUsageServerAuth, time.Now()); err != nil {
 			return err
 		}
 		return two.checkClient(cs, nil)

@@ -23,7 +23,8 @@ type Certificate struct {
 	trust  string // trust domain of the leaf's first SPIFFE SAN: what clients must share
 	strict bool   // the leaf has a SPIFFE SAN, so trust is checked
 
-	peers verifier // servers whose chains were verified against Pool
+	peers   verifier // servers whose chains were verified against Pool
+	callers verifier // clients within this process (Meet)
 
 	mu     sync.Mutex
 	server []serverConfig // accepting configurations that were made, one per Params in use: one in a process
@@ -72,6 +73,7 @@ func New(id ID, key crypto.Signer, chain []*x509.Certificate, roots []*x509.Cert
 	first, ok := First(leaf)
 	c.trust, c.strict = first.TrustDomain, ok
 	c.peers.roots = c.Pool
+	c.callers.roots = c.Pool
 	return c, nil
 }
 

@@ -128,7 +128,7 @@ func (c *Certificate) checkServer(cs tls.ConnectionState, want []ID, r *Revocati
 	if err != nil {
 		return err
 	}
-	if err := c.peers.verify(cs.PeerCertificates, time.Now()); err != nil {
+	if err := c.peers.verify(cs.PeerCertificates, x509.ExtKeyUsageServerAuth, time.Now()); err != nil {
 		return &tls.CertificateVerificationError{UnverifiedCertificates: cs.PeerCertificates, Err: err}
 	}
 	if err := r.handshake(c, cs, ClientSide); err != nil {

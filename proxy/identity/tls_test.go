@@ -282,7 +282,7 @@ func TestRememberedChainsAreBounded(t *testing.T) {
 	}
 	for range 3 {
 		_, leaf := ca.leaf(t, []string{uriB})
-		if err := a.peers.verify([]*x509.Certificate{leaf}, time.Now()); err != nil {
+		if err := a.peers.verify([]*x509.Certificate{leaf}, x509.ExtKeyUsageServerAuth, time.Now()); err != nil {
 			t.Fatal(err)
 		}
 	}

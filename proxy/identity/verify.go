@@ -12,7 +12,8 @@ import (
 // verifies some of them again.
 const maxVerified = 512
 
-// verifier checks servers' chains against one set of roots and remembers the ones that passed. A chain is known by the
+// verifier checks the chains of peers of one role
+// against one set of roots and remembers the ones that passed. A chain is known by the
 // hash of all its bytes, so nothing that the peer could vary is left out; the proof that the peer holds the key is made
 // by TLS every time. Only time can make a verified chain fail later (roots never change in a Certificate), hence the
 // remembered window, the intersection of the chain's validities.
@@ -28,8 +29,8 @@ func (w window) contains(now time.Time) bool {
 	return !now.Before(w.notBefore) && !now.After(w.notAfter)
 }
 
-// verify checks a server's certificates (leaf first) at the time now. Errors are crypto/x509's.
-func (v *verifier) verify(certs []*x509.Certificate, now time.Time) error {
+// verify checks a peer's certificates (leaf first) at the time now. usage is always the same. Errors are crypto/x509's.
+func (v *verifier) verify(certs []*x509.Certificate, usage x509.ExtKeyUsage, now time.Time) error {
 	key := chainKey(certs)
 	v.mu.Lock()
 	w, ok := v.seen[key]
@@ -37,7 +38,7 @@ func (v *verifier) verify(certs []*x509.Certificate, now time.Time) error {
 	if ok && w.contains(now) {
 		return nil
 	}
-	chains, err := verifyChain(certs, v.roots, x509.ExtKeyUsageServerAuth, now)
+	chains, err := verifyChain(certs, v.roots, usage, now)
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,176 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"slices"
+
+	"ztun/ports"
+	"ztun/proxy/hbone"
+	"ztun/proxy/identity"
+	"ztun/proxy/rescue"
+	"ztun/proxy/route"
+	"ztun/proxy/state"
+)
+
+// localPeer is the proxy that serves the endpoint of a decision, if that is a pod of this daemon that can be reached
+// in memory; nil: by the wire. A waypoint terminates the tunnel itself, so there is only the wire to it. So it is for a
+// source address that is not the pod's in the family of the endpoint's: over the wire its kernel chooses one.
+func (p *Proxy) localPeer(local *state.Workload, src netip.AddrPort, d *route.Decision) *Proxy {
+	if p.o.Local == nil || d.Protocol != route.HBONE || d.Waypoint || d.Workload == nil ||
+		d.Actual.Port() != ports.HBONE || src.Addr().Is4() != d.Actual.Addr().Is4() ||
+		!slices.Contains(local.Addresses, src.Addr()) {
+		return nil
+	}
+	peer := p.o.Local(d.Actual.Addr())
+	if peer == nil {
+		return nil
+	}
+	// By address alone it might be a pod that has taken the address over from one whose record is still here.
+	at := peer.o.Knowledge.View().WorkloadByInfo(peer.o.Info)
+	if at == nil || at.UID != d.Workload.UID {
+		return nil
+	}
+	return peer
+}
+
+// connectLocal opens the upstream side through the peer's proxy in memory: each side proves by its certificate who it
+// is, and then the peer serves the CONNECT as if a tunnel had brought it. taken is false if the peer takes nothing
+// new: the wire will say what there is to say.
+func (c *connection) connectLocal(ctx context.Context, peer *Proxy, local *state.Workload, src netip.AddrPort,
+	d route.Decision) (up Conn, failed *Error, taken bool) {
+	if !peer.begin() {
+		return nil, nil, false
+	}
+	defer peer.work.Done()
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout+handshakeTimeout+responseTimeout)
+	defer cancel()
+	cert, err := c.p.o.Certs.Certificate(ctx, local.Identity())
+	if err != nil {
+		return nil, fail(kindIdentity, err), true
+	}
+	t := &tunnel{src: src, dst: d.Actual}
+	theirs, err := peer.ownCertificate(ctx)
+	if err != nil {
+		peer.denyMesh(t, "", err)
+		return nil, fail(kindTLS, err), true
+	}
+	met, err := identity.Meet(cert, theirs, d.SANs(), c.p.o.Config.TLS)
+	if err != nil {
+		peer.denyMesh(t, "", fmt.Errorf("tls handshake error: %w", err))
+		return nil, fail(kindTLS, err), true
+	}
+	t.peer, t.hasPeer = identity.PeerID(met.Client)
+	if c.forget != nil {
+		c.forget() // of an endpoint that was tried before
+	}
+	revoked := func(c *connection) func(error) {
+		return func(error) { c.sever(fail(kindRevoked, nil)) }
+	}
+	if c.forget, err = c.p.track(identity.ClientSide, proof{cert, met.Server}, revoked(c)); err != nil {
+		c.forget = nil
+		return nil, fail(kindTLS, err), true
+	}
+	req := request(local, src, d)
+	call := &localCall{ctx: ctx, req: &req, panics: peer.o.Panics}
+	peer.serveCall(t, call, func(theirEnd *connection) error {
+		theirEnd.forget, err = peer.track(identity.ServerSide, proof{theirs, met.Client}, revoked(theirEnd))
+		return err
+	})
+	if call.up == nil {
+		return nil, tunnelError(call.failure()), true
+	}
+	return call.up, nil, true
+}
+
+// ownCertificate is the certificate that the pod shows on its port 15008.
+func (p *Proxy) ownCertificate(ctx context.Context) (*identity.Certificate, error) {
+	_, local, err := p.localWorkload(ctx)
+	if err != nil {
+		return nil, err
+	}
+	cert, err := p.o.Certs.Certificate(ctx, local.Identity())
+	if err != nil {
+		return nil, fmt.Errorf("signing error: %w", err)
+	}
+	return cert, nil
+}
+
+// call is a CONNECT that awaits its answer: a tunnel's stream, or a pod of this daemon in memory.
+type call interface {
+	Method() string
+	Authority() string
+	Baggage() []string
+	Forwarded() string
+	Traceparent() string
+	ForwardedNetwork() (string, bool)
+	// Context is parent until the caller gives up; stop ends it.
+	Context(parent context.Context) (ctx context.Context, stop func())
+	// Grant answers 200: the bytes follow.
+	Grant(*hbone.Response) (Conn, error)
+	RefuseWith(*hbone.Response) error
+	// Detach leaves what Grant returned to whoever has it.
+	Detach()
+}
+
+// streamCall is a CONNECT that a tunnel has brought.
+type streamCall struct{ *hbone.ServerStream }
+
+func (s streamCall) Grant(r *hbone.Response) (Conn, error) {
+	stream, err := s.Accept(r)
+	if err != nil {
+		return nil, err
+	}
+	return stream, nil
+}
+
+// localCall is a CONNECT in memory. It belongs to the goroutine that sets the connection up.
+type localCall struct {
+	ctx    context.Context // of the caller: it gives up with it
+	req    *hbone.Request
+	panics *rescue.Panics
+	answer *hbone.Response // the refusal
+	up     Conn            // granted: the caller's end
+}
+
+func (l *localCall) Method() string                   { return http.MethodConnect }
+func (l *localCall) Authority() string                { return l.req.Authority }
+func (l *localCall) Baggage() []string                { return []string{l.req.Baggage} }
+func (l *localCall) Forwarded() string                { return l.req.Forwarded }
+func (l *localCall) Traceparent() string              { return l.req.Traceparent }
+func (l *localCall) ForwardedNetwork() (string, bool) { return "", false }
+func (l *localCall) Detach()                          {}
+
+func (l *localCall) Context(parent context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancel(parent)
+	unhook := context.AfterFunc(l.ctx, l.panics.Func("the end of a request", cancel, nil))
+	return ctx, func() { unhook(); cancel() }
+}
+
+func (l *localCall) Grant(*hbone.Response) (Conn, error) {
+	if err := l.ctx.Err(); err != nil {
+		return nil, err
+	}
+	up, down := newSplice()
+	l.up = up
+	return down, nil
+}
+
+func (l *localCall) RefuseWith(r *hbone.Response) error {
+	l.answer = r
+	return nil
+}
+
+// failure is why nothing came of it.
+func (l *localCall) failure() error {
+	switch {
+	case l.answer != nil:
+		return &hbone.StatusError{Status: l.answer.Status, Reason: l.answer.Reason}
+	case l.ctx.Err() != nil:
+		return l.ctx.Err()
+	}
+	return errors.New("the destination's proxy gave no answer")
+}
