@@ -96,12 +96,12 @@ func (c *connection) carry(down, up Conn) {
 
 // copyToUpstream and copyToDownstream are named so that goroutine dumps read well.
 func (s *copying) copyToUpstream() {
-	s.forth = copyOneWay(s.up, s.down, s.c.books.addReceived)
+	s.forth = s.oneWay(s.up, s.down, s.c.books.addReceived)
 	s.done()
 }
 
 func (s *copying) copyToDownstream() {
-	s.back = copyOneWay(s.down, s.up, s.c.books.addSent)
+	s.back = s.oneWay(s.down, s.up, s.c.books.addSent)
 	s.done()
 }
 
@@ -155,10 +155,13 @@ func (s *copying) end() {
 	s.c.leave()
 }
 
-// copyOneWay copies src to dst and ends dst's input when src has ended.
-func copyOneWay(dst, src Conn, count func(int)) error {
+// oneWay copies src to dst and ends dst's input when src has ended.
+func (s *copying) oneWay(dst, src Conn, count func(int)) error {
 	err := move(dst, src, count)
 	switch {
+	case err != nil && s.c.reason() != nil:
+		// Its ends are being canceled one after the other. The far one must not learn of the near one's end as if its
+		// application had ended it.
 	case err == nil:
 		if err = dst.CloseWrite(); err == nil || isReset(err) || ignorable(err) {
 			return nil

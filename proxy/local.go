@@ -3,9 +3,9 @@ package proxy
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/http"
 	"net/netip"
+	"runtime/pprof"
 	"slices"
 
 	"ztun/ports"
@@ -38,8 +38,8 @@ func (p *Proxy) localPeer(local *state.Workload, src netip.AddrPort, d *route.De
 }
 
 // connectLocal opens the upstream side through the peer's proxy in memory: each side proves by its certificate who it
-// is, and then the peer serves the CONNECT as if a tunnel had brought it. taken is false if the peer takes nothing
-// new: the wire will say what there is to say.
+// is, and then the peer serves the CONNECT as if a tunnel had brought it. taken is false if the peer takes nothing new,
+// or a certificate does not do: it is the wire that refuses then, so that both sides say and count what it says.
 func (c *connection) connectLocal(ctx context.Context, peer *Proxy, local *state.Workload, src netip.AddrPort,
 	d route.Decision) (up Conn, failed *Error, taken bool) {
 	if !peer.begin() {
@@ -48,36 +48,34 @@ func (c *connection) connectLocal(ctx context.Context, peer *Proxy, local *state
 	defer peer.work.Done()
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout+handshakeTimeout+responseTimeout)
 	defer cancel()
-	cert, err := c.p.o.Certs.Certificate(ctx, local.Identity())
+	ours, err := c.p.o.Certs.Certificate(ctx, local.Identity())
 	if err != nil {
 		return nil, fail(kindIdentity, err), true
 	}
-	t := &tunnel{src: src, dst: d.Actual}
 	theirs, err := peer.ownCertificate(ctx)
 	if err != nil {
-		peer.denyMesh(t, "", err)
-		return nil, fail(kindTLS, err), true
+		return nil, nil, false
 	}
-	met, err := identity.Meet(cert, theirs, d.SANs(), c.p.o.Config.TLS)
+	met, err := identity.Meet(ours, theirs, d.SANs(), c.p.o.Config.TLS)
 	if err != nil {
-		peer.denyMesh(t, "", fmt.Errorf("tls handshake error: %w", err))
-		return nil, fail(kindTLS, err), true
+		return nil, nil, false
 	}
-	t.peer, t.hasPeer = identity.PeerID(met.Client)
 	if c.forget != nil {
 		c.forget() // of an endpoint that was tried before
 	}
-	revoked := func(c *connection) func(error) {
-		return func(error) { c.sever(fail(kindRevoked, nil)) }
-	}
-	if c.forget, err = c.p.track(identity.ClientSide, proof{cert, met.Server}, revoked(c)); err != nil {
+	if c.forget, err = c.p.track(identity.ClientSide, proof{ours, met.Server}, c.revoked); err != nil {
 		c.forget = nil
-		return nil, fail(kindTLS, err), true
+		return nil, nil, false // revoked this very moment
 	}
+	t := &tunnel{src: src, dst: d.Actual}
+	t.peer, t.hasPeer = identity.PeerID(met.Client)
 	req := request(local, src, d)
 	call := &localCall{ctx: ctx, req: &req, panics: peer.o.Panics}
+	// Profiles show whose work it is.
+	pprof.SetGoroutineLabels(peer.labels[inbound])
+	defer pprof.SetGoroutineLabels(c.p.labels[outbound])
 	peer.serveCall(t, call, func(theirEnd *connection) error {
-		theirEnd.forget, err = peer.track(identity.ServerSide, proof{theirs, met.Client}, revoked(theirEnd))
+		theirEnd.forget, err = peer.track(identity.ServerSide, proof{theirs, met.Client}, theirEnd.revoked)
 		return err
 	})
 	if call.up == nil {
@@ -86,17 +84,16 @@ func (c *connection) connectLocal(ctx context.Context, peer *Proxy, local *state
 	return call.up, nil, true
 }
 
+// revoked cuts a connection in memory whose peer's certificate was revoked.
+func (c *connection) revoked(error) { c.sever(fail(kindRevoked, nil)) }
+
 // ownCertificate is the certificate that the pod shows on its port 15008.
 func (p *Proxy) ownCertificate(ctx context.Context) (*identity.Certificate, error) {
 	_, local, err := p.localWorkload(ctx)
 	if err != nil {
 		return nil, err
 	}
-	cert, err := p.o.Certs.Certificate(ctx, local.Identity())
-	if err != nil {
-		return nil, fmt.Errorf("signing error: %w", err)
-	}
-	return cert, nil
+	return p.o.Certs.Certificate(ctx, local.Identity())
 }
 
 // call is a CONNECT that awaits its answer: a tunnel's stream, or a pod of this daemon in memory.

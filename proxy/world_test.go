@@ -22,6 +22,7 @@ import (
 	"ztun/admin/ca"
 	"ztun/admin/xds"
 	"ztun/admin/zlog"
+	"ztun/proxy/identity"
 	"ztun/proxy/state"
 	"ztun/refusal"
 )
@@ -44,6 +45,8 @@ type world struct {
 	stale   bool                          // they find every port open
 	clients map[netip.AddrPort]netip.Addr // what the applications saw as their client, by destination
 	certs   *ca.Manager
+
+	revocation identity.Revocation // of both proxies, where a test gives it to them
 
 	// In place of what the network would do, where a test wants something else.
 	dialMesh func(dst netip.AddrPort) (net.Conn, error)

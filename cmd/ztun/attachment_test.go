@@ -35,14 +35,14 @@ type memoryDaemon struct {
 	pods *podManager
 }
 
-func newMemoryDaemon(t *testing.T) *memoryDaemon {
+func newMemoryDaemon(t *testing.T, vars ...string) *memoryDaemon {
 	t.Helper()
 	filter, err := zlog.ParseFilter("off")
 	if err != nil {
 		t.Fatal(err)
 	}
 	log := zlog.New(zlog.Options{Writer: io.Discard, Control: zlog.NewControl(filter)})
-	c := load(t, "ISTIO_META_DNS_CAPTURE", "false")
+	c := load(t, append([]string{"ISTIO_META_DNS_CAPTURE", "false"}, vars...)...)
 	c.State.Dir = t.TempDir()
 	d := &daemon{c: c, log: log, logger: log.Logger("ztun"), report: fair.NewReport(log.Logger("bounds")),
 		panics:     rescue.New(log.Logger("ztun")),
@@ -137,9 +137,14 @@ func ask(t *testing.T, from *attachtest.Host, dst string) (string, error) {
 
 // A whole connection through the daemon's own pod manager, by an attachment without devices, namespaces and root:
 // over HBONE from one pod to the other, as the client's own address; refused by a policy, truthfully; and plaintext
-// to what is not in the mesh.
+// to what is not in the mesh. With and without the wire between the two pods it is the same.
 func TestAttachmentInMemory(t *testing.T) {
-	m := newMemoryDaemon(t)
+	t.Run("by the wire", func(t *testing.T) { attachmentInMemory(t, "false", 1) })
+	t.Run("relayed", func(t *testing.T) { attachmentInMemory(t, "true", 0) })
+}
+
+func attachmentInMemory(t *testing.T, relay string, want uint64) {
+	m := newMemoryDaemon(t, "ZTUN_LOCAL_RELAY", relay)
 	addr := netip.MustParseAddr
 	one, two, outside := m.net.Host("host-one", addr("10.1.0.1")), m.net.Host("host-two", addr("10.1.0.2")),
 		m.net.Host("host-three", addr("10.1.0.3"))
@@ -162,13 +167,13 @@ func TestAttachmentInMemory(t *testing.T) {
 		}
 		return n
 	}
-	if tunnels() != 1 {
+	if tunnels() != want {
 		t.Errorf("%d tunnels were made", tunnels())
 	}
 	if got, err := ask(t, one, "10.1.0.2:81"); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("where nobody listens: %q, %v", got, err)
 	}
-	if got, err := ask(t, one, "10.1.0.3:80"); err != nil || got != "10.1.0.1\nhello" || tunnels() != 1 {
+	if got, err := ask(t, one, "10.1.0.3:80"); err != nil || got != "10.1.0.1\nhello" || tunnels() != want {
 		t.Errorf("in plaintext: %q, %v, %d tunnels", got, err, tunnels())
 	}
 	// A connection that stands, and is cut by the policy.
@@ -190,6 +195,23 @@ policies:
 	}
 	if n := len(m.pods.List()); n != 3 {
 		t.Errorf("%d pods", n)
+	}
+	if tunnels() != want {
+		t.Errorf("%d tunnels in the end", tunnels())
+	}
+	// A pod on its way out, or gone, is none to relay to.
+	if m.pods.proxyAt(addr("10.1.0.2")) == nil || m.pods.proxyAt(addr("10.1.0.9")) != nil {
+		t.Error("pods are not found by their addresses")
+	}
+	m.pods.pods["n/two"].stopping.Store(true)
+	if m.pods.proxyAt(addr("10.1.0.2")) != nil {
+		t.Error("a pod that is stopping is relayed to")
+	}
+	if err := m.pods.Delete(t.Context(), "n", "two"); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := m.pods.at.Load(addr("10.1.0.2")); ok {
+		t.Error("a pod that is gone is found by its address")
 	}
 }
 

@@ -110,8 +110,8 @@ func (c *Config) dumpOwn() map[string]any {
 		"flows":   c.Proxy.Remember, "sendReason": c.Proxy.SendReason, "dnsSearch": c.DNS.Search, "mtu": c.Attach.MTU,
 		"nodeTun": c.Attach.NodeTUN,
 		"pqc":     c.Proxy.TLS.PQC, "socket": c.State.Socket, "stateDir": c.State.Dir, "tls12": c.Proxy.TLS.TLS12,
-		"tokenFile":         orNull(c.Control.Token.File),
-		"tunPlain":          c.Attach.Plain,
+		"tokenFile": orNull(c.Control.Token.File),
+		"tunPlain":  c.Attach.Plain, "localRelay": c.Proxy.LocalRelay,
 		"denyUnknownPolicy": c.Proxy.DenyUnknownPolicy, "dropCapabilities": c.Privileges.Drop,
 		"steering": c.Attach.Steering.String(), "nodeAgent": c.Attach.NodeAgent,
 	}

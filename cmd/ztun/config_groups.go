@@ -75,6 +75,7 @@ type controlConfig struct {
 type trafficConfig struct {
 	proxy.Config
 	DenyUnknownPolicy bool
+	LocalRelay        bool  // between pods of this daemon, in memory
 	OriginalSource    *bool // nil = as the situation allows
 }
 

@@ -38,6 +38,8 @@ type podManager struct {
 	pending map[string]pendingPod // by uid: known from an earlier life or a node agent, not attached yet
 	closed  bool
 
+	at sync.Map // attached pods by address, netip.Addr to *pod: asked for every new connection (proxyAt)
+
 	self atomic.Pointer[selfPod] // the daemon's own; nil: there is none, or it does not stand yet
 
 	started, stopped atomic.Uint64
@@ -151,6 +153,7 @@ func (m *podManager) attach(ctx context.Context, spec attach.Pod) error {
 	m.pods[uid] = p
 	m.mu.Unlock()
 	m.forget(uid)
+	m.enlist(p)
 	m.started.Add(1)
 	m.host.podsChanged()
 	m.log.Info("pod attached", "pod", p.label, "netns", p.spec.NetNS, "addresses", fmt.Sprint(p.spec.IPs), "offload",
@@ -248,6 +251,7 @@ func (m *podManager) detach(ctx context.Context, uid string, only *pod) error {
 		return fmt.Errorf("%w: no pod %s is attached", admin.ErrPodNotFound, uid)
 	}
 	err := p.remove(ctx)
+	m.delist(p)
 	m.mu.Lock()
 	delete(m.pods, uid)
 	m.mu.Unlock()

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"net/netip"
 
 	mrand "math/rand/v2"
 
@@ -31,6 +32,10 @@ func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup, mem
 		source := refOf(spec).String()
 		demand = func(ctx context.Context, key string) error { return client.Demand(ctx, source, key) }
 	}
+	var local func(netip.Addr) *proxy.Proxy
+	if c.Proxy.LocalRelay && d.pods.alone() == nil {
+		local = d.pods.proxyAt
+	}
 	config := c.Proxy.Config
 	config.NetworkName, config.TLS = c.Node.Network, d.tls()
 	config.HBONE.Memory, config.HBONE.Buffers, config.HBONE.Logger = memory, &d.buffers, d.log.Logger("hbone")
@@ -38,7 +43,7 @@ func (d *daemon) newProxy(spec admin.PodSpec, n proxy.Network, names lookup, mem
 		Info:    state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount},
 		Network: n, Knowledge: d.know, Certs: d.certs, Resolver: d.resolve, Metrics: d.metrics, Panics: d.panics,
 		Report: d.report, Handshakes: d.handshakes, Policies: d.policies, OnDemandDNS: d.onDemandDNS, Demand: demand,
-		Names:  names,
+		Names: names, Local: local,
 		Access: d.log.Logger("access"), Log: d.log.Logger("proxy"), Random: mrand.Uint64N, Config: config,
 	})
 }

@@ -52,4 +52,7 @@
 //     BenchmarkHandshake measures what that costs.
 //   - 2026-11-23: a peer whose leaf is a CA certificate is refused (X.509-SVID section 5.2; rustls-webpki does too,
 //     crypto/x509 does not).
+//   - 2026-11-29: two pods of one process meet without a handshake (Meet). What TLS adds to its checks is the proof
+//     that each side holds its key: both keys are this process's own (Certificate), so that there is nobody to prove
+//     it to.
 package identity

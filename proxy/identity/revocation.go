@@ -76,9 +76,13 @@ func (r *Revocation) CRL() *CRL {
 	return r.crl.Load()
 }
 
-// handshake judges a peer's certificates, whose chain was verified already.
-func (r *Revocation) handshake(c *Certificate, cs tls.ConnectionState, side Side) error {
-	err := r.CRL().check(cs.PeerCertificates, c.Pool, side.peerUsage(), time.Now())
+// judge looks for a peer's certificates, whose chain was verified already, in the list.
+func (l *CRL) judge(c *Certificate, cs tls.ConnectionState, side Side) error {
+	return l.check(cs.PeerCertificates, c.Pool, side.peerUsage(), time.Now())
+}
+
+// counted counts a handshake that was refused for a revocation, and passes err on.
+func (r *Revocation) counted(side Side, err error) error {
 	if _, revoked := err.(*PeerRevokedError); revoked {
 		r.rejected[side].Add(1)
 	}

@@ -50,7 +50,9 @@ func newServerTLS(c *Certificate, p Params) *tls.Config {
 	cfg.ClientAuth = tls.RequireAndVerifyClientCert
 	cfg.ClientCAs = c.Pool
 	cfg.SessionTicketsDisabled = true
-	cfg.VerifyConnection = func(cs tls.ConnectionState) error { return c.checkClient(cs, p.Revocation) }
+	cfg.VerifyConnection = func(cs tls.ConnectionState) error {
+		return p.Revocation.counted(ServerSide, c.checkClient(cs, p.Revocation.CRL()))
+	}
 
 	refuse := cfg.Clone()
 	refuse.NextProtos = []string{refuseALPN}
@@ -75,7 +77,9 @@ func ClientTLS(c *Certificate, want []ID, p Params) *tls.Config {
 	cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &c.TLS, nil }
 	// crypto/tls can only verify a server against a host name. HBONE peers have none: checkServer does all of it.
 	cfg.InsecureSkipVerify = true
-	cfg.VerifyConnection = func(cs tls.ConnectionState) error { return c.checkServer(cs, want, p.Revocation) }
+	cfg.VerifyConnection = func(cs tls.ConnectionState) error {
+		return p.Revocation.counted(ClientSide, c.checkServer(cs, want, p.Revocation.CRL()))
+	}
 	return cfg
 }
 
@@ -102,12 +106,12 @@ func (p Params) Base() *tls.Config {
 }
 
 // checkClient runs after crypto/tls verified the client's chain.
-func (c *Certificate) checkClient(cs tls.ConnectionState, r *Revocation) error {
+func (c *Certificate) checkClient(cs tls.ConnectionState, crl *CRL) error {
 	leaf, err := checkPeer(cs)
 	if err != nil {
 		return err
 	}
-	if err := r.handshake(c, cs, ServerSide); err != nil || !c.strict {
+	if err := crl.judge(c, cs, ServerSide); err != nil || !c.strict {
 		return err
 	}
 	same := false
@@ -123,7 +127,7 @@ func (c *Certificate) checkClient(cs tls.ConnectionState, r *Revocation) error {
 }
 
 // checkServer is all the verification that a server gets: chain, then revocation, then SAN, in ztunnel's order.
-func (c *Certificate) checkServer(cs tls.ConnectionState, want []ID, r *Revocation) error {
+func (c *Certificate) checkServer(cs tls.ConnectionState, want []ID, crl *CRL) error {
 	leaf, err := checkPeer(cs)
 	if err != nil {
 		return err
@@ -131,7 +135,7 @@ func (c *Certificate) checkServer(cs tls.ConnectionState, want []ID, r *Revocati
 	if err := c.peers.verify(cs.PeerCertificates, x509.ExtKeyUsageServerAuth, time.Now()); err != nil {
 		return &tls.CertificateVerificationError{UnverifiedCertificates: cs.PeerCertificates, Err: err}
 	}
-	if err := r.handshake(c, cs, ClientSide); err != nil {
+	if err := crl.judge(c, cs, ClientSide); err != nil {
 		return err
 	}
 	found := false
