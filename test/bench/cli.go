@@ -43,7 +43,7 @@ type options struct {
 
 // suiteNames in the order in which they run and are shown.
 func suiteNames() []string {
-	return []string{"relay", "hbone", "mesh", "conns", "echo", "mixed", "idle", "rootless", "control"}
+	return []string{"relay", "hbone", "mesh", "local", "conns", "echo", "mixed", "idle", "rootless", "control"}
 }
 
 var errHelp = errors.New("help")
@@ -57,6 +57,7 @@ suites (default: all)
   relay   pod -> TUN -> netstack -> kernel socket, 1 and 8 streams; slirp4netns and sing-box too where installed
   hbone   the mux over TLS on loopback beside bare crypto/tls (benchmarks of proxy/hbone)
   mesh    pod -> node -> node -> pod, 1 and 8 streams, both ways, CPU-s per GB of each daemon
+  local   pod -> node -> pod of one node, bulk and connections; --versus-env ZTUN_LOCAL_RELAY=false: the wire beside it
   conns   new connections per second, 16 and 1 at a time, the server closes first; time of connect + 1 byte + close
   echo    1 KiB echo over kept connections at fixed rates, open loop
   mixed   the same echo at 500/s beside 8 bulk streams between the same two pods

@@ -8,7 +8,7 @@
 // alone.
 //
 // Files: cli.go (arguments), plan.go (cases and their order), run.go (the loop around them), host.go (the machine),
-// world.go (nodes, pods, daemons), traffic.go (one function per workload), mesh.go (also conns, echo and mixed),
+// world.go (nodes, pods, daemons), traffic.go (one function per workload), mesh.go (also local, conns, echo and mixed),
 // relay.go, hbone.go, idle.go,
 // rootless.go (the suites), troubles.go (drops and retransmissions during a figure), profile.go;
 // ztrelay/ is the relay suite's program. The control suite: control.go (its cases), controlmesh.go (the invented

@@ -34,7 +34,7 @@ type bench struct {
 	err   io.Writer // progress
 	start time.Time
 	r     *runner
-	// one for each variant of ztun, of the suites that share them: mesh, conns, echo, mixed and a part of relay
+	// one for each variant of ztun, of the suites that share them: mesh, local, conns, echo, mixed and a part of relay
 	worlds []*world
 	relay  *relayWorld
 	hbone  *hboneWorld
@@ -86,7 +86,7 @@ func run(args []string, stdout, stderr io.Writer) (code int, o options) {
 func (b *bench) all(ctx context.Context) error {
 	var ks []kase
 	shared := b.o.has("relay") && !b.o.NoDaemon || b.o.has("mesh") || b.o.has("conns") || b.o.has("echo") ||
-		b.o.has("mixed")
+		b.o.has("mixed") || b.o.has("local")
 	if shared {
 		if err := b.sharedWorlds(ctx); err != nil {
 			return err
@@ -107,6 +107,8 @@ func (b *bench) all(ctx context.Context) error {
 		}},
 		{"mesh", "pod -> node -> node -> pod; bare veth: host -> node -> node -> host, the same veth between the same nodes",
 			bareVeth, plain(b.meshCases)},
+		{"local", "pod -> node -> pod of the same node, relayed in the daemon's memory; --versus-env ZTUN_LOCAL_RELAY=false has " +
+			"the wire beside it; bare veth: host -> node -> host", bareVeth, plain(b.localCases)},
 		{"conns", "new connections over a warm tunnel: connect, one byte from the server, which closes first", bareVeth,
 			plain(b.connsCases)},
 		{"echo", "1 KiB echo over kept connections, open loop: a request's latency counts from when it was due", bareVeth,

@@ -68,6 +68,43 @@ func (b *bench) meshCases() []kase {
 	return ks
 }
 
+// localCases are bulk transfers and new connections between two pods of one node. Targets: 3x the throughput of
+// ztunnel, 0.4x its CPU per GB, 2x its connection rate, with the references of ztunnel on another such machine.
+func (b *bench) localCases() []kase {
+	over := func(run func(ctx context.Context, p path) (outcome, error)) []subject {
+		return b.over(func(w *world) path { return w.barePass }, func(w *world) path { return w.ztunLocal }, run)
+	}
+	var ks []kase
+	for _, streams := range []int{1, 8} {
+		for _, dir := range dirs() {
+			ks = append(ks, kase{
+				suite: "local", name: "local, " + streamsText(streams) + " " + dir, lasts: b.length() + 100*time.Millisecond,
+				rows: []report.Row{
+					{Metric: "throughput", Unit: "Gb/s", Subject: ztunName, Reference: "3.4-3.6 (ztunnel)",
+						Target: &report.Target{Value: 10.5}},
+					{Metric: "CPU-s/GB, both daemons", Subject: ztunName, Reference: "2.4-3.0 (ztunnel)",
+						Target: &report.Target{AtMost: true, Value: 1.1}},
+					{Metric: "CPU-s/GB, n1"}, {Metric: "CPU-s/GB, all"},
+				},
+				subjects: over(b.transfer(streams, dir)), profile: b.ofDaemons,
+			})
+		}
+	}
+	for _, par := range []int{16, 1} {
+		rate := report.Row{Metric: "rate", Unit: "per s", Subject: ztunName, Reference: "3450 (ztunnel, 2 nodes)",
+			Target: &report.Target{Value: 6900}}
+		if par == 1 {
+			rate.Reference, rate.Target = "1290 (ztunnel, 2 nodes)", &report.Target{Value: 2580}
+		}
+		ks = append(ks, kase{
+			suite: "local", name: fmt.Sprintf("local, %d at a time", par), lasts: b.length() + 300*time.Millisecond,
+			rows:     append([]report.Row{rate}, connsRows()...),
+			subjects: over(b.newConnections(par)), profile: b.ofDaemons,
+		})
+	}
+	return ks
+}
+
 // ofDaemons lets --profile look into the daemons.
 func (b *bench) ofDaemons() (string, []target) { return ztunName, targets(b.worlds[0].ztun.daemons) }
 
@@ -151,40 +188,50 @@ func (b *bench) connsCases() []kase {
 		}
 		ks = append(ks, kase{
 			suite: "conns", name: fmt.Sprintf("%d at a time", par), lasts: b.length() + 300*time.Millisecond,
-			profile: b.ofDaemons,
-			rows: []report.Row{rate, p50, {Metric: "p99", Unit: "ms"}, {Metric: "failed", Unit: "of 1000"},
-				{Metric: "CPU-ms, both daemons", Unit: "each"}},
-			subjects: b.paths(func(ctx context.Context, p path) (outcome, error) {
-				// The first connections pay for the tunnel; they are not counted.
-				if _, err := b.rate(ctx, p.lab, p.client, p.server, par, 200*time.Millisecond); err != nil {
-					return nil, err
-				}
-				before, err := b.cpu(p)
-				if err != nil {
-					return nil, err
-				}
-				r, err := b.rate(ctx, p.lab, p.client, p.server, par, b.length())
-				if err != nil {
-					return nil, err
-				}
-				after, err := b.cpu(p)
-				if err != nil {
-					return nil, err
-				}
-				o := outcome{"rate": r.PerSecond, "p50": r.Latency.P50, "p99": r.Latency.P99,
-					"failed": 1000 * float64(r.Failed) / float64(r.N)}
-				var spent time.Duration
-				for i := range after {
-					spent += after[i].CPU - before[i].CPU
-				}
-				if len(after) > 0 {
-					o["CPU-ms, both daemons"] = spent.Seconds() * 1000 / float64(r.N)
-				}
-				return o, nil
-			}),
+			profile:  b.ofDaemons,
+			rows:     append([]report.Row{rate, p50}, connsRows()...),
+			subjects: b.paths(b.newConnections(par)),
 		})
 	}
 	return ks
+}
+
+// connsRows are the metrics of new connections that have no targets.
+func connsRows() []report.Row {
+	return []report.Row{{Metric: "p99", Unit: "ms"}, {Metric: "failed", Unit: "of 1000"},
+		{Metric: "CPU-ms, both daemons", Unit: "each"}}
+}
+
+// newConnections measures connections, par at a time, over a path of the shared world.
+func (b *bench) newConnections(par int) func(ctx context.Context, p path) (outcome, error) {
+	return func(ctx context.Context, p path) (outcome, error) {
+		// The first connections pay for the tunnel; they are not counted.
+		if _, err := b.rate(ctx, p.lab, p.client, p.server, par, 200*time.Millisecond); err != nil {
+			return nil, err
+		}
+		before, err := b.cpu(p)
+		if err != nil {
+			return nil, err
+		}
+		r, err := b.rate(ctx, p.lab, p.client, p.server, par, b.length())
+		if err != nil {
+			return nil, err
+		}
+		after, err := b.cpu(p)
+		if err != nil {
+			return nil, err
+		}
+		o := outcome{"rate": r.PerSecond, "p50": r.Latency.P50, "p99": r.Latency.P99,
+			"failed": 1000 * float64(r.Failed) / float64(r.N)}
+		var spent time.Duration
+		for i := range after {
+			spent += after[i].CPU - before[i].CPU
+		}
+		if len(after) > 0 {
+			o["CPU-ms, both daemons"] = spent.Seconds() * 1000 / float64(r.N)
+		}
+		return o, nil
+	}
 }
 
 // echoConns is over how many connections the requests are spread.

@@ -35,13 +35,15 @@ const (
 )
 
 // world is the laboratory with the two paths of the same hops: h1 - n1 - n2 - h2 and a - n1 - n2 - b. The passthrough
-// paths end at h3, an uncaptured host on n1: h1 - n1 - h3 and a - n1 - h3.
+// paths end at h3, an uncaptured host on n1: h1 - n1 - h3 and a - n1 - h3. The local paths are those between two pods
+// of n1, a - n1 - c, beside h1 - n1 - h3.
 type world struct {
-	lab      *lab.World
-	bare     path
-	ztun     path
-	barePass path
-	ztunPass path
+	lab       *lab.World
+	bare      path
+	ztun      path
+	barePass  path
+	ztunPass  path
+	ztunLocal path
 }
 
 // variant is a ztun to measure: normally the one that was just built, with --versus and --versus-env another one
@@ -77,7 +79,7 @@ func (b *bench) sharedWorlds(ctx context.Context) error {
 	for _, v := range vs {
 		inhabitants := "two nodes, three hosts"
 		if v.name != "" {
-			inhabitants += ", two pods, two daemons"
+			inhabitants += ", three pods, two daemons"
 		}
 		b.progress("building a world: %s", inhabitants)
 		w, err := b.newWorld(ctx, v)
@@ -130,6 +132,10 @@ func (b *bench) newWorld(ctx context.Context, v variant) (_ *world, err error) {
 	if err != nil {
 		return nil, err
 	}
+	c, err := w.lab.AddPod(w.lab.N1, lab.Pod{Name: "c"})
+	if err != nil {
+		return nil, err
+	}
 	env := map[string]string{"RUST_LOG": "warn"} // 7,000 access log lines a second would be a benchmark of the log
 	for _, kv := range v.env {
 		key, value, _ := strings.Cut(kv, "=")
@@ -143,12 +149,14 @@ func (b *bench) newWorld(ctx context.Context, v variant) (_ *world, err error) {
 		}
 		w.ztun.daemons = append(w.ztun.daemons, d)
 	}
-	for _, pod := range []*lab.Pod{a, p} {
+	for _, pod := range []*lab.Pod{a, p, c} {
 		if err := w.lab.Attach(ctx, pod); err != nil {
 			return nil, fmt.Errorf("attach pod %s: %w", pod.Name, err)
 		}
 	}
 	w.ztunPass = path{name: v.name, lab: w.lab, client: w.ztun.client, server: w.barePass.server,
+		daemons: w.ztun.daemons[:1]}
+	w.ztunLocal = path{name: v.name, lab: w.lab, client: w.ztun.client, server: b.end(c.NS, c.IPs),
 		daemons: w.ztun.daemons[:1]}
 	return w, nil
 }
@@ -157,7 +165,7 @@ func (b *bench) newWorld(ctx context.Context, v variant) (_ *world, err error) {
 func (w *world) servers() []end {
 	s := []end{w.bare.server, w.barePass.server}
 	if w.ztun.server.ns != nil {
-		s = append(s, w.ztun.server)
+		s = append(s, w.ztun.server, w.ztunLocal.server)
 	}
 	return s
 }
