@@ -12,8 +12,8 @@ import (
 
 // TestTransfers moves 1 GiB each way at once over every pair of {IPv4, IPv6} x {same node, other node} x {HBONE,
 // plaintext peer} and compares hashes at both ends. The application must see the client's own address. The wire
-// between the nodes, and the node's loopback where peers of one node meet, must show no byte of the payload of mesh
-// peers, and no port but 15008.
+// between the nodes must show no byte of the payload of mesh peers, and no port but 15008. Peers of one node are relayed
+// in the daemon's memory: neither the wire nor the node's loopback, where they would meet, shows a packet.
 func TestTransfers(t *testing.T) {
 	size := transferBytes(t)
 	m := newMesh(t, meshOptions{})
@@ -54,13 +54,15 @@ func TestTransfers(t *testing.T) {
 				if peer.mesh {
 					checkOnlyHBONE(t, "between the nodes", onWire)
 					checkOnlyHBONE(t, "on the node's loopback", onLocal)
-					seen := onLocal
-					if peer.other {
-						seen = onWire
+					if !peer.other { // TestSameNodeByTheWire proves that these captures would have seen it
+						if n := len(onWire.Between(src, dst)) + len(onLocal.Between(src, dst)); n != 0 {
+							t.Errorf("%d packets between pods of one node were captured", n)
+						}
+						return
 					}
 					// The capture must have seen the transfer, or it proves nothing.
-					if n := seen.Between(src, dst).Port(15008).Bytes(); n < size {
-						t.Errorf("only %d bytes of %v-%v on 15008 were captured: %d packets", n, src, dst, len(seen))
+					if n := onWire.Between(src, dst).Port(15008).Bytes(); n < size {
+						t.Errorf("only %d bytes of %v-%v on 15008 were captured: %d packets", n, src, dst, len(onWire))
 					}
 				} else {
 					seen := onLocal
@@ -77,6 +79,28 @@ func TestTransfers(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestSameNodeByTheWire: with ZTUN_LOCAL_RELAY=false peers of one node meet on port 15008 of the node's loopback, and
+// nothing but TLS is seen there.
+func TestSameNodeByTheWire(t *testing.T) {
+	const size = 8 << 20
+	m := newMesh(t, meshOptions{env: map[string]string{"ZTUN_LOCAL_RELAY": "false"}})
+	families(t, func(t *testing.T, v4 bool) {
+		src, dst := pick(m.a.IPs, v4), pick(m.b.IPs, v4)
+		local, err := m.Capture(m.N1.NS, "lo", lab.CaptureOptions{})
+		must(t, err)
+		r := ztload[load.TransferResult](m, m.a.NS, "xfer", "-to", lab.HostPort(dst, 9000), "-up", fmt.Sprint(size),
+			"-down", fmt.Sprint(size), "-seed", "3")
+		if !r.OK {
+			t.Errorf("transfer: %s", r.Error)
+		}
+		seen := stop(t, local)
+		checkOnlyHBONE(t, "on the node's loopback", seen)
+		if n := seen.Between(src, dst).Port(15008).Bytes(); n < size {
+			t.Errorf("only %d bytes of %v-%v on 15008 were captured: %d packets", n, src, dst, len(seen))
+		}
+	})
 }
 
 // checkOnlyHBONE fails if a capture holds payload of test/load or TCP of another port than 15008.
