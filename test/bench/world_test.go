@@ -33,7 +33,8 @@ func TestPlanNamesItsSubjects(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := &bench{o: o}
-	for _, ks := range [][]kase{b.meshCases(), b.localCases(), b.connsCases(), b.echoCases(), b.mixedCases(), b.idleCases()} {
+	for _, ks := range [][]kase{b.meshCases(), b.localCases(), b.connsCases(), b.echoCases(), b.mixedCases(),
+		b.idleCases()} {
 		for _, k := range ks {
 			names := map[string]bool{}
 			for _, s := range k.subjects {

@@ -12,8 +12,8 @@ import (
 
 // TestTransfers moves 1 GiB each way at once over every pair of {IPv4, IPv6} x {same node, other node} x {HBONE,
 // plaintext peer} and compares hashes at both ends. The application must see the client's own address. The wire
-// between the nodes must show no byte of the payload of mesh peers, and no port but 15008. Peers of one node are relayed
-// in the daemon's memory: neither the wire nor the node's loopback, where they would meet, shows a packet.
+// between the nodes must show no byte of the payload of mesh peers, and no port but 15008. Peers of one node are
+// relayed in the daemon's memory: neither the wire nor the node's loopback, where they would meet, shows a packet.
 func TestTransfers(t *testing.T) {
 	size := transferBytes(t)
 	m := newMesh(t, meshOptions{})
