@@ -2,6 +2,7 @@ package control
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -76,6 +77,7 @@ func build(files []*file, prev *snapshot, trustDomain string, limit int, joined 
 	b := &builder{
 		trustDomain: trustDomain, limit: limit, names: make(map[string]place), policies: make(map[string]place),
 		joined: joined, selected: make(map[string]bool), addresses: make(map[state.NetworkAddress]place),
+		mesh: make(map[meshAddress]place),
 	}
 	for _, f := range files {
 		if f.local == nil {
@@ -119,6 +121,7 @@ type builder struct {
 	joined           map[string]bool                    // nodes; nil: not looked at
 	selected         map[string]bool                    // policies that a workload lists
 	addresses        map[state.NetworkAddress]place     // of workloads and services
+	mesh             map[meshAddress]place              // where workloads' HBONE arrives elsewhere
 	errors, warnings report
 }
 
@@ -205,6 +208,7 @@ func (b *builder) check(p place) {
 				b.claim(p, "workloadIps", state.NetworkAddress{Network: w.Network, Addr: a})
 			}
 		}
+		b.meshAddresses(p, w)
 	case r.service != nil:
 		b.gateway(p, "waypoint", r.service.Waypoint)
 		for i := range r.service.WeightedWaypoints {
@@ -235,6 +239,32 @@ func (b *builder) claim(p place, field string, a state.NetworkAddress) {
 	if first != p {
 		b.warnings.at(p, field, "%s is %s's as well, in %s: nodes take it for one of the two", a, first.resource().title(),
 			first.where())
+	}
+}
+
+// meshAddress is a socket of a network. That of a loopback is its host's alone, which the record does not name.
+type meshAddress struct {
+	network string
+	at      netip.AddrPort
+}
+
+// meshAddresses warns of those that another workload has, too, one of which peers do not reach: whoever listens there
+// has one identity. And of those that nobody asks for.
+func (b *builder) meshAddresses(p place, w *state.Workload) {
+	if len(w.MeshAddresses) > 0 && w.Protocol != state.HBONE {
+		b.warnings.at(p, "meshAddresses", "have no effect: the workload's protocol is not HBONE")
+	}
+	for _, a := range w.MeshAddresses {
+		key := meshAddress{w.Network, a}
+		first, taken := b.mesh[key]
+		if !taken {
+			b.mesh[key] = p
+			continue
+		}
+		if first != p {
+			b.warnings.at(p, "meshAddresses", "%s is %s's as well, in %s: only one of the two can listen there, unless it is on "+
+				"the loopback of two hosts", a, first.resource().title(), first.where())
+		}
 	}
 }
 

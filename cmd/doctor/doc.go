@@ -12,6 +12,8 @@
 // iptables-save and nft, if they are there, to read rules.
 //
 // Decisions:
+//   - 2026-11-29: a workload whose record announces where its HBONE arrives (meshAddresses) is called there, 16 of them
+//     at most: no node stands for it.
 //   - 2026-11-28: strict reverse path filtering, foreign rules and packet filters are findings only where they hit
 //     what ztun does (its device, its ports, its rules' place): a doctor that complains of a healthy node is not
 //     asked twice.

@@ -74,12 +74,21 @@ type Cert struct {
 	Domain   string // the trust domain that the identity is to have; "" any
 }
 
-// Peer is another node, by a pod of it that takes HBONE.
+// Peer is another node, by a pod of it that takes HBONE; or a workload that takes it at an address of its host's.
 type Peer struct {
-	Node  string
-	Addr  netip.AddrPort
-	Error string // of a TCP handshake; "" none
-	MTU   int    // of the way to it, in bytes; 0: not known
+	Node     string
+	Workload string // namespace/name; "": a node
+	Addr     netip.AddrPort
+	Error    string // of a TCP handshake; "" none
+	MTU      int    // of the way to it, in bytes; 0: not known
+}
+
+// String names it in findings.
+func (p Peer) String() string {
+	if p.Workload != "" {
+		return "workload " + p.Workload
+	}
+	return "node " + p.Node
 }
 
 // Pod is a captured pod.

@@ -44,15 +44,19 @@ func Judge(f Facts) []Finding {
 	}
 	for _, p := range f.Peers {
 		if p.Error != "" {
-			add("peers", fmt.Sprintf("nc -vz %s %d", p.Addr.Addr(), p.Addr.Port()),
-				"connections to the pods of that node fail: something between the nodes drops TCP port 15008, or ztun is not "+
-					"running there",
-				"node %s cannot be reached at %s: %s", p.Node, p.Addr, p.Error)
+			why := "connections to the pods of that node fail: something between the nodes drops TCP port 15008, or ztun is " +
+				"not running there"
+			if p.Workload != "" {
+				why = fmt.Sprintf("connections to it fail, as its record announces that address (meshAddresses): no `ztun run` "+
+					"listens there, or something on the way drops TCP port %d", p.Addr.Port())
+			}
+			add("peers", fmt.Sprintf("nc -vz %s %d", p.Addr.Addr(), p.Addr.Port()), why,
+				"%s cannot be reached at %s: %s", p, p.Addr, p.Error)
 		}
 		if p.MTU > 0 && p.MTU < smallestMTU {
 			add("peers", fmt.Sprintf("tracepath -n %s", p.Addr.Addr()),
 				"IPv6 needs 1280 bytes, and small packets cost throughput; a tunnel on the way may be set up wrongly",
-				"packets to node %s may have %d bytes at most", p.Node, p.MTU)
+				"packets to %s may have %d bytes at most", p, p.MTU)
 		}
 	}
 	for _, p := range f.Pods {

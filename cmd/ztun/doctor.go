@@ -304,12 +304,15 @@ type dumpParts struct {
 		RootCerts []dumpedChain `json:"rootCerts"`
 	} `json:"certificates"`
 	Workloads []struct {
-		Node        string       `json:"node"`
-		Protocol    string       `json:"protocol"`
-		Status      string       `json:"status"`
-		NetworkMode string       `json:"networkMode"`
-		IPs         []netip.Addr `json:"workloadIps"`
-		Network     string       `json:"network"`
+		Name        string           `json:"name"`
+		Namespace   string           `json:"namespace"`
+		Node        string           `json:"node"`
+		Protocol    string           `json:"protocol"`
+		Status      string           `json:"status"`
+		NetworkMode string           `json:"networkMode"`
+		IPs         []netip.Addr     `json:"workloadIps"`
+		Mesh        []netip.AddrPort `json:"meshAddresses"`
+		Network     string           `json:"network"`
 	} `json:"workloads"`
 }
 
@@ -317,7 +320,11 @@ type dumpedChain struct {
 	PEM []byte `json:"pem"` // base64 of the text, which encoding/json undoes
 }
 
-// fromDump reads certificates, and for each other node a pod of it that takes HBONE.
+// maxMeshPeers is how many workloads that take HBONE at an address of their host's are called.
+const maxMeshPeers = 16
+
+// fromDump reads certificates, and for each other node a pod of it that takes HBONE, and workloads that take it at an
+// address of their host's. One on a loopback may be another host's.
 func fromDump(body []byte, node, domain string) (certs []doctor.Cert, peers []doctor.Peer, err error) {
 	var d dumpParts
 	if err := json.Unmarshal(body, &d); err != nil {
@@ -334,7 +341,16 @@ func fromDump(body []byte, node, domain string) (certs []doctor.Cert, peers []do
 		certs = append(certs, have)
 	}
 	seen := map[string]bool{node: true, "": true}
+	atHosts := 0
 	for _, w := range d.Workloads {
+		if len(w.Mesh) > 0 {
+			if w.Protocol == "HBONE" && w.Status != "Unhealthy" && w.Network == "" && !w.Mesh[0].Addr().IsLoopback() &&
+				atHosts < maxMeshPeers {
+				atHosts++
+				peers = append(peers, doctor.Peer{Workload: w.Namespace + "/" + w.Name, Addr: w.Mesh[0]})
+			}
+			continue
+		}
 		if seen[w.Node] || w.Protocol != "HBONE" || w.Status == "Unhealthy" || w.NetworkMode == "HostNetwork" ||
 			w.Network != "" || len(w.IPs) == 0 {
 			continue
@@ -342,7 +358,7 @@ func fromDump(body []byte, node, domain string) (certs []doctor.Cert, peers []do
 		seen[w.Node] = true
 		peers = append(peers, doctor.Peer{Node: w.Node, Addr: netip.AddrPortFrom(w.IPs[0], ports.HBONE)})
 	}
-	slices.SortFunc(peers, func(a, b doctor.Peer) int { return strings.Compare(a.Node, b.Node) })
+	slices.SortFunc(peers, func(a, b doctor.Peer) int { return strings.Compare(a.String(), b.String()) })
 	return certs, peers, nil
 }
 
