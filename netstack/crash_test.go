@@ -11,8 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"ztun/proxy/refusal"
 	"ztun/proxy/rescue"
-	"ztun/refusal"
 	"ztun/tun"
 )
 

@@ -19,7 +19,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 	"ztun/tun"
 )
 

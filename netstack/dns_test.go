@@ -16,7 +16,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 )
 
 // udpPacket builds a UDP packet with a right checksum.

@@ -13,7 +13,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
 	"ztun/proxy/fair"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 )
 
 // ErrDecided is what Accept returns on a flow that was accepted or refused before.

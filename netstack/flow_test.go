@@ -13,7 +13,7 @@ import (
 	"testing"
 	"time"
 
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 	"ztun/tun"
 )
 

@@ -15,7 +15,7 @@ import (
 
 	"ztun/proxy/fair"
 	"ztun/proxy/grow"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 )
 
 // forwarder turns SYNs that no endpoint claims into Flows, within bounds.

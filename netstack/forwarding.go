@@ -10,7 +10,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 	"ztun/tun"
 )
 

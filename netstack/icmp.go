@@ -3,7 +3,7 @@ package netstack
 import (
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 )
 
 // icmpError builds the ICMP or ICMPv6 error that refuses a SYN, of which

@@ -4,7 +4,7 @@ import (
 	"net/netip"
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
-	"ztun/ports"
+	"ztun/proxy/ports"
 )
 
 // The way back for ICMP errors about the mesh's own connections. Towards the

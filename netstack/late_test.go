@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 )
 
 // A SYN that comes again after it was refused by silence is the same attempt; one of another connect from that port

@@ -12,7 +12,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/buffer"
 
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 	"ztun/tun"
 )
 

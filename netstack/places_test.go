@@ -12,7 +12,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 )
 
 // wire is the far end of a stack's device in the hands of the test.

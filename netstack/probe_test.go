@@ -11,7 +11,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 	"ztun/tun"
 )
 

@@ -14,7 +14,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 )
 
 // Many connections at once, each with a payload of its own both ways, over a

@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 	"ztun/tun"
 	"ztun/tun/tuntest/nslab"
 )

@@ -18,8 +18,8 @@ import (
 
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
+	"ztun/proxy/refusal"
 	"ztun/proxy/state"
-	"ztun/refusal"
 )
 
 // Assertions of the dataplane checklist (test/checklist) that no other test of this package proves. Numbers are its.

@@ -19,7 +19,7 @@ import (
 	"ztun/admin/xds"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 )
 
 // What each side of two networks knows: a, in n1, of b only that it is behind a gateway; b, in n2, nothing of a.

@@ -10,7 +10,7 @@ import (
 	"syscall"
 
 	"ztun/proxy/hbone"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 )
 
 // Flag is the response_flags label of a closed connection (spec 10.2).

@@ -8,13 +8,13 @@ import (
 	"strings"
 	"time"
 
-	"ztun/ports"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
+	"ztun/proxy/ports"
 	"ztun/proxy/rbac"
+	"ztun/proxy/refusal"
 	"ztun/proxy/route"
 	"ztun/proxy/state"
-	"ztun/refusal"
 )
 
 // ExplainQuestion is a connection to be explained.

@@ -10,7 +10,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 )
 
 // syn is a flow of the test's for a proxy, which serves it in the background.

@@ -8,9 +8,9 @@ import (
 	"runtime/pprof"
 	"slices"
 
-	"ztun/ports"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
+	"ztun/proxy/ports"
 	"ztun/proxy/rescue"
 	"ztun/proxy/route"
 	"ztun/proxy/state"

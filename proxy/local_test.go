@@ -9,7 +9,7 @@ import (
 	"testing"
 	"time"
 
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 )
 
 // newLocalWorld is a world whose two pods are of one daemon.

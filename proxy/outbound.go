@@ -8,9 +8,9 @@ import (
 
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
+	"ztun/proxy/refusal"
 	"ztun/proxy/route"
 	"ztun/proxy/state"
-	"ztun/refusal"
 )
 
 // ServeOutbound takes a connection that the pod's application opens (ztunnel's port 15001). It returns

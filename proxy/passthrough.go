@@ -5,8 +5,8 @@ import (
 	"time"
 
 	"ztun/proxy/rbac"
+	"ztun/proxy/refusal"
 	"ztun/proxy/route"
-	"ztun/refusal"
 )
 
 // ServePassthrough takes a plaintext connection from the network to the pod's application (ztunnel's

@@ -17,7 +17,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

@@ -12,8 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"ztun/proxy/refusal"
 	"ztun/proxy/state"
-	"ztun/refusal"
 )
 
 // withDead adds pod c, 10.91.2.99, to the service of b.

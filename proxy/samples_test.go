@@ -14,7 +14,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 )
 
 // volatile are the parts of a line that differ from run to run.

@@ -6,8 +6,8 @@ import (
 	"net/netip"
 
 	"ztun/proxy/identity"
+	"ztun/proxy/refusal"
 	"ztun/proxy/state"
-	"ztun/refusal"
 )
 
 // Flow is a TCP SYN that awaits its verdict. Exactly one of Accept and Refuse is called, once.

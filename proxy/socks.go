@@ -12,10 +12,10 @@ import (
 	"time"
 
 	"ztun/proxy/fair"
+	"ztun/proxy/refusal"
 	"ztun/proxy/rescue"
 	"ztun/proxy/route"
 	"ztun/proxy/socks"
-	"ztun/refusal"
 )
 
 // refusalRead is how long a refused SOCKS5 client may take to read why.

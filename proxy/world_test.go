@@ -23,8 +23,8 @@ import (
 	"ztun/admin/xds"
 	"ztun/admin/zlog"
 	"ztun/proxy/identity"
+	"ztun/proxy/refusal"
 	"ztun/proxy/state"
-	"ztun/refusal"
 )
 
 // world is two pods, a and b of samples/workloads.yaml, each with its Proxy, joined by loopback TCP in

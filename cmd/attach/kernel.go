@@ -6,8 +6,8 @@ import (
 	"net/netip"
 	"syscall"
 
-	"ztun/ports"
 	"ztun/proxy"
+	"ztun/proxy/ports"
 	"ztun/tun/netns"
 )
 

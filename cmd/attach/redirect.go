@@ -5,7 +5,7 @@ import (
 	"net/netip"
 
 	"ztun/proxy"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 	"ztun/tun/netns"
 )
 

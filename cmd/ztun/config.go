@@ -17,8 +17,8 @@ import (
 	"unicode/utf8"
 
 	"ztun/netstack"
-	"ztun/ports"
 	"ztun/proxy/identity"
+	"ztun/proxy/ports"
 	"ztun/proxy/state"
 )
 

@@ -11,7 +11,7 @@ import (
 	"strings"
 
 	"ztun/admin/istiod"
-	"ztun/ports"
+	"ztun/proxy/ports"
 )
 
 // Where ztunnel's chart mounts what the control plane asks for; relative to the working directory.

@@ -11,8 +11,8 @@ import (
 	"unicode/utf8"
 
 	"ztun/admin/istiod"
-	"ztun/ports"
 	"ztun/proxy/identity"
+	"ztun/proxy/ports"
 )
 
 // dump is the configuration under ztunnel's names and in its encodings (spec controlplane 1.2, 6.3; the

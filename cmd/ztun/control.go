@@ -15,7 +15,7 @@ import (
 
 	"ztun/admin/control"
 	"ztun/admin/zlog"
-	"ztun/ports"
+	"ztun/proxy/ports"
 )
 
 func controlCommand() *cobra.Command {

@@ -25,7 +25,7 @@ import (
 
 	"ztun/admin"
 	"ztun/cmd/doctor"
-	"ztun/ports"
+	"ztun/proxy/ports"
 	"ztun/tun/netns"
 )
 

@@ -14,9 +14,9 @@ import (
 	"ztun/proxy"
 	"ztun/proxy/dns"
 	"ztun/proxy/fair"
+	"ztun/proxy/refusal"
 	"ztun/proxy/rescue"
 	"ztun/proxy/state"
-	"ztun/refusal"
 )
 
 // pod is what one attached pod consists of: how it is attached, and what serves it.

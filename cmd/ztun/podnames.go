@@ -10,8 +10,8 @@ import (
 	"time"
 
 	"ztun/cmd/attach"
-	"ztun/ports"
 	"ztun/proxy/dns"
+	"ztun/proxy/ports"
 )
 
 // The listeners that a pod finds on its own loopback, in its own namespace: the DNS proxy (ISTIO_META_DNS_PROXY_ADDR,

@@ -14,7 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ztun/cmd/attach/rootless"
-	"ztun/ports"
+	"ztun/proxy/ports"
 	"ztun/proxy/state"
 )
 

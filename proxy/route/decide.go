@@ -6,8 +6,8 @@ import (
 	"net/netip"
 	"strconv"
 
-	"ztun/ports"
 	"ztun/proxy/identity"
+	"ztun/proxy/ports"
 	"ztun/proxy/state"
 )
 

@@ -5,7 +5,7 @@ import (
 	"net/netip"
 	"testing"
 
-	meshports "ztun/ports"
+	meshports "ztun/proxy/ports"
 	"ztun/proxy/route"
 	"ztun/proxy/state"
 )

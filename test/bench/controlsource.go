@@ -14,7 +14,7 @@ import (
 
 	"ztun/admin/pb/discoverypb"
 	"ztun/admin/pb/workloadpb"
-	"ztun/ports"
+	"ztun/proxy/ports"
 	"ztun/test/lab"
 )
 

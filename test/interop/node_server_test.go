@@ -15,7 +15,7 @@ import (
 	"golang.org/x/net/http2"
 
 	"ztun/proxy/hbone"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 	"ztun/test/interop/rig"
 )
 

@@ -18,8 +18,8 @@ import (
 
 	istio "istio.io/istio/pkg/hbone"
 
+	"ztun/proxy/refusal"
 	"ztun/proxy/state"
-	"ztun/refusal"
 	"ztun/test/interop/rig"
 )
 

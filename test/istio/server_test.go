@@ -18,7 +18,7 @@ import (
 	istio "istio.io/istio/pkg/hbone"
 
 	"ztun/proxy/hbone"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 	"ztun/test/interop/rig"
 )
 

@@ -13,7 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
-	"ztun/ports"
+	"ztun/proxy/ports"
 )
 
 // The ports of a daemon in its node's namespace.

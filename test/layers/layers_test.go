@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -33,38 +35,38 @@ admin/words          ->
 admin/xds            -> admin/backoff admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/suggest admin/watch proxy/fair proxy/rbac proxy/rescue proxy/state
 admin/zds            -> admin/backoff admin/pb/zdspb
 admin/zlog           -> admin/suggest
-cmd/attach           -> admin netstack netstack/usersock ports proxy proxy/fair proxy/rescue refusal tun tun/netns tun/steer
-cmd/attach/attachtest -> admin cmd/attach netstack proxy refusal tun tun/tuntest
-cmd/attach/isolated  -> admin cmd/attach netstack ports tun tun/netns tun/replace tun/steer
-cmd/attach/redirected -> admin cmd/attach netstack ports proxy tun tun/netns
-cmd/attach/dedicated -> admin cmd/attach netstack ports proxy tun
-cmd/attach/rootless  -> admin cmd/attach ports proxy tun tun/netns tun/steer
-cmd/attach/steered   -> admin cmd/attach netstack ports proxy tun tun/netns tun/sandwich
+cmd/attach           -> admin netstack netstack/usersock proxy proxy/fair proxy/ports proxy/refusal proxy/rescue tun tun/netns tun/steer
+cmd/attach/attachtest -> admin cmd/attach netstack proxy proxy/refusal tun tun/tuntest
+cmd/attach/isolated  -> admin cmd/attach netstack proxy/ports tun tun/netns tun/replace tun/steer
+cmd/attach/redirected -> admin cmd/attach netstack proxy proxy/ports tun tun/netns
+cmd/attach/dedicated -> admin cmd/attach netstack proxy proxy/ports tun
+cmd/attach/rootless  -> admin cmd/attach proxy proxy/ports tun tun/netns tun/steer
+cmd/attach/steered   -> admin cmd/attach netstack proxy proxy/ports tun tun/netns tun/sandwich
 cmd/doctor           -> tun/netns tun/steer
-cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/words admin/xds admin/zds admin/zlog cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/doctor netstack ports proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/rescue proxy/resolve proxy/state refusal tun tun/capture tun/netns tun/replace
-netstack             -> ports proxy/fair proxy/grow proxy/rescue refusal tun
+cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/words admin/xds admin/zds admin/zlog cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/doctor netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/ports proxy/refusal proxy/rescue proxy/resolve proxy/state tun tun/capture tun/netns tun/replace
+netstack             -> proxy/fair proxy/grow proxy/ports proxy/refusal proxy/rescue tun
 netstack/usersock    -> proxy/fair proxy/rescue
-ports                ->
-proxy                -> ports proxy/fair proxy/hbone proxy/identity proxy/rbac proxy/rescue proxy/route proxy/socks proxy/state refusal
+proxy                -> proxy/fair proxy/hbone proxy/identity proxy/ports proxy/rbac proxy/refusal proxy/rescue proxy/route proxy/socks proxy/state
 proxy/dns            -> proxy/fair proxy/rescue proxy/state
 proxy/fair           ->
 proxy/grow           ->
 proxy/hbone          -> proxy/fair proxy/grow proxy/identity proxy/rescue
 proxy/identity       ->
+proxy/ports          ->
 proxy/rbac           -> proxy/identity
+proxy/refusal        ->
 proxy/rescue         -> proxy/fair
 proxy/resolve        ->
-proxy/route          -> ports proxy/identity proxy/state
+proxy/route          -> proxy/identity proxy/ports proxy/state
 proxy/socks          ->
 proxy/state          -> proxy/identity proxy/rbac
-refusal              ->
 tun                  -> tun/netns
 tun/capture          ->
 tun/netns            ->
 tun/replace          ->
 tun/rtnl             -> tun/netns
-tun/sandwich         -> ports tun/netns tun/replace tun/rtnl
-tun/steer            -> ports tun/netns tun/rtnl
+tun/sandwich         -> proxy/ports tun/netns tun/replace tun/rtnl
+tun/steer            -> proxy/ports tun/netns tun/rtnl
 tun/tuntest          -> tun
 tun/tuntest/nslab    -> tun/netns
 `
@@ -92,8 +94,8 @@ var doors = map[string][]string{
 }
 
 type pkg struct {
-	ImportPath string
-	Imports    []string
+	ImportPath, Name, Dir string
+	GoFiles, Imports      []string
 }
 
 func TestImports(t *testing.T) {
@@ -150,9 +152,52 @@ func TestImports(t *testing.T) {
 	}
 }
 
+// The folders at the top are these, so that a newcomer finds the floors of the house: a new package goes into one of
+// them. And no program that somebody built lies about in the repository.
+func TestTopLevel(t *testing.T) {
+	folders := []string{"admin", "cmd", "netstack", "proxy", "scripts", "test", "tun"}
+	for _, p := range list(t) {
+		top, _, _ := strings.Cut(strings.TrimPrefix(p.ImportPath, "ztun/"), "/")
+		if !slices.Contains(folders, top) {
+			t.Errorf("%s: packages go into one of %s", p.ImportPath, strings.Join(folders, ", "))
+		}
+	}
+	tracked := exec.Command("git", "ls-files", "-z")
+	tracked.Dir = "../.."
+	out, err := tracked.Output()
+	if err != nil {
+		t.Logf("what is in the repository cannot be listed: %v", err) // an unpacked archive
+	}
+	for name := range strings.SplitSeq(strings.TrimSuffix(string(out), "\x00"), "\x00") {
+		f, err := os.Open(filepath.Join("../..", name))
+		if err != nil {
+			continue // deleted, and not yet committed so
+		}
+		var magic [4]byte
+		if n, _ := io.ReadFull(f, magic[:]); string(magic[:n]) == "\x7fELF" {
+			t.Errorf("%s is a program", name)
+		}
+		f.Close()
+	}
+}
+
+// Every package says at one place what it is for: in doc.go, which carries its decisions, too. Not those of generated
+// code and of tests alone, and programs, which say in main.go how they are called.
+func TestDoc(t *testing.T) {
+	for _, p := range list(t) {
+		if p.Name == "main" || len(p.GoFiles) == 0 || strings.Contains(p.ImportPath, "/admin/pb/") {
+			continue
+		}
+		b, err := os.ReadFile(filepath.Join(p.Dir, "doc.go"))
+		if err != nil || !strings.Contains("\n"+string(b), "\n// Package "+p.Name+" ") {
+			t.Errorf("%s has no doc.go that says what it is for (%v)", p.ImportPath, err)
+		}
+	}
+}
+
 func list(t *testing.T) []pkg {
 	t.Helper()
-	cmd := exec.Command("go", "list", "-json=ImportPath,Imports", "./...")
+	cmd := exec.Command("go", "list", "-json=ImportPath,Name,Dir,GoFiles,Imports", "./...")
 	cmd.Dir = "../.."
 	out, err := cmd.Output()
 	if err != nil {

@@ -7,7 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"ztun/ports"
+	"ztun/proxy/ports"
 )
 
 // Devices of ours.

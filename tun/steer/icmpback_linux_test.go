@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ztun/netstack"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 	"ztun/tun/netns"
 	"ztun/tun/steer"
 	"ztun/tun/tuntest"

@@ -6,7 +6,7 @@ import (
 	"slices"
 
 	"golang.org/x/sys/unix"
-	"ztun/ports"
+	"ztun/proxy/ports"
 )
 
 // What NodePlan and PodPlan use in the node's namespace (design.md section 2).

@@ -11,7 +11,7 @@ import (
 
 	"ztun/cmd/attach"
 	"ztun/netstack"
-	"ztun/ports"
+	"ztun/proxy/ports"
 	"ztun/tun"
 	"ztun/tun/netns"
 	"ztun/tun/steer"

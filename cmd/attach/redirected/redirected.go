@@ -11,7 +11,7 @@ import (
 
 	"ztun/admin"
 	"ztun/cmd/attach"
-	"ztun/ports"
+	"ztun/proxy/ports"
 	"ztun/tun/netns"
 )
 

@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ztun/cmd/attach"
-	"ztun/ports"
+	"ztun/proxy/ports"
 )
 
 // Inbound is how the workload is reached, by listeners on the host's addresses.

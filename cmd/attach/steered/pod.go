@@ -12,7 +12,7 @@ import (
 	"ztun/admin"
 	"ztun/cmd/attach"
 	"ztun/netstack"
-	"ztun/ports"
+	"ztun/proxy/ports"
 	"ztun/tun"
 	"ztun/tun/netns"
 	"ztun/tun/sandwich"

@@ -29,7 +29,7 @@ import (
 	"syscall"
 
 	"ztun/netstack"
-	"ztun/refusal"
+	"ztun/proxy/refusal"
 	"ztun/tun"
 	"ztun/tun/netns"
 )

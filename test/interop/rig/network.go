@@ -8,8 +8,8 @@ import (
 	"sync"
 
 	"ztun/proxy"
+	"ztun/proxy/refusal"
 	"ztun/proxy/state"
-	"ztun/refusal"
 )
 
 // network is a pod's ways out where the addresses are loopback's: kernel sockets bound to the address that the peer

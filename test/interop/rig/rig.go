@@ -14,13 +14,13 @@ import (
 	"time"
 
 	"ztun/admin/ca"
-	"ztun/ports"
 	"ztun/proxy"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
+	"ztun/proxy/ports"
 	"ztun/proxy/rbac"
+	"ztun/proxy/refusal"
 	"ztun/proxy/state"
-	"ztun/refusal"
 )
 
 // Port is HBONE's.

@@ -1,5 +1,3 @@
-// Package ports has the numbers of the ports that the mesh agrees on, which are ztunnel's. Those that can be configured
-// have their default here. Whoever needs one takes it from here, so that it is said once.
 package ports
 
 const (
