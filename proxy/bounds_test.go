@@ -66,26 +66,26 @@ func TestStuckHandshakes(t *testing.T) {
 		return w.proxies[1].bounds.handshakes.Held(netip.MustParseAddr("192.0.2.66")) >= 8
 	})
 	for i := range 4 {
-		began := time.Now()
-		if err := w.reachesB(fmt.Sprintf("192.0.2.9:%d", 4000+i)); err != nil || time.Since(began) > 8*time.Second {
-			t.Errorf("another source beside a stuck one: %v after %v", err, time.Since(began))
+		if err := w.reachesB(fmt.Sprintf("192.0.2.9:%d", 4000+i)); err != nil {
+			t.Errorf("another source beside a stuck one: %v", err)
 		}
 	}
 	wantClosed(t, "the oldest stuck handshake", stuck[0])
 	if n := w.proxies[1].bounds.handshakes.Used(); n > 8 {
 		t.Errorf("%d handshakes under way", n)
 	}
+	// Those that came too many, not the end of their patience (handshakeTimeout), made room.
+	eventually(t, "32 evictions are counted", func() (ok bool) {
+		var evicted uint64
+		for _, c := range report.Counts() {
+			evicted += c.Evicted
+		}
+		return evicted >= 32 && w.proxies[1].Stats().Overloaded >= 32
+	})
 	for _, c := range stuck {
 		c.Close()
 	}
 	w.stop()
-	var evicted uint64
-	for _, c := range report.Counts() {
-		evicted += c.Evicted
-	}
-	if evicted < 32 || w.proxies[1].Stats().Overloaded < 32 {
-		t.Errorf("%d evictions counted of at least 32", evicted)
-	}
 	if n := strings.Count(log.String(), "level=WARN"); n < 1 || n > 2 || !strings.Contains(log.String(), "192.0.2.66") {
 		t.Errorf("%d lines of the bound:\n%s", n, log.String())
 	}

@@ -93,9 +93,9 @@ func TestPolicyNeverComes(t *testing.T) {
 		if ok, took := w.attempt(); ok == deny || took < wait/2 {
 			t.Errorf("deny %v: connected %v after %v", deny, ok, took)
 		}
-		for range 5 {
-			if ok, took := w.attempt(); ok == deny || took > wait/2 {
-				t.Errorf("deny %v: connected %v after %v, waiting in vain again", deny, ok, took)
+		for range 5 { // none of them waits in vain again: Held below
+			if ok, _ := w.attempt(); ok == deny {
+				t.Errorf("deny %v: connected %v", deny, ok)
 			}
 		}
 		u.Follow(w.know.View(), infoB)

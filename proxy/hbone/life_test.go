@@ -492,12 +492,16 @@ func TestEndIsBounded(t *testing.T) {
 			if unacknowledged(b) == 0 {
 				t.Fatal("the peer has taken everything")
 			}
+			closed, over := make(chan struct{}), make(chan struct{})
+			go func() { defer close(over); trickle(a, closed) }()
 			start := time.Now()
 			end(sc, cancel)
 			<-served
-			if d := time.Since(start); d > 4*time.Second {
+			if d := time.Since(start); d > partingMax/2 {
 				t.Errorf("took %v", d)
 			}
+			close(closed)
+			<-over
 		})
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -179,8 +180,16 @@ func TestUnreadAnswers(t *testing.T) {
 // off for it; one that does not is.
 func TestRefusalsArePaced(t *testing.T) {
 	var stats Stats
-	p, _, stop := serve(t, Config{Stats: &stats, MaxStreams: 50}, func(ss *ServerStream) { ss.Refuse(401) })
+	gate := make(chan struct{})
+	var shut atomic.Bool
+	p, _, stop := serve(t, Config{Stats: &stats, MaxStreams: 50}, func(ss *ServerStream) {
+		if shut.Load() {
+			<-gate
+		}
+		ss.Refuse(401)
+	})
 	defer stop()
+	defer close(gate)
 	p.preface()
 	start, id, open, refused := time.Now(), uint32(1), 0, 0
 	for refused < refusalBurst+refusalsPerSecond {
@@ -203,6 +212,7 @@ func TestRefusalsArePaced(t *testing.T) {
 	if d := time.Since(start); d < 800*time.Millisecond || stats.Violations.Load() != 0 {
 		t.Error(refused, "refusals in", d, stats.Violations.Load())
 	}
+	shut.Store(true)            // on a slow machine they would be refused as fast as they come
 	for ; open < 2000; open++ { // too many at once
 		p.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: p.block(":method", "CONNECT", ":authority",
 			"h:1"), EndHeaders: true})

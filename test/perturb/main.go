@@ -153,7 +153,7 @@ func (o options) once(ctx context.Context, pkg, where, binary string, seed uint6
 		lines = strings.Split(strings.TrimSpace(string(out)), "\n")
 	}
 	for _, l := range lines[:min(len(lines), 40)] {
-		fmt.Fprintf(o.out, "\t%s\n", l)
+		fmt.Fprintf(o.out, "\t%.300s\n", l)
 	}
 	if keep := os.Getenv("ZTUN_PERTURB_KEEP"); keep != "" {
 		name := filepath.Join(keep, fmt.Sprintf("%s-%d.log", strings.ReplaceAll(pkg, "/", "_"), seed))

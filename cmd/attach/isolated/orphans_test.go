@@ -84,7 +84,6 @@ func TestOrphansAreReset(t *testing.T) {
 	if err != nil || len(found) != 3 {
 		t.Fatalf("found %v, %v", found, err)
 	}
-	start := time.Now()
 	p.EndOrphans(t.Context(), p.ns, found)
 	for i, f := range idle {
 		f.SetReadDeadline(time.Now().Add(20 * time.Second))
@@ -92,9 +91,6 @@ func TestOrphansAreReset(t *testing.T) {
 			t.Errorf("connection %d (%v): %d, %v, want a reset", i, found, n, err)
 		}
 		f.Close()
-	}
-	if d := time.Since(start); d > 2*time.Second {
-		t.Errorf("it took %v", d)
 	}
 	inside.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
 	if _, err := inside.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
