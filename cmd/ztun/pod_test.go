@@ -232,6 +232,18 @@ func TestPacketsDuringAttach(t *testing.T) {
 
 // A DNS query that nobody answers keeps neither the pod's connections from draining nor the pod from being removed.
 func TestStopDuringQuery(t *testing.T) {
+	var took time.Duration
+	for range 5 { // the query gives up by itself after 5 s, and a busy machine may be as slow once
+		if took = stopDuringQuery(t); took < 3*time.Second {
+			return
+		}
+	}
+	t.Errorf("took %v", took)
+}
+
+// stopDuringQuery is how long the end of a pod took.
+func stopDuringQuery(t *testing.T) time.Duration {
+	t.Helper()
 	l := newPodLab(t)
 	l.node.IP(t, "addr", "add", "10.91.0.1/32", "dev", "lo")
 	l.node.IP(t, "route", "add", "blackhole", "192.0.2.53")
@@ -279,9 +291,7 @@ func TestStopDuringQuery(t *testing.T) {
 	cancel()
 	start := time.Now()
 	l.detach(t, p)
-	if d := time.Since(start); d > 3*time.Second {
-		t.Errorf("took %v", d)
-	}
+	return time.Since(start)
 }
 
 func eventually(t *testing.T, what string, ok func() bool) {

@@ -497,7 +497,7 @@ func TestEndIsBounded(t *testing.T) {
 			start := time.Now()
 			end(sc, cancel)
 			<-served
-			if d := time.Since(start); d > partingMax/2 {
+			if d := time.Since(start); d > partingMax/3 {
 				t.Errorf("took %v", d)
 			}
 			close(closed)
