@@ -30,7 +30,8 @@ type Connection struct {
 	Service   string         `json:"service,omitempty"`
 	Authority string         `json:"authority,omitempty"` // of the CONNECT
 	Tunnel    Tunnel         `json:"tunnel,omitzero"`
-	Sent      uint64         `json:"bytesSent"` // as in the access log
+	Memory    bool           `json:"memory,omitempty"` // it stood without a tunnel: both pods are of this daemon
+	Sent      uint64         `json:"bytesSent"`        // as in the access log
 	Received  uint64         `json:"bytesReceived"`
 	Start     time.Time      `json:"start"`
 	End       time.Time      `json:"end,omitzero"`

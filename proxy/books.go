@@ -28,6 +28,7 @@ type books struct {
 	hbone    string         // the CONNECT authority; "" for plaintext
 	mtls     bool
 	carried  bool // it was accepted, and bytes could flow
+	memory   bool // between two pods of this daemon, without a tunnel
 	protocol route.Protocol
 	labels   *labels // the series' own, mostly: idle connections are to be small
 	series   *series

@@ -79,7 +79,7 @@ func (c *connection) accept(f Flow, up Conn) {
 
 // carry starts copying and returns.
 func (c *connection) carry(down, up Conn) {
-	c.carried, c.books.carried = true, true
+	c.carried, c.books.carried, c.books.memory = true, true, spliced(down) || spliced(up)
 	s := &copying{c: c, down: down, up: up}
 	if cut := c.stand(down, up); cut != nil {
 		cancel(down)

@@ -146,11 +146,16 @@ func (p *Proxy) explainBalance(x *Explanation, s *route.Step) {
 	step.Candidates = list
 }
 
-// explainTunnel says what there is for the tunnel: certificate, and tunnel.
+// explainTunnel says what there is for the tunnel: certificate, and tunnel, or that none is needed.
 func (p *Proxy) explainTunnel(x *Explanation, q ExplainQuestion, local *state.Workload, d *route.Decision) {
 	if q.Certificate != nil {
 		text, ok := q.Certificate(local.Identity())
 		x.add("certificate", ok, local.Identity().String()+": "+text)
+	}
+	if peer := p.localPeer(local, netip.AddrPortFrom(q.Src, 0), d); peer != nil {
+		x.add("memory", true, fmt.Sprintf("%s/%s is a pod of this daemon: no tunnel, unless one of the two certificates does "+
+			"not do (ZTUN_LOCAL_RELAY)", peer.o.Info.Namespace, peer.o.Info.Name))
+		return
 	}
 	n, streams := p.pool.Has(hbone.Key{Source: local.Identity(), Dest: identity.Join(d.SANs()), Addr: d.Actual})
 	text := "none to " + d.Actual.String() + " yet: one is made"

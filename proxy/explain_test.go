@@ -12,7 +12,14 @@ import (
 // TestExplainAgrees holds explanations and probes against what happens to the same connection: refused or not, and
 // the reason in the access line. (test/e2e does so for every row of the routing table, with two daemons.)
 func TestExplainAgrees(t *testing.T) {
-	w := newWorldWith(t, func(_ *world, _ int, o *Options) { o.Config.SendReason = true })
+	t.Run("wire", func(t *testing.T) {
+		explainAgrees(t, newWorldWith(t, func(_ *world, _ int, o *Options) { o.Config.SendReason = true }), "tunnel")
+	})
+	t.Run("memory", func(t *testing.T) { explainAgrees(t, newLocalWorld(t), "memory") })
+}
+
+// explainAgrees is with the step that says how the peer is reached.
+func explainAgrees(t *testing.T, w *world, tunnel string) {
 	w.listen(appB, echo)
 	w.listen(netip.MustParseAddrPort("10.91.2.2:7777"), echo)
 	w.listen(netip.MustParseAddrPort("10.91.0.2:9000"), echo)
@@ -44,7 +51,8 @@ func TestExplainAgrees(t *testing.T) {
 			steps = append(steps, s.Step)
 			text += s.Text + "\n"
 		}
-		if x.Refused != c.refused || strings.Join(steps, " ") != c.steps || !strings.Contains(text, c.contains) ||
+		want := strings.Replace(c.steps, "tunnel", tunnel, 1)
+		if x.Refused != c.refused || strings.Join(steps, " ") != want || !strings.Contains(text, c.contains) ||
 			x.Probe != nil {
 			t.Errorf("%s: %+v", c.dst, x)
 		}

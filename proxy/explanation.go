@@ -21,7 +21,8 @@ type Explanation struct {
 }
 
 // ExplanationStep is one of them. The steps of an outbound connection are source, called, waypoint, gateway, endpoints,
-// route, certificate, tunnel and policies (or request, which the peer would turn down), those of an inbound one pod,
+// route, certificate, tunnel (memory, where none is needed) and policies (or request, which the peer would turn down),
+// those of an inbound one pod,
 // request and policies; what plays no part is left out.
 type ExplanationStep struct {
 	Step       string                 `json:"step"`

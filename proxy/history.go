@@ -35,6 +35,7 @@ type ConnectionInfo struct {
 	// TunnelLocal and TunnelRemote are the TCP connection of the node that carries an open one, as ss shows it; zero for
 	// plaintext and for what has ended.
 	TunnelLocal, TunnelRemote netip.AddrPort
+	Memory                    bool      // it stood without a tunnel: both pods are of this daemon
 	Start, End                time.Time // End is zero while it lives
 	Sent, Received            uint64    // bytes, turned as in the access line
 
@@ -199,7 +200,7 @@ func (b *books) info() ConnectionInfo {
 	i := ConnectionInfo{
 		Direction: directions[outbound], Protocol: b.protocol.String(), Called: b.called,
 		Service:   b.labels[lDestinationService],
-		Authority: b.hbone, Start: b.start, Sent: b.sent.Load(), Received: b.received.Load(),
+		Authority: b.hbone, Memory: b.memory, Start: b.start, Sent: b.sent.Load(), Received: b.received.Load(),
 		Source: Party{
 			Addr: b.src, Workload: cmp.Or(b.srcName, b.labels[lSourceCanonicalService]),
 			Namespace: b.labels[lSourceNamespace], Cluster: b.labels[lSourceCluster],

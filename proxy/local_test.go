@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"io"
 	"net"
-	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -15,16 +14,8 @@ import (
 // newLocalWorld is a world whose two pods are of one daemon.
 func newLocalWorld(t *testing.T) *world {
 	return newWorldWith(t, func(w *world, _ int, o *Options) {
-		o.Local = func(a netip.Addr) *Proxy {
-			switch a {
-			case addrA:
-				return w.proxies[0]
-			case addrB:
-				return w.proxies[1]
-			}
-			return nil
-		}
-		o.Config.SendReason = true
+		o.Local = w.proxyAt
+		o.Config.SendReason, o.Config.Remember = true, 10
 	})
 }
 
@@ -60,6 +51,13 @@ func TestLocalRelay(t *testing.T) {
 	}
 	w.settle()
 	w.noWire()
+	for _, p := range w.proxies {
+		for c := range p.Ended() {
+			if !c.Memory || c.TunnelLocal.IsValid() {
+				t.Errorf("as an operator sees it: %+v", c)
+			}
+		}
+	}
 	for i, dir := range []string{"outbound", "inbound"} {
 		lines := w.lines(i)
 		if len(lines) != 1 {

@@ -40,6 +40,12 @@ type spliceEnd struct {
 	onReset func(error)
 }
 
+// spliced reports whether an end of a connection is that of a splice.
+func spliced(c Conn) bool {
+	_, ok := c.(*spliceEnd)
+	return ok
+}
+
 // newSplice returns the end of the source's proxy and that of the destination's.
 func newSplice() (up, down *spliceEnd) {
 	s := &splice{}

@@ -218,7 +218,7 @@ policies:
 // What /config_dump has of a pod's connections: in plaintext and over HBONE what the application called, inbound who
 // came and what was reached, once however many streams a tunnel has.
 func TestConnectionsInTheDump(t *testing.T) {
-	m := newMemoryDaemon(t)
+	m := newMemoryDaemon(t, "ZTUN_LOCAL_RELAY", "false")
 	addr, at := netip.MustParseAddr, netip.MustParseAddrPort
 	one, two, outside := m.net.Host("host-one", addr("10.1.0.1")), m.net.Host("host-two", addr("10.1.0.2")),
 		m.net.Host("host-three", addr("10.1.0.3"))

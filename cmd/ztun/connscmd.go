@@ -111,6 +111,9 @@ func connectionColumns(now func() time.Time) []connColumn {
 	return slices.Concat(sideColumns[:3], []connColumn{state}, sideColumns[3:], []connColumn{
 		{head: "AGE", cell: func(c admin.Connection) string { return words.Span(c.Age(now())) }},
 		{head: "TUNNEL", cell: func(c admin.Connection) string {
+			if c.Memory {
+				return "in memory"
+			}
 			if !c.Tunnel.Local.IsValid() {
 				return ""
 			}
@@ -125,6 +128,12 @@ func flowColumns(func() time.Time) []connColumn {
 		{head: "TOOK", cell: func(c admin.Connection) string { return words.Span(c.Age(c.End)) }},
 		{head: "OUTCOME", cell: func(c admin.Connection) string { return c.Outcome }},
 		{head: "REASON", cell: func(c admin.Connection) string { return c.Reason }},
+		{head: "TUNNEL", wide: true, cell: func(c admin.Connection) string {
+			if c.Memory {
+				return "in memory"
+			}
+			return ""
+		}},
 	}, wideColumns)
 }
 

@@ -106,8 +106,8 @@ END           POD        DIRECTION    PROTOCOL  SOURCE          DESTINATION    F
 12:00:02.500  default/a  passthrough  TCP       192.0.2.9:4000  10.1.0.2:8080  -          (default/a)  0      0         1.5s  denied   policy ?[31mred?[0m
 `},
 		{"flows --outcome denied -o wide", `
-END           POD        DIRECTION    PROTOCOL  SOURCE          DESTINATION    FROM  TO           SENT  RECEIVED  TOOK  OUTCOME  REASON               SERVICE  ENDPOINT       AUTHORITY  SOURCE-IDENTITY  DESTINATION-IDENTITY  FLAG
-12:00:02.500  default/a  passthrough  TCP       192.0.2.9:4000  10.1.0.2:8080  -     (default/a)  0     0         1.5s  denied   policy ?[31mred?[0m  -        10.1.0.2:8080  -          -                -                     DENY
+END           POD        DIRECTION    PROTOCOL  SOURCE          DESTINATION    FROM  TO           SENT  RECEIVED  TOOK  OUTCOME  REASON               TUNNEL  SERVICE  ENDPOINT       AUTHORITY  SOURCE-IDENTITY  DESTINATION-IDENTITY  FLAG
+12:00:02.500  default/a  passthrough  TCP       192.0.2.9:4000  10.1.0.2:8080  -     (default/a)  0     0         1.5s  denied   policy ?[31mred?[0m  -       -        10.1.0.2:8080  -          -                -                     DENY
 `},
 		{"flows --peer default/c -o yaml", `
 connections:

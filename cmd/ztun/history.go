@@ -43,7 +43,7 @@ func shown(pod string, i *proxy.ConnectionInfo) admin.Connection {
 		Pod: pod, Direction: i.Direction, Protocol: i.Protocol, State: i.State, Source: side(&i.Source),
 		Destination: side(&i.Destination),
 		Called:      i.Called, Service: i.Service, Authority: i.Authority,
-		Tunnel: admin.Tunnel{Local: i.TunnelLocal, Remote: i.TunnelRemote},
-		Sent:   i.Sent, Received: i.Received, Start: i.Start, End: i.End, Outcome: i.Outcome, Reason: i.Reason, Flag: i.Flag,
+		Tunnel: admin.Tunnel{Local: i.TunnelLocal, Remote: i.TunnelRemote}, Memory: i.Memory,
+		Sent: i.Sent, Received: i.Received, Start: i.Start, End: i.End, Outcome: i.Outcome, Reason: i.Reason, Flag: i.Flag,
 	}
 }
