@@ -61,7 +61,11 @@ func (p *Writer) Packet(at time.Time, sent bool, data []byte, length int, commen
 	p.u32(uint32(length))
 	p.buf = append(p.buf, data...)
 	p.pad()
-	p.option(optFlags, map[bool]string{true: "\x02\x00\x00\x00", false: "\x01\x00\x00\x00"}[sent])
+	direction := "\x01\x00\x00\x00" // inbound
+	if sent {
+		direction = "\x02\x00\x00\x00"
+	}
+	p.option(optFlags, direction)
 	p.option(optComment, comment)
 	p.end(b)
 	return p.flush()
