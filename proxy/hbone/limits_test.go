@@ -203,6 +203,9 @@ func TestRefusalsArePaced(t *testing.T) {
 		}
 		if strings.HasPrefix(text, "RST_STREAM") {
 			open--
+			if strings.HasSuffix(text, "REFUSED_STREAM") {
+				continue // the goroutines of as many again, answered before, have yet to return
+			}
 			refused++
 			if !strings.HasSuffix(text, "NO_ERROR") {
 				t.Fatal(text)

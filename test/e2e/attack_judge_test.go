@@ -24,6 +24,8 @@ const (
 	// attackCeiling is what a p99 may be on a machine that is its own, however busy: the loss of one SYN (1 s, RFC 6298)
 	// and of the next. Who is shut out waits longer, or fails.
 	attackCeiling = 3 * time.Second
+	// attackPauses are what the machine's own p99 may amount to where a time is held against that ceiling.
+	attackPauses = attackCeiling / 10
 )
 
 // seen is what the bystander saw in one phase, and what the machine had left.
@@ -64,7 +66,8 @@ func judge(calm, beside seen, ratio, median float64) (v verdict, why string) {
 	why = fmt.Sprintf("p99 grew %.1f times (limit %.1f), p50 %.1f times (limit %.1f, 0 is none); the machine: %s, then %s",
 		p99, ratio, p50, median, calm.machine(), beside.machine())
 	switch {
-	case max(beside.Connects.P99, beside.Echoes.P99) > ms(attackCeiling) && beside.Stolen <= attackStolen:
+	case max(beside.Connects.P99, beside.Echoes.P99) > ms(attackCeiling) && beside.Stolen <= attackStolen &&
+		beside.Machine.P99 <= ms(attackPauses):
 		return shutOut, why
 	case p99 <= ratio && (median == 0 || p50 <= median):
 		return fair, why
@@ -126,6 +129,7 @@ func TestJudge(t *testing.T) {
 		{"slower without a processor left", phase(2, 6, 1, 0.8), phase(3, 60, 2, 0.05), 3, 0, unproven},
 		{"as before while all is slow", phase(2, 60, 12, 0), phase(3, 90, 12, 0), 3, 0, fair},
 		{"beyond the ceiling while all is slow", phase(2, 2000, 50, 0), phase(3, 3100, 50, 0), 3, 0, shutOut},
+		{"beyond the ceiling on a machine that stops as long", phase(2, 6, 1, 0.8), phase(3, 3100, 400, 0.5), 3, 0, unproven},
 		{"slower while processors are stolen", phase(2, 6, 1, 0.8), stolen(phase(3, 60, 1, 0.5)), 3, 0, unproven},
 		{"beyond the ceiling while processors are stolen", phase(2, 6, 1, 0.8), stolen(phase(3, 3100, 1, 0.5)), 3, 0,
 			unproven},

@@ -113,6 +113,9 @@ func run(ctx context.Context, o options) (failed int, err error) {
 		bad := 0
 		started := time.Now()
 		for i := range o.runs {
+			if ctx.Err() != nil {
+				return failed, ctx.Err()
+			}
 			if !o.once(ctx, pkg, where, binary, o.seed+uint64(i)) {
 				bad++
 			}
