@@ -332,6 +332,10 @@ func raiseFileLimit(log *slog.Logger) uint64 {
 		log.Warn("the limit of open files is not known, 1024 is taken for it", "error", err)
 		return 1024
 	}
+	if l.Cur == l.Max {
+		// Go's runtime has done it. To do it again would keep it from giving the commands of `ztun run` what was there.
+		return l.Cur
+	}
 	soft := l.Cur
 	l.Cur = l.Max
 	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &l); err != nil {

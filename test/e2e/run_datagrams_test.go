@@ -58,22 +58,22 @@ func (d *datagrams) rootless(t *testing.T) {
 		}
 	})
 
-	pid := waitFor("\n")
-	cmd := r.cmd(r.knowledge(), "", asUser("--", "sh", "-c", "echo $$; exec sleep 600")...)
+	begun := waitFor("\n")
+	cmd := r.cmd(r.knowledge(), "", asUser("--", "sh", "-c", "echo begun; exec sleep 600")...)
 	cmd.Env = append(cmd.Env, "ZTUN_MAX_UDP_FLOWS=2000")
 	log := waitFor("UDP sockets")
-	cmd.Stdout, cmd.Stderr = pid, log
+	cmd.Stdout, cmd.Stderr = begun, log
 	p, err := d.Start(h, cmd)
 	must(t, err)
 	defer p.Kill()
 	select {
-	case <-pid.seen:
+	case <-begun.seen:
 	case <-p.Done():
 		t.Fatalf("%v: %s", p.Err(), log)
 	case <-time.After(30 * time.Second):
 		t.Fatalf("the workload did not begin in 30 s: %s", log)
 	}
-	command, err := strconv.Atoi(strings.TrimSpace(pid.String()))
+	_, command, err := inside(p)
 	must(t, err)
 	in, err := d.NameNS("user", command)
 	must(t, err)

@@ -49,7 +49,12 @@ func newRootless(t *testing.T, m *mesh) *rootless {
 // clean says what runs have left.
 func (r *rootless) clean() {
 	r.t.Helper()
-	if left, _ := filepath.Glob(r.dir + "/tmp/ztun-run-*"); len(left) > 0 {
+	// The directory of all runs of a user stays.
+	left, _ := filepath.Glob(r.dir + "/tmp/*")
+	if len(left) > 1 || len(left) == 1 && !strings.HasSuffix(left[0], "-65534") {
+		r.t.Errorf("left behind: %q", left)
+	}
+	if left, _ := filepath.Glob(r.dir + "/tmp/*/*"); len(left) > 0 {
 		r.t.Errorf("left behind: %q", left)
 	}
 }
@@ -163,6 +168,7 @@ func TestRun(t *testing.T) {
 	if want := "user.max_user_namespaces is 0"; err == nil || !strings.Contains(err.Error(), want) {
 		t.Errorf("without user namespaces: %v, want %q", err, want)
 	}
+	leavesNothing(t, r)
 	r.clean()
 	if left, err := exec.Command("pgrep", "-f", r.dir+"/ztun").Output(); err == nil {
 		t.Errorf("processes are left: %s", left)
