@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"maps"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -116,6 +117,7 @@ func quitHandler(quit func(string)) http.HandlerFunc {
 
 // ReadinessOptions configure the readiness server (15021).
 type ReadinessOptions struct {
+	At     netip.AddrPort // in the place of every address and Port, if valid
 	Port   uint16
 	IPv6   bool // bind [::] rather than 0.0.0.0
 	Ready  *Ready
@@ -123,9 +125,9 @@ type ReadinessOptions struct {
 	Logger *slog.Logger
 }
 
-// NewReadiness binds the readiness server to the wildcard address.
+// NewReadiness binds the readiness server to At, or to the wildcard address.
 func NewReadiness(o ReadinessOptions) (*Server, error) {
-	ls, err := listenWildcard("readiness", o.Port, o.IPv6)
+	ls, err := listenAt("readiness", o.At, o.Port, o.IPv6)
 	if err != nil {
 		return nil, err
 	}

@@ -192,6 +192,18 @@ func loopbackIPv6(logger *slog.Logger) bool {
 	return strings.TrimSpace(string(b)) != "1"
 }
 
+// listenAt binds one address where there is one, and every address at port elsewhere.
+func listenAt(name string, at netip.AddrPort, port uint16, ipv6 bool) ([]net.Listener, error) {
+	if !at.IsValid() {
+		return listenWildcard(name, port, ipv6)
+	}
+	l, err := net.Listen("tcp", at.String())
+	if err != nil {
+		return nil, bindError(name, at.Addr().String(), at.Port(), err)
+	}
+	return []net.Listener{l}, nil
+}
+
 // listenWildcard binds every address: [::] for both families, or 0.0.0.0 without IPv6.
 func listenWildcard(name string, port uint16, ipv6 bool) ([]net.Listener, error) {
 	network, shown := "tcp", "[::]"

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -26,6 +27,7 @@ import (
 
 // StatsOptions configure the metrics server (15020).
 type StatsOptions struct {
+	At   netip.AddrPort // in the place of every address and Port, if valid
 	Port uint16
 	IPv6 bool // bind [::] rather than 0.0.0.0
 	// Registry holds the ordinary collectors. Its metrics come out with labels in alphabetical order:
@@ -41,7 +43,7 @@ type StatsOptions struct {
 
 // NewStats binds the metrics server to the wildcard address. It answers /metrics and /stats/prometheus.
 func NewStats(o StatsOptions) (*Server, error) {
-	ls, err := listenWildcard("stats", o.Port, o.IPv6)
+	ls, err := listenAt("stats", o.At, o.Port, o.IPv6)
 	if err != nil {
 		return nil, err
 	}

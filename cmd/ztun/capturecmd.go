@@ -95,6 +95,7 @@ func captureCommand() *cobra.Command {
 		},
 	}
 	a.bind(cmd)
+	a.bindRun(cmd)
 	f := cmd.Flags()
 	f.Uint64VarP(&count, "count", "c", 0, "end after so many packets")
 	f.DurationVar(&duration, "duration", 0, "end after this time, in whole seconds (at most, and by default, an hour)")

@@ -103,7 +103,13 @@ func completions(cmd *cobra.Command) map[string]completion {
 		"dir":        directories, "state-dir": directories, "out": directories, "mesh": directories,
 		"socket": files, "status-socket": files, "join": files,
 		"service-account": nothing, "ip": nothing, "mtu": nothing, "mesh-port": nothing, "publish": nothing,
-		"listen": nothing, "host": nothing, "admin": nothing,
+		"listen": nothing, "host": nothing, "admin": nothing, "metrics": nothing, "ready": nothing,
+		"run": func(*cobra.Command, []string, string) (out []string, _ cobra.ShellCompDirective) {
+			for _, r := range liveRuns(runBases(os.Getenv)) {
+				out = append(out, r.name, r.workload)
+			}
+			return out, cobra.ShellCompDirectiveNoFileComp
+		},
 		"max-life":     nothing,
 		"trust-domain": nothing, "life": nothing,
 	}

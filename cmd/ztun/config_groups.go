@@ -104,6 +104,8 @@ type udpConfig struct {
 type adminConfig struct {
 	Port, StatsPort, ReadinessPort uint16
 	TokenFile                      string
+	// Own is in the place of the ports where it is not nil: `ztun run` has the servers that its flags name.
+	Own *ownServers
 }
 
 type logConfig struct {

@@ -23,6 +23,24 @@ func (a *asker) bind(cmd *cobra.Command) {
 		"control socket of the daemon (ZTUN_SOCKET)")
 }
 
+// bindRun adds --run, which is another way to say which socket.
+func (a *asker) bindRun(cmd *cobra.Command) {
+	cmd.Flags().Var((*runRef)(a), "run", "ask this `ztun run` of the user's: the number of its process, or its workload "+
+		"as NAME or NAMESPACE/NAME")
+	cmd.MarkFlagsMutuallyExclusive("run", "socket")
+}
+
+// runRef is an asker as the value of --run.
+type runRef asker
+
+func (*runRef) String() string { return "" }
+func (*runRef) Type() string   { return "PROCESS|NAME" }
+
+func (r *runRef) Set(ref string) (err error) {
+	r.socket, err = findRun(runBases(os.Getenv), ref)
+	return err
+}
+
 func (a *asker) client() *admin.PodClient { return admin.NewPodClient(a.socket) }
 
 func connectionsCommand() *cobra.Command {
@@ -51,6 +69,7 @@ func listCommand(ended bool, cmd *cobra.Command) *cobra.Command {
 	var follow bool
 	var since time.Duration
 	a.bind(cmd)
+	a.bindRun(cmd)
 	o.bind(cmd)
 	f := cmd.Flags()
 	f.StringVar(&q.Pod, "pod", "", "only of this pod: NAME or NAMESPACE/NAME")

@@ -83,6 +83,7 @@ func explainCommand() *cobra.Command {
 		},
 	}
 	a.bind(cmd)
+	a.bindRun(cmd)
 	o.bind(cmd)
 	f := cmd.Flags()
 	f.StringVar(&from, "from", "", "the pod that connects; with --inbound an address or a workload")

@@ -99,8 +99,8 @@ func runWorkload(ctx context.Context, life *lifeline, who *runWho, reached *runP
 	if err != nil {
 		return err
 	}
-	// Many on one host: each has ports of its own.
-	c.Admin.Port, c.Admin.StatsPort, c.Admin.ReadinessPort = 0, 0, 0
+	// Many on one host: none has a port that it was not told to have.
+	c.Admin.Own = &reached.own
 	c.Mode.Rootless, c.Privileges.Drop = true, false
 	if noUDP {
 		c.UDP.Mode = udpOff

@@ -66,6 +66,10 @@ func ownBase(base string) error {
 	if err := os.Mkdir(base, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
+	return isOwn(base)
+}
+
+func isOwn(base string) error {
 	var st unix.Stat_t
 	if err := unix.Lstat(base, &st); err != nil {
 		return &os.PathError{Op: "lstat", Path: base, Err: err}
@@ -141,15 +145,21 @@ func listRuns(base string) []liveRun {
 	return all
 }
 
-// findRun is the socket of the run that ref names: by the number of its process, or by its workload as NAME or
-// NAMESPACE/NAME.
-func findRun(bases []string, ref string) (socket string, err error) {
-	var all, found []liveRun
+// liveRuns are the runs of all bases.
+func liveRuns(bases []string) (all []liveRun) {
 	for _, base := range bases {
-		if ownBase(base) == nil {
+		if isOwn(base) == nil {
 			all = append(all, listRuns(base)...)
 		}
 	}
+	return all
+}
+
+// findRun is the socket of the run that ref names: by the number of its process, or by its workload as NAME or
+// NAMESPACE/NAME.
+func findRun(bases []string, ref string) (socket string, err error) {
+	all := liveRuns(bases)
+	var found []liveRun
 	for _, r := range all {
 		_, short, _ := strings.Cut(r.workload, "/")
 		if r.name == ref {

@@ -22,6 +22,7 @@ import (
 type runPorts struct {
 	meshPort string
 	publish  []string
+	own      ownServers
 
 	in   rootless.Inbound
 	kind *rootless.Kind
@@ -34,10 +35,14 @@ func (r *runPorts) bind(cmd *cobra.Command) {
 		"has to announce it (default the meshAddresses of the record, and without any 15008)")
 	f.StringArrayVarP(&r.publish, "publish", "p", nil, "[ADDR:]PORT[:PORT]: a TCP port of this host at which anybody reaches "+
 		"the same, or the second, port of the command, if policy lets plaintext in; repeatable")
+	r.own.bind(cmd)
 }
 
 // resolve reads the flags.
 func (r *runPorts) resolve() (err error) {
+	if err := r.own.resolve(); err != nil {
+		return err
+	}
 	if r.meshPort != "" {
 		if r.in.Mesh, err = parseHostPort(r.meshPort); err != nil {
 			return fmt.Errorf("--mesh-port %s: %w", r.meshPort, err)

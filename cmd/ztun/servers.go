@@ -13,30 +13,38 @@ import (
 
 // bindReadiness starts 15021 first of all: a probe during start-up is answered "not ready", not refused.
 func (d *daemon) bindReadiness() error {
-	s, err := admin.NewReadiness(admin.ReadinessOptions{Port: d.c.Admin.ReadinessPort, IPv6: d.c.Net.IPv6, Ready: d.ready,
+	at, port, wanted := d.c.Admin.readiness()
+	if !wanted {
+		return nil
+	}
+	s, err := admin.NewReadiness(admin.ReadinessOptions{At: at, Port: port, IPv6: d.c.Net.IPv6, Ready: d.ready,
 		Report: d.report, Logger: d.log.Logger("readiness")})
 	return d.bound("readiness", s, err)
 }
 
 // bindAdmin starts 15000 and 15020.
 func (d *daemon) bindAdmin() error {
-	a, err := admin.NewAdmin(admin.AdminOptions{
-		Port: d.c.Admin.Port, IPv6: d.c.loopbackIPv6(), Logging: d.log, Dump: d.dump, Connections: d.connections(),
-		Quit:     d.askToQuit,
-		Overview: d.overview, Meter: d.meter, Ready: d.ready,
-		Token: d.c.Admin.TokenFile, Report: d.report, Logger: d.log.Logger("admin"),
-	})
-	if err := d.bound("admin", a, err); err != nil {
-		return err
+	if port, wanted := d.c.Admin.page(); wanted {
+		a, err := admin.NewAdmin(admin.AdminOptions{
+			Port: port, IPv6: d.c.loopbackIPv6(), Logging: d.log, Dump: d.dump, Connections: d.connections(),
+			Quit:     d.askToQuit,
+			Overview: d.overview, Meter: d.meter, Ready: d.ready,
+			Token: d.c.Admin.TokenFile, Report: d.report, Logger: d.log.Logger("admin"),
+		})
+		if err := d.bound("admin", a, err); err != nil {
+			return err
+		}
 	}
 	registry := prometheus.NewRegistry()
 	d.registry = registry
-	s, err := admin.NewStats(admin.StatsOptions{
-		Port: d.c.Admin.StatsPort, IPv6: d.c.Net.IPv6, Registry: registry, Ordered: d.ordered(), Report: d.report,
-		Logger: d.log.Logger("stats"),
-	})
-	if err := d.bound("stats", s, err); err != nil {
-		return err
+	if at, port, wanted := d.c.Admin.stats(); wanted {
+		s, err := admin.NewStats(admin.StatsOptions{
+			At: at, Port: port, IPv6: d.c.Net.IPv6, Registry: registry, Ordered: d.ordered(), Report: d.report,
+			Logger: d.log.Logger("stats"),
+		})
+		if err := d.bound("stats", s, err); err != nil {
+			return err
+		}
 	}
 	registry.MustRegister(
 		admin.ProcessCollector(),

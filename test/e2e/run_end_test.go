@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -150,4 +151,49 @@ func leavesNothing(t *testing.T, r *rootless) {
 		t.Error(err)
 	}
 	r.clean()
+}
+
+// askedOfRun: a run listens on nothing but its mesh port unless told to; the user asks it by its name and nobody else's
+// socket.
+func askedOfRun(t *testing.T, r *rootless) {
+	begun, log := waitFor("begun"), waitFor("\x00")
+	cmd := r.cmd(r.knowledge(), "", asUser("--metrics", "15920", "--", "sh", "-c", "echo begun; exec sleep 600")...)
+	cmd.Stdout, cmd.Stderr = begun, log
+	p, err := r.Start(r.h1.NS, cmd)
+	must(t, err)
+	defer p.Kill()
+	select {
+	case <-begun.seen:
+	case <-p.Done():
+		t.Fatalf("%v: %s", p.Err(), log)
+	}
+	listens, err := r.Run(r.ctx, r.h1.NS, "ss", "-Hltn")
+	must(t, err)
+	for _, line := range strings.Split(strings.TrimSpace(listens), "\n") {
+		f := strings.Fields(line)
+		at := f[min(3, len(f)-1)]
+		_, port, _ := strings.Cut(strings.TrimPrefix(at, "[::]"), ":")
+		// 9000 and 9001 are the load server's on this host.
+		if at != "127.0.0.1:15920" && !slices.Contains([]string{"15008", "9000", "9001"}, port) {
+			t.Errorf("something listens at %s", at)
+		}
+	}
+	metrics, err := r.Run(r.ctx, r.h1.NS, "curl", "-sS", "http://127.0.0.1:15920/metrics")
+	if err != nil || !strings.Contains(metrics, "workload_manager_active_proxy_count") {
+		t.Errorf("metrics: %v: %.200s", err, metrics)
+	}
+	ask := func(args ...string) (string, error) {
+		return r.RunCmd(r.ctx, r.h1.NS, lab.Cmd{Env: append(lab.BaseEnv(), "TMPDIR="+r.dir+"/tmp"), Args: append([]string{
+			"setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", r.dir + "/ztun"}, args...)})
+	}
+	for _, ref := range []string{"user", "default/user", strconv.Itoa(p.Pid())} {
+		out, err := ask("explain", "--run", ref, "user", r.h2.IPs[0].String()+":9000")
+		if err != nil || !strings.Contains(out, r.h2.IPs[0].String()) {
+			t.Errorf("explain --run %s: %v: %s", ref, err, out)
+		}
+	}
+	want := fmt.Sprintf("there is no `ztun run` nobody: there are %d (default/user)", p.Pid())
+	if _, err := ask("connections", "--run", "nobody"); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("a run that there is not: %v, want %q", err, want)
+	}
 }

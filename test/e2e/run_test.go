@@ -168,6 +168,7 @@ func TestRun(t *testing.T) {
 	if want := "user.max_user_namespaces is 0"; err == nil || !strings.Contains(err.Error(), want) {
 		t.Errorf("without user namespaces: %v, want %q", err, want)
 	}
+	askedOfRun(t, r)
 	leavesNothing(t, r)
 	r.clean()
 	if left, err := exec.Command("pgrep", "-f", r.dir+"/ztun").Output(); err == nil {
