@@ -2,16 +2,12 @@ package ca
 
 import (
 	"context"
-	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
-	"math/big"
 	"net"
 	"os"
 	"path/filepath"
@@ -28,65 +24,20 @@ import (
 	"ztun/admin/istiod"
 	"ztun/admin/pb/citadelpb"
 	"ztun/proxy/identity"
+	"ztun/test/pki"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// tlsRoot issues the certificates of CA servers.
-type tlsRoot struct {
-	cert *x509.Certificate
-	key  crypto.Signer
-}
-
-func newTLSRoot(t testing.TB) *tlsRoot {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tmpl := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: "TLS root"},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &tlsRoot{cert, key}
-}
-
-func (r *tlsRoot) pem() []byte { return certPEM(r.cert) }
-
 func certPEM(c *x509.Certificate) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})
-}
-
-func (r *tlsRoot) server(t testing.TB) *tls.Certificate {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
-		SerialNumber: big.NewInt(2), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-	}, r.cert, key.Public(), r.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
 // caServer is an istiod that issues from the fake CA, or answers what it is told.
 type caServer struct {
 	citadelpb.UnimplementedIstioCertificateServiceServer
 	addr string
-	root *tlsRoot
+	root *pki.Authority
 
 	mu       sync.Mutex
 	cert     *tls.Certificate
@@ -162,11 +113,11 @@ func (s *caServer) set(answer func(*citadelpb.IstioCertificateRequest) ([]string
 }
 
 // use changes the root that the server's certificate comes from.
-func (s *caServer) use(t testing.TB, r *tlsRoot) {
-	cert := r.server(t)
+func (s *caServer) use(t testing.TB, r *pki.Authority) {
+	cert := r.Issue(t, time.Hour, "127.0.0.1")
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.root, s.cert = r, cert
+	s.root, s.cert = r, &cert
 }
 
 func newCAServer(t testing.TB) *caServer {
@@ -181,7 +132,7 @@ func startCAServer(t testing.TB, addr string) *caServer {
 		t.Fatal(err)
 	}
 	s := &caServer{addr: l.Addr().String()}
-	s.use(t, newTLSRoot(t))
+	s.use(t, pki.New(t))
 	cfg := &tls.Config{GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -199,7 +150,7 @@ func startCAServer(t testing.TB, addr string) *caServer {
 // remote makes a client of the server; more changes the way there. It looks at its files often.
 func (s *caServer) remote(t testing.TB, impersonate bool, more func(*istiod.Options)) *Remote {
 	t.Helper()
-	o := istiod.Options{Address: s.addr, Roots: istiod.Roots{PEM: s.root.pem()}}
+	o := istiod.Options{Address: s.addr, Roots: istiod.Roots{PEM: s.root.PEM()}}
 	if more != nil {
 		more(&o)
 	}

@@ -22,6 +22,7 @@ import (
 	"ztun/admin/istiod"
 	"ztun/admin/pb/citadelpb"
 	"ztun/proxy/identity"
+	"ztun/test/pki"
 )
 
 // TestRemoteShared: a manager that impersonates, spec/controlplane.md checklist 15, 34, 35; dataplane.md 125-127, 132.
@@ -171,17 +172,17 @@ func TestRemoteAnswers(t *testing.T) {
 // TestRemoteRootBundle: dataplane.md 134, from the wire on: both roots arrive, one that does not parse is skipped.
 func TestRemoteRootBundle(t *testing.T) {
 	s := newCAServer(t)
-	other := newTLSRoot(t)
+	other := pki.New(t)
 	s.set(func(req *citadelpb.IstioCertificateRequest) ([]string, error) {
 		chain, err := issueFor(id("a"), req)
 		if err != nil {
 			return nil, err
 		}
 		bad := "-----BEGIN CERTIFICATE-----\nbm9uZQ==\n-----END CERTIFICATE-----\n"
-		return []string{chain[0], string(other.pem()), chain[1] + bad + string(other.pem())}, nil
+		return []string{chain[0], string(other.PEM()), chain[1] + bad + string(other.PEM())}, nil
 	})
 	chain, roots, err := ask(t, s.remote(t, true, nil))
-	if err != nil || len(chain) != 2 || len(roots) != 2 || !roots[1].Equal(other.cert) {
+	if err != nil || len(chain) != 2 || len(roots) != 2 || !roots[1].Equal(other.Cert) {
 		t.Errorf("%d, %d, %v", len(chain), len(roots), err)
 	}
 }
@@ -220,9 +221,9 @@ func TestRemoteOwnFaults(t *testing.T) {
 // TestRemoteRootReplaced: checklist 36, by rename and by Kubernetes' swap; a file that is no good leaves what works.
 func TestRemoteRootReplaced(t *testing.T) {
 	s := newCAServer(t)
-	v := newVolume(t, "root-cert.pem", s.root.pem())
+	v := newVolume(t, "root-cert.pem", s.root.PEM())
 	plain := filepath.Join(t.TempDir(), "root-cert.pem")
-	writeFile(t, plain, s.root.pem())
+	writeFile(t, plain, s.root.PEM())
 	for name, c := range map[string]struct {
 		path string
 		put  func([]byte)
@@ -231,7 +232,7 @@ func TestRemoteRootReplaced(t *testing.T) {
 		"Kubernetes": {v.path(), func(b []byte) { v.swap(t, b) }},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c.put(s.root.pem())
+			c.put(s.root.PEM())
 			r := s.remote(t, true, func(o *istiod.Options) { o.Roots = istiod.Roots{File: c.path} })
 			ok := func() {
 				t.Helper()
@@ -250,14 +251,14 @@ func TestRemoteRootReplaced(t *testing.T) {
 			ok()
 			channels := r.Stats().Channels
 
-			next := newTLSRoot(t)
+			next := pki.New(t)
 			s.use(t, next)
 			ok() // nothing has changed here: the channel is the old one
 			if st := r.Stats(); st.Channels != channels {
 				t.Fatalf("%+v", st)
 			}
 			conns, _ := s.count()
-			c.put(next.pem())
+			c.put(next.PEM())
 			eventually(t, "the change to be seen", marked)
 			ok()
 			if now, _ := s.count(); now != conns+1 || r.Stats().Channels != channels+1 {
@@ -271,7 +272,7 @@ func TestRemoteRootReplaced(t *testing.T) {
 			if st := r.Stats(); st.Kept != 2 || st.Channels != channels+1 || len(st.Failures) != 0 || !marked() {
 				t.Errorf("%+v", st)
 			}
-			c.put(next.pem())
+			c.put(next.PEM())
 			eventually(t, "a new channel", func() bool { ok(); return r.Stats().Channels == channels+2 })
 		})
 	}
@@ -287,7 +288,7 @@ func TestRemoteRecovers(t *testing.T) {
 	addr := l.Addr().String()
 	l.Close()
 	path := filepath.Join(t.TempDir(), "roots.pem")
-	writeFile(t, path, newTLSRoot(t).pem())
+	writeFile(t, path, pki.New(t).PEM())
 	c, err := istiod.New(istiod.Options{Address: addr, Roots: istiod.Roots{File: path}})
 	if err != nil {
 		t.Fatal(err)
@@ -308,7 +309,7 @@ func TestRemoteRecovers(t *testing.T) {
 		!strings.HasSuffix(err.Error(), "(not trusted by "+path+`)"`) {
 		t.Fatalf("got  %v\nwant %s", err, want)
 	}
-	writeFile(t, path, s.root.pem())
+	writeFile(t, path, s.root.PEM())
 	if _, _, err := ask(t, r); err != nil {
 		t.Fatal(err)
 	}

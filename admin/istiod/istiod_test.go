@@ -18,6 +18,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+
+	"ztun/test/pki"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -30,11 +32,11 @@ func port(addr, host string) string {
 
 // TestConnection: who is trusted under which name, and what an operator is told otherwise.
 func TestConnection(t *testing.T) {
-	ca, other := newAuthority(t), newAuthority(t)
-	expired := &tls.Config{Certificates: []tls.Certificate{ca.issue(t, -time.Minute, "127.0.0.1")}}
-	local := &tls.Config{Certificates: []tls.Certificate{ca.issue(t, time.Hour, "localhost", "istiod.istio-system.svc")}}
-	ip := &tls.Config{Certificates: []tls.Certificate{ca.issue(t, time.Hour, "127.0.0.1")}}
-	roots := Roots{PEM: ca.pem()}
+	ca, other := pki.New(t), pki.New(t)
+	expired := &tls.Config{Certificates: []tls.Certificate{ca.Issue(t, -time.Minute, "127.0.0.1")}}
+	local := &tls.Config{Certificates: []tls.Certificate{ca.Issue(t, time.Hour, "localhost", "istiod.istio-system.svc")}}
+	ip := &tls.Config{Certificates: []tls.Certificate{ca.Issue(t, time.Hour, "127.0.0.1")}}
+	roots := Roots{PEM: ca.PEM()}
 	missing := filepath.Join(t.TempDir(), "none.pem")
 	only12 := ip.Clone()
 	only12.MaxVersion = tls.VersionTLS12
@@ -42,9 +44,9 @@ func TestConnection(t *testing.T) {
 	noPQ.CurvePreferences = []tls.CurveID{tls.X25519, tls.CurveP256}
 	asks := ip.Clone()
 	asks.ClientAuth, asks.ClientCAs = tls.RequireAndVerifyClientCert, x509.NewCertPool()
-	asks.ClientCAs.AddCert(ca.cert)
-	cert, key := files(t, ca.issue(t, time.Hour, "client"))
-	_, wrongKey := files(t, ca.issue(t, time.Hour, "client"))
+	asks.ClientCAs.AddCert(ca.Cert)
+	cert, key := files(t, ca.Issue(t, time.Hour, "client"))
+	_, wrongKey := files(t, ca.Issue(t, time.Hour, "client"))
 
 	const (
 		shake   = `status: Unavailable, message: "connection error: desc = \"transport: authentication handshake failed: `
@@ -59,11 +61,11 @@ func TestConnection(t *testing.T) {
 	}{
 		{"IP literal", ip, "", Options{Roots: roots}, ""},
 		{"host name", local, "localhost", Options{Roots: roots}, ""},
-		{"root file", ip, "", Options{Roots: Roots{File: file(t, "roots.pem", ca.pem())}}, ""},
+		{"root file", ip, "", Options{Roots: Roots{File: file(t, "roots.pem", ca.PEM())}}, ""},
 		{"two roots in the file, and what is none", ip, "",
-			Options{Roots: Roots{File: file(t, "roots.pem", slices.Concat(other.pem(),
+			Options{Roots: Roots{File: file(t, "roots.pem", slices.Concat(other.PEM(),
 				[]byte("-----BEGIN CERTIFICATE-----\nbm9uZQ==\n-----END CERTIFICATE-----\n-----BEGIN X-----\n-----END X-----\n"),
-				ca.pem()))}}, ""},
+				ca.PEM()))}}, ""},
 		{"alternate name", local, "", Options{Roots: roots, AltHostname: "istiod.istio-system.svc"}, ""},
 		{"alternate IP", ip, "localhost", Options{Roots: roots, AltHostname: "127.0.0.1"}, ""},
 		{"TLS 1.2 where it is allowed", only12, "", Options{Roots: roots, TLS12: true}, ""},
@@ -78,7 +80,7 @@ func TestConnection(t *testing.T) {
 				`tls: failed to verify certificate: x509: certificate is not valid for any names, but wanted to match localhost (nor is it for the alternate hostname istiod.x)\""`},
 		{"chain before name", expired, "localhost", Options{Roots: roots, AltHostname: "127.0.0.1"},
 			shake + `tls: failed to verify certificate: x509: certificate has expired or is not yet valid: `},
-		{"wrong root", ip, "", Options{Roots: Roots{File: file(t, "roots.pem", other.pem())}}, unknown},
+		{"wrong root", ip, "", Options{Roots: Roots{File: file(t, "roots.pem", other.PEM())}}, unknown},
 		{"no root", ip, "", Options{}, unknown + ` (not trusted by any root certificate, for none is configured)\""`},
 		{"a path taken for PEM", ip, "", Options{Roots: Roots{PEM: []byte(missing)}},
 			unknown +
@@ -142,8 +144,8 @@ func TestConnection(t *testing.T) {
 
 // TestRootsAreReread: each Dial trusts what the file says then; New warns of what is wrong, and waits.
 func TestRootsAreReread(t *testing.T) {
-	ca, other := newAuthority(t), newAuthority(t)
-	s := serve(t, &tls.Config{Certificates: []tls.Certificate{ca.issue(t, time.Hour, "127.0.0.1")}})
+	ca, other := pki.New(t), pki.New(t)
+	s := serve(t, &tls.Config{Certificates: []tls.Certificate{ca.Issue(t, time.Hour, "127.0.0.1")}})
 	path := filepath.Join(t.TempDir(), "root-cert.pem")
 	var log bytes.Buffer
 	c, err := New(Options{Address: s.addr, Roots: Roots{File: path}, Logger: slog.New(slog.NewTextHandler(&log, nil))})
@@ -157,15 +159,15 @@ func TestRootsAreReread(t *testing.T) {
 		roots []byte
 		want  string
 	}{
-		{ca.pem(), ""},
-		{other.pem(), `(not trusted by ` + path + `)\""`},
+		{ca.PEM(), ""},
+		{other.PEM(), `(not trusted by ` + path + `)\""`},
 		{[]byte("garbage"), "root certificates " + path + ": there is no certificate in PEM form in it"},
 		{[]byte(" \n"), "root certificates " + path + ": the file is empty"},
 		{[]byte("-----BEGIN CERTIFICATE-----\nbm9uZQ==\n-----END CERTIFICATE-----\n"), "root certificates " + path +
 			": x509: malformed certificate"},
 		{bytes.Repeat([]byte("#"), maxRoots+1), "root certificates " + path +
 			": larger than 4194304 bytes: is this the right file?"},
-		{ca.pem(), ""},
+		{ca.PEM(), ""},
 	} {
 		write(t, path, step.roots)
 		if _, err := callOn(t, c); step.want == "" && err != nil || step.want != "" &&
@@ -257,12 +259,12 @@ func TestKeepalive(t *testing.T) {
 
 // TestLargestMessage: checklist 33's bound, at another size.
 func TestLargestMessage(t *testing.T) {
-	ca := newAuthority(t)
-	s := serve(t, &tls.Config{Certificates: []tls.Certificate{ca.issue(t, time.Hour, "127.0.0.1")}})
+	ca := pki.New(t)
+	s := serve(t, &tls.Config{Certificates: []tls.Certificate{ca.Issue(t, time.Hour, "127.0.0.1")}})
 	s.answer = []string{strings.Repeat("x", 5<<20)}
 	for limit, want := range map[int]codes.Code{0: codes.ResourceExhausted, 5 << 20: codes.ResourceExhausted,
 		6 << 20: codes.OK} {
-		if _, err := call(t, Options{Address: s.addr, Roots: Roots{PEM: ca.pem()}, MaxRecv: limit}); status.Code(
+		if _, err := call(t, Options{Address: s.addr, Roots: Roots{PEM: ca.PEM()}, MaxRecv: limit}); status.Code(
 			err) != want {
 			t.Errorf("limit %d: %v", limit, err)
 		}
@@ -271,10 +273,10 @@ func TestLargestMessage(t *testing.T) {
 
 // TestMetadata: checklist 14 and 34.
 func TestMetadata(t *testing.T) {
-	ca := newAuthority(t)
-	s := serve(t, &tls.Config{Certificates: []tls.Certificate{ca.issue(t, time.Hour, "127.0.0.1")}})
+	ca := pki.New(t)
+	s := serve(t, &tls.Config{Certificates: []tls.Certificate{ca.Issue(t, time.Hour, "127.0.0.1")}})
 	path := file(t, "istio-token", []byte("first\n"))
-	o := Options{Address: s.addr, Roots: Roots{PEM: ca.pem()}, ClusterID: "c1",
+	o := Options{Address: s.addr, Roots: Roots{PEM: ca.PEM()}, ClusterID: "c1",
 		Headers: [][2]string{{"FOO_BAR", "v"}, {"authorization", "mine"}, {"x", "1"}, {"X", "2"}}}
 	see := func(o Options, auth, cluster string) {
 		t.Helper()

@@ -5,12 +5,14 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"ztun/test/pki"
 )
 
 // TestProbe: whether the control plane can be reached and trusted, without a call.
 func TestProbe(t *testing.T) {
-	good := newAuthority(t)
-	s := serve(t, &tls.Config{Certificates: []tls.Certificate{good.issue(t, time.Hour, "127.0.0.1")}})
+	good := pki.New(t)
+	s := serve(t, &tls.Config{Certificates: []tls.Certificate{good.Issue(t, time.Hour, "127.0.0.1")}})
 	probe := func(address string, roots []byte) error {
 		c, err := New(Options{Address: address, Roots: Roots{PEM: roots}})
 		if err != nil {
@@ -18,13 +20,13 @@ func TestProbe(t *testing.T) {
 		}
 		return c.Probe(t.Context())
 	}
-	if err := probe(s.addr, good.pem()); err != nil {
+	if err := probe(s.addr, good.PEM()); err != nil {
 		t.Error(err)
 	}
-	if err := probe(s.addr, newAuthority(t).pem()); err == nil || !strings.Contains(err.Error(), s.addr) {
+	if err := probe(s.addr, pki.New(t).PEM()); err == nil || !strings.Contains(err.Error(), s.addr) {
 		t.Error("trusted by another root:", err)
 	}
-	if err := probe("127.0.0.1:1", good.pem()); err == nil || !strings.Contains(err.Error(), "connection refused") {
+	if err := probe("127.0.0.1:1", good.PEM()); err == nil || !strings.Contains(err.Error(), "connection refused") {
 		t.Error(err)
 	}
 }
