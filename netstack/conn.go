@@ -68,6 +68,7 @@ type Conn struct {
 var (
 	_ net.Conn             = (*Conn)(nil)
 	_ io.WriterTo          = (*Conn)(nil)
+	_ BufferWriter         = (*Conn)(nil)
 	_ waiter.EventListener = (*listener)(nil)
 )
 
@@ -265,16 +266,36 @@ func (c *Conn) fail(op string, terr tcpip.Error) error {
 // which holds Config.SendBuffer bytes or more.
 func (c *Conn) Write(b []byte) (int, error) {
 	grow.Stack()
-	c.wr.mu.Lock()
-	defer c.wr.mu.Unlock()
-	if len(b) == 0 {
+	return c.write(b, nil, len(b))
+}
+
+// WriteBuffers implements BufferWriter: as one Write of all the pieces, whatever their sizes.
+func (c *Conn) WriteBuffers(pieces [][]byte) (int64, error) {
+	grow.Stack()
+	if len(pieces) == 0 {
 		return 0, nil
 	}
-	parts := (len(b) + MaxWrite - 1) / MaxWrite
-	part := (len(b) + parts - 1) / parts
+	total := 0
+	for _, p := range pieces {
+		total += len(p)
+	}
+	n, err := c.write(pieces[0], pieces[1:], total)
+	return int64(n), err
+}
+
+// write writes b and what follows it, total bytes.
+func (c *Conn) write(b []byte, more [][]byte, total int) (int, error) {
+	c.wr.mu.Lock()
+	defer c.wr.mu.Unlock()
+	if total == 0 {
+		return 0, nil
+	}
+	parts := (total + MaxWrite - 1) / MaxWrite
+	part := (total + parts - 1) / parts
+	left := payload{b: b, more: more}
 	done, armed := 0, false
 	var err error
-	for done < len(b) {
+	for done < total {
 		if c.closed.Load() {
 			err = c.opError("write", net.ErrClosed)
 			break
@@ -283,8 +304,10 @@ func (c *Conn) Write(b []byte) (int, error) {
 			err = c.opError("write", os.ErrDeadlineExceeded)
 			break
 		}
-		n, wait, terr := c.writeSome(b[done:min(done+part, len(b))], armed)
+		left.n = min(part, total-done)
+		n, wait, terr := c.writeSome(left, armed)
 		done += n
+		left.skip(n)
 		if terr != nil {
 			err = c.writeError(terr)
 			break
@@ -306,15 +329,15 @@ func (c *Conn) Write(b []byte) (int, error) {
 }
 
 // writeSome writes what fits, and says whether to wait for room.
-func (c *Conn) writeSome(b []byte, armed bool) (n int, wait bool, terr tcpip.Error) {
+func (c *Conn) writeSome(p payload, armed bool) (n int, wait bool, terr tcpip.Error) {
 	if tx := &c.h.port.pump.tx; tx.full.Load() {
 		if !armed || tx.waitRoom(&c.wr) {
 			return 0, true, nil
 		}
 	}
-	c.out.b = b
+	c.out = p
 	m, terr := c.ep.Write(&c.out, tcpip.WriteOptions{})
-	c.out.b = nil
+	c.out = payload{}
 	if _, ok := terr.(*tcpip.ErrWouldBlock); ok {
 		return int(m), true, nil
 	}
@@ -461,18 +484,36 @@ func (w *sliceWriter) Write(p []byte) (int, error) {
 	return n, nil
 }
 
-// payload is a tcpip.Payloader over a slice.
-type payload struct{ b []byte }
+// payload is a tcpip.Payloader over the next bytes of a write.
+type payload struct {
+	b    []byte
+	more [][]byte // what follows b
+	n    int      // at most so much
+}
 
-func (p *payload) Len() int { return len(p.b) }
+func (p *payload) Len() int { return p.n }
 
 func (p *payload) Read(b []byte) (int, error) {
-	if len(p.b) == 0 {
+	if p.n == 0 {
 		return 0, io.EOF
 	}
-	n := copy(b, p.b)
+	done := 0
+	for done < len(b) && p.n > 0 {
+		n := copy(b[done:], p.b[:min(p.n, len(p.b))])
+		done += n
+		p.n -= n
+		p.skip(n)
+	}
+	return done, nil
+}
+
+// skip leaves n bytes out. What gVisor has taken may be less than it has read.
+func (p *payload) skip(n int) {
+	for n >= len(p.b) && len(p.more) > 0 {
+		n -= len(p.b)
+		p.b, p.more = p.more[0], p.more[1:]
+	}
 	p.b = p.b[n:]
-	return n, nil
 }
 
 // connList holds a stack's connections, to be reset when it closes.

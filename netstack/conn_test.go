@@ -108,6 +108,47 @@ func TestBulk(t *testing.T) {
 	})
 }
 
+// TestWriteBuffers: pieces of any size, empty ones too, arrive in order and whole, also where the send queue takes a
+// part of a part; none at all are no error.
+func TestWriteBuffers(t *testing.T) {
+	eachWay(t, func(t *testing.T, j *joined, fam family) {
+		a, b := j.pipe(t, fam)
+		want := make([]byte, 4<<20)
+		rand.Read(want)
+		done := make(chan error, 1)
+		go func() {
+			sizes := []int{1, 0, 65160, 7, MaxWrite, 65160, 65160, 65160, 1448, MaxWrite + 1, 0, 300_000}
+			var err error
+			for i, rest := 0, want; len(rest) > 0 && err == nil; i++ {
+				var pieces [][]byte
+				for k := range 1 + i%4 {
+					n := min(sizes[(i+k)%len(sizes)], len(rest))
+					pieces = append(pieces, rest[:n])
+					rest = rest[n:]
+				}
+				total := 0
+				for _, p := range pieces {
+					total += len(p)
+				}
+				var n int64
+				if n, err = a.WriteBuffers(pieces); err == nil && n != int64(total) {
+					err = io.ErrShortWrite
+				}
+			}
+			if n, e := a.WriteBuffers(nil); n != 0 || e != nil {
+				err = errors.Join(err, e, errors.New("no pieces"))
+			}
+			done <- errors.Join(err, a.CloseWrite())
+		}()
+		if got := readAll(t, b); !bytes.Equal(got, want) {
+			t.Errorf("%d bytes arrived of %d, or others", len(got), len(want))
+		}
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestReset(t *testing.T) {
 	eachWay(t, func(t *testing.T, j *joined, fam family) {
 		a, b := j.pipe(t, fam)

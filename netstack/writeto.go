@@ -14,8 +14,10 @@ type BufferWriter interface {
 }
 
 const (
-	// lendBytes is how much WriteTo lends at a time, at least one segment.
-	lendBytes = 64 << 10
+	// lendBytes is how much WriteTo lends at a time, at least one segment, and lendPieces to one who takes all pieces
+	// at once: another stack's connection, whose packets are the fuller for it.
+	lendBytes  = 64 << 10
+	lendPieces = 256 << 10
 	// gatherBelow: pieces smaller than this are copied together if the writer
 	// takes only one at a time.
 	gatherBelow = 8 << 10
@@ -26,6 +28,7 @@ const (
 type lent struct {
 	pieces [][]byte
 	n      int
+	limit  int // of n
 	skip   discard
 	iov    net.Buffers
 	buf    []byte // gathered small pieces, made when first needed
@@ -33,7 +36,7 @@ type lent struct {
 
 // Write collects, for Endpoint.Read with Peek.
 func (l *lent) Write(b []byte) (int, error) {
-	if l.n >= lendBytes || len(l.pieces) == cap(l.pieces) {
+	if l.n >= l.limit || len(l.pieces) == cap(l.pieces) {
 		return 0, errShort
 	}
 	l.pieces = append(l.pieces, b)
@@ -45,7 +48,7 @@ func (l *lent) Write(b []byte) (int, error) {
 // (then the error is nil), an error of either side, or the read deadline. It
 // waits without a buffer. What it writes lies in the receive queue itself and
 // is taken out of it afterwards, so that a slow w closes the peer's window
-// rather than filling memory. Writes are of at most 64 KiB.
+// rather than filling memory. Writes are of at most 64 KiB, WriteBuffers of four times as much.
 func (c *Conn) WriteTo(w io.Writer) (n int64, err error) {
 	c.rd.mu.Lock()
 	defer c.rd.mu.Unlock()
@@ -69,6 +72,10 @@ func (c *Conn) lend(w io.Writer) (n int64, done bool, err error) {
 	defer c.unpin()
 	l := c.h.s.lent.Get().(*lent)
 	defer l.put(c.h.s)
+	l.limit = lendBytes
+	if _, ok := w.(BufferWriter); ok {
+		l.limit = lendPieces
+	}
 	if _, terr := c.ep.Read(l, tcpip.ReadOptions{Peek: true}); l.n == 0 {
 		err := c.readError(terr)
 		if err == io.EOF {

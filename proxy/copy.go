@@ -200,7 +200,11 @@ func move(dst, src Conn, count func(int)) error {
 	}
 	if wt, ok := src.(io.WriterTo); ok {
 		w := &countingWriter{w: dst, count: count}
-		if _, err := wt.WriteTo(w); err != nil {
+		var to io.Writer = w
+		if b, ok := dst.(bufferWriter); ok {
+			to = &countingBufferWriter{w, b}
+		}
+		if _, err := wt.WriteTo(to); err != nil {
 			if w.err != nil {
 				return &copyError{"send: ", w.err}
 			}
@@ -258,6 +262,29 @@ func (w *countingWriter) Write(p []byte) (int, error) {
 	n, err := w.w.Write(p)
 	if n > 0 {
 		w.count(n)
+	}
+	if err != nil {
+		w.err = err
+	}
+	return n, err
+}
+
+// bufferWriter takes many pieces at once, in order: a connection of a stack (netstack.BufferWriter), and a splice to
+// one.
+type bufferWriter interface {
+	WriteBuffers(pieces [][]byte) (int64, error)
+}
+
+// countingBufferWriter is a countingWriter for one.
+type countingBufferWriter struct {
+	*countingWriter
+	b bufferWriter
+}
+
+func (w *countingBufferWriter) WriteBuffers(pieces [][]byte) (int64, error) {
+	n, err := w.b.WriteBuffers(pieces)
+	if n > 0 {
+		w.count(int(n))
 	}
 	if err != nil {
 		w.err = err

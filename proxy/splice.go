@@ -28,9 +28,9 @@ type splice struct {
 
 // way is one direction.
 type way struct {
-	sink  io.Writer // the reader's; nil: it has not come yet, or has gone
-	busy  bool      // a writer is in sink
-	ended bool      // no more will be written
+	sink  *spliceSink // the reader's; nil: it has not come yet, or has gone
+	busy  bool        // a writer is in sink
+	ended bool        // no more will be written
 }
 
 // spliceEnd is one proxy's end.
@@ -66,6 +66,13 @@ func (e *spliceEnd) err() error {
 
 // Write returns when the other side has written b to its application.
 func (e *spliceEnd) Write(b []byte) (int, error) {
+	one := [1][]byte{b}
+	n, err := e.WriteBuffers(one[:])
+	return int(n), err
+}
+
+// WriteBuffers returns when the other side has written all the pieces to its application.
+func (e *spliceEnd) WriteBuffers(pieces [][]byte) (int64, error) {
 	s, w := e.s, &e.s.ways[e.i]
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -76,26 +83,26 @@ func (e *spliceEnd) Write(b []byte) (int, error) {
 		case w.ended:
 			return 0, io.ErrClosedPipe
 		case w.sink != nil && !w.busy:
-			return e.pass(w, b)
+			return e.pass(w, pieces)
 		}
 		s.wake.Wait()
 	}
 }
 
 // pass calls the sink without the lock. The reader stays in WriteTo as long as it lasts.
-func (e *spliceEnd) pass(w *way, b []byte) (n int, err error) {
+func (e *spliceEnd) pass(w *way, pieces [][]byte) (n int64, err error) {
 	sink := w.sink
 	w.busy = true
 	e.s.mu.Unlock()
 	defer func() { // also if sink panics: whoever waits for it must go on
 		e.s.mu.Lock()
 		w.busy = false
-		if err != nil || n < len(b) {
+		if err != nil {
 			w.sink = nil // its reader has the error, and will say by a reset what it comes to
 		}
 		e.s.wake.Broadcast()
 	}()
-	return sink.Write(b)
+	return sink.write(pieces)
 }
 
 // WriteTo has the other end's writers write to w until they end, a write fails, or there is a reset. The error of a
@@ -124,18 +131,36 @@ type spliceSink struct {
 	err error
 }
 
-func (k *spliceSink) Write(b []byte) (int, error) {
-	n, err := k.w.Write(b)
-	k.n += int64(n)
-	if err == nil && n < len(b) {
-		err = io.ErrShortWrite
+// write passes all pieces on; what is left of them is an error.
+func (k *spliceSink) write(pieces [][]byte) (n int64, err error) {
+	if b, ok := k.w.(bufferWriter); ok {
+		n, err = b.WriteBuffers(pieces)
+	} else {
+		n, err = writeEach(k.w, pieces)
 	}
+	k.n += n
 	k.err = err
 	if err != nil {
 		// To the writer it is what the stream of a tunnel would say: the other side is gone.
 		return n, &hbone.StreamError{Code: http2.ErrCodeConnect, Remote: true}
 	}
 	return n, nil
+}
+
+// writeEach writes one piece after the other.
+func writeEach(w io.Writer, pieces [][]byte) (int64, error) {
+	var done int64
+	for _, p := range pieces {
+		n, err := w.Write(p)
+		done += int64(n)
+		if err == nil && n < len(p) {
+			err = io.ErrShortWrite
+		}
+		if err != nil {
+			return done, err
+		}
+	}
+	return done, nil
 }
 
 // CloseWrite ends our direction after what was written.
