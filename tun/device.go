@@ -77,7 +77,7 @@ type Device interface {
 	// or has a header that does not fit it, ENOBUFS, ENOMEM. The packet is then lost.
 	WritePacket(h *VNetHdr, bufs [][]byte) error
 
-	// SetMTU changes the interface's MTU, in bytes.
+	// SetMTU changes the interface's MTU, in bytes; ErrForeign of one that Adopt has taken.
 	SetMTU(mtu int) error
 
 	// Close closes the device and returns when a waiting reader has been sent home. The interface goes away with it

@@ -26,6 +26,8 @@ type handle struct {
 	ctl  *os.File // a datagram socket in the device's namespace, for interface ioctls
 	rc   syscall.RawConn
 	mtu  atomic.Int64
+
+	foreign bool // somebody else's: there is no ctl
 }
 
 // Open makes the device that o describes, or takes over a persistent one of that name, and finds out what offload it
@@ -248,6 +250,11 @@ func (h *handle) attach(flags uint16) (err error) {
 	if flags&unix.IFF_VNET_HDR == 0 {
 		return nil
 	}
+	return h.setHeader()
+}
+
+// setHeader has the virtio header be ours.
+func (h *handle) setHeader() error {
 	// The header's length and byte order belong to the interface, so a device taken over may have others.
 	if err := unix.IoctlSetPointerInt(h.fd, unix.TUNSETVNETHDRSZ, VNetHdrLen); err != nil {
 		return fmt.Errorf("cannot set the header length of device %s: %w", h.name, err)
@@ -264,7 +271,9 @@ func (h *handle) close() {
 		unix.Close(h.fd)
 		h.fd = -1
 	}
-	h.ctl.Close()
+	if h.ctl != nil {
+		h.ctl.Close()
+	}
 }
 
 // Name implements Device.
@@ -277,6 +286,9 @@ func (h *handle) MTU() int { return int(h.mtu.Load()) }
 func (h *handle) SetMTU(mtu int) error {
 	if err := checkMTU(mtu); err != nil {
 		return err
+	}
+	if h.foreign {
+		return ErrForeign
 	}
 	err := h.ifreq(unix.SIOCSIFMTU, func(r *unix.Ifreq) { r.SetUint32(uint32(mtu)) })
 	switch {
