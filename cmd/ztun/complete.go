@@ -102,8 +102,9 @@ func completions(cmd *cobra.Command) map[string]completion {
 		"log":        values("error", "warn", "info", "debug", "trace", "off"),
 		"dir":        directories, "state-dir": directories, "out": directories, "mesh": directories,
 		"socket": files, "status-socket": files, "join": files,
-		"service-account": nothing, "ip": nothing, "mtu": nothing, "mesh-port": nothing, "publish": nothing,
-		"listen": nothing, "host": nothing, "admin": nothing, "metrics": nothing, "ready": nothing,
+		"service-account": nothing, "ip": nothing, "mtu": nothing, "mesh-port": nothing, "publish": nothing, "tun-fd": nothing,
+		"tun-socket": files,
+		"listen":     nothing, "host": nothing, "admin": nothing, "metrics": nothing, "ready": nothing,
 		"run": func(*cobra.Command, []string, string) (out []string, _ cobra.ShellCompDirective) {
 			for _, r := range liveRuns(runBases(os.Getenv)) {
 				out = append(out, r.name, r.workload)

@@ -41,8 +41,8 @@ func (p *pod) listen(what, without string, at []netip.AddrPort, packets bool) (l
 				}
 			}
 		}
-		noIPv6 := errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.EAFNOSUPPORT)
-		if a.Addr() == netip.IPv6Loopback() && noIPv6 {
+		noIPv6 := a.Addr() == netip.IPv6Loopback() && errors.Is(err, syscall.EADDRNOTAVAIL)
+		if noIPv6 || errors.Is(err, syscall.EAFNOSUPPORT) { // a namespace that we cannot enter says so of both families
 			err = nil
 		}
 		if err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -28,6 +29,7 @@ func (s exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(s)
 func runCommand() *cobra.Command {
 	var who runWho
 	var reached runPorts
+	var elsewhere runGiven
 	var noUDP bool
 	cmd := &cobra.Command{
 		Use:   "run [flags] -- COMMAND [ARGUMENT...]",
@@ -38,8 +40,15 @@ func runCommand() *cobra.Command {
 			"elsewhere.\n" +
 			"Needs user namespaces that users may make, and a /dev/net/tun that they may open. Peers of the mesh reach\n" +
 			"COMMAND at a port of this host that its record announces (meshAddresses), others at ports published\n" +
-			"with -p. Configured like `ztun proxy`, with quieter logs (RUST_LOG=warn) on standard error.",
+			"with -p. Instead of a COMMAND it serves a namespace (--netns) or a TUN (--tun-fd, --tun-socket) that you have\n" +
+			"made. Configured like `ztun proxy`, with quieter logs (RUST_LOG=warn) on standard error.",
 		Args: func(cmd *cobra.Command, args []string) error {
+			if elsewhere.given() {
+				if len(args) > 0 {
+					return usageError(cmd, errors.New("with --netns, --tun-fd or --tun-socket there is no command"))
+				}
+				return nil
+			}
 			if len(args) == 0 {
 				return usageError(cmd, fmt.Errorf("%s wants a command to run", cmd.CommandPath()))
 			}
@@ -51,6 +60,9 @@ func runCommand() *cobra.Command {
 			}
 			if err := reached.resolve(); err != nil {
 				return err
+			}
+			if elsewhere.given() {
+				return runServing(cmd.Context(), &who, &reached, noUDP, &elsewhere)
 			}
 			inside := os.Getenv(runInside)
 			if inside == "" {
@@ -75,6 +87,7 @@ func runCommand() *cobra.Command {
 	f.BoolVar(&noUDP, "no-udp", false, "carry no UDP but DNS, and no ping (as ZTUN_UDP=off)")
 	who.bind(cmd)
 	reached.bind(cmd)
+	elsewhere.bind(cmd)
 	return cmd
 }
 
@@ -82,35 +95,11 @@ func runCommand() *cobra.Command {
 func runWorkload(ctx context.Context, life *lifeline, who *runWho, reached *runPorts, noUDP bool,
 	command []string) error {
 	spec, dir := who.spec, life.dir
-	lookup, err := who.environment(os.LookupEnv, dir)
+	d, err := newRunDaemon(who, reached, noUDP, dir)
 	if err != nil {
 		return err
 	}
-	c, err := loadConfig(func(name string) (string, bool) {
-		v, ok := lookup(name)
-		switch {
-		case name == "ZTUN_STATE_DIR":
-			return dir, true
-		case name == "RUST_LOG" && !ok:
-			return "warn", true
-		}
-		return v, ok
-	}, os.Environ)
-	if err != nil {
-		return err
-	}
-	// Many on one host: none has a port that it was not told to have.
-	c.Admin.Own = &reached.own
-	c.Mode.Rootless, c.Privileges.Drop = true, false
-	if noUDP {
-		c.UDP.Mode = udpOff
-	}
-	c.Mode.Workload = state.WorkloadInfo{Name: spec.Name, Namespace: spec.Namespace, ServiceAccount: spec.ServiceAccount}
-	d, err := newDaemon(c, os.Stderr)
-	if err != nil {
-		return err
-	}
-	d.ports = reached
+	c := d.c
 	defer d.log.Close(context.Background())
 	ctx, stop := context.WithCancel(ctx)
 	defer d.work.Wait()
@@ -162,6 +151,41 @@ func runWorkload(ctx context.Context, life *lifeline, who *runWho, reached *runP
 		cmd.Env = append(os.Environ(), runName+"="+refOf(spec).String())
 		return life.follow(cmd)
 	})
+}
+
+// newRunDaemon makes the daemon of one workload, with its files in dir.
+func newRunDaemon(who *runWho, reached *runPorts, noUDP bool, dir string) (*daemon, error) {
+	lookup, err := who.environment(os.LookupEnv, dir)
+	if err != nil {
+		return nil, err
+	}
+	c, err := loadConfig(func(name string) (string, bool) {
+		v, ok := lookup(name)
+		switch {
+		case name == "ZTUN_STATE_DIR":
+			return dir, true
+		case name == "RUST_LOG" && !ok:
+			return "warn", true
+		}
+		return v, ok
+	}, os.Environ)
+	if err != nil {
+		return nil, err
+	}
+	// Many on one host: none has a port that it was not told to have.
+	c.Admin.Own = &reached.own
+	c.Mode.Rootless, c.Privileges.Drop = true, false
+	if noUDP {
+		c.UDP.Mode = udpOff
+	}
+	c.Mode.Workload = state.WorkloadInfo{Name: who.spec.Name, Namespace: who.spec.Namespace,
+		ServiceAccount: who.spec.ServiceAccount}
+	d, err := newDaemon(c, os.Stderr)
+	if err != nil {
+		return nil, err
+	}
+	d.ports = reached
+	return d, nil
 }
 
 // addFile attaches a workload whose namespace is a descriptor.

@@ -17,9 +17,18 @@ import (
 // start has a command run as a workload of his until the test ends, and waits until it has said until.
 func (r *rootless) start(ns *lab.NS, until string, args ...string) *waiter {
 	r.t.Helper()
+	return r.startWith(ns, nil, until, args...)
+}
+
+// startWith is start with a file as standard input.
+func (r *rootless) startWith(ns *lab.NS, stdin *os.File, until string, args ...string) *waiter {
+	r.t.Helper()
 	out := waitFor(until)
 	cmd := r.cmd(r.knowledge(), "", args...)
 	cmd.Stdout, cmd.Stderr = out, out
+	if stdin != nil {
+		cmd.Stdin = stdin
+	}
 	p, err := r.Start(ns, cmd)
 	must(r.t, err)
 	r.t.Cleanup(func() {

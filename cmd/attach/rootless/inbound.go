@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -25,6 +26,8 @@ type Inbound struct {
 	Publish []Published
 	// Announced tells whether a record of the mesh says that HBONE arrives at an address.
 	Announced func(netip.AddrPort) bool
+	// TUN is the workload's device, which somebody else has made and set up; nil: we make it.
+	TUN *os.File
 }
 
 // Published is one port.

@@ -39,7 +39,12 @@ func New(o attach.Options, in Inbound) *Kind {
 }
 
 // Locate implements attach.Kind.
-func (*Kind) Locate(p *attach.Pod) error { return attach.Locate(p) }
+func (k *Kind) Locate(p *attach.Pod) error {
+	if k.in.TUN != nil {
+		return nil // who knows
+	}
+	return attach.Locate(p)
+}
 
 // Shares implements attach.Kind.
 func (*Kind) Shares() bool { return false }
@@ -89,11 +94,22 @@ func (k *Kind) Attach(_ context.Context, spec attach.Pod, h attach.Handler) (_ a
 	if w.fds = o.Descriptors.ForPod(spec.Label); w.fds == nil {
 		return nil, fmt.Errorf("%w: %w", admin.ErrPodUnavailable, attach.ErrNoDescriptor)
 	}
+	w.KernelTCP = attach.KernelTCP{Descriptors: o.Descriptors, Label: spec.Label, Socket: o.Socket}
+	if k.in.TUN != nil {
+		dev, err := tun.Adopt(k.in.TUN, mtu)
+		if err != nil {
+			return nil, err
+		}
+		if w.Stack, err = attach.NewStack(o, spec, mtu, dev, nil, h); err != nil {
+			dev.Close()
+			return nil, err
+		}
+		return given{w}, nil
+	}
 	if w.ns, err = attach.Open(spec); err != nil {
 		return nil, err
 	}
-	w.Loopback = attach.Loopback{NS: w.ns}
-	w.KernelTCP = attach.KernelTCP{Descriptors: o.Descriptors, Label: spec.Label, Socket: o.Socket, Pod: w.ns}
+	w.Loopback, w.Pod = attach.Loopback{NS: w.ns}, w.ns
 	dev, err := tun.Open(tun.Options{Name: deviceName, NetNS: w.ns, MTU: mtu, Plain: o.Plain})
 	if err != nil {
 		return nil, err
