@@ -228,13 +228,13 @@ func (p *Proxy) serveCall(t *tunnel, s call, watch func(*connection) error) {
 	if p.o.Config.ResponseBaggage {
 		resp.Baggage, resp.HasBaggage = baggageOf(local).Format(), true
 	}
+	t.place.Release() // before the peer knows: what it opens next must not cost it this tunnel
 	down, err := s.Grant(resp)
 	if err != nil {
 		abort(up)
 		c.books.record(nil) // the peer gave its stream up before we could answer
 		return
 	}
-	t.place.Release()
 	s.Detach()
 	c.carry(down, up)
 }
