@@ -88,7 +88,8 @@
 //   - 2026-11-29: two pods of one daemon are relayed in memory. Identity is proven all the same, by identity.Meet, and
 //     what it does not pass is left to the wire rather than refused here: the one place where refusals are worded and
 //     counted. A revocation is the end of such a connection's stream at its other side (CANCEL), not of a tunnel. What
-//     lies between the pods' devices, a NetworkPolicy of the CNI above all, is not asked: ZTUN_LOCAL_RELAY=false.
+//     lies between the pods' devices, a NetworkPolicy of the CNI above all, is not asked: beside a CNI
+//     ZTUN_LOCAL_RELAY is off by default.
 //   - 2026-11-29: the ends of a connection that is cut are canceled one after the other; what the first end's copying
 //     makes of it (an end of file, a reset by the application) is not passed on to the second. In tests
 //     a drain at the client's side looked now and then like an orderly end at the server's.

@@ -98,6 +98,7 @@ type loader struct {
 	grace                    *uint64
 	deadline                 *time.Duration
 	inpod                    *bool // INPOD_ENABLED
+	localRelay               *bool // ZTUN_LOCAL_RELAY
 	steering                 *steering
 	mark                     *uint32 // PACKET_MARK
 	workers                  string

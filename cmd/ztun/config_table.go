@@ -178,10 +178,11 @@ func variables(c *Config, l *loader) []variable {
 		{"ZTUN_ADAPTIVE_PROCESSORS", "true",
 			"use as many processors as the work needs, up to the worker threads plus one; false: always that many",
 			boolean(&c.Process.AdaptiveProcessors)},
-		{"ZTUN_LOCAL_RELAY", "true",
+		{"ZTUN_LOCAL_RELAY", "",
 			"connections between two pods of this daemon stay in its memory: no TLS, no TCP to port 15008, and so nothing " +
-				"that a NetworkPolicy could judge; false: they take the wire as those to other nodes do",
-			boolean(&c.Proxy.LocalRelay)},
+				"that a NetworkPolicy could judge; false: they take the wire as those to other nodes do (default true, and " +
+				"false where pods have a CNI: ZTUN_STEERING=steered or redirected)",
+			optionalBool(&l.localRelay)},
 		{"ZTUN_DROP_CAPABILITIES", "true",
 			"keep only the capabilities that the configuration needs, and never get new ones; the process executes itself " +
 				"once for it", boolean(&c.Privileges.Drop)},

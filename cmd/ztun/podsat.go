@@ -13,10 +13,10 @@ func (m *podManager) enlist(p *pod) {
 	}
 }
 
-// delist undoes enlist. Nobody else has had the addresses meanwhile: attaching looks into pods, and op is held.
+// delist undoes enlist. Where pods may share an address (attach.Kind), it may be a successor's by now, and stays so.
 func (m *podManager) delist(p *pod) {
 	for _, a := range p.spec.IPs {
-		m.at.Delete(a)
+		m.at.CompareAndDelete(a, p)
 	}
 }
 

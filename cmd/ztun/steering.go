@@ -73,6 +73,12 @@ func (c *Config) chooseSteering(l *loader) error {
 	if l.mark != nil {
 		c.Net.PacketMark = *l.mark
 	}
+	// What a CNI's NetworkPolicy says of port 15008 between two pods of a node is heard on the wire alone, and a drop-in
+	// for ztunnel must not undo it unasked. Pods that are all ours have no CNI.
+	c.Proxy.LocalRelay = c.Attach.Steering == isolatedPods
+	if l.localRelay != nil {
+		c.Proxy.LocalRelay = *l.localRelay
+	}
 	switch {
 	case redirected && c.Net.PacketMark == 0:
 		return &configError{"PACKET_MARK", "0", errors.New("the rules in the pods know our own connections by a mark " +

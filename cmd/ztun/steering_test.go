@@ -47,6 +47,21 @@ func TestSteering(t *testing.T) {
 	if l := load(t, chart...); !l.meshSocket().ReusePort || l.meshSocket().Mark != 1337 {
 		t.Errorf("%+v", l.meshSocket())
 	}
+	// Beside a CNI, whose NetworkPolicies are heard on the wire alone, the relay in memory has to be asked for.
+	for _, c := range []struct {
+		env  []string
+		want bool
+	}{
+		{nil, true},
+		{[]string{"ZTUN_LOCAL_RELAY", "false"}, false},
+		{[]string{"ZTUN_STEERING", "steered"}, false},
+		{chart, false},
+		{append([]string{"ZTUN_LOCAL_RELAY", "true"}, chart...), true},
+	} {
+		if l := load(t, c.env...); l.Proxy.LocalRelay != c.want {
+			t.Errorf("%q: the relay in memory is %v", c.env, l.Proxy.LocalRelay)
+		}
+	}
 	for _, bad := range [][]string{
 		append([]string{"PACKET_MARK", "0"}, chart...), append([]string{"INPOD_UDS", ""}, chart...),
 	} {
