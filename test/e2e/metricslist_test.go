@@ -64,6 +64,17 @@ func TestMetricsList(t *testing.T) {
 			}
 		}
 	}
+	// What there is under a node agent alone.
+	r := newRedirected(t)
+	under := r.begin(r.N1)
+	r.snapshot(r.N1, r.a)
+	_, ofAgent, err := under.Get(r.ctx, 15020, "/metrics")
+	must(t, err)
+	for name, row := range metricRows(t, ofAgent) {
+		if strings.HasPrefix(name, "ztun_agent_") {
+			exported[name] = row
+		}
+	}
 	// The control plane's own, on the same page: no name is in both.
 	req, err := http.NewRequest(http.MethodGet, "http://127.0.0.1:15014/metrics", nil)
 	must(t, err)
