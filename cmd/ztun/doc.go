@@ -21,4 +21,6 @@
 //     at once, and get two labels in logs and metrics.
 //   - 2026-11-28: explain asks the daemon and not a copy of its state: what it says is what the daemon does. capture
 //     holds a flow's first packet for up to 0.3 s, until the decision about it is known and can be its comment.
+//   - 2026-11-29: while there is work the collector lets 24 MiB of garbage lie (procs.go): connections that come and
+//     go cost a fifth less. Afterwards it is as thrifty as before, so that neither the base nor idle connections grow.
 package main

@@ -26,6 +26,8 @@ type processors struct {
 	now   atomic.Int64 // in use
 	gc    bool         // the collector is ours to tune
 	large bool         // the heap is
+	busy  bool         // there is work
+	tuned int          // the percentage in force; 0: the daemon's first
 }
 
 // A heap is large from this many live bytes on: then a collection takes a tenth of a second and more. With one
@@ -35,11 +37,32 @@ const largeHeap = 48 << 20
 
 // The collector's percentages. The live heap of a small mesh is small and its garbage rare: collecting twice as often
 // as Go's default saves a tenth of the memory of idle connections and costs nothing that scripts/bench can see
-// (2026-11-23).
+// (2026-11-23). It costs a fifth of the CPU time of new connections, each of which makes 13 KiB of garbage: half of a
+// small heap is full after 200 of them (0.49 ms each against 0.39 with GOGC=400, conns, 16 at a time, 2026-11-29). So
+// while there is work, gcRoom bytes of garbage may lie before a collection, within gcMost.
 const (
 	gcSmall = 50
 	gcLarge = 150
+	gcMost  = 400
+	gcRoom  = 24 << 20
 )
+
+// Work, and none, in processors.
+const (
+	busyFrom = 0.2
+	calmFrom = 0.05
+)
+
+// gcPercent is the collector's percentage for so many live bytes; in steps, so that it changes rarely.
+func gcPercent(live uint64, large, busy bool) int {
+	switch {
+	case large:
+		return gcLarge
+	case !busy:
+		return gcSmall
+	}
+	return int(min(max(gcRoom*100/max(live, 1)/50*50, gcSmall), gcMost))
+}
 
 // measure looks how large the heap was after the last collection.
 func (p *processors) measure() {
@@ -49,16 +72,16 @@ func (p *processors) measure() {
 		return
 	}
 	live := s[0].Value.Uint64()
-	large := live > largeHeap || p.large && live > largeHeap*3/4
-	if large == p.large {
-		return
-	}
-	p.large = large
+	p.large = live > largeHeap || p.large && live > largeHeap*3/4
 	if p.gc {
-		percent := gcSmall
-		if large {
-			percent = gcLarge
-		}
+		p.tune(gcPercent(live, p.large, p.busy))
+	}
+}
+
+// tune sets the percentage when it is another one than before: that stops the world.
+func (p *processors) tune(percent int) {
+	if percent != p.tuned {
+		p.tuned = percent
 		debug.SetGCPercent(percent)
 	}
 }
@@ -119,7 +142,9 @@ func (p *processors) run(ctx context.Context) {
 		d := now.Sub(last).Seconds()
 		u := usage{own: (o - own).Seconds() / d}
 		wait := procsIdle
-		if now.Sub(looked) >= procsIdle {
+		began := !p.busy && u.own > busyFrom
+		p.busy = began || p.busy && u.own > calmFrom
+		if began || now.Sub(looked) >= procsIdle {
 			p.measure()
 			looked = now
 		}

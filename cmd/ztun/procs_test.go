@@ -98,3 +98,44 @@ func TestLargeHeap(t *testing.T) {
 		t.Error("the floor is above the limit")
 	}
 }
+
+func TestGCPercent(t *testing.T) {
+	for _, tc := range []struct {
+		name        string
+		live        uint64
+		large, busy bool
+		want        int
+	}{
+		{name: "nothing to do", live: 4 << 20, want: gcSmall},
+		{name: "small and at work", live: 4 << 20, busy: true, want: gcMost},
+		{name: "some connections", live: 16 << 20, busy: true, want: 150},
+		{name: "many idle ones beside work", live: 40 << 20, busy: true, want: gcSmall},
+		{name: "large", live: 200 << 20, large: true, busy: true, want: gcLarge},
+		{name: "no collection yet", busy: true, want: gcMost},
+	} {
+		got := gcPercent(tc.live, tc.large, tc.busy)
+		if got != tc.want {
+			t.Errorf("%s: %d, want %d", tc.name, got, tc.want)
+		}
+		// The garbage that may lie stays within what is promised, or what was allowed before.
+		if lies := tc.live * uint64(got) / 100; !tc.large && lies > max(gcRoom, tc.live*gcSmall/100) {
+			t.Errorf("%s: %d bytes of garbage", tc.name, lies)
+		}
+	}
+}
+
+// TestGCBusy: work makes the collector patient, and the end of it makes it thrifty again.
+func TestGCBusy(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(gcSmall))
+	runtime.GC()
+	p := &processors{limit: 3, gc: true, busy: true}
+	p.measure()
+	if got := debug.SetGCPercent(-1); got <= gcSmall || got != p.tuned {
+		t.Errorf("at work: %d", got)
+	}
+	p.busy = false
+	p.measure()
+	if got := debug.SetGCPercent(gcSmall); got != gcSmall {
+		t.Errorf("after work: %d", got)
+	}
+}
