@@ -33,7 +33,7 @@ func targets() []string {
 	return []string{
 		"access", "admin", "bounds", "ca", "control", "crl", "dns", "hbone", "inbound", "istiod", "netstack", "outbound",
 		"pods", "proxy", "readiness",
-		"state", "stats", "xds", "ztun",
+		"state", "stats", "xds", "zds", "ztun",
 		"h2", "hickory_proto", "hickory_resolver", "hickory_server", "hyper", "hyper_util", "rustls", "tokio", "tonic",
 		"tower", "ztunnel",
 	}
