@@ -207,10 +207,9 @@ func dropOnThread(c *Config, again bool) (held capSet, err error) {
 // shutOut is a path of the configuration that the calling thread may not use; "": there is none.
 func (c *Config) shutOut() string {
 	denied := func(err error) bool { return errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) }
-	const device = "/dev/net/tun"
 	opens := !c.Mode.Dedicated && c.Attach.Steering != redirectedPods
-	if opens && denied(unix.Faccessat(unix.AT_FDCWD, device, unix.R_OK|unix.W_OK, unix.AT_EACCESS)) {
-		return device
+	if opens && denied(unix.Faccessat(unix.AT_FDCWD, tunDevice, unix.R_OK|unix.W_OK, unix.AT_EACCESS)) {
+		return tunDevice
 	}
 	read, write := c.files()
 	for _, p := range read {

@@ -110,7 +110,7 @@ func runWorkload(ctx context.Context, life *lifeline, who *runWho, reached *runP
 	}
 	file, err := netns.New()
 	if err != nil {
-		return err
+		return fmt.Errorf("%w%s", err, noUserNamespace("/"))
 	}
 	defer file.Close()
 	spec.NetNS = ""

@@ -69,29 +69,6 @@ func TestRunDirs(t *testing.T) {
 	}
 }
 
-// TestNoUserNamespace: what keeps users from making namespaces is said by name, with what would help.
-func TestNoUserNamespace(t *testing.T) {
-	for file, value := range map[string]string{"user/max_user_namespaces": "0", "user/max_pid_namespaces": "0",
-		"kernel/unprivileged_userns_clone": "0", "kernel/apparmor_restrict_unprivileged_userns": "1"} {
-		root := t.TempDir()
-		path := filepath.Join(root, "proc/sys", file)
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, []byte(value+"\n"), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		name := strings.ReplaceAll(file, "/", ".")
-		if got := noUserNamespace(root); !strings.Contains(got, name+" is "+value) ||
-			!strings.Contains(got, "as root: sysctl "+name+"=") {
-			t.Errorf("%s: %s", file, got)
-		}
-	}
-	if got := noUserNamespace(t.TempDir()); !strings.Contains(got, "seccomp") {
-		t.Error(got)
-	}
-}
-
 // TestNoLifeline: the mark of the inner process, set by somebody else, ends nothing and kills nobody.
 func TestNoLifeline(t *testing.T) {
 	for _, value := range []string{"1", "3,4", "3,4,/tmp", "x,y,z"} {

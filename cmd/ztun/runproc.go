@@ -63,8 +63,8 @@ func runOutside(who *runWho) error {
 		return fmt.Errorf("this is the workload %s of a `ztun run` already: one within another has no network to call by",
 			name)
 	}
-	if err := unix.Access("/dev/net/tun", unix.R_OK|unix.W_OK); err != nil {
-		return fmt.Errorf("/dev/net/tun cannot be opened: %w; as root: modprobe tun && chmod 0666 /dev/net/tun", err)
+	if err := needTUN(); err != nil {
+		return err
 	}
 	exe, err := ownProgram()
 	if err != nil {
@@ -136,23 +136,6 @@ func statusOf(w syscall.WaitStatus) error {
 		return exitStatus(w.ExitStatus())
 	}
 	return nil
-}
-
-// noUserNamespace says what on this machine keeps users from making the namespaces, and what would help. root is "/"
-// but in tests.
-func noUserNamespace(root string) string {
-	for _, s := range []struct{ file, forbids, help string }{
-		{"user/max_user_namespaces", "0", "sysctl user.max_user_namespaces=10000"},
-		{"user/max_pid_namespaces", "0", "sysctl user.max_pid_namespaces=10000"},
-		{"kernel/unprivileged_userns_clone", "0", "sysctl kernel.unprivileged_userns_clone=1"},
-		{"kernel/apparmor_restrict_unprivileged_userns", "1", "sysctl kernel.apparmor_restrict_unprivileged_userns=0"},
-	} {
-		b, err := os.ReadFile(filepath.Join(root, "proc/sys", s.file))
-		if err == nil && strings.TrimSpace(string(b)) == s.forbids {
-			return fmt.Sprintf(" (%s is %s); as root: %s", strings.ReplaceAll(s.file, "/", "."), s.forbids, s.help)
-		}
-	}
-	return " (in a container its seccomp profile may forbid it)"
 }
 
 // inForeground says whether the terminal's own signals reach our group.
