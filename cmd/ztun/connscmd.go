@@ -25,7 +25,7 @@ func (a *asker) bind(cmd *cobra.Command) {
 
 // bindRun adds --run, which is another way to say which socket.
 func (a *asker) bindRun(cmd *cobra.Command) {
-	cmd.Flags().Var((*runRef)(a), "run", "ask this `ztun run` of the user's: the number of its process, or its workload "+
+	cmd.Flags().Var((*runRef)(a), "run", "ask this 'ztun run' of the user's: the number of its process, or its workload "+
 		"as NAME or NAMESPACE/NAME")
 	cmd.MarkFlagsMutuallyExclusive("run", "socket")
 }

@@ -8,6 +8,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -112,7 +113,9 @@ func controlJoinCommand(dir *string) *cobra.Command {
 					return err
 				}
 			}
-			o.Address = "https://" + net.JoinHostPort(host, strconv.Itoa(ports.XDS))
+			if o.Address, err = controlAddress(host); err != nil {
+				return err
+			}
 			member, err := control.Join(cmd.Context(), o)
 			if err != nil {
 				return err
@@ -139,11 +142,24 @@ func controlJoinCommand(dir *string) *cobra.Command {
 	f.BoolVar(&o.Renew, "renew", false, "replace the credentials of who has joined before; the old ones end")
 	f.DurationVar(&o.Life, "life", 0, fmt.Sprintf("validity of the client certificate, which is renewed "+
 		"(default %v; of a workload %v); the token does not expire", control.DefaultLife, control.DefaultMaxLife))
-	f.StringVar(&host, "host", "", "name of this machine in what is printed or written (default the host name)")
+	f.StringVar(&host, "host", "", "name or address of this machine, and :PORT if the control plane listens elsewhere "+
+		"than at 15012, in what is printed or written (default the host name)")
 	cmd.MarkFlagsOneRequired("node", "workload")
 	cmd.MarkFlagsMutuallyExclusive("node", "workload")
 	cmd.MarkFlagRequired("out")
 	return cmd
+}
+
+// controlAddress is the URL of a control plane at HOST or HOST:PORT.
+func controlAddress(host string) (string, error) {
+	if _, _, err := net.SplitHostPort(host); err != nil { // no port, or an IPv6 address
+		host = net.JoinHostPort(strings.Trim(host, "[]"), strconv.Itoa(ports.XDS))
+	}
+	address, err := parseAddress("https://" + host)
+	if err != nil {
+		return "", fmt.Errorf("--host %s: %w", host, err)
+	}
+	return address, nil
 }
 
 func controlLeaveCommand(dir *string) *cobra.Command {

@@ -48,7 +48,7 @@ func podCommand() *cobra.Command {
 	f.StringVar(&spec.Name, "name", "", "name of the pod")
 	f.StringVar(&spec.Namespace, "namespace", "default", "namespace of the pod")
 	f.StringVar(&spec.ServiceAccount, "service-account", "default", "service account of the pod")
-	f.StringVar(&spec.NetNS, "netns", "", "network namespace: a path, a name of `ip netns`, or a process id")
+	f.StringVar(&spec.NetNS, "netns", "", "network namespace: a path, a name of 'ip netns', or a process id")
 	f.StringSliceVar(&ips, "ip", nil, "address of the pod, at most one per family: 10.1.0.2[,fd00::2]")
 	f.IntVar(&spec.MTU, "mtu", 0, "MTU in bytes (default the daemon's ZTUN_MTU)")
 	for _, name := range []string{"name", "netns", "ip"} {

@@ -20,11 +20,11 @@ type ownServers struct {
 
 func (o *ownServers) bind(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&o.adminPort, "admin", "", "PORT of localhost for what `ztun proxy` has at 15000 (default none: there is "+
-		"`ztun connections --run`)")
-	f.StringVar(&o.metricsAt, "metrics", "", "[ADDR:]PORT for metrics, as `ztun proxy` has them at 15020; ADDR is 127.0.0.1 "+
+	f.StringVar(&o.adminPort, "admin", "", "`PORT` of localhost for what 'ztun proxy' has at 15000 (default none: there is "+
+		"'ztun connections --run')")
+	f.StringVar(&o.metricsAt, "metrics", "", "`[ADDR:]PORT` for metrics, as 'ztun proxy' has them at 15020; ADDR is 127.0.0.1 "+
 		"if left out (default none)")
-	f.StringVar(&o.readyAt, "ready", "", "[ADDR:]PORT for /healthz/ready, as `ztun proxy` has it at 15021; ADDR is 127.0.0.1 "+
+	f.StringVar(&o.readyAt, "ready", "", "`[ADDR:]PORT` for /healthz/ready, as 'ztun proxy' has it at 15021; ADDR is 127.0.0.1 "+
 		"if left out (default none)")
 }
 

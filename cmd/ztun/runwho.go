@@ -22,7 +22,7 @@ type runWho struct {
 
 func (r *runWho) bind(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&r.join, "join", "", "bundle that `ztun control join --workload` has written, a directory or a file: who the "+
+	f.StringVar(&r.join, "join", "", "`BUNDLE` that 'ztun control join --workload' has written, a directory or a file: who the "+
 		"command is, and all it takes to be that")
 	f.StringVar(&r.spec.Name, "name", "", "name of the workload, where neither --join nor PROXY_WORKLOAD_INFO has it")
 	f.StringVar(&r.spec.Namespace, "namespace", "default", "namespace of the workload")

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 )
 
@@ -89,6 +90,29 @@ func TestNoCommandTakesAnything(t *testing.T) {
 		}
 	}
 	walk(rootCommand())
+}
+
+// What pflag shows as a flag's value is one word: text in back quotes, which a command's name was once.
+func TestFlagsValuesAreWords(t *testing.T) {
+	n := 0
+	var walk func(*cobra.Command)
+	walk = func(cmd *cobra.Command) {
+		for _, set := range []*pflag.FlagSet{cmd.LocalFlags(), cmd.PersistentFlags()} {
+			set.VisitAll(func(f *pflag.Flag) {
+				n++
+				if value, _ := pflag.UnquoteUsage(f); strings.Contains(value, " ") {
+					t.Errorf("%s --%s %q", cmd.CommandPath(), f.Name, value)
+				}
+			})
+		}
+		for _, sub := range cmd.Commands() {
+			walk(sub)
+		}
+	}
+	walk(rootCommand())
+	if n < 50 {
+		t.Errorf("only %d flags were seen", n)
+	}
 }
 
 // Who lacks rights is told which, and for what.

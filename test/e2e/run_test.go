@@ -78,10 +78,15 @@ func (r *rootless) runWith(ns *lab.NS, env []string, before string, args ...stri
 }
 
 func (r *rootless) cmd(env []string, before string, args ...string) lab.Cmd {
+	return r.asHim(env, before, append([]string{r.dir + "/ztun", "run"}, args...)...)
+}
+
+// asHim is any command as that user, without any capability and with no_new_privs.
+func (r *rootless) asHim(env []string, before string, args ...string) lab.Cmd {
 	script := "mount --bind " + r.dir + `/tun /dev/net/tun && ` + before + "cd / && exec setpriv --reuid 65534 " +
 		`--regid 65534 --clear-groups --no-new-privs --bounding-set -all --inh-caps -all "$@"`
 	return lab.Cmd{
-		Args: append([]string{"unshare", "-m", "sh", "-c", script, "sh", r.dir + "/ztun", "run"}, args...),
+		Args: append([]string{"unshare", "-m", "sh", "-c", script, "sh"}, args...),
 		Env:  append(append(os.Environ(), "TMPDIR="+r.dir+"/tmp"), env...),
 	}
 }
