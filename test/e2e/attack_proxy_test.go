@@ -63,7 +63,7 @@ func refusePrincipal(m *mesh) {
 	f := m.DefaultWorld()
 	f.Policies = []lab.Policy{{Name: "refuse", Namespace: "default", Scope: "Namespace", Action: "Deny",
 		Rules: [][][]map[string]any{{{{"principals": []map[string]string{{"Exact": refusedPrincipal}}}}}}}}
-	must(m.t, m.WriteWorld(f))
+	m.teach(f)
 }
 
 // refusedRequests sends CONNECTs that policy refuses, rate a second over each of a few tunnels, with baggage, and

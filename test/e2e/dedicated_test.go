@@ -57,7 +57,7 @@ func TestDedicated(t *testing.T) {
 	f.Policies = []lab.Policy{{Name: "a-and-side", Namespace: "default", Scope: "Namespace", Action: "Allow",
 		Rules: [][][]map[string]any{{{{"principals": []map[string]string{
 			{"Exact": "cluster.local/ns/default/sa/" + m.a.ServiceAccount}, {"Exact": "cluster.local/ns/default/sa/side"}}}}}}}}
-	must(t, m.WriteWorld(f))
+	m.teach(f)
 	r := newRootless(t, m)
 	world, err := os.ReadFile(m.WorldPath())
 	must(t, err)

@@ -81,6 +81,30 @@ func (m *mesh) pod(n *lab.Node, name string) *lab.Pod {
 	return p
 }
 
+// teach replaces the world of running daemons, and returns when each goes by as much as is in it: until then they
+// decide by the old one.
+func (m *mesh) teach(f lab.WorldFile) {
+	m.t.Helper()
+	must(m.t, m.WriteWorld(f))
+	want := [3]int{len(f.Workloads), len(f.Services), len(f.Policies)}
+	for _, n := range m.Nodes() {
+		eventually(m.t, 60*time.Second, func() error {
+			_, body, err := n.Daemon.Get(m.ctx, lab.AdminPort, "/config_dump")
+			if err != nil {
+				return err
+			}
+			var dump struct{ Workloads, Services, Policies []json.RawMessage }
+			if err := json.Unmarshal([]byte(body), &dump); err != nil {
+				return err
+			}
+			if got := [3]int{len(dump.Workloads), len(dump.Services), len(dump.Policies)}; got != want {
+				return fmt.Errorf("%s knows %v workloads, services and policies; want %v", n.Name, got, want)
+			}
+			return nil
+		})
+	}
+}
+
 // another adds a pod to the running mesh.
 func (m *mesh) another(n *lab.Node, name string) *lab.Pod {
 	m.t.Helper()

@@ -39,7 +39,7 @@ func TestRunElsewhere(t *testing.T) {
 	}
 	f.Policies = []lab.Policy{{Name: "known", Namespace: "default", Scope: "Namespace", Action: "Allow",
 		Rules: [][][]map[string]any{{{{"namespaces": []map[string]string{{"Exact": "default"}}}}}}}}
-	must(t, m.WriteWorld(f))
+	m.teach(f)
 	r := newRootless(t, m)
 	as := func(i int, args ...string) []string {
 		return append([]string{"--name", names[i], "--service-account", names[i], "--ip",

@@ -71,7 +71,7 @@ func TestRunReached(t *testing.T) {
 	f := m.DefaultWorld()
 	f.Workloads = append(f.Workloads, served, looped)
 	f.Policies = policies
-	must(t, m.WriteWorld(f))
+	m.teach(f)
 	r := newRootless(t, m)
 	b, err := os.ReadFile(bins.ztload)
 	must(t, err)
