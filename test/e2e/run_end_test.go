@@ -23,12 +23,14 @@ func inside(p *lab.Process) (daemon, command int, err error) {
 			daemon = n
 		}
 	}
+	oldest := 0
 	for _, task := range tasks(daemon) {
 		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", daemon, task))
 		for _, f := range strings.Fields(string(b)) {
-			// The daemon inherits orphans: the command is the oldest.
-			if n, err := strconv.Atoi(f); err == nil && (command == 0 || n < command) {
-				command = n
+			// The daemon inherits orphans: the command is the oldest. The host's numbers begin again now and then.
+			n, err := strconv.Atoi(f)
+			if own := ownNumber(n); err == nil && own != 0 && (command == 0 || own < oldest) {
+				command, oldest = n, own
 			}
 		}
 	}
@@ -36,6 +38,18 @@ func inside(p *lab.Process) (daemon, command int, err error) {
 		return 0, 0, fmt.Errorf("the run of process %d has daemon %d and command %d", p.Pid(), daemon, command)
 	}
 	return daemon, command, nil
+}
+
+// ownNumber is a process's number in its own PID namespace; 0 if it is gone.
+func ownNumber(pid int) int {
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 1 && f[0] == "NSpid:" {
+			n, _ := strconv.Atoi(f[len(f)-1])
+			return n
+		}
+	}
+	return 0
 }
 
 // tasks are the threads of a process.
