@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -87,18 +88,68 @@ func (m *mesh) teach(f lab.WorldFile) {
 	m.t.Helper()
 	must(m.t, m.WriteWorld(f))
 	want := [3]int{len(f.Workloads), len(f.Services), len(f.Policies)}
+	m.goneBy(60*time.Second, func(d inForce) error {
+		if got := [3]int{len(d.Workloads), len(d.Services), len(d.Policies)}; got != want {
+			return fmt.Errorf("%v workloads, services and policies are known; want %v", got, want)
+		}
+		return nil
+	})
+}
+
+// inForce is what a daemon goes by, of its dump: not what its file says, which the dump shows elsewhere.
+type inForce struct {
+	Workloads, Policies []json.RawMessage
+	Services            []struct{ Hostname string }
+}
+
+// goneBy waits until what every node's daemon goes by satisfies holds.
+func (m *mesh) goneBy(limit time.Duration, holds func(inForce) error) {
+	m.t.Helper()
 	for _, n := range m.Nodes() {
-		eventually(m.t, 60*time.Second, func() error {
+		eventually(m.t, limit, func() error {
 			_, body, err := n.Daemon.Get(m.ctx, lab.AdminPort, "/config_dump")
 			if err != nil {
 				return err
 			}
-			var dump struct{ Workloads, Services, Policies []json.RawMessage }
-			if err := json.Unmarshal([]byte(body), &dump); err != nil {
-				return err
+			var d inForce
+			if err = json.Unmarshal([]byte(body), &d); err == nil {
+				err = holds(d)
 			}
-			if got := [3]int{len(dump.Workloads), len(dump.Services), len(dump.Policies)}; got != want {
-				return fmt.Errorf("%s knows %v workloads, services and policies; want %v", n.Name, got, want)
+			if err != nil {
+				return fmt.Errorf("%s: %w", n.Name, err)
+			}
+			return nil
+		})
+	}
+}
+
+// echo asks the load server of an address for a byte.
+func echo(ctx context.Context, ns *lab.NS, to netip.AddrPort) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	c, err := ns.Dial(ctx, "tcp", to.String())
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	if _, err := c.Write([]byte("x")); err != nil {
+		return err
+	}
+	_, err = io.ReadFull(c, make([]byte, 1))
+	return err
+}
+
+// meet waits until the pods a and c, of one node each, reach each other in both families.
+func (m *mesh) meet(what string, limit time.Duration, reach func(from *lab.NS, to netip.Addr) error) {
+	m.t.Helper()
+	for _, c := range []struct {
+		from *lab.NS
+		to   netip.Addr
+	}{{m.a.NS, m.c.V4()}, {m.a.NS, m.c.V6()}, {m.c.NS, m.a.V4()}, {m.c.NS, m.a.V6()}} {
+		eventually(m.t, limit, func() error {
+			if err := reach(c.from, c.to); err != nil {
+				return fmt.Errorf("%s: to %s: %w", what, c.to, err)
 			}
 			return nil
 		})

@@ -86,37 +86,12 @@ func (r *redirectedMesh) snapshot(n *lab.Node, pods ...*lab.Pod) {
 	a.want(a.raw(snapshotSent))
 }
 
-// echo asks the load server of an address for a byte.
-func echo(ctx context.Context, ns *lab.NS, to netip.AddrPort) error {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
-	defer cancel()
-	c, err := ns.Dial(ctx, "tcp", to.String())
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	c.SetDeadline(time.Now().Add(20 * time.Second))
-	if _, err := c.Write([]byte("x")); err != nil {
-		return err
-	}
-	_, err = io.ReadFull(c, make([]byte, 1))
-	return err
-}
-
 // works waits until the pods a and c reach each other, in both families.
 func (r *redirectedMesh) works(what string) {
 	r.t.Helper()
-	for _, c := range []struct {
-		from *lab.NS
-		to   netip.Addr
-	}{{r.a.NS, r.c.V4()}, {r.a.NS, r.c.V6()}, {r.c.NS, r.a.V4()}, {r.c.NS, r.a.V6()}} {
-		eventually(r.t, 60*time.Second, func() error {
-			if err := echo(r.ctx, c.from, netip.AddrPortFrom(c.to, 9001)); err != nil {
-				return fmt.Errorf("%s: to %s: %w", what, c.to, err)
-			}
-			return nil
-		})
-	}
+	r.meet(what, 60*time.Second, func(from *lab.NS, to netip.Addr) error {
+		return echo(r.ctx, from, netip.AddrPortFrom(to, 9001))
+	})
 }
 
 // TestRedirected: with ztunnel's own environment, under istio-cni's rules and a node agent, ztun does ztunnel's work:

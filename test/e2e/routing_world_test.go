@@ -3,7 +3,6 @@ package e2e
 import (
 	"encoding/binary"
 	"encoding/hex"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -308,24 +307,14 @@ func (r *routing) apply(change func(*lab.WorldFile)) {
 	} else {
 		must(r.t, r.WriteWorld(f))
 	}
-	for _, n := range r.Nodes() {
-		eventually(r.t, 20*time.Second, func() error {
-			_, body, err := n.Daemon.Get(r.ctx, lab.AdminPort, "/config_dump")
-			// Not only what the file says, which the dump also shows, but what is in force.
-			var dump struct{ Services []struct{ Hostname string } }
-			if err == nil {
-				err = json.Unmarshal([]byte(body), &dump)
+	r.goneBy(20*time.Second, func(d inForce) error {
+		for _, s := range d.Services {
+			if s.Hostname == marker {
+				return nil
 			}
-			if err == nil && !slices.ContainsFunc(dump.Services, func(s struct {
-				Hostname string
-			}) bool {
-				return s.Hostname == marker
-			}) {
-				err = fmt.Errorf("%s does not know %s", n.Name, marker)
-			}
-			return err
-		})
-	}
+		}
+		return fmt.Errorf("%s is not known", marker)
+	})
 }
 
 // startApps starts what answers: every application says who it is and whom it sees, and then echoes.

@@ -3,7 +3,6 @@ package e2e
 import (
 	"context"
 	"fmt"
-	"io"
 	"net/netip"
 	"testing"
 	"time"
@@ -58,31 +57,11 @@ func TestSteered(t *testing.T) {
 	get := func(ns *lab.NS, to netip.Addr) error {
 		ctx, cancel := context.WithTimeout(m.ctx, 5*time.Second) // what is closed says nothing
 		defer cancel()
-		c, err := ns.Dial(ctx, "tcp", lab.HostPort(to, 9001))
-		if err != nil {
-			return err
-		}
-		defer c.Close()
-		c.SetDeadline(time.Now().Add(20 * time.Second))
-		if _, err := c.Write([]byte("x")); err != nil {
-			return err
-		}
-		_, err = io.ReadFull(c, make([]byte, 1))
-		return err
+		return echo(ctx, ns, netip.AddrPortFrom(to, 9001))
 	}
 	both := func(what string) {
 		t.Helper()
-		for _, c := range []struct {
-			from *lab.NS
-			to   netip.Addr
-		}{{m.a.NS, m.c.V4()}, {m.a.NS, m.c.V6()}, {m.c.NS, m.a.V4()}, {m.c.NS, m.a.V6()}} {
-			eventually(t, 30*time.Second, func() error {
-				if err := get(c.from, c.to); err != nil {
-					return fmt.Errorf("%s: to %s: %w", what, c.to, err)
-				}
-				return nil
-			})
-		}
+		m.meet(what, 30*time.Second, get)
 	}
 	both("before")
 	must(t, m.Attach(m.ctx, m.a))
