@@ -14,14 +14,16 @@ import (
 func TestDemoRootless(t *testing.T) {
 	m := newMesh(t, meshOptions{})
 	r := newRootless(t, m)
-	script, err := os.ReadFile("../../scripts/demo-rootless") // where it is may be closed to others
-	must(t, err)
-	must(t, os.WriteFile(filepath.Join(r.dir, "demo"), script, 0o755))
+	for _, name := range []string{"demo-rootless", "demo-common"} { // where they are may be closed to others
+		script, err := os.ReadFile("../../scripts/" + name)
+		must(t, err)
+		must(t, os.WriteFile(filepath.Join(r.dir, name), script, 0o755))
+	}
 	at := filepath.Join(r.dir, "tmp", "demo")
 	env := []string{"ZTUN_BIN=" + r.dir + "/ztun", "ZTUN_DEMO_DIR=" + at}
 	as := func(args ...string) (string, error) { return m.RunCmd(m.ctx, m.h1.NS, r.asHim(env, "", args...)) }
-	t.Cleanup(func() { as(r.dir+"/demo", "down") })
-	out, err := as(r.dir+"/demo", "up")
+	t.Cleanup(func() { as(r.dir+"/demo-rootless", "down") })
+	out, err := as(r.dir+"/demo-rootless", "up")
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
@@ -53,7 +55,7 @@ func TestDemoRootless(t *testing.T) {
 	if err != nil || !strings.Contains(string(log), "sa/stranger") || !strings.Contains(string(log), "policy rejection") {
 		t.Errorf("the web server's log says nothing of the refusal: %v\n%s", err, log)
 	}
-	if out, err := as(r.dir+"/demo", "down"); err != nil {
+	if out, err := as(r.dir+"/demo-rootless", "down"); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}
 	if _, err := os.Stat(at); !os.IsNotExist(err) {
