@@ -285,11 +285,6 @@ func (s *session) response(raw []byte) error {
 	if err := contained(func() error { c.show(&a); return nil }); err != nil {
 		return err
 	}
-	reply := &discoverypb.DeltaDiscoveryRequest{TypeUrl: m.typeURL, ResponseNonce: m.nonce}
-	if a.nack != "" {
-		reply.ErrorDetail = &discoverypb.Status{Message: a.nack} // code 0, as ztunnel's
-	}
-	err = s.send(reply)
 	if c.o.OnDemand && m.typeURL == TypeAddress {
 		c.demands.answer(&m, a.lost, s.asked)
 		// The server goes on to watch them for us: asked for by name, it would be silent.
@@ -299,13 +294,16 @@ func (s *session) response(raw []byte) error {
 			}
 		})
 	}
+	// The reply comes last: it says that all this has been done.
+	reply := &discoverypb.DeltaDiscoveryRequest{TypeUrl: m.typeURL, ResponseNonce: m.nonce}
 	switch {
 	case a.nack == "" && !m.more:
 		c.arrived(m.typeURL)
 	case a.nack != "":
+		reply.ErrorDetail = &discoverypb.Status{Message: a.nack} // code 0, as ztunnel's
 		c.trouble("refused by us: " + clip(a.nack))
 	}
-	return err
+	return s.send(reply)
 }
 
 // show builds and publishes what a message changed. After a reset it waits until
