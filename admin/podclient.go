@@ -34,9 +34,10 @@ func NewPodClient(path string) *PodClient {
 	return c
 }
 
-// Add asks for a pod and returns when its traffic is captured.
+// Add asks for a pod and returns when its traffic is captured. One without addresses gets those of its namespace, if it
+// has any.
 func (c *PodClient) Add(ctx context.Context, p PodSpec) error {
-	if err := p.Validate(); err != nil {
+	if err := p.validate(false); err != nil {
 		return err
 	}
 	return c.do(ctx, http.MethodPost, podsPath, p, nil)
@@ -45,6 +46,11 @@ func (c *PodClient) Add(ctx context.Context, p PodSpec) error {
 // Delete removes a pod and returns when nothing of it is left.
 func (c *PodClient) Delete(ctx context.Context, namespace, name string) error {
 	return c.do(ctx, http.MethodDelete, podsPath+"/"+url.PathEscape(namespace)+"/"+url.PathEscape(name), nil, nil)
+}
+
+// DeleteUID is Delete of the pod that is known by uid.
+func (c *PodClient) DeleteUID(ctx context.Context, uid string) error {
+	return c.do(ctx, http.MethodDelete, podsPath+"?"+url.Values{"uid": {uid}}.Encode(), nil, nil)
 }
 
 // List returns all pods, sorted by namespace and name.

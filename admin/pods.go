@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 )
 
 // What a PodManager's errors mean to its caller; wrap one of them with what is the matter. They survive
@@ -28,6 +30,8 @@ type PodManager interface {
 	Add(ctx context.Context, p PodSpec) error
 	// Delete returns when nothing of the pod is left.
 	Delete(ctx context.Context, namespace, name string) error
+	// DeleteUID is Delete where a name does not tell which pod is meant, or is not known.
+	DeleteUID(ctx context.Context, uid string) error
 	// List returns all pods in any order.
 	List() []PodStatus
 }
@@ -40,7 +44,7 @@ type PodSpec struct {
 	Namespace      string       `json:"namespace"`
 	ServiceAccount string       `json:"serviceAccount"`
 	NetNS          string       `json:"netns"` // path, name of `ip netns`, or process id
-	IPs            []netip.Addr `json:"ips"`   // at most one per family
+	IPs            []netip.Addr `json:"ips"`   // at most one per family; none: those that the namespace has
 	MTU            int          `json:"mtu,omitempty"`
 }
 
@@ -96,9 +100,12 @@ const (
 	maxMTU = 65535
 )
 
-// Validate checks what can be checked without looking at the machine. The error wraps ErrPodInvalid and
+// Validate checks of a whole pod what can be checked without looking at the machine. The error wraps ErrPodInvalid and
 // names every field at fault.
-func (p *PodSpec) Validate() error {
+func (p *PodSpec) Validate() error { return p.validate(true) }
+
+// validate is Validate; addressed: addresses must be there, and are not to be read from the namespace.
+func (p *PodSpec) validate(addressed bool) error {
 	var bad []string
 	add := func(format string, a ...any) { bad = append(bad, fmt.Sprintf(format, a...)) }
 	for _, f := range []struct {
@@ -115,7 +122,10 @@ func (p *PodSpec) Validate() error {
 	case len(p.NetNS) > 4095 || strings.ContainsAny(p.NetNS, "\x00\n"):
 		add("netns is not a path, a name or a process id")
 	}
-	if len(p.IPs) == 0 {
+	if err := checkUID(p.UID); err != nil {
+		add("uid %v", err)
+	}
+	if len(p.IPs) == 0 && addressed {
 		add("ips is empty: a pod needs one address, or one of each family")
 	}
 	seen := map[bool]netip.Addr{}
@@ -143,6 +153,20 @@ func (p *PodSpec) Validate() error {
 		return nil
 	}
 	return fmt.Errorf("%w: %s", ErrPodInvalid, strings.Join(bad, "; "))
+}
+
+// maxUID bounds a uid, in bytes: those of Kubernetes have 36, namespace/name has 317.
+const maxUID = 320
+
+// checkUID takes any text of one word, since a uid is whatever a node agent knows pods by.
+func checkUID(s string) error {
+	if len(s) > maxUID {
+		return fmt.Errorf("is longer than %d characters", maxUID)
+	}
+	if strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r == utf8.RuneError || !unicode.IsPrint(r) }) {
+		return fmt.Errorf("%q is not one word of printable characters", clip(s, 64))
+	}
+	return nil
 }
 
 // kubeName checks a Kubernetes object name (lower-case DNS labels joined by dots, RFC 1123).

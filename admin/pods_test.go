@@ -71,6 +71,18 @@ func (f *fakePods) Delete(_ context.Context, namespace, name string) error {
 	return nil
 }
 
+func (f *fakePods) DeleteUID(_ context.Context, uid string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for k, p := range f.pods {
+		if p.UID == uid {
+			delete(f.pods, k)
+			return nil
+		}
+	}
+	return fmt.Errorf("%w: %s", ErrPodNotFound, uid)
+}
+
 func (f *fakePods) List() (ps []PodStatus) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -206,6 +218,34 @@ func TestPodHTTP(t *testing.T) {
 			ct != "application/json" {
 			t.Errorf("%s %s %.60s: %d %q %q, want %d %q", tc.method, tc.path, tc.body, code, e, ct, tc.code, tc.err)
 		}
+	}
+}
+
+// TestPodsByUID: a pod may be asked for by its uid alone, and without addresses, which the daemon reads then.
+func TestPodsByUID(t *testing.T) {
+	pods := &fakePods{pods: map[string]PodStatus{}}
+	_, path := podSocket(t, pods)
+	c, ctx := NewPodClient(path), background(t)
+	p := spec("a")
+	p.UID, p.IPs = "0f/8 fad", nil
+	if err := c.Add(ctx, p); !errors.Is(err, ErrPodInvalid) || !strings.Contains(err.Error(), "uid") {
+		t.Errorf("a uid of two words: %v", err)
+	}
+	p.UID = "0f/8&?fad"
+	if err := c.Add(ctx, p); err != nil {
+		t.Fatal(err)
+	}
+	if l := pods.List(); len(l) != 1 || l[0].UID != p.UID || len(l[0].IPs) != 0 {
+		t.Errorf("%+v", l)
+	}
+	for uid, want := range map[string]error{"": ErrPodInvalid, "a b": ErrPodInvalid, strings.Repeat("a", 321): ErrPodInvalid,
+		"other": ErrPodNotFound} {
+		if err := c.DeleteUID(ctx, uid); !errors.Is(err, want) {
+			t.Errorf("%.10q: %v, want %v", uid, err, want)
+		}
+	}
+	if err := c.DeleteUID(ctx, p.UID); err != nil || len(pods.List()) != 0 {
+		t.Errorf("%v, %v", err, pods.List())
 	}
 }
 

@@ -48,7 +48,8 @@ type PodSocketOptions struct {
 type PodHandler func(w http.ResponseWriter, r *http.Request) (body any, err error)
 
 // PodSocket is the HTTP server behind `ztun pod` and whatever else asks a running daemon. Its paths are POST /v1/pods,
-// GET /v1/pods, DELETE /v1/pods/{namespace}/{name}, GET /v1/connections and GET /v1/flows; errors are {"error": "..."}.
+// GET /v1/pods, DELETE /v1/pods/{namespace}/{name} or /v1/pods?uid={uid}, GET /v1/connections and GET /v1/flows; errors
+// are {"error": "..."}.
 type PodSocket struct {
 	*Server
 	path   string
@@ -286,8 +287,20 @@ func (h *podHandler) serve(r *http.Request) (code int, body any, err error) {
 				return 0, nil, err
 			}
 			return http.StatusCreated, p, nil
+		case http.MethodDelete:
+			uid := r.URL.Query().Get("uid")
+			if err := checkUID(uid); err != nil {
+				return 0, nil, fmt.Errorf("%w: uid %v", ErrPodInvalid, err)
+			}
+			if uid == "" {
+				return 0, nil, fmt.Errorf("%w: which? DELETE %s/NAMESPACE/NAME or %[2]s?uid=UID", ErrPodInvalid, podsPath)
+			}
+			if err := h.pods.DeleteUID(ctx, uid); err != nil {
+				return 0, nil, err
+			}
+			return http.StatusNoContent, nil, nil
 		}
-		return 0, nil, fmt.Errorf("%w: %s, use GET or POST", errPodMethod, clip(r.Method, 16))
+		return 0, nil, fmt.Errorf("%w: %s, use GET, POST or DELETE", errPodMethod, clip(r.Method, 16))
 	}
 	namespace, name, ok := splitPod(r.URL.EscapedPath())
 	if !ok {
@@ -332,7 +345,7 @@ func decodePod(body io.Reader) (p PodSpec, err error) {
 	for i, ip := range p.IPs {
 		p.IPs[i] = ip.Unmap()
 	}
-	return p, p.Validate()
+	return p, p.validate(false)
 }
 
 // podCodes is the one table of errors and HTTP codes, used by both ends.

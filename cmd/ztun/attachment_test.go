@@ -328,6 +328,24 @@ func TestPodsAreKnownByUID(t *testing.T) {
 		!strings.Contains(err.Error(), "uid-1, uid-2") {
 		t.Errorf("delete by name: %v", err)
 	}
+	// By its uid it can. What of the other is asked for meanwhile is still there.
+	if err := m.pods.DeleteUID(t.Context(), "uid-9"); !errors.Is(err, admin.ErrPodNotFound) {
+		t.Errorf("delete of another uid: %v", err)
+	}
+	if err := m.pods.DeleteUID(t.Context(), "uid-1"); err != nil {
+		t.Fatal(err)
+	}
+	if all := m.pods.List(); len(all) != 1 || all[0].UID != "uid-2" {
+		t.Errorf("after the delete of uid-1: %+v", all)
+	}
+	// Its addresses are those of its namespace, where none are given.
+	first.IPs = nil
+	if err := m.pods.Add(t.Context(), first); err != nil {
+		t.Fatal(err)
+	}
+	if p := m.pods.pods["uid-1"]; p == nil || !slices.Equal(p.spec.IPs, []netip.Addr{addr("10.1.0.1")}) {
+		t.Errorf("%+v", p)
+	}
 	// A namespace that came as a descriptor is not in the list for the next daemon; the others are, with their uid.
 	third := specOf("three")
 	third.UID, third.NetNS = "uid-3", ""

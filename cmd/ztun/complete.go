@@ -85,6 +85,12 @@ func completions(cmd *cobra.Command) map[string]completion {
 			}
 			return p.Name
 		}),
+		"uid": pods(func(p admin.PodStatus) string {
+			if cmd.Name() == "add" {
+				return ""
+			}
+			return p.UID
+		}),
 		"namespace": pods(func(p admin.PodStatus) string { return p.Namespace }),
 		"pod":       pods(func(p admin.PodStatus) string { return p.Namespace + "/" + p.Name }),
 		"netns": func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {

@@ -23,6 +23,7 @@ type fakePods struct {
 
 func (f *fakePods) Add(context.Context, admin.PodSpec) error     { return admin.ErrPodUnavailable }
 func (f *fakePods) Delete(context.Context, string, string) error { return admin.ErrPodUnavailable }
+func (f *fakePods) DeleteUID(context.Context, string) error      { return admin.ErrPodUnavailable }
 func (f *fakePods) List() []admin.PodStatus {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -23,6 +23,14 @@ func (k nodeKinds) Open(ctx context.Context) error {
 	return errors.Join(k.Node.Open(ctx), k.steered.Open(ctx))
 }
 
+// Locate implements attach.Kind: a pod that has an eth0 has its addresses, too.
+func (k nodeKinds) Locate(p *attach.Pod) error {
+	if len(p.IPs) > 0 {
+		return k.Node.Locate(p)
+	}
+	return k.steered.Locate(p)
+}
+
 // Attach implements attach.Kind.
 func (k nodeKinds) Attach(ctx context.Context, p attach.Pod, h attach.Handler) (attach.Attachment, error) {
 	ns, err := attach.Open(p)

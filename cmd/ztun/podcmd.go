@@ -49,16 +49,25 @@ func podCommand() *cobra.Command {
 	f.StringVar(&spec.Namespace, "namespace", "default", "namespace of the pod")
 	f.StringVar(&spec.ServiceAccount, "service-account", "default", "service account of the pod")
 	f.StringVar(&spec.NetNS, "netns", "", "network namespace: a path, a name of 'ip netns', or a process id")
-	f.StringSliceVar(&ips, "ip", nil, "address of the pod, at most one per family: 10.1.0.2[,fd00::2]")
+	f.StringSliceVar(&ips, "ip", nil, "address of the pod, at most one per family: 10.1.0.2[,fd00::2]; not needed where "+
+		"its namespace has one (steered, redirected)")
+	f.StringVar(&spec.UID, "uid", "", "what the pod is known by, if several may have its name for a while")
 	f.IntVar(&spec.MTU, "mtu", 0, "MTU in bytes (default the daemon's ZTUN_MTU)")
-	for _, name := range []string{"name", "netns", "ip"} {
+	for _, name := range []string{"name", "netns"} {
 		add.MarkFlagRequired(name)
 	}
 
-	var name, namespace string
+	var name, namespace, uid string
 	del := &cobra.Command{
 		Use: "del", Short: "detach a pod: its connections may finish, then every trace is removed", Args: noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
+			if uid != "" {
+				if err := client().DeleteUID(c.Context(), uid); err != nil {
+					return err
+				}
+				fmt.Printf("pod %s detached\n", uid)
+				return nil
+			}
 			if err := client().Delete(c.Context(), namespace, name); err != nil {
 				return err
 			}
@@ -68,7 +77,10 @@ func podCommand() *cobra.Command {
 	}
 	del.Flags().StringVar(&name, "name", "", "name of the pod")
 	del.Flags().StringVar(&namespace, "namespace", "default", "namespace of the pod")
-	del.MarkFlagRequired("name")
+	del.Flags().StringVar(&uid, "uid", "", "uid of the pod, in place of its name (ztun pod list -o wide shows it)")
+	del.MarkFlagsOneRequired("name", "uid")
+	del.MarkFlagsMutuallyExclusive("name", "uid")
+	del.MarkFlagsMutuallyExclusive("namespace", "uid")
 
 	var o output
 	var follow bool
@@ -152,4 +164,5 @@ var podColumns = []column[admin.PodStatus]{
 		}
 		return strconv.Itoa(p.MTU)
 	}},
+	{head: "UID", wide: true, cell: func(p admin.PodStatus) string { return p.UID }},
 }

@@ -123,6 +123,10 @@ func (m *podManager) attach(ctx context.Context, spec attach.Pod) error {
 	if err := m.kind.Locate(&spec); err != nil {
 		return err
 	}
+	if len(spec.IPs) == 0 {
+		return fmt.Errorf("%w: ips is empty, and they are read from a pod's namespace only if ZTUN_STEERING is steered or "+
+			"redirected: a pod needs one address, or one of each family", admin.ErrPodInvalid)
+	}
 	if !m.kind.Shares() {
 		if err := attach.CheckAddrs(spec.Label, spec.IPs, addrs); err != nil {
 			return err
@@ -178,13 +182,20 @@ func (m *podManager) Delete(ctx context.Context, namespace, name string) error {
 	if err != nil {
 		return err
 	}
+	return m.DeleteUID(ctx, uid)
+}
+
+// DeleteUID implements admin.PodManager. uid is namespace/name for a pod that nobody gave one.
+func (m *podManager) DeleteUID(ctx context.Context, uid string) error {
+	if err := m.alone(); err != nil {
+		return err
+	}
 	m.mu.Lock()
 	p := m.pods[uid]
 	agents := p != nil && p.spec.NetNS == "" || m.pending[uid].file != nil
 	m.mu.Unlock()
 	if agents {
-		return fmt.Errorf("%w: pod %s/%s is the node agent's: it ends with the pod or its label", admin.ErrPodConflict,
-			namespace, name)
+		return fmt.Errorf("%w: pod %s is the node agent's: it ends with the pod or its label", admin.ErrPodConflict, uid)
 	}
 	ctx, cancel := context.WithTimeout(ctx, m.c.Process.TerminationDeadline)
 	defer cancel()

@@ -64,7 +64,10 @@ func TestSteered(t *testing.T) {
 		m.meet(what, 30*time.Second, get)
 	}
 	both("before")
-	must(t, m.Attach(m.ctx, m.a))
+	// Its addresses are read from its namespace.
+	_, err := m.PodCmd(m.ctx, m.N1, "add", "--uid", "uid-a", "--name", m.a.Name, "--namespace", m.a.Namespace,
+		"--service-account", m.a.ServiceAccount, "--netns", m.a.NS.Path())
+	must(t, err)
 	must(t, m.Attach(m.ctx, m.c))
 	wire, err := m.Capture(m.N1.NS, "eth0", lab.CaptureOptions{Filter: "tcp", Immediate: true})
 	must(t, err)
@@ -106,7 +109,8 @@ func TestSteered(t *testing.T) {
 	_, err = m.Run(m.ctx, nil, "ip", "-n", fmt.Sprintf("ztun-%x-%x", dev, ino), "rule", "del", "pref", "20")
 	must(t, err)
 	eventually(t, 40*time.Second, func() error { return get(m.N1.NS, m.a.V4()) })
-	must(t, m.Detach(m.ctx, m.a))
+	_, err = m.PodCmd(m.ctx, m.N1, "del", "--uid", "uid-a")
+	must(t, err)
 	m.N2.Daemon.Kill()
 	if out, err := m.Ztun(m.ctx, m.N2.NS, "node", "clean", "--state-dir", m.DaemonEnv(m.N2)["ZTUN_STATE_DIR"]); err != nil {
 		t.Errorf("clean: %v: %s", err, out)
