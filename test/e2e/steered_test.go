@@ -2,12 +2,19 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/netip"
+	"os"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"ztun/test/lab"
+	"ztun/tun/sandwich"
 )
 
 // cni gives a pod an eth0 as a CNI does: routed, a host's address and an on-link gateway that is nowhere (Calico); or
@@ -35,13 +42,54 @@ func (m *mesh) cni(p *lab.Pod, routed bool) {
 	must(m.t, m.IP(m.ctx, p.NS, in...))
 }
 
+// keep opens connections that echo, and returns what checks that each still does.
+func (m *mesh) keep(ends map[*lab.NS]netip.Addr) (still func(what string)) {
+	m.t.Helper()
+	var conns []net.Conn
+	for from, to := range ends {
+		c, err := from.Dial(m.ctx, "tcp", netip.AddrPortFrom(to, 9002).String())
+		must(m.t, err)
+		m.t.Cleanup(func() { c.Close() })
+		conns = append(conns, c)
+	}
+	still = func(what string) {
+		m.t.Helper()
+		for _, c := range conns {
+			c.SetDeadline(time.Now().Add(20 * time.Second))
+			if _, err := c.Write([]byte("x")); err != nil {
+				m.t.Errorf("%s: %v to %v: %v", what, c.LocalAddr(), c.RemoteAddr(), err)
+			} else if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+				m.t.Errorf("%s: %v to %v: %v", what, c.LocalAddr(), c.RemoteAddr(), err)
+			}
+		}
+	}
+	still("at once")
+	return still
+}
+
+// between is what the namespace between a steered pod and the network is called. It is outside of the world, which a
+// test that fails would leave.
+func (m *mesh) between(p *lab.Pod) string {
+	m.t.Helper()
+	var st unix.Stat_t
+	must(m.t, unix.Stat(p.NS.Path(), &st))
+	name := sandwich.Record{Dev: st.Dev, Ino: st.Ino}.Name()
+	m.t.Cleanup(func() {
+		if m.t.Failed() {
+			m.Run(context.Background(), nil, "ip", "netns", "del", name)
+		}
+	})
+	return name
+}
+
 // TestSteered: pods that keep their CNI's eth0, of both families of CNI, are captured while they run: new
-// connections are encrypted, pings pass, the node's own probes reach a pod
+// connections are encrypted and those from before go on, pings pass, the node's own probes reach a pod
 // that is strict and nobody else does, a killed daemon leaves nothing open and the next one goes on; let go, the pod is
 // as it was.
 func TestSteered(t *testing.T) {
 	m := newMesh(t, meshOptions{noStart: true})
 	m.cni(m.a, true)
+	m.cni(m.b, false)
 	m.cni(m.c, false)
 	f := m.DefaultWorld()
 	f.Policies = []lab.Policy{{Name: "istio_converted_static_strict", Namespace: "default", Scope: "Namespace",
@@ -51,8 +99,11 @@ func TestSteered(t *testing.T) {
 	for _, n := range m.Nodes() {
 		m.start(n, env)
 	}
-	m.serve(m.a.NS)
-	m.serve(m.c.NS)
+	for _, p := range []*lab.Pod{m.a, m.b, m.c} {
+		m.serve(p.NS)
+		m.echoServer(p.NS, "[::]:9002")
+	}
+	between := map[*lab.Pod]string{m.a: m.between(m.a), m.b: m.between(m.b), m.c: m.between(m.c)}
 	before := map[*lab.Pod]string{m.a: netState(m, m.a.NS), m.c: netState(m, m.c.NS)}
 	get := func(ns *lab.NS, to netip.Addr) error {
 		ctx, cancel := context.WithTimeout(m.ctx, 5*time.Second) // what is closed says nothing
@@ -64,6 +115,7 @@ func TestSteered(t *testing.T) {
 		m.meet(what, 30*time.Second, get)
 	}
 	both("before")
+	kept := m.keep(map[*lab.NS]netip.Addr{m.a.NS: m.c.V6(), m.c.NS: m.a.V4(), m.h2.NS: m.a.V6()})
 	// Its addresses are read from its namespace.
 	_, err := m.PodCmd(m.ctx, m.N1, "add", "--uid", "uid-a", "--name", m.a.Name, "--namespace", m.a.Namespace,
 		"--service-account", m.a.ServiceAccount, "--netns", m.a.NS.Path())
@@ -77,6 +129,7 @@ func TestSteered(t *testing.T) {
 	if got := packets.ServerPorts(); fmt.Sprint(got) != "[15008]" {
 		t.Errorf("on the wire: %v", got)
 	}
+	kept("after the capture of both ends")
 	for to, size := range map[netip.Addr]string{m.c.V4(): "4000", m.c.V6(): "1300"} {
 		if out, err := m.Run(m.ctx, m.a.NS, "ping", "-c1", "-w20", "-s"+size, to.String()); err != nil {
 			t.Errorf("ping: %v: %s", err, out)
@@ -100,15 +153,22 @@ func TestSteered(t *testing.T) {
 	}
 	m.start(m.N1, env)
 	both("after a restart")
+	kept("after a restart")
 	// What somebody takes away is put back.
-	out, err := m.Run(m.ctx, nil, "stat", "-L", "-c", "ztun-%d-%i", m.a.NS.Path())
-	must(t, err)
-	var dev, ino uint64
-	_, err = fmt.Sscanf(out, "ztun-%d-%d", &dev, &ino)
-	must(t, err)
-	_, err = m.Run(m.ctx, nil, "ip", "-n", fmt.Sprintf("ztun-%x-%x", dev, ino), "rule", "del", "pref", "20")
+	_, err = m.Run(m.ctx, nil, "ip", "-n", between[m.a], "rule", "del", "pref", "20")
 	must(t, err)
 	eventually(t, 40*time.Second, func() error { return get(m.N1.NS, m.a.V4()) })
+	// A CNI's DEL takes eth0 away, which is ours: its own goes with S, and its address with it.
+	must(t, m.Attach(m.ctx, m.b))
+	eventually(t, 30*time.Second, func() error { return get(m.N1.NS, m.b.V4()) })
+	must(t, m.IP(m.ctx, m.b.NS, "link del eth0"))
+	eventually(t, 30*time.Second, func() error {
+		if out, err := m.Run(m.ctx, m.N1.NS, "ip", "-o", "link", "show", "veth"+m.b.Name); err == nil {
+			return fmt.Errorf("the CNI's end on the host is still there: %s", out)
+		}
+		return nil
+	})
+	must(t, m.Detach(m.ctx, m.b))
 	_, err = m.PodCmd(m.ctx, m.N1, "del", "--uid", "uid-a")
 	must(t, err)
 	m.N2.Daemon.Kill()
@@ -118,6 +178,11 @@ func TestSteered(t *testing.T) {
 	for p, was := range before {
 		if now := netState(m, p.NS); now != was {
 			t.Errorf("pod %s: before\n%s\nafter\n%s", p.Name, was, now)
+		}
+	}
+	for p, name := range between {
+		if _, err := os.Stat("/var/run/netns/" + name); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("pod %s: %s is left: %v", p.Name, name, err)
 		}
 	}
 }

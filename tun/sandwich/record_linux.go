@@ -11,6 +11,7 @@ import (
 
 	"ztun/tun/netns"
 	"ztun/tun/replace"
+	"ztun/tun/rtnl"
 )
 
 // Record is what is written down of a pod before the first step: enough to give it back without the daemon.
@@ -86,7 +87,7 @@ func Find(dir string, dev, ino uint64) (*Record, error) {
 }
 
 // Restore gives the pod its device back from whatever state it is in, ends S, and forgets the record. A pod that is
-// gone loses S alone, and the CNI's device in it.
+// gone loses S alone, and the CNI's device in it; one whose device the CNI has taken away has nothing to be given back.
 func (r Record) Restore(ctx context.Context, dir string) error {
 	pod, err := r.find()
 	if err != nil {
@@ -99,16 +100,34 @@ func (r Record) Restore(ctx context.Context, dir string) error {
 	case err != nil:
 		return errors.Join(err, closing(pod))
 	}
+	err = nil
 	if s != nil && pod != nil {
-		_, err = Apply(ctx, Undo(r.Facts), Namespaces{S: s, Pod: pod})
-	} else {
-		err = nil
+		var there bool
+		if there, err = r.there(Namespaces{S: s, Pod: pod}); there && err == nil {
+			_, err = Apply(ctx, Undo(r.Facts), Namespaces{S: s, Pod: pod})
+		}
 	}
 	err = errors.Join(err, closing(s), closing(pod))
 	if err != nil {
 		return fmt.Errorf("the pod of %s cannot be given back: %w", r.Name(), err)
 	}
 	return errors.Join(netns.Remove(r.Name()), r.Forget(dir))
+}
+
+// there says whether the CNI's device is in S or in the pod.
+func (r Record) there(ns Namespaces) (bool, error) {
+	for where, n := range map[Where]*netns.NS{S: ns.S, Pod: ns.Pod} {
+		p, err := openPlace(where, n)
+		if err != nil {
+			return false, err
+		}
+		l, err := rtnl.Link(p.h, r.Facts.Dev)
+		p.h.Close()
+		if l != nil || err != nil {
+			return l != nil, err
+		}
+	}
+	return false, nil
 }
 
 func closing(ns *netns.NS) error {

@@ -1,6 +1,7 @@
 package sandwich
 
 import (
+	"errors"
 	"os"
 	"strings"
 	"testing"
@@ -22,7 +23,8 @@ func TestRestore(t *testing.T) {
 	}
 	r := Record{Facts: f}
 	r.Dev, r.Ino = pod.ID()
-	half := func(r Record, pod *netns.NS) {
+	// short of the plan's last steps
+	half := func(r Record, pod *netns.NS, short int) {
 		t.Helper()
 		s, err := netns.Create(r.Name())
 		if err != nil {
@@ -41,14 +43,14 @@ func TestRestore(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Apply(t.Context(), Plan{p.Steps[:len(p.Steps)-6]}, Namespaces{s, pod}); err != nil {
+		if _, err := Apply(t.Context(), Plan{p.Steps[:len(p.Steps)-short]}, Namespaces{s, pod}); err != nil {
 			t.Fatal(err)
 		}
 		if err := r.Save(dir); err != nil {
 			t.Fatal(err)
 		}
 	}
-	half(r, pod.NS)
+	half(r, pod.NS, 6)
 	found, err := Find(dir, r.Dev, r.Ino)
 	if err != nil || found == nil {
 		t.Fatalf("the record: %v, %v", found, err)
@@ -67,13 +69,35 @@ func TestRestore(t *testing.T) {
 	if _, err := os.Stat(netns.Dir + "/" + r.Name()); err == nil {
 		t.Error("S is left")
 	}
-	half(r, pod.NS)
+	half(r, pod.NS, 6)
 	r.Ino++ // as if another lived there
 	if err := os.Rename(found.file(dir), r.file(dir)); err != nil {
 		t.Fatal(err)
 	}
 	if err := r.Restore(t.Context(), dir); err != nil {
 		t.Fatal(err)
+	}
+	if _, err := os.Stat(netns.Dir + "/" + r.Name()); err == nil {
+		t.Error("S of a pod that is gone is left")
+	}
+	// The CNI's DEL: eth0 of the pod, which is ours, and with it what the pod's watch then ends in S.
+	node2, pod2 := nslab.New(t), nslab.New(t)
+	routedPod(t, node2, pod2)
+	r.Dev, r.Ino = pod2.ID()
+	half(r, pod2.NS, 0)
+	pod2.IP(t, "link", "del", "eth0")
+	s, err := netns.OpenName(r.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(End(s, "eth0"), s.Close(), r.Restore(t.Context(), dir)); err != nil {
+		t.Errorf("after a CNI's DEL: %v", err)
+	}
+	if _, err := os.Stat(netns.Dir + "/" + r.Name()); err == nil {
+		t.Error("S is left after a CNI's DEL")
+	}
+	if all, err := Records(dir); len(all) != 0 || err != nil {
+		t.Errorf("left: %v, %v", all, err)
 	}
 	if err := os.WriteFile(dir+"/ztun-1-2.json", []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
