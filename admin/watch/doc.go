@@ -11,4 +11,6 @@
 //   - 2026-11-28: a change is looked at when nothing has happened for Settle, so that a file is not read half
 //     written; what never stops changing is looked at after five times that. Every Poll there is a look anyway:
 //     network file systems and links into other directories report nothing.
+//   - 2026-11-29: WithoutEvents is in the context, which all that watches for one daemon shares, rather than an option
+//     of each owner: the next one that watches something would not know of it.
 package watch

@@ -31,17 +31,29 @@ const (
 	Polled                // it is time
 )
 
+// withoutEvents is the key of WithoutEvents.
+type withoutEvents struct{}
+
+// WithoutEvents has every Run with the context, or one made of it, look at intervals only, and take none of what the
+// kernel gives each user 128 of (fs.inotify.max_user_instances).
+func WithoutEvents(ctx context.Context) context.Context {
+	return context.WithValue(ctx, withoutEvents{}, true)
+}
+
 // Run calls look once now and then whenever something may have changed, until ctx ends. look runs on this goroutine,
 // never twice at once.
 func Run(ctx context.Context, o Options, look func(Cause)) {
 	var events <-chan fsnotify.Event
 	var errs <-chan error
-	watcher, err := fsnotify.NewWatcher()
-	if err == nil {
-		defer watcher.Close()
-		events, errs = watcher.Events, watcher.Errors
-	} else {
-		o.Log.Warn("cannot watch for changes, looking at intervals only", "error", err.Error())
+	var watcher *fsnotify.Watcher
+	if ctx.Value(withoutEvents{}) == nil {
+		w, err := fsnotify.NewWatcher()
+		if err == nil {
+			defer w.Close()
+			watcher, events, errs = w, w.Events, w.Errors
+		} else {
+			o.Log.Warn("cannot watch for changes, looking at intervals only", "error", err.Error())
+		}
 	}
 	said, watched := map[string]bool{}, map[string]bool{} // directories that could not be watched, and those that are
 	// add tells whether there is a directory that was not watched before: what has happened there nobody has reported.

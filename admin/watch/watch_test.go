@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -17,8 +18,13 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // watched runs a watch and hands out the causes of its looks.
 func watched(t *testing.T, o Options) <-chan Cause {
 	t.Helper()
+	return watchedIn(t, context.Background(), o)
+}
+
+func watchedIn(t *testing.T, ctx context.Context, o Options) <-chan Cause {
+	t.Helper()
 	looks := make(chan Cause, 100)
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
 	o.Log = slog.New(slog.DiscardHandler)
 	go func() {
@@ -150,4 +156,38 @@ func TestDirectoryComesLater(t *testing.T) {
 	reported("the directory")
 	write(t, file, "a")
 	reported("the file")
+}
+
+// TestWithoutEvents: whoever watches with none takes no inotify instance, of which a user has few, and looks at
+// intervals; the same watch with events takes one.
+func TestWithoutEvents(t *testing.T) {
+	dir := t.TempDir()
+	o := Options{Dirs: func() []string { return []string{dir} }, Concerns: Files("f"), Settle: time.Hour,
+		Poll: time.Millisecond}
+	looks := watchedIn(t, WithoutEvents(context.Background()), o)
+	if c := next(t, looks); c != Polled {
+		t.Errorf("a look for cause %d, want Polled", c)
+	}
+	if n := instances(t); n != 0 {
+		t.Errorf("without events there are %d inotify instances", n)
+	}
+	next(t, watched(t, o)) // after the second look the first is over, and with it what comes before
+	if n := instances(t); n != 1 {
+		t.Errorf("with events there are %d inotify instances, want 1", n)
+	}
+}
+
+// instances counts the inotify instances of this process.
+func instances(t *testing.T) (n int) {
+	t.Helper()
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range fds {
+		if to, _ := os.Readlink("/proc/self/fd/" + fd.Name()); strings.Contains(to, "inotify") {
+			n++
+		}
+	}
+	return n
 }

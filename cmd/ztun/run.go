@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ztun/admin"
+	"ztun/admin/watch"
 	"ztun/cmd/attach"
 	"ztun/proxy/state"
 	"ztun/tun/netns"
@@ -101,7 +102,7 @@ func runWorkload(ctx context.Context, life *lifeline, who *runWho, reached *runP
 	}
 	c := d.c
 	defer d.log.Close(context.Background())
-	ctx, stop := context.WithCancel(ctx)
+	ctx, stop := context.WithCancel(watch.WithoutEvents(ctx)) // many on one host, see there
 	defer d.work.Wait()
 	defer stop()
 	defer func() { d.end(c.Process.TerminationDeadline) }()

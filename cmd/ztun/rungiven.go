@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ztun/admin"
+	"ztun/admin/watch"
 	"ztun/cmd/attach"
 	"ztun/tun/netns"
 )
@@ -189,7 +190,7 @@ func runServing(ctx context.Context, who *runWho, reached *runPorts, noUDP bool,
 		return err
 	}
 	defer d.log.Close(context.Background())
-	ctx, stop := context.WithCancel(ctx)
+	ctx, stop := context.WithCancel(watch.WithoutEvents(ctx))
 	defer d.work.Wait()
 	defer stop()
 	defer func() { d.end(d.c.Process.TerminationDeadline) }()

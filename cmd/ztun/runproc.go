@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -109,9 +110,11 @@ func runOutside(who *runWho) error {
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- c.Wait() }()
-	forgetStart()
+	settled := time.After(forgetAfter)
 	for {
 		select {
+		case <-settled:
+			forgetStart()
 		case s := <-signals:
 			// A terminal sends its own to all of us.
 			if s != syscall.SIGINT && s != syscall.SIGQUIT || !inForeground() {
@@ -246,9 +249,11 @@ func (l *lifeline) follow(c *exec.Cmd) error {
 			return
 		}
 	}()
-	forgetStart()
+	settled := time.After(forgetAfter)
 	for {
 		select {
+		case <-settled:
+			forgetStart()
 		case s := <-l.signals:
 			c.Process.Signal(s)
 		case e := <-ended:

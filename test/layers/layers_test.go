@@ -43,7 +43,7 @@ cmd/attach/dedicated -> admin cmd/attach netstack proxy proxy/ports tun
 cmd/attach/rootless  -> admin cmd/attach proxy proxy/ports tun tun/netns tun/steer
 cmd/attach/steered   -> admin cmd/attach netstack proxy proxy/ports tun tun/netns tun/sandwich
 cmd/doctor           -> tun/netns tun/steer
-cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/words admin/xds admin/zds admin/zlog cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/doctor netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/ports proxy/refusal proxy/rescue proxy/resolve proxy/state tun tun/capture tun/netns tun/replace
+cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/watch admin/words admin/xds admin/zds admin/zlog cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/doctor netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/ports proxy/refusal proxy/rescue proxy/resolve proxy/state tun tun/capture tun/netns tun/replace
 netstack             -> proxy/fair proxy/grow proxy/ports proxy/refusal proxy/rescue tun
 netstack/usersock    -> proxy/fair proxy/rescue
 proxy                -> proxy/fair proxy/hbone proxy/identity proxy/ports proxy/rbac proxy/refusal proxy/rescue proxy/route proxy/socks proxy/state
