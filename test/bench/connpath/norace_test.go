@@ -1,0 +1,6 @@
+//go:build !race
+
+package connpath
+
+// instrumented: the race detector is on.
+const instrumented = false
