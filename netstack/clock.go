@@ -23,9 +23,20 @@ type clock struct {
 func newClock(s *Stack) tcpip.Clock { return clock{tcpip.NewStdClock(), s} }
 
 func (c clock) AfterFunc(d time.Duration, f func()) tcpip.Timer {
-	return timer{c.Clock.AfterFunc(max(d, minTimer), c.s.cfg.Panics.Func("a timer of gVisor's", f, c.s.crash))}
+	t := &timer{s: c.s, f: f}
+	t.t = time.AfterFunc(max(d, minTimer), t.fire)
+	return t
 }
 
-type timer struct{ tcpip.Timer }
+// timer is one object where gVisor's timer, our wrapper and what catches panics would be five: a connection has three
+// to five of them.
+type timer struct {
+	t *time.Timer
+	s *Stack
+	f func()
+}
 
-func (t timer) Reset(d time.Duration) { t.Timer.Reset(max(d, minTimer)) }
+func (t *timer) fire() { t.s.cfg.Panics.Run("a timer of gVisor's", t.f, t.s.crash) }
+
+func (t *timer) Stop() bool            { return t.t.Stop() }
+func (t *timer) Reset(d time.Duration) { t.t.Reset(max(d, minTimer)) }

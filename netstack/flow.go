@@ -176,8 +176,7 @@ func (fl *Flow) handshake(c *Conn) (tcpip.Endpoint, tcpip.Error) {
 	if late {
 		return nil, &tcpip.ErrAborted{}
 	}
-	patience := time.AfterFunc(fl.f.s.handshakePatience, fl.f.s.cfg.Panics.Func("a handshake's end", fl.tire,
-		fl.f.s.crash))
+	patience := time.AfterFunc(fl.f.s.handshakePatience, fl.patient)
 	ep, terr := fl.req.CreateEndpoint(&c.wq)
 	patience.Stop()
 	fl.mu.Lock()
@@ -185,6 +184,9 @@ func (fl *Flow) handshake(c *Conn) (tcpip.Endpoint, tcpip.Error) {
 	fl.mu.Unlock()
 	return ep, terr
 }
+
+// patient is the end of patience with a handshake.
+func (fl *Flow) patient() { fl.f.s.cfg.Panics.Run("a handshake's end", fl.tire, fl.f.s.crash) }
 
 // Refuse turns the flow down. On a decided flow it does nothing.
 func (fl *Flow) Refuse(r refusal.Way) {
