@@ -83,12 +83,13 @@ func (p *Proxy) openBooks(in entry) *books {
 	b.series = p.o.Metrics.open(l, claimant, claims)
 	if b.labels = &b.series.labels; *b.labels != l {
 		// Counted in the overflow series, or without what the peer claims; the access line still says who it was.
-		for i := range l {
+		own := l // only here, so that l stays on the stack
+		for i := range own {
 			if claims.has(i) {
-				l[i] = strings.Clone(l[i]) // of a header that may be much longer
+				own[i] = strings.Clone(own[i]) // of a header that may be much longer
 			}
 		}
-		b.labels = &l
+		b.labels = &own
 	}
 	if p.o.Access.Enabled(context.Background(), slog.LevelDebug) {
 		p.o.Access.LogAttrs(context.Background(), slog.LevelDebug, "connection opened", b.attrs(make([]slog.Attr, 0, 16))...)

@@ -90,19 +90,23 @@ func (c *connection) carry(down, up Conn) {
 	s.left.Store(2)
 	s.watch(down)
 	s.watch(up)
-	go s.c.p.o.Panics.Func("copying to upstream", s.copyToUpstream, s.crashed)()
-	go s.c.p.o.Panics.Func("copying to downstream", s.copyToDownstream, s.crashed)()
+	go s.copyToUpstream()
+	go s.copyToDownstream()
 }
 
 // copyToUpstream and copyToDownstream are named so that goroutine dumps read well.
 func (s *copying) copyToUpstream() {
-	s.forth = s.oneWay(s.up, s.down, s.c.books.addReceived)
-	s.done()
+	s.c.p.o.Panics.Run("copying to upstream", func() {
+		s.forth = s.oneWay(s.up, s.down, s.c.books.addReceived)
+		s.done()
+	}, s.crashed)
 }
 
 func (s *copying) copyToDownstream() {
-	s.back = s.oneWay(s.down, s.up, s.c.books.addSent)
-	s.done()
+	s.c.p.o.Panics.Run("copying to downstream", func() {
+		s.back = s.oneWay(s.down, s.up, s.c.books.addSent)
+		s.done()
+	}, s.crashed)
 }
 
 func (s *copying) done() {

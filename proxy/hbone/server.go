@@ -234,13 +234,18 @@ func (c *conn) takeRequest(f *http2.MetaHeadersFrame, fresh bool) error {
 	}
 	c.running.Add(1)
 	c.work.Add(1)
-	go c.cfg.Panics.Func("an HBONE request", func() {
-		grow.Stack()
+	go c.handle(s, req)
+	return nil
+}
+
+// handle runs the handler of a request on a goroutine of its own.
+func (c *conn) handle(s *Stream, req *request) {
+	grow.Stack()
+	c.cfg.Panics.Run("an HBONE request", func() {
 		defer c.work.Done()
 		defer c.running.Add(-1)
 		c.handler(s, req)
-	}, s.Crashed)()
-	return nil
+	}, s.Crashed)
 }
 
 // tooLarge refuses a request for its header list: 431, and the tunnel's other streams go on. mu is held.

@@ -24,16 +24,21 @@ var errSilent = errors.New("hbone: the peer of a tunnel from before says nothing
 // isStale reports whether err, of a request on a tunnel that was used before, may be the tunnel's fault rather than
 // an answer. What was certainly not processed is tried again anyway.
 func isStale(err error) bool {
+	return err != nil && !isAnswer(err)
+}
+
+// isAnswer reports whether err says that the peer, or nobody, got the request.
+func isAnswer(err error) bool {
 	var answer *StatusError
 	var no *notOpened
 	var se *StreamError
 	switch {
-	case err == nil, errors.As(err, &answer), errors.As(err, &no):
-		return false
+	case errors.As(err, &answer), errors.As(err, &no):
+		return true
 	case errors.As(err, &se):
-		return !se.Unprocessed
+		return se.Unprocessed
 	}
-	return true
+	return false
 }
 
 // open opens a stream. On a tunnel that was used before it gives up early, with errSilent, when the peer says nothing:
