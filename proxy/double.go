@@ -17,7 +17,7 @@ import (
 func (c *connection) connectDouble(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision) (
 	up Conn, far *derived, failed *Error) {
 	p := c.p
-	req := request(local, src, d)
+	req := request(c.p.baggage(local), src, d)
 	outer, failed := p.connectHBONE(ctx, local, src, d, req)
 	if failed != nil {
 		return nil, nil, failed

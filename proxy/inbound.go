@@ -226,7 +226,7 @@ func (p *Proxy) serveCall(t *tunnel, s call, watch func(*connection) error) {
 	}
 	resp := &hbone.Response{Status: http.StatusOK}
 	if p.o.Config.ResponseBaggage {
-		resp.Baggage, resp.HasBaggage = baggageOf(local).Format(), true
+		resp.Baggage, resp.HasBaggage = p.baggage(local), true
 	}
 	t.place.Release() // before the peer knows: what it opens next must not cost it this tunnel
 	down, err := s.Grant(resp)

@@ -69,7 +69,7 @@ func (c *connection) connectLocal(ctx context.Context, peer *Proxy, local *state
 	}
 	t := &tunnel{src: src, dst: d.Actual}
 	t.peer, t.hasPeer = identity.PeerID(met.Client)
-	req := request(local, src, d)
+	req := request(c.p.baggage(local), src, d)
 	call := &localCall{ctx: ctx, req: &req, panics: peer.o.Panics}
 	// Profiles show whose work it is.
 	pprof.SetGoroutineLabels(peer.labels[inbound])

@@ -137,7 +137,7 @@ func (c *connection) connect(ctx context.Context, local *state.Workload, src net
 			up, failed, taken = c.connectLocal(ctx, peer, local, src, d)
 		}
 		if !taken {
-			up, failed = c.p.connectHBONE(ctx, local, src, d, request(local, src, d))
+			up, failed = c.p.connectHBONE(ctx, local, src, d, request(c.p.baggage(local), src, d))
 		}
 	default:
 		up, failed = c.p.connectPlain(ctx, d)
@@ -163,14 +163,14 @@ func (p *Proxy) connectPlain(ctx context.Context, d route.Decision) (Conn, *Erro
 }
 
 // request is the CONNECT of a connection; both of them, where there are two (spec 2.7).
-func request(local *state.Workload, src netip.AddrPort, d route.Decision) hbone.Request {
+func request(baggage string, src netip.AddrPort, d route.Decision) hbone.Request {
 	host := ""
 	if d.Service != nil {
 		host = d.Service.Hostname
 	}
 	return hbone.Request{
 		Authority:   d.Authority(),
-		Baggage:     baggageOf(local).Format(),
+		Baggage:     baggage,
 		Forwarded:   hbone.FormatForwarded(src, host),
 		Traceparent: hbone.NewTraceparent(),
 	}
@@ -200,6 +200,22 @@ func tunnelError(err error) *Error {
 		return fail(kindStatus, answer)
 	}
 	return fail(kindH2, err)
+}
+
+// said is what a workload's record says of it, formatted.
+type said struct {
+	of   *state.Workload
+	text string
+}
+
+// baggage is the pod's own, made anew when its record is another one. Records do not change.
+func (p *Proxy) baggage(local *state.Workload) string {
+	s := p.said.Load()
+	if s == nil || s.of != local {
+		s = &said{local, baggageOf(local).Format()}
+		p.said.Store(s)
+	}
+	return s.text
 }
 
 func baggageOf(w *state.Workload) hbone.Baggage {

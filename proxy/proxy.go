@@ -125,6 +125,7 @@ type Proxy struct {
 	tunnels    hbone.Stats        // of both directions
 	labels     [3]context.Context // pprof labels by direction
 	illegal    []uint16           // ports that no connection may be steered to
+	said       atomic.Pointer[said]
 
 	policyLogger *slog.Logger
 }
