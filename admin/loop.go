@@ -118,9 +118,6 @@ func (l *Loop) handle(e Event) {
 			}
 		}
 	}
-	if c, ok := e.(*closure); ok {
-		c.finish(err)
-	}
 	took := time.Since(start)
 	l.mu.Lock()
 	l.stats.Events[name]++
@@ -130,6 +127,10 @@ func (l *Loop) handle(e Event) {
 		l.stats.Panics++
 	}
 	l.mu.Unlock()
+	// Last: who waits for it finds it counted.
+	if c, ok := e.(*closure); ok {
+		c.finish(err)
+	}
 }
 
 func (l *Loop) react(e Event) {

@@ -88,7 +88,7 @@ func TestLoopOrderAndEvents(t *testing.T) {
 		t.Errorf("publishing nil: %v, %d published", err, published)
 	}
 	s := l.Stats()
-	if s.Events["closure"] < 2 || s.Events["source_synced"] != 1 || s.Views != 1 || s.Panics != 0 || s.LastView.IsZero() {
+	if s.Events["closure"] != 3 || s.Events["source_synced"] != 1 || s.Views != 1 || s.Panics != 0 || s.LastView.IsZero() {
 		t.Errorf("%+v", s)
 	}
 	if pod := (PodRef{"ns", "a"}); pod.String() != "ns/a" {
