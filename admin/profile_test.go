@@ -6,6 +6,8 @@ import (
 	"context"
 	"io"
 	neturl "net/url"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -100,7 +102,7 @@ func TestOtherProfiles(t *testing.T) {
 		"/debug/pprof/block?debug=1":                "contention",
 		"/debug/pprof/threadcreate?debug=1":         "threadcreate",
 		"/debug/pprof/allocs?debug=1":               "heap profile",
-		"/debug/pprof/cmdline":                      "admin.test",
+		"/debug/pprof/cmdline":                      filepath.Base(os.Args[0]),
 		"/debug/pprof/symbol":                       "num_symbols",
 		"/debug/pprof/heap/profiling?activate=true": "heap profiling active: true\n",
 	} {
