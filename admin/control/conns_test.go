@@ -18,7 +18,7 @@ import (
 // keeps its.
 func TestStrangersLeave(t *testing.T) {
 	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a")}, func(l *limits) {
-		l.strangers, l.firstRequest = 3, 2*time.Second
+		l.strangers, l.firstRequest = 3, 5*time.Second // time for a busy machine to connect
 	})
 	node := w.connect("node-a")
 	node.begin(typeAddress, nil)

@@ -322,7 +322,6 @@ func (s *Server) admit(ctx context.Context, info *tap.Info) (context.Context, er
 	c, err := s.nodes.authenticate(ctx, info.Header)
 	if err == nil {
 		if err := connOf(ctx).admit(c.node); err != nil {
-			s.counters.connectionsRefused.Add(1)
 			s.refusal("call refused", "method", clip(info.FullMethodName, 100), "error", err.Error())
 			return nil, status.Error(codes.ResourceExhausted, err.Error())
 		}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -17,6 +16,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	"ztun/admin/pb/discoverypb"
@@ -275,7 +275,7 @@ func TestJoinAndLeave(t *testing.T) {
 
 func TestStreamBounds(t *testing.T) {
 	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a")}, func(l *limits) {
-		l.streamsOfNode, l.streams, l.connections, l.receive, l.firstRequest = 2, 3, 3, 10_000, 300*time.Millisecond
+		l.streamsOfNode, l.streams, l.connections, l.receive = 2, 3, 3, 10_000
 	})
 	cc := w.dial(w.tls(""))
 	opened := func(node string) *client {
@@ -291,7 +291,7 @@ func TestStreamBounds(t *testing.T) {
 	m := b.recv()
 	opened("node-b").fails(codes.ResourceExhausted, "more than 3 streams")
 	b.ack(m)
-	// Too many types, too large a request, no request.
+	// Too many types, too large a request.
 	for i := range maxTypes {
 		b.begin(fmt.Sprint("type.googleapis.com/type", i), nil)
 		if i < maxTypes-1 {
@@ -301,22 +301,33 @@ func TestStreamBounds(t *testing.T) {
 	b.fails(codes.ResourceExhausted, "more than 8 types")
 	a2.begin(typeAddress, map[string]string{strings.Repeat("x", 20_000): ""})
 	a2.fails(codes.ResourceExhausted, "larger than max")
-	w.open(cc, withToken(context.Background(), w.token("node-b")), "node-b").fails(codes.DeadlineExceeded,
-		"no request within")
 	a1.silent()
-	// Connections.
-	var open []net.Conn
-	for range 3 {
-		conn, err := net.Dial("tcp", w.addr)
-		check(t, err)
-		defer conn.Close()
-		open = append(open, conn)
+	// Connections: cc and two more.
+	for range 2 {
+		c := w.connect("node-b")
+		c.begin(typeAddress, nil)
+		c.recv()
 	}
-	eventually(t, "the third is refused", func() bool { return w.srv.Status().Counters["connectionsRefused"] >= 1 })
-	for _, conn := range open {
-		conn.Close()
-	}
+	w.connect("node-b").fails(codes.ResourceExhausted, "all nodes together have 3 connections already")
+	equal(t, "refused connections", w.srv.Status().Counters["connectionsRefused"], 1)
 	equal(t, "refused streams", w.srv.Status().Counters["streamsRefused"], 2)
+}
+
+// A stream on which nothing is asked for ends.
+func TestNoRequest(t *testing.T) {
+	w := start(t, nil, func(l *limits) { l.firstRequest = 300 * time.Millisecond })
+	cc := w.dial(w.tls(""))
+	ctx, cancel := context.WithTimeout(withToken(t.Context(), w.token("node-b")), patience)
+	defer cancel()
+	// A connection that takes as long to make its first call goes as well: then once more.
+	eventually(t, "no request within", func() bool {
+		rpc, err := discoverypb.NewAggregatedDiscoveryServiceClient(cc).DeltaAggregatedResources(ctx)
+		if err == nil {
+			_, err = rpc.Recv()
+		}
+		s := status.Convert(err)
+		return s.Code() == codes.DeadlineExceeded && s.Message() == "no request within 300ms"
+	})
 }
 
 // A node that does not read gets only the newest state later, and costs no memory meanwhile.
