@@ -102,7 +102,7 @@ func TestSettles(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "file")
 	const settle = 400 * time.Millisecond
 	looks := watched(t, Options{Dirs: DirsOf(file), Concerns: Files(file), Settle: settle, Poll: time.Hour})
-	// A machine that stands still leaves the file alone: then once more.
+	// A machine that stands still, for us or for the watcher, leaves the file alone: then once more.
 	for tries := 1; ; tries++ {
 		start, longest := time.Now(), time.Duration(0)
 		for last := start; len(looks) == 0; {
@@ -117,7 +117,7 @@ func TestSettles(t *testing.T) {
 		if d >= 4*settle {
 			break
 		}
-		if longest < settle/2 || tries == 20 {
+		if tries == 20 {
 			t.Fatalf("looked at after %v, while it was being written every %v at least", d, longest)
 		}
 		next(t, looks)
