@@ -148,7 +148,7 @@ func say(c *net.UDPConn, text string) (string, error) {
 }
 
 // echoUDP answers datagrams with themselves until the test ends.
-func (d *datagrams) echoUDP(t *testing.T, ns *lab.NS, at netip.AddrPort) {
+func (m *mesh) echoUDP(t *testing.T, ns *lab.NS, at netip.AddrPort) {
 	t.Helper()
 	var c *net.UDPConn
 	must(t, ns.Do(func() (err error) { c, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(at)); return err }))

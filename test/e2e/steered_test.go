@@ -8,12 +8,14 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"ztun/test/lab"
+	"ztun/test/load"
 	"ztun/tun/sandwich"
 )
 
@@ -82,8 +84,37 @@ func (m *mesh) between(p *lab.Pod) string {
 	return name
 }
 
+// smallLink puts a link of 1400 bytes between pods whose devices have 1450: HBONE's sockets hear of it, and so does who
+// sends datagrams, which the kernel forwards.
+func (m *mesh) smallLink(t *testing.T) {
+	t.Helper()
+	for _, n := range m.Nodes() {
+		must(t, m.IP(m.ctx, n.NS, "link set eth0 mtu 1400"))
+	}
+	for _, p := range [][2]*lab.Pod{{m.a, m.c}, {m.c, m.a}} {
+		for _, to := range p[1].IPs {
+			r := ztload[load.TransferResult](m, p[0].NS, "xfer", "-to", lab.HostPort(to, 9000), "-up", "8388608", "-down",
+				"8388608")
+			if !r.OK {
+				t.Errorf("1400 bytes, to %s: %s", to, r.Error)
+			}
+			at := netip.AddrPortFrom(to, 7010)
+			m.echoUDP(t, p[1].NS, at)
+			c, err := udpFrom(p[0].NS, at)
+			must(t, err)
+			for _, n := range []int{1, 1380, 8000} {
+				text := strings.Repeat("d", n)
+				if got, err := sayLarge(c, text); err != nil || got != text {
+					t.Errorf("%d bytes to %v: %d came back, %v", n, at, len(got), err)
+				}
+			}
+			c.Close()
+		}
+	}
+}
+
 // TestSteered: pods that keep their CNI's eth0, of both families of CNI, are captured while they run: new
-// connections are encrypted and those from before go on, pings pass, the node's own probes reach a pod
+// connections are encrypted and those from before go on, datagrams pass, the node's own probes reach a pod
 // that is strict and nobody else does, a killed daemon leaves nothing open and the next one goes on; let go, the pod is
 // as it was.
 func TestSteered(t *testing.T) {
@@ -130,6 +161,7 @@ func TestSteered(t *testing.T) {
 		t.Errorf("on the wire: %v", got)
 	}
 	kept("after the capture of both ends")
+	m.smallLink(t)
 	for to, size := range map[netip.Addr]string{m.c.V4(): "4000", m.c.V6(): "1300"} {
 		if out, err := m.Run(m.ctx, m.a.NS, "ping", "-c1", "-w20", "-s"+size, to.String()); err != nil {
 			t.Errorf("ping: %v: %s", err, out)
