@@ -71,7 +71,7 @@ func (d *fast) ReadPacket(h *VNetHdr, bufs [][]byte) (int, error) {
 	defer v.unload()
 	for {
 		if d.rc.Read(v.call) != nil {
-			return 0, os.ErrClosed
+			return 0, d.refused()
 		}
 		if v.errno != 0 {
 			return 0, d.errno(v.errno)
@@ -99,7 +99,7 @@ func (d *fast) WritePacket(h *VNetHdr, bufs [][]byte) error {
 	}
 	defer v.unload()
 	if d.rc.Write(v.call) != nil {
-		return os.ErrClosed
+		return d.refused()
 	}
 	if v.errno != 0 {
 		return d.errno(v.errno)
@@ -123,6 +123,15 @@ func (d *fast) Close() error {
 	d.handle.close()
 	// It returns when no call is under way any more, so that afterwards the interface is gone.
 	return d.file.Close()
+}
+
+// refused says why the poller made no call: we closed the file, or it reports an error event, as it does from when the
+// device is deleted on.
+func (d *fast) refused() error {
+	if d.closed.Load() {
+		return os.ErrClosed
+	}
+	return ErrDeviceDeleted
 }
 
 // errno turns a system call's errno into what Device promises. An Errno becomes an error without allocating, since

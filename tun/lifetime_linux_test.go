@@ -410,6 +410,39 @@ func TestDeviceDeleted(t *testing.T) {
 	}
 }
 
+// TestDeviceDeletedUnread: a device that is deleted while nobody waits for its next packet says so to whoever reads
+// later, also once Go's poller has heard of it and lets nobody read any more.
+func TestDeviceDeletedUnread(t *testing.T) {
+	for _, plain := range []bool{false, true} {
+		l := openLab(t, Options{Plain: plain})
+		l.ns.IP(t, "link", "del", "zt0")
+		done := make(chan error, 1)
+		go func() {
+			bufs := [][]byte{make([]byte, MaxPacket)}
+			for range 50 {
+				if _, err := l.dev.ReadPacket(&VNetHdr{}, bufs); err != ErrDeviceDeleted {
+					done <- fmt.Errorf("reading: %w", err)
+					return
+				}
+				time.Sleep(2 * time.Millisecond) // in which the poller hears of it, mostly
+			}
+			done <- nil
+		}()
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Errorf("plain %v: %v", plain, err)
+			}
+		case <-time.After(patience):
+			t.Fatalf("plain %v: the reader does not come back", plain)
+		}
+		l.dev.Close()
+		if _, err := l.dev.ReadPacket(&VNetHdr{}, nil); err != os.ErrClosed {
+			t.Errorf("plain %v: reading after Close: %v", plain, err)
+		}
+	}
+}
+
 // TestSetMTU: the kernel's packets follow it, on the plain path super-packets of the larger size are split without
 // harm.
 func TestSetMTU(t *testing.T) {

@@ -152,17 +152,19 @@ func (d *plain) Close() error {
 var errBadPacket = errors.New("tun: bad packet")
 
 // failure turns an error of wireguard's into what Device promises. Wireguard takes a deleted device (EBADFD) for a
-// closed one.
+// closed one; and its file may say first, without an errno, that Go's poller got an error event, as it does from when
+// the device is deleted on. What is no error of the file's is about the packet.
 func (d *plain) failure(err error) error {
-	if errors.Is(err, os.ErrClosed) {
+	var errno syscall.Errno
+	if errors.As(err, &errno) {
+		return errno
+	}
+	var file *os.PathError
+	if errors.Is(err, os.ErrClosed) || errors.As(err, &file) {
 		if d.closed.Load() {
 			return os.ErrClosed
 		}
 		return ErrDeviceDeleted
-	}
-	var errno syscall.Errno
-	if errors.As(err, &errno) {
-		return errno
 	}
 	return errBadPacket
 }
