@@ -188,17 +188,30 @@ func TestRandom(t *testing.T) {
 func TestRatesAndLatencies(t *testing.T) {
 	many, one := start(t)
 	ctx := testContext(t)
-	if r := ConnectRate(ctx, one, 4, 200*time.Millisecond); r.Failed != 0 || r.OK < 10 || r.Latency.N != uint64(r.OK) ||
-		r.Latency.P50 <= 0 {
-		t.Errorf("rate: %+v", r)
+	// How much is done in a time is up to the machine: one that is busy gets more of it.
+	const long = 20 * time.Second
+	for d := 200 * time.Millisecond; ; d *= 4 {
+		r := ConnectRate(ctx, one, 4, d)
+		if r.Failed != 0 || r.Latency.N != uint64(r.OK) || r.OK > 0 && r.Latency.P50 <= 0 || r.OK < 10 && d > long {
+			t.Errorf("rate: %+v", r)
+		}
+		if r.OK >= 10 || d > long {
+			break
+		}
 	}
 	if r := OpenLoop(ctx, many, 3, 300, 1024, 500*time.Millisecond); len(r.Errors) != 0 || r.Lost != 0 || r.Sent != 150 ||
 		r.Latency.N != 150 {
 		t.Errorf("echo: %+v", r)
 	}
 	for _, dir := range []string{"up", "down", "both"} {
-		if r := Bulk(ctx, many, 2, dir, 200*time.Millisecond); r.Failed != 0 || r.Bytes < 1<<20 || r.Up+r.Down != r.Bytes {
-			t.Errorf("bulk %s: %+v", dir, r)
+		for d := 200 * time.Millisecond; ; d *= 4 {
+			r := Bulk(ctx, many, 2, dir, d)
+			if r.Failed != 0 || r.Up+r.Down != r.Bytes || r.Bytes < 1<<20 && d > long {
+				t.Errorf("bulk %s: %+v", dir, r)
+			}
+			if r.Bytes >= 1<<20 || d > long {
+				break
+			}
 		}
 	}
 	ic, err := Idle(ctx, many, 100)
