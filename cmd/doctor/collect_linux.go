@@ -29,6 +29,7 @@ type Options struct {
 	MTU        int // of the node's device, in bytes
 	IPv6       bool
 	PlainTUN   bool
+	Redirected bool     // pods are captured by istio-cni's rules: no device, rule or route is ours
 	Running    bool     // the daemon runs, in this network namespace
 	Ports      []uint16 // that it listens on
 	Daemon     Daemon
@@ -91,7 +92,7 @@ func Collect(ctx context.Context, o Options) Facts {
 	each(len(o.Upstreams), func(i int) { f.Control[i] = upstream(ctx, o.Upstreams[i]) })
 	each(len(o.Peers), func(i int) { f.Peers[i] = peer(ctx, o.Peers[i]) })
 	failed := make([]error, len(o.Pods))
-	each(len(o.Pods), func(i int) { f.Pods[i], failed[i] = pod(ctx, o.Pods[i], o.NodeTUN, node, o.Nameserver) })
+	each(len(o.Pods), func(i int) { f.Pods[i], failed[i] = pod(ctx, o, i, node) })
 	group.Wait()
 	for i, err := range failed {
 		blind("pod "+o.Pods[i].Name, err)
@@ -100,7 +101,25 @@ func Collect(ctx context.Context, o Options) Facts {
 }
 
 func host(ctx context.Context, o Options, node *netns.NS, blind func(string, error)) Host {
-	h := Host{NodeTUN: o.NodeTUN, PlainTUN: o.PlainTUN, Sysctls: map[string]string{}}
+	h := Host{NodeTUN: o.NodeTUN, PlainTUN: o.PlainTUN, Redirected: o.Redirected, Sysctls: map[string]string{}}
+	if o.Redirected {
+		h.NodeTUN = ""
+	} else {
+		h.capture(o, node, blind)
+	}
+	h.Conntrack[0], _ = strconv.Atoi(readLine("/proc/sys/net/netfilter/nf_conntrack_count"))
+	h.Conntrack[1], _ = strconv.Atoi(readLine("/proc/sys/net/netfilter/nf_conntrack_max"))
+	if !o.Running {
+		h.Taken = taken(o.Ports)
+	}
+	var err error
+	h.Filters, err = filters(ctx)
+	blind("packet filters", err)
+	return h
+}
+
+// capture looks at what brings pods' traffic to ztun where its own devices do.
+func (h *Host) capture(o Options, node *netns.NS, blind func(string, error)) {
 	var uts unix.Utsname
 	if err := unix.Uname(&uts); err == nil {
 		h.Kernel = unix.ByteSliceToString(uts.Release[:])
@@ -135,19 +154,12 @@ func host(ctx context.Context, o Options, node *netns.NS, blind func(string, err
 		}
 	}
 	h.TUNFlags, _ = strconv.ParseUint(readLine("/sys/class/net/"+o.NodeTUN+"/tun_flags"), 0, 64)
-	h.Conntrack[0], _ = strconv.Atoi(readLine("/proc/sys/net/netfilter/nf_conntrack_count"))
-	h.Conntrack[1], _ = strconv.Atoi(readLine("/proc/sys/net/netfilter/nf_conntrack_max"))
 	if o.Running {
 		plan := steer.NodePlan(steer.NodeConfig{TUN: o.NodeTUN, MTU: o.MTU, IPv6: o.IPv6})
 		if h.Missing, err = steer.Missing(plan, steer.Namespaces{Node: node}); err != nil {
 			blind("the node's plan", err)
 		}
-	} else {
-		h.Taken = taken(o.Ports)
 	}
-	h.Filters, err = filters(ctx)
-	blind("packet filters", err)
-	return h
 }
 
 func readLine(path string) string {
@@ -257,8 +269,12 @@ func peer(ctx context.Context, p Peer) Peer {
 	return p
 }
 
-func pod(ctx context.Context, o PodOptions, nodeTUN string, node *netns.NS, server netip.AddrPort) (Pod, error) {
+func pod(ctx context.Context, all Options, i int, node *netns.NS) (Pod, error) {
+	o, server := all.Pods[i], all.Nameserver
 	p := o.Pod
+	if all.Redirected && p.Ref == "" {
+		return p, nil // the node agent has handed over a descriptor, which is the daemon's alone
+	}
 	ns, err := netns.Open(p.Ref)
 	if errors.Is(err, os.ErrPermission) {
 		return p, err
@@ -271,9 +287,11 @@ func pod(ctx context.Context, o PodOptions, nodeTUN string, node *netns.NS, serv
 	if p.State != "" && p.State != "Up" {
 		return p, nil // what is missing is the daemon's to say
 	}
-	plan := steer.PodPlan(steer.PodConfig{Name: p.Name, Addrs: o.Addrs, TUN: o.Device, NodeTUN: nodeTUN, MTU: o.MTU})
-	if p.Missing, err = steer.Missing(plan, steer.Namespaces{Node: node, Pod: ns}); err != nil {
-		return p, err
+	if !all.Redirected {
+		plan := steer.PodPlan(steer.PodConfig{Name: p.Name, Addrs: o.Addrs, TUN: o.Device, NodeTUN: all.NodeTUN, MTU: o.MTU})
+		if p.Missing, err = steer.Missing(plan, steer.Namespaces{Node: node, Pod: ns}); err != nil {
+			return p, err
+		}
 	}
 	if !server.IsValid() || len(p.Missing) > 0 {
 		return p, nil

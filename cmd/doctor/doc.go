@@ -12,6 +12,9 @@
 // iptables-save and nft, if they are there, to read rules.
 //
 // Decisions:
+//   - 2026-11-29: where istio-cni's rules capture the pods (ZTUN_STEERING=redirected) nothing of the host's that only
+//     TUN devices need is looked at: on a real cluster the doctor had named 13 faults of a healthy node, and mends that
+//     would have let go of its pods. A pod whose namespace came as a descriptor is judged by its state alone.
 //   - 2026-11-29: a workload whose record announces where its HBONE arrives (meshAddresses) is called there, 16 of them
 //     at most: no node stands for it.
 //   - 2026-11-28: strict reverse path filtering, foreign rules and packet filters are findings only where they hit

@@ -29,14 +29,16 @@ type Blind struct {
 
 // Host is the node's kernel and network namespace.
 type Host struct {
-	Kernel   string            // its release, "6.1.0-13-amd64"
-	TUN      string            // why /dev/net/tun cannot be used; "" it can
-	Sysctls  map[string]string // by path below /proc/sys; what is not there is not in it
-	NodeTUN  string            // the name of the node's device
-	TUNFlags uint64            // of the node's device (/sys/class/net/NAME/tun_flags); 0: there is none
-	PlainTUN bool              // offloads are turned off by configuration
-	Seen     steer.Seen
-	Missing  []steer.Step // of the node's plan; only while the daemon runs
+	// Redirected pods are captured by istio-cni's rules in them. Nothing of ztun's is on the host then.
+	Redirected bool
+	Kernel     string            // its release, "6.1.0-13-amd64"
+	TUN        string            // why /dev/net/tun cannot be used; "" it can
+	Sysctls    map[string]string // by path below /proc/sys; what is not there is not in it
+	NodeTUN    string            // the name of the node's device
+	TUNFlags   uint64            // of the node's device (/sys/class/net/NAME/tun_flags); 0: there is none
+	PlainTUN   bool              // offloads are turned off by configuration
+	Seen       steer.Seen
+	Missing    []steer.Step // of the node's plan; only while the daemon runs
 	// lines of packet filters' rules, each with the program that printed it in front ("iptables-save: -A ...")
 	Filters   []string
 	Taken     []uint16 // ports of ours that somebody listens on, while the daemon does not run

@@ -190,6 +190,8 @@ func (h Host) filters(add report) {
 			mend = "nft -a list ruleset"
 		}
 		switch {
+		case h.Redirected && (istioSNAT.MatchString(rule) || istioRule.MatchString(rule)):
+			// They are what pods are captured by, and probed by.
 		case istioSNAT.MatchString(rule):
 			once("snat", mend, "istio-cni's rule gives the kubelet's probes another source address: a policy sees it, and "+
 				"ztun does not know it as the node's", "istio-cni has a rule for probes: %s", line)

@@ -242,3 +242,18 @@ func TestOnPurpose(t *testing.T) {
 		t.Errorf("%+v", got)
 	}
 }
+
+// Where istio-cni's rules capture the pods they are no fault, but what refuses the mesh's port is.
+func TestRedirectedFilters(t *testing.T) {
+	f := healthy(t)
+	f.Host.Redirected = true
+	f.Host.Filters = append(f.Host.Filters, "iptables-save: -A PREROUTING -p tcp -j ISTIO_PRERT",
+		"iptables-save: -A ISTIO_POSTRT -m owner --socket-exists -p tcp -j SNAT --to-source 169.254.7.127")
+	if got := Judge(f); len(got) != 0 {
+		t.Errorf("of a healthy node: %+v", got)
+	}
+	f.Host.Filters = append(f.Host.Filters, "iptables-save: -A INPUT -p tcp -m tcp --dport 15008 -j DROP")
+	if got := Judge(f); len(got) != 1 || !strings.Contains(got[0].What, "refuses a port of the mesh") {
+		t.Errorf("with the mesh's port refused: %+v", got)
+	}
+}

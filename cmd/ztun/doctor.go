@@ -129,10 +129,13 @@ func examine(ctx context.Context, a asker) (doctor.Facts, error) {
 		return doctor.Facts{}, err
 	}
 	o.NodeTUN, o.MTU, o.IPv6, o.PlainTUN = c.Attach.NodeTUN, c.Attach.MTU, c.Net.IPv6, c.Attach.Plain
-	o.Ports = []uint16{ports.HBONE, c.Admin.Port, c.Admin.StatsPort, c.Admin.ReadinessPort}
+	o.Ports = []uint16{c.Admin.Port, c.Admin.StatsPort, c.Admin.ReadinessPort}
+	if o.Redirected = c.Attach.Steering == redirectedPods; !o.Redirected { // else that port is each pod's own
+		o.Ports = append(o.Ports, ports.HBONE)
+	}
 	o.Upstreams = upstreams(c)
 	for _, p := range pods {
-		o.Pods = append(o.Pods, podOptions(p))
+		o.Pods = append(o.Pods, podOptions(p, o.Redirected))
 	}
 	if c.DNS.Proxy {
 		// The pods' stacks take port 53 of any address. This one is nobody's (RFC 5737).
@@ -157,10 +160,10 @@ func examine(ctx context.Context, a asker) (doctor.Facts, error) {
 }
 
 // podOptions are what is to be true for a pod.
-func podOptions(p admin.PodStatus) doctor.PodOptions {
+func podOptions(p admin.PodStatus, redirected bool) doctor.PodOptions {
 	name := refOf(p.PodSpec).String()
 	slow := ""
-	if !p.Offload.VNetHdr {
+	if !p.Offload.VNetHdr && !redirected { // which have no device
 		slow = cmp.Or(p.Offload.Why, "no reason is known")
 	}
 	return doctor.PodOptions{

@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"ztun/admin"
 	"ztun/admin/zds"
@@ -183,4 +185,33 @@ func TestNodeAgentLeaves(t *testing.T) {
 			t.Error(err)
 		}
 	}
+}
+
+// Before the mesh is known nothing is said to an agent: what it took for a pod that works would refuse every
+// connection.
+func TestNodeAgentWaitsForTheMesh(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ready := admin.NewReady(nil)
+		mesh := ready.Register(stateManager)
+		a := newNodeAgent(nil, ready.Register("workload proxy manager"), "/nowhere", slog.New(slog.DiscardHandler))
+		tried := func() bool { // there is no socket, and each try to reach it says so
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			return slices.ContainsFunc(ready.Pending(), func(p admin.PendingTask) bool { return p.LastError != nil })
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- a.run(ctx, ready) }()
+		if tried() {
+			t.Error("the agent is asked before the mesh is known")
+		}
+		mesh.Done()
+		if !tried() {
+			t.Error("the mesh is known, and the agent is not asked")
+		}
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
 }

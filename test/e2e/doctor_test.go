@@ -16,29 +16,8 @@ import (
 // command that is given for it, where it is one for a shell.
 func TestDoctor(t *testing.T) {
 	m := newMesh(t, meshOptions{noServers: true})
-	type finding struct{ Area, What, Why, Mend string }
-	ask := func(n *lab.Node) (found []finding) {
-		t.Helper()
-		out, err := m.Ztun(m.ctx, n.NS, "doctor", "-o", "json", "--socket", n.Daemon.Socket)
-		var r struct {
-			Findings []finding
-			Blind    []struct{ What, Why string }
-		}
-		start := strings.Index(out, "{")
-		if start < 0 {
-			t.Fatalf("%v: %s", err, out)
-		}
-		must(t, json.NewDecoder(strings.NewReader(out[start:])).Decode(&r))
-		if len(r.Blind) > 0 {
-			t.Errorf("could not look: %+v", r.Blind)
-		}
-		if (err == nil) != (len(r.Findings) == 0) {
-			t.Errorf("%d findings, exit %v", len(r.Findings), err)
-		}
-		return r.Findings
-	}
 	eventually(t, 30*time.Second, func() error { // peers' certificates are there
-		if found := ask(m.N1); len(found) > 0 {
+		if found := m.doctor(m.N1); len(found) > 0 {
 			return fmt.Errorf("a healthy node: %+v", found)
 		}
 		return nil
@@ -60,8 +39,10 @@ func TestDoctor(t *testing.T) {
 		for _, p := range f.plant {
 			must(t, m.IP(m.ctx, f.ns, p))
 		}
-		found := ask(m.N1)
-		i := slices.IndexFunc(found, func(g finding) bool { return g.Area == f.area && strings.Contains(g.What, f.what) })
+		found := m.doctor(m.N1)
+		i := slices.IndexFunc(found, func(g doctorFinding) bool {
+			return g.Area == f.area && strings.Contains(g.What, f.what)
+		})
 		if i < 0 {
 			t.Fatalf("%s: found %+v", f.name, found)
 		}
@@ -74,7 +55,7 @@ func TestDoctor(t *testing.T) {
 				t.Errorf("%s: %q: %v", f.name, g.Mend, err)
 			}
 		}
-		if found := ask(m.N1); len(found) > 0 {
+		if found := m.doctor(m.N1); len(found) > 0 {
 			t.Fatalf("%s: after %+v there is still %+v", f.name, f, found)
 		}
 	}
@@ -89,7 +70,7 @@ func TestDoctor(t *testing.T) {
 			must(t, err)
 		}
 		set(s.bad)
-		if found := ask(m.N1); len(found) != 1 || !strings.Contains(found[0].What, s.what) {
+		if found := m.doctor(m.N1); len(found) != 1 || !strings.Contains(found[0].What, s.what) {
 			t.Errorf("%s: %+v", s.key, found)
 		}
 		set(s.good)
@@ -99,11 +80,11 @@ func TestDoctor(t *testing.T) {
 			"nft add table inet f && nft 'add chain inet f out { type filter hook output priority 0; }' && nft 'add rule inet "+
 				"f out tcp dport 15008 reject'")
 		must(t, err)
-		found := ask(m.N1)
-		if !slices.ContainsFunc(found, func(g finding) bool {
+		found := m.doctor(m.N1)
+		if !slices.ContainsFunc(found, func(g doctorFinding) bool {
 			return strings.Contains(g.What, "refuses a port of the mesh")
 		}) ||
-			!slices.ContainsFunc(found, func(g finding) bool { return g.Area == "peers" }) {
+			!slices.ContainsFunc(found, func(g doctorFinding) bool { return g.Area == "peers" }) {
 			t.Errorf("a filter that refuses 15008: %+v", found)
 		}
 		_, err = m.Run(m.ctx, m.N1.NS, "nft", "delete", "table", "inet", "f")
@@ -111,14 +92,40 @@ func TestDoctor(t *testing.T) {
 	}
 	_, err := m.N2.Daemon.Stop(30 * time.Second)
 	must(t, err)
-	if found := ask(m.N1); len(found) != 1 || found[0].Area != "peers" || !strings.Contains(found[0].What, "node n2") {
+	if found := m.doctor(m.N1); len(found) != 1 || found[0].Area != "peers" ||
+		!strings.Contains(found[0].What, "node n2") {
 		t.Errorf("with the peer's daemon down: %+v", found)
 	}
 	_, err = m.N1.Daemon.Stop(30 * time.Second)
 	must(t, err)
-	if found := ask(m.N1); !slices.ContainsFunc(found, func(g finding) bool {
+	if found := m.doctor(m.N1); !slices.ContainsFunc(found, func(g doctorFinding) bool {
 		return strings.Contains(g.What, "the daemon does not answer")
 	}) {
 		t.Errorf("without a daemon: %+v", found)
 	}
+}
+
+type doctorFinding struct{ Area, What, Why, Mend string }
+
+// doctor asks `ztun doctor` on a node, which is to see everything.
+func (m *mesh) doctor(n *lab.Node) []doctorFinding {
+	t := m.t
+	t.Helper()
+	out, err := m.Ztun(m.ctx, n.NS, "doctor", "-o", "json", "--socket", n.Daemon.Socket)
+	var r struct {
+		Findings []doctorFinding
+		Blind    []struct{ What, Why string }
+	}
+	start := strings.Index(out, "{")
+	if start < 0 {
+		t.Fatalf("%v: %s", err, out)
+	}
+	must(t, json.NewDecoder(strings.NewReader(out[start:])).Decode(&r))
+	if len(r.Blind) > 0 {
+		t.Errorf("could not look: %+v", r.Blind)
+	}
+	if (err == nil) != (len(r.Findings) == 0) {
+		t.Errorf("%d findings, exit %v", len(r.Findings), err)
+	}
+	return r.Findings
 }

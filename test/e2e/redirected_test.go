@@ -118,6 +118,11 @@ func TestRedirected(t *testing.T) {
 		r.serve(ns)
 	}
 	r.works("at first")
+	for _, n := range r.Nodes() {
+		if found := r.doctor(n); len(found) > 0 {
+			t.Errorf("the doctor of a healthy node: %+v", found)
+		}
+	}
 
 	wire, err := r.Capture(n1.NS, "eth0", lab.CaptureOptions{Filter: "tcp", Immediate: true})
 	must(t, err)
@@ -337,6 +342,14 @@ func TestNodeAgentSequences(t *testing.T) {
 	a.conn.Close()
 	a.accept()
 	pods(3, 0)
+	// One that ends within the snapshot is not named by it, and one that could not be attached is not waited for.
+	a.want(add("x", r.a.NS))
+	a.want(a.raw(delOf("x")))
+	if got := add("own", n.NS); !strings.HasPrefix(got, start) {
+		t.Errorf("the node's own namespace in a snapshot: %q", got)
+	}
+	a.want(a.raw(delOf("own")))
+	pods(3, 1)
 	r.snapshot(n, r.b)
 	pods(1, 0)
 	if !d.Running() {
