@@ -49,6 +49,7 @@ func suiteNames() []string {
 var errHelp = errors.New("help")
 
 const usage = `usage: scripts/bench [SUITE...] [options]
+       scripts/bench compare OLD NEW     two files that --json has written: what became of each figure
 
 Measures ztun beside a bare veth of the same hops, interleaved, and prints medians and ratios. Needs root.
 A missed target is shown and is no failure; the exit code is 1 only when something could not be measured.

@@ -78,3 +78,13 @@ func TestHelp(t *testing.T) {
 		}
 	}
 }
+
+func TestCompareArguments(t *testing.T) {
+	for args, want := range map[string]int{"compare": 2, "compare a": 2, "compare a b c": 2,
+		"compare /absent/a /absent/b": 1} {
+		var out, errs strings.Builder
+		if code, _ := run(strings.Fields(args), &out, &errs); code != want || errs.Len() == 0 {
+			t.Errorf("%q: exit code %d, want %d; says %q", args, code, want, errs.String())
+		}
+	}
+}

@@ -45,6 +45,9 @@ type bench struct {
 // run returns what the command line said and the exit code: 0 for a run in which everything could be measured,
 // however slow; 1 when something failed; 2 for a bad command line.
 func run(args []string, stdout, stderr io.Writer) (code int, o options) {
+	if len(args) > 0 && args[0] == "compare" {
+		return compare(args[1:], stdout, stderr), o
+	}
 	o, err := parseArgs(args, stdout)
 	if errors.Is(err, errHelp) {
 		return 0, o
@@ -80,6 +83,27 @@ func run(args []string, stdout, stderr io.Writer) (code int, o options) {
 		return 1, o
 	}
 	return 0, o
+}
+
+// compare shows what became of the figures of one run in another, both as --json wrote them.
+func compare(files []string, stdout, stderr io.Writer) (code int) {
+	if len(files) != 2 {
+		fmt.Fprintln(stderr, "bench: compare takes two files that --json has written: scripts/bench compare OLD NEW")
+		return 2
+	}
+	var runs [2]*report.Run
+	for i, name := range files {
+		var err error
+		if runs[i], err = report.Load(name); err != nil {
+			fmt.Fprintf(stderr, "bench: %v\n", err)
+			return 1
+		}
+	}
+	if err := report.Compare(stdout, runs[0], runs[1]); err != nil {
+		fmt.Fprintf(stderr, "bench: %v\n", err)
+		return 1
+	}
+	return 0
 }
 
 // all measures the suites. What the suites have in common lives until close.
