@@ -30,6 +30,7 @@ type Stack struct {
 	end     context.CancelFunc // of what Go started
 	ctx     context.Context
 	running sync.WaitGroup
+	way     *way // nil: an uplink, or no datagrams
 	failure atomic.Pointer[error]
 }
 
@@ -59,7 +60,8 @@ func NewStack(o *Options, p Pod, mtu int, dev tun.Device, uplink *netstack.Uplin
 			return h.AllowDatagram(false, f.Pod, f.Peer)
 		}
 		if uplink == nil {
-			d.Way = s.sockets(o, p.Label)
+			s.way = s.sockets(o, p.Label)
+			d.Way = s.way
 		}
 		c.Datagrams = &d
 	}
@@ -75,8 +77,17 @@ func NewStack(o *Options, p Pod, mtu int, dev tun.Device, uplink *netstack.Uplin
 	return s, nil
 }
 
+// PublishUDP has anybody reach a UDP port of the workload's at one of the host's, if policy lets him. Run has been
+// called.
+func (s *Stack) PublishUDP(p usersock.Published) error {
+	if s.way == nil {
+		return errors.New("no UDP is carried (--no-udp, ZTUN_UDP)")
+	}
+	return s.way.Publish(p)
+}
+
 // sockets is the way of datagrams where there is no uplink: the process's own sockets. Nothing comes by it before the
-// stack, which runs by then, has sent something.
+// stack, which runs by then, has sent something, or published a port.
 func (s *Stack) sockets(o *Options, label string) *way {
 	w := &way{log: s.log, label: label}
 	w.Sockets = usersock.New(usersock.Options{

@@ -33,8 +33,8 @@ func (r *runPorts) bind(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&r.meshPort, "mesh-port", "", "[ADDR:]PORT of this host where peers of the mesh reach the command; its record "+
 		"has to announce it (default the meshAddresses of the record, and without any 15008)")
-	f.StringArrayVarP(&r.publish, "publish", "p", nil, "[ADDR:]PORT[:PORT]: a TCP port of this host at which anybody reaches "+
-		"the same, or the second, port of the command, if policy lets plaintext in; repeatable")
+	f.StringArrayVarP(&r.publish, "publish", "p", nil, "[ADDR:]PORT[:PORT][/udp]: a TCP or UDP port of this host at which "+
+		"anybody reaches the same, or the second, port of the command, if policy lets plaintext in; repeatable")
 	r.own.bind(cmd)
 }
 
@@ -54,8 +54,13 @@ func (r *runPorts) resolve() (err error) {
 			return fmt.Errorf("-p %s: %w", s, err)
 		}
 		for _, other := range r.in.Publish {
-			if other.At == p.At {
+			if other.UDP == p.UDP && other.At == p.At {
 				return fmt.Errorf("-p %s: this port is published twice", s)
+			}
+			// A datagram that leaves by a port of the command's leaves by one of the host's.
+			a, b := other.At.Addr(), p.At.Addr()
+			if other.UDP && p.UDP && other.To == p.To && (!a.IsValid() || !b.IsValid() || a.Is4() == b.Is4()) {
+				return fmt.Errorf("-p %s: the command's UDP port %d is published at another port already", s, p.To)
 			}
 		}
 		r.in.Publish = append(r.in.Publish, p)
@@ -63,12 +68,13 @@ func (r *runPorts) resolve() (err error) {
 	return nil
 }
 
-// parsePublished reads [ADDR:]PORT[:PORT].
+// parsePublished reads [ADDR:]PORT[:PORT][/PROTOCOL].
 func parsePublished(s string) (p rootless.Published, err error) {
-	if _, protocol, ok := strings.Cut(s, "/"); ok && protocol != "tcp" {
-		return p, fmt.Errorf("only TCP is published, not %s", protocol)
+	s, protocol, ok := strings.Cut(s, "/")
+	if ok && protocol != "tcp" && protocol != "udp" {
+		return p, fmt.Errorf("TCP and UDP are published, not %s", protocol)
 	}
-	s = strings.TrimSuffix(s, "/tcp")
+	p.UDP = protocol == "udp"
 	at, to := s, ""
 	host := s[:strings.LastIndex(s, "]")+1] // an IPv6 address has colons of its own
 	parts := strings.Split(s[len(host):], ":")

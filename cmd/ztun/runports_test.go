@@ -16,11 +16,12 @@ func TestRunPublishes(t *testing.T) {
 		}
 		return rootless.Published{At: netip.MustParseAddrPort(at), To: to}
 	}
+	udp := func(p rootless.Published) rootless.Published { p.UDP = true; return p }
 	for s, want := range map[string]rootless.Published{
 		"8080": p(":8080", 8080), "8080:80": p(":8080", 80), "127.0.0.1:8080": p("127.0.0.1:8080", 8080),
 		"127.0.0.1:8080:80": p("127.0.0.1:8080", 80), "[::1]:8080": p("[::1]:8080", 8080),
 		"[::1]:8080:80": p("[::1]:8080", 80), "8080:80/tcp": p(":8080", 80), "0.0.0.0:80": p("0.0.0.0:80", 80),
-		"[::]:80": p(":80", 80),
+		"[::]:80": p(":80", 80), "53/udp": udp(p(":53", 53)), "127.0.0.1:5353:53/udp": udp(p("127.0.0.1:5353", 53)),
 	} {
 		if got, err := parsePublished(s); err != nil || got != want {
 			t.Errorf("%s: %+v, %v", s, got, err)
@@ -28,16 +29,23 @@ func TestRunPublishes(t *testing.T) {
 	}
 	for s, want := range map[string]string{
 		"": "want a port", "0": "want a port", "80:0": "want a port", "65536": "want a port", "80:80:80": "want an IP address",
-		"host:80": "want an IP address", "::1:80": "want an IP address", "[::1]": "want an IP address", "80/udp": "only TCP",
+		"host:80": "want an IP address", "::1:80": "want an IP address", "[::1]": "want an IP address", "80/sctp": "not sctp",
 		"127.0.0.1:0:80": "want a port", "1.2.3.4:80:80:80": "want an IP address", "80:": "want a port", "]80": "want",
 	} {
 		if got, err := parsePublished(s); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %+v, %v; want %q", s, got, err, want)
 		}
 	}
-	r := runPorts{publish: []string{"80", "80:81"}}
-	if err := r.resolve(); err == nil || !strings.Contains(err.Error(), "-p 80:81: this port is published twice") {
-		t.Error(err)
+	for _, test := range []struct{ first, second, want string }{
+		{"80", "80:81", "-p 80:81: this port is published twice"}, {"80", "80/udp", ""},
+		{"80/udp", "80:81/udp", "published twice"}, {"80", "81:80", ""},
+		{"80/udp", "127.0.0.1:81:80/udp", "the command's UDP port 80 is published at another port already"},
+		{"127.0.0.1:80/udp", "[::1]:80/udp", ""},
+	} {
+		r := runPorts{publish: []string{test.first, test.second}}
+		if err := r.resolve(); (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%s and %s: %v, want %q", test.first, test.second, err, test.want)
+		}
 	}
 }
 

@@ -11,10 +11,10 @@
 // no port is shared by two mappings (the kernel's); ports keep neither number nor parity, which is recommended only.
 // REQ-5: a mapping ends five minutes after the pod last spoke by it (pings: one, RFC 5508), REQ-6: what the network
 // sends keeps none alive. REQ-7 does not apply: the outside is the host's own. REQ-8: filtering is address-dependent,
-// the more stringent of the two choices: the host's ports are not the pod's to offer, servers are published
-// otherwise. REQ-9, hairpinning: the kernel's loopback does it, with the external source. REQ-10, no ALG. REQ-11:
-// behaviour does not depend on what is free. REQ-12: ICMP errors come by the sockets' error queue and end no mapping.
-// REQ-13: DF is kept, and what is too large is told. REQ-14: the kernel puts fragments together, in any order.
+// the more stringent of the two choices: the host's ports are not the pod's to offer, but for those that its user
+// publishes (Publish). REQ-9, hairpinning: the kernel's loopback does it, with the external source. REQ-10, no ALG.
+// REQ-11: behaviour does not depend on what is free. REQ-12: ICMP errors come by the sockets' error queue and end no
+// mapping. REQ-13: DF is kept, and what is too large is told. REQ-14: the kernel puts fragments together, in any order.
 //
 // Decisions:
 //   - 2026-11-28: unconnected sockets, not one connected per flow: a connected one would be an address- and
@@ -25,4 +25,7 @@
 //   - 2026-11-28: a ping that the host does not let leave is refused to the pod ("Packet filtered"), not lost.
 //   - 2026-11-28: datagrams of one size travel together where the kernel can (UDP_SEGMENT out, UDP_GRO in); where it
 //     refuses, they are sent one by one.
+//   - 2026-11-29: a published port is a mapping whose socket is bound beforehand and lets everybody in; the bounds of
+//     what comes by it are netstack's, of flows. It answers by the address that the host's routes choose: where a host
+//     has several, its user publishes at one.
 package usersock

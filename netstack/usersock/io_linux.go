@@ -56,10 +56,11 @@ func setDF(fd int, k key, df bool) {
 // send sends a datagram, or several of one size.
 func (c *socket) send(d *Datagram) error {
 	var to unix.Sockaddr
-	if a := d.Peer.Addr(); a.Is4() {
-		to = &unix.SockaddrInet4{Addr: a.As4(), Port: int(d.Peer.Port())}
+	peer := c.meant(d.Peer)
+	if a := peer.Addr(); a.Is4() {
+		to = &unix.SockaddrInet4{Addr: a.As4(), Port: int(peer.Port())}
 	} else {
-		to = &unix.SockaddrInet6{Addr: a.As16(), Port: int(d.Peer.Port())}
+		to = &unix.SockaddrInet6{Addr: a.As16(), Port: int(peer.Port())}
 	}
 	var err error
 	if werr := c.rc.Control(func(fd uintptr) {
@@ -167,7 +168,7 @@ func (c *socket) deliver(b, oob []byte, from unix.Sockaddr) {
 		c.s.filtered.Add(1)
 		return
 	}
-	d := Datagram{Echo: c.key.echo, Pod: c.key.pod, Peer: peer, Payload: b}
+	d := Datagram{Echo: c.key.echo, Pod: c.key.pod, Peer: c.shown(peer), Payload: b}
 	if c.key.echo {
 		if len(b) < 8 {
 			return
@@ -232,7 +233,7 @@ const extendedErr = 16
 
 // failed tells of the error e, about the datagram of which sent is as much as was quoted.
 func (c *socket) failed(peer netip.AddrPort, e, sent []byte) {
-	f := Failure{Echo: c.key.echo, Pod: c.key.pod, Peer: peer}
+	f := Failure{Echo: c.key.echo, Pod: c.key.pod, Peer: c.shown(peer)}
 	errno, info := syscall.Errno(binary.NativeEndian.Uint32(e)), binary.NativeEndian.Uint32(e[8:])
 	switch e[4] {
 	case unix.SO_EE_ORIGIN_ICMP, unix.SO_EE_ORIGIN_ICMP6:

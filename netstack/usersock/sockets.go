@@ -113,6 +113,7 @@ type key struct {
 type socket struct {
 	s    *Sockets
 	key  key
+	at   *Published // nil: it is there for whom the pod speaks to
 	file *os.File
 	rc   syscall.RawConn
 	over atomic.Bool // its reader is to end
@@ -237,6 +238,9 @@ func (s *Sockets) open(k key, peer netip.Addr) (*socket, error) {
 
 // spoke notes that the pod has spoken to a peer, who may answer from now on.
 func (c *socket) spoke(peer netip.Addr, now uint32) {
+	if c.at != nil {
+		return
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.seen = now
@@ -255,8 +259,11 @@ func (c *socket) spoke(peer netip.Addr, now uint32) {
 	c.peers[peer] = now
 }
 
-// admits reports whether the pod has spoken to a peer.
+// admits reports whether the pod has spoken to a peer, or anybody may speak to it.
 func (c *socket) admits(peer netip.Addr) bool {
+	if c.at != nil {
+		return true
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	_, ok := c.peers[peer]
@@ -287,7 +294,12 @@ func (s *Sockets) sweep() {
 	var over []*socket
 	s.mu.Lock()
 	s.tick++
+	published := 0
 	for k, c := range s.by {
+		if c.at != nil {
+			published++
+			continue
+		}
 		life := udpLife
 		if k.echo {
 			life = echoLife
@@ -300,7 +312,7 @@ func (s *Sockets) sweep() {
 	}
 	switch {
 	case s.closed:
-	case len(s.by) == len(over):
+	case len(s.by)-published == len(over):
 		s.timer = nil
 	default:
 		s.timer.Reset(tick)

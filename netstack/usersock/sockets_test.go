@@ -378,3 +378,56 @@ func TestStress(t *testing.T) {
 }
 
 func writeFile(path, text string) error { return os.WriteFile(path, []byte(text), 0o644) }
+
+// A published port lets in whoever speaks to it, who is answered from it; the pod's own calls from that port leave by
+// it, too; a client on loopback is another one to the pod. It is none of the bounded, and is there until Close.
+func TestPublish(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			w := newWorld(t, Options{MaxSockets: 1})
+			pod := netip.MustParseAddrPort(f.pod)
+			client, at := listen(t, f.lo)
+			local := map[bool]netip.Addr{true: netip.MustParseAddr("192.0.0.8"),
+				false: netip.MustParseAddr("64:ff9b::c000:8")}[pod.Addr().Is4()]
+			if err := w.Publish(Published{At: netip.MustParseAddrPort(f.lo), Pod: pod, Local: local}); err != nil {
+				t.Fatal(err)
+			}
+			var where netip.AddrPort
+			w.by[key{pod: pod}].rc.Control(func(fd uintptr) {
+				if name, err := unix.Getsockname(int(fd)); err == nil {
+					where, _ = addrOf(name)
+				}
+			})
+			if err := w.Publish(Published{At: at, Pod: netip.AddrPortFrom(pod.Addr(), 1)}); !errors.Is(err, unix.EADDRINUSE) {
+				t.Errorf("at a port that is another's: %v", err)
+			}
+			client.WriteToUDPAddrPort([]byte("unasked"), where)
+			d := next(t, w.in)
+			if d.Pod != pod || d.Peer != netip.AddrPortFrom(local, at.Port()) || string(d.Payload) != "unasked" {
+				t.Fatalf("%+v", d)
+			}
+			w.send(Datagram{Pod: pod, Peer: d.Peer, Payload: []byte("answer")})
+			if got, from := receive(t, client); got != "answer" || from != where {
+				t.Errorf("%q from %v, want it from %v", got, from, where)
+			}
+			other, at2 := listen(t, f.lo)
+			w.send(Datagram{Pod: pod, Peer: at2, Payload: []byte("call")})
+			if got, from := receive(t, other); got != "call" || from != where {
+				t.Errorf("%q from %v, want it from %v", got, from, where)
+			}
+			// A mapping of the bounded one takes none of it, and time does not end it.
+			w.send(Datagram{Pod: netip.AddrPortFrom(pod.Addr(), 5001), Peer: at2, Payload: []byte("bounded")})
+			receive(t, other)
+			for range 100 {
+				w.sweep()
+			}
+			client.WriteToUDPAddrPort([]byte("later"), where)
+			if d := next(t, w.in); string(d.Payload) != "later" {
+				t.Errorf("%+v", d)
+			}
+			if st := w.Stats(); st.Sockets != 1 || st.Ended != 1 || st.Evicted+st.Refused+st.Filtered != 0 {
+				t.Errorf("%+v", st)
+			}
+		})
+	}
+}

@@ -32,7 +32,8 @@ func TestDatagrams(t *testing.T) {
 	f.Policies = []lab.Policy{{Name: "istio_converted_static_strict", Namespace: "strict", Scope: "Namespace",
 		Action: "Deny", Rules: [][][]map[string]any{{
 			{{"notPrincipals": []any{map[string]any{"Presence": []any{}}}}}, {{"notDestinationPorts": []any{7101, 4433}}},
-		}}}}
+		}}}, {Name: "no-7022", Namespace: "default", Scope: "Namespace", Action: "Deny",
+		Rules: [][][]map[string]any{{{{"destinationPorts": []any{7022}}}}}}}
 	must(t, m.WriteWorld(f))
 	const flows = 2000
 	m.start(m.N1, map[string]string{"ZTUN_MAX_UDP_FLOWS": fmt.Sprint(flows)})

@@ -59,7 +59,8 @@ func (d *datagrams) rootless(t *testing.T) {
 	})
 
 	begun := waitFor("\n")
-	cmd := r.cmd(r.knowledge(), "", asUser("--", "sh", "-c", "echo begun; exec sleep 600")...)
+	cmd := r.cmd(r.knowledge(), "", asUser("-p", "18021:7021/udp", "-p", "18022:7022/udp", "--", "sh", "-c",
+		"echo begun; exec sleep 600")...)
 	cmd.Env = append(cmd.Env, "ZTUN_MAX_UDP_FLOWS=2000")
 	log := waitFor("UDP sockets")
 	cmd.Stdout, cmd.Stderr = begun, log
@@ -116,6 +117,32 @@ func (d *datagrams) rootless(t *testing.T) {
 	if want := "UDP dropped: it would go in the clear"; !strings.Contains(log.String(), want) {
 		t.Errorf("no %q in %s", want, log)
 	}
+	// Published ports: anybody has an answer, from where he has asked, if policy lets him in.
+	d.each(t, func(t *testing.T, pick func([]netip.Addr) netip.Addr) {
+		own := pick([]netip.Addr{netip.MustParseAddr("10.91.66.4"), netip.MustParseAddr("fd91:0:0:66::4")})
+		d.echoUDP(t, in, netip.AddrPortFrom(own, 7021))
+		for _, from := range []*lab.NS{d.h2.NS, h} {
+			c, err := udpFrom(from, netip.AddrPortFrom(pick(d.h1.IPs), 18021))
+			must(t, err)
+			defer c.Close()
+			for _, n := range []int{1, 1300, 8000} {
+				text := strings.Repeat("d", n)
+				if got, err := sayLarge(c, text); err != nil || got != text {
+					t.Errorf("published: %d bytes: %d came back, %v", n, len(got), err)
+				}
+			}
+		}
+		c, err := udpFrom(d.h2.NS, netip.AddrPortFrom(pick(d.h1.IPs), 18022))
+		must(t, err)
+		defer c.Close()
+		eventually(t, 20*time.Second, func() error {
+			c.Write([]byte("x"))
+			if want := netip.AddrPortFrom(own, 7022).String(); !strings.Contains(log.String(), want) {
+				return fmt.Errorf("what policy refuses is not said: no %s in %s", want, log)
+			}
+			return nil
+		})
+	})
 	d.iperf3From(t, in)
 	d.quicBetween(t, []quicPath{{in, d.h2.IPs}, {in, d.a.IPs}, {in, d.s.IPs}})
 

@@ -40,7 +40,7 @@ cmd/attach/attachtest -> admin cmd/attach netstack proxy proxy/refusal tun tun/t
 cmd/attach/isolated  -> admin cmd/attach netstack proxy/ports tun tun/netns tun/replace tun/steer
 cmd/attach/redirected -> admin cmd/attach netstack proxy proxy/ports tun tun/netns
 cmd/attach/dedicated -> admin cmd/attach netstack proxy proxy/ports tun
-cmd/attach/rootless  -> admin cmd/attach proxy proxy/ports tun tun/netns tun/steer
+cmd/attach/rootless  -> admin cmd/attach netstack/usersock proxy proxy/ports tun tun/netns tun/steer
 cmd/attach/steered   -> admin cmd/attach netstack proxy proxy/ports tun tun/netns tun/sandwich
 cmd/doctor           -> tun/netns tun/steer
 cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/watch admin/words admin/xds admin/zds admin/zlog cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/doctor netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/ports proxy/refusal proxy/rescue proxy/resolve proxy/state tun tun/capture tun/netns tun/replace

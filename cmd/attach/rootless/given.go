@@ -16,6 +16,9 @@ type given struct{ *workload }
 // Capture implements attach.Attachment.
 func (w given) Capture(context.Context) error {
 	w.Run()
+	if err := w.publishUDP(); err != nil {
+		return err
+	}
 	w.kind.open.serve(w.workload)
 	return nil
 }

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ztun/cmd/attach"
+	"ztun/netstack/usersock"
 	"ztun/proxy/ports"
 )
 
@@ -32,8 +33,9 @@ type Inbound struct {
 
 // Published is one port.
 type Published struct {
-	At netip.AddrPort // of the host; an address that is not valid stands for all
-	To uint16         // the workload's
+	At  netip.AddrPort // of the host; an address that is not valid stands for all
+	To  uint16         // the workload's
+	UDP bool           // else TCP
 }
 
 // maxListeners bounds how many addresses of a record are listened at: one of each family is what a record may have.
@@ -58,6 +60,9 @@ func (l *listeners) serve(w *workload) { l.of.Store(w) }
 // has it already is another `ztun run`, mostly, and no reason not to run this one.
 func (k *Kind) Open(ctx context.Context) error {
 	for _, p := range k.in.Publish {
+		if p.UDP {
+			continue // publishUDP: there is nobody yet to whom a datagram could be given
+		}
 		ln, err := k.listen(ctx, p.At, false)
 		if err != nil {
 			k.Close()
@@ -224,6 +229,41 @@ func (w *workload) publish(conn *net.TCPConn, port uint16) {
 		return
 	}
 	w.kind.open.serving.Go(w.kind.o.Panics.Func("a published connection", func() { w.h.ServePassthrough(f) }, nil))
+}
+
+// publishUDP opens the published UDP ports, at the host's addresses of each family that the workload has.
+func (w *workload) publishUDP() error {
+	for _, p := range w.kind.in.Publish {
+		if !p.UDP {
+			continue
+		}
+		opened := false
+		for _, a := range w.spec.IPs {
+			where := p.At
+			switch {
+			case where.Addr().IsValid() && where.Addr().Is4() != a.Is4():
+				continue
+			case where.Addr().IsValid():
+			case a.Is4():
+				where = netip.AddrPortFrom(netip.IPv4Unspecified(), where.Port())
+			default:
+				where = netip.AddrPortFrom(netip.IPv6Unspecified(), where.Port())
+			}
+			err := w.PublishUDP(usersock.Published{At: where, Pod: netip.AddrPortFrom(a, p.To),
+				Local: seenAs(netip.IPv6Loopback(), a)})
+			if errors.Is(err, unix.EAFNOSUPPORT) && !p.At.Addr().IsValid() {
+				continue // a host without IPv6
+			}
+			if err != nil {
+				return fmt.Errorf("-p %s/udp: %w", at(p.At), listenError(where, err))
+			}
+			opened = true
+		}
+		if !opened {
+			return fmt.Errorf("-p %s/udp: the workload has no address of this family", at(p.At))
+		}
+	}
+	return nil
 }
 
 // own is the workload's address of a family, or its only one.

@@ -144,6 +144,9 @@ func (w *workload) Capture(ctx context.Context) error {
 	if err := steer.Apply(ctx, w.plan, steer.Namespaces{Pod: w.ns}); err != nil {
 		return err
 	}
+	if err := w.publishUDP(); err != nil {
+		return err
+	}
 	w.kind.open.serve(w)
 	return nil
 }
