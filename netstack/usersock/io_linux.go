@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"net/netip"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -138,28 +139,39 @@ func appendControl(oob []byte, level, typ int, data []byte) []byte {
 	return oob
 }
 
-// read delivers what comes until the socket is closed. An error wakes the poller as a datagram does, so the error
-// queue is looked at once each time, and when an error stands at the socket: not before every datagram, which would be
-// a call more for each.
+// deaf is how long to wait where the poller cannot.
+const deaf = 10 * time.Millisecond
+
+// read delivers what comes until the socket is closed. When an error is all that has happened to a socket whose buffer
+// is full as well, Go's poller takes it for none that can be waited for (EPOLLERR alone), until something else happens:
+// there is room, or a datagram.
 func (c *socket) read() {
 	oob := make([]byte, 512)
-	_ = c.rc.Read(func(fd uintptr) bool {
-		p := c.s.buffers.Get().(*[]byte)
-		defer c.s.buffers.Put(p)
-		c.readErrors(int(fd), *p, oob)
-		for !c.over.Load() {
-			n, oobn, flags, from, err := unix.Recvmsg(int(fd), *p, oob, 0)
-			switch {
-			case err == unix.EAGAIN:
-				return false // wait
-			case err != nil: // that of the error queue's head, which this takes away
-				c.readErrors(int(fd), *p, oob)
-			case flags&unix.MSG_TRUNC == 0:
-				c.deliver((*p)[:n], oob[:oobn], from)
-			}
+	for c.rc.Read(func(fd uintptr) bool { return c.drain(int(fd), oob) }) != nil && !c.over.Load() {
+		time.Sleep(deaf)
+		_ = c.rc.Control(func(fd uintptr) { c.drain(int(fd), oob) }) // an error: it is closed
+	}
+}
+
+// drain delivers what there is; true: the socket is closed. An error wakes the poller as a datagram does, so the error
+// queue is looked at once each time, and when an error stands at the socket: not before every datagram, which would be
+// a call more for each.
+func (c *socket) drain(fd int, oob []byte) bool {
+	p := c.s.buffers.Get().(*[]byte)
+	defer c.s.buffers.Put(p)
+	c.readErrors(fd, *p, oob)
+	for !c.over.Load() {
+		n, oobn, flags, from, err := unix.Recvmsg(fd, *p, oob, 0)
+		switch {
+		case err == unix.EAGAIN:
+			return false // wait
+		case err != nil: // that of the error queue's head, which this takes away
+			c.readErrors(fd, *p, oob)
+		case flags&unix.MSG_TRUNC == 0:
+			c.deliver((*p)[:n], oob[:oobn], from)
 		}
-		return true
-	})
+	}
+	return true
 }
 
 func (c *socket) deliver(b, oob []byte, from unix.Sockaddr) {

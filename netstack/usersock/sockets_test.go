@@ -292,6 +292,67 @@ func TestNamespace(t *testing.T) {
 	}
 }
 
+// A mapping whose buffer is full hears of an error alone, after which Go's poller refuses to wait: what arrives later
+// is read all the same. What fills the buffer waits for a neighbour that does not answer.
+func TestErrorBesideFullBuffer(t *testing.T) {
+	ns, net2 := nslab.New(t), nslab.New(t)
+	nslab.Join(t, ns, net2, "eth0")
+	ns.IP(t, "addr", "add", "192.0.2.1/24", "dev", "eth0")
+	net2.IP(t, "addr", "add", "192.0.2.2/24", "dev", "eth0")
+	var there *net.UDPConn
+	if err := net2.Do(func() (err error) { there, err = net.ListenUDP("udp", nil); return err }); err != nil {
+		t.Fatal(err)
+	}
+	defer there.Close()
+	there.SetReadDeadline(time.Now().Add(60 * time.Second))
+	w := newWorld(t, Options{})
+	pod := netip.MustParseAddrPort("10.1.0.2:79")
+	send := func(to string, d Datagram) (err error) {
+		d.Pod, d.Peer = pod, netip.MustParseAddrPort(to)
+		if e := ns.Do(func() error { err = w.Send(d); return nil }); e != nil {
+			t.Fatal(e)
+		}
+		return err
+	}
+	for name, value := range map[string]string{"mcast_solicit": "5", "unres_qlen_bytes": "10000000"} {
+		file := "/proc/sys/net/ipv4/neigh/eth0/" + name
+		if err := ns.Do(func() error { return writeFile(file, value) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	at := netip.AddrPortFrom(netip.MustParseAddr("192.0.2.2"), there.LocalAddr().(*net.UDPAddr).AddrPort().Port())
+	answered := func() {
+		t.Helper()
+		for end := time.Now().Add(60 * time.Second); send(at.String(), Datagram{Payload: []byte("x")}) != nil; {
+			if time.Now().After(end) {
+				t.Fatal("the socket's buffer is full for ever")
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		_, from := receive(t, there)
+		there.WriteToUDPAddrPort([]byte("back"), from)
+		if d := next(t, w.in); string(d.Payload) != "back" {
+			t.Errorf("%+v", d)
+		}
+	}
+	answered()
+	time.Sleep(10 * time.Millisecond) // the reader waits
+	full := false
+	for i := 0; i < 100 && !full; i++ {
+		full = errors.Is(send("192.0.2.9:9", Datagram{Payload: make([]byte, 20000)}), unix.EAGAIN)
+	}
+	if !full {
+		t.Fatal("the socket's buffer takes all")
+	}
+	if err := send("192.0.2.9:9", Datagram{Payload: make([]byte, 1600), DF: true}); !errors.Is(err, unix.EMSGSIZE) {
+		t.Fatal(err)
+	}
+	if got := next(t, w.bad); got.Type != 3 || got.Code != 4 {
+		t.Errorf("%+v", got)
+	}
+	answered()
+}
+
 // At the bound the peer with the most mappings loses its oldest; what is refused is an error; and mappings end with
 // their time.
 func TestBounds(t *testing.T) {
