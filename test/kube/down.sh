@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# down.sh [--purge]: ends what up.sh has started, and removes its namespaces and cgroups. Programs and images stay; with
+# --purge the nodes' copies of the images go.
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$(dirname "$0")/lib.sh"
+for n in $NODES; do "$here/node.sh" down "$n"; done
+for name in scheduler controllers apiserver etcd; do reap $name; done
+for name in sw cp $NODES; do ip netns del "$PREFIX-$name" 2>/dev/null; done
+[ "${1:-}" != --purge ] || rm -rf "$RUN"
+! ip netns list | grep "^$PREFIX-"
