@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -132,11 +133,16 @@ func echo(ctx context.Context, ns *lab.NS, to netip.AddrPort) error {
 		return err
 	}
 	defer c.Close()
+	return bounce(c)
+}
+
+// bounce sends a byte and waits until one comes back.
+func bounce(c net.Conn) error {
 	c.SetDeadline(time.Now().Add(20 * time.Second))
 	if _, err := c.Write([]byte("x")); err != nil {
 		return err
 	}
-	_, err = io.ReadFull(c, make([]byte, 1))
+	_, err := io.ReadFull(c, make([]byte, 1))
 	return err
 }
 

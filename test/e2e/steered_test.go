@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -57,10 +56,7 @@ func (m *mesh) keep(ends map[*lab.NS]netip.Addr) (still func(what string)) {
 	still = func(what string) {
 		m.t.Helper()
 		for _, c := range conns {
-			c.SetDeadline(time.Now().Add(20 * time.Second))
-			if _, err := c.Write([]byte("x")); err != nil {
-				m.t.Errorf("%s: %v to %v: %v", what, c.LocalAddr(), c.RemoteAddr(), err)
-			} else if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+			if err := bounce(c); err != nil {
 				m.t.Errorf("%s: %v to %v: %v", what, c.LocalAddr(), c.RemoteAddr(), err)
 			}
 		}

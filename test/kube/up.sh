@@ -182,8 +182,7 @@ k apply -f "$here/manifests/coredns.yaml" >/dev/null
 rolled_out kube-system deploy/coredns
 say "CoreDNS"
 k apply --server-side -f "$MANIFESTS/crds.yaml" >/dev/null
-soon 30 k apply --server-side -f "$MANIFESTS/istio.yaml" || true # its own kinds may not be known yet
-k apply --server-side -f "$MANIFESTS/istio.yaml" >/dev/null 2>"$RUN/istio.log" || true
+need 30 k apply --server-side -f "$MANIFESTS/istio.yaml" # once its own kinds are known
 rolled_out istio-system deploy/istiod
 rolled_out istio-system ds/istio-cni-node
 rolled_out istio-system ds/ztunnel
