@@ -107,6 +107,7 @@ func completions(cmd *cobra.Command) map[string]completion {
 		"log-format": values("plain", "json"),
 		"log":        values("error", "warn", "info", "debug", "trace", "off"),
 		"dir":        directories, "state-dir": directories, "out": directories, "mesh": directories,
+		"cni-conf-dir": directories, "cni-bin-dir": directories,
 		"socket": files, "status-socket": files, "join": files,
 		"service-account": nothing, "ip": nothing, "mtu": nothing, "mesh-port": nothing, "publish": nothing, "tun-fd": nothing,
 		"tun-socket": files,

@@ -17,6 +17,9 @@ const (
 )
 
 func main() {
+	if isPlugin(os.Args) {
+		os.Exit(runPlugin())
+	}
 	if err := rootCommand().ExecuteContext(context.Background()); err != nil {
 		var status exitStatus
 		if errors.As(err, &status) {
@@ -49,7 +52,8 @@ func rootCommand() *cobra.Command {
 	}
 	root.SetVersionTemplate("{{.Version}}\n")
 	root.AddCommand(proxyCommand(), runCommand(), podCommand(), connectionsCommand(), flowsCommand(), explainCommand(),
-		captureCommand(), doctorCommand(), nodeCommand(), caCommand(), controlCommand(), versionCommand(), manCommand())
+		captureCommand(), doctorCommand(), nodeCommand(), caCommand(), controlCommand(), cniCommand(), versionCommand(),
+		manCommand())
 	root.SetFlagErrorFunc(flagError)
 	root.SetHelpCommand(helpCommand(root))
 	root.InitDefaultHelpCmd()

@@ -42,8 +42,9 @@ cmd/attach/redirected -> admin cmd/attach netstack proxy proxy/ports tun tun/net
 cmd/attach/dedicated -> admin cmd/attach netstack proxy proxy/ports tun
 cmd/attach/rootless  -> admin cmd/attach netstack/usersock proxy proxy/ports tun tun/netns tun/steer
 cmd/attach/steered   -> admin cmd/attach netstack proxy proxy/ports tun tun/netns tun/sandwich
+cmd/cni              -> admin/watch tun/replace
 cmd/doctor           -> tun/netns tun/steer
-cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/watch admin/words admin/xds admin/zds admin/zlog cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/doctor netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/ports proxy/refusal proxy/rescue proxy/resolve proxy/state tun tun/capture tun/netns tun/replace
+cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/watch admin/words admin/xds admin/zds admin/zlog cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/cni cmd/doctor netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/ports proxy/refusal proxy/rescue proxy/resolve proxy/state tun tun/capture tun/netns tun/replace
 netstack             -> proxy/fair proxy/grow proxy/ports proxy/refusal proxy/rescue tun
 netstack/usersock    -> proxy/fair proxy/rescue
 proxy                -> proxy/fair proxy/hbone proxy/identity proxy/ports proxy/rbac proxy/refusal proxy/rescue proxy/route proxy/socks proxy/state
@@ -74,7 +75,8 @@ tun/tuntest/nslab    -> tun/netns
 // doors are the dependencies, all of them, and the only trees that may open them.
 var doors = map[string][]string{
 	"github.com/cespare/xxhash/v2":        {"admin/control"},
-	"github.com/fsnotify/fsnotify":        {"admin"},
+	"github.com/containernetworking/cni":  {"cmd/cni"},
+	"github.com/fsnotify/fsnotify":        {"admin", "cmd/cni"},
 	"github.com/klauspost/compress":       {"admin"},
 	"github.com/miekg/dns":                {"proxy/dns"},
 	"github.com/prometheus/client_golang": {"admin", "cmd", "proxy"},

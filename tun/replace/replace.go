@@ -1,9 +1,11 @@
 package replace
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -12,11 +14,16 @@ import (
 // File replaces the file at path, so that a reader sees the old content or the new, after a loss of power as well. Its
 // directory must be there. Errors name path.
 func File(path string, mode fs.FileMode, data []byte) error {
+	return Copy(path, mode, bytes.NewReader(data))
+}
+
+// Copy is File for what is read to its end.
+func Copy(path string, mode fs.FileMode, from io.Reader) error {
 	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // 0600
 	if err != nil {
 		return fmt.Errorf("cannot replace %s: %w", path, err)
 	}
-	_, werr := f.Write(data)
+	_, werr := io.Copy(f, from)
 	err = errors.Join(werr, f.Chmod(mode), f.Sync(), f.Close())
 	if err == nil {
 		err = os.Rename(f.Name(), path)
