@@ -48,6 +48,7 @@ type signed struct {
 // issuedStore remembers which certificates each node has, in files that outlive the process, so that those of a node
 // that leaves can be revoked; and it keeps the list of the revoked. Safe for concurrent use.
 type issuedStore struct {
+	root         string // the control plane's directory
 	dir, crlPath string
 	limit        int // certificates of one node that have not expired
 	sign         func(template *x509.RevocationList) ([]byte, error)
@@ -64,7 +65,7 @@ type issuedStore struct {
 
 func newIssuedStore(dir string, limit int, a *authority) *issuedStore {
 	return &issuedStore{
-		dir: filepath.Join(dir, issuedDir), crlPath: filepath.Join(dir, crlFile), limit: limit,
+		root: dir, dir: filepath.Join(dir, issuedDir), crlPath: filepath.Join(dir, crlFile), limit: limit,
 		sign: func(t *x509.RevocationList) ([]byte, error) {
 			return x509.CreateRevocationList(rand.Reader, t, a.signer, a.key)
 		},
@@ -91,11 +92,22 @@ func (s *issuedStore) add(node string, cert *x509.Certificate, now time.Time) er
 }
 
 // refresh reads what has changed in the files, revokes what nodes have that are not joined, and signs a new list if
-// need be.
-func (s *issuedStore) refresh(joined func(string) bool, now time.Time) error {
+// need be. members tells which nodes are joined, and whether that could be read: nobody has left otherwise. It is asked
+// while nobody can join or leave.
+func (s *issuedStore) refresh(members func() (map[string]bool, bool), now time.Time) error {
+	release, err := holdMembers(s.root, serverPatience)
+	if err == nil {
+		defer release()
+		joined, ok := members()
+		if !ok {
+			return nil
+		}
+		s.mu.Lock()
+		err = s.refreshLocked(joined, now)
+		s.mu.Unlock()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	err := s.refreshLocked(joined, now)
 	s.problem = ""
 	if err != nil {
 		s.problem = err.Error()
@@ -103,11 +115,8 @@ func (s *issuedStore) refresh(joined func(string) bool, now time.Time) error {
 	return err
 }
 
-func (s *issuedStore) refreshLocked(joined func(string) bool, now time.Time) error {
+func (s *issuedStore) refreshLocked(joined map[string]bool, now time.Time) error {
 	entries, err := os.ReadDir(s.dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		entries, err = nil, os.MkdirAll(s.dir, 0o700)
-	}
 	if err != nil {
 		return err
 	}
@@ -118,7 +127,7 @@ func (s *issuedStore) refreshLocked(joined func(string) bool, now time.Time) err
 		path := filepath.Join(s.dir, e.Name())
 		name, isLog := strings.CutSuffix(e.Name(), issuedExt)
 		node := memberOf(name)
-		if isLog && joined(node) {
+		if isLog && joined[node] {
 			if had, ok := s.live[node]; ok && !compact {
 				live[node] = had
 				continue

@@ -122,6 +122,11 @@ func Join(ctx context.Context, o JoinOptions) (member string, err error) {
 	if err := checkMember(member, o.Workload != ""); err != nil {
 		return "", err
 	}
+	release, err := holdMembers(o.Dir, membersPatience)
+	if err != nil {
+		return "", err
+	}
+	defer release()
 	path := filepath.Join(o.Dir, nodesDir, memberFile(member))
 	if _, err := os.Stat(path); err == nil && !o.Renew {
 		return "", fmt.Errorf("%s has joined (%s): %w; --renew makes new credentials and ends the old ones",
@@ -204,7 +209,7 @@ func (c *credentialSet) write(out string, bundle *Bundle) error {
 }
 
 // replaced revokes the client certificate of a member that joins anew. A node's workloads' certificates stay: they are
-// renewed with the new credentials.
+// renewed with the new credentials. The members are held.
 func replaced(dir, member string, now time.Time) error {
 	data, err := os.ReadFile(filepath.Join(dir, nodesDir, memberFile(member)))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -220,9 +225,6 @@ func replaced(dir, member string, now time.Time) error {
 	}
 	if _, ok := serial.SetString(old.Serial, 16); !ok || old.Expires.Before(now) {
 		return nil
-	}
-	if err := os.MkdirAll(filepath.Join(dir, issuedDir), 0o700); err != nil {
-		return err
 	}
 	return writeSigned(leftPath(filepath.Join(dir, issuedDir), member, now),
 		[]signed{{string(serial.Bytes()), old.Expires.Unix()}})
@@ -260,7 +262,12 @@ func LeaveWorkload(dir, name string) (member string, err error) {
 }
 
 func leave(dir, member string) error {
-	err := os.Remove(filepath.Join(dir, nodesDir, memberFile(member)))
+	release, err := holdMembers(dir, membersPatience)
+	if err != nil {
+		return err
+	}
+	defer release()
+	err = os.Remove(filepath.Join(dir, nodesDir, memberFile(member)))
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%s has not joined: %w", memberTitle(member), err)
 	}

@@ -66,17 +66,18 @@ func (s *Server) watchRevocations(st grpc.ServerStream) error {
 
 // revoke looks at which nodes have left.
 func (s *Server) revoke() {
-	s.nodes.rescan()
-	joined, ok := s.nodes.members()
-	if !ok {
-		return // the directory cannot be read: nobody has left for that
-	}
 	before, _ := s.issued.current()
 	problem := s.issued.status().Problem
-	if err := s.issued.refresh(func(node string) bool {
-		return joined[node]
+	scanned := false
+	if err := s.issued.refresh(func() (map[string]bool, bool) {
+		s.nodes.rescan()
+		scanned = true
+		return s.nodes.members()
 	}, time.Now()); err != nil && err.Error() != problem {
 		s.logger.Error("what was signed for nodes that have left may not be revoked", "error", err.Error())
+	}
+	if !scanned { // somebody keeps the members for long; who has left is out all the same
+		s.nodes.rescan()
 	}
 	if now, _ := s.issued.current(); before != nil && string(now) != string(before) {
 		s.logger.Info("a new revocation list is served", "certificates", s.issued.status().Certificates)

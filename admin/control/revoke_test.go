@@ -177,6 +177,61 @@ func TestUnreadableNodesKeepTheirs(t *testing.T) {
 	eventually(t, "revoked", func() bool { return w.srv.Status().Revoked.Certificates == 2 })
 }
 
+// TestJoinsWhileLookedAt: a node that joins again just after the control plane has read who is joined keeps what it got:
+// nobody joins or leaves while it is looked what to revoke.
+func TestJoinsWhileLookedAt(t *testing.T) {
+	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a")}, nil)
+	w.join("node-b")
+	check(t, Leave(w.dir, "node-b"))
+	w.srv.revoke()
+	done := make(chan struct{})
+	check(t, w.srv.issued.refresh(func() (map[string]bool, bool) {
+		w.srv.nodes.rescan()
+		members, ok := w.srv.nodes.members()
+		go func() {
+			defer close(done)
+			w.join("node-b")
+		}()
+		select {
+		case <-done:
+			t.Error("a node joined while it was looked what to revoke")
+		case <-time.After(quiet):
+		}
+		return members, ok
+	}, time.Now()))
+	<-done
+	w.srv.revoke()
+	if got := w.serials(filepath.Join(w.dir, crlFile)); slices.Contains(got, w.joinSerial("node-b")) {
+		t.Error("what node-b got when it joined again is revoked")
+	}
+}
+
+// TestMembersAreHeld: who keeps the members for ever is named, and neither stops the control plane nor hides who has
+// left.
+func TestMembersAreHeld(t *testing.T) {
+	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a")}, nil)
+	release, err := holdMembers(w.dir, time.Second)
+	check(t, err)
+	if _, err := holdMembers(w.dir, time.Millisecond); err == nil ||
+		!strings.Contains(err.Error(), "is held by another `ztun control`") {
+		t.Fatal(err)
+	}
+	check(t, os.Remove(filepath.Join(w.dir, nodesDir, "node-a.json")))
+	w.srv.revoke()
+	if members, ok := w.srv.nodes.members(); !ok || members["node-a"] {
+		t.Error("node-a counts as joined", members, ok)
+	}
+	if problem := w.srv.Status().Revoked.Problem; !strings.Contains(problem, "is held by") {
+		t.Error(problem)
+	}
+	release()
+	eventually(t, "revoked", func() bool {
+		w.srv.revoke()
+		st := w.srv.Status().Revoked
+		return st.Problem == "" && st.Certificates == 1
+	})
+}
+
 func TestIssuedStore(t *testing.T) {
 	dir := t.TempDir()
 	check(t, Init(filepath.Join(dir, "c"), "cluster.local"))
@@ -185,7 +240,8 @@ func TestIssuedStore(t *testing.T) {
 	check(t, err)
 	now := time.Now()
 	s := newIssuedStore(dir, 3, a)
-	everybody := func(string) bool { return true }
+	everybody := func() (map[string]bool, bool) { return map[string]bool{"n": true, "other": true}, true }
+	withoutN := func() (map[string]bool, bool) { return map[string]bool{"other": true}, true }
 	check(t, s.refresh(everybody, now))
 	cert := func(n int, life time.Duration) *x509.Certificate {
 		c, err := a.issueServer([]string{fmt.Sprint(n)}, life)
@@ -214,9 +270,9 @@ func TestIssuedStore(t *testing.T) {
 	check(t, err)
 	equal(t, "expired lines are gone", strings.Count(string(text), "\n"), 3)
 	// It leaves; what has expired since goes from the list, and the file with the last of it.
-	check(t, s.refresh(func(node string) bool { return node != "n" }, later))
+	check(t, s.refresh(withoutN, later))
 	equal(t, "revoked", s.status().Certificates, 3)
-	check(t, s.refresh(func(node string) bool { return node != "n" }, now.Add(90*time.Minute)))
+	check(t, s.refresh(withoutN, now.Add(90*time.Minute)))
 	equal(t, "revoked", s.status().Certificates, 1)
 	check(t, s.refresh(everybody, now.Add(3*time.Hour)))
 	equal(t, "revoked", s.status().Certificates, 0)
