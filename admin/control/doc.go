@@ -81,7 +81,7 @@
 //     services, and what may be sent in plaintext depends on the policies of the destination. Its client certificate
 //     bears the workload's own identity and lives a day; the token, which brings a laptop back after a holiday, ends
 //     with `leave` alone.
-//   - 2026-11-29: who is a member changes together with what members have, under a lock of the directory issued/ that all
+//   - 2026-11-29: who is a member changes together with what members have, under a lock of issued/ that all
 //     processes take (membership.go): a control plane that had read who is joined, just before a node joined again,
 //     revoked what that one had got.
 package control

@@ -85,13 +85,20 @@ func (s *nodeStore) rescanChanged() {
 	}
 }
 
-// renewed notes the end of a node's new client certificate, whose key is the old one's.
-func (s *nodeStore) renewed(node string, notAfter time.Time) error {
+// renewed notes the end of the new client certificate of c's node, whose key is the old one's. It reads anew who c is:
+// what was known would bring back a node that has left meanwhile, or undo that it has joined again.
+func (s *nodeStore) renewed(c *caller, notAfter time.Time) error {
+	release, err := holdMembers(filepath.Dir(s.dir), serverPatience)
+	if err != nil {
+		return err
+	}
+	defer release()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	f, ok := s.files[memberFile(node)]
-	if !ok || !f.ok {
-		return fmt.Errorf("node %s has left", node)
+	s.rescanLocked(time.Now())
+	f, ok := s.files[memberFile(c.node)]
+	if !ok || !f.ok || !s.validLocked(c) {
+		return fmt.Errorf("node %s has left, or joined again", c.node)
 	}
 	f.node.Expires = notAfter
 	if err := writeNode(s.dir, f.node); err != nil {
@@ -308,6 +315,10 @@ type caller struct {
 func (s *nodeStore) valid(c *caller) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.validLocked(c)
+}
+
+func (s *nodeStore) validLocked(c *caller) bool {
 	return (!c.hasToken || s.byToken[c.token] == c.node) && (!c.hasKey || s.byKey[c.key] == c.node)
 }
 

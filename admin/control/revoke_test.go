@@ -3,10 +3,13 @@ package control
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -177,8 +180,8 @@ func TestUnreadableNodesKeepTheirs(t *testing.T) {
 	eventually(t, "revoked", func() bool { return w.srv.Status().Revoked.Certificates == 2 })
 }
 
-// TestJoinsWhileLookedAt: a node that joins again just after the control plane has read who is joined keeps what it got:
-// nobody joins or leaves while it is looked what to revoke.
+// TestJoinsWhileLookedAt: a node that joins again just after the control plane has read who is joined keeps what it
+// got: nobody joins or leaves while it is looked what to revoke.
 func TestJoinsWhileLookedAt(t *testing.T) {
 	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a")}, nil)
 	w.join("node-b")
@@ -203,6 +206,37 @@ func TestJoinsWhileLookedAt(t *testing.T) {
 	w.srv.revoke()
 	if got := w.serials(filepath.Join(w.dir, crlFile)); slices.Contains(got, w.joinSerial("node-b")) {
 		t.Error("what node-b got when it joined again is revoked")
+	}
+}
+
+// TestLeavesWhileRenewed: a node that leaves, or joins again, just before the end of its new certificate is noted
+// does not come back with its old credentials.
+func TestLeavesWhileRenewed(t *testing.T) {
+	w := start(t, map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:node-a")}, nil)
+	s := newNodeStore(filepath.Join(w.dir, nodesDir))
+	s.rescan()
+	c := &caller{node: "node-a", token: sha256.Sum256([]byte(w.token("node-a"))), hasToken: true}
+	if !s.valid(c) {
+		t.Fatal("the token does not count")
+	}
+	renewed := func(when string) {
+		t.Helper()
+		if err := s.renewed(c, time.Now()); err == nil || !strings.Contains(err.Error(), "has left, or joined again") {
+			t.Fatal(when, err)
+		}
+	}
+	w.join("node-a")
+	path := filepath.Join(w.dir, nodesDir, "node-a.json")
+	before, err := os.ReadFile(path)
+	check(t, err)
+	renewed("joined again")
+	after, err := os.ReadFile(path)
+	check(t, err)
+	equal(t, "the record", string(after), string(before))
+	check(t, Leave(w.dir, "node-a"))
+	renewed("left")
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Error("the node is back:", err)
 	}
 }
 
@@ -372,7 +406,7 @@ func (w *world) expire(node string) {
 	check(w.t, replace.File(path, 0o644, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
 	s := newNodeStore(filepath.Join(w.dir, nodesDir))
 	s.rescan()
-	check(w.t, s.renewed(node, t.NotAfter))
+	check(w.t, s.renewed(&caller{node: node}, t.NotAfter))
 	w.srv.nodes.rescan()
 }
 

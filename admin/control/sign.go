@@ -130,7 +130,7 @@ func (s caServer) sign(ctx context.Context, c *caller, req *citadelpb.IstioCerti
 		return nil, status.Error(codes.Unauthenticated, "the node's credentials have been replaced or removed")
 	}
 	if joinCert {
-		if err := s.nodes.renewed(c.node, chain[0].NotAfter); err != nil {
+		if err := s.nodes.renewed(c, chain[0].NotAfter); err != nil {
 			s.refusal("a node has a new client certificate, and the status may show the end of the old one", "node", c.node,
 				"error", err.Error())
 		}
