@@ -37,8 +37,8 @@ func cniUninstallCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "uninstall", Short: "take the CNI plugin off this node", Args: noArgs,
 		Long: "Takes the plugin out of the node's network configurations, which are otherwise left as they are, and removes\n" +
-			"its program. `ztun agent` does so by itself when its DaemonSet is deleted; this is for a node on which it could not.\n" +
-			"An agent that runs would install it again.",
+			"its program. `ztun agent` does so by itself when its DaemonSet is deleted; this is for a node on which it could not:\n" +
+			"the plugin itself does it, /opt/cni/bin/" + cni.PluginType + " uninstall. An agent that runs would install it again.",
 		RunE: func(*cobra.Command, []string) error { return cni.Uninstall(confDir, binDir) },
 	}
 	cmd.Flags().StringVar(&confDir, "cni-conf-dir", "/etc/cni/net.d", "`directory` of network configurations")

@@ -12,7 +12,7 @@ import (
 func TestIsPlugin(t *testing.T) {
 	for name, want := range map[string]bool{"/opt/cni/bin/ztun-cni": true, "ztun-cni": true, "ztun": false,
 		"/usr/local/bin/ztunnel": false, "/opt/ztun-cni/ztun": false} {
-		if got := isPlugin([]string{name, "ADD"}); got != want {
+		if got := isPlugin([]string{name}); got != want {
 			t.Errorf("%s: %v, want %v", name, got, want)
 		}
 	}

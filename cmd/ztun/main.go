@@ -17,10 +17,14 @@ const (
 )
 
 func main() {
+	root := rootCommand()
 	if isPlugin(os.Args) {
-		os.Exit(runPlugin())
+		if len(os.Args) == 1 { // as a runtime runs it
+			os.Exit(runPlugin())
+		}
+		root.SetArgs(append([]string{"cni"}, os.Args[1:]...)) // /opt/cni/bin/ztun-cni uninstall
 	}
-	if err := rootCommand().ExecuteContext(context.Background()); err != nil {
+	if err := root.ExecuteContext(context.Background()); err != nil {
 		var status exitStatus
 		if errors.As(err, &status) {
 			os.Exit(int(status)) // the command of `ztun run` has said what there is to say

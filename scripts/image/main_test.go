@@ -140,3 +140,21 @@ func TestArguments(t *testing.T) {
 		}
 	}
 }
+
+// TestDockerfile: who builds with Docker gets the same names and the same entry point.
+func TestDockerfile(t *testing.T) {
+	b, err := os.ReadFile("Dockerfile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, last, ok := strings.Cut(string(b), "\nFROM scratch\n")
+	if !ok || !strings.HasSuffix(last, "\nENTRYPOINT [\"/"+program+"\"]\n") {
+		t.Errorf("the last stage is not scratch, or does not start /%s:\n%s", program, last)
+	}
+	for _, want := range []string{"-o /root-of-image/" + program + " ./cmd/ztun", "ln -s ztun /root-of-image/" + alias,
+		"CGO_ENABLED=0", "-trimpath", "-s -w -buildid= -X main.linkedRevision=", "chmod 1777 /root-of-image/tmp"} {
+		if !strings.Contains(string(b), want) {
+			t.Errorf("nothing of %q", want)
+		}
+	}
+}
