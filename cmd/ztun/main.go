@@ -56,8 +56,8 @@ func rootCommand() *cobra.Command {
 	}
 	root.SetVersionTemplate("{{.Version}}\n")
 	root.AddCommand(proxyCommand(), runCommand(), podCommand(), connectionsCommand(), flowsCommand(), explainCommand(),
-		captureCommand(), doctorCommand(), nodeCommand(), caCommand(), controlCommand(), cniCommand(), versionCommand(),
-		manCommand())
+		captureCommand(), doctorCommand(), nodeCommand(), caCommand(), controlCommand(), agentCommand(), cniCommand(),
+		versionCommand(), manCommand())
 	root.SetFlagErrorFunc(flagError)
 	root.SetHelpCommand(helpCommand(root))
 	root.InitDefaultHelpCmd()

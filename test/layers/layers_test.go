@@ -17,6 +17,7 @@ import (
 // decision: draw it here, and say why in the package's doc.go.
 const allowed = `
 admin                -> admin/guard admin/page admin/suggest proxy/fair proxy/rescue proxy/state
+admin/agent          -> admin/zds
 admin/backoff        ->
 admin/ca             -> admin/istiod admin/pb/citadelpb admin/watch proxy/identity tun/replace
 admin/control        -> admin/ca admin/guard admin/page admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch admin/words admin/xds proxy/fair proxy/identity proxy/rbac proxy/state tun/replace
@@ -35,6 +36,7 @@ admin/words          ->
 admin/xds            -> admin/backoff admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/suggest admin/watch proxy/fair proxy/rbac proxy/rescue proxy/state
 admin/zds            -> admin/backoff admin/pb/zdspb
 admin/zlog           -> admin/suggest
+cmd/agentcmd         ->
 cmd/attach           -> admin netstack netstack/usersock proxy proxy/fair proxy/ports proxy/refusal proxy/rescue tun tun/netns tun/steer
 cmd/attach/attachtest -> admin cmd/attach netstack proxy proxy/refusal tun tun/tuntest
 cmd/attach/isolated  -> admin cmd/attach netstack proxy/ports tun tun/netns tun/replace tun/steer
@@ -44,7 +46,8 @@ cmd/attach/rootless  -> admin cmd/attach netstack/usersock proxy proxy/ports tun
 cmd/attach/steered   -> admin cmd/attach netstack proxy proxy/ports tun tun/netns tun/sandwich
 cmd/cni              -> admin/watch tun/replace
 cmd/doctor           -> tun/netns tun/steer
-cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/watch admin/words admin/xds admin/zds admin/zlog cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/cni cmd/doctor netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/ports proxy/refusal proxy/rescue proxy/resolve proxy/state tun tun/capture tun/netns tun/replace
+cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/watch admin/words admin/xds admin/zds admin/zlog cmd/agentcmd cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/cni cmd/doctor netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/ports proxy/refusal proxy/rescue proxy/resolve proxy/state tun tun/capture tun/netns tun/replace
+cmd/ztun-agent       -> admin/agent admin/guard admin/zds admin/zlog cmd/agentcmd
 netstack             -> proxy/fair proxy/grow proxy/ports proxy/refusal proxy/rescue tun
 netstack/usersock    -> proxy/fair proxy/rescue
 proxy                -> proxy/fair proxy/hbone proxy/identity proxy/ports proxy/rbac proxy/refusal proxy/rescue proxy/route proxy/socks proxy/state
@@ -93,6 +96,10 @@ var doors = map[string][]string{
 	"google.golang.org/grpc":              {"admin"},
 	"google.golang.org/protobuf":          {"admin", "proxy"},
 	"gvisor.dev/gvisor":                   {"netstack"},
+	"k8s.io/api":                          {"cmd/ztun-agent"},
+	"k8s.io/apimachinery":                 {"cmd/ztun-agent"},
+	"k8s.io/client-go":                    {"cmd/ztun-agent"},
+	"k8s.io/klog":                         {"cmd/ztun-agent"},
 }
 
 type pkg struct {

@@ -1,0 +1,167 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+
+	"ztun/admin/agent"
+	"ztun/admin/guard"
+	"ztun/admin/zds"
+	"ztun/cmd/agentcmd"
+)
+
+// node is the agent of one node.
+type node struct {
+	o        agentcmd.Options
+	cluster  *cluster
+	proxies  *zds.Server
+	enroller *agent.Enroller
+	serving  atomic.Bool   // the sockets are there
+	failed   atomic.Uint64 // pods that were looked at in vain
+	log      *slog.Logger
+}
+
+// workers is how many pods are looked at at one time: the API server is waited for meanwhile.
+const workers = 4
+
+func newNode(o agentcmd.Options, config *rest.Config, logger func(string) *slog.Logger) (*node, error) {
+	c, err := newCluster(config, o.Node)
+	if err != nil {
+		return nil, err
+	}
+	n := &node{o: o, cluster: c, log: logger("agent")}
+	n.proxies = zds.NewServer(zds.ServerOptions{Path: o.ZDSSocket, Logger: logger("zds"),
+		Answered: func(uid string) { n.enroller.Answered(uid) }})
+	n.enroller = agent.New(agent.Options{Cluster: c, Proxies: n.proxies, Namespaces: agent.NewProcs(o.Proc),
+		Rules: agent.Rules{MeshNamespace: o.MeshNamespace, ExcludeNamespaces: o.ExcludeNamespaces}, Logger: n.log})
+	return n, nil
+}
+
+// run works until ctx ends, or until a socket fails.
+func (n *node) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var working sync.WaitGroup
+	// part runs until ctx ends; its failure is everybody's end.
+	part := func(f func(context.Context) error) {
+		working.Go(func() {
+			if err := f(ctx); err != nil && ctx.Err() == nil {
+				cancel(err)
+			}
+		})
+	}
+	err := n.start(ctx, part)
+	if err == nil {
+		<-ctx.Done()
+	}
+	cancel(err)
+	n.cluster.queue.ShutDown()
+	working.Wait()
+	n.cluster.broadcaster.Shutdown()
+	if err = context.Cause(ctx); errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+// start brings the parts up in their order.
+func (n *node) start(ctx context.Context, part func(func(context.Context) error)) error {
+	if n.o.Listen != "" {
+		l, err := net.Listen("tcp", n.o.Listen)
+		if err != nil {
+			return fmt.Errorf("--listen: %w", err)
+		}
+		part(func(ctx context.Context) error { return serve(ctx, l, n.visible(), "agent_http") })
+	}
+	c := n.cluster
+	c.broadcaster.StartRecordingToSink(sink{ctx, c.api})
+	for _, i := range []cache.SharedIndexInformer{c.namespaces, c.pods} {
+		part(func(ctx context.Context) error {
+			i.Run(ctx.Done())
+			return nil
+		})
+	}
+	n.log.Info("waiting for the API server to say which pods there are", "node", n.o.Node)
+	if !cache.WaitForCacheSync(ctx.Done(), c.namespaces.HasSynced, c.pods.HasSynced) {
+		return ctx.Err()
+	}
+	refs := c.all()
+	for _, ref := range refs {
+		n.look(ctx, ref)
+	}
+	n.log.Info("the pods of this node are known", "pods", len(refs), "of the mesh", n.enroller.Stats().Held)
+	if err := n.proxies.Listen(); err != nil {
+		return err
+	}
+	part(n.proxies.Run)
+	if n.o.PluginSocket != "" {
+		l, err := zds.ListenUnix("unix", n.o.PluginSocket)
+		if err != nil {
+			return fmt.Errorf("--plugin-socket: %w", err)
+		}
+		part(func(ctx context.Context) error { return serve(ctx, l, n.enroller.Plugin(n.o.HostRoot), "agent_plugin") })
+	}
+	for range workers {
+		part(func(ctx context.Context) error {
+			for {
+				ref, over := c.queue.Get()
+				if over {
+					return nil
+				}
+				n.look(ctx, ref)
+				c.queue.Done(ref)
+			}
+		})
+	}
+	n.serving.Store(true)
+	return nil
+}
+
+// look has a pod looked at, and again later if that fails.
+func (n *node) look(ctx context.Context, ref agent.Ref) {
+	err := n.enroller.Reconcile(ctx, ref)
+	if err == nil {
+		n.cluster.queue.Forget(ref)
+		return
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	n.failed.Add(1)
+	n.log.Warn("a pod is not as it should be, will be tried again", "error", err)
+	n.cluster.Later(ref)
+}
+
+// serve serves HTTP until ctx ends.
+func serve(ctx context.Context, l net.Listener, h http.Handler, resource string) error {
+	bounds := guard.NewConns(guard.ConnsOptions{Resource: resource, KeepBusy: true})
+	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second,
+		WriteTimeout: 15 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10, ConnState: bounds.Change,
+		ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)}
+	stopped := make(chan struct{})
+	defer func() { <-stopped }()
+	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
+		end, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		if s.Shutdown(end) != nil {
+			s.Close()
+		}
+	})
+	err := s.Serve(l)
+	if stop() {
+		close(stopped)
+		return err
+	}
+	return nil
+}
