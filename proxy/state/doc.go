@@ -12,7 +12,7 @@
 //
 // # Sharing between Views
 //
-// Every index is a table (table.go): 256 maps behind one array. A Builder
+// Every index is a table (table.go): 1,024 maps in 32 branches. A Builder
 // copies only the maps that it writes to since the last Build; all others are
 // shared with the Views that went out before. Endpoints of a service are
 // rebuilt at Build, once per service that was touched.
