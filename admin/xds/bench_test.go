@@ -104,7 +104,7 @@ func BenchmarkColdStart(b *testing.B) {
 		if a := s.apply(&m); a.nack != "" {
 			b.Fatal(a.nack)
 		}
-		v := s.build()
+		v := s.b.Build()
 		rest = float64(heap()-before) / n
 		runtime.KeepAlive(s)
 		runtime.KeepAlive(v)

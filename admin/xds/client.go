@@ -29,8 +29,9 @@ type ClientOptions struct {
 	// control plane may replace and remove its entries. May be nil.
 	Base *Local
 	// Publish is called on the client's goroutine after each response that changed
-	// something. While it blocks nothing is received. Demand returns after it, so
-	// it should return when the View is in use.
+	// something, or once for several that come within milliseconds. While it blocks
+	// nothing is received. Demand returns after it, so it should return when the
+	// View is in use.
 	Publish func(v *state.View, policiesChanged bool)
 	// Synced is called once, after Publish, when every type that is not on demand
 	// has had its first response without a refused resource. May be nil.
@@ -59,6 +60,7 @@ type Client struct {
 	wanted  map[string]bool // types that Synced waits for
 	unheard map[string]bool // types without a response since the start or a reset
 	hold    bool            // nothing is published while there are such: after a reset
+	shown   time.Time       // when a View was published last; see batch
 	noNames bool            // the server cannot take the list of names; see session.initial
 
 	view    atomic.Pointer[state.View] // the last one published
@@ -75,6 +77,7 @@ type limits struct {
 	first   time.Duration // between messages, until everything has arrived once
 	silence time.Duration // between messages after that
 	demand  time.Duration // for the answer to a Demand
+	apart   time.Duration // between two Views, while responses come without pause
 }
 
 // NewClient makes a Client; Run does the work.
@@ -90,7 +93,7 @@ func NewClient(o ClientOptions) *Client {
 		// istiod ends streams after some 30 minutes by itself: an hour of silence on
 		// a living connection is a quiet mesh, or a server that has lost us.
 		limits: limits{open: 30 * time.Second, send: time.Minute, first: 2 * time.Minute, silence: time.Hour,
-			demand: demandWait},
+			demand: demandWait, apart: viewsApart},
 		pause:  sleep,
 		wanted: map[string]bool{}, unheard: map[string]bool{},
 		demands: newDemands(o.Turned),
@@ -111,7 +114,7 @@ func (c *Client) Run(ctx context.Context) error {
 		c.log.Warn(p)
 	}
 	if c.o.Base != nil {
-		if err := contained(func() error { c.publish(c.store.build(), true); return nil }); err != nil {
+		if err := contained(func() error { c.publish(c.store.b.Build(), true); return nil }); err != nil {
 			c.panicked(err)
 		}
 	}

@@ -408,11 +408,11 @@ func FuzzResponse(f *testing.F) {
 		if (a.nack == "") != (a.refused == 0) || strings.Contains(a.nack, "panic") {
 			t.Fatal(a)
 		}
-		s.build()
+		s.b.Build()
 		if b := s.apply(&m); b.refused != a.refused {
 			t.Fatal(a, b)
 		}
-		s.build()
+		s.b.Build()
 	})
 }
 

@@ -2,12 +2,13 @@
 //
 // From a control plane: a Client keeps a delta xDS stream to istiod, or to
 // `ztun control`, and publishes a new View after each response that changed
-// something. From a local file: ParseLocal reads ztunnel's LOCAL_XDS schema (YAML
+// something, or after several that come at once. From a local file: ParseLocal reads ztunnel's LOCAL_XDS schema (YAML
 // or JSON) into state and rbac values; File loads, watches and reloads it. The
 // Write functions render state as /config_dump does. cmd/ztun runs a Client or a
 // File; nothing here touches what the data plane reads.
 //
 // Reading order, the client: client.go (from above), session.go (one stream),
+// batch.go (when a View is made),
 // store.go (a response becomes state; pure), wire.go (the response as bytes),
 // decode.go and decodepolicy.go (resources; pure), demand.go (on-demand mode),
 // pauses.go, retained.go, nodeid.go, clientstats.go.
@@ -126,6 +127,11 @@
 //
 // 2026-11-28: a resource that is refused while nothing older is held ends a Demand
 // with an error: it is in the mesh, in a way that we do not understand.
+//
+// 2026-11-29: responses that come within 10 ms of a View are shown together
+// (batch.go), so that a thousand updates per second are a hundred Views. One alone
+// is shown at once; the first state, a refusal and what on-demand mode waits for do
+// not wait. A reply comes after its View all the same.
 //
 // 2026-11-28: the maps of a workload file are tables (schema.go) that the reader
 // itself goes by: what is unknown, what is missing, what was meant, and

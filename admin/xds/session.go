@@ -30,6 +30,7 @@ type session struct {
 	stream   grpc.ClientStream
 	asked    map[string]struct{} // names that the server watches for us beside those of resources that are held
 	messages int
+	batch    batch
 	large    bool // the first request may be more than the server takes
 }
 
@@ -70,7 +71,13 @@ func (c *Client) session(ctx context.Context) ending {
 		defer close(done)
 		read(ctx, s.stream, in)
 	}()
-	return s.run(ctx, in)
+	e := s.run(ctx, in)
+	if s.batch.changed { // what was taken over is used, even if no reply can say so any more
+		if err := s.show(); err != nil {
+			return ending{reason: endError, err: err}
+		}
+	}
+	return e
 }
 
 // read hands over what arrives, in the end the error.
@@ -118,6 +125,10 @@ func (s *session) run(ctx context.Context, in <-chan received) ending {
 			watchdog = s.watch(limit, why)
 		case <-s.c.demands.kick:
 			if err := s.ask(); err != nil {
+				return s.end(ctx, received{err: err, opened: true})
+			}
+		case <-s.batch.due:
+			if err := s.flush(); err != nil {
 				return s.end(ctx, received{err: err, opened: true})
 			}
 		}
@@ -248,8 +259,8 @@ func (s *session) idle() (names []string) {
 	return names
 }
 
-// response takes over one message, publishes and acknowledges. The error ends
-// the stream.
+// response takes over one message, publishes and acknowledges, at once or with
+// others (see batch). The error ends the stream.
 func (s *session) response(raw []byte) error {
 	c := s.c
 	if s.messages == 1 {
@@ -268,6 +279,7 @@ func (s *session) response(raw []byte) error {
 		return s.send(&discoverypb.DeltaDiscoveryRequest{TypeUrl: m.typeURL, ResponseNonce: m.nonce})
 	}
 	if err := contained(func() error { a = c.store.apply(&m); return nil }); err != nil {
+		s.batch = batch{} // no half change is shown; all will come again
 		c.received(m.typeURL, payload(&m))
 		return err
 	}
@@ -282,7 +294,17 @@ func (s *session) response(raw []byte) error {
 	if !m.more {
 		delete(c.unheard, m.typeURL)
 	}
-	if err := contained(func() error { c.show(&a); return nil }); err != nil {
+	r := reply{request: &discoverypb.DeltaDiscoveryRequest{TypeUrl: m.typeURL, ResponseNonce: m.nonce},
+		arrived: a.nack == "" && !m.more}
+	if a.nack != "" {
+		r.request.ErrorDetail = &discoverypb.Status{Message: a.nack} // code 0, as ztunnel's
+		c.trouble("refused by us: " + clip(a.nack))
+	}
+	s.batch.add(&a, r)
+	if s.postpone(r) {
+		return nil
+	}
+	if err := s.show(); err != nil {
 		return err
 	}
 	if c.o.OnDemand && m.typeURL == TypeAddress {
@@ -294,31 +316,7 @@ func (s *session) response(raw []byte) error {
 			}
 		})
 	}
-	// The reply comes last: it says that all this has been done.
-	reply := &discoverypb.DeltaDiscoveryRequest{TypeUrl: m.typeURL, ResponseNonce: m.nonce}
-	switch {
-	case a.nack == "" && !m.more:
-		c.arrived(m.typeURL)
-	case a.nack != "":
-		reply.ErrorDetail = &discoverypb.Status{Message: a.nack} // code 0, as ztunnel's
-		c.trouble("refused by us: " + clip(a.nack))
-	}
-	return s.send(reply)
-}
-
-// show builds and publishes what a message changed. After a reset it waits until
-// every type has arrived again.
-func (c *Client) show(a *applied) {
-	complete := c.hold && len(c.unheard) == 0
-	if !a.changed && !complete {
-		return
-	}
-	v := c.store.build()
-	if c.hold && !complete {
-		return
-	}
-	c.publish(v, a.policies || complete)
-	c.hold = false
+	return s.reply()
 }
 
 // arrived notes the first accepted response of a type.

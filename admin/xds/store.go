@@ -20,7 +20,6 @@ type store struct {
 	address func(name string, payload []byte) (*state.Workload, *state.Service, error) // dec.address
 
 	b    *state.Builder
-	view *state.View      // the last one built
 	kept map[string]*kept // by type
 }
 
@@ -58,7 +57,6 @@ func (s *store) start() {
 	if s.base != nil {
 		s.base.Insert(s.b)
 	}
-	s.view = nil
 }
 
 // reset throws away a Builder that may be half changed. The names stay, without
@@ -100,7 +98,6 @@ func (s *store) apply(m *message) (a applied) {
 	if k.all && k.named == nil {
 		k.named = make(map[string]struct{}, m.resources)
 	}
-	touched := map[string]struct{}{} // policies of this message
 	m.each(func(r resource) {
 		a.bytes += len(r.payload)
 		if k.all {
@@ -110,7 +107,7 @@ func (s *store) apply(m *message) (a applied) {
 		if err == nil {
 			err = contained(func() error {
 				if m.typeURL == TypeAuthorization {
-					return s.insertPolicy(r, touched, &a)
+					return s.insertPolicy(r, &a)
 				}
 				return s.insertAddress(k, r, &a)
 			})
@@ -186,8 +183,9 @@ func (s *store) insertAddress(k *kept, r resource, a *applied) error {
 }
 
 // insertPolicy leaves out what is known already: istiod sends all policies at
-// every reconnect, and a change of policies has connections checked again.
-func (s *store) insertPolicy(r resource, touched map[string]struct{}, a *applied) error {
+// every reconnect, and a change of policies has connections checked again. What
+// is known is what the Builder has: the last View may lack what waits to be shown.
+func (s *store) insertPolicy(r resource, a *applied) error {
 	p, damage, err := s.dec.policy(r.name, r.payload)
 	if err != nil {
 		return err
@@ -196,9 +194,7 @@ func (s *store) insertPolicy(r resource, touched map[string]struct{}, a *applied
 		a.damaged++
 		a.warn("policy %q: %s; it now rejects whatever that could have meant", r.name, damage)
 	}
-	_, again := touched[r.name]
-	touched[r.name] = struct{}{}
-	if old := s.view.Policy(r.name); !again && old != nil && reflect.DeepEqual(old, p) {
+	if old := s.b.Policy(r.name); old != nil && reflect.DeepEqual(old, p) {
 		return nil
 	}
 	s.b.InsertPolicy(p)
@@ -238,12 +234,6 @@ func (s *store) drop(key string) bool { return s.b.RemoveWorkload(key) || s.drop
 func (s *store) dropService(key string) bool {
 	k, ok := state.ParseServiceKey(key)
 	return ok && !strings.Contains(k.Hostname, "/") && s.b.RemoveService(k)
-}
-
-// build publishes what is known now.
-func (s *store) build() *state.View {
-	s.view = s.b.Build()
-	return s.view
 }
 
 func (a *applied) warn(format string, args ...any) {

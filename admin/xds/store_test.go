@@ -211,9 +211,6 @@ func TestStoreAgainstOracle(t *testing.T) {
 			if (a.nack != "") != (len(bad) > 0) {
 				t.Fatalf("NACK %q, refused %v", a.nack, bad)
 			}
-			if a.changed {
-				s.build()
-			}
 		}
 		// change draws a change of the server's state.
 		change := func(typeURL string) (rs []res, removed []string) {
@@ -319,7 +316,7 @@ func TestStoreAgainstOracle(t *testing.T) {
 						t.Fatal("retained:", diff)
 					}
 				}
-				if diff := cmp.Diff(answers(view(have[TypeAddress], have[TypeAuthorization])), answers(s.view)); diff != "" {
+				if diff := cmp.Diff(answers(view(have[TypeAddress], have[TypeAuthorization])), answers(s.b.Build())); diff != "" {
 					t.Fatal(diff)
 				}
 			},
@@ -334,9 +331,7 @@ func feed(t *testing.T, s *store, r *discoverypb.DeltaDiscoveryResponse) applied
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := s.apply(&m)
-	s.build()
-	return a
+	return s.apply(&m)
 }
 
 func addresses(rs ...*discoverypb.Resource) *discoverypb.DeltaDiscoveryResponse {
@@ -361,13 +356,13 @@ func TestEndpointHealth(t *testing.T) {
 	key := state.ServiceKey{Namespace: "ns-0", Hostname: "app-0.ns-0.svc.cluster.local"}
 	want := func(why string, n int) {
 		t.Helper()
-		if got := len(s.view.ServiceByNSHost(key.Namespace, key.Hostname).Endpoints); got != n {
+		if got := len(s.b.Build().ServiceByNSHost(key.Namespace, key.Hostname).Endpoints); got != n {
 			t.Errorf("%s: %d endpoints, want %d", why, got, n)
 		}
 	}
 	healthy, unhealthy := pod(workloadpb.WorkloadStatus_HEALTHY), pod(workloadpb.WorkloadStatus_UNHEALTHY)
 	feed(t, s, addresses(unhealthy))
-	if st := s.view.Staged(); len(st) != 1 || st[0].Service != key {
+	if st := s.b.Build().Staged(); len(st) != 1 || st[0].Service != key {
 		t.Fatal("not staged", st)
 	}
 	feed(t, s, addresses(svc(false)))
@@ -393,25 +388,25 @@ func TestNamesThatAreNotKeys(t *testing.T) {
 	as := func(name string, r *discoverypb.Resource) *discoverypb.Resource { r.Name = name; return r }
 	feed(t, s, addresses(as("x", workloadResource(meshPod(0), "1"))))
 	feed(t, s, addresses(as("x", workloadResource(meshPod(1), "2"))))
-	if w, _, _ := s.view.Counts(); w != 1 || s.view.WorkloadByUID(meshPod(1).Uid) == nil {
+	if w, _, _ := s.b.Build().Counts(); w != 1 || s.b.Build().WorkloadByUID(meshPod(1).Uid) == nil {
 		t.Fatal("the name stands for two workloads")
 	}
 	feed(t, s, addresses(as("x", serviceResource(meshService(0), "3"))))
-	if w, n, _ := s.view.Counts(); w != 0 || n != 1 {
+	if w, n, _ := s.b.Build().Counts(); w != 0 || n != 1 {
 		t.Fatal(w, n)
 	}
 	feed(t, s, &discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAddress, RemovedResources: []string{"x"}})
-	if w, n, _ := s.view.Counts(); w != 0 || n != 0 {
+	if w, n, _ := s.b.Build().Counts(); w != 0 || n != 0 {
 		t.Fatal(w, n)
 	}
 	// A key that changes from workload to service.
 	feed(t, s, addresses(as("a/b", workloadResource(&workloadpb.Workload{Uid: "a/b"}, "1"))))
 	feed(t, s, addresses(serviceResource(&workloadpb.Service{Namespace: "a", Hostname: "b"}, "2")))
-	if w, n, _ := s.view.Counts(); w != 0 || n != 1 {
+	if w, n, _ := s.b.Build().Counts(); w != 0 || n != 1 {
 		t.Fatal(w, n)
 	}
 	feed(t, s, addresses(as("a/b", workloadResource(&workloadpb.Workload{Uid: "a/b"}, "3"))))
-	if w, n, _ := s.view.Counts(); w != 1 || n != 0 {
+	if w, n, _ := s.b.Build().Counts(); w != 1 || n != 0 {
 		t.Fatal(w, n)
 	}
 }
@@ -436,7 +431,7 @@ func TestPolicyAgain(t *testing.T) {
 	if a := feed(t, s, msg(policy(2), policy(1))); !a.policies {
 		t.Fatal(a)
 	}
-	if p := s.view.Policy("ns/p"); !slices.Equal(p.Rules[0][0][0].DestinationPorts, []uint16{1}) {
+	if p := s.b.Build().Policy("ns/p"); !slices.Equal(p.Rules[0][0][0].DestinationPorts, []uint16{1}) {
 		t.Fatal("the last of a message does not count", p)
 	}
 	if a := feed(t, s, &discoverypb.DeltaDiscoveryResponse{TypeUrl: TypeAuthorization,
@@ -477,7 +472,7 @@ func TestDecodePanicRefuses(t *testing.T) {
 	if want := meshPod(1).Uid + ": internal error: panic: boom"; a.nack != want {
 		t.Fatalf("%q, want %q", a.nack, want)
 	}
-	if w, _, _ := s.view.Counts(); w != 2 {
+	if w, _, _ := s.b.Build().Counts(); w != 2 {
 		t.Fatal(w)
 	}
 }

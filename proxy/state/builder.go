@@ -177,6 +177,12 @@ func (b *Builder) InsertPolicy(p *rbac.Policy) {
 	b.byNS.set(ns, slices.Insert(slices.Clone(l), at, p))
 }
 
+// Policy is the policy of a key as inserted last, nil if there is none.
+func (b *Builder) Policy(key string) *rbac.Policy {
+	p, _ := b.policies.get(key)
+	return p
+}
+
 // RemovePolicy removes a policy; false if there is none.
 func (b *Builder) RemovePolicy(key string) bool {
 	p, ok := b.policies.get(key)
