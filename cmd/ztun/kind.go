@@ -27,7 +27,7 @@ func (d *daemon) chooseKind() attach.Kind {
 	o.Stack.Datagrams = c.datagrams(d.know)
 	switch {
 	case c.Mode.Rootless:
-		d.ports.kind = rootless.New(o, *d.ports.announced(d.know.View))
+		d.ports.kind = rootless.New(o, *d.ports.inbound(d.know.View, d.nameservers))
 		return d.ports.kind
 	case c.Mode.Dedicated:
 		return dedicated.New(o)

@@ -87,8 +87,13 @@ func (p *pod) serveNames(parts *podParts) error {
 	if err != nil {
 		return err
 	}
+	own := netip.Addr{}
+	if c.Mode.Rootless {
+		own = capturedServer
+	}
 	p.dns, err = dns.New(dns.Config{
 		Client: p.info(), Knowledge: parts.know, Upstream: podUpstream{p.att}, Nameservers: parts.nameservers,
+		Own: own,
 		Options: dns.Options{ClusterDomain: c.Node.ClusterDomain, PreferredNamespace: c.DNS.PreferredNamespace,
 			IPv6:        c.Net.IPv6,
 			ExtraSearch: parts.search},

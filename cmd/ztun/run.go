@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,9 +19,9 @@ import (
 	"ztun/tun/netns"
 )
 
-// capturedServer stands in the command's resolv.conf: the pod's DNS proxy answers for whatever address is asked
-// (192.0.2.0/24 is for documentation, RFC 5737: nobody has it).
-const capturedServer = "192.0.2.53"
+// capturedServer stands in the command's resolv.conf: the pod's DNS proxy answers for whatever address is asked, and
+// asks the host's nameservers where this one was (192.0.2.0/24 is for documentation, RFC 5737: nobody has it).
+var capturedServer = netip.AddrFrom4([4]byte{192, 0, 2, 53})
 
 // exitStatus is how the command of `ztun run` ended, as a shell tells it.
 type exitStatus int
@@ -122,7 +123,7 @@ func runWorkload(ctx context.Context, life *lifeline, who *runWho, reached *runP
 	if c.DNS.Proxy {
 		resolv = filepath.Join(dir, "resolv.conf")
 		r := resolvConf()
-		text := "nameserver " + capturedServer + "\n"
+		text := "nameserver " + capturedServer.String() + "\n"
 		if len(r.search) > 0 {
 			text += "search " + strings.Join(r.search, " ") + "\n"
 		}

@@ -122,8 +122,9 @@ func parsePort(s string) (uint16, error) {
 	return uint16(n), nil
 }
 
-// announced makes the kind ask a View where HBONE arrives on this host's loopback.
-func (r *runPorts) announced(view func() *state.View) *rootless.Inbound {
+// inbound makes the kind ask a View where HBONE arrives on this host's loopback, where its nameservers may be, too.
+func (r *runPorts) inbound(view func() *state.View, nameservers []netip.AddrPort) *rootless.Inbound {
+	r.in.Nameservers = nameservers
 	r.in.Announced = func(a netip.AddrPort) bool {
 		return slices.ContainsFunc(view().Workloads(), func(w *state.Workload) bool {
 			return slices.Contains(w.MeshAddresses, a)

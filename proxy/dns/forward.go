@@ -28,7 +28,7 @@ var (
 
 // servers are whom a query is passed on to, in order.
 func (s *Server) servers(q *query) []netip.AddrPort {
-	if q.asked.IsValid() {
+	if q.asked.IsValid() && q.asked.Addr() != s.cfg.Own {
 		return []netip.AddrPort{q.asked}
 	}
 	return s.cfg.Nameservers

@@ -201,7 +201,8 @@ func TestNameservers(t *testing.T) {
 			}
 			return nil
 		}}
-		s := start(t, Config{Upstream: up, Nameservers: n})
+		own := netip.MustParseAddrPort("192.0.2.53:53")
+		s := start(t, Config{Upstream: up, Nameservers: n, Own: own.Addr()})
 		try := func(what string, server netip.AddrPort, after time.Duration, want ...string) {
 			t.Helper()
 			up.mu.Lock()
@@ -219,6 +220,18 @@ func TestNameservers(t *testing.T) {
 		try("the one that the pod asked", kubeDNS, 0, "udp 10.96.0.2:53")
 		try("by IPv6", kubeDNS6, 0, "udp [fd00:96::2]:53")
 		try("the first of resolv.conf", netip.AddrPort{}, 0, "udp 10.0.0.1:53")
+		try("an address that stands for us", own, 0, "udp 10.0.0.1:53")
+		c, serve := pipe(s, own)
+		up.dials = nil
+		writeMessage(c, mustPack(ask("A elsewhere.test")))
+		if back, err := readMessage(c); err != nil || len(back) == 0 {
+			t.Errorf("by TCP: %x, %v", back, err)
+		}
+		c.Close()
+		serve.Wait()
+		if got := up.dialled(); !slices.Equal(got, []string{"tcp 10.0.0.1:53"}) {
+			t.Errorf("by TCP: asked %v", got)
+		}
 		dead = n[0]
 		try("first dead", netip.AddrPort{}, 0, "udp 10.0.0.1:53", "udp [fd00::2]:53")
 		refusing = n[1]

@@ -37,6 +37,9 @@ type Config struct {
 	// Nameservers are asked for what is not ours when the pod asked us and not
 	// them (15053), in this order; those of resolv.conf.
 	Nameservers []netip.AddrPort
+	// Own is a nameserver's address that nobody has and that stands for us in the pod's resolv.conf: what comes to it is
+	// for Nameservers. Not valid: there is none.
+	Own netip.Addr
 	// Packets and Listeners are the sockets of 127.0.0.1:15053 and [::1]:15053 in
 	// the pod's namespace. The Server owns them from a successful New on.
 	Packets   []net.PacketConn

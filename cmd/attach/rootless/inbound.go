@@ -18,7 +18,7 @@ import (
 	"ztun/proxy/ports"
 )
 
-// Inbound is how the workload is reached, by listeners on the host's addresses.
+// Inbound is how the workload is reached, by listeners on the host's addresses, and what of the host it reaches.
 type Inbound struct {
 	// Mesh is where HBONE arrives; an address that is not valid stands for all of the host's. Port 0: where Announce
 	// says, and by default the mesh's port, if it is free.
@@ -27,6 +27,8 @@ type Inbound struct {
 	Publish []Published
 	// Announced tells whether a record of the mesh says that HBONE arrives at an address.
 	Announced func(netip.AddrPort) bool
+	// Nameservers are those of the host, which may be on its loopback.
+	Nameservers []netip.AddrPort
 	// TUN is the workload's device, which somebody else has made and set up; nil: we make it.
 	TUN *os.File
 }

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -172,15 +173,15 @@ func (w *workload) DialMesh(ctx context.Context, dst netip.AddrPort) (net.Conn, 
 	return w.call(ctx, dst, w.kind.in.Announced)
 }
 
-// DialPlain implements proxy.Network.
+// DialPlain implements proxy.Network, and is how questions go to a nameserver by TCP.
 func (w *workload) DialPlain(ctx context.Context, dst netip.AddrPort) (proxy.Conn, error) {
-	return w.call(ctx, dst, nil)
+	return w.call(ctx, dst, func(a netip.AddrPort) bool { return slices.Contains(w.kind.in.Nameservers, a) })
 }
 
 // call is a TCP connection by the user's own socket, within the workload's share of descriptors. Loopback is the host's
-// own and no business of the workload's, but for what known says is there for the mesh.
+// own and no business of the workload's, but for what known says is there for it.
 func (w *workload) call(ctx context.Context, dst netip.AddrPort, known func(netip.AddrPort) bool) (proxy.Conn, error) {
-	if dst.Addr().Unmap().IsLoopback() && (known == nil || !known(dst)) {
+	if dst.Addr().Unmap().IsLoopback() && !known(dst) {
 		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(dst), Err: syscall.ENETUNREACH}
 	}
 	return w.kind.o.Descriptors.DialBy(ctx, w.spec.Label, dst, &w.kind.dial)
