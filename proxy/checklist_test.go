@@ -341,6 +341,43 @@ func TestWhoTheSourceIs(t *testing.T) {
 	}
 }
 
+// TestCallerAtItsHost: a peer whose record says that it is at a host's address comes from there: it is who the source
+// is, and nothing is amiss. Whoever else comes from an address that the mesh knows as another's is told of.
+func TestCallerAtItsHost(t *testing.T) {
+	const host = `src.workload="plain" src.namespace="default" src.identity="spiffe://cluster.local/ns/default/sa/a"`
+	for _, c := range []struct {
+		name, announced, account string
+		rewritten                uint64
+		want                     string
+	}{
+		{"the peer's own record", "10.91.0.2:15018", "a", 0,
+			`src.workload="run" src.namespace="default" src.identity="spiffe://cluster.local/ns/default/sa/a"`},
+		{"another's record", "10.91.0.2:15018", "c", 1, host},
+		{"its record has another address", "10.91.0.3:15018", "a", 1, host},
+	} {
+		w := newWorld(t)
+		w.know.publish(loadView(t, func(s string) string {
+			return strings.Replace(s, "services:\n- name: b", `- {uid: run, name: run, namespace: default, serviceAccount: `+c.account+
+				`, trustDomain: cluster.local, workloadIps: ["10.91.66.4"], protocol: HBONE, meshAddresses: ["`+c.announced+
+				`"], services: {}}`+"\nservices:\n- name: b", 1)
+		}))
+		w.listen(appB, echo)
+		s, _, err := w.peerOfB("10.91.0.2:4000").Open(t.Context(), &hbone.Request{Authority: "10.91.2.2:9000"})
+		if err != nil {
+			t.Fatal(c.name, err)
+		}
+		roundTrip(t, s)
+		s.Close()
+		w.settle()
+		if l := w.lastLine(1); !strings.Contains(l, c.want) {
+			t.Errorf("%s: %s\nwant %s", c.name, l, c.want)
+		}
+		if got := w.proxies[1].Stats().SourceRewritten; got != c.rewritten { // what is counted is told
+			t.Errorf("%s: counted %d, want %d", c.name, got, c.rewritten)
+		}
+	}
+}
+
 // TestPolicyIsInbound: checklist 124, a policy that denies everything denies nothing on the way out.
 func TestPolicyIsInbound(t *testing.T) {
 	w := newWorld(t)

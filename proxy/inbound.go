@@ -188,7 +188,7 @@ func (p *Proxy) serveCall(t *tunnel, s call, watch func(*connection) error) {
 	fault("stream", in.App)
 	var source *state.Workload
 	if network, ok := s.ForwardedNetwork(); !ok || strings.EqualFold(network, p.o.Config.NetworkName) {
-		source = p.peer(ctx, view, t.src.Addr())
+		source = p.caller(ctx, view, t)
 	}
 	c := p.enterStream(stop)
 	defer c.settle()
@@ -249,10 +249,23 @@ func (p *Proxy) refuseStream(t *tunnel, s call, status int, why error) {
 	s.RefuseWith(resp)
 }
 
+// caller is the record of who calls: the peer's, where that says that its connections arrive, and so begin, at this
+// address (a workload without root, on its user's host); else that of who has the address.
+func (p *Proxy) caller(ctx context.Context, view *state.View, t *tunnel) *state.Workload {
+	src := t.src.Addr()
+	if t.hasPeer {
+		w := view.WorkloadByCaller(state.Caller{Host: src, Namespace: t.peer.Namespace, ServiceAccount: t.peer.ServiceAccount})
+		if w != nil {
+			return w
+		}
+	}
+	return p.peer(ctx, view, src)
+}
+
 var errCrowded = errors.New("too many requests await their answer")
 
 // rewritten reports whether the tunnel's source address is surely not its peer's, and says so: the mesh knows it as
-// somebody else's (at is its record there, nil if there is none), or nobody can have it beyond a link. istio-cni does
+// somebody else's (at is the caller's record, nil if there is none), or nobody can have it beyond a link. istio-cni does
 // that to node-side sockets on the same node (SNAT to 169.254.7.127), and masquerading does. Policy must not go by it.
 func (p *Proxy) rewritten(t *tunnel, at *state.Workload) bool {
 	src := t.src.Addr()

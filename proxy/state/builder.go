@@ -20,6 +20,7 @@ type Builder struct {
 	workloads editor[string, *Workload]
 	byAddr    claims[NetworkAddress]
 	byInfo    claims[WorkloadInfo]
+	byCaller  claims[Caller]
 	byName    claims[ServiceKey]
 
 	services editor[ServiceKey, *Service]
@@ -57,6 +58,7 @@ func NewBuilder(node string) *Builder {
 		workloads: newEditor[string, *Workload](sumString),
 		byAddr:    newClaims(sumAddr),
 		byInfo:    newClaims(sumInfo),
+		byCaller:  newClaims(sumCaller),
 		byName:    newClaims(sumService),
 		services:  newEditor[ServiceKey, *Service](sumService),
 		byVIP:     newEditor[NetworkAddress, []*Service](sumAddr),
@@ -84,6 +86,9 @@ func (b *Builder) InsertWorkload(w *Workload) {
 	}
 	if b.local(w) {
 		b.byInfo.add(w.Info(), w)
+	}
+	for _, c := range w.callers() {
+		b.byCaller.add(c, w)
 	}
 	if w.Hostname != "" {
 		b.byName.add(ServiceKey{w.Namespace, w.Hostname}, w)
@@ -115,6 +120,9 @@ func (b *Builder) RemoveWorkload(uid string) bool {
 	if b.local(w) {
 		b.byInfo.remove(w.Info(), w)
 	}
+	for _, c := range w.callers() {
+		b.byCaller.remove(c, w)
+	}
 	if w.Hostname != "" {
 		b.byName.remove(ServiceKey{w.Namespace, w.Hostname}, w)
 	}
@@ -131,6 +139,17 @@ func (b *Builder) RemoveWorkload(uid string) bool {
 		b.dirty[k] = struct{}{}
 	}
 	return true
+}
+
+// callers are what w calls as, each once.
+func (w *Workload) callers() (all []Caller) {
+	for _, a := range w.MeshAddresses {
+		c := Caller{a.Addr(), w.Namespace, w.ServiceAccount}
+		if !slices.Contains(all, c) {
+			all = append(all, c)
+		}
+	}
+	return all
 }
 
 func (b *Builder) local(w *Workload) bool { return b.node == "" || w.Node == b.node }
@@ -229,6 +248,7 @@ func (b *Builder) Build() *View {
 		workloads: b.workloads.freeze(),
 		byAddr:    b.byAddr.best.freeze(),
 		byInfo:    b.byInfo.best.freeze(),
+		byCaller:  b.byCaller.best.freeze(),
 		byName:    b.byName.best.freeze(),
 		services:  b.services.freeze(),
 		byVIP:     b.byVIP.freeze(),

@@ -281,6 +281,13 @@ func answers(o *oracle, v *View) (want, got []string) {
 			}
 			ask("endpoints of "+k.String(), o.endpoints(k), describeEndpoints(eps))
 		}
+		for _, host := range tAddrs {
+			c := Caller{host, ns, "sa"}
+			ask(fmt.Sprint("caller ", c), best(o.filter(func(w *Workload) bool {
+				return w.Namespace == ns && slices.ContainsFunc(w.MeshAddresses,
+					func(a netip.AddrPort) bool { return a.Addr() == host })
+			})), uidOf(v.WorkloadByCaller(c)))
+		}
 		info := WorkloadInfo{"w", ns, "sa"}
 		ask("info "+info.String(), best(o.filter(func(w *Workload) bool {
 			return w.Info() == info && (o.node == "" || w.Node == o.node)
@@ -342,6 +349,9 @@ func genWorkload(t *rapid.T) *Workload {
 		AuthorizationPolicies: rapid.SliceOfN(rapid.SampledFrom(tKeys), 0, 1).Draw(t, "policies"),
 		NetworkMode: rapid.SampledFrom([]NetworkMode{StandardNetwork, StandardNetwork, HostNetwork}).Draw(t,
 			"mode"),
+	}
+	for _, a := range rapid.SliceOfN(rapid.SampledFrom(tAddrs), 0, 2).Draw(t, "mesh addresses") {
+		w.MeshAddresses = append(w.MeshAddresses, netip.AddrPortFrom(a, uint16(15008+len(w.MeshAddresses))))
 	}
 	for range rapid.IntRange(0, 3).Draw(t, "services") {
 		w.Services = append(w.Services, WorkloadService{ServiceKey{pick("ns", tNS...), pick("host", tHosts...)}, genPorts(t)})

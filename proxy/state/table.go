@@ -152,6 +152,10 @@ func sumService(seed maphash.Seed, k ServiceKey) uint64 {
 	return maphash.String(seed, k.Hostname) ^ maphash.String(seed, k.Namespace)*3
 }
 
+func sumCaller(seed maphash.Seed, k Caller) uint64 {
+	return sumAddr(seed, NetworkAddress{k.Namespace, k.Host}) ^ maphash.String(seed, k.ServiceAccount)*5
+}
+
 func sumInfo(seed maphash.Seed, k WorkloadInfo) uint64 {
 	return maphash.String(seed, k.Name) ^ maphash.String(seed, k.Namespace)*3 ^ maphash.String(seed, k.ServiceAccount)*5
 }

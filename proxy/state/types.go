@@ -96,6 +96,12 @@ type WorkloadInfo struct {
 	Name, Namespace, ServiceAccount string
 }
 
+// Caller is who calls from a host's address: a workload whose HBONE arrives there calls from there, too.
+type Caller struct {
+	Host                      netip.Addr
+	Namespace, ServiceAccount string
+}
+
 // String prints as ztunnel does: "sa.ns (name)".
 func (i WorkloadInfo) String() string {
 	return i.ServiceAccount + "." + i.Namespace + " (" + i.Name + ")"

@@ -18,6 +18,7 @@ type View struct {
 	workloads table[string, *Workload]
 	byAddr    table[NetworkAddress, *Workload]
 	byInfo    table[WorkloadInfo, *Workload]
+	byCaller  table[Caller, *Workload]
 	byName    table[ServiceKey, *Workload] // workloads with a hostname
 
 	services table[ServiceKey, *Service]
@@ -79,6 +80,16 @@ func (v *View) WorkloadByInfo(i WorkloadInfo) *Workload {
 		return nil
 	}
 	w, _ := v.byInfo.get(i)
+	return w
+}
+
+// WorkloadByCaller returns the workload that calls from a host's address, or nil. Of several which are one to their
+// certificates, it is the one that WorkloadByAddr would prefer.
+func (v *View) WorkloadByCaller(c Caller) *Workload {
+	if v == nil {
+		return nil
+	}
+	w, _ := v.byCaller.get(c)
 	return w
 }
 

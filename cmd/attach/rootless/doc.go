@@ -7,7 +7,8 @@
 //
 // Limits: peers find the workload's mesh port, a listener on the host's address, by a record that says where it is
 // (meshAddresses). Peers see the host's address as the source and the workload's identity; ztun's own say in a line
-// that the two do not belong together. A client that has no address which the namespace could answer (it is on the
+// that the two do not belong together, where the mesh knows the host as another workload and the record does not say
+// that this one is there. A client that has no address which the namespace could answer (it is on the
 // host's loopback, or of the other family) is seen as a stand-in for it. UDP and pings leave by sockets
 // as well (package usersock), so that what is neither, and an ICMP error of the workload's, goes nowhere; pings need
 // net.ipv4.ping_group_range of the host to let them.
