@@ -254,8 +254,8 @@ func (p *Proxy) refuseStream(t *tunnel, s call, status int, why error) {
 func (p *Proxy) caller(ctx context.Context, view *state.View, t *tunnel) *state.Workload {
 	src := t.src.Addr()
 	if t.hasPeer {
-		w := view.WorkloadByCaller(state.Caller{Host: src, Namespace: t.peer.Namespace, ServiceAccount: t.peer.ServiceAccount})
-		if w != nil {
+		c := state.Caller{Host: src, Namespace: t.peer.Namespace, ServiceAccount: t.peer.ServiceAccount}
+		if w := view.WorkloadByCaller(c); w != nil {
 			return w
 		}
 	}
@@ -265,7 +265,7 @@ func (p *Proxy) caller(ctx context.Context, view *state.View, t *tunnel) *state.
 var errCrowded = errors.New("too many requests await their answer")
 
 // rewritten reports whether the tunnel's source address is surely not its peer's, and says so: the mesh knows it as
-// somebody else's (at is the caller's record, nil if there is none), or nobody can have it beyond a link. istio-cni does
+// somebody else's (at is caller's, nil if there is none), or nobody can have it beyond a link. istio-cni does
 // that to node-side sockets on the same node (SNAT to 169.254.7.127), and masquerading does. Policy must not go by it.
 func (p *Proxy) rewritten(t *tunnel, at *state.Workload) bool {
 	src := t.src.Addr()
