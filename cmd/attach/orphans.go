@@ -33,9 +33,48 @@ const (
 	orphanBatch = 256
 )
 
-// Orphans lists the connections of a pod's namespace that would go through its device: from the pod's addresses to
-// any but its own.
-func Orphans(ns *netns.NS, own []netip.Addr) ([]Orphan, error) {
+// Orphans lists the connections of a pod's namespace that would go through its device, from the pod's addresses to
+// any but its own, and that may rest for ever: the others repeat themselves, or end by a timer.
+func Orphans(ns *netns.NS, own []netip.Addr) (out []Orphan, err error) {
+	all, err := connections(ns, own)
+	for _, c := range all {
+		if c.state == tcpEstablished || c.state == tcpFinWait2 || c.state == tcpCloseWait {
+			out = append(out, Orphan{c.Local, c.Remote})
+		}
+	}
+	return out, err
+}
+
+// Conn is a connection of a pod's that goes on.
+type Conn struct {
+	Local, Remote netip.AddrPort
+	// Socket is the number of the application's file; 0 before it has accepted the connection, and after it has closed it
+	// with something left to be sent.
+	Socket uint64
+}
+
+// Unfinished lists the connections of a pod's namespace that have something to send or to get, where Orphans would list
+// them, but for those that a client has only begun.
+func Unfinished(ns *netns.NS, own []netip.Addr) (out []Conn, err error) {
+	all, err := connections(ns, own)
+	for _, c := range all {
+		switch c.state {
+		case tcpSynRecv, tcpTimeWait, tcpClose, tcpListen:
+		default:
+			out = append(out, c.Conn)
+		}
+	}
+	return out, err
+}
+
+// connection is a line of the kernel's table.
+type connection struct {
+	Conn
+	state uint64
+}
+
+// connections lists those of a namespace from an address of own to any other.
+func connections(ns *netns.NS, own []netip.Addr) ([]connection, error) {
 	var files []*os.File
 	defer func() {
 		for _, f := range files {
@@ -59,7 +98,7 @@ func Orphans(ns *netns.NS, own []netip.Addr) ([]Orphan, error) {
 	if err != nil {
 		return nil, err
 	}
-	var all []Orphan
+	var all []connection
 	for _, f := range files {
 		found, err := parseTCPTable(f)
 		if err != nil {
@@ -74,32 +113,35 @@ func Orphans(ns *netns.NS, own []netip.Addr) ([]Orphan, error) {
 	return all, nil
 }
 
-// The states in which a connection may rest for ever (include/net/tcp_states.h): the others repeat themselves, or end
-// by a timer.
+// States of connections (include/net/tcp_states.h).
 const (
 	tcpEstablished = 1
+	tcpSynRecv     = 3
 	tcpFinWait2    = 5
+	tcpTimeWait    = 6
+	tcpClose       = 7
 	tcpCloseWait   = 8
+	tcpListen      = 10
 )
 
-// parseTCPTable reads /proc/net/tcp or tcp6 and returns the connections that may rest for ever.
-func parseTCPTable(r io.Reader) ([]Orphan, error) {
-	var out []Orphan
+// parseTCPTable reads /proc/net/tcp or tcp6.
+func parseTCPTable(r io.Reader) ([]connection, error) {
+	var out []connection
 	lines := bufio.NewScanner(r)
 	lines.Scan() // the headings
 	for lines.Scan() {
 		f := strings.Fields(lines.Text())
-		if len(f) < 4 {
+		if len(f) < 10 {
 			return nil, fmt.Errorf("%q is no line of a table of connections", lines.Text())
 		}
-		state, err := strconv.ParseUint(f[3], 16, 8)
+		var o connection
+		var err error
+		if o.state, err = strconv.ParseUint(f[3], 16, 8); err == nil {
+			o.Socket, err = strconv.ParseUint(f[9], 10, 64)
+		}
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("%q is no line of a table of connections: %w", lines.Text(), err)
 		}
-		if state != tcpEstablished && state != tcpFinWait2 && state != tcpCloseWait {
-			continue
-		}
-		var o Orphan
 		if o.Local, err = parseTCPAddr(f[1]); err == nil {
 			o.Remote, err = parseTCPAddr(f[2])
 		}

@@ -19,16 +19,20 @@ func TestParseTCPTable(t *testing.T) {
 `
 	got, err := parseTCPTable(strings.NewReader(table))
 	a := netip.MustParseAddrPort
-	want := []Orphan{
-		{a("10.91.1.2:8080"), a("10.2.1.100:50000")}, {a("10.91.1.2:8081"), a("10.2.1.100:50001")},
-		{a("10.91.1.2:8083"), a("10.2.1.100:50003")},
-		{a("[fd91:0:0:1::2]:80"), a("[2001:db8::1]:81")},
+	want := []connection{
+		{Conn{a("127.0.0.1:15000"), a("0.0.0.0:0"), 1}, tcpListen},
+		{Conn{a("10.91.1.2:8080"), a("10.2.1.100:50000"), 1}, tcpEstablished},
+		{Conn{a("10.91.1.2:8081"), a("10.2.1.100:50001"), 1}, tcpCloseWait},
+		{Conn{a("10.91.1.2:8082"), a("10.2.1.100:50002"), 1}, tcpTimeWait},
+		{Conn{a("10.91.1.2:8083"), a("10.2.1.100:50003"), 1}, tcpFinWait2},
+		{Conn{a("[fd91:0:0:1::2]:80"), a("[2001:db8::1]:81"), 1}, tcpEstablished},
 	}
 	if err != nil || !slices.Equal(got, want) {
 		t.Errorf("got %v, %v\nwant %v", got, err, want)
 	}
-	for _, bad := range []string{"x", "0: 0100007F:1 00000000:0 ZZ", "0: 010000:1 00000000:0 01",
-		"0: 0100007F 0100007F:1 01", "0: 0100007F:12345 0100007F:1 01"} {
+	for _, bad := range []string{"x", "0: 0100007F:1 00000000:0 ZZ 0 0 0 0 0 1", "0: 010000:1 00000000:0 01 0 0 0 0 0 1",
+		"0: 0100007F 0100007F:1 01 0 0 0 0 0 1", "0: 0100007F:12345 0100007F:1 01 0 0 0 0 0 1",
+		"0: 0100007F:1 0100007F:1 01 0 0 0 0 0 x", "0: 0100007F:1 0100007F:1 01"} {
 		if _, err := parseTCPTable(strings.NewReader("head\n" + bad + "\n")); err == nil {
 			t.Errorf("%q was taken", bad)
 		}

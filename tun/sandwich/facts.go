@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 )
 
 // Facts are what there was in the pod's namespace before the first step: all that Undo has to give back.
@@ -52,4 +53,23 @@ func (f Facts) check() error {
 type Conn struct {
 	Local  netip.AddrPort `json:"local"`
 	Remote netip.AddrPort `json:"remote"`
+	// Socket tells it from a later connection of the same addresses and ports: the number of the application's file; 0: it
+	// has none (yet, or any more).
+	Socket uint64 `json:"socket,omitempty"`
+}
+
+// Remain are those of kept that are among open still, as they are now. A later connection of the same addresses and
+// ports is another one: whoever was connected before a pod was captured might go on for ever otherwise.
+func Remain(kept, open []Conn) (out []Conn) {
+	for _, k := range kept {
+		i := slices.IndexFunc(open, func(o Conn) bool { return o.Local == k.Local && o.Remote == k.Remote })
+		switch {
+		case i < 0:
+		case k.Socket == 0:
+			out = append(out, open[i])
+		case open[i].Socket == k.Socket || open[i].Socket == 0: // 0: the application has closed it, and not all is sent
+			out = append(out, k)
+		}
+	}
+	return out
 }

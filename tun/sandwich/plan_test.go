@@ -13,7 +13,7 @@ var update = flag.Bool("update", false, "write the golden files")
 
 // The plans of both families of CNI, and of what cannot have tc, as a person would type them.
 func TestPlans(t *testing.T) {
-	keep := []Conn{{netip.MustParseAddrPort("10.92.1.2:40000"), netip.MustParseAddrPort("10.92.2.2:80")}}
+	keep := []Conn{{netip.MustParseAddrPort("10.92.1.2:40000"), netip.MustParseAddrPort("10.92.2.2:80"), 0}}
 	for _, c := range []struct {
 		name, facts string
 		config      Config

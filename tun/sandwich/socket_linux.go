@@ -12,9 +12,14 @@ import (
 	"ztun/tun/netns"
 )
 
-// HasSocket says whether a namespace has a TCP socket that is connected, or connecting, from local to remote. The
-// kernel is asked for this one alone (inet_diag(7)); where there is none it offers a listener, which does not count.
-func HasSocket(ns *netns.NS, local, remote netip.AddrPort) (bool, error) {
+// tcpSynSent is the state of a socket that waits for the answer to its SYN (include/net/tcp_states.h).
+const tcpSynSent = 2
+
+// Connecting says whether a namespace has a TCP socket that has sent a SYN from local to remote and waits for the
+// answer. One that is connected already, or that the kernel remembers for a minute after its end, has not sent the SYN
+// that somebody asks about. The kernel is asked for this one alone (inet_diag(7)); where there is none it offers a
+// listener, which does not count either.
+func Connecting(ns *netns.NS, local, remote netip.AddrPort) (bool, error) {
 	var id [16 * 3]byte // struct inet_diag_sockid
 	binary.BigEndian.PutUint16(id[0:], local.Port())
 	binary.BigEndian.PutUint16(id[2:], remote.Port())
@@ -34,7 +39,7 @@ func HasSocket(ns *netns.NS, local, remote netip.AddrPort) (bool, error) {
 			return nil
 		}
 		for _, m := range msgs {
-			found = found || len(m) >= 40 && bytes.Equal(m[4:40], id[:36])
+			found = found || len(m) >= 40 && m[1] == tcpSynSent && bytes.Equal(m[4:40], id[:36])
 		}
 		return err
 	})

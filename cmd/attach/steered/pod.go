@@ -131,7 +131,7 @@ func (p *pod) recall(ctx context.Context) (fresh bool, err error) {
 		return false, fmt.Errorf("%w: %w", admin.ErrPodUnavailable, err)
 	}
 	p.record = sandwich.Record{Dev: dev, Ino: ino, Path: p.spec.NetNS, Facts: facts}
-	found, err := attach.Orphans(p.ns, p.spec.IPs)
+	found, err := attach.Unfinished(p.ns, p.spec.IPs)
 	if err != nil {
 		return false, fmt.Errorf("%w: the pod's connections cannot be listed: %w", admin.ErrPodUnavailable, err)
 	}
@@ -158,7 +158,7 @@ func (p *pod) agree() error {
 	return nil
 }
 
-func conns(found []attach.Orphan) (out []sandwich.Conn) {
+func conns(found []attach.Conn) (out []sandwich.Conn) {
 	for _, o := range found {
 		out = append(out, sandwich.Conn(o))
 	}
@@ -181,7 +181,9 @@ func (p *pod) Capture(ctx context.Context) error {
 		p.log.Warn("the pod's connections of an earlier run cannot be listed", "pod", p.spec.Label, "error", err)
 	}
 	left = slices.DeleteFunc(left, func(o attach.Orphan) bool {
-		return slices.Contains(p.record.Keep, sandwich.Conn(o))
+		return slices.ContainsFunc(p.record.Keep, func(c sandwich.Conn) bool {
+			return c.Local == o.Local && c.Remote == o.Remote
+		})
 	})
 	if err := p.record.Save(p.node.records); err != nil {
 		return err

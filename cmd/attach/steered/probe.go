@@ -15,7 +15,7 @@ type prober struct {
 
 // ServePassthrough implements attach.Handler.
 func (h prober) ServePassthrough(f proxy.Flow) {
-	if ours, err := sandwich.HasSocket(h.n.ns, f.Src(), f.Dst()); err != nil {
+	if ours, err := sandwich.Connecting(h.n.ns, f.Src(), f.Dst()); err != nil {
 		h.p.log.Warn("the node's sockets cannot be asked, a probe may be refused", "pod", h.p.spec.Label, "error", err)
 	} else if ours {
 		h.Handler.ServeProbe(f)

@@ -81,13 +81,12 @@ func (p *pod) forget() {
 	if len(p.record.Keep) == 0 {
 		return
 	}
-	now, err := attach.Orphans(p.ns, p.spec.IPs)
+	now, err := attach.Unfinished(p.ns, p.spec.IPs)
 	if err != nil {
 		return // the next time
 	}
-	open := conns(now)
-	keep := slices.DeleteFunc(slices.Clone(p.record.Keep), func(c sandwich.Conn) bool { return !slices.Contains(open, c) })
-	if len(keep) == len(p.record.Keep) {
+	keep := sandwich.Remain(p.record.Keep, conns(now))
+	if slices.Equal(keep, p.record.Keep) {
 		return
 	}
 	p.record.Keep = keep
