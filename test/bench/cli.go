@@ -43,7 +43,7 @@ type options struct {
 
 // suiteNames in the order in which they run and are shown.
 func suiteNames() []string {
-	return []string{"relay", "hbone", "mesh", "local", "conns", "echo", "mixed", "idle", "rootless", "control"}
+	return []string{"relay", "hbone", "mesh", "local", "conns", "echo", "mixed", "idle", "rootless", "steered", "control"}
 }
 
 var errHelp = errors.New("help")
@@ -64,6 +64,7 @@ suites (default: all)
   mixed   the same echo at 500/s beside 8 bulk streams between the same two pods
   idle    resident memory idle and per idle connection
   rootless ` + "`ztun run`" + ` to a plain host, as an ordinary user: TCP, connections, UDP, beside pasta and slirp4netns
+  steered pods that keep a CNI's eth0, by the sandwich and redirected, beside isolated ones: bulk, connections, echo
   control a mesh of 100,000 workloads: taking it in, one update, one dump, and what a storm of dumps, scrapes and updates does to
           requests and new connections, calm and stormy in turn
 

@@ -36,10 +36,12 @@ type bench struct {
 	r     *runner
 	// one for each variant of ztun, of the suites that share them: mesh, local, conns, echo, mixed and a part of relay
 	worlds []*world
-	relay  *relayWorld
-	hbone  *hboneWorld
-	ctl    *controlWorld
-	user   *rootlessWorld
+	// one for each way of capturing a pod
+	steered []*world
+	relay   *relayWorld
+	hbone   *hboneWorld
+	ctl     *controlWorld
+	user    *rootlessWorld
 }
 
 // run returns what the command line said and the exit code: 0 for a run in which everything could be measured,
@@ -141,6 +143,8 @@ func (b *bench) all(ctx context.Context) error {
 		{"idle", "resident memory of the daemons, fresh ones in each repetition", bareVeth, plain(b.idleCases)},
 		{"rootless", "a user's command in a namespace of its own, MTU 1500, to a plain host two hops away; ratios to slirp4netns",
 			slirpName, func() ([]kase, error) { return b.rootlessCases(ctx) }},
+		{"steered", "pod -> node -> node -> pod by each way of capturing a pod; bare veth: host -> node -> node -> host",
+			bareVeth, func() ([]kase, error) { return b.steeredCases(ctx) }},
 		{"control",
 			fmt.Sprintf("%d workloads, %d services from %s; requests and connections from pod to pod, storms at node n1",
 				b.o.Workloads, b.o.Services, b.o.Source), calm, plain(b.controlCases)},
@@ -178,7 +182,7 @@ func (b *bench) all(ctx context.Context) error {
 
 func (b *bench) close() error {
 	errs := []error{b.relay.Close(), b.hbone.Close(), b.ctl.Close(), b.user.Close()}
-	for _, w := range b.worlds {
+	for _, w := range append(b.worlds, b.steered...) {
 		errs = append(errs, w.Close())
 	}
 	return errors.Join(errs...)

@@ -248,17 +248,22 @@ func (b *bench) echoCases() []kase {
 		ks = append(ks, kase{
 			suite: "echo", name: fmt.Sprintf("%d per s, %d connections", perSecond, echoConns), lasts: b.length() +
 				300*time.Millisecond,
-			rows: latencyRows(ref, nil),
-			subjects: b.paths(func(ctx context.Context, p path) (outcome, error) {
-				r, err := b.echo(ctx, p.lab, p.client, p.server, echoConns, perSecond, b.length())
-				if err != nil {
-					return nil, err
-				}
-				return latencies(r), nil
-			}),
+			rows:     latencyRows(ref, nil),
+			subjects: b.paths(b.echoes(perSecond)),
 		})
 	}
 	return ks
+}
+
+// echoes measures requests at a rate over a path.
+func (b *bench) echoes(perSecond int) func(ctx context.Context, p path) (outcome, error) {
+	return func(ctx context.Context, p path) (outcome, error) {
+		r, err := b.echo(ctx, p.lab, p.client, p.server, echoConns, perSecond, b.length())
+		if err != nil {
+			return nil, err
+		}
+		return latencies(r), nil
+	}
 }
 
 func latencyRows(ref [3]string, p50 *report.Target) []report.Row {

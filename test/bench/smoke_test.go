@@ -32,7 +32,7 @@ func TestSmoke(t *testing.T) {
 	}
 	var out, progress bytes.Buffer
 	file := filepath.Join(bin, "report.json")
-	code, _ := run([]string{"--bin", bin, "--root", root, "relay", "mesh", "conns", "echo", "mixed", "idle", "--no-daemon",
+	code, _ := run([]string{"--bin", bin, "--root", root, "relay", "mesh", "conns", "echo", "mixed", "idle", "steered", "--no-daemon",
 		"--reps", "1", "--seconds", "0.2",
 		"--rates", "200", "--idle-connections", "20", "--json", file}, &out, &progress)
 	if code != 0 {
@@ -62,7 +62,8 @@ func TestSmoke(t *testing.T) {
 		}
 	}
 	for _, want := range []string{"relay " + bareVeth, "relay " + relayName, "mesh " + bareVeth, "conns " + bareVeth,
-		"echo " + bareVeth, "mixed " + bareVeth, "idle " + bareVeth} {
+		"echo " + bareVeth, "mixed " + bareVeth, "idle " + bareVeth,
+		"steered " + bareVeth} {
 		if seen[want] == 0 {
 			t.Errorf("no figure of %s\n%s", want, &out)
 		}

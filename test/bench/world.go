@@ -44,6 +44,7 @@ type world struct {
 	barePass  path
 	ztunPass  path
 	ztunLocal path
+	attached  []*lab.Pod // with something outside of the world
 }
 
 // variant is a ztun to measure: normally the one that was just built, with --versus and --versus-env another one
@@ -52,6 +53,8 @@ type variant struct {
 	name string   // the subject's name; "" for no ztun at all
 	bin  string   // the program
 	env  []string // K=V for its daemons
+	// steering is how pods are captured (ZTUN_STEERING); "": as isolated ones
+	steering string
 }
 
 // variants of this run, the main one first; none with --no-daemon.
@@ -59,9 +62,9 @@ func (b *bench) variants() []variant {
 	if b.o.NoDaemon {
 		return nil
 	}
-	vs := []variant{{ztunName, b.tool("ztun"), b.o.Env}}
+	vs := []variant{{name: ztunName, bin: b.tool("ztun"), env: b.o.Env}}
 	if b.o.Versus != "" || len(b.o.VersusEnv) > 0 {
-		v := variant{otherName, b.tool("ztun"), append(slices.Clone(b.o.Env), b.o.VersusEnv...)}
+		v := variant{name: otherName, bin: b.tool("ztun"), env: append(slices.Clone(b.o.Env), b.o.VersusEnv...)}
 		if b.o.Versus != "" {
 			v.bin = b.o.Versus
 		}
@@ -104,7 +107,7 @@ func (b *bench) newWorld(ctx context.Context, v variant) (_ *world, err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, w.lab.Close())
+			err = errors.Join(err, w.Close())
 		}
 	}()
 	h1, err := w.lab.AddHost(w.lab.N1, "h1")
@@ -141,6 +144,9 @@ func (b *bench) newWorld(ctx context.Context, v variant) (_ *world, err error) {
 		key, value, _ := strings.Cut(kv, "=")
 		env[key] = value
 	}
+	if v.steering != "" {
+		env["ZTUN_STEERING"], env["INPOD_ENABLED"] = v.steering, "false"
+	}
 	w.ztun = path{name: v.name, lab: w.lab, client: b.end(a.NS, a.IPs), server: b.end(p.NS, p.IPs)}
 	for _, n := range w.lab.Nodes() {
 		d, err := w.lab.StartDaemon(ctx, n, lab.DaemonOptions{Env: env})
@@ -150,6 +156,12 @@ func (b *bench) newWorld(ctx context.Context, v variant) (_ *world, err error) {
 		w.ztun.daemons = append(w.ztun.daemons, d)
 	}
 	for _, pod := range []*lab.Pod{a, p, c} {
+		if err := eth0(ctx, w.lab, pod, v.steering); err != nil {
+			return nil, err
+		}
+		if v.steering == "steered" {
+			w.attached = append(w.attached, pod)
+		}
 		if err := w.lab.Attach(ctx, pod); err != nil {
 			return nil, fmt.Errorf("attach pod %s: %w", pod.Name, err)
 		}
@@ -175,7 +187,7 @@ func (w *world) Close() error {
 	if w == nil || w.lab == nil {
 		return nil
 	}
-	return w.lab.Close()
+	return errors.Join(w.letGo(), w.lab.Close())
 }
 
 // end picks the address of the family that the run is about.

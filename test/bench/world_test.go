@@ -12,12 +12,12 @@ func TestVariants(t *testing.T) {
 		o    options
 		want []variant
 	}{
-		{"alone", options{Bin: "/b", Env: []string{"A=1"}}, []variant{{ztunName, "/b/ztun", []string{"A=1"}}}},
+		{"alone", options{Bin: "/b", Env: []string{"A=1"}}, []variant{{ztunName, "/b/ztun", []string{"A=1"}, ""}}},
 		{"none", options{Bin: "/b", NoDaemon: true}, nil},
 		{"another build", options{Bin: "/b", Env: []string{"A=1"}, Versus: "/x/z"},
-			[]variant{{ztunName, "/b/ztun", []string{"A=1"}}, {otherName, "/x/z", []string{"A=1"}}}},
+			[]variant{{ztunName, "/b/ztun", []string{"A=1"}, ""}, {otherName, "/x/z", []string{"A=1"}, ""}}},
 		{"other settings", options{Bin: "/b", Env: []string{"A=1"}, VersusEnv: []string{"A=2"}},
-			[]variant{{ztunName, "/b/ztun", []string{"A=1"}}, {otherName, "/b/ztun", []string{"A=1", "A=2"}}}},
+			[]variant{{ztunName, "/b/ztun", []string{"A=1"}, ""}, {otherName, "/b/ztun", []string{"A=1", "A=2"}, ""}}},
 	} {
 		b := &bench{o: c.o}
 		if d := cmp.Diff(c.want, b.variants(), cmp.AllowUnexported(variant{})); d != "" {

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -18,29 +19,10 @@ import (
 	"ztun/tun/sandwich"
 )
 
-// cni gives a pod an eth0 as a CNI does: routed, a host's address and an on-link gateway that is nowhere (Calico); or
-// a subnet's address and a gateway in it (bridge).
+// cni gives a pod an eth0, a little smaller than the hosts'.
 func (m *mesh) cni(p *lab.Pod, routed bool) {
 	m.t.Helper()
-	host, n := "veth"+p.Name, p.Node
-	lines := []string{"link add " + host + " type veth peer name eth0 netns " + p.NS.Name, "link set " + host + " up",
-		fmt.Sprintf("route add %s/32 dev %s", p.V4(), host), fmt.Sprintf("route add %s/128 dev %s", p.V6(), host),
-		"addr add fe80::ecee/64 dev " + host + " nodad"}
-	gateway := n.PodNet4.Addr().Next().String()
-	in := []string{"link set lo up", "link set eth0 mtu 1450 up"}
-	if routed {
-		gateway = "169.254.1.1"
-		lines = append(lines, "addr add 169.254.1.1/32 dev "+host)
-		in = append(in, fmt.Sprintf("addr add %s/32 dev eth0", p.V4()), "route add 169.254.1.1 dev eth0 scope link")
-	} else {
-		in = append(in, fmt.Sprintf("addr add %s/24 dev eth0", p.V4()))
-	}
-	in = append(in, "route add default via "+gateway, fmt.Sprintf("addr add %s/128 dev eth0 nodad", p.V6()),
-		"route add default via fe80::ecee dev eth0")
-	// Without duplicate address detection, which changes what is compared later.
-	must(m.t, p.NS.Sysctl("net/ipv6/conf/default/accept_dad", "0"))
-	must(m.t, m.IP(m.ctx, n.NS, lines...))
-	must(m.t, m.IP(m.ctx, p.NS, in...))
+	must(m.t, m.CNI(m.ctx, p, routed, 1450))
 }
 
 // keep opens connections that echo, and returns what checks that each still does.
@@ -157,6 +139,14 @@ func TestSteered(t *testing.T) {
 		t.Errorf("on the wire: %v", got)
 	}
 	kept("after the capture of both ends")
+	eventually(t, 30*time.Second, func() error { // peers' certificates are there
+		for _, n := range m.Nodes() {
+			if found := m.doctor(n); len(found) > 0 {
+				return fmt.Errorf("the doctor of a healthy node: %+v", found)
+			}
+		}
+		return nil
+	})
 	m.smallLink(t)
 	for to, size := range map[netip.Addr]string{m.c.V4(): "4000", m.c.V6(): "1300"} {
 		if out, err := m.Run(m.ctx, m.a.NS, "ping", "-c1", "-w20", "-s"+size, to.String()); err != nil {
@@ -196,6 +186,11 @@ func TestSteered(t *testing.T) {
 		}
 		return nil
 	})
+	if found := m.doctor(m.N1); !slices.ContainsFunc(found, func(g doctorFinding) bool {
+		return strings.Contains(g.What, m.b.Name) && strings.Contains(g.What, "eth0 was deleted")
+	}) {
+		t.Errorf("the doctor of a pod whose eth0 is deleted: %+v", found)
+	}
 	must(t, m.Detach(m.ctx, m.b))
 	_, err = m.PodCmd(m.ctx, m.N1, "del", "--uid", "uid-a")
 	must(t, err)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -18,6 +19,7 @@ type Target struct {
 	OfRatio bool    `json:"of_ratio"` // of the subject's ratio to the base; else of its value
 	AtMost  bool    `json:"at_most"`  // else at least
 	Value   float64 `json:"value"`
+	Versus  string  `json:"versus,omitempty"` // the subject whose ratio is meant; "": the suite's base
 }
 
 // Met tells whether s (of values or of ratios, as the target asks) reaches the target with its median.
@@ -37,7 +39,7 @@ func (t Target) String() string {
 		op = "<="
 	}
 	if t.OfRatio {
-		x = "x"
+		x = "x" + suffix(" ", t.Versus)
 	}
 	return op + " " + strconv.FormatFloat(t.Value, 'g', -1, 64) + x
 }
@@ -45,9 +47,10 @@ func (t Target) String() string {
 // Row is one figure of one case, of all subjects.
 type Row struct {
 	Suite, Case, Metric, Unit string
-	Target                    *Target // of Subject; nil for none
-	Subject                   string  // whom the target concerns
-	Reference                 string  // what real ztunnel had, as text, from design.md; "" for unknown
+	Target                    *Target            // of Subject; nil for none
+	Subject                   string             // whom the target concerns
+	Others                    map[string]*Target // what is asked of further subjects
+	Reference                 string             // what real ztunnel had, as text, from design.md; "" for unknown
 
 	values map[string][]float64 // by subject; index: repetition
 	noisy  map[string]bool
@@ -161,6 +164,21 @@ func (w *Row) Ratio(subject, base string) stat.Summary {
 	return stat.Summarize(stat.Ratios(w.values[subject], w.values[base]))
 }
 
+// target is what is asked of a subject, nil for nothing, and the figure that it is asked of.
+func (w *Row) target(subject, base string) (*Target, stat.Summary) {
+	t := w.Others[subject]
+	if t == nil && subject == w.Subject {
+		t = w.Target
+	}
+	if t == nil || !t.OfRatio {
+		return t, w.Summary(subject)
+	}
+	if t.Versus != "" {
+		base = t.Versus
+	}
+	return t, w.Ratio(subject, base)
+}
+
 // Text prints the whole report as tables of at most 140 or so columns.
 func (r *Report) Text(out io.Writer) error {
 	var b strings.Builder
@@ -228,13 +246,8 @@ func (r *Report) lines(suite string) [][]string {
 			if _, has := w.values[s]; !has || s == base {
 				continue
 			}
-			sum, ratio := w.Summary(s), w.Ratio(s, base)
-			target := ""
-			if t := w.Target; t != nil && s == w.Subject {
-				of := sum
-				if t.OfRatio {
-					of = ratio
-				}
+			ratio, target := w.Ratio(s, base), ""
+			if t, of := w.target(s, base); t != nil {
 				target = t.String()
 				switch {
 				case !of.Valid():
@@ -384,7 +397,15 @@ type jsonRow struct {
 	Noisy     []string               `json:"noisy,omitempty"`
 	Target    *Target                `json:"target,omitempty"`
 	Met       *bool                  `json:"met,omitempty"`
+	Others    []jsonTarget           `json:"other_targets,omitempty"`
 	Reference string                 `json:"ztunnel,omitempty"`
+}
+
+// jsonTarget is one of a further subject.
+type jsonTarget struct {
+	Subject string `json:"subject"`
+	Target  Target `json:"target"`
+	Met     bool   `json:"met"`
 }
 
 // MarshalJSON writes the report with summaries and ratios worked out.
@@ -412,16 +433,15 @@ func (r *Report) MarshalJSON() ([]byte, error) {
 				j.Noisy = append(j.Noisy, s)
 			}
 		}
-		if t := w.Target; t != nil {
-			of := w.Summary(w.Subject)
-			if t.OfRatio {
-				of = w.Ratio(w.Subject, base)
-			}
-			if of.Valid() {
-				met := t.Met(of)
-				j.Met = &met
-			}
+		if t, of := w.target(w.Subject, base); t != nil && of.Valid() {
+			met := t.Met(of)
+			j.Met = &met
 		}
+		for s := range w.Others {
+			t, of := w.target(s, base)
+			j.Others = append(j.Others, jsonTarget{s, *t, of.Valid() && t.Met(of)})
+		}
+		slices.SortFunc(j.Others, func(a, b jsonTarget) int { return strings.Compare(a.Subject, b.Subject) })
 		rows = append(rows, j)
 	}
 	return json.Marshal(struct {

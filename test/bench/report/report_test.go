@@ -135,4 +135,25 @@ func TestTarget(t *testing.T) {
 	if one.Target.Met(one.Ratio("nobody", "bare veth")) {
 		t.Error("met without a value")
 	}
+	// Of further subjects, beside another than the base.
+	r = &Report{Base: map[string]string{"s": "bare veth"}}
+	w := r.Row(Row{Suite: "s", Case: "c", Metric: "m", Subject: "b", Target: &Target{OfRatio: true, Value: 0.5},
+		Others: map[string]*Target{"c": {OfRatio: true, Value: 0.9, Versus: "a"}}})
+	for subject, v := range map[string]float64{"bare veth": 10, "a": 4, "b": 5, "c": 3.5} {
+		r.Add(w, subject, 0, v)
+	}
+	var out strings.Builder
+	if err := r.Text(&out); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"0.500  >= 0.5x met", "0.350  >= 0.9x a MISSED"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("%q is not in\n%s", want, &out)
+		}
+	}
+	b, err := json.Marshal(r)
+	if want := `"other_targets":[{"subject":"c","target":{"of_ratio":true,"at_most":false,"value":0.9,"versus":"a"},` +
+		`"met":false}]`; err != nil || !strings.Contains(string(b), want) {
+		t.Errorf("%v: %s", err, b)
+	}
 }
