@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ztun/tun/netns"
+	"ztun/tun/sandwich"
 	"ztun/tun/steer"
 )
 
@@ -30,6 +31,7 @@ type Options struct {
 	IPv6       bool
 	PlainTUN   bool
 	Redirected bool     // pods are captured by istio-cni's rules: no device, rule or route is ours
+	Steered    string   // the directory of steered pods' records; "": there are none
 	Running    bool     // the daemon runs, in this network namespace
 	Ports      []uint16 // that it listens on
 	Daemon     Daemon
@@ -287,13 +289,17 @@ func pod(ctx context.Context, all Options, i int, node *netns.NS) (Pod, error) {
 	if p.State != "" && p.State != "Up" {
 		return p, nil // what is missing is the daemon's to say
 	}
-	if !all.Redirected {
+	known, err := between(&p, all.Steered, ns)
+	if err != nil {
+		return p, err
+	}
+	if !all.Redirected && !known {
 		plan := steer.PodPlan(steer.PodConfig{Name: p.Name, Addrs: o.Addrs, TUN: o.Device, NodeTUN: all.NodeTUN, MTU: o.MTU})
 		if p.Missing, err = steer.Missing(plan, steer.Namespaces{Node: node, Pod: ns}); err != nil {
 			return p, err
 		}
 	}
-	if !server.IsValid() || len(p.Missing) > 0 {
+	if !server.IsValid() || len(p.Missing)+len(p.Lacks) > 0 {
 		return p, nil
 	}
 	if err := query(ctx, ns, server); errors.Is(err, os.ErrPermission) {
@@ -302,4 +308,30 @@ func pod(ctx context.Context, all Options, i int, node *netns.NS) (Pod, error) {
 		p.DNS = err.Error()
 	}
 	return p, nil
+}
+
+// between looks at a pod that has an eth0, by what was written down of it; known: there is such a record.
+func between(p *Pod, records string, ns *netns.NS) (known bool, err error) {
+	if records == "" {
+		return false, nil
+	}
+	dev, ino := ns.ID()
+	r, err := sandwich.Find(records, dev, ino)
+	if r == nil || err != nil {
+		return false, err
+	}
+	p.Between = r.Name()
+	s, err := netns.OpenName(r.Name())
+	if p.Lost = errors.Is(err, netns.ErrNotExist); p.Lost {
+		return true, nil
+	}
+	if err != nil {
+		return true, err
+	}
+	defer s.Close()
+	plan, err := r.Plan()
+	if err == nil {
+		p.Lacks, err = sandwich.Missing(plan, sandwich.Namespaces{S: s, Pod: ns})
+	}
+	return true, err
 }

@@ -12,6 +12,9 @@
 // iptables-save and nft, if they are there, to read rules.
 //
 // Decisions:
+//   - 2026-11-29: a steered pod is judged by what was written down of it before it was captured, from which its plan
+//     follows; that of isolated pods had named 20 faults of it. The daemon itself puts back what is changed, so that
+//     only what it cannot mend is found.
 //   - 2026-11-29: where istio-cni's rules capture the pods (ZTUN_STEERING=redirected) nothing of the host's that only
 //     TUN devices need is looked at: on a real cluster the doctor had named 13 faults of a healthy node, and mends that
 //     would have let go of its pods. A pod whose namespace came as a descriptor is judged by its state alone.

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"time"
 
+	"ztun/tun/sandwich"
 	"ztun/tun/steer"
 )
 
@@ -101,6 +102,10 @@ type Pod struct {
 	NetNS   string // why its namespace cannot be opened; "" it can
 	Ref     string // its namespace, as the daemon was told it
 	Missing []steer.Step
-	DNS     string // why a query got no answer; "" it did, or was not asked
-	Slow    string // why its device is without offloads; "" it has them
+	// Between is the namespace between a steered pod, which has a CNI's eth0, and the network; "": it has none
+	Between string
+	Lost    bool            // that namespace is gone
+	Lacks   []sandwich.Step // of a steered pod's plan
+	DNS     string          // why a query got no answer; "" it did, or was not asked
+	Slow    string          // why its device is without offloads; "" it has them
 }

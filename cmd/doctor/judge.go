@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"ztun/tun/sandwich"
 	"ztun/tun/steer"
 )
 
@@ -266,7 +267,25 @@ func (p Pod) judge(plain bool, add report) {
 		add(mend, "its packets go elsewhere, or nowhere", "pod %s: %q is not there, in the %s's namespace", p.Name, s.Do,
 			s.Where)
 	}
-	if p.DNS != "" && len(p.Missing) == 0 {
+	again := fmt.Sprintf("ztun pod del --namespace %s --name %s, and add it again", ns, name)
+	if p.Lost {
+		add(again, "nothing reaches the pod, and it reaches nothing", "pod %s: the namespace %s between it and the network is "+
+			"gone, and its CNI's device with it", p.Name, p.Between)
+	}
+	for _, s := range p.Lacks {
+		ref, where := p.Ref, "the pod's namespace"
+		if s.Where == sandwich.S {
+			ref, where = "/var/run/netns/"+p.Between, p.Between
+		}
+		mend := fmt.Sprintf("nsenter --net=%s sh -c '%s'", ref, s.Do)
+		switch s.Do.(type) {
+		case sandwich.OnlyRules, sandwich.Move, sandwich.Pair, sandwich.Rename: // no one command
+			mend = again
+		}
+		add(mend, "its packets go elsewhere, or nowhere; the daemon puts back what is changed, and has not",
+			"pod %s: %q is not there, in %s", p.Name, s.Do, where)
+	}
+	if p.DNS != "" && len(p.Missing)+len(p.Lacks) == 0 && !p.Lost {
 		add("nsenter --net="+p.Ref+" dig +time=2 example.com", "names of services are not found",
 			"pod %s gets no answer to a DNS query: %s", p.Name, p.DNS)
 	}

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"ztun/tun/sandwich"
 	"ztun/tun/steer"
 )
 
@@ -106,6 +107,23 @@ func TestPlantedFaults(t *testing.T) {
 			t.Fatalf("no step with %q in\n%s", part, p)
 		}
 		return p.Steps[i : i+1]
+	}
+	between, err := sandwich.New(sandwich.Facts{Dev: "eth0", MAC: "0a:58:0a:01:00:02", MTU: 1500,
+		Addrs: []sandwich.Addr{{Dev: "eth0", Prefix: netip.MustParsePrefix("10.1.0.2/24")}}}, sandwich.Config{Native: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	lacks := func(part string) func(*Facts) {
+		return func(f *Facts) {
+			f.Pods[0].Between = "ztun-4-7"
+			for _, s := range between.Steps {
+				if strings.Contains(s.Do.String(), part) {
+					f.Pods[0].Lacks = append(f.Pods[0].Lacks, s)
+					return
+				}
+			}
+			t.Fatalf("no step with %q in\n%s", part, between)
+		}
 	}
 	type fault struct {
 		name       string
@@ -210,6 +228,13 @@ func TestPlantedFaults(t *testing.T) {
 		{"route to the pod gone", func(f *Facts) {
 			f.Pods[0].Missing = pick(podPlan, "10.1.0.2/32 dev ztun-node")
 		}, "pods", "in the node's namespace", "ip route"},
+		{"a rule of a steered pod", lacks("pref 20"), "pods", "in ztun-4-7",
+			"nsenter --net=/var/run/netns/ztun-4-7 sh -c 'ip rule add pref 20 to 10.1.0.2 iif eth0 ipproto tcp lookup 15006'"},
+		{"a foreign rule of a steered pod", lacks("rule del"), "pods", "whatever is not in this plan", "ztun pod del"},
+		{"a steered pod's route", lacks("src 10.1.0.2"), "pods", "in the pod's namespace",
+			"nsenter --net=/var/run/netns/a sh -c 'ip route add default via 169.254.1.1"},
+		{"a steered pod's namespace", func(f *Facts) { f.Pods[0].Between, f.Pods[0].Lost = "ztun-4-7", true }, "pods",
+			"ztun-4-7 between it and the network is gone", "ztun pod del --namespace default --name a, and add it again"},
 		{"no DNS", func(f *Facts) { f.Pods[0].DNS = "i/o timeout" }, "pods", "no answer to a DNS query", "dig"},
 		{"slow pod", func(f *Facts) {
 			f.Pods[0].Slow = "the kernel refuses TCPv4 super-packets"

@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ztun/admin"
+	"ztun/cmd/attach/steered"
 	"ztun/cmd/doctor"
 	"ztun/proxy/ports"
 	"ztun/tun/netns"
@@ -132,6 +133,9 @@ func examine(ctx context.Context, a asker) (doctor.Facts, error) {
 	o.Ports = []uint16{c.Admin.Port, c.Admin.StatsPort, c.Admin.ReadinessPort}
 	if o.Redirected = c.Attach.Steering == redirectedPods; !o.Redirected { // else that port is each pod's own
 		o.Ports = append(o.Ports, ports.HBONE)
+	}
+	if c.Attach.Steering == steeredPods {
+		o.Steered = steered.Records(hostRecord(c.State.Dir))
 	}
 	o.Upstreams = upstreams(c)
 	for _, p := range pods {

@@ -55,11 +55,11 @@ func battery(to netip.Addr, first netip.Addr, spoofed []netip.Addr, ports []uint
 		})
 	}
 	syn := func(seq uint32) []byte { return segment(first, 15008, ports[0], seq, tcpSYN) }
-	for _, labels := range [][2]byte{{unix.IPPROTO_TCP, unix.IPPROTO_TCP}, {unix.IPPROTO_UDP, unix.IPPROTO_TCP},
-		{unix.IPPROTO_TCP, unix.IPPROTO_UDP}, {unix.IPPROTO_ICMPV6, unix.IPPROTO_TCP}, {unix.IPPROTO_TCP, unix.IPPROTO_ICMPV6}} {
+	const tcp, udp, icmp6 = unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_ICMPV6
+	for _, labels := range [][2]byte{{tcp, tcp}, {udp, tcp}, {tcp, udp}, {icmp6, tcp}, {tcp, icmp6}} {
 		if to.Is4() {
 			for i, l := range labels {
-				if l == unix.IPPROTO_ICMPV6 {
+				if l == icmp6 {
 					labels[i] = unix.IPPROTO_ICMP
 				}
 			}
@@ -79,9 +79,10 @@ func battery(to netip.Addr, first netip.Addr, spoofed []netip.Addr, ports []uint
 	for _, decoy := range []uint16{15008, 53} { // two begins, of which rules may look at the one and TCP get the other
 		for _, reverse := range []bool{false, true} {
 			add("fragments", func(seq uint32) [][]byte {
-				tcp := [2]byte{unix.IPPROTO_TCP, unix.IPPROTO_TCP}
-				parts := fragments(first, to, tcp, uint16(seq), 24, syn(seq))
-				begins := [][]byte{fragments(first, to, tcp, uint16(seq), 24, segment(first, 15008, decoy, seq, tcpSYN))[0], parts[0]}
+				both := [2]byte{tcp, tcp}
+				parts := fragments(first, to, both, uint16(seq), 24, syn(seq))
+				other := fragments(first, to, both, uint16(seq), 24, segment(first, 15008, decoy, seq, tcpSYN))
+				begins := [][]byte{other[0], parts[0]}
 				if reverse {
 					slices.Reverse(begins)
 				}

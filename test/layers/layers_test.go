@@ -45,7 +45,7 @@ cmd/attach/dedicated -> admin cmd/attach netstack proxy proxy/ports tun
 cmd/attach/rootless  -> admin cmd/attach netstack/usersock proxy proxy/ports tun tun/netns tun/steer
 cmd/attach/steered   -> admin cmd/attach netstack proxy proxy/ports tun tun/netns tun/sandwich
 cmd/cni              -> admin/watch tun/replace
-cmd/doctor           -> tun/netns tun/steer
+cmd/doctor           -> tun/netns tun/sandwich tun/steer
 cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/watch admin/words admin/xds admin/zds admin/zlog cmd/agentcmd cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/cni cmd/doctor netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/ports proxy/refusal proxy/rescue proxy/resolve proxy/state tun tun/capture tun/netns tun/replace
 cmd/ztun-agent       -> admin/agent admin/guard admin/zds admin/zlog cmd/agentcmd
 netstack             -> proxy/fair proxy/grow proxy/ports proxy/refusal proxy/rescue tun

@@ -28,6 +28,7 @@ type place struct {
 	ns    *netns.NS
 	h     *netlink.Handle
 	seen  seen
+	look  bool // what is not true is told, and left as it is
 }
 
 // seen is what was listed since the last change, by family: most steps ask for the same lists, and a look at a pod
@@ -95,6 +96,28 @@ func Apply(ctx context.Context, p Plan, ns Namespaces) (changed []Step, err erro
 		}
 	}
 	return changed, nil
+}
+
+// Missing are the steps that are not true. Nothing is changed.
+func Missing(p Plan, ns Namespaces) (missing []Step, err error) {
+	w, err := open(p, ns)
+	if err != nil {
+		return nil, err
+	}
+	defer w.close()
+	for _, pl := range w.places {
+		pl.look = true
+	}
+	for _, s := range p.Steps {
+		not, err := s.Do.ensure(w, w.places[s.Where])
+		switch {
+		case not, errors.Is(err, unix.ENODEV):
+			missing = append(missing, s)
+		case err != nil:
+			return nil, fmt.Errorf("%q in %s: %w", s.Do, s.Where, err)
+		}
+	}
+	return missing, nil
 }
 
 // need finds a device that has to be there.

@@ -167,3 +167,81 @@ func run(n *nslab.NS, args ...string) (string, error) {
 	out, err := exec.Command("ip", append([]string{"netns", "exec", n.Name}, args...)...).CombinedOutput()
 	return string(out), err
 }
+
+// What is not true is named, and left as it is; Apply mends it.
+func TestMissing(t *testing.T) {
+	node, pod := nslab.New(t), nslab.New(t)
+	bridgePod(t, node, pod)
+	ns := Namespaces{S: sandwich(t), Pod: pod.NS}
+	f, err := Read(pod.NS, "eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := New(f, Config{DNS: true, Native: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	missing := func() string {
+		t.Helper()
+		m, err := Missing(p, ns)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return Plan{m}.String()
+	}
+	before := dump(t, pod)
+	for _, s := range p.Steps { // of a pod that is not captured all is missing, or refers to what is
+		if _, ok := s.Do.(Rule); ok && !strings.Contains(missing(), s.Do.String()) {
+			t.Errorf("not captured, and there is %q", s.Do)
+		}
+	}
+	if after := dump(t, pod); after != before {
+		t.Fatalf("looking has changed\n%s\nto\n%s", before, after)
+	}
+	if _, err := Apply(t.Context(), p, ns); err != nil {
+		t.Fatal(err)
+	}
+	if m := missing(); m != "" {
+		t.Fatalf("captured, and missing are\n%s", m)
+	}
+	inS := func(args ...string) {
+		t.Helper()
+		if err := ns.S.Do(func() error {
+			out, err := exec.Command(args[0], args[1:]...).CombinedOutput()
+			if err != nil {
+				err = fmt.Errorf("%v: %w: %s", args, err, out)
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		what  string
+		plant func()
+	}{
+		{"ip rule add pref 20 ", func() { inS("ip", "rule", "del", "pref", "20") }},
+		{"ip -6 rule del # whatever", func() { inS("ip", "-6", "rule", "add", "pref", "3", "lookup", "main") }},
+		{"ip route add default dev ztun-app", func() { inS("ip", "route", "del", "default", "dev", "ztun-app", "table", "15001") }},
+		{"ip -6 neigh add proxy fd92::2", func() { inS("ip", "neigh", "del", "proxy", "fd92::2", "dev", "eth0") }},
+		{"tc filter add dev eth0 ingress protocol ip pref 1", func() { inS("tc", "qdisc", "del", "dev", "eth0", "clsact") }},
+		{"sysctl -w net/ipv4/ip_forward=1", func() { inS("sh", "-c", "echo 0 >/proc/sys/net/ipv4/ip_forward") }},
+		{"ip addr add 10.92.1.2/32 dev in0", func() { inS("ip", "addr", "flush", "dev", "in0") }},
+		{"ip link set ztun-up mtu", func() { inS("ip", "link", "set", "ztun-up", "down") }},
+		{"via 169.254.1.1 dev eth0 src 10.92.1.2", func() { pod.IP(t, "route", "del", "default") }},
+		{"neigh replace fe80::1", func() { pod.IP(t, "neigh", "del", "fe80::1", "dev", "eth0") }},
+	} {
+		c.plant()
+		for range 2 {
+			if m := missing(); !strings.Contains(m, c.what) {
+				t.Fatalf("%q is planted, found\n%s", c.what, m)
+			}
+		}
+		if _, err := Apply(t.Context(), p, ns); err != nil {
+			t.Fatal(err)
+		}
+		if m := missing(); m != "" {
+			t.Fatalf("%q is mended, and missing are\n%s", c.what, m)
+		}
+	}
+}

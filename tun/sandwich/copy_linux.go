@@ -36,8 +36,8 @@ func (c Copy) ensure(_ *world, p *place) (changed bool, err error) {
 			n++
 		}
 	}
-	if n == len(want) {
-		return false, nil
+	if n == len(want) || p.look {
+		return n != len(want), nil
 	}
 	q := &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: from.Attrs().Index,
 		Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}}

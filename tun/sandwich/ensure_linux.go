@@ -27,10 +27,13 @@ func (s Sysctl) ensure(_ *world, p *place) (changed bool, err error) {
 			return nil
 		}
 		changed = true
+		if p.look {
+			return nil
+		}
 		return os.WriteFile(path, []byte(s.Value), 0)
 	})
 	switch {
-	case s.Try && err != nil:
+	case s.Try && (err != nil || p.look): // it may be one that the kernel refuses
 		return false, nil
 	case errors.Is(err, os.ErrNotExist):
 		return changed, fmt.Errorf("%w: %w", unix.ENODEV, err)
@@ -44,8 +47,8 @@ func (u Up) ensure(_ *world, p *place) (changed bool, err error) {
 		return false, err
 	}
 	mtu, up := u.MTU != 0 && l.Attrs().MTU != u.MTU, l.Attrs().Flags&net.FlagUp == 0
-	if !mtu && !up {
-		return false, nil
+	if !mtu && !up || p.look {
+		return mtu || up, nil
 	}
 	if mtu {
 		err = p.h.LinkSetMTU(l, u.MTU)
@@ -57,8 +60,8 @@ func (u Up) ensure(_ *world, p *place) (changed bool, err error) {
 }
 
 func (a Pair) ensure(w *world, p *place) (changed bool, err error) {
-	if l, err := rtnl.Link(p.h, a.Dev); l != nil || err != nil {
-		return false, err
+	if l, err := rtnl.Link(p.h, a.Dev); l != nil || err != nil || p.look {
+		return l == nil, err
 	}
 	mac, err := net.ParseMAC(a.MAC)
 	if err != nil {
@@ -80,8 +83,8 @@ func (a Pair) ensure(w *world, p *place) (changed bool, err error) {
 
 func (a Absent) ensure(_ *world, p *place) (changed bool, err error) {
 	l, err := rtnl.Link(p.h, a.Dev)
-	if l == nil || err != nil {
-		return false, err
+	if l == nil || err != nil || p.look {
+		return l != nil, err
 	}
 	if err := p.h.LinkDel(l); err != nil && !rtnl.Gone(err) {
 		return false, err
@@ -104,6 +107,9 @@ func (m Move) ensure(w *world, p *place) (changed bool, err error) {
 			return false, err
 		}
 		return false, fmt.Errorf("the other namespace has a device %s: %w", m.Dev, unix.EEXIST)
+	}
+	if p.look {
+		return true, nil
 	}
 	err = to.ns.Fd(func(fd int) error {
 		if m.Index == 0 {
@@ -139,6 +145,9 @@ func (r Rename) ensure(_ *world, p *place) (changed bool, err error) {
 		_, err := p.need(r.To)
 		return false, err
 	}
+	if p.look {
+		return true, nil
+	}
 	return true, p.h.LinkSetName(l, r.To)
 }
 
@@ -151,8 +160,9 @@ func (a Addr) ensure(_ *world, p *place) (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	if slices.ContainsFunc(have, func(h netlink.Addr) bool { return rtnl.Prefix(h.IPNet) == a.Prefix }) {
-		return false, nil
+	is := slices.ContainsFunc(have, func(h netlink.Addr) bool { return rtnl.Prefix(h.IPNet) == a.Prefix })
+	if is || p.look {
+		return !is, nil
 	}
 	// The library makes up a broadcast address where there is none.
 	n := &netlink.Addr{IPNet: rtnl.IPNet(a.Prefix), Peer: rtnl.IPNet(a.Peer), Flags: a.Flags, Scope: a.Scope,
@@ -202,11 +212,14 @@ func (r Route) ensure(_ *world, p *place) (changed bool, err error) {
 		if h.Type == r.Type && (want.Dev == "lo" || h.LinkIndex == n.LinkIndex) && h.Gw.Equal(n.Gw) {
 			return false, nil
 		}
-		if fam == netlink.FAMILY_V6 { // more than one of these may stand side by side
+		if fam == netlink.FAMILY_V6 && !p.look { // more than one of these may stand side by side
 			if err := p.h.RouteDel(&h); err != nil && !rtnl.Gone(err) {
 				return false, err
 			}
 		}
+	}
+	if p.look {
+		return true, nil
 	}
 	return true, p.h.RouteReplace(n)
 }
@@ -235,8 +248,8 @@ func (n Neigh) ensure(_ *world, p *place) (changed bool, err error) {
 		return h.IP.Equal(want.IP) && h.LinkIndex == want.LinkIndex && (n.Proxy || h.State&netlink.NUD_PERMANENT != 0 &&
 			bytes.Equal(h.HardwareAddr, want.HardwareAddr))
 	})
-	if is {
-		return false, nil
+	if is || p.look {
+		return !is, nil
 	}
 	return true, p.h.NeighSet(want)
 }
@@ -284,8 +297,8 @@ func (r Rule) ensure(_ *world, p *place) (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	if slices.ContainsFunc(have, r.is) {
-		return false, nil
+	if is := slices.ContainsFunc(have, r.is); is || p.look {
+		return !is, nil
 	}
 	err = p.h.RuleAdd(n)
 	if r.V6 && noIPv6(err) {
@@ -307,6 +320,9 @@ func (o OnlyRules) ensure(w *world, p *place) (changed bool, err error) {
 			continue
 		}
 		changed = true
+		if p.look {
+			return true, nil
+		}
 		if h.Priority == 0 && h.Table == unix.RT_TABLE_LOCAL {
 			h.Priority = -1 // as the library wants it unsaid; the kernel finds it by its table
 		}

@@ -22,6 +22,14 @@ type Record struct {
 	Path  string `json:"path,omitempty"` // "" where it came as a descriptor
 	Facts Facts  `json:"facts"`
 	Keep  []Conn `json:"keep,omitempty"`
+	// How it is captured, see Config.
+	DNS    bool `json:"dns,omitempty"`
+	Native bool `json:"native,omitempty"`
+}
+
+// Plan is what shall be true of the pod while it is captured.
+func (r Record) Plan() (Plan, error) {
+	return New(r.Facts, Config{DNS: r.DNS, Native: r.Native, Keep: r.Keep})
 }
 
 // Name is S's, as `ip netns` knows it.

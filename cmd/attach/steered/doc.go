@@ -12,9 +12,9 @@
 //     addresses and ports. A source address alone proves nothing, anybody can write one into a SYN; and whoever comes
 //     from elsewhere in the node's name (masquerading, another node) has no socket here. A pod with hostNetwork has:
 //     it is the node for this purpose, as for the kubelet's own probes.
-//   - 2026-11-29: of the node's sockets only one that waits for the answer to its SYN counts: by one that stands, or that
-//     the kernel remembers for a minute after its end, somebody else's SYN of the same addresses and ports would reach
-//     the application.
+//   - 2026-11-29: of the node's sockets only one that waits for the answer to its SYN counts: by one that stands, or
+//     that the kernel remembers for a minute after its end, somebody else's SYN of the same addresses and ports would
+//     reach the application.
 //   - 2026-11-28: without tc's mirred UDP and ICMP go by netstack as an isolated pod's do, rather than ICMP alone being
 //     copied: that is a way that is tested, and policy is asked about UDP then.
 //   - 2026-11-28: a connection from before the pod was captured goes on by the kernel until it ends, at most 256. Which

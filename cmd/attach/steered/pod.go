@@ -72,6 +72,7 @@ func (n *Node) Attach(ctx context.Context, spec attach.Pod, h attach.Handler) (_
 	if err != nil {
 		return nil, err
 	}
+	p.record.DNS, p.record.Native = o.DNS, n.native
 	name, facts := p.record.Name(), p.record.Facts
 	if p.s, err = netns.Create(name); err != nil {
 		return nil, err
@@ -169,7 +170,7 @@ func conns(found []attach.Conn) (out []sandwich.Conn) {
 func (p *pod) plan() (sandwich.Plan, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return sandwich.New(p.record.Facts, sandwich.Config{DNS: p.node.o.DNS, Native: p.node.native, Keep: p.record.Keep})
+	return p.record.Plan()
 }
 
 func (p *pod) namespaces() sandwich.Namespaces { return sandwich.Namespaces{S: p.s, Pod: p.ns} }
