@@ -117,6 +117,7 @@ type attachConfig struct {
 	NodeTUN string
 	MTU     int // bytes
 	Plain   bool
+	Native  bool // UDP and ICMP of steered pods are the kernel's, where it can
 
 	Steering  steering
 	NodeAgent bool // one says at InpodUDS which pods there are

@@ -175,6 +175,9 @@ func variables(c *Config, l *loader) []variable {
 		{"ZTUN_POD_MEMORY", "", "bytes that may be under way for one pod (default half of what all have); nearing it, its " +
 			"buffers and windows stay small", size(&c.Memory.Pod, 1<<20)},
 		{"ZTUN_TUN_PLAIN", "false", "use the portable TUN path without offload", boolean(&c.Attach.Plain)},
+		{"ZTUN_STEERED_NATIVE", "true", "UDP and ICMP of steered pods are forwarded by the kernel, where it has what that " +
+			"takes (tc's cls_u32 and act_mirred), and not judged by policy; false: they go by netstack, and UDP is judged",
+			boolean(&c.Attach.Native)},
 		{"ZTUN_ADAPTIVE_PROCESSORS", "true",
 			"use as many processors as the work needs, up to the worker threads plus one; false: always that many",
 			boolean(&c.Process.AdaptiveProcessors)},

@@ -37,7 +37,7 @@ func (d *daemon) chooseKind() attach.Kind {
 		own := c.Proxy.OriginalSource
 		return redirected.New(o, own != nil && !*own)
 	case steeredPods:
-		return nodeKinds{isolated.New(o), steered.New(o)}
+		return nodeKinds{isolated.New(o), steered.New(o, c.Attach.Native)}
 	}
 	return isolated.New(o)
 }

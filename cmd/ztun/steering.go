@@ -32,6 +32,10 @@ func (l *loader) setSteering(v string) error {
 			return nil
 		}
 	}
+	if v == "rules" || v == "sandwich" { // as sketches of it were called
+		return errors.New("is called steered: pods that have an eth0 are captured by a namespace of ours between them and " +
+			"the network (the sandwich). Rules in the pod's own namespace are written by istio-cni alone: redirected")
+	}
 	return errors.New("must be isolated, steered or redirected")
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -37,6 +38,11 @@ func TestSteering(t *testing.T) {
 		l := load(t, c.env...)
 		if got := (want{l.Attach.Steering, l.Attach.NodeAgent, l.Net.PacketMark}); got != c.want {
 			t.Errorf("%q: %v, want %v", c.env, got, c.want)
+		}
+	}
+	for _, v := range []string{"rules", "sandwich", "iptables"} {
+		if _, err := loadConfig(env("ZTUN_STEERING", v)); err == nil || !strings.Contains(err.Error(), "steered") {
+			t.Errorf("ZTUN_STEERING=%s: %v", v, err)
 		}
 	}
 	// With sockets in the pods ztunnel's two other switches mean something.

@@ -385,6 +385,7 @@ func (p *past) attack() {
 	p.from("a client of the pod network", gateway(p.h1.NS), p.h1.IPs, p.a)
 	p.from("a neighbour", gateway(p.b.NS), p.b.IPs, p.a)
 	p.from("a pod of another node", gateway(p.b.NS), p.b.IPs, p.c)
+	p.from("on the pod's wire", straight(p.N2.NS), p.h2.IPs, p.c)
 	p.from("another node", straight(p.N2.NS), []netip.Addr{p.N2.Addr4, p.N2.Addr6}, p.a)
 	p.sockets("a client of the pod network", p.h1.NS, "eth0", p.a)
 	p.sockets("another node", p.N2.NS, "eth0", p.a)
@@ -457,9 +458,8 @@ func TestPastSteered(t *testing.T) {
 	f.Policies = strictBut(m.b)
 	must(t, m.WriteWorld(f))
 	p.control()
-	for _, n := range m.Nodes() {
-		m.start(n, map[string]string{"ZTUN_STEERING": "steered"})
-	}
+	m.start(m.N1, map[string]string{"ZTUN_STEERING": "steered"})
+	m.start(m.N2, map[string]string{"ZTUN_STEERING": "steered", "ZTUN_STEERED_NATIVE": "false"})
 	for _, pod := range []*lab.Pod{m.a, m.b, m.c} {
 		m.serve(pod.NS)
 		m.between(pod)

@@ -21,15 +21,18 @@ type Node struct {
 	o       attach.Options
 	ns      *netns.NS // the node's
 	records string    // the directory of what there was in pods
-	native  bool      // UDP and ICMP go by the kernel
+	kernel  bool      // UDP and ICMP are to go by the kernel, if it can
+	native  bool      // and it can
 
 	leaving atomic.Bool // new mesh connections are reset
 }
 
 var _ attach.Kind = (*Node)(nil)
 
-// New makes the kind; nothing is touched before Open.
-func New(o attach.Options) *Node { return &Node{o: o, records: Records(o.Record)} }
+// New makes the kind; nothing is touched before Open. Without kernel, UDP and ICMP go by netstack wherever the pods are.
+func New(o attach.Options, kernel bool) *Node {
+	return &Node{o: o, records: Records(o.Record), kernel: kernel}
+}
 
 // Records is the directory beside the file of attach.Options.Record in which pods are written down.
 func Records(record string) string { return filepath.Join(filepath.Dir(record), "steered") }
@@ -41,6 +44,9 @@ func (n *Node) Open(ctx context.Context) (err error) {
 	}
 	if n.o.Stack.Datagrams == nil {
 		return nil // nothing is to pass
+	}
+	if !n.kernel {
+		return nil
 	}
 	if err := sandwich.ProbeCopy(ctx); err != nil {
 		n.o.Logger("ztun").Warn("UDP and ICMP of steered pods go by netstack: the kernel cannot copy ICMP (cls_u32, "+
