@@ -29,7 +29,7 @@ type Node struct {
 
 var _ attach.Kind = (*Node)(nil)
 
-// New makes the kind; nothing is touched before Open. Without kernel, UDP and ICMP go by netstack wherever the pods are.
+// New makes the kind; nothing is touched before Open. Without kernel, UDP and ICMP go by netstack wherever pods are.
 func New(o attach.Options, kernel bool) *Node {
 	return &Node{o: o, records: Records(o.Record), kernel: kernel}
 }
