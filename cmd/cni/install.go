@@ -175,7 +175,7 @@ func (in *Installer) place() error {
 	if !listed && bytes.Equal(out, conf) {
 		return nil
 	}
-	if err := writeConf(path, out, listed); err != nil {
+	if err := writeConf(path, conf, out, listed); err != nil {
 		return err
 	}
 	in.writes.Add(1)
@@ -284,9 +284,9 @@ func readConf(path string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, MaxConf+1)) // Insert refuses what is larger
 }
 
-// writeConf replaces a configuration and keeps its mode. One that has become a list gets a list's name, and the former
-// file goes when the new one stands.
-func writeConf(path string, conf []byte, listed bool) error {
+// writeConf replaces a configuration that is still old, and keeps its mode. One that has become a list gets a list's
+// name, and the former file goes when the new one stands.
+func writeConf(path string, old, conf []byte, listed bool) error {
 	// Where the name is a link the file behind it is what there is one of.
 	target, err := filepath.EvalSymlinks(path)
 	if err != nil {
@@ -297,7 +297,7 @@ func writeConf(path string, conf []byte, listed bool) error {
 		return err
 	}
 	if !listed {
-		return replace.File(target, info.Mode().Perm(), conf)
+		return replace.Swap(target, info.Mode().Perm(), old, conf)
 	}
 	list := strings.TrimSuffix(path, filepath.Ext(path)) + ".conflist"
 	if there, err := readConf(list); err == nil {
@@ -310,6 +310,9 @@ func writeConf(path string, conf []byte, listed bool) error {
 	}
 	if err := replace.File(list, info.Mode().Perm(), conf); err != nil {
 		return err
+	}
+	if now, err := readConf(path); err != nil || !bytes.Equal(now, old) {
+		return errors.Join(fmt.Errorf("%s: %w", path, replace.ErrChanged), err)
 	}
 	return os.Remove(path)
 }
@@ -342,7 +345,7 @@ func Uninstall(confDir, binDir string) error {
 		if err != nil || bytes.Equal(out, conf) {
 			continue // no configuration, or not one of ours
 		}
-		if err := writeConf(path, out, false); err != nil {
+		if err := writeConf(path, conf, out, false); err != nil {
 			failed = append(failed, err)
 		}
 	}

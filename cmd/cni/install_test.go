@@ -3,6 +3,7 @@ package cni
 import (
 	"bytes"
 	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"ztun/admin/watch"
+	"ztun/tun/replace"
 )
 
 // node is a node's directories, and an Installer for them.
@@ -226,6 +228,18 @@ func TestSinglePlugin(t *testing.T) {
 	}
 	if m.read("10-ptp.conf") != one || m.read("10-ptp.conflist") != bridge {
 		t.Error("something was written all the same")
+	}
+}
+
+// TestOthersWrite: what another CNI writes between our reading and our writing is not lost.
+func TestOthersWrite(t *testing.T) {
+	n := newNode(t)
+	for name, listed := range map[string]bool{"10-bridge.conflist": false, "20-ptp.conf": true} {
+		n.write(name, "theirs, and new")
+		err := writeConf(filepath.Join(n.conf, name), []byte("what was read"), []byte(bridge), listed)
+		if !errors.Is(err, replace.ErrChanged) || n.read(name) != "theirs, and new" {
+			t.Errorf("%s: %v, %s", name, err, n.read(name))
+		}
 	}
 }
 

@@ -1,6 +1,7 @@
 package replace
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -49,5 +50,32 @@ func TestFileMode(t *testing.T) {
 		if info, err := os.Stat(path); err != nil || info.Mode() != mode {
 			t.Errorf("%v, %v; want %v", info.Mode(), err, mode)
 		}
+	}
+}
+
+// TestSwap: what somebody else has written meanwhile is not lost, and nothing is left beside it.
+func TestSwap(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "a")
+	if err := File(path, 0o600, []byte("theirs")); err != nil {
+		t.Fatal(err)
+	}
+	if err := Swap(path, 0o640, []byte("what was read"), []byte("ours")); !errors.Is(err, ErrChanged) {
+		t.Errorf("%v", err)
+	}
+	if err := Swap(filepath.Join(dir, "none"), 0o640, nil, []byte("ours")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a file that is gone: %v", err)
+	}
+	if b, err := os.ReadFile(path); err != nil || string(b) != "theirs" {
+		t.Errorf("%q, %v", b, err)
+	}
+	if err := Swap(path, 0o640, []byte("theirs"), []byte("ours")); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(path); err != nil || string(b) != "ours" {
+		t.Errorf("%q, %v", b, err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 1 {
+		t.Errorf("%v, %v", left, err)
 	}
 }
