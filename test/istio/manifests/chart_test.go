@@ -10,6 +10,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"helm.sh/helm/v4/pkg/chart/common"
 	commonutil "helm.sh/helm/v4/pkg/chart/common/util"
+	"helm.sh/helm/v4/pkg/chart/v2/lint"
+	"helm.sh/helm/v4/pkg/chart/v2/lint/support"
 	"helm.sh/helm/v4/pkg/chart/v2/loader"
 	"helm.sh/helm/v4/pkg/engine"
 	appsv1 "k8s.io/api/apps/v1"
@@ -193,6 +195,18 @@ func TestChartRefuses(t *testing.T) {
 		"proxy: {env: {A: [1]}}", "image: {repository: ''}", "image: {tag: 1.10}"} {
 		if _, err := render(t, "istio-system", values); err == nil {
 			t.Errorf("%s is taken", values)
+		}
+	}
+}
+
+// TestChartLint: `helm lint` has nothing to say but that there is no icon.
+func TestChartLint(t *testing.T) {
+	for _, mode := range []string{"istio-cni", "agent"} {
+		values := map[string]any{"mode": mode, "podMonitor": map[string]any{"enabled": true}}
+		for _, m := range lint.RunAll(kubernetes+"/chart", values, "istio-system").Messages {
+			if m.Severity > support.InfoSev {
+				t.Errorf("mode %s: %v", mode, m)
+			}
 		}
 	}
 }
