@@ -48,6 +48,7 @@ func TestDatagrams(t *testing.T) {
 		must(t, n.NS.Sysctl("net/ipv6/icmp/ratelimit", "0"))
 	}
 	d := &datagrams{mesh: m, s: s, bin: filepath.Join(t.TempDir(), "quic")}
+	d.servers(t) // of more than one part, each of which can be run alone
 	t.Run("ping", d.ping)
 	t.Run("traceroute", d.traceroute)
 	t.Run("errors", d.errors)
@@ -64,6 +65,22 @@ type datagrams struct {
 	*mesh
 	s   *lab.Pod
 	bin string // of test/quic
+}
+
+// servers starts those of iperf3 and of the QUIC library.
+func (d *datagrams) servers(t *testing.T) {
+	t.Helper()
+	root, err := lab.Root()
+	must(t, err)
+	build := exec.Command("go", "build", "-buildvcs=false", "-o", d.bin, ".")
+	build.Dir = filepath.Join(root, "test/quic")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	d.background(d.h2.NS, "Server listening", "iperf3", "-s", "--forceflush", "-p", "5201")
+	for _, ns := range []*lab.NS{d.h2.NS, d.a.NS, d.s.NS} {
+		d.background(ns, "listening", d.bin, "serve", ":4433")
+	}
 }
 
 // each runs f for both families.
@@ -276,10 +293,7 @@ func (d *datagrams) dns(t *testing.T) {
 }
 
 // iperf3 both ways: what was sent arrives, but for what a busy machine loses.
-func (d *datagrams) iperf3(t *testing.T) {
-	d.background(d.h2.NS, "Server listening", "iperf3", "-s", "--forceflush", "-p", "5201")
-	d.iperf3From(t, d.a.NS)
-}
+func (d *datagrams) iperf3(t *testing.T) { d.iperf3From(t, d.a.NS) }
 
 func (d *datagrams) iperf3From(t *testing.T, from *lab.NS) {
 	d.each(t, func(t *testing.T, pick func([]netip.Addr) netip.Addr) {
@@ -309,16 +323,6 @@ func (d *datagrams) iperf3From(t *testing.T, from *lab.NS) {
 
 // A QUIC library's client and server: in the pod and outside, and both in pods, one of them strict with this port open.
 func (d *datagrams) quic(t *testing.T) {
-	root, err := lab.Root()
-	must(t, err)
-	build := exec.Command("go", "build", "-buildvcs=false", "-o", d.bin, ".")
-	build.Dir = filepath.Join(root, "test/quic")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	for _, ns := range []*lab.NS{d.h2.NS, d.a.NS, d.s.NS} {
-		d.background(ns, "listening", d.bin, "serve", ":4433")
-	}
 	d.quicBetween(t, []quicPath{{d.a.NS, d.h2.IPs}, {d.h2.NS, d.a.IPs}, {d.a.NS, d.s.IPs}})
 }
 

@@ -173,6 +173,15 @@ func TestRun(t *testing.T) {
 	if want := "user.max_user_namespaces is 0"; err == nil || !strings.Contains(err.Error(), want) {
 		t.Errorf("without user namespaces: %v, want %q", err, want)
 	}
+	// As in a container of Docker's.
+	own, err := os.Executable()
+	must(t, err)
+	cmd := r.cmd(r.knowledge(), "", asUser("--", "true")...)
+	cmd.Args = append([]string{own, filtered}, cmd.Args...)
+	want := "a user namespace cannot be made: fork/exec " + r.dir + "/ztun: operation not permitted (a seccomp filter is in force"
+	if _, err = r.RunCmd(r.ctx, m.h1.NS, cmd); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("under a seccomp filter: %v, want %q", err, want)
+	}
 	askedOfRun(t, r)
 	leavesNothing(t, r)
 	r.clean()
