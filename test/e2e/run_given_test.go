@@ -38,12 +38,13 @@ func TestRunElsewhere(t *testing.T) {
 		f.Workloads = append(f.Workloads, w)
 	}
 	f.Policies = []lab.Policy{{Name: "known", Namespace: "default", Scope: "Namespace", Action: "Allow",
-		Rules: [][][]map[string]any{{{{"namespaces": []map[string]string{{"Exact": "default"}}}}}}}}
+		Rules: [][][]map[string]any{{{{"namespaces": []map[string]string{{"Exact": "default"}}}}},
+			{{{"destinationPorts": []uint16{7021}}}}}}}
 	m.teach(f)
 	r := newRootless(t, m)
 	as := func(i int, args ...string) []string {
 		return append([]string{"--name", names[i], "--service-account", names[i], "--ip",
-			ips(i)[0].String() + "," + ips(i)[1].String()}, args...)
+			ips(i)[0].String() + "," + ips(i)[1].String(), "-p", fmt.Sprintf("%d:7021/udp", 18041+i)}, args...)
 	}
 	const serves = "serving workload"
 
@@ -95,6 +96,24 @@ func TestRunElsewhere(t *testing.T) {
 				if x := load.Transfer(m.ctx, to, 4<<20, 4<<20, 1); !x.OK {
 					t.Errorf("%s: %+v", names[i], x)
 				}
+			}
+			// UDP of its own, and to a published port; the policy asks for mutual TLS at others.
+			at := netip.AddrPortFrom(pick(m.h2.IPs, v4), 7021)
+			m.echoUDP(t, m.h2.NS, at)
+			m.echoUDP(t, ns, netip.AddrPortFrom(pick(ips(i), v4), 7021))
+			for _, x := range []struct {
+				from *lab.NS
+				to   netip.AddrPort
+			}{{ns, at}, {m.h2.NS, netip.AddrPortFrom(pick(m.h1.IPs, v4), uint16(18041+i))}} {
+				c, err := udpFrom(x.from, x.to)
+				must(t, err)
+				for _, n := range []int{1, 1200, 8000} {
+					text := strings.Repeat("d", n)
+					if got, err := sayLarge(c, text); err != nil || got != text {
+						t.Errorf("%s: UDP to %s: %d bytes: %d came back, %v", names[i], x.to, n, len(got), err)
+					}
+				}
+				c.Close()
 			}
 		})
 	}
