@@ -50,6 +50,8 @@ var errHelp = errors.New("help")
 
 const usage = `usage: scripts/bench [SUITE...] [options]
        scripts/bench compare OLD NEW     two files that --json has written: what became of each figure
+       scripts/bench plot SVG METRICS FILE   bars of a run's figures, such as 'CPU-s per GB'; several are joined by |
+       scripts/bench plot SVG METRICS SIZE=FILE... [--over TEXT]   how they grow over runs of several sizes
 
 Measures ztun beside a bare veth of the same hops, interleaved, and prints medians and ratios. Needs root.
 A missed target is shown and is no failure; the exit code is 1 only when something could not be measured.

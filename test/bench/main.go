@@ -50,6 +50,9 @@ func run(args []string, stdout, stderr io.Writer) (code int, o options) {
 	if len(args) > 0 && args[0] == "compare" {
 		return compare(args[1:], stdout, stderr), o
 	}
+	if len(args) > 0 && args[0] == "plot" {
+		return plot(args[1:], stderr), o
+	}
 	o, err := parseArgs(args, stdout)
 	if errors.Is(err, errHelp) {
 		return 0, o
