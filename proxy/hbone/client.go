@@ -53,14 +53,23 @@ func (cc *ClientConn) Open(ctx context.Context, req *Request) (*Stream, *Respons
 
 // open calls onGone (with locks held) when the stream is over; not if it returns before there was a stream.
 func (cc *ClientConn) open(ctx context.Context, req *Request, onGone func()) (*Stream, *Response, error) {
+	s, err := cc.request(ctx, req, onGone)
+	if err != nil {
+		return nil, nil, err
+	}
+	return s.answer(ctx)
+}
+
+// request sends a CONNECT; its error is a *notOpened.
+func (cc *ClientConn) request(ctx context.Context, req *Request, onGone func()) (*Stream, error) {
 	c := cc.c
 	if err := ctx.Err(); err != nil {
-		return nil, nil, &notOpened{err}
+		return nil, &notOpened{err}
 	}
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	if err := c.openable(); err != nil {
-		c.mu.Unlock()
-		return nil, nil, &notOpened{err}
+		return nil, &notOpened{err}
 	}
 	s := newStream(c, c.nextID)
 	s.onGone = onGone
@@ -69,15 +78,23 @@ func (cc *ClientConn) open(ctx context.Context, req *Request, onGone func()) (*S
 	c.streams[s.id] = s
 	c.writeRequest(s.id, req)
 	c.wantFlush()
-	c.mu.Unlock()
+	return s, nil
+}
 
+// answer waits for that of a stream's CONNECT.
+func (s *Stream) answer(ctx context.Context) (*Stream, *Response, error) {
 	select {
 	case <-s.opened:
 	case <-ctx.Done():
 		s.Reset(http2.ErrCodeCancel)
 		return nil, nil, ctx.Err()
 	}
-	if s.openErr != nil {
+	switch s.openErr {
+	case nil:
+	case errSilent:
+		s.Reset(http2.ErrCodeCancel)
+		return nil, nil, errSilent
+	default:
 		s.Close()
 		return nil, nil, s.openErr
 	}

@@ -47,45 +47,56 @@ func (t *pooled) open(ctx context.Context, req *Request, used bool) (*Stream, *R
 	if !used {
 		return t.cc.open(ctx, req, t.release)
 	}
-	actx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	w := &silence{ctx: actx, c: t.cc.c, seen: t.cc.c.arrived.Load(), cancel: cancel}
+	c := t.cc.c
+	w := &silence{seen: c.arrived.Load()}
+	var err error
+	if w.s, err = t.cc.request(ctx, req, t.release); err != nil {
+		return nil, nil, err
+	}
 	// not yet: look uses timer
-	w.timer = time.AfterFunc(time.Hour, w.c.cfg.Panics.Func("the watch over an HBONE tunnel", w.look, w.c.crash))
+	w.timer = time.AfterFunc(time.Hour, c.cfg.Panics.Func("the watch over an HBONE tunnel", w.look, c.crash))
 	w.timer.Reset(probeAfter)
-	s, resp, err := t.cc.open(actx, req, t.release)
+	s, resp, err := w.s.answer(ctx)
 	w.timer.Stop()
-	if err != nil && context.Cause(actx) == errSilent && ctx.Err() == nil {
-		t.cc.c.drain()
-		return nil, nil, errSilent
+	if err == errSilent {
+		c.drain()
 	}
 	return s, resp, err
 }
 
-// silence watches a connection while a request waits for its answer.
+// silence watches a connection while a request waits for its answer. It has no context of its own, which would cost
+// every request four objects: it answers the request itself.
 type silence struct {
-	ctx    context.Context // ends with the wait
-	c      *conn
-	seen   uint64 // of conn.arrived
-	asked  bool
-	timer  *time.Timer
-	cancel context.CancelCauseFunc
+	s     *Stream
+	seen  uint64 // of conn.arrived
+	asked bool
+	timer *time.Timer
 }
 
 // look is the timer's.
 func (w *silence) look() {
-	switch arrived := w.c.arrived.Load(); {
-	case w.ctx.Err() != nil:
+	c := w.s.c
+	switch arrived := c.arrived.Load(); {
+	case w.s.waitIsOver():
 	case arrived != w.seen:
 		w.seen, w.asked = arrived, false
 		w.timer.Reset(probeAgain)
 	case !w.asked:
 		w.asked = true
-		w.c.probe()
+		c.probe()
 		w.timer.Reset(probeWait)
 	default:
-		w.cancel(errSilent)
+		c.mu.Lock()
+		w.s.answerLocked(Response{}, errSilent)
+		c.mu.Unlock()
 	}
+}
+
+// waitIsOver reports whether nobody waits for the stream's answer any more.
+func (s *Stream) waitIsOver() bool {
+	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	return s.answered || s.gone
 }
 
 // probe asks the peer for a sign of life.
