@@ -13,12 +13,12 @@ func TestPlotArguments(t *testing.T) {
 	for args, want := range map[string]int{
 		"":                                       2,
 		svg + " m":                               2,
-		svg + " throughput " + run1 + " " + run1:       2, // of which size?
+		svg + " throughput " + run1 + " " + run1: 2, // of which size?
 		svg + " throughput 1=" + run1 + " " + run1:     2,
 		svg + " throughput 0=" + run1:                  2,
 		svg + " throughput x=" + run1:                  2,
 		svg + " throughput /absent":                    1,
-		svg + " no-such-metric " + run1:          1,
+		svg + " no-such-metric " + run1:                1,
 		dir + " throughput " + run1:                    1, // is a directory
 		svg + " throughput " + run1:                    0,
 		svg + " throughput 1=" + run1 + " --over pods": 0,
