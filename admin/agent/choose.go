@@ -1,5 +1,7 @@
 package agent
 
+import "slices"
+
 // What Istio's users write on pods and namespaces, and what they read there.
 const (
 	labelMode         = "istio.io/dataplane-mode"
@@ -56,11 +58,8 @@ func Decide(p Pod, namespaceLabels map[string]string, r Rules) Verdict {
 		return Verdict{false, "it has a sidecar"}
 	case p.Namespace == r.MeshNamespace && p.Labels["app"] == "ztunnel":
 		return Verdict{false, "it is a node proxy"}
-	}
-	for _, n := range r.ExcludeNamespaces {
-		if n == p.Namespace {
-			return Verdict{false, "its namespace is excluded"}
-		}
+	case slices.Contains(r.ExcludeNamespaces, p.Namespace):
+		return Verdict{false, "its namespace is excluded"}
 	}
 	switch own := p.Labels[labelMode]; {
 	case own == "ambient":
@@ -81,4 +80,38 @@ func NotSupported(p Pod) string {
 		}
 	}
 	return ""
+}
+
+// Known is what is left for a CNI plugin that finds no agent, to judge by the namespace and name of a new pod.
+type Known struct {
+	Namespaces []string // whose new pods are to be taken for the mesh's
+	Except     []string // pods in them, as namespace/name, that are not
+}
+
+// Sum sums up what is known of the mesh on a node: its pods, and the labels of namespaces. A namespace counts that has
+// the label, or in which a pod is enrolled by its own.
+func Sum(pods []Pod, namespaces map[string]map[string]string, r Rules) (k Known) {
+	counts := map[string]bool{}
+	for name, labels := range namespaces {
+		if Decide(Pod{Namespace: name}, labels, r).In { // a pod that says nothing
+			counts[name] = true
+		}
+	}
+	for _, p := range pods {
+		if Decide(p, namespaces[p.Namespace], r).In {
+			counts[p.Namespace] = true
+		}
+	}
+	for _, p := range pods {
+		// One that has ended might be made anew under its name: it does not count as an exception.
+		if counts[p.Namespace] && !p.Ended && !Decide(p, namespaces[p.Namespace], r).In {
+			k.Except = append(k.Except, p.Ref().String())
+		}
+	}
+	for name := range counts {
+		k.Namespaces = append(k.Namespaces, name)
+	}
+	slices.Sort(k.Namespaces)
+	slices.Sort(k.Except)
+	return k
 }

@@ -20,6 +20,8 @@ func pod(words string) Pod {
 			p.Ended = true
 		case "ip":
 			p.HasIP = true
+		case "uid":
+			p.UID = v
 		case "ns":
 			p.Namespace = v
 		case "mode":
@@ -113,5 +115,26 @@ func TestNotSupported(t *testing.T) {
 	p.Annotations["ambient.istio.io/dns-capture"] = "false"
 	if a := NotSupported(p); a != "ambient.istio.io/dns-capture" {
 		t.Error(a)
+	}
+}
+
+func TestSum(t *testing.T) {
+	namespaces := map[string]map[string]string{"mesh": {labelMode: "ambient"}, "none": {labelMode: "none"}, "plain": nil,
+		"kube-system": {labelMode: "ambient"}}
+	named := func(namespace, name, words string) Pod {
+		p := pod(words)
+		p.Namespace, p.Name = namespace, name
+		return p
+	}
+	k := Sum([]Pod{
+		named("mesh", "in", ""), named("mesh", "out", "mode=none"), named("mesh", "host", "hostnetwork"),
+		named("mesh", "ended", "ended"), named("none", "own", "mode=ambient"), named("none", "other", ""),
+		named("plain", "x", ""), named("kube-system", "dns", "mode=ambient"), named("gone", "own", "mode=ambient"),
+	}, namespaces, Rules{ExcludeNamespaces: []string{"kube-system"}})
+	if got, want := strings.Join(k.Namespaces, " "), "gone mesh none"; got != want {
+		t.Errorf("namespaces %s, want %s", got, want)
+	}
+	if got, want := strings.Join(k.Except, " "), "mesh/host mesh/out none/other"; got != want {
+		t.Errorf("except %s, want %s", got, want)
 	}
 }

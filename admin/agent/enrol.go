@@ -256,9 +256,13 @@ func (e *Enroller) Answered(uid string) {
 // reason.
 const answerWithin = 4500 * time.Millisecond
 
-// Add captures a pod whose sandbox has just been made, before anything of it runs; path is its network namespace. It
-// says whether the pod is the mesh's at all. On an error the pod must not start: it is the mesh's, or nobody knows.
-func (e *Enroller) Add(ctx context.Context, ref Ref, open func() (*os.File, error)) (in bool, err error) {
+// errUnknown is returned where nobody can say whether a pod is the mesh's.
+var errUnknown = errors.New("whether it is the mesh's cannot be known")
+
+// Add captures a pod whose sandbox has just been made, before anything of it runs; open opens its network namespace,
+// uid is the pod's where the plugin knows it. It says whether the pod is the mesh's at all. On an error the pod must
+// not start, or is for the plugin to judge (errUnknown).
+func (e *Enroller) Add(ctx context.Context, ref Ref, uid string, open func() (*os.File, error)) (in bool, err error) {
 	unlock, ok := e.take(ref, true)
 	if !ok {
 		return true, fmt.Errorf("pod %s is being added already", ref)
@@ -267,7 +271,7 @@ func (e *Enroller) Add(ctx context.Context, ref Ref, open func() (*os.File, erro
 	defer unlock()
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
-	p, v, err := e.judge(ctx, ref)
+	p, v, err := e.judge(ctx, ref, uid)
 	if err != nil {
 		return true, err
 	}
@@ -302,22 +306,28 @@ func (e *Enroller) Add(ctx context.Context, ref Ref, open func() (*os.File, erro
 }
 
 // judge decides about a pod that is about to start. What the watch says is good enough only where it says yes.
-func (e *Enroller) judge(ctx context.Context, ref Ref) (Pod, Verdict, error) {
+func (e *Enroller) judge(ctx context.Context, ref Ref, uid string) (Pod, Verdict, error) {
+	other := func(p Pod) bool { return uid != "" && p.UID != uid } // a pod made anew has the name of the old one
 	p, labels, seen := e.o.Cluster.Pod(ref)
+	seen = seen && !other(p)
 	v := Decide(p, labels, e.o.Rules)
 	if seen && v.In {
 		return p, v, nil
 	}
 	now, labels, err := e.o.Cluster.Fetch(ctx, ref)
 	switch {
+	case err == nil && other(now):
+		return Pod{}, Verdict{}, fmt.Errorf("there is another pod of this name by now: %s", now.UID)
 	case err == nil:
 		return now, Decide(now, labels, e.o.Rules), nil
-	case seen && !errors.Is(err, ErrNotFound):
+	case errors.Is(err, ErrNotFound):
+		return Pod{}, Verdict{}, fmt.Errorf("the API server has no such pod: %w", err)
+	case seen:
 		e.o.Logger.Warn("the API server cannot be asked about a pod, what was seen of it before decides",
 			"pod", ref.String(), "error", err)
 		return p, v, nil
 	}
-	return Pod{}, Verdict{}, fmt.Errorf("whether pod %s is the mesh's cannot be known: %w", ref, err)
+	return Pod{}, Verdict{}, fmt.Errorf("%w: %w", errUnknown, err)
 }
 
 // take waits for its turn with a pod. It is refused where the plugin is adding the pod.

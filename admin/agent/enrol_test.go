@@ -274,6 +274,7 @@ func TestPlugin(t *testing.T) {
 		}
 		return string(b)
 	}
+	withUID := func(body, uid string) string { return strings.TrimSuffix(body, "}") + `,"PodUID":"` + uid + `"}` }
 	for _, c := range []struct {
 		name        string
 		seen, there string // "-": not
@@ -290,8 +291,14 @@ func TestPlugin(t *testing.T) {
 		{"labelled a moment ago", "", "mode=ambient", false, zds.Acked, body(ns), 200, `{"enrolled":true}`, "put u, again"},
 		{"not the mesh's", "", "", false, zds.Acked, body(ns), 200, `{"enrolled":false}`, "again"},
 		{"not the mesh's, the API server is away", "", "-", true, zds.Acked, body(ns), 200, `{"enrolled":false}`, "again"},
-		{"nobody knows it", "-", "-", false, zds.Acked, body(ns), 503, "cannot be known: not found", "again"},
-		{"nobody knows, the API server is away", "-", "-", true, zds.Acked, body(ns), 503, "cannot be known: away", "again"},
+		{"there is none", "-", "-", false, zds.Acked, body(ns), 503, "no such pod: not found", "again"},
+		{"nobody knows, the API server is away", "-", "-", true, zds.Acked, body(ns), 504, "cannot be known: away", "again"},
+		{"another of its name was seen", "", "mode=ambient uid=v", false, zds.Acked, withUID(body(ns), "v"), 200,
+			`{"enrolled":true}`, "put v, again"},
+		{"another of its name was seen, and the API server is away", "mode=ambient", "-", true, zds.Acked,
+			withUID(body(ns), "v"), 504, "cannot be known: away", "again"},
+		{"another of its name is there by now", "mode=ambient", "mode=ambient", false, zds.Acked,
+			withUID(body(ns), "old"), 503, "another pod of this name", "again"},
 		{"gone meanwhile", "", "-", false, zds.Acked, body(ns), 503, "not found", "again"},
 		{"refused", "mode=ambient", "-", false, zds.Refused, body(ns), 503, "the node proxy: no",
 			"put u, remove u, warn u NotCaptured, again"},
@@ -350,7 +357,7 @@ func TestPluginBeforeWatch(t *testing.T) {
 	ref := p.Ref()
 	f.there[ref] = p
 	open := func() (*os.File, error) { return os.Open("/proc/self/ns/net") }
-	if in, err := f.Add(context.Background(), ref, open); !in || err != nil {
+	if in, err := f.Add(context.Background(), ref, "", open); !in || err != nil {
 		t.Fatal(in, err)
 	}
 	f.done()
@@ -364,7 +371,7 @@ func TestPluginBeforeWatch(t *testing.T) {
 	f.is("gone", ref, "remove u")
 
 	f.there[ref] = p
-	if in, err := f.Add(context.Background(), ref, open); !in || err != nil {
+	if in, err := f.Add(context.Background(), ref, "", open); !in || err != nil {
 		t.Fatal(in, err)
 	}
 	f.done()
@@ -380,7 +387,7 @@ func TestPluginAlone(t *testing.T) {
 	opened := make(chan struct{})
 	var adding sync.WaitGroup
 	adding.Go(func() {
-		in, err := f.Add(context.Background(), ref, func() (*os.File, error) {
+		in, err := f.Add(context.Background(), ref, "u", func() (*os.File, error) {
 			close(opened)
 			return os.Open("/proc/self/ns/net")
 		})
@@ -396,7 +403,7 @@ func TestPluginAlone(t *testing.T) {
 	if err := f.Reconcile(context.Background(), ref); err != nil {
 		t.Error(err)
 	}
-	if in, err := f.Add(context.Background(), ref, nil); !in || err == nil {
+	if in, err := f.Add(context.Background(), ref, "", nil); !in || err == nil {
 		t.Error("two at once:", in, err)
 	}
 	close(f.acked)

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -11,9 +12,9 @@ import (
 )
 
 // added is what a CNI plugin says of a sandbox that it has just made: istio-cni's words. The addresses that it sends as
-// well are not needed.
+// well are not needed; PodUID is of ztun's plugin alone.
 type added struct {
-	Netns, PodName, PodNamespace string
+	Netns, PodName, PodNamespace, PodUID string
 }
 
 // Answer is what the plugin is told with status 200.
@@ -31,7 +32,8 @@ const (
 )
 
 // Plugin answers a CNI plugin (ztun's or istio-cni's) that asks for a pod. With any status but 200 the plugin fails,
-// and kubelet makes another sandbox. The paths of namespaces are looked for below root.
+// and kubelet makes another sandbox; but ztun's judges by itself where the status is 504: nobody knows whether the pod
+// is the mesh's. The paths of namespaces are looked for below root.
 func (e *Enroller) Plugin(root string) http.Handler {
 	places := make(chan struct{}, maxAdding)
 	mux := http.NewServeMux()
@@ -48,14 +50,21 @@ func (e *Enroller) Plugin(root string) http.Handler {
 			fail(http.StatusServiceUnavailable, fmt.Errorf("%d pods are being added already", maxAdding))
 			return
 		}
-		ref, netns, err := readAdded(http.MaxBytesReader(w, r.Body, maxAdded))
+		a, err := readAdded(http.MaxBytesReader(w, r.Body, maxAdded))
 		if err != nil {
 			fail(http.StatusBadRequest, err)
 			return
 		}
-		in, err := e.Add(r.Context(), ref, func() (*os.File, error) { return OpenNetns(filepath.Join(root, netns)) })
+		ref := Ref{a.PodNamespace, a.PodName}
+		in, err := e.Add(r.Context(), ref, a.PodUID, func() (*os.File, error) {
+			return OpenNetns(filepath.Join(root, a.Netns))
+		})
 		if err != nil {
-			fail(http.StatusServiceUnavailable, fmt.Errorf("pod %s: %w", ref, err))
+			code := http.StatusServiceUnavailable
+			if errors.Is(err, errUnknown) {
+				code = http.StatusGatewayTimeout
+			}
+			fail(code, fmt.Errorf("pod %s: %w", ref, err))
 			return
 		}
 		e.count(func(s *Stats) {
@@ -72,18 +81,17 @@ func (e *Enroller) Plugin(root string) http.Handler {
 }
 
 // readAdded reads what a plugin says.
-func readAdded(r io.Reader) (ref Ref, netns string, err error) {
-	var a added
+func readAdded(r io.Reader) (a added, err error) {
 	if err := json.NewDecoder(r).Decode(&a); err != nil {
-		return ref, "", fmt.Errorf("no {Netns, PodName, PodNamespace}: %w", err)
+		return a, fmt.Errorf("no {Netns, PodName, PodNamespace}: %w", err)
 	}
 	for _, name := range []string{a.PodName, a.PodNamespace} {
 		if name == "" || len(name) > 253 || strings.ContainsAny(name, "/ \n") || name == "." || name == ".." {
-			return ref, "", fmt.Errorf("no pod is called %.300q in %.300q", a.PodName, a.PodNamespace)
+			return a, fmt.Errorf("no pod is called %.300q in %.300q", a.PodName, a.PodNamespace)
 		}
 	}
 	if !filepath.IsAbs(a.Netns) {
-		return ref, "", fmt.Errorf("pod %s/%s: no path of a network namespace: %.300q", a.PodNamespace, a.PodName, a.Netns)
+		return a, fmt.Errorf("pod %s/%s: no path of a network namespace: %.300q", a.PodNamespace, a.PodName, a.Netns)
 	}
-	return Ref{a.PodNamespace, a.PodName}, a.Netns, nil
+	return a, nil
 }

@@ -17,6 +17,9 @@ type Options struct {
 	Node              string
 	ZDSSocket         string
 	PluginSocket      string
+	CNIConfDir        string
+	CNIBinDir         string
+	DaemonSet         string
 	Proc              string
 	HostRoot          string
 	MeshNamespace     string
@@ -24,6 +27,7 @@ type Options struct {
 	Listen            string
 	Kubeconfig        string
 	Log, LogFormat    string
+	Ztun              string // the ztun program, which is the CNI plugin as well; not a flag
 }
 
 // Command is `ztun agent`, which does run.
@@ -47,6 +51,10 @@ func Command(use string, args cobra.PositionalArgs, run func(*cobra.Command, Opt
 		"socket for the node's proxies (default $INPOD_UDS, as theirs)")
 	f.StringVar(&o.PluginSocket, "plugin-socket", "/var/run/istio-cni/pluginevent.sock",
 		`socket for the CNI plugin ("": none, then the watch alone says which pods there are)`)
+	f.StringVar(&o.CNIConfDir, "cni-conf-dir", "", "directory of the node's network configurations, into which the CNI "+
+		"plugin is put,\nunder the name that it has on the node (\"\": the plugin is not installed)")
+	f.StringVar(&o.CNIBinDir, "cni-bin-dir", "/opt/cni/bin", "directory of the node's CNI plugins, likewise")
+	f.StringVar(&o.DaemonSet, "daemonset", Program, "name of the agent's DaemonSet: the plugin goes when that does")
 	f.StringVar(&o.Proc, "proc", "/proc", "proc file system that shows the node's processes")
 	f.StringVar(&o.HostRoot, "host-root", "/",
 		"directory below which the plugin's paths of network namespaces (/var/run/netns/...) are")

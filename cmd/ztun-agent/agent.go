@@ -18,6 +18,7 @@ import (
 	"ztun/admin/guard"
 	"ztun/admin/zds"
 	"ztun/cmd/agentcmd"
+	"ztun/cmd/cni"
 )
 
 // node is the agent of one node.
@@ -26,8 +27,9 @@ type node struct {
 	cluster  *cluster
 	proxies  *zds.Server
 	enroller *agent.Enroller
-	serving  atomic.Bool   // the sockets are there
-	failed   atomic.Uint64 // pods that were looked at in vain
+	plugin   *cni.Installer // nil: not our business
+	serving  atomic.Bool    // the sockets are there
+	failed   atomic.Uint64  // pods that were looked at in vain
 	log      *slog.Logger
 }
 
@@ -43,8 +45,14 @@ func newNode(o agentcmd.Options, config *rest.Config, logger func(string) *slog.
 	n.proxies = zds.NewServer(zds.ServerOptions{Path: o.ZDSSocket, Logger: logger("zds"),
 		Answered: func(uid string) { n.enroller.Answered(uid) }})
 	n.enroller = agent.New(agent.Options{Cluster: c, Proxies: n.proxies, Namespaces: agent.NewProcs(o.Proc),
-		Rules: agent.Rules{MeshNamespace: o.MeshNamespace, ExcludeNamespaces: o.ExcludeNamespaces}, Logger: n.log})
-	return n, nil
+		Rules: n.rules(), Logger: n.log})
+	if o.CNIConfDir == "" || o.PluginSocket == "" {
+		return n, nil
+	}
+	n.plugin, err = cni.NewInstaller(cni.Options{ConfDir: o.CNIConfDir, BinDir: o.CNIBinDir, Socket: o.PluginSocket,
+		Program: o.Ztun, Log: logger("cni"),
+		Own: []string{o.MeshNamespace + "/" + o.DaemonSet + "-", o.MeshNamespace + "/ztunnel-"}})
+	return n, err
 }
 
 // run works until ctx ends, or until a socket fails.
@@ -67,6 +75,12 @@ func (n *node) run(ctx context.Context) error {
 	cancel(err)
 	n.cluster.queue.ShutDown()
 	working.Wait()
+	if n.plugin != nil && n.cluster.leaving(context.WithoutCancel(ctx), n.o.MeshNamespace, n.o.DaemonSet) {
+		n.log.Info("the agent's DaemonSet is being deleted: the CNI plugin goes with it")
+		if err := n.plugin.Uninstall(); err != nil {
+			n.log.Error("the CNI plugin cannot be removed", "error", err)
+		}
+	}
 	n.cluster.broadcaster.Shutdown()
 	if err = context.Cause(ctx); errors.Is(err, context.Canceled) {
 		return nil
@@ -95,11 +109,11 @@ func (n *node) start(ctx context.Context, part func(func(context.Context) error)
 	if !cache.WaitForCacheSync(ctx.Done(), c.namespaces.HasSynced, c.pods.HasSynced) {
 		return ctx.Err()
 	}
-	refs := c.all()
-	for _, ref := range refs {
-		n.look(ctx, ref)
+	pods, _ := c.all()
+	for _, p := range pods {
+		n.look(ctx, p.Ref())
 	}
-	n.log.Info("the pods of this node are known", "pods", len(refs), "of the mesh", n.enroller.Stats().Held)
+	n.log.Info("the pods of this node are known", "pods", len(pods), "of the mesh", n.enroller.Stats().Held)
 	if err := n.proxies.Listen(); err != nil {
 		return err
 	}
@@ -123,8 +137,55 @@ func (n *node) start(ctx context.Context, part func(func(context.Context) error)
 			}
 		})
 	}
+	if n.plugin != nil {
+		part(func(ctx context.Context) error {
+			n.plugin.Run(ctx)
+			return nil
+		})
+		part(n.know)
+	}
 	n.serving.Store(true)
 	return nil
+}
+
+// knowEvery bounds how often what is known is written down.
+const knowEvery = time.Second
+
+// know keeps what the CNI plugin goes by while no agent answers.
+func (n *node) know(ctx context.Context) error {
+	for {
+		pods, namespaces := n.cluster.all()
+		k := agent.Sum(pods, namespaces, n.rules())
+		if err := n.plugin.Know(cni.Enrolled{Namespaces: k.Namespaces, Except: k.Except}); err != nil {
+			n.log.Error("what is known of the mesh cannot be written down for the CNI plugin", "error", err)
+			n.cluster.change()
+		}
+		select {
+		case <-time.After(knowEvery):
+		case <-ctx.Done():
+			return nil
+		}
+		select {
+		case <-n.cluster.changed:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// ready is nil when the node's new pods can be captured; else it says what is missing.
+func (n *node) ready() error {
+	switch {
+	case !n.serving.Load():
+		return errors.New("the API server has not said yet which pods there are")
+	case n.plugin != nil && !n.plugin.Installed():
+		return fmt.Errorf("the CNI plugin is not in place (%s)", n.o.CNIConfDir)
+	}
+	return nil
+}
+
+func (n *node) rules() agent.Rules {
+	return agent.Rules{MeshNamespace: n.o.MeshNamespace, ExcludeNamespaces: n.o.ExcludeNamespaces}
 }
 
 // look has a pod looked at, and again later if that fails.

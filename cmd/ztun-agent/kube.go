@@ -29,6 +29,7 @@ type cluster struct {
 	queue            workqueue.TypedRateLimitingInterface[agent.Ref]
 	broadcaster      record.EventBroadcaster
 	recorder         record.EventRecorder
+	changed          chan struct{} // full when something has
 }
 
 var _ agent.Cluster = &cluster{}
@@ -56,7 +57,7 @@ func newCluster(config *rest.Config, node string) (*cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &cluster{api: api, node: node, queue: workqueue.NewTypedRateLimitingQueue(
+	c := &cluster{api: api, node: node, changed: make(chan struct{}, 1), queue: workqueue.NewTypedRateLimitingQueue(
 		workqueue.NewTypedItemExponentialFailureRateLimiter[agent.Ref](firstPause, longestPause))}
 	c.pods = cache.NewSharedIndexInformer(cache.NewListWatchFromClient(api, "pods", "",
 		fields.OneTermEqualSelector("spec.nodeName", node)), &corev1.Pod{}, 0,
@@ -79,6 +80,7 @@ func newCluster(config *rest.Config, node string) (*cluster, error) {
 	_, err = c.namespaces.AddEventHandler(cache.ResourceEventHandlerFuncs{
 		AddFunc:    c.namespaceChanged,
 		UpdateFunc: func(_, ns any) { c.namespaceChanged(ns) },
+		DeleteFunc: func(any) { c.change() },
 	})
 	c.broadcaster = record.NewBroadcaster()
 	c.recorder = c.broadcaster.NewRecorder(scheme, corev1.EventSource{Component: "ztun-agent", Host: node})
@@ -102,7 +104,16 @@ func lean(o any) (any, error) {
 	return o, nil // the end of an object that was missed
 }
 
+// change says that something has changed.
+func (c *cluster) change() {
+	select {
+	case c.changed <- struct{}{}:
+	default:
+	}
+}
+
 func (c *cluster) podChanged(o any) {
+	c.change()
 	if gone, ok := o.(cache.DeletedFinalStateUnknown); ok {
 		o = gone.Obj
 	}
@@ -112,6 +123,7 @@ func (c *cluster) podChanged(o any) {
 }
 
 func (c *cluster) namespaceChanged(o any) {
+	c.change()
 	ns, ok := o.(*corev1.Namespace)
 	if !ok {
 		return
@@ -125,13 +137,31 @@ func (c *cluster) namespaceChanged(o any) {
 	}
 }
 
-// all are the pods of this node.
-func (c *cluster) all() (refs []agent.Ref) {
+// all are the pods of this node, and the labels of all namespaces.
+func (c *cluster) all() (pods []agent.Pod, namespaces map[string]map[string]string) {
 	for _, o := range c.pods.GetStore().List() {
-		p := o.(*corev1.Pod)
-		refs = append(refs, agent.Ref{Namespace: p.Namespace, Name: p.Name})
+		pods = append(pods, facts(o.(*corev1.Pod)))
 	}
-	return refs
+	namespaces = map[string]map[string]string{}
+	for _, o := range c.namespaces.GetStore().List() {
+		ns := o.(*corev1.Namespace)
+		namespaces[ns.Name] = ns.Labels
+	}
+	return pods, namespaces
+}
+
+// leaving reports whether the agent's own DaemonSet is gone or on its way: it may be seen no more once its account is.
+// An API server that does not answer does not say so.
+func (c *cluster) leaving(ctx context.Context, namespace, name string) bool {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	b, err := c.api.Get().AbsPath("/apis/apps/v1/namespaces", namespace, "daemonsets", name).
+		SetHeader("Accept", "application/json").Do(ctx).Raw()
+	if err != nil {
+		return apierrors.IsNotFound(err) || apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err)
+	}
+	var set metav1.PartialObjectMetadata
+	return json.Unmarshal(b, &set) == nil && set.DeletionTimestamp != nil
 }
 
 func facts(p *corev1.Pod) agent.Pod {

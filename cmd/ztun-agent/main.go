@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -42,22 +42,22 @@ func start(ctx context.Context, o agentcmd.Options) error {
 	if err != nil {
 		return err
 	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	o.Ztun = filepath.Join(filepath.Dir(self), "ztun")
 	log := zlog.New(zlog.Options{Writer: os.Stdout, JSON: o.LogFormat == "json", Control: zlog.NewControl(filter)})
 	defer log.Close(context.Background())
 	klog.SetSlogLogger(log.Logger("kubernetes"))
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	defer context.AfterFunc(ctx, stop)() // a second signal ends the process at once
-	return run(ctx, o, config, log.Logger)
-}
-
-// run runs an agent until ctx ends. logger makes the parts' loggers.
-func run(ctx context.Context, o agentcmd.Options, config *rest.Config, logger func(string) *slog.Logger) error {
-	a, err := newNode(o, config, logger)
+	n, err := newNode(o, config, log.Logger)
 	if err != nil {
 		return err
 	}
-	return a.run(ctx)
+	return n.run(ctx)
 }
 
 // restConfig says how to reach the API server.

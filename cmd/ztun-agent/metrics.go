@@ -11,12 +11,14 @@ import (
 
 	"ztun/admin/agent"
 	"ztun/admin/zds"
+	"ztun/cmd/cni"
 )
 
 // figures are all that can be seen of an agent.
 type figures struct {
 	zds    zds.ServerStats
 	agent  agent.Stats
+	cni    cni.Stats
 	failed uint64
 }
 
@@ -62,6 +64,10 @@ func metrics() []metric {
 		}),
 		m("plugin_failed_total", "Requests of the CNI plugin that failed: the pod did not start.",
 			func(f *figures) float64 { return float64(f.agent.PluginFail) }),
+		m("cni_writes_total", "Times that the node's network configuration was written: once, and each time that another "+
+			"CNI took ztun's plugin out.", func(f *figures) float64 { return float64(f.cni.Writes) }),
+		m("cni_failures_total", "Times that the CNI plugin was looked for and could not be put in place.",
+			func(f *figures) float64 { return float64(f.cni.Failures) }),
 		m("reconcile_failures_total", "Times that a pod was looked at in vain.", func(f *figures) float64 {
 			return float64(f.failed)
 		}),
@@ -89,7 +95,11 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 }
 
 func (n *node) figures() figures {
-	return figures{n.proxies.Stats(), n.enroller.Stats(), n.failed.Load()}
+	f := figures{zds: n.proxies.Stats(), agent: n.enroller.Stats(), failed: n.failed.Load()}
+	if n.plugin != nil {
+		f.cni = n.plugin.Stats()
+	}
+	return f
 }
 
 // visible serves readiness and metrics.
@@ -100,8 +110,8 @@ func (n *node) visible() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4}))
 	mux.HandleFunc("GET /healthz/ready", func(w http.ResponseWriter, _ *http.Request) {
-		if !n.serving.Load() {
-			http.Error(w, "the API server has not said yet which pods there are", http.StatusServiceUnavailable)
+		if err := n.ready(); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
 			return
 		}
 		s := n.proxies.Stats()

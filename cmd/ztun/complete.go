@@ -119,7 +119,7 @@ func completions(cmd *cobra.Command) map[string]completion {
 			return out, cobra.ShellCompDirectiveNoFileComp
 		},
 		"zds-socket": files, "plugin-socket": files, "kubeconfig": files, "proc": directories, "host-root": directories,
-		"mesh-namespace": nothing, "exclude-namespaces": nothing,
+		"mesh-namespace": nothing, "daemonset": nothing, "exclude-namespaces": nothing,
 		"max-life":     nothing,
 		"trust-domain": nothing, "life": nothing,
 	}

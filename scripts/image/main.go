@@ -1,7 +1,7 @@
 // Command image writes ztun's container image without Docker: an OCI image layout in one tar file, one image for each
-// architecture under one index, nothing in it but the program.
+// architecture under one index, nothing in it but the program and its agent, which most nodes do not read.
 //
-//	image OUT.tar NAME VERSION REVISION ARCH=BINARY...
+//	image OUT.tar NAME VERSION REVISION ARCH=ZTUN,ZTUN-AGENT...
 //
 // `ctr -n k8s.io images import OUT.tar`, `podman load -i OUT.tar` and `skopeo copy oci-archive:OUT.tar docker://...`
 // take it. The same arguments and binaries give the same bytes: no time is in it but the epoch.
@@ -30,9 +30,11 @@ import (
 )
 
 // program is where the binary is in the image; the second name is the one that ztunnel's own manifests may spell out.
+// The agent is what `ztun agent` executes.
 const (
 	program = "usr/local/bin/ztun"
 	alias   = "usr/local/bin/ztunnel"
+	agent   = "usr/local/bin/ztun-agent"
 )
 
 func main() {
@@ -44,7 +46,7 @@ func main() {
 
 func run(args []string) error {
 	if len(args) < 5 {
-		return errors.New("want OUT.tar NAME VERSION REVISION ARCH=BINARY...")
+		return errors.New("want OUT.tar NAME VERSION REVISION ARCH=ZTUN,ZTUN-AGENT...")
 	}
 	out, name, version, revision := args[0], args[1], args[2], args[3]
 	labels := map[string]string{
@@ -55,15 +57,20 @@ func run(args []string) error {
 	// The index of all architectures is itself one entry of the layout's index: that is what importers name.
 	index := mutate.IndexMediaType(empty.Index, types.OCIImageIndex)
 	for _, a := range args[4:] {
-		arch, path, ok := strings.Cut(a, "=")
+		arch, paths, _ := strings.Cut(a, "=")
+		path, agentPath, ok := strings.Cut(paths, ",")
 		if !ok || arch == "" {
-			return fmt.Errorf("%q: want ARCH=BINARY", a)
+			return fmt.Errorf("%q: want ARCH=ZTUN,ZTUN-AGENT", a)
 		}
 		b, err := os.ReadFile(path)
 		if err != nil {
 			return err
 		}
-		img, err := image(b, arch, labels)
+		agentB, err := os.ReadFile(agentPath)
+		if err != nil {
+			return err
+		}
+		img, err := image(b, agentB, arch, labels)
 		if err != nil {
 			return fmt.Errorf("%s: %w", path, err)
 		}
@@ -87,10 +94,10 @@ func run(args []string) error {
 	return pack(out, dir)
 }
 
-// image is one architecture's: the program alone, which is the entry point, so that ztunnel's arguments ("proxy
-// ztunnel") fit.
-func image(binary []byte, arch string, labels map[string]string) (v1.Image, error) {
-	files, err := layer(binary)
+// image is one architecture's: the program, which is the entry point, so that ztunnel's arguments ("proxy ztunnel") fit,
+// and its agent.
+func image(binary, agent []byte, arch string, labels map[string]string) (v1.Image, error) {
+	files, err := layer(binary, agent)
 	if err != nil {
 		return nil, err
 	}
@@ -116,8 +123,8 @@ func image(binary []byte, arch string, labels map[string]string) (v1.Image, erro
 	return mutate.ConfigFile(img, c)
 }
 
-// layer is the file system: the program under both names, and directories for what is mounted.
-func layer(binary []byte) ([]byte, error) {
+// layer is the file system: the program under both names, the agent, and directories for what is mounted.
+func layer(binary, agentBinary []byte) ([]byte, error) {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	epoch := time.Unix(0, 0)
@@ -130,12 +137,17 @@ func layer(binary []byte) ([]byte, error) {
 			return nil, err
 		}
 	}
-	if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: program, Mode: 0o755, ModTime: epoch,
-		Size: int64(len(binary))}); err != nil {
-		return nil, err
-	}
-	if _, err := w.Write(binary); err != nil {
-		return nil, err
+	for _, f := range []struct {
+		name    string
+		content []byte
+	}{{program, binary}, {agent, agentBinary}} {
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: f.name, Mode: 0o755, ModTime: epoch,
+			Size: int64(len(f.content))}); err != nil {
+			return nil, err
+		}
+		if _, err := w.Write(f.content); err != nil {
+			return nil, err
+		}
 	}
 	if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeSymlink, Name: alias, Linkname: "ztun", Mode: 0o777,
 		ModTime: epoch}); err != nil {

@@ -52,9 +52,9 @@ func unpack(t *testing.T, path string) (dir string) {
 // started with ztunnel's arguments; the same input gives the same bytes.
 func TestImage(t *testing.T) {
 	d := t.TempDir()
-	amd, arm := filepath.Join(d, "amd"), filepath.Join(d, "arm")
+	amd, arm, agents := filepath.Join(d, "amd"), filepath.Join(d, "arm"), filepath.Join(d, "agent")
 	want := map[string]string{"amd64": "one program", "arm64": "another program"}
-	for path, text := range map[string]string{amd: want["amd64"], arm: want["arm64"]} {
+	for path, text := range map[string]string{amd: want["amd64"], arm: want["arm64"], agents: "an agent"} {
 		if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -62,7 +62,8 @@ func TestImage(t *testing.T) {
 	var outs [2][]byte
 	for i := range outs {
 		out := filepath.Join(d, "out.tar")
-		if err := run([]string{out, "localhost/ztun", "1.2.3", "abc", "amd64=" + amd, "arm64=" + arm}); err != nil {
+		if err := run([]string{out, "localhost/ztun", "1.2.3", "abc", "amd64=" + amd + "," + agents,
+			"arm64=" + arm + "," + agents}); err != nil {
 			t.Fatal(err)
 		}
 		b, err := os.ReadFile(out)
@@ -127,14 +128,16 @@ func TestImage(t *testing.T) {
 			files[strings.TrimSuffix(h.Name, "/")] = h.Linkname + string(b)
 		}
 		rc.Close()
-		if files["usr/local/bin/ztun"] != want[arch] || files["usr/local/bin/ztunnel"] != "ztun" {
+		if files["usr/local/bin/ztun"] != want[arch] || files["usr/local/bin/ztunnel"] != "ztun" ||
+			files["usr/local/bin/ztun-agent"] != "an agent" {
 			t.Errorf("%s: files %q", arch, files)
 		}
 	}
 }
 
 func TestArguments(t *testing.T) {
-	for _, args := range [][]string{{}, {"o", "n", "v", "r", "amd64"}, {"o", "n", "v", "r", "amd64=/no/such/file"}} {
+	for _, args := range [][]string{{}, {"o", "n", "v", "r", "amd64"}, {"o", "n", "v", "r", "amd64=/bin/sh"},
+		{"o", "n", "v", "r", "amd64=/no/such/file,/bin/sh"}, {"o", "n", "v", "r", "amd64=/bin/sh,/no/such/file"}} {
 		if err := run(args); err == nil {
 			t.Errorf("%q: no error", args)
 		}
@@ -151,7 +154,7 @@ func TestDockerfile(t *testing.T) {
 	if !ok || !strings.HasSuffix(last, "\nENTRYPOINT [\"/"+program+"\"]\n") {
 		t.Errorf("the last stage is not scratch, or does not start /%s:\n%s", program, last)
 	}
-	for _, want := range []string{"-o /root-of-image/" + program + " ./cmd/ztun", "ln -s ztun /root-of-image/" + alias,
+	for _, want := range []string{"-o /root-of-image/usr/local/bin/ ./cmd/ztun ./cmd/ztun-agent", "ln -s ztun /root-of-image/" + alias,
 		"CGO_ENABLED=0", "-trimpath", "-s -w -buildid= -X main.linkedRevision=", "chmod 1777 /root-of-image/tmp"} {
 		if !strings.Contains(string(b), want) {
 			t.Errorf("nothing of %q", want)

@@ -38,7 +38,7 @@ build_istio() {
 build_coredns() { CGO_ENABLED=0 from coredns coredns go build -mod=mod -p 2 -ldflags '-s -w' -o "$BIN/coredns" .; }
 
 build_ztun() {
-	(cd "$here/../.." && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o "$BIN/ztun" ./cmd/ztun)
+	(cd "$here/../.." && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o "$BIN/" ./cmd/ztun ./cmd/ztun-agent)
 	(cd "$here/../../scripts/image" && go build -o "$BIN/image" .)
 }
 

@@ -96,7 +96,7 @@ image_coredns() {
 }
 
 # ztun as it is released, under the name that ztunnel's DaemonSet asks for.
-image_ztun() { "$BIN/image" "$IMAGES/ztunnel.tar" localhost/ztunnel 1 lab "amd64=$BIN/ztun" >/dev/null; }
+image_ztun() { "$BIN/image" "$IMAGES/ztunnel.tar" localhost/ztunnel 1 lab "amd64=$BIN/ztun,$BIN/ztun-agent" >/dev/null; }
 
 [ $# -gt 0 ] || set -- pause busybox cni pilot coredns ztun
 for name; do "image_$name"; done

@@ -47,7 +47,7 @@ cmd/attach/steered   -> admin cmd/attach netstack proxy proxy/ports tun tun/netn
 cmd/cni              -> admin/watch tun/replace
 cmd/doctor           -> tun/netns tun/sandwich tun/steer
 cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/watch admin/words admin/xds admin/zds admin/zlog cmd/agentcmd cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/cni cmd/doctor netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/ports proxy/refusal proxy/rescue proxy/resolve proxy/state tun tun/capture tun/netns tun/replace
-cmd/ztun-agent       -> admin/agent admin/guard admin/zds admin/zlog cmd/agentcmd
+cmd/ztun-agent       -> admin/agent admin/guard admin/zds admin/zlog cmd/agentcmd cmd/cni
 netstack             -> proxy/fair proxy/grow proxy/ports proxy/refusal proxy/rescue tun
 netstack/usersock    -> proxy/fair proxy/rescue
 proxy                -> proxy/fair proxy/hbone proxy/identity proxy/ports proxy/rbac proxy/refusal proxy/rescue proxy/route proxy/socks proxy/state
