@@ -149,7 +149,7 @@ func (e *Enroller) Reconcile(ctx context.Context, ref Ref) error {
 	p, labels, ok := e.o.Cluster.Pod(ref)
 	h := e.holds(ref)
 	if h.uid != "" && (!ok || p.UID != h.uid) {
-		if h.unseen && !ok {
+		if h.unseen {
 			if err := e.stillThere(ctx, ref, h.uid); err != nil {
 				return err
 			}
@@ -218,13 +218,11 @@ func (e *Enroller) find(p Pod, h held) error {
 	if err != nil && h.found {
 		return fmt.Errorf("pod %s: %w", p.Ref(), err) // what the proxies know may still be right
 	}
-	put := zds.Pod{Workload: workload(p), Netns: f} // without a namespace they keep it, if they have it
-	if putErr := e.o.Proxies.Put(put); putErr != nil {
+	h.uid, h.found = p.UID, err == nil
+	if putErr := e.put(p, h, f); putErr != nil { // without a namespace proxies keep it, if they have it
 		e.o.Cluster.Warn(p, reasonNotCaptured, putErr.Error())
 		return putErr
 	}
-	h.uid, h.found = p.UID, err == nil
-	e.hold(p.Ref(), h)
 	if err != nil {
 		e.o.Cluster.Warn(p, reasonNotCaptured, err.Error())
 		return fmt.Errorf("pod %s: %w", p.Ref(), err)
@@ -232,8 +230,21 @@ func (e *Enroller) find(p Pod, h held) error {
 	return nil
 }
 
-func workload(p Pod) zds.Workload {
-	return zds.Workload{UID: p.UID, Name: p.Name, Namespace: p.Namespace, ServiceAccount: p.ServiceAccount}
+// put tells the proxies of a pod. It is held before that: an answer may be there before Put returns, and Answered must
+// know whose it is.
+func (e *Enroller) put(p Pod, h held, netns *os.File) error {
+	ref := p.Ref()
+	old := e.holds(ref)
+	e.hold(ref, h)
+	err := e.o.Proxies.Put(zds.Pod{Workload: zds.Workload{UID: p.UID, Name: p.Name, Namespace: p.Namespace,
+		ServiceAccount: p.ServiceAccount}, Netns: netns})
+	switch {
+	case err != nil && old.uid == p.UID:
+		e.hold(ref, old)
+	case err != nil:
+		e.let(ref, p.UID)
+	}
+	return err
 }
 
 // Answered is to be called when a proxy has answered for a pod.
@@ -293,11 +304,10 @@ func (e *Enroller) Add(ctx context.Context, ref Ref, uid string, open func() (*o
 	if old.uid != "" && old.uid != p.UID {
 		e.let(ref, old.uid)
 	}
-	if err := e.o.Proxies.Put(zds.Pod{Workload: workload(p), Netns: f}); err != nil {
+	now, _, seen := e.o.Cluster.Pod(ref)
+	if err := e.put(p, held{uid: p.UID, found: true, unseen: !seen || now.UID != p.UID}, f); err != nil {
 		return true, err
 	}
-	_, _, seen := e.o.Cluster.Pod(ref)
-	e.hold(ref, held{uid: p.UID, found: true, unseen: !seen})
 	if err := e.o.Proxies.Await(ctx, p.UID); err != nil {
 		e.let(ref, p.UID) // this sandbox ends; another is made
 		return true, fmt.Errorf("the node proxy: %w", err)

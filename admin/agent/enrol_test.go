@@ -40,6 +40,8 @@ type fake struct {
 	state  zds.State
 	reason error
 	did    []string
+	full   error         // of Put
+	atOnce bool          // the proxies answer within Put
 	acked  chan struct{} // closed when state may be waited for no longer
 }
 
@@ -131,7 +133,15 @@ func (p proxies) Put(pod zds.Pod) error {
 		return nil
 	}
 	p.note("put %s", pod.UID)
+	if p.full != nil {
+		return errors.Join(p.full, pod.Netns.Close())
+	}
 	p.put[pod.UID] = pod.Netns.Name()
+	if p.atOnce { // a proxy's answer may be there before Put returns
+		p.mu.Unlock()
+		p.Answered(pod.UID)
+		p.mu.Lock()
+	}
 	return pod.Netns.Close()
 }
 
@@ -244,6 +254,14 @@ func TestReconcileTroubles(t *testing.T) {
 	f.is("refused, and its process has ended", ref, "warn u1 NotCaptured!")
 	f.state, f.reason = zds.Acked, nil
 	f.is("acked", ref, "")
+	f.full = errors.New("no place")
+	f.state, f.reason = zds.Refused, errors.New("again")
+	f.netns["u1"] = "/proc/self/ns/net"
+	f.is("no place for another try", ref, "warn u1 NotCaptured, put u1, warn u1 NotCaptured!")
+	if h := f.holds(ref); h.uid != "u1" || !h.found {
+		t.Errorf("%+v", h)
+	}
+	f.full, f.state, f.reason = nil, zds.Acked, nil
 	f.see("u1", "ip mode=ambient")
 	f.down = errors.New("the API server is away")
 	f.is("it cannot be announced", ref, `annotate u1 "enabled"!`)
@@ -260,6 +278,27 @@ func TestReconcileTroubles(t *testing.T) {
 	f.is("what is not supported is said", ref, `annotate u3 "enabled", warn u3 NotSupported`)
 	f.see("u3", "ip mode=ambient")
 	f.is("once", ref, `annotate u3 "enabled"`)
+}
+
+// An answer that is quicker than Put is not lost: nobody else would announce the pod.
+func TestAnswerAtOnce(t *testing.T) {
+	f := newFake(t)
+	f.netns["u1"], f.atOnce = "/proc/self/ns/net", true
+	ref := f.see("u1", "ip mode=ambient")
+	f.is("acked within Put", ref, "put u1, again")
+	f.is("announced", ref, `annotate u1 "enabled"`)
+	f.see("", "")
+	f.is("gone", ref, "remove u1")
+	f.state, f.reason = zds.Refused, errors.New("no")
+	f.see("u1", "ip mode=ambient")
+	f.is("refused within Put", ref, "put u1, later")
+	f.full = errors.New("no place")
+	f.see("u2", "ip mode=ambient")
+	f.netns["u2"] = "/proc/self/ns/net"
+	f.is("no place", ref, "remove u1, put u2, remove u2, warn u2 NotCaptured!")
+	if len(f.refs) != 0 || len(f.held) != 0 {
+		t.Error(f.refs, f.held)
+	}
 }
 
 // The plugin: 200 only when a proxy has the pod, or when it is not the mesh's by the API server's own word.
@@ -377,6 +416,17 @@ func TestPluginBeforeWatch(t *testing.T) {
 	f.done()
 	delete(f.there, ref)
 	f.is("it was gone before it was seen", ref, "remove u")
+
+	// The watch still shows the pod that had its name before.
+	f.see("old", "mode=ambient")
+	f.there[ref] = p
+	if in, err := f.Add(context.Background(), ref, "u", open); !in || err != nil {
+		t.Fatal(in, err)
+	}
+	f.done()
+	f.is("its predecessor is seen", ref, "!")
+	f.see("u", "mode=ambient")
+	f.is("it is seen", ref, `annotate u "enabled"`)
 }
 
 // While the plugin waits for a pod, the watch does not meddle with it, and a second plugin is refused.

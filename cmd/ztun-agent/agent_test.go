@@ -198,9 +198,11 @@ func TestAgent(t *testing.T) {
 	stop := w.start()
 	eventually(t, uid1, old.has)
 	eventually(t, "a", w.annotated)
+	old.mu.Lock()
 	if got := old.known[uid1]; got != "shop/a/sa" {
 		t.Error(got)
 	}
+	old.mu.Unlock()
 	eventually(t, "200 ready: 1 pods of the mesh, 1 proxies\n", func() string { return w.get("/healthz/ready") })
 
 	w.namespace("shop", "ambient") // running pods are enrolled by their namespace's label

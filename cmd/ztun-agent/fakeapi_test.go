@@ -225,7 +225,7 @@ func (a *api) pod(name, uid, label string) {
 func (a *api) deletePod(name string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	p := a.pods["shop/"+name]
+	p := a.pods["shop/"+name].DeepCopy() // a watch may be writing that one
 	delete(a.pods, "shop/"+name)
 	a.version++
 	p.ResourceVersion = strconv.Itoa(a.version)

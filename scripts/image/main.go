@@ -94,8 +94,8 @@ func run(args []string) error {
 	return pack(out, dir)
 }
 
-// image is one architecture's: the program, which is the entry point, so that ztunnel's arguments ("proxy ztunnel") fit,
-// and its agent.
+// image is one architecture's: the program, which is the entry point, so that ztunnel's arguments ("proxy ztunnel")
+// fit, and its agent.
 func image(binary, agent []byte, arch string, labels map[string]string) (v1.Image, error) {
 	files, err := layer(binary, agent)
 	if err != nil {

@@ -44,6 +44,7 @@ echo 1 | own oops /proc/sys/kernel/panic_on_oops
 mount --make-rshared /
 
 cp -n /usr/lib/cni/* /opt/cni/bin/
+rm -rf /etc/cni/net.d/*
 cat >/etc/cni/net.d/10-bridge.conflist <<END
 {"cniVersion": "0.4.0", "name": "pods", "plugins": [
  {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true, "ipam": {

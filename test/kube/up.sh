@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# up.sh: networks, certificates, control plane, two nodes, Istio's ambient profile with ztun in ztunnel's place, and the
-# pods of manifests/amb.yaml.
+# up.sh [agent]: networks, certificates, control plane, two nodes, Istio's ambient profile with ztun in ztunnel's place,
+# and the pods of manifests/amb.yaml. With agent: ztun's own node agent and CNI plugin in place of istio-cni, as
+# scripts/kubernetes/agent has them.
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "$0")/lib.sh"
 set -e
@@ -182,11 +183,22 @@ k apply -f "$here/manifests/coredns.yaml" >/dev/null
 rolled_out kube-system deploy/coredns
 say "CoreDNS"
 k apply --server-side -f "$MANIFESTS/crds.yaml" >/dev/null
-need 30 k apply --server-side -f "$MANIFESTS/istio.yaml" # once its own kinds are known
-rolled_out istio-system deploy/istiod
-rolled_out istio-system ds/istio-cni-node
+case ${1:-} in
+agent)
+	agent=$here/../../scripts/kubernetes/agent
+	"$here/agent.py" "$MANIFESTS/istio.yaml" <(k kustomize "$agent") >"$RUN/agent.yaml"
+	need 30 k apply --server-side -f "$RUN/agent.yaml"
+	rolled_out istio-system deploy/istiod
+	rolled_out istio-system ds/ztun-agent
+	;;
+*)
+	need 30 k apply --server-side -f "$MANIFESTS/istio.yaml" # once its own kinds are known
+	rolled_out istio-system deploy/istiod
+	rolled_out istio-system ds/istio-cni-node
+	;;
+esac
 rolled_out istio-system ds/ztunnel
-say "istiod, istio-cni, ztun"
+say "istiod, ${1:-istio-cni}, ztun"
 k apply -f "$here/manifests/amb.yaml" >/dev/null
 rolled_out amb deploy/web
 need 90 k wait --for=condition=Ready -n amb pod/client --timeout=5s
