@@ -266,8 +266,13 @@ func TestRefused(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 	for range 4 {
-		if uid := <-n.answered; uid != "a" {
-			t.Error(uid)
+		select {
+		case uid := <-n.answered:
+			if uid != "a" {
+				t.Error(uid)
+			}
+		case <-time.After(patience):
+			t.Fatal("nobody is told of an answer")
 		}
 	}
 }

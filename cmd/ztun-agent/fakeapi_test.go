@@ -27,6 +27,7 @@ type api struct {
 	pods     map[string]*corev1.Pod
 	spaces   map[string]*corev1.Namespace
 	watchers map[chan watched]string // to what they watch
+	past     []change                // all that a watch has said or would have
 	reasons  []string                // of events
 	asked    map[string]int          // requests, by method and path
 	set      string                  // the DaemonSet; "": there is none
@@ -36,6 +37,13 @@ type api struct {
 type watched struct {
 	Type   string `json:"type"`
 	Object any    `json:"object"`
+}
+
+// change is what watches of a kind say, in the version that it has made.
+type change struct {
+	kind    string
+	version int
+	says    watched
 }
 
 func newAPI(t *testing.T) *api {
@@ -71,6 +79,15 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case r.Method == "GET" && len(words) == 1 && q.Get("watch") != "":
 		c := make(chan watched, 1000)
 		a.watchers[c] = kind
+		since, err := strconv.Atoi(q.Get("resourceVersion"))
+		if err != nil {
+			a.t.Errorf("a watch from %q on", q.Get("resourceVersion"))
+		}
+		for _, e := range a.past { // what has changed since the list
+			if e.kind == kind && e.version > since {
+				c <- e.says
+			}
+		}
 		a.mu.Unlock()
 		a.watch(w, r, c)
 	case r.Method == "GET" && len(words) == 1:
@@ -193,7 +210,9 @@ func (a *api) store(p *corev1.Pod) {
 	a.tell("pods", watched{kind, p})
 }
 
+// tell tells watches of a change, which has made this version. The caller holds mu.
 func (a *api) tell(kind string, e watched) {
+	a.past = append(a.past, change{kind, a.version, e})
 	for c, k := range a.watchers {
 		if k == kind {
 			c <- e
