@@ -138,7 +138,7 @@ podMonitor: {enabled: true, labels: {release: prom}}
 proxy: {env: {NUM: 3, FLAG: true, TEXT: "a: b"}, podLabels: {team: net},
         podAnnotations: {x: z}, terminationGracePeriodSeconds: 60}
 agent: {cniConfDir: /var/lib/rancher/k3s/agent/etc/cni/net.d, cniBinDir: /var/lib/rancher/k3s/data/cni,
-        args: [--exclude-namespaces=a], env: {A: "1"}}
+        args: [--exclude-namespaces=a], env: {A: "1"}, seLinuxOptions: {type: spc_t}}
 `)
 	if err != nil {
 		t.Fatal(err)
@@ -172,6 +172,9 @@ agent: {cniConfDir: /var/lib/rancher/k3s/agent/etc/cni/net.d, cniBinDir: /var/li
 	conf, bin := "/var/lib/rancher/k3s/agent/etc/cni/net.d", "/var/lib/rancher/k3s/data/cni"
 	if !strings.HasSuffix(args, "--cni-conf-dir="+conf+" --cni-bin-dir="+bin+" --exclude-namespaces=a") {
 		t.Errorf("arguments %s", args)
+	}
+	if o := agent.Containers[0].SecurityContext.SELinuxOptions; o == nil || o.Type != "spc_t" {
+		t.Errorf("SELinux: %v", o)
 	}
 	// The plugin's configuration names its file: the directory has one name inside and outside.
 	for _, v := range agent.Volumes {
