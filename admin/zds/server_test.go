@@ -513,3 +513,66 @@ func TestQueue(t *testing.T) {
 		t.Error("nobody wants these:", m)
 	}
 }
+
+// What two proxies have answered adds up, and a namespace does not outlive its pod.
+func TestState(t *testing.T) {
+	s := NewServer(ServerOptions{Logger: slog.New(slog.DiscardHandler)})
+	a, b := newPeer(nil), newPeer(nil)
+	s.peers[a], s.peers[b] = true, true
+	netns, err := os.Open("/proc/self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Put(Pod{Workload: Workload{UID: "u"}, Netns: netns}); err != nil {
+		t.Fatal(err)
+	}
+	is := func(what string, want State) {
+		t.Helper()
+		if st, err := s.State("u"); st != want || (err == nil) != (want == Acked) {
+			t.Errorf("%s: %d (%v), want %d", what, st, err, want)
+		}
+	}
+	answer := func(p *peer, err error) {
+		t.Helper()
+		m, ok := s.next(p)
+		if !ok || m.kind != kindAdd {
+			t.Fatal(m, ok)
+		}
+		s.answered(p, m, err)
+	}
+	is("told", Waiting)
+	answer(a, errors.New("no"))
+	is("one refuses, the other has not answered", Waiting)
+	answer(b, errors.New("neither"))
+	is("both refuse", Refused)
+	again, err := os.Open("/proc/self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Put(Pod{Workload: Workload{UID: "u"}, Netns: again}); err != nil {
+		t.Fatal(err)
+	}
+	is("another try", Waiting)
+	answer(b, nil)
+	is("one has it", Acked)
+	s.leave(b)
+	answer(a, errors.New("still not"))
+	is("who is left refuses", Refused)
+	s.leave(a)
+	is("nobody is left: it was captured, and its proxy comes back", Acked)
+
+	a.complete = true
+	s.peers[a] = true
+	if err := s.Put(Pod{Workload: Workload{UID: "kept"}}); err != nil {
+		t.Fatal(err)
+	}
+	if m, ok := s.next(a); ok {
+		t.Error("Keep belongs into the snapshot:", m)
+	}
+	s.Remove("u")
+	for _, f := range []*os.File{netns, again} {
+		if _, err := f.Stat(); !errors.Is(err, os.ErrClosed) {
+			t.Error("a namespace is still open:", err)
+		}
+	}
+}
