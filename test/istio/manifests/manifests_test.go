@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/spf13/cobra"
 	istiohelm "istio.io/istio/operator/pkg/helm"
 	istiovalues "istio.io/istio/operator/pkg/values"
 	appsv1 "k8s.io/api/apps/v1"
@@ -28,6 +29,8 @@ import (
 	"sigs.k8s.io/kustomize/api/krusty"
 	"sigs.k8s.io/kustomize/kyaml/filesys"
 	"sigs.k8s.io/yaml"
+
+	"ztun/cmd/agentcmd"
 )
 
 const root = "../../../"
@@ -224,5 +227,37 @@ func TestCapabilities(t *testing.T) {
 	})
 	if err != nil || seen < 8 {
 		t.Errorf("%d capabilities found, %v", seen, err)
+	}
+}
+
+// TestNamesThatZtunKnows: a flag that the agent does not have ends it, and a variable that nobody reads changes
+// nothing.
+func TestNamesThatZtunKnows(t *testing.T) {
+	page, err := os.ReadFile(root + "docs/configuration.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := kustomized(t, kubernetes+"/agent")
+	for _, e := range daemonSet(t, all, "ztunnel").Spec.Template.Spec.Containers[0].Env {
+		name := e.Name
+		if strings.HasPrefix(name, "ISTIO_META_") {
+			name = "ISTIO_META_" // any, for istiod
+		}
+		if !bytes.Contains(page, []byte("`"+name)) {
+			t.Errorf("docs/configuration.md does not have %s", e.Name)
+		}
+	}
+	args := daemonSet(t, all, "ztun-agent").Spec.Template.Spec.Containers[0].Args
+	var got agentcmd.Options
+	cmd := agentcmd.Command("agent", nil, func(_ *cobra.Command, o agentcmd.Options) error {
+		got = o
+		return nil
+	})
+	cmd.SetArgs(args[1:])
+	if err := cmd.Execute(); err != nil || args[0] != "agent" {
+		t.Fatalf("ztun %s: %v", strings.Join(args, " "), err)
+	}
+	if got.CNIConfDir != "/etc/cni/net.d" || got.CNIBinDir != "/opt/cni/bin" || got.Proc != "/host/proc" {
+		t.Errorf("%+v", got)
 	}
 }
