@@ -31,6 +31,9 @@
 //   - the pod's IPv4 address is in0's and not eth0's, its IPv6 address is no device's but a proxy entry on eth0: ARP
 //     and neighbour answers are to stop when the pod goes. A CNI's DEL deletes the pod's eth0, ours, and in0 with it;
 //     the CNI's own stays in S, which the owner of S then has to delete.
+//   - a path MTU that HBONE's sockets learn is remembered with their route. IPv6 forwards by it, and S would itself
+//     refuse larger datagrams, by errors to an address that for it lies on the network: what is forwarded has a table
+//     of its own (15005), in which nothing is learnt, and the router tells the pod.
 //   - the TUNs are persistent, and below each route into one there is a blackhole: with the daemon dead packets end.
 //   - a device that changes its namespace loses addresses, routes, neighbours and settings, and its number where that
 //     is taken: all of them are in Facts.

@@ -22,6 +22,7 @@ const (
 // The tables of S.
 const (
 	tableApp   = 15001 // to ztun-app
+	tableOut   = 15005 // to the network, for what S forwards
 	tableNet   = 15006 // to ztun-up
 	tablePod   = 15007 // to in0
 	tableLocal = 15008 // to S's own sockets
@@ -108,8 +109,11 @@ func New(f Facts, c Config) (Plan, error) {
 			s(Neigh{Dev: f.Dev, Addr: a, Proxy: true})
 		}
 	}
-	for _, r := range f.outside() {
-		s(r)
+	for _, table := range []int{unix.RT_TABLE_MAIN, tableOut} {
+		for _, r := range f.outside() {
+			r.Table = table
+			s(r)
+		}
 	}
 	for _, n := range f.Neighs {
 		s(n)
@@ -177,7 +181,7 @@ func rules(f Facts, c Config, v6 bool) (out []Action) {
 			l, r := Ports{k.Local.Port(), k.Local.Port()}, Ports{k.Remote.Port(), k.Remote.Port()}
 			add(Rule{Pref: 5, Iif: f.Dev, From: k.Remote.Addr(), To: a, Proto: tcp, Sport: r, Dport: l, Table: tablePod})
 			add(Rule{Pref: 6, Iif: In, From: a, To: k.Remote.Addr(), Proto: tcp, Sport: l, Dport: r,
-				Table: unix.RT_TABLE_MAIN})
+				Table: tableOut})
 		}
 		add(Rule{Pref: 10, Iif: f.Dev, Proto: tcp, Dport: mesh, Table: tableLocal})
 		add(Rule{Pref: 11, Iif: f.Dev, Proto: tcp, Sport: mesh, Dport: answers, Table: tableLocal})
@@ -192,13 +196,14 @@ func rules(f Facts, c Config, v6 bool) (out []Action) {
 		// ICMP errors about the mesh's connections that netstack gives back.
 		add(Rule{Pref: 23, Iif: Net, To: a, Proto: icmp, Table: tableLocal})
 		add(Rule{Pref: 24, Iif: Net, To: a})
+		add(Rule{Pref: 25, Iif: Net, Table: tableOut})
 		add(Rule{Pref: 30, Iif: In, From: a, Proto: tcp, Table: tableApp})
 		if c.Native {
 			if c.DNS {
 				add(Rule{Pref: 31, Iif: In, From: a, Proto: udp, Dport: Ports{53, 53}, Table: tableApp})
 			}
-			add(Rule{Pref: 32, Iif: In, From: a, Proto: udp, Table: unix.RT_TABLE_MAIN})
-			add(Rule{Pref: 33, Iif: In, From: a, Proto: icmp, Table: unix.RT_TABLE_MAIN})
+			add(Rule{Pref: 32, Iif: In, From: a, Proto: udp, Table: tableOut})
+			add(Rule{Pref: 33, Iif: In, From: a, Proto: icmp, Table: tableOut})
 		} else {
 			add(Rule{Pref: 32, Iif: In, From: a, Proto: udp, Table: tableApp})
 			add(Rule{Pref: 33, Iif: In, From: a, Proto: icmp, Table: tableApp})

@@ -3,8 +3,12 @@ package sandwich
 import (
 	"net"
 	"net/netip"
+	"os"
+	"os/exec"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -96,5 +100,73 @@ func TestRemain(t *testing.T) {
 	// Closed, and another one after it.
 	if got := Remain(Remain(kept, open), []Conn{c(4, 98)}); len(got) > 0 {
 		t.Errorf("another connection is taken for the one that was kept: %v", got)
+	}
+}
+
+// What S's own sockets learn of a path's MTU is not applied to what S forwards: the router tells the pod of it, as it
+// would without S, whose own errors would not find the pod.
+func TestForwardsByNoLearntMTU(t *testing.T) {
+	node, pod, far := nslab.New(t), nslab.New(t), nslab.New(t)
+	bridgePod(t, node, pod)
+	node.IP(t, "link", "add", "veth2", "mtu", "1300", "type", "veth", "peer", "name", "eth0", "netns", far.Name)
+	far.IP(t, "link", "set", "eth0", "mtu", "1300", "up")
+	far.IP(t, "-6", "addr", "add", "fd93::2/64", "dev", "eth0", "nodad")
+	far.IP(t, "-6", "route", "add", "default", "via", "fd93::1")
+	node.IP(t, "-6", "addr", "add", "fd93::1/64", "dev", "veth2", "nodad")
+	node.IP(t, "link", "set", "veth2", "up")
+	if err := node.NS.Do(func() error {
+		return os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	ns := Namespaces{S: sandwich(t), Pod: pod.NS}
+	f, err := Read(pod.NS, "eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := New(f, Config{Native: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Apply(t.Context(), p, ns); err != nil {
+		t.Fatal(err)
+	}
+	route := func(more ...string) (out string) {
+		t.Helper()
+		if err := ns.S.Do(func() error {
+			b, err := exec.Command("ip", append([]string{"-6", "route", "get", "fd93::2"}, more...)...).CombinedOutput()
+			out = string(b)
+			return err
+		}); err != nil {
+			t.Fatal(err, out)
+		}
+		return out
+	}
+	// As HBONE's do, a socket there has the pod's address.
+	var fd int
+	if err := ns.S.Do(func() (err error) {
+		if fd, err = unix.Socket(unix.AF_INET6, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
+			return err
+		}
+		if err := unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1); err != nil {
+			return err
+		}
+		return unix.Bind(fd, &unix.SockaddrInet6{Port: 15008, Addr: netip.MustParseAddr("fd92::2").As16()})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	to := &unix.SockaddrInet6{Port: 9, Addr: netip.MustParseAddr("fd93::2").As16()}
+	for end := time.Now().Add(20 * time.Second); !strings.Contains(route(), "mtu 1300"); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("S does not learn the path's MTU: ", route())
+		}
+		_ = unix.Sendto(fd, make([]byte, 1350), 0, to) // an error of an earlier one is told here
+	}
+	for _, iif := range []string{In, Net} {
+		got := route("from", "fd92::2", "iif", iif, "ipproto", "udp")
+		if strings.Contains(got, "mtu 1300") || !strings.Contains(got, "dev eth0") {
+			t.Errorf("from %s: %s", iif, got)
+		}
 	}
 }
