@@ -23,6 +23,10 @@ import (
 // asks the host's nameservers where this one was (192.0.2.0/24 is for documentation, RFC 5737: nobody has it).
 var capturedServer = netip.AddrFrom4([4]byte{192, 0, 2, 53})
 
+// runLog is RUST_LOG's default for a run, whose log is on the command's standard error: of a control plane that is away
+// there is one line (controlLost), not one for each try.
+const runLog = "warn,xds::client=error,run=info"
+
 // exitStatus is how the command of `ztun run` ended, as a shell tells it.
 type exitStatus int
 
@@ -43,7 +47,7 @@ func runCommand() *cobra.Command {
 			"Needs user namespaces that users may make, and a /dev/net/tun that they may open. Peers of the mesh reach\n" +
 			"COMMAND at a port of this host that its record announces (meshAddresses), others at ports published\n" +
 			"with -p. Instead of a COMMAND it serves a namespace (--netns) or a TUN (--tun-fd, --tun-socket) that you have\n" +
-			"made. Configured like `ztun proxy`, with quieter logs (RUST_LOG=warn) on standard error.",
+			"made. Configured like `ztun proxy`, with quieter logs (RUST_LOG=" + runLog + ") on standard error.",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if elsewhere.given() {
 				if len(args) > 0 {
@@ -167,7 +171,7 @@ func newRunDaemon(who *runWho, reached *runPorts, noUDP bool, dir string) (*daem
 		case name == "ZTUN_STATE_DIR":
 			return dir, true
 		case name == "RUST_LOG" && !ok:
-			return "warn", true
+			return runLog, true
 		}
 		return v, ok
 	}, os.Environ)

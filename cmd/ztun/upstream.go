@@ -175,6 +175,10 @@ func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
 		d.loop.DoNamed(ctx, "state from "+conn.Address(), func() { d.loop.Publish(v) })
 	}
 	synced := false
+	lost := &controlLost{address: conn.Address(), setting: "XDS_ADDRESS"}
+	if c.Mode.Rootless {
+		lost.log = d.log.Logger("run")
+	}
 	client := xds.NewClient(xds.ClientOptions{
 		Connector: conn, NodeName: c.Node.Name, OnDemand: c.XDS.OnDemand, Base: base, Logger: d.log.Logger("xds"),
 		Node: xds.NewNode(xds.NodeInfo{IP: c.Self.InstanceIP, Pod: c.Self.Pod, Namespace: c.Self.Namespace,
@@ -197,8 +201,9 @@ func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
 			d.log.Logger("xds").Info("first state", "source", conn.Address(), "workloads", w, "services", s, "policies", p)
 			ready.Done()
 		},
-		Trouble: ready.Fail, Connected: d.certs.Retry,
-		Turned: func(pod string, evicted bool) { d.report.Turned("on-demand look-ups", pod, pod, evicted) },
+		Trouble:   func(err error) { ready.Fail(err); lost.trouble(err) },
+		Connected: func() { d.certs.Retry(); lost.connected() },
+		Turned:    func(pod string, evicted bool) { d.report.Turned("on-demand look-ups", pod, pod, evicted) },
 	})
 	d.xds.Store(client)
 	d.admin(ctx, "xds", client.Run)
