@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # trial.sh [NAME...]: tries ztun as the node proxy of the cluster that is up: a line for each thing tried, with what was
-# seen; exit code 1 if one went wrong. NAME is one of names wire strict policy label churn job rollout kill istioctl leaks.
+# seen; exit code 1 if one went wrong. NAME is one of names wire strict policy label churn job rollout kill istioctl leaks,
+# and away where ztun's own agent is.
 # shellcheck disable=SC2016,SC2317 # what the pods' shells expand; functions that judge and soon call
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "$0")/lib.sh"
+# shellcheck source=trial_agent.sh
+. "$here/trial_agent.sh"
 
 fails=0
 # judge NAME SEEN CONDITION...: says whether the condition holds.
