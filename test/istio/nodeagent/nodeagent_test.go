@@ -191,18 +191,25 @@ func (r *rig) add(program []string, namespace string, h *lab.Host, conf object) 
 }
 
 // ours is ztun's plugin, asked about a pod.
-func (r *rig) ours(namespace string, h *lab.Host) (stdout, prev string, err error) {
+func (r *rig) ours(namespace string, h *lab.Host) (stdout string, err error) {
 	r.t.Helper()
 	enrolled := r.Path("enrolled.json")
 	must(r.t, os.WriteFile(enrolled, []byte(`{"namespaces":["shop"]}`), 0o600))
-	return r.add([]string{ztun, "cni"}, namespace, h, object{"type": "ztun-cni", "socket": r.args.Plugin, "enrolled": enrolled})
+	out, prev, err := r.add([]string{ztun, "cni"}, namespace, h,
+		object{"type": "ztun-cni", "socket": r.args.Plugin, "enrolled": enrolled})
+	if err == nil && out != prev {
+		r.t.Errorf("%s: our plugin hands on %s; it was given %s", h.Name, out, prev)
+	}
+	return out, err
 }
 
 // theirs is istio-cni's.
-func (r *rig) theirs(namespace string, h *lab.Host) (stdout, prev string, err error) {
+func (r *rig) theirs(namespace string, h *lab.Host) (stdout string, err error) {
 	r.t.Helper()
-	return r.add([]string{"/proc/self/exe"}, namespace, h, object{"type": "istio-cni", "cni_agent_run_dir": r.runDir,
-		"ambient_enabled": true, "enablement_selectors": json.RawMessage(selectors), "pod_namespace": "istio-system"})
+	out, _, err := r.add([]string{"/proc/self/exe"}, namespace, h, object{"type": "istio-cni",
+		"cni_agent_run_dir": r.runDir, "ambient_enabled": true, "enablement_selectors": json.RawMessage(selectors),
+		"pod_namespace": "istio-system"})
+	return out, err
 }
 
 // attached lists the pods that the proxy serves.
@@ -214,17 +221,33 @@ func (r *rig) attached() string {
 	return out
 }
 
+// asking is ours or theirs.
+type asking func(namespace string, h *lab.Host) (stdout string, err error)
+
+// starts runs a plugin until it lets a pod start, as kubelet does: an agent's informer may be behind the API server.
+func (r *rig) starts(p asking, namespace string, h *lab.Host) {
+	r.t.Helper()
+	eventually(r.t, func() error {
+		_, err := p(namespace, h)
+		return err
+	})
+}
+
 const redirection = "ambient.istio.io/redirection"
 
-// served checks that a pod is captured by the time that the plugin has returned: kubelet starts it then.
+// served checks that a pod is captured by the time that the plugin has returned, for kubelet starts it then; and that
+// istiod is told.
 func (r *rig) served(what string, namespace, name string) {
 	r.t.Helper()
 	if list := r.attached(); !strings.Contains(list, name) {
 		r.t.Errorf("%s: %s is not among the proxy's pods:\n%s", what, name, list)
 	}
-	if got := r.api.annotation(namespace, name, redirection); got != "enabled" {
-		r.t.Errorf("%s: %s is annotated %q", what, name, got)
-	}
+	eventually(r.t, func() error {
+		if got := r.api.annotation(namespace, name, redirection); got != "enabled" {
+			return fmt.Errorf("%s: %s is annotated %q", what, name, got)
+		}
+		return nil
+	})
 }
 
 // TestIstioAgent: istio-cni's own server code drives ztun, whether its plugin asks or ours; a pod is captured when the
@@ -235,29 +258,19 @@ func TestIstioAgent(t *testing.T) {
 	d := r.proxy(nil)
 
 	a := r.started("shop", "a", object{})
-	out, prev, err := r.ours("shop", a)
-	must(t, err)
-	if out != prev {
-		t.Errorf("our plugin hands on %s; it was given %s", out, prev)
-	}
+	r.starts(r.ours, "shop", a)
 	r.served("asked by our plugin", "shop", "a")
 
 	b := r.started("shop", "b", object{})
-	if _, _, err := r.theirs("shop", b); err != nil {
-		t.Fatal(err)
-	}
+	r.starts(r.theirs, "shop", b)
 	r.served("asked by istio-cni's plugin", "shop", "b")
 
 	// By the pod's own label; and one that says no.
 	c := r.started("infra", "c", object{"istio.io/dataplane-mode": "ambient"})
-	if _, _, err := r.theirs("infra", c); err != nil {
-		t.Fatal(err)
-	}
+	r.starts(r.theirs, "infra", c)
 	r.served("by its own label", "infra", "c")
 	no := r.started("shop", "no", object{"istio.io/dataplane-mode": "none"})
-	if _, _, err := r.theirs("shop", no); err != nil {
-		t.Fatal(err)
-	}
+	r.starts(r.theirs, "shop", no)
 	if list := r.attached(); strings.Contains(list, " no ") {
 		t.Errorf("a pod that says none is captured:\n%s", list)
 	}
@@ -276,7 +289,7 @@ func TestIstioAgent(t *testing.T) {
 	}
 	// While there is no proxy no pod of the mesh starts.
 	e := r.started("shop", "e", object{})
-	if out, _, err := r.ours("shop", e); err == nil || !strings.Contains(out, "shop/e is not captured") {
+	if out, err := r.ours("shop", e); err == nil || !strings.Contains(out, "ztun: pod shop/e ") {
 		t.Errorf("without a proxy: %v, %s", err, out)
 	}
 	r.proxy(nil)
@@ -295,21 +308,13 @@ func TestZtunAgent(t *testing.T) {
 	r.ztunAgent()
 	r.proxy(map[string]string{"ZTUN_STEERING": "steered"})
 	a := r.started("shop", "a", object{})
-	out, prev, err := r.ours("shop", a)
-	must(t, err)
-	if out != prev {
-		t.Errorf("our plugin hands on %s; it was given %s", out, prev)
-	}
+	r.starts(r.ours, "shop", a)
 	r.served("asked by our plugin", "shop", "a")
 	b := r.started("shop", "b", object{})
-	if _, _, err := r.theirs("shop", b); err != nil {
-		t.Fatal(err)
-	}
+	r.starts(r.theirs, "shop", b)
 	r.served("asked by istio-cni's plugin", "shop", "b")
 	plain := r.started("infra", "plain", object{})
-	if out, prev, err := r.ours("infra", plain); err != nil || out != prev {
-		t.Errorf("a pod that is none of the mesh's: %v, %s", err, out)
-	}
+	r.starts(r.ours, "infra", plain)
 	if list := r.attached(); strings.Contains(list, "plain") {
 		t.Errorf("it is captured:\n%s", list)
 	}
