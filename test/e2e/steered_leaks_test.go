@@ -62,7 +62,10 @@ func TestAttachLeavesNothing(t *testing.T) {
 					if i%20 == 0 {
 						must(t, m.RemoveNS(p.NS))
 					}
-					must(t, m.Detach(m.ctx, p))
+					// The daemon may have noticed the end of a namespace by itself.
+					if err := m.Detach(m.ctx, p); err != nil && (i%20 != 0 || !strings.Contains(err.Error(), "no such pod")) {
+						t.Fatal(err)
+					}
 				}
 			}
 			for _, p := range []*lab.Pod{m.c, m.b, m.a} {
@@ -102,6 +105,11 @@ func TestAttachLeavesNothing(t *testing.T) {
 				return fmt.Errorf("%s: before\n%s\nafter\n%s", ns, was, now)
 			}
 		}
+		for _, name := range between {
+			if _, err := os.Stat("/var/run/netns/" + name); !errors.Is(err, os.ErrNotExist) {
+				return fmt.Errorf("%s is left: %v", name, err)
+			}
+		}
 		for node, was := range before.held {
 			if now := after.held[node]; now.fds > was.fds || now.goroutines > was.goroutines {
 				return fmt.Errorf("%s: descriptors %v -> %v, goroutines %v -> %v", node, was.fds, now.fds, was.goroutines,
@@ -113,11 +121,6 @@ func TestAttachLeavesNothing(t *testing.T) {
 	for ns, was := range bare.net {
 		if now := before.net[ns]; now != was {
 			t.Errorf("%s: never captured\n%s\ncaptured once\n%s", ns, was, now)
-		}
-	}
-	for _, name := range between {
-		if _, err := os.Stat("/var/run/netns/" + name); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("%s is left: %v", name, err)
 		}
 	}
 	for _, node := range m.Nodes() {
