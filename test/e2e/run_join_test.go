@@ -2,9 +2,12 @@ package e2e
 
 import (
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -48,6 +51,7 @@ func TestRunJoins(t *testing.T) {
 			t.Fatalf("with %s: %q, %v", out, got, err)
 		}
 	}
+	controlAway(t, c, r, user)
 	// Another workload's credentials give another identity, also where the environment claims this one.
 	guest := bundle("guest", "guest")
 	if got, err := ask(guest); err == nil || !strings.Contains(err.Error(), "Connection refused") {
@@ -72,4 +76,55 @@ func TestRunJoins(t *testing.T) {
 		return nil
 	})
 	r.clean()
+}
+
+// controlAway: a run that begins while its control plane is away says so once, with the address, and again when it is
+// reached; the command works then.
+func controlAway(t *testing.T, c *controlled, r *rootless, bundle string) {
+	const at = "127.0.0.1:15999"
+	log := waitFor("it works")
+	cmd := r.cmd([]string{"XDS_ADDRESS=https://" + at, "ALT_XDS_HOSTNAME=" + c.N1.Addr4.String()}, "", "--join", bundle, "--",
+		"bash", "-c", fmt.Sprintf("until exec 3<>/dev/tcp/%s/9000; do sleep 0.1; done 2>/dev/null; echo it works; sleep 600",
+			c.c.IPs[0]))
+	cmd.Stdout, cmd.Stderr = log, log
+	p, err := c.Start(c.h1.NS, cmd)
+	must(t, err)
+	defer p.Kill()
+	const away, back = "the control plane is not reached", "the control plane is reached"
+	eventually(t, 30*time.Second, func() error {
+		if s := log.String(); !strings.Contains(s, away) || !strings.Contains(s, at) || !strings.Contains(s, "nothing listens") {
+			return fmt.Errorf("it is not said: %s", s)
+		}
+		return nil
+	})
+	ln, err := c.h1.NS.Listen("tcp", at)
+	must(t, err)
+	var work sync.WaitGroup
+	defer work.Wait()
+	defer p.Kill()
+	defer ln.Close()
+	work.Go(func() {
+		for {
+			in, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			out, err := c.h1.NS.Dial(c.ctx, "tcp", fmt.Sprintf("%s:%d", c.N1.Addr4, controlPort))
+			if err != nil {
+				in.Close()
+				continue
+			}
+			for _, way := range [][2]net.Conn{{in, out}, {out, in}} {
+				work.Go(func() { io.Copy(way[0], way[1]); way[0].Close(); way[1].Close() })
+			}
+		}
+	})
+	select {
+	case <-log.seen:
+	case <-time.After(60 * time.Second):
+		t.Errorf("the command does not work: %s", log)
+	}
+	if s := log.String(); strings.Count(s, away) != 1 || strings.Count(s, back) != 1 {
+		t.Errorf("not one line each: %s", s)
+	}
 }
