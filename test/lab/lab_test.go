@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"ztun/tun/sandwich"
 )
 
 func testContext(t *testing.T) context.Context {
@@ -204,11 +206,22 @@ func TestScavenger(t *testing.T) {
 	if out, err := exec.Command("ip", "netns", "add", ns).CombinedOutput(); err != nil {
 		t.Fatalf("%v %s", err, out)
 	}
+	// What a daemon keeps for a steered pod goes with the pod's namespace.
+	var st syscall.Stat_t
+	if err := syscall.Stat("/var/run/netns/"+ns, &st); err != nil {
+		t.Fatal(err)
+	}
+	kept := sandwich.Record{Dev: st.Dev, Ino: st.Ino}.Name()
+	if out, err := exec.Command("ip", "netns", "add", kept).CombinedOutput(); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
 	if err := Scavenge(t.Logf); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := os.Stat("/var/run/netns/" + ns); err == nil {
-		t.Error("the dead world's namespace is still there")
+	for _, name := range []string{ns, kept} {
+		if _, err := os.Stat("/var/run/netns/" + name); err == nil {
+			t.Errorf("the dead world's namespace %s is still there", name)
+		}
 	}
 	if _, err := os.Stat(dead); err == nil {
 		t.Error("the dead world's directory is still there")

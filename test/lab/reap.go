@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"ztun/tun/sandwich"
 )
 
 // baseDir holds one directory per living world: lock (flock held by the owner), netns (the namespaces, one a line,
@@ -119,8 +121,17 @@ func Scavenge(logf func(string, ...any)) error {
 	return errors.Join(errs...)
 }
 
-// removeNS kills what runs inside a namespace of ours and removes it; one that is gone is no error.
+// removeNS kills what runs inside a namespace of ours and removes it, and with it the namespace that a daemon which has
+// ended without letting go of it keeps for the pod that it is (tun/sandwich); one that is gone is no error.
 func removeNS(name string) error {
+	var st unix.Stat_t
+	if err := unix.Stat("/var/run/netns/"+name, &st); err != nil {
+		return nil
+	}
+	return errors.Join(removeOne(name), removeOne(sandwich.Record{Dev: st.Dev, Ino: st.Ino}.Name()))
+}
+
+func removeOne(name string) error {
 	if _, err := os.Stat("/var/run/netns/" + name); err != nil {
 		return nil
 	}
