@@ -31,9 +31,8 @@ func levels() []string { return []string{"off", "error", "warn", "info", "debug"
 // which as a target would turn off everything else.
 func targets() []string {
 	return []string{
-		"access", "admin", "bounds", "ca", "control", "crl", "dns", "hbone", "inbound", "istiod", "netstack", "outbound",
-		"pods", "proxy", "readiness",
-		"state", "stats", "xds", "zds", "ztun",
+		"access", "admin", "bounds", "ca", "control", "crl", "dns", "hbone", "inbound", "istiod", "kubernetes",
+		"netstack", "outbound", "pods", "proxy", "readiness", "run", "state", "stats", "xds", "zds", "ztun",
 		"h2", "hickory_proto", "hickory_resolver", "hickory_server", "hyper", "hyper_util", "rustls", "tokio", "tonic",
 		"tower", "ztunnel",
 	}
