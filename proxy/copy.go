@@ -188,6 +188,9 @@ func (s *copying) oneWay(dst, src Conn, count func(int)) error {
 // move is the inner loop, with the fewest copies that the two ends allow: a stream reads from its
 // source straight into the frame that it is about to send; a source that can hand its buffers out does.
 func move(dst, src Conn, count func(int)) error {
+	if done, err := moveSocket(dst, src, count); done {
+		return err
+	}
 	_, kernel := dst.(*net.TCPConn) // whose ReadFrom does not tell whose error it was, and holds a buffer while it waits
 	if rf, ok := dst.(io.ReaderFrom); ok && !kernel {
 		if w, ok := src.(readWaiter); ok {
@@ -217,6 +220,39 @@ func move(dst, src Conn, count func(int)) error {
 		return nil
 	}
 	return moveBuffered(dst, src, count)
+}
+
+// moveSocket is move between a stream of a tunnel and an application's kernel socket; false: they are something else.
+func moveSocket(dst, src Conn, count func(int)) (done bool, err error) {
+	side := "send: " // where an error of the stream's is
+	switch to := dst.(type) {
+	case *hbone.Stream:
+		app, ok := src.(*net.TCPConn)
+		if !ok {
+			return false, nil
+		}
+		_, err = to.ReadFromSocket(app, count)
+	case *net.TCPConn:
+		stream, ok := src.(*hbone.Stream)
+		if !ok {
+			return false, nil
+		}
+		side = "receive: "
+		_, err = stream.WriteToSocket(to, count)
+	default:
+		return false, nil
+	}
+	var source *hbone.SourceError
+	var sink *hbone.SinkError
+	switch {
+	case err == nil:
+		return true, nil
+	case errors.As(err, &source):
+		return true, &copyError{"receive: ", source.Err}
+	case errors.As(err, &sink):
+		return true, &copyError{"send: ", sink.Err}
+	}
+	return true, &copyError{side, err}
 }
 
 // moveBuffered is for ends with no better way.

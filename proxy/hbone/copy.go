@@ -1,17 +1,21 @@
 package hbone
 
-import "io"
+import (
+	"io"
+	"net"
+)
 
 // ReadFrom sends what src yields until its end (nil) or an error: a *SourceError if src failed, else as Write.
 // It reads straight into the frame that is sent. If src has WaitRead() error (returns when Read would not wait, as
-// netstack's connections and Streams have), an idle stream holds no buffer. It does not end our direction.
+// netstack's connections and Streams have) or is a kernel socket, an idle stream holds no buffer. It does not end our
+// direction.
 func (s *Stream) ReadFrom(src io.Reader) (total int64, err error) {
+	if tc, ok := src.(*net.TCPConn); ok {
+		return s.ReadFromSocket(tc, nil)
+	}
 	s.wlock.Lock()
 	defer s.wlock.Unlock()
 	waiter, _ := src.(interface{ WaitRead() error })
-	if waiter == nil {
-		waiter, src = pollable(src)
-	}
 	for {
 		if waiter != nil {
 			if err := waiter.WaitRead(); err != nil {
@@ -19,26 +23,99 @@ func (s *Stream) ReadFrom(src io.Reader) (total int64, err error) {
 			}
 		}
 		f := s.c.bufs.frame(s.class)
-		room := f.room()
-		n, rerr := src.Read(room)
-		if n > 0 {
-			// The buffer grows with what is there to be sent: an echo stays at the smallest.
-			switch {
-			case n == len(room) && int(s.class) < len(frameLens)-1:
-				s.class++
-			case s.class > 0 && n < frameLens[s.class-1]/2:
-				s.class--
-			}
-			f.end += n
-			if err := s.put(f); err != nil {
-				return total, err
-			}
-			total += int64(n)
-		} else {
-			s.c.bufs.putFrame(f)
+		n, rerr := src.Read(f.room())
+		if err := s.send(f, n); err != nil {
+			return total, err
 		}
+		total += int64(n)
 		if rerr != nil {
 			return total, sourceError(rerr)
+		}
+	}
+}
+
+// ReadFromSocket is ReadFrom for a kernel socket; count, if there is one, is told of each read.
+func (s *Stream) ReadFromSocket(src *net.TCPConn, count func(int)) (total int64, err error) {
+	r, err := newSockReader(src)
+	if err != nil {
+		return 0, &SourceError{err}
+	}
+	s.wlock.Lock()
+	defer s.wlock.Unlock()
+	for {
+		f, n, rerr := r.read(s.c.bufs, s.class)
+		if rerr != nil {
+			return total, sourceError(rerr)
+		}
+		if count != nil {
+			count(n)
+		}
+		if err := s.send(f, n); err != nil {
+			return total, err
+		}
+		total += int64(n)
+	}
+}
+
+// send puts a frame into which n bytes were read, or gives an empty one back. wlock is held.
+func (s *Stream) send(f *frame, n int) error {
+	if n == 0 {
+		s.c.bufs.putFrame(f)
+		return nil
+	}
+	// The buffer grows with what is there to be sent: an echo stays at the smallest.
+	switch {
+	case n == len(f.room()) && int(s.class) < len(frameLens)-1:
+		s.class++
+	case s.class > 0 && n < frameLens[s.class-1]/2:
+		s.class--
+	}
+	f.end += n
+	return s.put(f)
+}
+
+// socketBatch is what WriteToSocket hands to the kernel at once, in bytes, or a piece more.
+const socketBatch = 128 << 10
+
+// WriteToSocket is WriteTo for a kernel socket, with many pieces in one write; count is told of what the socket took.
+func (s *Stream) WriteToSocket(dst *net.TCPConn, count func(int)) (total int64, err error) {
+	w := newSockWriter(dst)
+	if w == nil {
+		return 0, &SinkError{net.ErrClosed}
+	}
+	var taken []chunk
+	var pieces [][]byte
+	for {
+		s.rmu.Lock()
+		if err := s.await(); err != nil {
+			s.rmu.Unlock()
+			if err == io.EOF {
+				err = nil
+			}
+			return total, err
+		}
+		size := 0
+		for len(s.chunks) > s.head && size < socketBatch {
+			ch := s.pop(bulkLen)
+			taken, pieces = append(taken, ch), append(pieces, ch.k.b[ch.off:ch.end])
+			size += ch.end - ch.off
+		}
+		s.rmu.Unlock()
+		n, err := w.WriteBuffers(pieces)
+		for i := range taken {
+			taken[i].k.release()
+		}
+		clear(taken)
+		taken = taken[:0]
+		clear(pieces)
+		pieces = pieces[:0]
+		s.consumed(size)
+		if n > 0 {
+			count(int(n))
+		}
+		total += n
+		if err != nil {
+			return total, &SinkError{err}
 		}
 	}
 }

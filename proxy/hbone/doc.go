@@ -75,4 +75,9 @@
 //     is too large is 431 on its stream, up to four times the bound; beyond that decoding it costs too much.
 //   - 2026-11-28: content-length on CONNECT has to be a number and is not compared with anything (as nghttp2 does; the
 //     h2 library compares): a tunnel has no content.
+//   - 2026-11-29: between a stream and an application's kernel socket (redirected, rootless and dedicated pods) bytes
+//     go as between tunnel and socket: read in the poller's callback straight into the frame, written many pieces at
+//     once (ReadFromSocket, WriteToSocket). Before, net's own copying read at most 32 KiB into a buffer of its own,
+//     which an idle connection held as well. A redirected pod's bulk costs a quarter less processor time (2.7 to 2.0
+//     CPU-s per GB, both daemons), and is 1.2 to 1.5 times as fast.
 package hbone

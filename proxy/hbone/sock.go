@@ -9,37 +9,61 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pollable makes a kernel TCP connection wait without a buffer, as other sources can by themselves.
-func pollable(src io.Reader) (interface{ WaitRead() error }, io.Reader) {
-	tc, ok := src.(*net.TCPConn)
-	if !ok {
-		return nil, src
-	}
-	raw, err := tc.SyscallConn()
-	if err != nil {
-		return nil, src
-	}
-	w := &socketWaiter{raw: raw}
-	w.callback = w.peek
-	return w, src
-}
-
-type socketWaiter struct {
+// sockReader reads from a kernel socket into frames, without telling Go's scheduler of each call and without a buffer
+// while it waits, as wire reads. One user at a time; deadlines are the connection's.
+type sockReader struct {
+	c        net.Conn
 	raw      syscall.RawConn
-	callback func(uintptr) bool
+	callback func(fd uintptr) bool
+
+	bufs  *Buffers
+	class uint8
+	f     *frame
+	n     int
+	err   error
 }
 
-// WaitRead asks the kernel first, so that a busy connection does not go through the poller.
-func (w *socketWaiter) WaitRead() error { return w.raw.Read(w.callback) }
+func newSockReader(c *net.TCPConn) (*sockReader, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	r := &sockReader{c: c, raw: raw}
+	r.callback = r.readFD
+	return r, nil
+}
 
-func (w *socketWaiter) peek(fd uintptr) bool {
-	var b [1]byte
+// read waits for bytes, and returns a frame of the class with n of them behind its header; after an error, io.EOF
+// too, there is no frame.
+func (r *sockReader) read(bufs *Buffers, class uint8) (f *frame, n int, err error) {
+	r.bufs, r.class, r.n, r.err = bufs, class, 0, nil
+	if err = r.raw.Read(r.callback); err == nil {
+		err = r.err
+	}
+	f, r.f = r.f, nil
+	return f, r.n, err
+}
+
+// readFD reads without waiting; false makes the poller wait and call again.
+func (r *sockReader) readFD(fd uintptr) bool {
+	f := r.bufs.frame(r.class)
+	room := f.room()
 	for {
-		_, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		if err == unix.EINTR {
+		n, _, errno := unix.RawSyscall(unix.SYS_READ, fd, uintptr(unsafe.Pointer(unsafe.SliceData(room))),
+			uintptr(len(room)))
+		switch {
+		case errno == unix.EINTR:
 			continue
+		case errno == 0 && n > 0:
+			r.f, r.n = f, int(n)
+			return true
+		case errno == 0:
+			r.err = io.EOF
+		case errno != unix.EAGAIN:
+			r.err = &net.OpError{Op: "read", Net: "tcp", Source: r.c.LocalAddr(), Addr: r.c.RemoteAddr(), Err: errno}
 		}
-		return err != unix.EAGAIN
+		r.bufs.putFrame(f)
+		return errno != unix.EAGAIN
 	}
 }
 
@@ -51,6 +75,7 @@ type sockWriter struct {
 	callback func(uintptr) bool
 
 	b     []byte
+	vec   []unix.Iovec // of WriteBuffers: what is left
 	n     int
 	errno syscall.Errno
 }
@@ -73,12 +98,70 @@ func newSockWriter(c net.Conn) *sockWriter {
 // Write is net.Conn's.
 func (w *sockWriter) Write(b []byte) (int, error) {
 	w.b, w.n, w.errno = b, 0, 0
-	err := w.raw.Write(w.callback)
+	err := w.failed(w.raw.Write(w.callback))
 	w.b = nil
+	return w.n, err
+}
+
+// WriteBuffers writes the pieces, none of them empty, in order, with as few calls as the kernel takes.
+func (w *sockWriter) WriteBuffers(pieces [][]byte) (int64, error) {
+	if len(pieces) == 1 {
+		n, err := w.Write(pieces[0])
+		return int64(n), err
+	}
+	w.n, w.errno = 0, 0
+	full := w.vec[:0]
+	for _, p := range pieces {
+		full = append(full, unix.Iovec{Base: unsafe.SliceData(p), Len: uint64(len(p))})
+	}
+	w.vec = full
+	err := w.failed(w.raw.Write(w.writeVec))
+	clear(full)
+	w.vec = full[:0]
+	return int64(w.n), err
+}
+
+func (w *sockWriter) failed(err error) error {
 	if err == nil && w.errno != 0 {
 		err = &net.OpError{Op: "write", Net: "tcp", Source: w.c.LocalAddr(), Addr: w.c.RemoteAddr(), Err: w.errno}
 	}
-	return w.n, err
+	return err
+}
+
+// maxIovec is the kernel's bound of pieces in one call (UIO_MAXIOV).
+const maxIovec = 1024
+
+// writeVec is writeFD for vec.
+func (w *sockWriter) writeVec(fd uintptr) bool {
+	for len(w.vec) > 0 {
+		n, _, errno := unix.RawSyscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(unsafe.SliceData(w.vec))),
+			uintptr(min(len(w.vec), maxIovec)))
+		switch errno {
+		case 0:
+			w.n += int(n)
+			w.vec = advance(w.vec, uint64(n))
+		case unix.EINTR:
+		case unix.EAGAIN:
+			return false
+		default:
+			w.errno = errno
+			return true
+		}
+	}
+	return true
+}
+
+// advance takes n bytes off the front.
+func advance(vec []unix.Iovec, n uint64) []unix.Iovec {
+	for len(vec) > 0 && n >= vec[0].Len {
+		n -= vec[0].Len
+		vec = vec[1:]
+	}
+	if n > 0 {
+		vec[0].Base = (*byte)(unsafe.Add(unsafe.Pointer(vec[0].Base), n))
+		vec[0].Len -= n
+	}
+	return vec
 }
 
 // writeFD writes what goes without waiting; false makes the poller wait and call again.
