@@ -140,6 +140,14 @@ func TestSteered(t *testing.T) {
 		t.Errorf("on the wire: %v", got)
 	}
 	kept("after the capture of both ends")
+	for p, h := range map[*lab.Pod]*lab.Host{m.a: m.h2, m.c: m.h1} {
+		newNameserver(t, h.NS, h.IPs) // which the pod's DNS proxy asks for what the mesh does not know
+		for _, at := range h.IPs {
+			if _, err := ask(p.NS, netip.AddrPortFrom(at, 53), "www.example."); err != nil {
+				t.Errorf("pod %s, a name outside the mesh, by %s: %v", p.Name, at, err)
+			}
+		}
+	}
 	eventually(t, 30*time.Second, func() error { // peers' certificates are there
 		for _, n := range m.Nodes() {
 			if found := m.doctor(n); len(found) > 0 {

@@ -16,6 +16,7 @@
 //
 //	application's TCP, DNS       in0 -> ztun-app -> netstack
 //	application's UDP, ICMP      in0 -> eth0, by the kernel
+//	answers of nameservers       eth0 -> ztun-up -> netstack, which asks them for the pod's DNS proxy
 //	HBONE, port 15008            kernel sockets in S with the pod's address
 //	other TCP from the network   eth0 -> ztun-up -> netstack
 //	netstack to the application  ztun-app -> in0
@@ -37,10 +38,14 @@
 //   - the TUNs are persistent, and below each route into one there is a blackhole: with the daemon dead packets end.
 //   - a device that changes its namespace loses addresses, routes, neighbours and settings, and its number where that
 //     is taken: all of them are in Facts.
+//   - since the application's UDP to port 53 is netstack's, so is what comes from port 53 (2026-11-29; seen on a
+//     cluster: answers went to the pod, and no name outside the mesh resolved). A nameserver in the pod that is asked
+//     from port 53 has a port below 1024 and goes on.
 //
-// Limits: a fragmented IPv6 ping does not reach the pod (tc looks for ICMPv6 behind the fixed header). One address of
-// a family per pod. Multicast and the CNI's layer 2 do not reach the pod, protocols other than TCP, UDP and ICMP are
-// dropped. One more hop of TTL each way.
+// Limits: a fragmented IPv6 ping does not reach the pod (tc looks for ICMPv6 behind the fixed header), nor a
+// nameserver's fragmented answer the DNS proxy (later fragments have no ports). One address of a family per pod.
+// Multicast and the CNI's layer 2 do not reach the pod, protocols other than TCP, UDP and ICMP are dropped. One more
+// hop of TTL each way.
 //
 // Decisions:
 //   - 2026-11-28: a package beside steer and not more kinds of step in it: steer's plans change a namespace that is

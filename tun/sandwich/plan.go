@@ -187,6 +187,10 @@ func rules(f Facts, c Config, v6 bool) (out []Action) {
 		add(Rule{Pref: 11, Iif: f.Dev, Proto: tcp, Sport: mesh, Dport: answers, Table: tableLocal})
 		add(Rule{Pref: 20, Iif: f.Dev, To: a, Proto: tcp, Table: tableNet})
 		if c.Native {
+			if c.DNS { // nameservers' answers are netstack's, which asks for the pod, but for those to a nameserver in it
+				add(Rule{Pref: 18, Iif: f.Dev, To: a, Proto: udp, Sport: Ports{53, 53}, Dport: Ports{1, 1023}, Table: tablePod})
+				add(Rule{Pref: 19, Iif: f.Dev, To: a, Proto: udp, Sport: Ports{53, 53}, Table: tableNet})
+			}
 			add(Rule{Pref: 21, Iif: f.Dev, To: a, Proto: udp, Table: tablePod})
 			add(Rule{Pref: 22, Iif: f.Dev, To: a, Proto: icmp, Table: tableLocal})
 		} else {
