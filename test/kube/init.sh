@@ -45,9 +45,11 @@ mount --make-rshared /
 
 cp -n /usr/lib/cni/* /opt/cni/bin/
 rm -rf /etc/cni/net.d/*
-cat >/etc/cni/net.d/10-bridge.conflist <<END
+link='"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true'
+[ "$(cat "$RUN/cni")" = bridge ] || link='"type": "ptp"'
+cat >/etc/cni/net.d/10-pods.conflist <<END
 {"cniVersion": "0.4.0", "name": "pods", "plugins": [
- {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true, "ipam": {
+ {$link, "ipMasq": false, "ipam": {
   "type": "host-local", "ranges": [[{"subnet": "$(pods4 "$node")"}], [{"subnet": "$(pods6 "$node")"}]],
   "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]}},
  {"type": "portmap", "capabilities": {"portMappings": true}}]}

@@ -42,8 +42,7 @@ reap() {
 	local pid
 	pid=$(cat "$RUN/$1.pid" 2>/dev/null) || return 0
 	kill -9 "$pid" 2>/dev/null
-	gone "$pid"
-	rm -f "$RUN/$1.pid"
+	gone "$pid" && rm -f "$RUN/$1.pid"
 }
 gone() {
 	for _ in $(seq 100); do
@@ -51,6 +50,7 @@ gone() {
 		sleep 0.1
 	done
 	echo "process $1 does not end" >&2
+	return 1
 }
 # soon SECONDS COMMAND...: until the command succeeds.
 soon() {

@@ -33,20 +33,26 @@ up() {
 		exec nsenter --net="$2" unshare -m -u -i -C -p -f --kill-child --propagation private bash "$3" "$4"' \
 		_ "$d" "/run/netns/$PREFIX-$node" "$here/init.sh" "$node" </dev/null >>"$d/init.log" 2>&1 &
 	leader=$!
+	# shellcheck disable=SC2317 # soon calls it
+	child() { pid=$(tr -d ' ' <"/proc/$leader/task/$leader/children") && [ -n "$pid" ]; }
+	need 20 child
+	born "$pid" >"$d/init.born"
+	echo "$pid" >"$d/init.pid" # before it is ready: down ends a node that never became so
 	need 120 test -e "$d/ready"
-	tr -d ' ' <"/proc/$leader/task/$leader/children" >"$d/init.pid"
 }
+# born PID: when it began, which tells it from a later one of its number.
+born() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
 
 down() {
 	local d pid
 	d=$RUN/$node
 	[ -e "$d/init.pid" ] || return 0
 	pid=$(cat "$d/init.pid")
-	if [ "$(readlink "/proc/$pid/ns/net" 2>/dev/null)" = "$(stat -Lc 'net:[%i]' "/run/netns/$PREFIX-$node")" ]; then
+	if [ "$(born "$pid")" = "$(cat "$d/init.born")" ]; then
 		kill -9 "$pid"
-		gone "$pid"
+		gone "$pid" || return # its files stay, with what is needed to try again
 	fi
-	rm -rf "$d"/{init.pid,ready,start,kubelet,cni,log}
+	rm -rf "$d"/{init.pid,init.born,ready,start,kubelet,cni,log}
 	while read -r g; do
 		for _ in $(seq 50); do
 			[ -d "$g" ] || break

@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
 # trial.sh [NAME...]: tries ztun as the node proxy of the cluster that is up: a line for each thing tried, with what was
-# seen; exit code 1 if one went wrong. NAME is one of names wire strict policy label churn job rollout kill istioctl leaks,
-# and away where ztun's own agent is.
+# seen; exit code 1 if one went wrong. NAME is one of those in the last lines, or away where ztun's own agent is.
 # shellcheck disable=SC2016,SC2317 # what the pods' shells expand; functions that judge and soon call
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "$0")/lib.sh"
 # shellcheck source=trial_agent.sh
 . "$here/trial_agent.sh"
+# shellcheck source=trial_services.sh
+. "$here/trial_services.sh"
+# shellcheck source=trial_kept.sh
+. "$here/trial_kept.sh"
+# shellcheck source=trial_many.sh
+. "$here/trial_many.sh"
 
+OWN_AGENT=$(k get ds -n istio-system ztun-agent -o name --ignore-not-found)
 fails=0
 # judge NAME SEEN CONDITION...: says whether the condition holds.
 judge() {
@@ -37,8 +43,8 @@ apply() { k apply -f - >/dev/null; }
 traffic() {
 	client sh -c 'exec >/tmp/said 2>&1; rm -f /tmp/stop; ok=0; bad=0
 		until [ -e /tmp/stop ]; do
-			if curl -s -m 10 -o /dev/null -f http://web.amb/; then ok=$((ok+1)); continue; fi
-			echo "bad $? $(date +%T)"
+			if e=$(curl -s -m 10 -o /dev/null -f -w "%{errormsg}" http://web.amb/); then ok=$((ok+1)); continue; fi
+			echo "bad $(date +%T) $e"
 			bad=$((bad+1))
 		done; echo "$ok answered, $bad failed"' &
 	sleep 2
@@ -173,94 +179,6 @@ try_label() {
 	k delete pod -n amb moves --wait=false >/dev/null
 }
 
-# Pods come and go by the CNI while the others are asked without a pause.
-try_churn() {
-	local file n=36 i said
-	file=$(mktemp)
-	apply <<-END
-		apiVersion: apps/v1
-		kind: Deployment
-		metadata: {name: churn, namespace: amb}
-		spec:
-		  replicas: 0
-		  selector: {matchLabels: {app: churn}}
-		  template:
-		    metadata: {labels: {app: churn}}
-		    spec:
-		      terminationGracePeriodSeconds: 1
-		      containers: [{name: c, image: "localhost/busybox:1", command: [sleep, "1000000"]}]
-	END
-	churned() { [ -z "$(k get pod -n amb -l app=churn -o name)" ]; }
-	traffic "$file"
-	for i in 1 2 3; do
-		k scale -n amb deploy/churn --replicas=$((n / 3)) >/dev/null
-		k rollout status -n amb deploy/churn --timeout=120s >/dev/null || echo "round $i: pods did not become ready"
-		k scale -n amb deploy/churn --replicas=0 >/dev/null
-		soon 60 churned
-	done
-	said=$(traffic_end "$file")
-	judge "$n pods created and deleted under requests" "$said" none_failed "$said"
-	rm -f "$file"
-}
-
-# A Job whose pod connects at once: the first request of its life is answered, and its peer sees an identity.
-try_job() {
-	local n
-	strict
-	k delete job -n amb at-once >/dev/null 2>&1
-	apply <<-END
-		apiVersion: batch/v1
-		kind: Job
-		metadata: {name: at-once, namespace: amb}
-		spec:
-		  completions: 6
-		  parallelism: 3
-		  backoffLimit: 0
-		  template:
-		    spec:
-		      restartPolicy: Never
-		      containers:
-		      - {name: c, image: "localhost/busybox:1", command: [curl, -s, -f, -m, "10", "http://web.amb/"]}
-	END
-	k wait -n amb --for=condition=Complete job/at-once --timeout=90s >/dev/null
-	n=$(k get job -n amb at-once -o jsonpath='{.status.succeeded}')
-	judge "six pods that ask at once, STRICT" "${n:-0} succeeded" [ "$n" = 6 ]
-	k delete job -n amb at-once >/dev/null
-}
-
-try_rollout() {
-	local file said
-	file=$(mktemp)
-	traffic "$file"
-	k -n istio-system rollout restart ds/ztunnel >/dev/null
-	k -n istio-system rollout status ds/ztunnel --timeout=180s >/dev/null || echo "      the rollout did not end"
-	sleep 2
-	said=$(traffic_end "$file")
-	judge "rolling restart of the DaemonSet under requests" "$said" none_failed "$said"
-	grep ^bad "$file" | sort | uniq -c
-	rm -f "$file"
-}
-
-# kill -9: connections are refused until the container is back, nothing goes in the clear, then all is as before.
-try_kill() {
-	local file dump said plain pid ip
-	file=$(mktemp) dump=$(mktemp) ip=$(pod_ip amb "$(web_on n2)")
-	inside n1 timeout 60 tcpdump -lni eth0 "host $ip and port 8080" >"$dump" 2>/dev/null &
-	local dumping=$!
-	traffic "$file"
-	pid=$(on n1 pgrep -f '^/usr/local/bin/ztun(nel)? proxy ztunnel' | head -n 1)
-	on n1 kill -9 "$pid"
-	sleep 8
-	said=$(traffic_end "$file")
-	kill "$dumping" 2>/dev/null
-	wait "$dumping" 2>/dev/null
-	plain=$(wc -l <"$dump")
-	judge "kill -9 of n1's proxy under requests" "$said; $plain packets in the clear" [ "$plain" = 0 ]
-	said=$(asks 20 http://web.amb/)
-	judge "after kill -9" "$said of 20 answered" [ "$said" = 20 ]
-	rm -f "$file" "$dump"
-}
-
 try_istioctl() {
 	local pod file
 	for pod in $(proxy_on n1) $(proxy_on n2); do
@@ -271,22 +189,17 @@ try_istioctl() {
 			grep -q HBONE "$file"
 		rm -f "$file"
 	done
+	file=$(inside cp "$BIN/istioctl" proxy-status 2>&1)
+	judge "istioctl proxy-status" "$(grep -c ztun <<<"$file") proxies of ztun" [ "$(grep -c ztun <<<"$file")" -ge 2 ]
+	[ -n "$file" ] && head -n 6 <<<"$file" | cut -c1-200 | sed 's/^/      /'
 }
 
-# After all of this the proxies hold no more than the pods there are.
-try_leaks() {
-	local node pod want have
-	for node in n1 n2; do
-		pod=$(proxy_on $node)
-		want=$(k get pod -n amb --field-selector "spec.nodeName=$node" -o name | wc -l)
-		have=$(k -n istio-system exec "$pod" -- ztun pod list | grep -c '^amb ')
-		judge "pods of $node" "$have attached, $want there" [ "$have" = "$want" ]
-	done
-}
-
-# shellcheck disable=SC2068
-for t in ${@:-names wire strict policy label churn job rollout kill istioctl leaks}; do
+[ $# -gt 0 ] || set -- names wire strict policy services stateful drop label kept job rollout kill \
+	istioctl churn adds leaks
+for t; do
+	at=$SECONDS
 	"try_$t"
+	echo "      ($t: $((SECONDS - at)) s)"
 done
 echo "$fails failed"
 [ "$fails" = 0 ]

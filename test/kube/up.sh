@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# up.sh [agent]: networks, certificates, control plane, two nodes, Istio's ambient profile with ztun in ztunnel's place,
+# up.sh [agent] [ptp]: networks, certificates, control plane, two nodes, Istio's ambient profile with ztun in ztunnel's place,
 # and the pods of manifests/amb.yaml. With agent: ztun's own node agent and CNI plugin in place of istio-cni, as
-# scripts/kubernetes/agent has them.
+# scripts/kubernetes/agent has them. With ptp: each pod has a link of its own to its node, and no bridge.
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "$0")/lib.sh"
 set -e
@@ -155,7 +155,16 @@ rolled_out() { need 120 k rollout status -n "$1" "$2" --timeout=5s; }
 for program in kube istioctl coredns ztun; do
 	[ -x "$BIN/$program" ] || { echo "$BIN/$program is not there: scripts/kube-lab build" >&2; exit 1; }
 done
+mode=istio-cni cni=bridge
+for word; do
+	case $word in
+	agent) mode=agent ;;
+	ptp) cni=ptp ;;
+	*) echo "up: agent, ptp or nothing, not $word" >&2; exit 2 ;;
+	esac
+done
 mkdir -p "$RUN"
+echo $cni >"$RUN/cni"
 rm -rf "$RUN/etcd" "$RUN"/*.log
 networks
 certificates
@@ -183,7 +192,7 @@ k apply -f "$here/manifests/coredns.yaml" >/dev/null
 rolled_out kube-system deploy/coredns
 say "CoreDNS"
 k apply --server-side -f "$MANIFESTS/crds.yaml" >/dev/null
-case ${1:-} in
+case $mode in
 agent)
 	agent=$here/../../scripts/kubernetes/agent
 	"$here/agent.py" "$MANIFESTS/istio.yaml" <(k kustomize "$agent") >"$RUN/agent.yaml"
@@ -198,7 +207,7 @@ agent)
 	;;
 esac
 rolled_out istio-system ds/ztunnel
-say "istiod, ${1:-istio-cni}, ztun"
+say "istiod, $mode, ztun"
 k apply -f "$here/manifests/amb.yaml" >/dev/null
 rolled_out amb deploy/web
 need 90 k wait --for=condition=Ready -n amb pod/client --timeout=5s

@@ -1,0 +1,164 @@
+#!/usr/bin/env bash
+# Connections that stay open while pods and proxies come and go; trial.sh sources it.
+# shellcheck shell=bash disable=SC2016,SC2317 # what the pods' shells expand; functions that judge and soon call
+
+ECHO='[nc, -ll, -p, "7000", -e, cat]'
+# keep POD NAME ADDRESS: a connection of the pod's to an echo server, on which a number goes each 0.2 s until kept NAME.
+keep() {
+	k exec -n amb "$1" -- sh -c 'cd /tmp; rm -f "$0".*
+		(i=0; until [ -e "$0.stop" ]; do i=$((i+1)); echo $i; echo $i >"$0.sent"; sleep 0.2; done) |
+			nc "$1" 7000 >"$0.got"
+		touch "$0.end"' "$2" "$3" &
+	soon 10 k exec -n amb "$1" -- grep -q 3 "/tmp/$2.got" || echo "      connection $2 never began"
+}
+# kept POD NAME: ends it, and prints how many of the numbers came back.
+kept() {
+	local cut=""
+	k exec -n amb "$1" -- test ! -e "/tmp/$2.end" || cut=", cut off"
+	k exec -n amb "$1" -- touch "/tmp/$2.stop"
+	soon 15 k exec -n amb "$1" -- test -e "/tmp/$2.end"
+	k exec -n amb "$1" -- sh -c 'cd /tmp; echo "$(wc -l <"$0.got") of $(cat "$0.sent") came back$1"' "$2" "$cut"
+}
+# all_back "N of N came back"
+all_back() {
+	local n m rest
+	read -r n _ m rest <<<"$1"
+	[ "$n" = "$m" ] && [ "$n" -gt 5 ] && [ "$rest" = "came back" ]
+}
+cut_off() { [[ $1 == *", cut off" ]]; }
+
+# wire: captures what goes between pods past the proxies: ports 8080 and 7000 on any link of the nodes, but kubelet's
+# probes (for which istio-cni has an address of its own).
+wire() {
+	local node
+	for node in n1 n2; do
+		inside $node timeout 900 tcpdump -lnni any \
+			"tcp and (port 8080 or port 7000) and not host 10.97.${node#n}.1 and not host 169.254.7.127" \
+			>"$RUN/wire-$node" 2>/dev/null &
+		echo $! >"$RUN/wire-$node.pid"
+	done
+	sleep 1
+}
+# wire_end: how many packets it were.
+wire_end() {
+	local node pid
+	sleep 1
+	for node in n1 n2; do
+		pid=$(cat "$RUN/wire-$node.pid")
+		kill "$pid" 2>/dev/null
+		wait "$pid" 2>/dev/null
+	done
+	cat "$RUN"/wire-n? | wc -l
+}
+
+# A running pod is captured, let go and captured again. What was open before goes on through all of it with ztun's own
+# agent. istio-cni's rules end it themselves: to a conntrack that begins with them, a packet in the middle of a connection
+# is a new one's, and is redirected. What went through the proxy ends with the proxy's part, at once.
+try_kept() {
+	local n goes_on
+	permissive
+	sleeper amb echo n2 "$ECHO"
+	sleeper amb caller n1 '[sleep, "1000000"]'
+	listed() { k -n istio-system exec "$(proxy_on "$1")" -- ztun pod list | grep -q " $2 "; }
+	unlisted() { ! listed "$@"; }
+	k label pod -n amb echo caller istio.io/dataplane-mode=none >/dev/null
+	soon 20 unlisted n2 echo
+	soon 20 unlisted n1 caller
+	keep client a "$(pod_ip amb echo)"
+	keep caller b "$(pod_ip amb echo)"
+	k label pod -n amb echo istio.io/dataplane-mode- >/dev/null
+	judge "a server that is taken with open connections" "is listed" soon 20 listed n2 echo
+	k label pod -n amb caller istio.io/dataplane-mode- >/dev/null
+	judge "a client that is taken with an open connection" "is listed" soon 20 listed n1 caller
+	sleep 3
+	keep client c "$(pod_ip amb echo)"
+	k label pod -n amb echo caller istio.io/dataplane-mode=none >/dev/null
+	judge "both let go" "are not listed" soon 20 eval 'unlisted n2 echo && unlisted n1 caller'
+	sleep 3
+	n=$(kept client c)
+	judge "a connection by HBONE, its server let go" "$n" cut_off "$n"
+	goes_on=all_back
+	[ -n "$OWN_AGENT" ] || goes_on=cut_off
+	n=$(kept client a)
+	judge "a mesh client's connection, its server taken and let go" "$n" $goes_on "$n"
+	n=$(kept caller b)
+	judge "a connection of a client and a server, both taken and let go" "$n" $goes_on "$n"
+	k delete pod -n amb echo caller --wait=false >/dev/null
+	soon 30 eval '! k get pod -n amb echo || ! k get pod -n amb caller'
+}
+
+# One node's proxy after the other is replaced. A connection that is open when its proxy is told to go goes on for as
+# long as proxies finish what they have (25 s with these manifests; here 15).
+try_rollout() {
+	local file said n node i
+	file=$(mktemp)
+	permissive
+	k delete pod -n amb echo >/dev/null 2>&1
+	sleeper amb echo n2 "$ECHO"
+	wire
+	traffic "$file"
+	going() {
+		k get pod -n istio-system -l app=ztunnel \
+			-o jsonpath='{range .items[?(@.metadata.deletionTimestamp)]}{.spec.nodeName} {end}'
+	}
+	another() { node=$(going) && [ -n "$node" ] && [ "$node" != "$was" ]; }
+	local was=""
+	keep client r1 "$(pod_ip amb echo)"
+	k -n istio-system rollout restart ds/ztunnel >/dev/null
+	for i in 1 2; do
+		soon 90 another || echo "      no $i. proxy went"
+		was=$node
+		sleep 15
+		n=$(kept client r$i)
+		judge "rolling restart, a connection from 15 s before, ${node:-no }'s proxy told to go" "$n" all_back "$n"
+		[ $i = 2 ] || keep client r2 "$(pod_ip amb echo)"
+	done
+	k -n istio-system rollout status ds/ztunnel --timeout=180s >/dev/null || echo "      the rollout did not end"
+	sleep 3
+	said=$(traffic_end "$file")
+	n=$(wire_end)
+	judge "rolling restart of the DaemonSet under requests" "$said; $n packets in the clear" \
+		eval 'none_failed "$said" && [ "${said%% *}" -ge 240 ] && [ "$n" = 0 ]'
+	grep ^bad "$file" | sort | uniq -c
+	k delete pod -n amb echo --wait=false >/dev/null
+	rm -f "$file"
+}
+
+# listening: writes down when a proxy listens in the client's namespace, and when none does (redirected way).
+listening() {
+	local id pid
+	id=$(k get pod -n amb client -o jsonpath='{.status.containerStatuses[0].containerID}')
+	pid=$(on n1 ctr -n k8s.io task ls | awk -v id="${id#*//}" '$1 == id { print $2 }')
+	on n1 nsenter -t "$pid" -n timeout 60 bash -c '
+		while :; do
+			is=no
+			[ -z "$(ss -Hltn "sport = 15001")" ] || is=yes
+			[ "$is" = "$was" ] || echo "$(date +%T.%3N) $is"
+			was=$is
+			sleep 0.02
+		done'
+}
+
+# kill -9: what is under way is lost, nothing goes in the clear, then all is as before.
+try_kill() {
+	local file said plain pid seen
+	file=$(mktemp) seen=$(mktemp)
+	permissive
+	wire
+	listening >"$seen" &
+	local watching=$!
+	traffic "$file"
+	pid=$(on n1 pgrep -f '^/usr/local/bin/ztun(nel)? proxy ztunnel' | head -n 1)
+	echo "      killed at $(date +%T.%3N)"
+	on n1 kill -9 "$pid"
+	sleep 8
+	said=$(traffic_end "$file")
+	kill "$watching" 2>/dev/null
+	plain=$(wire_end)
+	judge "kill -9 of n1's proxy under requests" "$said; $plain packets in the clear" [ "$plain" = 0 ]
+	grep ^bad "$file" | sort | uniq -c
+	sed 's/^/      listening: /' "$seen"
+	said=$(asks 20 http://web.amb/)
+	judge "after kill -9" "$said of 20 answered" [ "$said" = 20 ]
+	rm -f "$file" "$seen"
+}
