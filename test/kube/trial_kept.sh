@@ -64,6 +64,7 @@ try_kept() {
 	k label pod -n amb echo caller istio.io/dataplane-mode=none >/dev/null
 	soon 20 unlisted n2 echo
 	soon 20 unlisted n1 caller
+	sleep 1 # the device is on its way back into the pod
 	keep client a "$(pod_ip amb echo)"
 	keep caller b "$(pod_ip amb echo)"
 	k label pod -n amb echo istio.io/dataplane-mode- >/dev/null

@@ -146,7 +146,7 @@ try_stateful() {
 	k delete pod -n amb db-0 >/dev/null
 	k rollout status -n amb sts/db --timeout=90s >/dev/null
 	judge "the same, db-0 that has come back" "is answered" soon 20 of_db 0
-	judge "to db-0 that has come back, by its name" "5 of 5 answered" soon 20 by_name 0
+	judge "to db-0 that has come back, by its name" "5 of 5 answered" soon 60 by_name 0 # CoreDNS remembers for 30 s
 	k delete -n amb authorizationpolicy/db svc/db sts/db sa/db >/dev/null
 }
 

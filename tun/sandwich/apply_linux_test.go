@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"ztun/tun"
 	"ztun/tun/netns"
@@ -48,8 +49,23 @@ func routedPod(t *testing.T, node, pod *nslab.NS) {
 	pod.IP(t, "neigh", "add", "169.254.1.1", "lladdr", "ee:ee:ee:ee:ee:ee", "dev", "eth0", "nud", "permanent")
 }
 
+// settled waits until IPv6 addresses are usable: on a machine with much to do the kernel hears late that a link is up.
+func settled(t *testing.T, n *nslab.NS) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		out := n.IP(t, "-6", "addr", "show", "tentative")
+		if strings.TrimSpace(out) == "" {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("addresses stay tentative:\n%s", out)
+		}
+	}
+}
+
 // dump is all that undo has to give back, as ip(8) tells it. What the kernel learns by itself is left out.
 func dump(t *testing.T, n *nslab.NS) string {
+	settled(t, n)
 	var b strings.Builder
 	for _, args := range []string{"-j -d link", "-j addr", "-j route show table all", "-j -6 route show table all", "-j rule",
 		"-j -6 rule", "-j neigh show nud permanent"} {
