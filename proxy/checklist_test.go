@@ -155,14 +155,21 @@ func TestConnectTimeout(t *testing.T) {
 }
 
 // TestUnknownLocal: checklist 45, a pod without a record waits 5 s for it; then the connection is refused, warned of
-// and not counted.
+// and not counted. Before anything is known it is not answered: its client asks again, and may be served then.
 func TestUnknownLocal(t *testing.T) {
+	b := state.NewBuilder("")
+	b.InsertWorkload(&state.Workload{UID: "other", Name: "other"})
+	unknownLocal(t, b.Build(), refusal.Reset)
+	unknownLocal(t, new(state.View), refusal.Silent)
+}
+
+func unknownLocal(t *testing.T, view *state.View, want refusal.Way) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
 		m := NewMetrics()
 		p := New(Options{
 			Info:      state.WorkloadInfo{Name: "pod", Namespace: "ns", ServiceAccount: "sa"},
-			Knowledge: &fakeKnowledge{view: new(state.View), changed: make(chan struct{})},
+			Knowledge: &fakeKnowledge{view: view, changed: make(chan struct{})},
 			Metrics:   m, Access: slog.New(slog.NewTextHandler(&log, nil)), Log: slog.New(slog.DiscardHandler),
 		})
 		defer p.Close()
@@ -170,8 +177,8 @@ func TestUnknownLocal(t *testing.T) {
 		f := &fakeFlow{t: t, src: netip.MustParseAddrPort(srcA), dst: appB, decided: make(chan struct{})}
 		p.ServeOutbound(f)
 		<-f.decided
-		if d := time.Since(start); d != 5*time.Second || f.app != nil {
-			t.Errorf("after %v: accepted %v", d, f.app != nil)
+		if d := time.Since(start); d != 5*time.Second || f.app != nil || f.refusal != want {
+			t.Errorf("after %v: accepted %v, answered %v, want %v", d, f.app != nil, f.refusal, want)
 		}
 		wantTexts(t, log.String(), "level=WARN", `msg="connection failed"`,
 			`error="failed to fetch information about local workload: sa.ns (pod)"`)

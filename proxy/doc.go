@@ -96,4 +96,7 @@
 //   - 2026-11-29: the ends of a connection that is cut are canceled one after the other; what the first end's copying
 //     makes of it (an end of file, a reset by the application) is not passed on to the second. In tests
 //     a drain at the client's side looked now and then like an orderly end at the server's.
+//   - 2026-11-29: before the first state has come, a connection that has waited 5 s for its workload's record is
+//     dropped rather than reset: nothing says that it may not be, and its client's next SYN may find what is missing.
+//     ztunnel resets it.
 package proxy

@@ -38,6 +38,7 @@ type kind uint8
 const (
 	kindIO kind = iota
 	kindUnknownWorkload
+	kindNothingKnown
 	kindLookup
 	kindRoute
 	kindNetworkPolicy
@@ -64,6 +65,9 @@ var reasons = [...]reason{
 	kindIO: {prefix: "io error: ", flag: FlagConnect, status: 503, refuse: refusal.Reset},
 	kindUnknownWorkload: {prefix: "failed to fetch information about local workload: ", flag: FlagNone, status: 503,
 		refuse: refusal.Reset},
+	// The same, before the first state: the client's next SYN may find it here.
+	kindNothingKnown: {prefix: "failed to fetch information about local workload: ", flag: FlagNone, status: 503,
+		refuse: refusal.Silent},
 	kindLookup: {prefix: "failed to look up the destination, which may be in the mesh: ", flag: FlagNone,
 		status: 503, refuse: refusal.Reset},
 	kindRoute: {prefix: "", flag: FlagConnect, status: 503, refuse: refusal.Reset},

@@ -169,8 +169,11 @@ func (p *Proxy) localWorkload(ctx context.Context) (*state.View, *state.Workload
 		select {
 		case <-changed:
 		case <-timer.C:
-			i := p.o.Info
-			return nil, nil, fail(kindUnknownWorkload, fmt.Errorf("%s.%s (%s)", i.ServiceAccount, i.Namespace, i.Name))
+			i, why := p.o.Info, kindUnknownWorkload
+			if view.Empty() {
+				why = kindNothingKnown
+			}
+			return nil, nil, fail(why, fmt.Errorf("%s.%s (%s)", i.ServiceAccount, i.Namespace, i.Name))
 		case <-ctx.Done():
 			return nil, nil, fail(kindDrain, nil)
 		}

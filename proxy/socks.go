@@ -187,7 +187,7 @@ func socksReply(err error) socks.Reply {
 	switch e.kind {
 	case kindDenied, kindPolicyChange:
 		return socks.NotAllowed
-	case kindUnknownWorkload, kindIdentity, kindDrain:
+	case kindUnknownWorkload, kindNothingKnown, kindIdentity, kindDrain:
 		return socks.GeneralFailure
 	case kindStatus:
 		if e.statusIs(401) {

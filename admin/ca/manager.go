@@ -39,9 +39,10 @@ type ManagerOptions struct {
 // Manager is ztunnel's SecretManager: one certificate per identity, fetched when first wanted, shared by everyone,
 // renewed before it ends, dropped when forgotten. All methods are safe for concurrent use.
 type Manager struct {
-	opts ManagerOptions
-	log  *slog.Logger
-	wake chan struct{} // capacity 1: something became due
+	opts   ManagerOptions
+	log    *slog.Logger
+	failed *slog.Logger  // by whose target its lines can be left out: some say so themselves
+	wake   chan struct{} // capacity 1: something became due
 
 	mu      sync.Mutex
 	started bool
@@ -147,6 +148,7 @@ func NewManager(o ManagerOptions) *Manager {
 	return &Manager{
 		opts:    o,
 		log:     o.Logger,
+		failed:  o.Logger.With("target", "ca::client"),
 		wake:    make(chan struct{}, 1),
 		entries: make(map[identity.ID]*entry),
 		queue:   newQueue(),
@@ -288,7 +290,7 @@ func (m *Manager) finish(ctx context.Context, e *entry, cert *identity.Certifica
 			}
 		}
 		m.queue.push(e, prio, now.Add(delay), now)
-		m.log.Warn("certificate request failed", "identity", e.id.String(), "error", err.Error(), "failures", e.failures,
+		m.failed.Warn("certificate request failed", "identity", e.id.String(), "error", err.Error(), "failures", e.failures,
 			"retry", delay.Round(time.Millisecond), "oldStillValid", prio == background)
 	}
 	e.settle()

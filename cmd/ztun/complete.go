@@ -109,7 +109,8 @@ func completions(cmd *cobra.Command) map[string]completion {
 		"dir":        directories, "state-dir": directories, "out": directories, "mesh": directories,
 		"cni-conf-dir": directories, "cni-bin-dir": directories,
 		"socket": files, "status-socket": files, "join": files,
-		"service-account": nothing, "ip": nothing, "mtu": nothing, "mesh-port": nothing, "publish": nothing, "tun-fd": nothing,
+		"service-account": nothing, "ip": nothing, "mtu": nothing, "wait": nothing, "mesh-port": nothing,
+		"publish": nothing, "tun-fd": nothing,
 		"tun-socket": files,
 		"listen":     nothing, "host": nothing, "admin": nothing, "metrics": nothing, "ready": nothing,
 		"run": func(*cobra.Command, []string, string) (out []string, _ cobra.ShellCompDirective) {

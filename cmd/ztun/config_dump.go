@@ -114,7 +114,7 @@ func (c *Config) dumpOwn() map[string]any {
 		"tunPlain":  c.Attach.Plain, "localRelay": c.Proxy.LocalRelay,
 		"denyUnknownPolicy": c.Proxy.DenyUnknownPolicy, "dropCapabilities": c.Privileges.Drop,
 		"steering": c.Attach.Steering.String(), "nodeAgent": c.Attach.NodeAgent,
-		"steeredNative": c.Attach.Native,
+		"steeredNative": c.Attach.Native, "runWait": secsNanos(c.Process.RunWait),
 	}
 }
 

@@ -135,7 +135,8 @@ type processConfig struct {
 	TerminationDeadline time.Duration
 	WorkerThreads       int
 	AdaptiveProcessors  bool
-	GCSet               bool // GOGC is the operator's
+	GCSet               bool          // GOGC is the operator's
+	RunWait             time.Duration // of a run's command, for a control plane that does not answer; 0: it does not wait
 }
 
 // memoryConfig is in bytes; 0: not set.

@@ -192,6 +192,10 @@ func variables(c *Config, l *loader) []variable {
 		{"ZTUN_ADMIN_TOKEN_FILE", "",
 			"file with a token (read at each request): /quitquitquit and /logging then want it as Authorization: Bearer",
 			tokenFile(&c.Admin.TokenFile)},
+		{"ZTUN_RUN_WAIT", "30s",
+			"how long `ztun run` waits with its command for a control plane or a CA that does not answer, or that does not " +
+				"know the workload, before it gives up (one that answers is waited for); 0: the command starts at once, and " +
+				"what it calls meanwhile gets no answer", duration(&c.Process.RunWait)},
 		{"ZTUN_READINESS_PORT", "15021", "readiness port (fixed in ztunnel; for several daemons in one namespace)",
 			uint16v(&c.Admin.ReadinessPort, 0)},
 	}

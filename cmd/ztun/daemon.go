@@ -48,6 +48,8 @@ type daemon struct {
 	xds      atomic.Pointer[xds.Client] // nil: workloads come from a file
 	remoteCA *ca.Remote                 // nil: certificates are signed here
 	probeCA  func(context.Context) error
+	lost     *serverLost // the control plane, as far as it is; nil: workloads come from a file
+	caLost   *serverLost // the CA; nil: this process is of no one workload
 	crl      *ca.CRLFile // nil: CRL_PATH is not set
 	revoked  identity.Revocation
 	metrics  *proxy.Metrics

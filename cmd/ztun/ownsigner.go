@@ -17,8 +17,9 @@ import (
 // that whatever goes wrong elsewhere in here, no other's key is ever held.
 type ownSigner struct {
 	ca.Signer
-	of  state.WorkloadInfo
-	log *slog.Logger
+	of   state.WorkloadInfo
+	log  *slog.Logger
+	lost *serverLost // is told how it goes
 
 	mu    sync.Mutex
 	other string // whose certificate came last, if not the one that was asked for
@@ -32,6 +33,11 @@ func (s *ownSigner) Sign(ctx context.Context, id identity.ID, csr []byte, ttl ti
 		return nil, nil, fmt.Errorf("this process is %s alone and asks for no certificate of %s", s.of, id)
 	}
 	chain, roots, err = s.Signer.Sign(ctx, id, csr, ttl)
+	if err != nil {
+		s.lost.trouble(err)
+	} else {
+		s.lost.connected()
+	}
 	if err != nil || len(chain) == 0 {
 		return chain, roots, err
 	}

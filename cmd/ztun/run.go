@@ -23,9 +23,9 @@ import (
 // asks the host's nameservers where this one was (192.0.2.0/24 is for documentation, RFC 5737: nobody has it).
 var capturedServer = netip.AddrFrom4([4]byte{192, 0, 2, 53})
 
-// runLog is RUST_LOG's default for a run, whose log is on the command's standard error: of a control plane that is away
-// there is one line (controlLost), not one for each try.
-const runLog = "warn,xds::client=error,run=info"
+// runLog is RUST_LOG's default for a run, whose log is on the command's standard error: of a control plane or a CA that
+// is away there is one line (serverLost), not one for each try.
+const runLog = "warn,xds::client=error,ca::client=error,run=info"
 
 // exitStatus is how the command of `ztun run` ended, as a shell tells it.
 type exitStatus int
@@ -155,7 +155,10 @@ func runWorkload(ctx context.Context, life *lifeline, who *runWho, reached *runP
 		cmd := exec.Command(command[0], command[1:]...)
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 		cmd.Env = append(os.Environ(), runName+"="+refOf(spec).String())
-		return life.follow(cmd)
+		if err := d.hold(ctx, life.interruptible); err != nil {
+			return err
+		}
+		return life.follow(cmd, d.quit, d.logger)
 	})
 }
 
@@ -172,6 +175,8 @@ func newRunDaemon(who *runWho, reached *runPorts, noUDP bool, dir string) (*daem
 			return dir, true
 		case name == "RUST_LOG" && !ok:
 			return runLog, true
+		case name == "ZTUN_RUN_WAIT" && who.wait != "":
+			return who.wait, true
 		}
 		return v, ok
 	}, os.Environ)

@@ -6,13 +6,14 @@ import (
 	"log/slog"
 	"strings"
 	"testing"
+	"time"
 )
 
-// TestControlLost: of a control plane that is away there is one line, with the likely cause, and one when it is back;
-// none of a stream that ends and begins again.
+// TestControlLost: of a control plane or a CA that is away there is one line, with the likely cause, and one when it is
+// back; none of a stream that ends and begins again.
 func TestControlLost(t *testing.T) {
 	var out bytes.Buffer
-	c := controlLost{log: slog.New(slog.NewTextHandler(&out, nil)), address: "https://10.0.0.1:15012", setting: "XDS_ADDRESS"}
+	c := newControlLost(slog.New(slog.NewTextHandler(&out, nil)), "https://10.0.0.1:15012", time.Minute)
 	said := func(what string, want ...string) {
 		t.Helper()
 		lines := strings.Count(out.String(), "\n")
@@ -30,7 +31,7 @@ func TestControlLost(t *testing.T) {
 	for range 5 {
 		c.trouble(refused)
 	}
-	said("at start", "level=WARN", "the command calls is refused", "https://10.0.0.1:15012", "is XDS_ADDRESS right?")
+	said("at start", "level=WARN", "it is waited for", "https://10.0.0.1:15012", "is XDS_ADDRESS right?")
 	c.connected()
 	said("the first answer", "level=INFO", "is reached")
 	c.trouble(errors.New("EOF"))
@@ -43,12 +44,25 @@ func TestControlLost(t *testing.T) {
 	c.connected()
 	said("back again", "is reached")
 
-	silent := controlLost{}
+	ca := newCALost(slog.New(slog.NewTextHandler(&out, nil)), "https://10.0.0.2:15012", "CA_ADDRESS", 0)
+	for range 5 {
+		ca.trouble(refused)
+	}
+	said("no CA", "level=WARN", "no certificate comes from the CA", "https://10.0.0.2:15012", "is CA_ADDRESS right?",
+		"in the mesh is refused")
+	ca.connected()
+	said("a certificate", "level=INFO", "a certificate has come")
+	for range 5 {
+		ca.trouble(errors.New("signing gRPC error (Unauthenticated): who is that"))
+	}
+	said("no other", "the one at hand serves until it ends", "it does not take these credentials")
+
+	silent := newControlLost(nil, "", 0)
 	for range 3 {
 		silent.trouble(refused)
 	}
 	silent.connected()
-	if got := likelyCause("rpc error: something new", "XDS_ADDRESS"); got != "see the error" {
+	if got, _ := likelyCause("rpc error: something new", "XDS_ADDRESS"); got != "see the error" {
 		t.Error(got)
 	}
 }

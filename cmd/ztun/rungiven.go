@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"time"
 
@@ -205,6 +206,11 @@ func runServing(ctx context.Context, who *runWho, reached *runPorts, noUDP bool,
 	if err := d.pods.addGiven(ctx, spec); err != nil {
 		return err
 	}
+	if err := d.hold(ctx, endedBy(signals)); errors.Is(err, errSignalled) {
+		return nil
+	} else if err != nil {
+		return err
+	}
 	fmt.Fprintf(os.Stderr, "serving workload %s\n", refOf(spec))
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
@@ -223,6 +229,24 @@ func runServing(ctx context.Context, who *runWho, reached *runPorts, noUDP bool,
 				return fmt.Errorf("the TUN carries nothing any more: %w", err)
 			}
 		}
+	}
+}
+
+var errSignalled = errors.New("a signal has come")
+
+// endedBy makes a context that ends with a signal, too, by errSignalled.
+func endedBy(signals <-chan os.Signal) func(context.Context) (context.Context, func()) {
+	return func(ctx context.Context) (context.Context, func()) {
+		ctx, cancel := context.WithCancelCause(ctx)
+		var work sync.WaitGroup
+		work.Go(func() {
+			select {
+			case <-signals:
+				cancel(errSignalled)
+			case <-ctx.Done():
+			}
+		})
+		return ctx, func() { cancel(nil); work.Wait() }
 	}
 }
 

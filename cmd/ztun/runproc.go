@@ -1,15 +1,18 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -175,6 +178,7 @@ type lifeline struct {
 	orders *os.File
 	// signals are for the command; those that come before it runs wait here.
 	signals chan syscall.Signal
+	own     chan os.Signal // those of a terminal, which the command has itself when it runs
 	done    chan struct{}
 }
 
@@ -197,9 +201,9 @@ func newLifeline(value string) (*lifeline, error) {
 	unix.CloseOnExec(lock) // held until we end
 	unix.SetNonblock(orders, true)
 	l := &lifeline{dir: parts[2], orders: os.NewFile(uintptr(orders), "pipe from `ztun run`"),
-		signals: make(chan syscall.Signal, 16), done: make(chan struct{})}
+		signals: make(chan syscall.Signal, 16), own: make(chan os.Signal, 4), done: make(chan struct{})}
 	// They come through the pipe, see above. Handled and not ignored: the command would inherit that.
-	signal.Notify(make(chan os.Signal, 1), runSignals()...)
+	signal.Notify(l.own, runSignals()...)
 	go func() {
 		defer close(l.done)
 		b := make([]byte, 1)
@@ -226,9 +230,46 @@ func (l *lifeline) close() {
 	<-l.done
 }
 
+// interruptible is a context that ends, too, with a signal that would end the command if it ran already: as if it had
+// ended by that. Others are kept for it. stop is to be called.
+func (l *lifeline) interruptible(ctx context.Context) (_ context.Context, stop func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var work sync.WaitGroup
+	work.Go(func() {
+		var kept []syscall.Signal
+		defer func() {
+			for _, s := range kept {
+				select {
+				case l.signals <- s:
+				default: // nobody waits for that many
+				}
+			}
+		}()
+		for {
+			var s syscall.Signal
+			select {
+			case <-ctx.Done():
+				return
+			case s = <-l.signals:
+				if s == syscall.SIGUSR1 || s == syscall.SIGUSR2 {
+					kept = append(kept[max(0, len(kept)+1-cap(l.signals)):], s)
+					continue
+				}
+			case o := <-l.own:
+				if s, _ = o.(syscall.Signal); s != syscall.SIGINT && s != syscall.SIGQUIT {
+					continue
+				}
+			}
+			cancel(exitStatus(128 + int(s)))
+			return
+		}
+	})
+	return ctx, func() { cancel(nil); work.Wait() }
+}
+
 // follow starts the command, sends signals on to it, and returns how it ended, when nothing of what it has started is
-// left.
-func (l *lifeline) follow(c *exec.Cmd) error {
+// left. A reason that comes from quit, to end this process, ends the command first.
+func (l *lifeline) follow(c *exec.Cmd, quit <-chan string, log *slog.Logger) error {
 	if err := c.Start(); err != nil {
 		return err
 	}
@@ -256,6 +297,9 @@ func (l *lifeline) follow(c *exec.Cmd) error {
 			forgetStart()
 		case s := <-l.signals:
 			c.Process.Signal(s)
+		case reason := <-quit:
+			log.Warn("ending the command", "reason", reason)
+			c.Process.Signal(syscall.SIGTERM)
 		case e := <-ended:
 			syscall.Kill(-1, syscall.SIGKILL) // all of the namespace but us
 			c.Process.Release()

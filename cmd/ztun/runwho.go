@@ -17,6 +17,7 @@ type runWho struct {
 	spec   admin.PodSpec
 	ips    []string
 	join   string
+	wait   string          // "": as the environment says
 	bundle *control.Bundle // nil: there is none
 }
 
@@ -29,6 +30,8 @@ func (r *runWho) bind(cmd *cobra.Command) {
 	f.StringVar(&r.spec.ServiceAccount, "service-account", "default", "service account of the workload")
 	f.StringSliceVar(&r.ips, "ip", nil, "address of the workload, at most one per family: 10.1.0.2[,fd00::2] (default those "+
 		"of the bundle)")
+	f.StringVar(&r.wait, "wait", "", "wait for so long for a control plane that does not answer, before giving up; 0 starts "+
+		"the command without what it needs to call anybody (default ZTUN_RUN_WAIT)")
 	for _, name := range []string{"name", "namespace", "service-account"} {
 		cmd.MarkFlagsMutuallyExclusive("join", name)
 	}
@@ -38,6 +41,11 @@ func (r *runWho) bind(cmd *cobra.Command) {
 func (r *runWho) resolve(lookup func(string) (string, bool)) (err error) {
 	if r.spec.IPs, err = parseIPs(r.ips); err != nil {
 		return err
+	}
+	if r.wait != "" {
+		if _, err := parseDuration(r.wait); err != nil {
+			return fmt.Errorf("--wait %s: %w", r.wait, err)
+		}
 	}
 	mode, _ := lookup("PROXY_MODE")
 	info, named := lookup("PROXY_WORKLOAD_INFO")

@@ -138,7 +138,7 @@ func TestOwnSigner(t *testing.T) {
 	}
 	below := &signs{local: ca.NewFake()}
 	s := &ownSigner{Signer: below, of: state.WorkloadInfo{Namespace: "shop", Name: "till", ServiceAccount: "tills"},
-		log: slog.New(slog.NewTextHandler(log, nil))}
+		log: slog.New(slog.NewTextHandler(log, nil)), lost: newCALost(nil, "", "", 0)}
 	const own = "spiffe://td/ns/shop/sa/tills"
 	if err := ask(s, own); err != nil || log.Len() > 0 {
 		t.Fatal(err, log)

@@ -40,6 +40,7 @@ func (d *daemon) authority(ctx context.Context) (ca.Signer, error) {
 	c := d.c
 	options := ca.ManagerOptions{TTL: c.CA.TTL, Logger: d.log.Logger("ca")}
 	var dir *ca.Dir
+	remote := ""
 	switch {
 	case c.CA.Fake:
 		fake := ca.NewFake()
@@ -63,7 +64,7 @@ func (d *daemon) authority(ctx context.Context) (ca.Signer, error) {
 			Changed: func() {
 				d.certs.Renew()
 			}})
-		d.probeCA = conn.Probe
+		d.probeCA, remote = conn.Probe, conn.Address()
 		options.Signer = d.remoteCA
 		if c.Control.Dir != "" {
 			d.followControl(ctx, conn)
@@ -71,7 +72,12 @@ func (d *daemon) authority(ctx context.Context) (ca.Signer, error) {
 	}
 	signer := options.Signer
 	if c.Mode.Workload != (state.WorkloadInfo{}) {
-		options.Signer = &ownSigner{Signer: signer, of: c.Mode.Workload, log: options.Logger}
+		address, setting := c.CA.LocalDir, "LOCAL_CA_DIR"
+		if d.remoteCA != nil {
+			address, setting = remote, "CA_ADDRESS"
+		}
+		d.caLost = newCALost(d.runLog(), address, setting, c.Process.RunWait)
+		options.Signer = &ownSigner{Signer: signer, of: c.Mode.Workload, log: options.Logger, lost: d.caLost}
 	}
 	d.certs = ca.NewManager(options)
 	if d.remoteCA != nil {
@@ -81,6 +87,14 @@ func (d *daemon) authority(ctx context.Context) (ca.Signer, error) {
 		d.admin(ctx, "certificate authority", func(ctx context.Context) error { return dir.Run(ctx, d.certs.Renew) })
 	}
 	return signer, nil
+}
+
+// runLog is where a `ztun run` says what its user has to know of the control side; nil: this is none.
+func (d *daemon) runLog() *slog.Logger {
+	if !d.c.Mode.Rootless {
+		return nil
+	}
+	return d.log.Logger("run")
 }
 
 // trustDomain is that of workloads of a file that name none: the local CA's, else this proxy's own.
@@ -175,10 +189,7 @@ func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
 		d.loop.DoNamed(ctx, "state from "+conn.Address(), func() { d.loop.Publish(v) })
 	}
 	synced := false
-	lost := &controlLost{address: conn.Address(), setting: "XDS_ADDRESS"}
-	if c.Mode.Rootless {
-		lost.log = d.log.Logger("run")
-	}
+	d.lost = newControlLost(d.runLog(), conn.Address(), c.Process.RunWait)
 	client := xds.NewClient(xds.ClientOptions{
 		Connector: conn, NodeName: c.Node.Name, OnDemand: c.XDS.OnDemand, Base: base, Logger: d.log.Logger("xds"),
 		Node: xds.NewNode(xds.NodeInfo{IP: c.Self.InstanceIP, Pod: c.Self.Pod, Namespace: c.Self.Namespace,
@@ -201,8 +212,8 @@ func (d *daemon) learn(ctx context.Context, ready *admin.Task) error {
 			d.log.Logger("xds").Info("first state", "source", conn.Address(), "workloads", w, "services", s, "policies", p)
 			ready.Done()
 		},
-		Trouble:   func(err error) { ready.Fail(err); lost.trouble(err) },
-		Connected: func() { d.certs.Retry(); lost.connected() },
+		Trouble:   func(err error) { ready.Fail(err); d.lost.trouble(err) },
+		Connected: func() { d.certs.Retry(); d.lost.connected() },
 		Turned:    func(pod string, evicted bool) { d.report.Turned("on-demand look-ups", pod, pod, evicted) },
 	})
 	d.xds.Store(client)

@@ -52,6 +52,12 @@ func (v *View) Counts() (workloads, services, policies int) {
 	return v.workloads.n, v.services.n, v.policies.n
 }
 
+// Empty reports whether nothing is known: as before the first state has come.
+func (v *View) Empty() bool {
+	w, s, p := v.Counts()
+	return w+s+p == 0
+}
+
 // WorkloadByUID returns the workload or nil.
 func (v *View) WorkloadByUID(uid string) *Workload {
 	if v == nil {

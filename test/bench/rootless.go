@@ -209,5 +209,12 @@ func (b *bench) rootlessCases(ctx context.Context) ([]kase, error) {
 				return outcome{"arrives": s.Bytes * 8 / s.Seconds / 1e9 * (1 - s.Lost/100), "lost": s.Lost}, nil
 			})})
 	}
+	if !b.o.NoDaemon {
+		starts, err := b.crowdCases(ctx, r)
+		if err != nil {
+			return nil, err
+		}
+		ks = append(ks, starts...)
+	}
 	return ks, nil
 }

@@ -40,9 +40,9 @@ func TestRunJoins(t *testing.T) {
 		}))
 		return out
 	}
+	question := fmt.Sprintf("exec 3<>/dev/tcp/%s/9000 && echo whoami >&3 && head -n 1 <&3", c.c.IPs[0])
 	ask := func(bundle string) (string, error) {
-		return r.runWith(c.h1.NS, nil, "", "--join", bundle, "--", "bash", "-c",
-			fmt.Sprintf("exec 3<>/dev/tcp/%s/9000 && echo whoami >&3 && head -n 1 <&3", c.c.IPs[0]))
+		return r.runWith(c.h1.NS, nil, "", "--join", bundle, "--", "bash", "-c", question)
 	}
 	var user string
 	for _, out := range []string{"user", "user.json"} {
@@ -59,8 +59,8 @@ func TestRunJoins(t *testing.T) {
 	}
 	claim := []string{fmt.Sprintf("XDS_ADDRESS=https://%s:%d", c.N1.Addr4, controlPort), "ZTUN_CONTROL_CREDENTIALS=" + guest,
 		fmt.Sprintf("CA_ADDRESS=https://%s:%d", c.N1.Addr4, controlPort)}
-	got, err := r.runWith(c.h1.NS, claim, "", "--name", "user", "--service-account", "user", "--ip", "10.91.66.4", "--",
-		"bash", "-c", fmt.Sprintf("exec 3<>/dev/tcp/%s/9000 && echo whoami >&3 && head -n 1 <&3", c.c.IPs[0]))
+	got, err := r.runWith(c.h1.NS, claim, "", "--name", "user", "--service-account", "user", "--ip", "10.91.66.4",
+		"--wait", "1s", "--", "bash", "-c", question)
 	if err == nil || !strings.Contains(err.Error(), "workload default/guest is spiffe://cluster.local/ns/default/sa/guest") {
 		t.Errorf("as guest that claims to be user: %q, %v", got, err)
 	}
@@ -70,8 +70,9 @@ func TestRunJoins(t *testing.T) {
 		t.Error(out)
 	}
 	eventually(t, 30*time.Second, func() error {
-		if got, err := ask(user); err == nil {
-			return fmt.Errorf("who has left still gets %q", got)
+		got, err := r.runWith(c.h1.NS, nil, "", "--join", user, "--wait", "1s", "--", "bash", "-c", "echo it begins; "+question)
+		if err == nil || got != "" {
+			return fmt.Errorf("who has left still gets %q, %v", got, err)
 		}
 		return nil
 	})
@@ -79,24 +80,27 @@ func TestRunJoins(t *testing.T) {
 }
 
 // controlAway: a run that begins while its control plane is away says so once, with the address, and again when it is
-// reached; the command works then.
+// reached; the command begins then, and its first connection stands.
 func controlAway(t *testing.T, c *controlled, r *rootless, bundle string) {
 	const at = "127.0.0.1:15999"
 	log := waitFor("it works")
 	cmd := r.cmd([]string{"XDS_ADDRESS=https://" + at, "ALT_XDS_HOSTNAME=" + c.N1.Addr4.String()}, "", "--join", bundle, "--",
-		"bash", "-c", fmt.Sprintf("until exec 3<>/dev/tcp/%s/9000; do sleep 0.1; done 2>/dev/null; echo it works; sleep 600",
-			c.c.IPs[0]))
+		"bash", "-c", fmt.Sprintf("echo it begins; exec 3<>/dev/tcp/%s/9000 && echo it works; sleep 600", c.c.IPs[0]))
 	cmd.Stdout, cmd.Stderr = log, log
 	p, err := c.Start(c.h1.NS, cmd)
 	must(t, err)
 	defer p.Kill()
 	const away, back = "the control plane is not reached", "the control plane is reached"
 	eventually(t, 30*time.Second, func() error {
-		if s := log.String(); !strings.Contains(s, away) || !strings.Contains(s, at) || !strings.Contains(s, "nothing listens") {
+		if s := log.String(); !strings.Contains(s, away) || !strings.Contains(s, at) ||
+			!strings.Contains(s, "nothing listens") || !strings.Contains(s, "waiting for the first state") {
 			return fmt.Errorf("it is not said: %s", s)
 		}
 		return nil
 	})
+	if strings.Contains(log.String(), "it begins") {
+		t.Errorf("the command has not waited: %s", log)
+	}
 	ln, err := c.h1.NS.Listen("tcp", at)
 	must(t, err)
 	var work sync.WaitGroup
