@@ -170,7 +170,16 @@ func (a Addr) ensure(_ *world, p *place) (changed bool, err error) {
 	if a.Broadcast.IsValid() {
 		n.Broadcast = a.Broadcast.AsSlice()
 	}
-	return true, p.h.AddrAdd(l, n)
+	if a.Prefix.Addr().Is4() || a.Flags&unix.IFA_F_NODAD != 0 {
+		return true, p.h.AddrAdd(l, n)
+	}
+	// Until the kernel has heard that the link is up an address is tentative, and no route may have it as its source.
+	n.Flags |= unix.IFA_F_NODAD
+	if err := p.h.AddrAdd(l, n); err != nil {
+		return true, err
+	}
+	n.Flags = a.Flags
+	return true, p.h.AddrReplace(l, n)
 }
 
 func (r Route) ensure(_ *world, p *place) (changed bool, err error) {
