@@ -34,12 +34,12 @@ wire() {
 	for node in n1 n2; do
 		inside $node timeout 900 tcpdump -lnni any \
 			"tcp and (port 8080 or port 7000) and not host 10.97.${node#n}.1 and not host 169.254.7.127" \
-			>"$RUN/wire-$node" 2>/dev/null &
+			>"$RUN/wire-$t-$node" 2>/dev/null &
 		echo $! >"$RUN/wire-$node.pid"
 	done
 	sleep 1
 }
-# wire_end: how many packets it were.
+# wire_end: how many packets it were; they are in $RUN/wire-TEST-NODE.
 wire_end() {
 	local node pid
 	sleep 1
@@ -48,7 +48,7 @@ wire_end() {
 		kill "$pid" 2>/dev/null
 		wait "$pid" 2>/dev/null
 	done
-	cat "$RUN"/wire-n? | wc -l
+	cat "$RUN/wire-$t"-n? | wc -l
 }
 
 # A running pod is captured, let go and captured again. What was open before goes on through all of it with ztun's own
@@ -91,28 +91,32 @@ try_kept() {
 # One node's proxy after the other is replaced. A connection that is open when its proxy is told to go goes on for as
 # long as proxies finish what they have (25 s with these manifests; here 15).
 try_rollout() {
-	local file said n node i
+	local file said n old i
 	file=$(mktemp)
 	permissive
 	k delete pod -n amb echo >/dev/null 2>&1
 	sleeper amb echo n2 "$ECHO"
 	wire
 	traffic "$file"
-	going() {
-		k get pod -n istio-system -l app=ztunnel \
-			-o jsonpath='{range .items[?(@.metadata.deletionTimestamp)]}{.spec.nodeName} {end}'
+	old=$(proxy_on n1)" "$(proxy_on n2)
+	# stays N: at most N of the old proxies have not been told to go.
+	stays() {
+		local n=0 pod
+		for pod in $old; do
+			[ -n "$(k get pod -n istio-system "$pod" -o jsonpath='{.metadata.deletionTimestamp}{"-"}' \
+				--ignore-not-found | grep -v '^2')" ] && n=$((n + 1))
+		done
+		[ $n -le "$1" ]
 	}
-	another() { node=$(going) && [ -n "$node" ] && [ "$node" != "$was" ]; }
-	local was=""
 	keep client r1 "$(pod_ip amb echo)"
 	k -n istio-system rollout restart ds/ztunnel >/dev/null
 	for i in 1 2; do
-		soon 90 another || echo "      no $i. proxy went"
-		was=$node
+		soon 90 stays $((2 - i)) || echo "      no $i. proxy went"
 		sleep 15
 		n=$(kept client r$i)
-		judge "rolling restart, a connection from 15 s before, ${node:-no }'s proxy told to go" "$n" all_back "$n"
-		[ $i = 2 ] || keep client r2 "$(pod_ip amb echo)"
+		judge "rolling restart, a connection from 15 s before, proxy $i of 2 told to go" "$n" all_back "$n"
+		! stays 0 || break
+		keep client r2 "$(pod_ip amb echo)"
 	done
 	k -n istio-system rollout status ds/ztunnel --timeout=180s >/dev/null || echo "      the rollout did not end"
 	sleep 3
