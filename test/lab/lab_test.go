@@ -3,6 +3,7 @@ package lab
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -138,6 +139,60 @@ func TestNetfilterIsFound(t *testing.T) {
 }
 
 // A test process that is killed leaves nothing: the reaper removes its world.
+// A child that a process has left behind with its output (as `git daemon` does) holds up neither who waits for the
+// process nor the end of the world, and does not outlive it.
+func TestLeftChildrenHoldNothingUp(t *testing.T) {
+	Require(t)
+	w, err := New(Options{Prefix: "ztleft"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	var ended, killed syncBuffer
+	start := func(script string, out *syncBuffer) *Process {
+		p, err := w.Start(w.N1.NS, Cmd{Args: []string{"sh", "-c", script}, Stdout: out})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	done := func(what string, c <-chan struct{}) {
+		select {
+		case <-c:
+		case <-time.After(time.Minute):
+			t.Fatal(what + " is held up by a child")
+		}
+	}
+	p := start("sleep 300 & echo $!", &ended)
+	done("the end of a process", p.Done())
+	if err := p.Err(); !errors.Is(err, exec.ErrWaitDelay) {
+		t.Errorf("it ended with %v, want to be told that its output has not", err)
+	}
+	p = start("sleep 300 & echo $!; wait", &killed)
+	for end := time.Now().Add(time.Minute); killed.String() == ""; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("no child")
+		}
+	}
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
+		if err := w.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	done("the end of the world", closed)
+	var pid int
+	fmt.Sscan(killed.String(), &pid)
+	for end := time.Now().Add(time.Minute); syscall.Kill(pid, 0) == nil; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("child %d outlives the world", pid)
+		}
+	}
+	fmt.Sscan(ended.String(), &pid)
+	syscall.Kill(pid, syscall.SIGKILL) // its process was gone before the world was
+}
+
 func TestReaperAfterKill(t *testing.T) {
 	Require(t)
 	if os.Getenv("LAB_TEST_VICTIM") == "1" {

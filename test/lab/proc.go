@@ -63,6 +63,10 @@ func (s *spawner) do(fn func() error) error {
 
 func (s *spawner) stop() { close(s.jobs); <-s.done }
 
+// outputDelay is how long the end of a process waits for the end of its output, which a child that it has left behind
+// may hold open for ever.
+const outputDelay = 5 * time.Second
+
 // Start starts a command inside ns (nil: the namespace of the test itself).
 func (w *World) Start(ns *NS, c Cmd) (*Process, error) {
 	if len(c.Args) == 0 {
@@ -75,6 +79,7 @@ func (w *World) Start(ns *NS, c Cmd) (*Process, error) {
 	}
 	cmd.Dir, cmd.Stdin, cmd.Stdout, cmd.Stderr = c.Dir, c.Stdin, c.Stdout, c.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	cmd.WaitDelay = outputDelay
 	p := &Process{Args: c.Args, cmd: cmd, done: make(chan struct{})}
 	start := func() error {
 		if ns == nil {
@@ -133,7 +138,7 @@ func BaseEnv() []string {
 // Pid of the process.
 func (p *Process) Pid() int { return p.cmd.Process.Pid }
 
-// Done is closed when the process has ended and its output is complete.
+// Done is closed when the process has ended and its output is complete, or outputDelay has passed since.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
 // Signal sends a signal; a process that has ended is no error.
@@ -147,6 +152,17 @@ func (p *Process) Signal(s syscall.Signal) error {
 
 // Kill sends SIGKILL and waits for the end.
 func (p *Process) Kill() { _ = p.Signal(syscall.SIGKILL); <-p.done }
+
+// killAll is Kill, of the children too that are in the process's group (Setpgid) still.
+func (p *Process) killAll() {
+	_ = p.Signal(syscall.SIGKILL)
+	select {
+	case <-p.done:
+	default: // the number is the process's, or its group's for as long as a child lives
+		_ = syscall.Kill(-p.Pid(), syscall.SIGKILL)
+	}
+	<-p.done
+}
 
 // Wait waits for the end: the exit code (-1 when a signal ended it; Err tells which).
 func (p *Process) Wait(ctx context.Context) (int, error) {

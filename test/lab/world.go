@@ -428,7 +428,7 @@ func (w *World) Close() error {
 	nss := w.nss
 	w.mu.Unlock()
 	for _, p := range procs {
-		p.Kill()
+		p.killAll()
 	}
 	var errs []error
 	for _, ns := range nss {
