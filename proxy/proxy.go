@@ -301,8 +301,9 @@ func (p *Proxy) Shutdown(ctx context.Context) {
 	select {
 	case <-p.table.empty():
 	case <-ctx.Done():
-		p.o.Log.Warn("drain duration expired with pending connections, forcefully shutting down", "connections",
-			len(p.table.snapshot()))
+		if n := len(p.table.snapshot()); n > 0 { // a pod that is let go has no time at all
+			p.o.Log.Warn("drain duration expired with pending connections, forcefully shutting down", "connections", n)
+		}
 		p.table.severAll(fail(kindDrain, nil)) // before their tunnels go: the reason is ours
 	}
 	// And what is no connection yet, such as a request that waits for the pod's record.

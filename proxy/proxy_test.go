@@ -1,12 +1,14 @@
 package proxy
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -188,6 +190,22 @@ func roundTrip(t *testing.T, c net.Conn) {
 	b := make([]byte, 4)
 	if _, err := io.ReadFull(c, b); err != nil || string(b) != "ping" {
 		t.Fatalf("echo of %q, %v", b, err)
+	}
+}
+
+// A pod that is let go has no time to finish: where nothing was open, nothing is said to be cut off.
+func TestShutdownOfNothing(t *testing.T) {
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	for range 30 {
+		var said bytes.Buffer
+		w := newWorldWith(t, func(_ *world, _ int, o *Options) { o.Log = slog.New(slog.NewTextHandler(&said, nil)) })
+		for _, p := range w.proxies {
+			p.Shutdown(over)
+		}
+		if said.Len() > 0 {
+			t.Fatalf("without connections: %s", &said)
+		}
 	}
 }
 
