@@ -121,6 +121,7 @@ type datagrams struct {
 	errs  *fair.Rate[struct{}]
 
 	out, in txShare // of the uplink's queue, of the App device's
+	batch   wayBatch
 
 	// queries are the fragments of queries that are captured: the App device's reader has them by the first one's ident.
 	queries  [16]fragmentID

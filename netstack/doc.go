@@ -138,4 +138,10 @@
 // 2026-11-28: A flow is pending until the last act of its verdict, which gives its place back, and Close waits for
 // that as well as for OnFlow: before, a verdict on another goroutine could outlive the stack, and a flow that was not
 // pending any more could still hold a place or be missing from the counters.
+//
+// 2026-11-29: What a DatagramWay carries travels by the dozen. Out: the reader takes packets without waiting
+// (tun.TryReader) as long as they are alike, and sends them at once, which the kernel does with one walk through its
+// layers (UDP_SEGMENT); a packet that is different, or none, ends that, so nothing is held back. In: whoever received
+// writes the device himself if nobody else does: to wake the writer took more time than to write. One datagram of 1,400
+// bytes at a time `scripts/bench rootless --case UDP` had 0.36 and 0.57 Gb/s up and down, then 1.0 and 1.07.
 package netstack

@@ -61,16 +61,29 @@ func (d *memDevice) ReadPacket(h *tun.VNetHdr, bufs [][]byte) (int, error) {
 	case <-d.closed:
 		return 0, os.ErrClosed
 	case p := <-d.in:
-		*h = p.h
-		b := p.b
-		for _, to := range bufs {
-			b = b[copy(to, b):]
-		}
-		if len(b) > 0 {
-			return 0, tun.ErrShortBuffer
-		}
-		return len(p.b), nil
+		return p.read(h, bufs)
 	}
+}
+
+func (d *memDevice) TryReadPacket(h *tun.VNetHdr, bufs [][]byte) (int, error) {
+	select {
+	case p := <-d.in:
+		return p.read(h, bufs)
+	default:
+		return 0, tun.ErrNothing
+	}
+}
+
+func (p memPacket) read(h *tun.VNetHdr, bufs [][]byte) (int, error) {
+	*h = p.h
+	b := p.b
+	for _, to := range bufs {
+		b = b[copy(to, b):]
+	}
+	if len(b) > 0 {
+		return 0, tun.ErrShortBuffer
+	}
+	return len(p.b), nil
 }
 
 func (d *memDevice) WritePacket(h *tun.VNetHdr, bufs [][]byte) error {

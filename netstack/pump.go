@@ -45,6 +45,11 @@ type pump struct {
 	// unreachable looks at what is no TCP, in search of ICMP errors about probes; nil for an uplink.
 	unreachable func(head []byte)
 
+	// batching has datagrams that wait for more of their kind, by try; nil: there is no Way, or the device has to be
+	// waited for.
+	batching *datagrams
+	try      tun.TryReader
+
 	tx txQueue
 
 	closeOnce sync.Once
@@ -139,7 +144,7 @@ func (p *pump) read() error {
 	vnet := p.dev.Offload().VNetHdr
 	for {
 		iov := bufs.prepare()
-		n, err := p.dev.ReadPacket(&vh, iov)
+		n, err := p.next(&vh, iov)
 		if err != nil {
 			if errors.Is(err, tun.ErrShortBuffer) || errors.Is(err, tun.ErrTooManyBuffers) {
 				p.rx.malformed.Add(1)

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"ztun/tun"
 )
 
 // Stack is one pod's TCP/IP stack: the far end of everything that the pod's
@@ -74,6 +76,9 @@ func New(cfg Config) (*Stack, error) {
 	if cfg.Datagrams != nil {
 		s.dg = newDatagrams(s, *cfg.Datagrams)
 		s.app.port.dg = s.dg
+		if try, ok := cfg.App.(tun.TryReader); ok && cfg.Datagrams.Way != nil {
+			s.pump.batching, s.pump.try = s.dg, try
+		}
 	}
 	if _, err := s.app.stack(); err != nil {
 		return nil, err

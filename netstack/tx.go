@@ -98,6 +98,26 @@ func (t *txQueue) forward(pkt *stack.PacketBuffer, vh *tun.VNetHdr, share *txSha
 	return true
 }
 
+// writeNow writes a datagram from views, its headers and its payload, at once, if nobody else writes and nothing waits;
+// false: it is to be queued. A device waits for nobody, and to hand it to the writer would cost more than writing it.
+func (t *txQueue) writeNow(dev tun.Device, h *tun.VNetHdr, head, payload []byte) bool {
+	t.mu.Lock()
+	if t.busy || t.closed || len(t.q) > 0 {
+		t.mu.Unlock()
+		return false
+	}
+	t.busy = true // we are the writer
+	t.mu.Unlock()
+	defer func() {
+		t.mu.Lock()
+		t.busy = false
+		t.unlockAndWake(len(t.q) > 0)
+	}()
+	t.views = append(t.views[:0], head, payload)
+	t.writeViews(dev, h, len(head)+len(payload), true)
+	return true
+}
+
 // unlockAndWake lets go of the lock and wakes the writer if there is something new that it has not been told of.
 func (t *txQueue) unlockAndWake(news bool) {
 	wake := news && !t.busy
@@ -187,11 +207,16 @@ func (t *txQueue) write(dev tun.Device, gso bool, i *txItem) {
 		fillVNetHdr(&h, p)
 	}
 	t.views = appendViews(t.views[:0], p)
+	t.writeViews(dev, &h, p.Size(), i.share != nil)
+}
+
+// writeViews writes the packet of so many bytes that lies in t.views.
+func (t *txQueue) writeViews(dev tun.Device, h *tun.VNetHdr, size int, forwarded bool) {
 	var err error
-	if i.share != nil && !takes(dev.Offload(), &h) {
-		err = writeFinished(dev, &h, t.views)
+	if forwarded && !takes(dev.Offload(), h) {
+		err = writeFinished(dev, h, t.views)
 	} else {
-		err = dev.WritePacket(&h, t.views)
+		err = dev.WritePacket(h, t.views)
 	}
 	clear(t.views)
 	t.packets.Add(1)
@@ -199,7 +224,7 @@ func (t *txQueue) write(dev tun.Device, gso bool, i *txItem) {
 		t.errors.Add(1)
 		return
 	}
-	t.sent.Add(uint64(p.Size()))
+	t.sent.Add(uint64(size))
 }
 
 // appendViews lists the packet's bytes without copying them.

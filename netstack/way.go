@@ -3,6 +3,7 @@ package netstack
 import (
 	"encoding/binary"
 	"net/netip"
+	"slices"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
@@ -34,22 +35,17 @@ func (d *datagrams) sendPacket(bufs *rxBuffers, n int, vh *tun.VNetHdr, s *sight
 		}
 	}
 	out.Payload = bufs.from(at, n)
-	d.send(&out)
+	d.leaves(&out)
 }
 
 // sendWhole gives a datagram of the pod's to the Way that the stack has put together.
 func (d *datagrams) sendWhole(src, dst netip.AddrPort, pkt *stack.PacketBuffer) {
 	s := sight{kind: sightUDP, proto: header.UDPProtocolNumber, src: src, dst: dst}
 	if d.mayLeave(&s) == passes {
-		d.send(&Datagram{Pod: src, Peer: dst, Payload: pkt.Data().AsRange().ToSlice()})
-	}
-}
-
-func (d *datagrams) send(out *Datagram) {
-	d.outPackets.Add(1)
-	d.outBytes.Add(uint64(len(out.Payload)))
-	if d.o.Way.Send(*out) != nil {
-		d.full.Add(1)
+		out := Datagram{Pod: src, Peer: dst, Payload: pkt.Data().AsRange().ToSlice()}
+		d.outPackets.Add(1)
+		d.outBytes.Add(uint64(len(out.Payload)))
+		d.send(&out, 1)
 	}
 }
 
@@ -85,26 +81,33 @@ func (s *Stack) DeliverDatagram(in Datagram) {
 		}
 		return
 	}
-	b := make([]byte, whole)
-	encodeIP(b, k.proto, in.Peer.Addr(), in.Pod.Addr())
-	copy(b[whole-size:], in.Payload)
-	var vh tun.VNetHdr
 	if in.Echo {
+		b := make([]byte, whole)
+		encodeIP(b, whole, k.proto, in.Peer.Addr(), in.Pod.Addr())
+		copy(b[ipLen:], in.Payload)
 		fillEchoSum(b, ipLen)
-	} else {
-		u := header.UDP(b[ipLen:])
-		u.Encode(&header.UDPFields{SrcPort: in.Peer.Port(), DstPort: in.Pod.Port(), Length: uint16(len(u))})
-		src, _ := fromAddr(in.Peer.Addr())
-		dst, _ := fromAddr(in.Pod.Addr())
-		// the rest is the device's
-		u.SetChecksum(header.PseudoHeaderChecksum(header.UDPProtocolNumber, src, dst, uint16(len(u))))
-		vh = tun.VNetHdr{Flags: tun.FlagNeedsCSum, CSumStart: uint16(ipLen), CSumOffset: 6}
-		if several {
-			vh.GSOType, vh.GSOSize, vh.HdrLen = tun.GSOUDPL4, uint16(in.Segment), uint16(ipLen+header.UDPMinimumSize)
+		if !s.pump.tx.forward(rawPacket(b), &tun.VNetHdr{}, &d.in) {
+			d.full.Add(1)
 		}
+		return
 	}
-	if !s.pump.tx.forward(rawPacket(b), &vh, &d.in) {
-		d.full.Add(1)
+	head := make([]byte, ipLen+header.UDPMinimumSize)
+	encodeIP(head, whole, k.proto, in.Peer.Addr(), in.Pod.Addr())
+	u := header.UDP(head[ipLen:])
+	u.Encode(&header.UDPFields{SrcPort: in.Peer.Port(), DstPort: in.Pod.Port(), Length: uint16(whole - ipLen)})
+	src, _ := fromAddr(in.Peer.Addr())
+	dst, _ := fromAddr(in.Pod.Addr())
+	// the rest is the device's
+	u.SetChecksum(header.PseudoHeaderChecksum(header.UDPProtocolNumber, src, dst, u.Length()))
+	vh := tun.VNetHdr{Flags: tun.FlagNeedsCSum, CSumStart: uint16(ipLen), CSumOffset: 6}
+	n := 1
+	if several {
+		vh.GSOType, vh.GSOSize, vh.HdrLen = tun.GSOUDPL4, uint16(in.Segment), uint16(len(head))
+		n = (size + in.Segment - 1) / in.Segment
+	}
+	if !s.pump.tx.writeNow(s.pump.dev, &vh, head, in.Payload) &&
+		!s.pump.tx.forward(rawPacket(slices.Concat(head, in.Payload)), &vh, &d.in) {
+		d.full.Add(uint64(n))
 	}
 }
 
@@ -131,9 +134,9 @@ func (s *Stack) DeliverFailure(f DatagramFailure) {
 	}
 	// The error, and the IP header and the first 8 bytes of what it is about.
 	b := make([]byte, ipLen+8+ipLen+8)
-	encodeIP(b, echoProto(f.Pod.Addr()), from, f.Pod.Addr())
+	encodeIP(b, len(b), echoProto(f.Pod.Addr()), from, f.Pod.Addr())
 	quoted := b[ipLen+8:]
-	encodeIP(quoted, proto, f.Pod.Addr(), f.Peer.Addr())
+	encodeIP(quoted, len(quoted), proto, f.Pod.Addr(), f.Peer.Addr())
 	if f.Echo {
 		quoted[ipLen] = byte(header.ICMPv4Echo)
 		if f.Pod.Addr().Is6() {
@@ -166,19 +169,19 @@ func echoProto(a netip.Addr) tcpip.TransportProtocolNumber {
 	return header.ICMPv6ProtocolNumber
 }
 
-// encodeIP writes the IP header of the packet b.
-func encodeIP(b []byte, proto tcpip.TransportProtocolNumber, src, dst netip.Addr) {
+// encodeIP writes the IP header of a packet of n bytes, of which b is the beginning.
+func encodeIP(b []byte, n int, proto tcpip.TransportProtocolNumber, src, dst netip.Addr) {
 	s, _ := fromAddr(src)
 	d, _ := fromAddr(dst)
 	if src.Is6() {
 		header.IPv6(b).Encode(&header.IPv6Fields{
-			PayloadLength: uint16(len(b) - header.IPv6MinimumSize), TransportProtocol: proto, HopLimit: 64, SrcAddr: s,
+			PayloadLength: uint16(n - header.IPv6MinimumSize), TransportProtocol: proto, HopLimit: 64, SrcAddr: s,
 			DstAddr: d,
 		})
 		return
 	}
 	h := header.IPv4(b)
-	h.Encode(&header.IPv4Fields{TotalLength: uint16(len(b)), TTL: 64, Protocol: uint8(proto), SrcAddr: s, DstAddr: d})
+	h.Encode(&header.IPv4Fields{TotalLength: uint16(n), TTL: 64, Protocol: uint8(proto), SrcAddr: s, DstAddr: d})
 	h.SetChecksum(^h.CalculateChecksum())
 }
 

@@ -85,6 +85,15 @@ type Device interface {
 	Close() error
 }
 
+// ErrNothing is what TryReadPacket returns when there is no packet to be had without waiting.
+var ErrNothing = errors.New("tun: no packet waits")
+
+// TryReader is implemented by devices that can be read without waiting.
+type TryReader interface {
+	// TryReadPacket is ReadPacket, but for ErrNothing where that would wait. It counts as the one reader.
+	TryReadPacket(h *VNetHdr, bufs [][]byte) (n int, err error)
+}
+
 // Stats counts what a device has turned away. The numbers only grow.
 type Stats struct {
 	// BadHeaders: packets from the kernel whose virtio header did not fit them; dropped.

@@ -268,6 +268,42 @@ func TestUDPFromKernel(t *testing.T) {
 	})
 }
 
+// TestTryRead: what is there is had at once, and where nothing is, that; the reader that waits is as before.
+func TestTryRead(t *testing.T) {
+	l := openLab(t, Options{})
+	try, ok := l.dev.(TryReader)
+	if !ok {
+		t.Fatalf("a device of the plain path here: %s", l.dev.Offload().Why)
+	}
+	var h VNetHdr
+	bufs := [][]byte{make([]byte, MaxPacket)}
+	for err := error(nil); err != ErrNothing; { // what the kernel says of itself
+		if _, err = try.TryReadPacket(&h, bufs); err != nil && err != ErrNothing {
+			t.Fatal(err)
+		}
+	}
+	_, us := l.addrs()
+	c := l.kernelUDP(t)
+	isOurs := func(n int, err error) bool {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l.udp(bufs[0][:n])
+	}
+	for _, read := range []func(*VNetHdr, [][]byte) (int, error){try.TryReadPacket, l.dev.ReadPacket, try.TryReadPacket} {
+		if _, err := c.WriteToUDPAddrPort([]byte("x"), netip.AddrPortFrom(us, 6000)); err != nil {
+			t.Fatal(err)
+		}
+		for !isOurs(read(&h, bufs)) {
+		}
+	}
+	l.dev.Close()
+	if _, err := try.TryReadPacket(&h, bufs); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("after Close: %v", err)
+	}
+}
+
 // TestUDPToKernel: what we write arrives at the kernel's socket, from buffers in pieces, checksum complete or left to
 // do.
 func TestUDPToKernel(t *testing.T) {

@@ -32,6 +32,7 @@ type vector struct {
 	iov   []unix.Iovec          // header, then the caller's buffers; for reads, then spill
 	hdr   [VNetHdrLen]byte
 	spill [1]byte // what does not fit the caller's buffers begins here
+	try   bool    // do not wait: EAGAIN is a result
 	n     int     // the system call's results
 	errno syscall.Errno
 }
@@ -62,7 +63,17 @@ func (d *fast) Stats() Stats {
 
 // ReadPacket implements Device.
 func (d *fast) ReadPacket(h *VNetHdr, bufs [][]byte) (int, error) {
+	return d.readPacket(h, bufs, false)
+}
+
+// TryReadPacket implements TryReader.
+func (d *fast) TryReadPacket(h *VNetHdr, bufs [][]byte) (int, error) {
+	return d.readPacket(h, bufs, true)
+}
+
+func (d *fast) readPacket(h *VNetHdr, bufs [][]byte, try bool) (int, error) {
 	v := &d.rd
+	v.try = try
 	room, ok := v.load(bufs)
 	if !ok {
 		return 0, ErrTooManyBuffers
@@ -72,6 +83,9 @@ func (d *fast) ReadPacket(h *VNetHdr, bufs [][]byte) (int, error) {
 	for {
 		if d.rc.Read(v.call) != nil {
 			return 0, d.refused()
+		}
+		if v.errno == unix.EAGAIN {
+			return 0, ErrNothing
 		}
 		if v.errno != 0 {
 			return 0, d.errno(v.errno)
@@ -182,7 +196,9 @@ func (v *vector) do(trap, fd uintptr) bool {
 		case unix.EINTR:
 			continue
 		case unix.EAGAIN:
-			return false
+			if !v.try {
+				return false
+			}
 		}
 		v.n, v.errno = int(n), errno
 		return true

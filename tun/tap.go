@@ -68,12 +68,32 @@ func (t *Tap) Done() <-chan struct{} { return t.done }
 // ReadPacket implements Device.
 func (t *Tap) ReadPacket(h *VNetHdr, bufs [][]byte) (int, error) {
 	n, err := t.Device.ReadPacket(h, bufs)
-	if all := t.lookers.Load(); all != nil && err == nil {
+	if err == nil {
+		t.show(bufs, n)
+	}
+	return n, err
+}
+
+// TryReadPacket implements TryReader; a device that cannot be asked has nothing without waiting.
+func (t *Tap) TryReadPacket(h *VNetHdr, bufs [][]byte) (int, error) {
+	d, ok := t.Device.(TryReader)
+	if !ok {
+		return 0, ErrNothing
+	}
+	n, err := d.TryReadPacket(h, bufs)
+	if err == nil {
+		t.show(bufs, n)
+	}
+	return n, err
+}
+
+// show lets those who look see a packet that was read.
+func (t *Tap) show(bufs [][]byte, n int) {
+	if all := t.lookers.Load(); all != nil {
 		for _, l := range *all {
 			l.see(true, bufs, n)
 		}
 	}
-	return n, err
 }
 
 // WritePacket implements Device.

@@ -39,9 +39,23 @@ func TestTap(t *testing.T) {
 		}
 	}
 	exchange()
+	buf := make([]byte, 1500)
+	if n, err := tap.TryReadPacket(&tun.VNetHdr{}, [][]byte{buf}); err != tun.ErrNothing {
+		t.Errorf("nothing is there: %q, %v", buf[:n], err)
+	}
+	if err := far.WritePacket(&tun.VNetHdr{}, [][]byte{[]byte("Etry")}); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := tap.TryReadPacket(&tun.VNetHdr{}, [][]byte{buf}); err != nil || string(buf[:n]) != "Etry" {
+		t.Errorf("%q, %v", buf[:n], err)
+	}
+	waits := tun.NewTap(struct{ tun.Device }{near})
+	if _, err := waits.TryReadPacket(&tun.VNetHdr{}, [][]byte{buf}); err != tun.ErrNothing {
+		t.Errorf("a device that has to be waited for: %v", err)
+	}
 	stop()
 	exchange()
-	if len(seen) != 2 || seen[0] != "<Eping" || seen[1] != ">Epong" {
+	if len(seen) != 3 || seen[0] != "<Eping" || seen[1] != ">Epong" || seen[2] != "<Etry" {
 		t.Errorf("seen: %q", seen)
 	}
 	for range 4 {

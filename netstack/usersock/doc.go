@@ -17,10 +17,13 @@
 // mapping. REQ-13: DF is kept, and what is too large is told. REQ-14: the kernel puts fragments together, in any order.
 //
 // Decisions:
+//   - 2026-11-29: datagrams of one size from one peer that are at a socket already are delivered together; UDP_GRO
+//     joins only what a device has let it join. Nothing waits for what is not there. Each is a call all the same:
+//     recvmmsg would need 64 KiB for each of its messages, because of UDP_GRO, and the costly call is the TUN's.
 //   - 2026-11-28: unconnected sockets, not one connected per flow: a connected one would be an address- and
 //     port-dependent mapping, which RFC 4787 forbids (REQ-1) and QUIC, WebRTC and games break at.
-//   - 2026-11-28: a goroutine per socket, in Go's poller, that holds a buffer only while there is something to read:
-//     an idle mapping costs a descriptor and some 3 KiB.
+//   - 2026-11-28: a goroutine per socket, in Go's poller, that holds buffers (130 KiB) only while there is something to
+//     read: an idle mapping costs a descriptor and some 3 KiB.
 //   - 2026-11-28: the descriptors are the process's, whose TCP calls need some, too: Options.Descriptor asks for each.
 //   - 2026-11-28: a ping that the host does not let leave is refused to the pod ("Packet filtered"), not lost.
 //   - 2026-11-28: datagrams of one size travel together where the kernel can (UDP_SEGMENT out, UDP_GRO in); where it

@@ -4,11 +4,14 @@ import (
 	"encoding/binary"
 	"net/netip"
 	"syscall"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
+
+// socketBuffer bounds what waits at a socket in either direction, in bytes; the kernel counts its own overhead, and
+// doubles it.
+const socketBuffer = 1 << 20
 
 // newSocket makes the socket of a mapping: unconnected, with its errors queued.
 func newSocket(k key) (fd int, err error) {
@@ -33,6 +36,9 @@ func newSocket(k key) (fd int, err error) {
 		unix.Close(fd)
 		return -1, err
 	}
+	// As much as the host lets a user have (net.core.rmem_max, wmem_max): what comes while we do not run is lost beyond.
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, socketBuffer)
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, socketBuffer)
 	if !k.echo {
 		_ = unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1) // Linux 5.0; without it datagrams come one by one
 	}
@@ -66,7 +72,7 @@ func (c *socket) send(d *Datagram) error {
 	var err error
 	if werr := c.rc.Control(func(fd uintptr) {
 		c.mu.Lock()
-		change, gso := c.df != d.DF, !c.noGSO
+		change, gso := c.df != d.DF, c.oneByOne == 0 || d.Segment < c.oneByOne
 		c.df = d.DF
 		c.mu.Unlock()
 		if change {
@@ -77,8 +83,12 @@ func (c *socket) send(d *Datagram) error {
 			return
 		}
 		if gso {
-			err = sendOne(int(fd), d.Payload, c.control(d, d.Segment), to)
-			if err != unix.EIO && err != unix.EINVAL && err != unix.EOPNOTSUPP {
+			switch err = sendOne(int(fd), d.Payload, c.control(d, d.Segment), to); err {
+			case unix.EMSGSIZE, unix.EINVAL: // each is too large for the path; older kernels say EINVAL
+				c.refuses(d.Segment)
+			case unix.EIO, unix.EOPNOTSUPP: // no checksum offload on the way out, or an old kernel
+				c.refuses(1)
+			default:
 				return
 			}
 		}
@@ -88,15 +98,19 @@ func (c *socket) send(d *Datagram) error {
 			err = sendOne(int(fd), b[:n], c.control(d, 0), to)
 			b = b[n:]
 		}
-		if gso && err == nil { // else they are too large for the path, which Linux calls EINVAL, too
-			c.mu.Lock()
-			c.noGSO = true // no checksum offload on the way out, or an old kernel
-			c.mu.Unlock()
-		}
 	}); werr != nil {
 		return ErrClosed
 	}
 	return err
+}
+
+// refuses notes that the kernel does not take several datagrams of so many bytes as one.
+func (c *socket) refuses(segment int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.oneByOne == 0 || segment < c.oneByOne {
+		c.oneByOne = segment
+	}
 }
 
 // sendOne makes the call. An error of an earlier datagram's that waits at the socket is reported by the first call,
@@ -139,68 +153,6 @@ func appendControl(oob []byte, level, typ int, data []byte) []byte {
 	return oob
 }
 
-// deaf is how long to wait where the poller cannot.
-const deaf = 10 * time.Millisecond
-
-// read delivers what comes until the socket is closed. When an error is all that has happened to a socket whose buffer
-// is full as well, Go's poller takes it for none that can be waited for (EPOLLERR alone), until something else happens:
-// there is room, or a datagram.
-func (c *socket) read() {
-	oob := make([]byte, 512)
-	for c.rc.Read(func(fd uintptr) bool { return c.drain(int(fd), oob) }) != nil && !c.over.Load() {
-		time.Sleep(deaf)
-		_ = c.rc.Control(func(fd uintptr) { c.drain(int(fd), oob) }) // an error: it is closed
-	}
-}
-
-// drain delivers what there is; true: the socket is closed. An error wakes the poller as a datagram does, so the error
-// queue is looked at once each time, and when an error stands at the socket: not before every datagram, which would be
-// a call more for each.
-func (c *socket) drain(fd int, oob []byte) bool {
-	p := c.s.buffers.Get().(*[]byte)
-	defer c.s.buffers.Put(p)
-	c.readErrors(fd, *p, oob)
-	for !c.over.Load() {
-		n, oobn, flags, from, err := unix.Recvmsg(fd, *p, oob, 0)
-		switch {
-		case err == unix.EAGAIN:
-			return false // wait
-		case err != nil: // that of the error queue's head, which this takes away
-			c.readErrors(fd, *p, oob)
-		case flags&unix.MSG_TRUNC == 0:
-			c.deliver((*p)[:n], oob[:oobn], from)
-		}
-	}
-	return true
-}
-
-func (c *socket) deliver(b, oob []byte, from unix.Sockaddr) {
-	peer, ok := addrOf(from)
-	if !ok || !c.admits(peer.Addr()) {
-		c.s.filtered.Add(1)
-		return
-	}
-	d := Datagram{Echo: c.key.echo, Pod: c.key.pod, Peer: c.shown(peer), Payload: b}
-	if c.key.echo {
-		if len(b) < 8 {
-			return
-		}
-		d.Peer = netip.AddrPortFrom(peer.Addr(), 0)
-		// The kernel has put its own identifier in the request's place.
-		binary.BigEndian.PutUint16(b[4:], c.key.pod.Port())
-	}
-	eachControl(oob, func(level, typ int32, data []byte) {
-		if level == unix.SOL_UDP && typ == unix.UDP_GRO && len(data) >= 2 {
-			if n := int(binary.NativeEndian.Uint16(data)); n < len(b) {
-				d.Segment = n
-			}
-		}
-	})
-	c.s.received.Add(1)
-	c.s.bytes.Add(uint64(len(b)))
-	c.s.o.Deliver(d)
-}
-
 // eachControl lists ancillary data without allocating.
 func eachControl(oob []byte, f func(level, typ int32, data []byte)) {
 	for len(oob) >= unix.SizeofCmsghdr {
@@ -215,20 +167,20 @@ func eachControl(oob []byte, f func(level, typ int32, data []byte)) {
 }
 
 // readErrors tells of what is in the socket's error queue.
-func (c *socket) readErrors(fd int, b, oob []byte) {
+func (c *socket) readErrors(fd int, in *intake) {
+	b := in.room()
 	for {
-		n, oobn, _, to, err := unix.Recvmsg(fd, b, oob, unix.MSG_ERRQUEUE)
-		if err != nil {
+		n, oob, peer, err := in.receive(fd, b, unix.MSG_ERRQUEUE)
+		if err != nil && err != errTruncated { // as much as fits is enough
 			return
 		}
-		peer, ok := addrOf(to)
-		if !ok {
+		if !peer.IsValid() {
 			continue
 		}
 		if c.key.echo {
 			peer = netip.AddrPortFrom(peer.Addr(), 0)
 		}
-		eachControl(oob[:oobn], func(level, typ int32, data []byte) {
+		eachControl(oob, func(level, typ int32, data []byte) {
 			ip4 := level == unix.IPPROTO_IP && typ == unix.IP_RECVERR
 			ip6 := level == unix.IPPROTO_IPV6 && typ == unix.IPV6_RECVERR
 			if !ip4 && !ip6 || len(data) < extendedErr {
@@ -339,14 +291,4 @@ func icmpOf(e syscall.Errno, v6 bool) (typ, code uint8, ok bool) {
 		return unreachable4, 13, true
 	}
 	return 0, 0, false
-}
-
-func addrOf(s unix.Sockaddr) (netip.AddrPort, bool) {
-	switch s := s.(type) {
-	case *unix.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(s.Addr), uint16(s.Port)), true
-	case *unix.SockaddrInet6:
-		return netip.AddrPortFrom(netip.AddrFrom16(s.Addr).Unmap(), uint16(s.Port)), true
-	}
-	return netip.AddrPort{}, false
 }

@@ -90,7 +90,7 @@ type Stats struct {
 type Sockets struct {
 	o       Options
 	places  *fair.Ledger[netip.Addr]
-	buffers sync.Pool
+	intakes sync.Pool
 
 	mu     sync.Mutex
 	by     map[key]*socket
@@ -125,7 +125,8 @@ type socket struct {
 	seen  uint32
 	gone  bool
 	df    bool
-	noGSO bool
+	// oneByOne: datagrams of so many bytes and more are not sent together; 0: the kernel has refused none yet.
+	oneByOne int
 }
 
 // New makes an empty set.
@@ -134,7 +135,7 @@ func New(o Options) *Sockets {
 		o.MaxSockets = defaultMaxSockets
 	}
 	s := &Sockets{o: o, by: map[key]*socket{}}
-	s.buffers.New = func() any { b := make([]byte, 65536); return &b }
+	s.intakes.New = func() any { return newIntake() }
 	s.places = fair.NewLedger(fair.LedgerOptions[netip.Addr]{Limit: int64(o.MaxSockets),
 		Turned: func(peer netip.Addr, evicted bool) {
 			if evicted {

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -165,7 +166,7 @@ func TestSegments(t *testing.T) {
 			w.send(Datagram{Pod: pod, Peer: at, Payload: []byte("x")})
 			_, from := receive(t, c)
 			if plain {
-				w.by[key{false, pod}].noGSO = true
+				w.by[key{false, pod}].oneByOne = 1
 			}
 			data := make([]byte, 10_300)
 			for i := range data {
@@ -203,6 +204,81 @@ func TestSegments(t *testing.T) {
 			}
 			t.Logf("%s, plain %v: back in %d reads", f.name, plain, reads)
 		}
+	}
+}
+
+// What is there already, from one peer and of one size, is delivered together; whatever is different in its turn.
+func TestJoins(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			in, open := make(chan Datagram, 64), make(chan struct{})
+			w := New(Options{Deliver: func(d Datagram) { d.Payload = bytes.Clone(d.Payload); in <- d; <-open }})
+			defer w.Close()
+			pod := netip.MustParseAddrPort(f.pod)
+			one, at1 := listen(t, f.lo)
+			two, at2 := listen(t, f.lo)
+			for _, at := range []netip.AddrPort{at1, at2} {
+				if err := w.Send(Datagram{Pod: pod, Peer: at, Payload: []byte("x")}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			_, from := receive(t, one)
+			sent := 0
+			say := func(c *net.UDPConn, sizes ...int) {
+				t.Helper()
+				sent += len(sizes)
+				for _, n := range sizes {
+					if _, err := c.WriteToUDPAddrPort(bytes.Repeat([]byte{byte(n)}, n), from); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			say(one, 1)
+			if d := next(t, in); d.Segment != 0 || len(d.Payload) != 1 {
+				t.Errorf("one alone: %+v", d)
+			}
+			say(one, slices.Repeat([]int{1400}, 50)...)
+			say(one, 100, 100, 100, 40, 40, 50) // a shorter one ends them
+			say(two, 50, 50)
+			say(one, 0, 0, 50)
+			say(one, slices.Repeat([]int{10}, maxSegments+1)...)
+			say(one, 1400)
+			oob := appendControl(nil, unix.SOL_UDP, unix.UDP_SEGMENT, binary.NativeEndian.AppendUint16(nil, 1400))
+			if _, _, err := one.WriteMsgUDPAddrPort(make([]byte, 3000), oob, from); err != nil { // comes as one
+				t.Fatal(err)
+			}
+			say(one, 1400)
+			close(open)
+			for _, want := range []Datagram{
+				{Segment: 1400, Payload: make([]byte, 46*1400)}, {Segment: 1400, Payload: make([]byte, 4*1400+100)},
+				{Segment: 100, Payload: make([]byte, 240)}, {Payload: make([]byte, 40)}, {Payload: make([]byte, 50)},
+				{Peer: at2, Segment: 50, Payload: make([]byte, 100)}, {}, {}, {Segment: 50, Payload: make([]byte, 60)},
+				{Segment: 10, Payload: make([]byte, 10*maxSegments)}, {Segment: 1400, Payload: make([]byte, 4400)},
+				{Payload: make([]byte, 1400)},
+			} {
+				if !want.Peer.IsValid() {
+					want.Peer = at1
+				}
+				got := next(t, in)
+				if got.Peer != want.Peer || got.Segment != want.Segment || len(got.Payload) != len(want.Payload) {
+					t.Errorf("%d bytes in pieces of %d from %v, want %d, %d, %v", len(got.Payload), got.Segment, got.Peer,
+						len(want.Payload), want.Segment, want.Peer)
+				}
+				for b := got.Payload; len(b) > 0 && len(got.Payload) < 1400; {
+					n := len(b)
+					if got.Segment != 0 {
+						n = min(n, got.Segment)
+					}
+					if b[0] != byte(n) || b[n-1] != byte(n) {
+						t.Errorf("a piece of %d bytes is of a datagram of %d", n, b[0])
+					}
+					b = b[n:]
+				}
+			}
+			if n := int(w.Stats().Received); n != sent+3 {
+				t.Errorf("%d datagrams are counted, %d came", n, sent+3)
+			}
+		})
 	}
 }
 
@@ -288,6 +364,38 @@ func TestNamespace(t *testing.T) {
 		do("in fragments", func() error { return w.Send(Datagram{Pod: from, Peer: to, Payload: make([]byte, 1450)}) })
 		if got := next(t, w.bad); got.Type == want.Type && got.Code == want.Code {
 			t.Errorf("%+v", got)
+		}
+		// Several of which each is too large go one by one, in fragments, too; smaller ones go together all the same.
+		var c *net.UDPConn
+		do("a server", func() (err error) {
+			c, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(to.Addr(), 0)))
+			return err
+		})
+		defer c.Close()
+		c.SetReadDeadline(time.Now().Add(20 * time.Second))
+		to = c.LocalAddr().(*net.UDPAddr).AddrPort()
+		for _, size := range []int{1450, 100} {
+			do("several", func() error {
+				return w.Send(Datagram{Pod: from, Peer: to, Payload: make([]byte, 3*size-1), Segment: size})
+			})
+			for i := range 3 {
+				if got, _ := receive(t, c); len(got) != size-i/2 {
+					t.Errorf("datagram %d of %d bytes each: %d bytes", i, size, len(got))
+				}
+			}
+			if at := w.by[key{pod: from}].oneByOne; at != 1450 {
+				t.Errorf("after %d bytes: those of %d are not sent together any more, want 1450", size, at)
+			}
+		}
+		do("several that are too large", func() error {
+			err := w.Send(Datagram{Pod: from, Peer: to, Payload: make([]byte, 4500), Segment: 1500, DF: true})
+			if !errors.Is(err, unix.EMSGSIZE) {
+				return fmt.Errorf("%v", err)
+			}
+			return nil
+		})
+		if want.Peer = to; next(t, w.bad) != want {
+			t.Errorf("want %+v", want)
 		}
 	}
 }
@@ -455,8 +563,11 @@ func TestPublish(t *testing.T) {
 			}
 			var where netip.AddrPort
 			w.by[key{pod: pod}].rc.Control(func(fd uintptr) {
-				if name, err := unix.Getsockname(int(fd)); err == nil {
-					where, _ = addrOf(name)
+				switch name, _ := unix.Getsockname(int(fd)); a := name.(type) {
+				case *unix.SockaddrInet4:
+					where = netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port))
+				case *unix.SockaddrInet6:
+					where = netip.AddrPortFrom(netip.AddrFrom16(a.Addr), uint16(a.Port))
 				}
 			})
 			if err := w.Publish(Published{At: at, Pod: netip.AddrPortFrom(pod.Addr(), 1)}); !errors.Is(err, unix.EADDRINUSE) {

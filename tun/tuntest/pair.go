@@ -67,6 +67,7 @@ type Device struct {
 var (
 	_ tun.Device      = (*Device)(nil)
 	_ tun.StatsReader = (*Device)(nil)
+	_ tun.TryReader   = (*Device)(nil)
 )
 
 type packet struct {
@@ -109,6 +110,24 @@ func (d *Device) ReadPacket(h *tun.VNetHdr, bufs [][]byte) (int, error) {
 	case <-d.closed:
 		return 0, os.ErrClosed
 	}
+	return d.take(p, h, bufs)
+}
+
+// TryReadPacket implements tun.TryReader.
+func (d *Device) TryReadPacket(h *tun.VNetHdr, bufs [][]byte) (int, error) {
+	if d.isClosed() {
+		return 0, os.ErrClosed
+	}
+	select {
+	case p := <-d.in:
+		return d.take(p, h, bufs)
+	default:
+		return 0, tun.ErrNothing
+	}
+}
+
+// take copies a packet to who reads it.
+func (d *Device) take(p *packet, h *tun.VNetHdr, bufs [][]byte) (int, error) {
 	*h = p.hdr
 	n := 0
 	for _, b := range bufs {
