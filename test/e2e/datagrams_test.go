@@ -367,6 +367,7 @@ func (d *datagrams) manyFlows(t *testing.T, from *lab.NS) {
 	for range n {
 		var c *net.UDPConn
 		must(t, from.Do(func() (err error) { c, err = net.ListenUDP("udp4", nil); return err }))
+		defer c.Close() // until all have been: a port that is drawn twice would be the same flows again
 		missing := map[uint16]bool{}
 		for i := range n {
 			missing[uint16(20000+i)] = true
@@ -385,7 +386,6 @@ func (d *datagrams) manyFlows(t *testing.T, from *lab.NS) {
 			}
 		}
 		unanswered += len(missing)
-		c.Close()
 	}
 	if unanswered > 0 {
 		t.Errorf("%d of %d flows have no answer", unanswered, n*n)
