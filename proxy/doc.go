@@ -80,8 +80,9 @@
 //     way (istio-cni's SNAT on the same node, masquerading): the connection stands, lists of source addresses in
 //     policies are undecided. An address that nobody has is not suspected: peers of other networks come from such.
 //   - 2026-11-29: a peer whose own record says that its HBONE arrives at the address it calls from (meshAddresses: a
-//     workload without root, on its user's host) is no such case, and the source is that record. One that is called
-//     nowhere has none that says so, and is suspected where the mesh knows its host.
+//     workload without root, on its user's host) is no such case, and the source is that record. One that is
+//     called nowhere says so by the same key, its protocol being TCP; without it is suspected where the mesh knows its
+//     host as another workload. ztunnel's VMs have their host's address for their own.
 //   - 2026-11-28: what an operator sees of connections (history.go) is their own books: a live one points at them, an
 //     ended one leaves them in a ring of the pod, without a lock or memory of its own. Those that never stood have
 //     another ring, so that a scan does not push out what really happened.

@@ -284,7 +284,7 @@ func (p *Proxy) rewritten(t *tunnel, at *state.Workload) bool {
 	}
 	p.bounds.warnings.Log(context.Background(), slog.LevelWarn, src.String(),
 		"the source address of a mesh connection is not its peer's: something on the way rewrites it, and policies about "+
-			"source addresses cannot be decided",
+			"source addresses cannot be decided (a workload of `ztun run` has its host's: its record's meshAddresses say so)",
 		slog.Any("src", t.src), slog.String("peer", t.peer.String()), slog.String("address_of", owner))
 	return true
 }

@@ -26,6 +26,8 @@ var (
 type ManagerOptions struct {
 	Signer Signer
 	TTL    time.Duration // validity asked for: SECRET_TTL, 24 h
+	// AnyIdentity: the Signer is a Remote without Impersonate, whatever is around it: what it gives is taken.
+	AnyIdentity bool
 
 	Concurrency   int           // calls of the Signer at once: 8
 	SignTimeout   time.Duration // for one call: 20 s
@@ -223,7 +225,7 @@ func (m *Manager) fetch(ctx context.Context, id identity.ID) (*identity.Certific
 		return nil, err
 	}
 	want := id
-	if r, ok := m.opts.Signer.(*Remote); ok && !r.o.Impersonate {
+	if m.opts.AnyIdentity {
 		want = identity.ID{} // the CA decides whose certificate it is (spec/controlplane.md 2.7)
 	}
 	cert, err := identity.New(want, key, chain, roots)

@@ -249,10 +249,10 @@ type meshAddress struct {
 }
 
 // meshAddresses warns of those that another workload has, too, one of which peers do not reach: whoever listens there
-// has one identity. And of those that nobody asks for.
+// has one identity. A workload that is not reached over HBONE says by them from where it calls, which several may.
 func (b *builder) meshAddresses(p place, w *state.Workload) {
-	if len(w.MeshAddresses) > 0 && w.Protocol != state.HBONE {
-		b.warnings.at(p, "meshAddresses", "have no effect: the workload's protocol is not HBONE")
+	if w.Protocol != state.HBONE {
+		return
 	}
 	for _, a := range w.MeshAddresses {
 		key := meshAddress{w.Network, a}

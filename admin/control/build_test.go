@@ -141,10 +141,9 @@ workloads:
 - {uid: v, namespace: ns, workloadIps: [10.0.0.1], protocol: HBONE, meshAddresses: ["192.0.2.7:15018", "[fd00::7]:15018"], services: {}}
 - {uid: w, namespace: ns, workloadIps: [10.0.0.2], protocol: HBONE, meshAddresses: ["192.0.2.7:15019", "[fd00::7]:15018"], services: {}}
 - {uid: x, namespace: ns, workloadIps: [10.0.0.3], protocol: HBONE, network: other, meshAddresses: ["192.0.2.7:15018"], services: {}}
-- {uid: y, namespace: ns, workloadIps: [10.0.0.4], protocol: TCP, meshAddresses: ["192.0.2.8:15018"], services: {}}
+- {uid: y, namespace: ns, workloadIps: [10.0.0.4], protocol: TCP, meshAddresses: ["192.0.2.7:15018"], services: {}}
 `}, "",
-			`a.yaml:4: workloads[1].meshAddresses: [fd00::7]:15018 is workload "v"'s as well, in a.yaml:3: only one of the two can listen there, unless it is on the loopback of two hosts
-a.yaml:6: workloads[3].meshAddresses: have no effect: the workload's protocol is not HBONE`},
+			`a.yaml:4: workloads[1].meshAddresses: [fd00::7]:15018 is workload "v"'s as well, in a.yaml:3: only one of the two can listen there, unless it is on the loopback of two hosts`},
 		{"addresses of two", map[string]string{"a.yaml": workloadsYAML("x:10.0.0.1:n", "y:10.0.0.2:n"), "b.yaml": `
 workloads:
 - {uid: v, namespace: ns, workloadIps: [10.0.0.2, 10.0.0.3], services: {}}

@@ -109,7 +109,8 @@ var workloadObject = Object{Name: "workload", Meaning: "One pod, or another proc
 			Meaning: "the way into its network from others"},
 		{Name: "meshAddresses", Type: "list of address:port", Default: "[]", Example: `["192.0.2.7:15018", "[fd00::7]:15018"]`,
 			Meaning: "where HBONE for the workload arrives if not at port 15008 of its addresses, one of each family at " +
-				"most (ztun's own: ztunnel calls port 15008)"},
+				"most (ztun's own: ztunnel calls port 15008); its own HBONE is taken to come from these addresses, also where " +
+				"protocol is TCP and nothing arrives there"},
 		{Name: "networkMode", Type: "string", Default: "Standard", Allowed: []string{"Standard", "HostNetwork"},
 			Example: "HostNetwork",
 			Meaning: "HostNetwork: its addresses are its node's; it is not found by address"},

@@ -139,7 +139,7 @@ func (r *runPorts) follow(ctx context.Context, w *state.Workload, log *slog.Logg
 		return // not known yet, which others say
 	}
 	text := ""
-	if err := r.kind.Announce(ctx, w.MeshAddresses); err != nil {
+	if err := r.kind.Announce(ctx, announced(w)); err != nil {
 		text = err.Error()
 	}
 	if text == "" {
@@ -149,6 +149,15 @@ func (r *runPorts) follow(ctx context.Context, w *state.Workload, log *slog.Logg
 		log.Warn(text, "workload", w.Namespace+"/"+w.Name)
 	}
 	r.said = text
+}
+
+// announced is where the record w has peers call. One that is not reached over HBONE says by its meshAddresses from where
+// it calls.
+func announced(w *state.Workload) []netip.AddrPort {
+	if w.Protocol != state.HBONE {
+		return nil
+	}
+	return w.MeshAddresses
 }
 
 // hostAddrs are the addresses of this host.

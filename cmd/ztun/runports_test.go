@@ -68,9 +68,13 @@ func TestRunUnannounced(t *testing.T) {
 		{state.Workload{Protocol: state.HBONE, Addresses: []netip.Addr{host}}, 15008, ""},
 		{state.Workload{Protocol: state.HBONE, Addresses: []netip.Addr{own}}, 15008, "do not find the mesh port 15008"},
 		{state.Workload{}, 0, ""},
+		{state.Workload{MeshAddresses: mesh(15018)}, 0, ""}, // it only calls
 		{state.Workload{}, 15018, "has not protocol HBONE"},
 	} {
 		got := unannounced(&test.w, test.asked, []netip.Addr{host})
+		if called := announced(&test.w); len(called) > 0 && test.w.Protocol != state.HBONE {
+			t.Errorf("%+v: listens at %v", test.w, called)
+		}
 		if (got == "") != (test.want == "") || !strings.Contains(got, test.want) {
 			t.Errorf("%+v at %d: %q", test.w, test.asked, got)
 		}

@@ -65,6 +65,7 @@ func (d *daemon) authority(ctx context.Context) (ca.Signer, error) {
 				d.certs.Renew()
 			}})
 		d.probeCA, remote = conn.Probe, conn.Address()
+		options.AnyIdentity = c.Mode.Dedicated
 		options.Signer = d.remoteCA
 		if c.Control.Dir != "" {
 			d.followControl(ctx, conn)

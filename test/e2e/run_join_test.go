@@ -21,7 +21,7 @@ func TestRunJoins(t *testing.T) {
 	record := func(name, address string) lab.Workload {
 		return lab.Workload{UID: "lab//v1/Pod/default/" + name, Name: name, Namespace: "default", ServiceAccount: name,
 			TrustDomain: "cluster.local", WorkloadIPs: []string{address}, Protocol: "TCP",
-			Services: map[string]map[uint16]uint16{}}
+			Services: map[string]map[uint16]uint16{}, MeshAddresses: []string{lab.HostPort(c.h1.IPs[0], 15018)}}
 	}
 	c.write("users.yaml", lab.WorldFile{Workloads: []lab.Workload{record("user", "10.91.66.4"), record("guest", "10.91.66.5")}})
 	c.write("policy.yaml", policy("users-alone", "Allow", "cluster.local/ns/default/sa/user"))
@@ -50,6 +50,11 @@ func TestRunJoins(t *testing.T) {
 		if got, err := ask(user); err != nil || !strings.Contains(got, c.h1.IPs[0].String()) {
 			t.Fatalf("with %s: %q, %v", out, got, err)
 		}
+	}
+	// It only calls, and its record says from where.
+	log := c.N2.Daemon.Log()
+	if strings.Contains(log, "source address of a mesh connection") || !strings.Contains(log, `src.workload="user"`) {
+		t.Errorf("the peer's log: %s", log)
 	}
 	controlAway(t, c, r, user)
 	// Another workload's credentials give another identity, also where the environment claims this one.

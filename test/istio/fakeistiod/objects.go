@@ -28,8 +28,8 @@ type bound struct {
 }
 
 // Apply creates or replaces the objects of a YAML text (documents separated by ---), in the API server and so in the
-// istiod that runs. A namespace, node, pod, service, AuthorizationPolicy, PeerAuthentication or ServiceEntry is
-// taken.
+// istiod that runs. A namespace, node, pod, service, AuthorizationPolicy, PeerAuthentication, ServiceEntry or
+// WorkloadEntry is taken.
 func (c *Cluster) Apply(yaml string) {
 	c.tb.Helper()
 	for _, doc := range strings.Split(yaml, "\n---\n") {
@@ -61,6 +61,8 @@ func (c *Cluster) Put(obj runtime.Object) {
 	case *securityv1.PeerAuthentication:
 		put(c, o)
 	case *networkingv1.ServiceEntry:
+		put(c, o)
+	case *networkingv1.WorkloadEntry:
 		put(c, o)
 	default:
 		c.tb.Fatalf("fakeistiod: no place for a %T", obj)
