@@ -151,8 +151,8 @@ func (r *runPorts) follow(ctx context.Context, w *state.Workload, log *slog.Logg
 	r.said = text
 }
 
-// announced is where the record w has peers call. One that is not reached over HBONE says by its meshAddresses from where
-// it calls.
+// announced is where the record w has peers call. One that is not reached over HBONE says by its meshAddresses from
+// where it calls.
 func announced(w *state.Workload) []netip.AddrPort {
 	if w.Protocol != state.HBONE {
 		return nil
