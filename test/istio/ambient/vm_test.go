@@ -19,9 +19,9 @@ import (
 
 // TestVirtualMachines: two machines that are no pods, each with a WorkloadEntry and a token of its service account in a
 // file, as Istio's VMs have them: one is a `ztun run` by an ordinary user, the other has `ztun proxy` in dedicated
-// mode. Both have their record and their certificate from istiod's own code, reach a pod that lets nobody else in, and the
-// second is reached. With another's token the run is that one, and says so; with none that is good its command does not
-// begin.
+// mode. Both have their record and their certificate from istiod's own code, reach a pod that lets nobody else in, and
+// the second is reached. With another's token the run is that one, and says so; with none that is good its command
+// does not begin.
 func TestVirtualMachines(t *testing.T) {
 	m := prepare(t)
 	user, err := m.AddHost(m.N1, "user")
