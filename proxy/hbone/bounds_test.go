@@ -71,15 +71,9 @@ func TestRunningHandlers(t *testing.T) {
 // TestGoAwayLeavesStreamsUnprocessed: streams above the last one of a GOAWAY may be asked for elsewhere, those up to it
 // may not: they go on.
 func TestGoAwayLeavesStreamsUnprocessed(t *testing.T) {
-	a, b := tcpPair(t)
-	cc, err := NewClientConn(a, Config{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	cc, p, b := clientOfRawPeer(t, Config{})
 	defer cc.Close()
 	defer b.Close()
-	p := newRawPeer(t, b)
-	io.ReadFull(b, make([]byte, len(http2.ClientPreface)))
 	p.preface2()
 	opened := make([]chan error, 3)
 	for i := range opened {
@@ -196,15 +190,9 @@ func TestConfigBounds(t *testing.T) {
 
 // TestInformational: any number that is sane of them may come before the answer, 101 may not.
 func TestInformational(t *testing.T) {
-	a, b := tcpPair(t)
-	cc, err := NewClientConn(a, Config{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	cc, p, b := clientOfRawPeer(t, Config{})
 	defer cc.Close()
 	defer b.Close()
-	p := newRawPeer(t, b)
-	io.ReadFull(b, make([]byte, len(http2.ClientPreface)))
 	p.preface2()
 	for id, codes := range [][]string{{"100", "103", "199", "200"}, {"101", "200"}} {
 		opened := make(chan error, 1)

@@ -28,13 +28,7 @@ func TestFlowControlProperty(t *testing.T) {
 		changes := rapid.SliceOfN(rapid.SampledFrom([]uint32{0, 10, 3000, 65535, 200000}), 0, 4).Draw(rt, "changes")
 		grant := rapid.SampledFrom([]int{1 << 10, 9 << 10, 64 << 10}).Draw(rt, "grant")
 
-		a, b := tcpPair(t)
-		cc, err := NewClientConn(a, Config{})
-		if err != nil {
-			rt.Fatal(err)
-		}
-		p := newRawPeer(t, b)
-		io.ReadFull(b, make([]byte, len(http2.ClientPreface)))
+		cc, p, b := clientOfRawPeer(t, Config{})
 		settings := func(window uint32) {
 			p.fr.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: window},
 				http2.Setting{ID: http2.SettingMaxFrameSize, Val: maxFrame})
@@ -386,13 +380,7 @@ func TestMany(t *testing.T) {
 
 // TestInterruptedWrite: a deadline calls the flusher off a socket that takes nothing, and no byte is lost.
 func TestInterruptedWrite(t *testing.T) {
-	a, b := tcpPair(t)
-	cc, err := NewClientConn(a, Config{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := newRawPeer(t, b)
-	io.ReadFull(b, make([]byte, len(http2.ClientPreface)))
+	cc, p, b := clientOfRawPeer(t, Config{})
 	p.fr.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1 << 30})
 	p.fr.WriteWindowUpdate(0, 1<<30)
 	go func() {

@@ -37,6 +37,21 @@ func newRawPeer(t testing.TB, c net.Conn) *rawPeer {
 	return p
 }
 
+// clientOfRawPeer is a client, the peer that it has sent its preface to, and the peer's socket.
+func clientOfRawPeer(t testing.TB, cfg Config) (cc *ClientConn, p *rawPeer, b *net.TCPConn) {
+	t.Helper()
+	a, b := tcpPair(t)
+	cc, err := NewClientConn(a, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p = newRawPeer(t, b)
+	if _, err := io.ReadFull(b, make([]byte, len(http2.ClientPreface))); err != nil {
+		t.Fatal(err)
+	}
+	return cc, p, b
+}
+
 func (p *rawPeer) preface() {
 	p.t.Helper()
 	p.check(io.WriteString(p.c, http2.ClientPreface))

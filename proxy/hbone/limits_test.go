@@ -16,16 +16,10 @@ import (
 // TestGreedyReaderIsHonest: a peer that gives back every 4 KiB at once, for the stream and for the connection, takes
 // any amount.
 func TestGreedyReaderIsHonest(t *testing.T) {
-	a, b := tcpPair(t)
 	var stats Stats
-	cc, err := NewClientConn(a, Config{Stats: &stats, ControlFrames: 20})
-	if err != nil {
-		t.Fatal(err)
-	}
+	cc, p, b := clientOfRawPeer(t, Config{Stats: &stats, ControlFrames: 20})
 	defer cc.Close()
 	defer b.Close()
-	p := newRawPeer(t, b)
-	io.ReadFull(b, make([]byte, len(http2.ClientPreface)))
 	p.preface2()
 	const size = 32 << 20
 	done := make(chan error, 1)
@@ -96,17 +90,11 @@ func TestLateFramesAreHonest(t *testing.T) {
 	})
 	t.Run("after a client's reset", func(t *testing.T) {
 		// A server sends all that the window allows, in the frames that it likes, to a client that has gone.
-		a, b := tcpPair(t)
 		var stats Stats
 		const window = 256 << 10
-		cc, err := NewClientConn(a, Config{Stats: &stats, ControlFrames: 20, StreamWindow: window})
-		if err != nil {
-			t.Fatal(err)
-		}
+		cc, p, b := clientOfRawPeer(t, Config{Stats: &stats, ControlFrames: 20, StreamWindow: window})
 		defer cc.Close()
 		defer b.Close()
-		p := newRawPeer(t, b)
-		io.ReadFull(b, make([]byte, len(http2.ClientPreface)))
 		p.preface2()
 		p.fr.WriteSettingsAck()
 		for id := uint32(1); id < 60; id += 2 {
