@@ -20,8 +20,9 @@ import (
 
 // The subjects of the rootless suite besides slirp4netns.
 const (
-	runName   = "ztun run"
-	pastaName = "pasta"
+	runName      = "ztun run"
+	otherRunName = "other ztun run" // of --versus and --versus-env
+	pastaName    = "pasta"
 )
 
 // rootlessWorld is two hosts, h1 - n1 - n2 - h2, and what an ordinary user of h1 needs. Each measurement starts its
@@ -29,7 +30,11 @@ const (
 type rootlessWorld struct {
 	lab            *lab.World
 	client, server end
-	dir            string // which the user may read: programs, a CA, a node of the TUN device
+	dir            string             // which the user may read: programs, a CA, a node of the TUN device
+	runs           map[string]variant // by subject; their programs are those in dir
+	// What HBONE is measured between: the pods of two daemons, and by subject a user's workload on h2.
+	isolated path
+	peers    map[string]lab.Workload
 }
 
 // Close takes it down; none is no error.
@@ -41,7 +46,7 @@ func (r *rootlessWorld) Close() error {
 }
 
 func (b *bench) newRootlessWorld(ctx context.Context) (_ *rootlessWorld, err error) {
-	r := &rootlessWorld{}
+	r := &rootlessWorld{runs: map[string]variant{}, peers: map[string]lab.Workload{}}
 	if r.lab, err = lab.New(lab.Options{Prefix: "ztu", Bin: b.tool("ztun"), Logf: b.logf}); err != nil {
 		return nil, err
 	}
@@ -62,7 +67,27 @@ func (b *bench) newRootlessWorld(ctx context.Context) (_ *rootlessWorld, err err
 		return nil, err
 	}
 	r.client, r.server = b.end(h1.NS, h1.IPs), b.end(h2.NS, h2.IPs)
+	for _, v := range b.variants() {
+		name := map[string]string{ztunName: runName, otherName: otherRunName}[v.name]
+		program := filepath.Join(r.dir, strings.ReplaceAll(name, " ", "-"))
+		if out, err := exec.CommandContext(ctx, "cp", v.bin, program).CombinedOutput(); err != nil {
+			return nil, fmt.Errorf("%w: %s", err, out)
+		}
+		r.runs[name] = variant{name: name, bin: program, env: v.env}
+	}
+	if len(r.runs) > 0 {
+		one, err := r.lab.AddPod(r.lab.N1, lab.Pod{Name: "a"})
+		if err != nil {
+			return nil, err
+		}
+		two, err := r.lab.AddPod(r.lab.N2, lab.Pod{Name: "b"})
+		if err != nil {
+			return nil, err
+		}
+		r.isolated = path{name: isolatedName, lab: r.lab, client: b.end(one.NS, one.IPs), server: b.end(two.NS, two.IPs)}
+	}
 	f := r.lab.DefaultWorld()
+	f.Workloads = append(f.Workloads, r.served(h2)...)
 	f.Workloads = append(f.Workloads, lab.Workload{UID: "lab//v1/Pod/default/user", Name: "user", Namespace: "default",
 		ServiceAccount: "user", TrustDomain: "cluster.local", WorkloadIPs: []string{"10.91.66.4", "fd91:0:0:66::4"},
 		Protocol: "TCP", Services: map[string]map[uint16]uint16{}})
@@ -75,8 +100,8 @@ func (b *bench) newRootlessWorld(ctx context.Context) (_ *rootlessWorld, err err
 	}
 	tun := filepath.Join(r.dir, "tun")
 	// The CA is this world's alone.
-	if out, err := exec.CommandContext(ctx, "sh", "-ec", `cp -r "$1" "$2/ca" && cp "$3" "$4" "$2" && chmod -R a+rX "$2"`,
-		"sh", ca, r.dir, b.tool("ztun"), b.tool("ztload")).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(ctx, "sh", "-ec", `cp -r "$1" "$2/ca" && cp "$3" "$2" && chmod -R a+rX "$2"`,
+		"sh", ca, r.dir, b.tool("ztload")).CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("%w: %s", err, out)
 	}
 	if err = unix.Mknod(tun, unix.S_IFCHR|0o666, int(unix.Mkdev(10, 200))); err != nil {
@@ -88,8 +113,21 @@ func (b *bench) newRootlessWorld(ctx context.Context) (_ *rootlessWorld, err err
 	if err = b.serve(ctx, r.lab, r.server); err != nil {
 		return nil, err
 	}
-	_, err = r.lab.Start(r.server.ns, lab.Cmd{Args: []string{"iperf3", "-s"}})
-	return r, err
+	if _, err = r.lab.Start(r.server.ns, lab.Cmd{Args: []string{"iperf3", "-s"}}); err != nil {
+		return nil, err
+	}
+	if err = b.serveQUIC(ctx, r); err != nil {
+		return nil, err
+	}
+	if err = b.isolatedPair(ctx, r); err != nil {
+		return nil, err
+	}
+	for subject := range r.runs {
+		if err = b.serveAsUser(ctx, r, subject); err != nil {
+			return nil, err
+		}
+	}
+	return r, nil
 }
 
 // slirpScript runs the rest of its arguments behind slirp4netns: $1 is an address to be routed before they start.
@@ -104,23 +142,19 @@ kill $!; exit $status`
 // run runs a generator as the user by a subject's way, and decodes what it prints.
 func (b *bench) rootlessRun(ctx context.Context, r *rootlessWorld, subject string, into any, args ...string) error {
 	switch subject {
-	case runName:
-		args = append([]string{r.dir + "/ztun", "run", "--name", "user", "--service-account", "user", "--ip",
+	case runName, otherRunName:
+		args = append([]string{r.runs[subject].bin, "run", "--name", "user", "--service-account", "user", "--ip",
 			"10.91.66.4,fd91:0:0:66::4", "--"}, args...)
 	case pastaName:
 		args = append([]string{pastaName, "--config-net", "-q", "-m", "1500", "--"}, args...)
 	case slirpName:
 		args = append([]string{"sh", "-c", slirpScript, "sh", r.server.ip.String()}, args...)
 	}
-	world, err := os.ReadFile(r.lab.WorldPath())
+	cmd, err := r.asUser(subject, args)
 	if err != nil {
 		return err
 	}
-	script := "mount --bind " + r.dir + `/tun /dev/net/tun && cd / && exec setpriv --reuid 65534 --regid 65534 ` +
-		`--clear-groups "$@"`
-	out, err := r.lab.RunCmd(ctx, r.client.ns, lab.Cmd{Args: append([]string{"unshare", "-m", "sh", "-c", script, "sh"},
-		args...), Env: append(lab.BaseEnv(), "LOCAL_XDS="+string(world), "XDS_ADDRESS=", "CA_ADDRESS=",
-		"LOCAL_CA_DIR="+r.dir+"/ca", "TMPDIR=/tmp")})
+	out, err := r.lab.RunCmd(ctx, r.client.ns, cmd)
 	if out = strings.TrimSpace(out); out == "" || err != nil && lab.ExitCode(err) != 1 {
 		return fmt.Errorf("no result: %w", err)
 	}
@@ -128,6 +162,19 @@ func (b *bench) rootlessRun(ctx context.Context, r *rootlessWorld, subject strin
 		return fmt.Errorf("%w in %.200q (%w)", jerr, out, err)
 	}
 	return nil
+}
+
+// asUser is a program as the user has it, with what a subject's ztun needs to know.
+func (r *rootlessWorld) asUser(subject string, args []string) (lab.Cmd, error) {
+	world, err := os.ReadFile(r.lab.WorldPath())
+	if err != nil {
+		return lab.Cmd{}, err
+	}
+	script := "mount --bind " + r.dir + `/tun /dev/net/tun && cd / && exec setpriv --reuid 65534 --regid 65534 ` +
+		`--clear-groups "$@"`
+	return lab.Cmd{Args: append([]string{"unshare", "-m", "sh", "-c", script, "sh"}, args...),
+		Env: append(append(lab.BaseEnv(), "LOCAL_XDS="+string(world), "XDS_ADDRESS=", "CA_ADDRESS=",
+			"LOCAL_CA_DIR="+r.dir+"/ca", "TMPDIR=/tmp"), r.runs[subject].env...)}, nil
 }
 
 // rootlessCases are what a user's workload does with a plain destination, by ztun and by what others have.
@@ -145,8 +192,10 @@ func (b *bench) rootlessCases(ctx context.Context) ([]kase, error) {
 		}
 		names = append(names, other)
 	}
-	if !b.o.NoDaemon {
-		names = append(names, runName)
+	for _, name := range []string{runName, otherRunName} {
+		if _, ok := r.runs[name]; ok {
+			names = append(names, name)
+		}
 	}
 	over := func(f func(ctx context.Context, subject string) (outcome, error)) (s []subject) {
 		for _, name := range names {
@@ -209,6 +258,7 @@ func (b *bench) rootlessCases(ctx context.Context) ([]kase, error) {
 				return outcome{"arrives": s.Bytes * 8 / s.Seconds / 1e9 * (1 - s.Lost/100), "lost": s.Lost}, nil
 			})})
 	}
+	ks = append(append(ks, b.quicCase(r, over)), b.rootlessMeshCases(r)...)
 	if !b.o.NoDaemon {
 		starts, err := b.crowdCases(ctx, r)
 		if err != nil {

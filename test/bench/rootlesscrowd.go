@@ -105,7 +105,7 @@ func (b *bench) startRuns(ctx context.Context, r *rootlessWorld, c *crowd, n int
 			var out, errOut lockedBuffer
 			begin := time.Now()
 			p, err := r.lab.Start(r.client.ns, lab.Cmd{Args: []string{"unshare", "-m", "sh", "-c", hold, "sh",
-				filepath.Join(r.dir, "ztun"), "run", "--join", c.bundles[i], "--", "bash", "-c", ask},
+				r.runs[runName].bin, "run", "--join", c.bundles[i], "--", "bash", "-c", ask},
 				Env: append(lab.BaseEnv(), "TMPDIR=/tmp"), Stdout: &out, Stderr: &errOut})
 			if err != nil {
 				a.err = err
