@@ -120,6 +120,10 @@ func readMeshConfig(path string, must bool) (proxyConfig, error) {
 		if errors.Is(err, fs.ErrNotExist) && !must {
 			return proxyConfig{}, nil
 		}
+		// The default is below the working directory, which may be one that we cannot look into.
+		if _, here := os.Stat("./."); errors.Is(here, fs.ErrPermission) && !must {
+			return proxyConfig{}, nil
+		}
 		return proxyConfig{}, err
 	}
 	defer f.Close()

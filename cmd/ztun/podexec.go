@@ -111,16 +111,41 @@ type codedError struct {
 func (e *codedError) Error() string { return e.err.Error() }
 func (e *codedError) Unwrap() error { return e.err }
 
+// findProgram is the file of a command. Its errors have the exit codes that a shell has for them.
+func findProgram(name string) (string, error) {
+	program, err := exec.LookPath(name)
+	switch {
+	case name == "":
+		return "", &codedError{exitNotFound, errors.New("the command has no name")}
+	case errors.Is(err, exec.ErrNotFound), errors.Is(err, fs.ErrNotExist):
+		return "", &codedError{exitNotFound, fmt.Errorf("%s: command not found", name)}
+	case err != nil && !errors.Is(err, exec.ErrDot): // a program of this directory is what was asked for by ./NAME alone
+		return "", &codedError{exitNotRunnable, fmt.Errorf("%s cannot be run: %w", name, err)}
+	case err != nil:
+		return "", &codedError{exitNotFound, fmt.Errorf("%s: command not found (write ./%[1]s for the one here)", name)}
+	}
+	return program, nil
+}
+
+// startProgram starts a command. A script that does not say who reads it is a shell's, as with execvp(3).
+func startProgram(c *exec.Cmd) (*exec.Cmd, error) {
+	err := c.Start()
+	if errors.Is(err, syscall.ENOEXEC) {
+		script := exec.Command("/bin/sh", append([]string{c.Path}, c.Args[1:]...)...)
+		script.Stdin, script.Stdout, script.Stderr, script.Env, script.Dir = c.Stdin, c.Stdout, c.Stderr, c.Env, c.Dir
+		c, err = script, script.Start()
+	}
+	if err != nil {
+		return nil, &codedError{exitNotRunnable, fmt.Errorf("%s cannot be run: %w", c.Args[0], err)}
+	}
+	return c, nil
+}
+
 // execIn becomes argv in the network of the pod. It returns only if that fails.
 func execIn(pod admin.PodStatus, argv, env []string) error {
-	program, err := exec.LookPath(argv[0])
-	switch {
-	case errors.Is(err, exec.ErrNotFound), errors.Is(err, fs.ErrNotExist):
-		return &codedError{exitNotFound, fmt.Errorf("%s: command not found", argv[0])}
-	case err != nil && !errors.Is(err, exec.ErrDot): // a program of this directory is what was asked for by ./NAME alone
-		return &codedError{exitNotRunnable, fmt.Errorf("%s cannot be run: %w", argv[0], err)}
-	case err != nil:
-		return &codedError{exitNotFound, fmt.Errorf("%s: command not found (write ./%[1]s for the one here)", argv[0])}
+	program, err := findProgram(argv[0])
+	if err != nil {
+		return err
 	}
 	ns, err := netns.Open(pod.NetNS)
 	if err != nil {

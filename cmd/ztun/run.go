@@ -72,6 +72,9 @@ func runCommand() *cobra.Command {
 			}
 			inside := os.Getenv(runInside)
 			if inside == "" {
+				if _, err := findProgram(args[0]); err != nil {
+					return err // before anything is waited for
+				}
 				return runOutside(&who)
 			}
 			os.Unsetenv(runInside)

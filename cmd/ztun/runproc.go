@@ -270,7 +270,8 @@ func (l *lifeline) interruptible(ctx context.Context) (_ context.Context, stop f
 // follow starts the command, sends signals on to it, and returns how it ended, when nothing of what it has started is
 // left. A reason that comes from quit, to end this process, ends the command first.
 func (l *lifeline) follow(c *exec.Cmd, quit <-chan string, log *slog.Logger) error {
-	if err := c.Start(); err != nil {
+	c, err := startProgram(c)
+	if err != nil {
 		return err
 	}
 	type end struct {

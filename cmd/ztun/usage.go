@@ -146,7 +146,10 @@ func permissionHint(err error) string {
 		return ""
 	}
 	var op *net.OpError
+	var coded *codedError
 	switch {
+	case errors.As(err, &coded) && coded.code == exitNotRunnable:
+		return "" // the user's own program
 	case errors.As(err, &op) && op.Op == "listen":
 		return " (needs root, or CAP_NET_BIND_SERVICE, for a port below 1024)"
 	case errors.Is(err, syscall.EACCES):

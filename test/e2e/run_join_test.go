@@ -26,6 +26,7 @@ func TestRunJoins(t *testing.T) {
 	c.write("users.yaml", lab.WorldFile{Workloads: []lab.Workload{record("user", "10.91.66.4"), record("guest", "10.91.66.5")}})
 	c.write("policy.yaml", policy("users-alone", "Allow", "cluster.local/ns/default/sa/user"))
 	c.visible(c.N2, "users-alone", true)
+	c.visible(c.N2, "lab//v1/Pod/default/user", true)
 	r := newRootless(t, c.mesh)
 	bundle := func(name, out string) string {
 		out = filepath.Join(r.dir, out)
@@ -52,8 +53,13 @@ func TestRunJoins(t *testing.T) {
 		}
 	}
 	// It only calls, and its record says from where.
-	log := c.N2.Daemon.Log()
-	if strings.Contains(log, "source address of a mesh connection") || !strings.Contains(log, `src.workload="user"`) {
+	eventually(t, 20*time.Second, func() error {
+		if log := c.N2.Daemon.Log(); !strings.Contains(log, `src.workload="user"`) {
+			return fmt.Errorf("the peer's log: %s", log)
+		}
+		return nil
+	})
+	if log := c.N2.Daemon.Log(); strings.Contains(log, "source address of a mesh connection") {
 		t.Errorf("the peer's log: %s", log)
 	}
 	controlAway(t, c, r, user)
