@@ -134,7 +134,7 @@ func examine(ctx context.Context, a asker) (doctor.Facts, error) {
 	if o.Redirected = c.Attach.Steering == redirectedPods; !o.Redirected { // else that port is each pod's own
 		o.Ports = append(o.Ports, ports.HBONE)
 	}
-	if c.Attach.Steering == steeredPods {
+	if s := c.Attach.Steering; s == steeredPods || s == rulesPods {
 		o.Steered = steered.Records(hostRecord(c.State.Dir))
 	}
 	o.Upstreams = upstreams(c)

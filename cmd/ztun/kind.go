@@ -36,8 +36,8 @@ func (d *daemon) chooseKind() attach.Kind {
 	case redirectedPods:
 		own := c.Proxy.OriginalSource
 		return redirected.New(o, own != nil && !*own)
-	case steeredPods:
-		return nodeKinds{isolated.New(o), steered.New(o, c.Attach.Native)}
+	case steeredPods, rulesPods:
+		return nodeKinds{isolated.New(o), steered.New(o, c.Attach.Native, c.Attach.Steering == rulesPods)}
 	}
 	return isolated.New(o)
 }

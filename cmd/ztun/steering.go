@@ -17,26 +17,24 @@ type steering uint8
 const (
 	isolatedPods steering = iota
 	steeredPods
+	rulesPods
 	redirectedPods
 )
 
-var steerings = [...]string{isolatedPods: "isolated", steeredPods: "steered", redirectedPods: "redirected"}
+var steerings = [...]string{isolatedPods: "isolated", steeredPods: "steered", rulesPods: "rules",
+	redirectedPods: "redirected"}
 
 func (s steering) String() string { return steerings[s] }
 
 func (l *loader) setSteering(v string) error {
 	for i, name := range steerings {
-		if v == name {
+		if v == name || v == "sandwich" && steering(i) == steeredPods {
 			s := steering(i)
 			l.steering = &s
 			return nil
 		}
 	}
-	if v == "rules" || v == "sandwich" { // as sketches of it were called
-		return errors.New("is called steered: pods that have an eth0 are captured by a namespace of ours between them and " +
-			"the network (the sandwich). Rules in the pod's own namespace are written by istio-cni alone: redirected")
-	}
-	return errors.New("must be isolated, steered or redirected")
+	return errors.New("must be isolated, steered (or sandwich, as it is called, too), rules or redirected")
 }
 
 func (l *loader) setMark(v string) error {

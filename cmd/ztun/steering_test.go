@@ -31,6 +31,8 @@ func TestSteering(t *testing.T) {
 		{[]string{"ZTUN_STEERING", "redirected", "INPOD_ENABLED", "false"}, want{redirectedPods, false, 1337}},
 		{[]string{"ZTUN_STEERING", "steered"}, want{steeredPods, false, 0}},
 		{append([]string{"ZTUN_STEERING", "steered"}, chart...), want{steeredPods, true, 0}},
+		{[]string{"ZTUN_STEERING", "sandwich"}, want{steeredPods, false, 0}},
+		{append([]string{"ZTUN_STEERING", "rules"}, chart...), want{rulesPods, true, 0}},
 		{append([]string{"ZTUN_STEERING", "isolated"}, chart...), want{isolatedPods, true, 0}},
 		{append([]string{"PACKET_MARK", "7"}, chart...), want{redirectedPods, true, 7}},
 		{append([]string{"PROXY_MODE", "dedicated", "PROXY_WORKLOAD_INFO", "a/b/c"}, chart...), want{isolatedPods, false, 0}},
@@ -40,7 +42,7 @@ func TestSteering(t *testing.T) {
 			t.Errorf("%q: %v, want %v", c.env, got, c.want)
 		}
 	}
-	for _, v := range []string{"rules", "sandwich", "iptables"} {
+	for _, v := range []string{"rule", "iptables"} {
 		if _, err := loadConfig(env("ZTUN_STEERING", v)); err == nil || !strings.Contains(err.Error(), "steered") {
 			t.Errorf("ZTUN_STEERING=%s: %v", v, err)
 		}
@@ -61,6 +63,7 @@ func TestSteering(t *testing.T) {
 		{nil, true},
 		{[]string{"ZTUN_LOCAL_RELAY", "false"}, false},
 		{[]string{"ZTUN_STEERING", "steered"}, false},
+		{[]string{"ZTUN_STEERING", "rules"}, false},
 		{chart, false},
 		{append([]string{"ZTUN_LOCAL_RELAY", "true"}, chart...), true},
 	} {

@@ -173,10 +173,10 @@ func (p *place) rules(fam int) ([]netlink.Rule, error) {
 	return all, nil
 }
 
-// keeps says that the plan has a rule of the kernel's.
-func (w *world) keeps(h netlink.Rule) bool {
+// keeps says that the plan has a rule of the kernel's in a namespace.
+func (w *world) keeps(where Where, h netlink.Rule) bool {
 	return slices.ContainsFunc(w.plan.Steps, func(s Step) bool {
 		r, ok := s.Do.(Rule)
-		return ok && r.is(h)
+		return ok && s.Where == where && r.is(h)
 	})
 }

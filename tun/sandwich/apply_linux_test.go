@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -67,6 +68,27 @@ func settled(t *testing.T, n *nslab.NS) {
 func dump(t *testing.T, n *nslab.NS) string {
 	settled(t, n)
 	var b strings.Builder
+	if err := n.Do(func() error {
+		for _, path := range []string{"ipv4/tcp_early_demux", "ipv4/conf/*/rp_filter", "ipv4/conf/*/forwarding",
+			"ipv6/conf/*/forwarding"} {
+			files, err := filepath.Glob("/proc/sys/net/" + path)
+			if err != nil {
+				return err
+			}
+			for _, file := range files {
+				v, err := os.ReadFile(file)
+				if err != nil {
+					return err
+				}
+				fmt.Fprintf(&b, "%s=%s", file, v)
+			}
+		}
+		out, err := exec.Command("tc", "qdisc", "show", "dev", "eth0").CombinedOutput()
+		b.Write(out)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
 	for _, args := range []string{"-j -d link", "-j addr", "-j route show table all", "-j -6 route show table all", "-j rule",
 		"-j -6 rule", "-j neigh show nud permanent"} {
 		var v []map[string]any
@@ -117,10 +139,20 @@ func sandwich(t *testing.T) *netns.NS {
 // A plan is applied once and is true then; undone, everything is as it was, from every point at which it may have been
 // left; ICMP and UDP go on natively in between.
 func TestApplyAndUndo(t *testing.T) {
-	for name, make := range map[string]func(*testing.T, *nslab.NS, *nslab.NS){"bridge": bridgePod, "routed": routedPod} {
-		t.Run(name, func(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		make    func(*testing.T, *nslab.NS, *nslab.NS)
+		capture func(Facts, Config) (Plan, error)
+		undo    func(Facts) Plan
+	}{
+		{"bridge", bridgePod, New, Undo},
+		{"routed", routedPod, New, Undo},
+		{"bridge by rules", bridgePod, Rules, UndoRules},
+		{"routed by rules", routedPod, Rules, UndoRules},
+	} {
+		t.Run(c.name, func(t *testing.T) {
 			node, pod := nslab.New(t), nslab.New(t)
-			make(t, node, pod)
+			c.make(t, node, pod)
 			ping := func(when string) {
 				t.Helper()
 				for _, a := range []string{"10.92.1.1", "fd92::1"} {
@@ -141,7 +173,7 @@ func TestApplyAndUndo(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			p, err := New(f, Config{DNS: true, Native: true})
+			p, err := c.capture(f, Config{DNS: true, Native: true})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -154,7 +186,7 @@ func TestApplyAndUndo(t *testing.T) {
 			ping("captured")
 			undo := func() {
 				t.Helper()
-				if _, err := Apply(t.Context(), Undo(f), ns); err != nil {
+				if _, err := Apply(t.Context(), c.undo(f), ns); err != nil {
 					t.Fatal(err)
 				}
 				if after := dump(t, pod); after != before {

@@ -273,6 +273,7 @@ func (r Rule) netlink() *netlink.Rule {
 	if r.Table == 0 {
 		n.Table, n.Type = unix.RT_TABLE_UNSPEC, unix.FR_ACT_BLACKHOLE
 	}
+	n.OifName = r.Oif
 	if r.From.IsValid() {
 		n.Src = rtnl.IPNet(host(r.From))
 	}
@@ -297,7 +298,7 @@ func (r Rule) is(h netlink.Rule) bool {
 	return h.Family == w.Family && h.Priority == w.Priority && max(h.Table, 0) == max(w.Table, 0) &&
 		h.IifName == w.IifName && max(h.IPProto, 0) == max(w.IPProto, 0) && h.Protocol == protocol &&
 		ports(h.Sport, w.Sport) && ports(h.Dport, w.Dport) && nets(h.Src, w.Src) && nets(h.Dst, w.Dst) &&
-		h.Mark == 0 && h.OifName == "" && h.Tos == 0 && !h.Invert && h.Goto < 1
+		h.Mark == 0 && h.OifName == w.OifName && h.Tos == 0 && !h.Invert && h.Goto < 1
 }
 
 func (r Rule) ensure(_ *world, p *place) (changed bool, err error) {
@@ -325,7 +326,7 @@ func (o OnlyRules) ensure(w *world, p *place) (changed bool, err error) {
 		return false, err
 	}
 	for _, h := range have {
-		if w.keeps(h) {
+		if w.keeps(p.where, h) || o.Below != 0 && h.Priority >= o.Below {
 			continue
 		}
 		changed = true
@@ -333,7 +334,7 @@ func (o OnlyRules) ensure(w *world, p *place) (changed bool, err error) {
 			return true, nil
 		}
 		if h.Priority == 0 && h.Table == unix.RT_TABLE_LOCAL {
-			h.Priority = -1 // as the library wants it unsaid; the kernel finds it by its table
+			h.Priority = -1 // as the library wants it unsaid; the kernel finds it by its table and who made it
 		}
 		if err := p.h.RuleDel(&h); err != nil && !rtnl.Gone(err) {
 			return true, fmt.Errorf("cannot remove %s: %w", h, err)

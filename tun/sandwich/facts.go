@@ -18,6 +18,11 @@ type Facts struct {
 	Neighs []Neigh `json:"neighs"` // permanent ones
 	// Settings of the device, below /proc/sys, but for those that cannot be read.
 	Settings []Sysctl `json:"settings"`
+	// What matters where the device stays in the pod: settings of the whole namespace, other devices that are up, and
+	// rules that are not the kernel's.
+	Wide   []Sysctl `json:"wide,omitempty"`
+	Others []string `json:"others,omitempty"`
+	Rules  []string `json:"rules,omitempty"`
 }
 
 // Own are the pod's own addresses: those of global scope.

@@ -52,13 +52,43 @@ func New(f Facts, c Config) (Plan, error) {
 		return Plan{}, err
 	}
 	var p Plan
-	s := func(a ...Action) {
-		for _, a := range a {
-			p.Steps = append(p.Steps, Step{S, a})
-		}
+	p.add(S, inside(f, c)...)
+	p.add(Pod, Move{Dev: f.Dev})
+	p.add(S, outside(f)...)
+	if c.Native {
+		p.add(S, copies(f.Dev, f.sorted())...)
 	}
-	own := f.Own()
-	slices.SortFunc(own, netip.Addr.Compare)
+	p.add(Pod, Rename{peer, f.Dev})
+	if f.v6() {
+		p.add(Pod, Sysctl{"net/ipv6/conf/" + f.Dev + "/disable_ipv6", "0", true},
+			Sysctl{"net/ipv6/conf/" + f.Dev + "/accept_dad", "0", true})
+	}
+	p.add(Pod, Up{f.Dev, f.MTU})
+	for _, a := range f.sorted() {
+		ad, gw := Addr{Dev: f.Dev, Prefix: host(a)}, gateway(a)
+		if a.Is6() {
+			ad.Flags = unix.IFA_F_NODAD
+		}
+		p.add(Pod, ad, Neigh{Dev: f.Dev, Addr: gw, MAC: gatewayMAC})
+		if a.Is4() {
+			p.add(Pod, route(host(gw), f.Dev, unix.RT_TABLE_MAIN))
+		}
+		r := route(netip.PrefixFrom(unspecified(a), 0), f.Dev, unix.RT_TABLE_MAIN)
+		r.Via, r.Src, r.Scope = gw, a, 0
+		p.add(Pod, r)
+	}
+	return p, nil
+}
+
+func (p *Plan) add(where Where, all ...Action) {
+	for _, a := range all {
+		p.Steps = append(p.Steps, Step{where, a})
+	}
+}
+
+// inside is what S consists of before it has a device towards the network.
+func inside(f Facts, c Config) (out []Action) {
+	s := func(a ...Action) { out = append(out, a...) }
 	s(Up{Dev: "lo"})
 	for _, key := range []string{"net/ipv4/ip_forward=1", "net/ipv4/conf/all/rp_filter=0",
 		"net/ipv4/conf/default/rp_filter=0", "net/ipv4/conf/all/send_redirects=0",
@@ -76,8 +106,7 @@ func New(f Facts, c Config) (Plan, error) {
 	}
 	s(Pair{Dev: In, MAC: gatewayMAC, Peer: peer, PeerMAC: f.MAC, MTU: f.MTU})
 	for _, dev := range []string{In, App, Net} {
-		s(sysctl("net/ipv4/conf/"+dev+"/accept_local=1"), sysctl("net/ipv4/conf/"+dev+"/rp_filter=0"),
-			Sysctl{"net/ipv6/conf/" + dev + "/addr_gen_mode", "1", true})
+		s(ours(dev)...)
 	}
 	for _, v6 := range []bool{false, true} {
 		s(rules(f, c, v6)...)
@@ -85,24 +114,33 @@ func New(f Facts, c Config) (Plan, error) {
 	for _, dev := range []string{In, App, Net} {
 		s(Up{dev, f.MTU})
 	}
-	v6 := slices.ContainsFunc(own, netip.Addr.Is6)
-	if v6 {
+	if f.v6() {
 		s(Addr{Dev: In, Prefix: netip.PrefixFrom(gateway6, 64), Flags: unix.IFA_F_NODAD, Scope: unix.RT_SCOPE_LINK})
 	}
-	for _, a := range own {
+	for _, a := range f.sorted() {
 		all := netip.PrefixFrom(unspecified(a), 0)
 		s(route(all, App, tableApp), route(all, Net, tableNet), route(host(a), In, tablePod),
 			Neigh{Dev: In, Addr: a, MAC: f.MAC})
 	}
-	// The swap.
-	p.Steps = append(p.Steps, Step{Pod, Move{Dev: f.Dev}})
-	if v6 {
+	return out
+}
+
+// ours are the settings of a device of ours: what comes by it may have any source, the pod's own among them.
+func ours(dev string) []Action {
+	return []Action{sysctl("net/ipv4/conf/" + dev + "/accept_local=1"), sysctl("net/ipv4/conf/" + dev + "/rp_filter=0"),
+		Sysctl{"net/ipv6/conf/" + dev + "/addr_gen_mode", "1", true}}
+}
+
+// outside is what S has of the device towards the network.
+func outside(f Facts) (out []Action) {
+	s := func(a ...Action) { out = append(out, a...) }
+	if f.v6() {
 		for _, key := range []string{"conf/DEV/proxy_ndp=1", "neigh/DEV/proxy_delay=0", "conf/DEV/accept_ra=0"} {
 			s(sysctl("net/ipv6/" + strings.Replace(key, "DEV", f.Dev, 1)))
 		}
 	}
 	s(Up{f.Dev, f.MTU})
-	for _, a := range own {
+	for _, a := range f.sorted() {
 		if a.Is4() {
 			s(Addr{Dev: In, Prefix: host(a)})
 		} else {
@@ -118,34 +156,34 @@ func New(f Facts, c Config) (Plan, error) {
 	for _, n := range f.Neighs {
 		s(n)
 	}
-	if c.Native {
-		s(copies(f.Dev, own)...)
-	}
-	pod := func(a ...Action) {
-		for _, a := range a {
-			p.Steps = append(p.Steps, Step{Pod, a})
+	return out
+}
+
+// sorted are the pod's own addresses, IPv4's first.
+func (f Facts) sorted() []netip.Addr {
+	own := f.Own()
+	slices.SortFunc(own, netip.Addr.Compare)
+	return own
+}
+
+func (f Facts) v6() bool { return slices.ContainsFunc(f.Own(), netip.Addr.Is6) }
+
+// own is the pod's address of a family; invalid: it has none.
+func (f Facts) own(v6 bool) (a netip.Addr) {
+	for _, o := range f.Own() {
+		if o.Is6() == v6 {
+			a = o
 		}
 	}
-	pod(Rename{peer, f.Dev})
-	if v6 {
-		pod(Sysctl{"net/ipv6/conf/" + f.Dev + "/disable_ipv6", "0", true},
-			Sysctl{"net/ipv6/conf/" + f.Dev + "/accept_dad", "0", true})
+	return a
+}
+
+// gateway is the pod's of a's family.
+func gateway(a netip.Addr) netip.Addr {
+	if a.Is4() {
+		return gateway4
 	}
-	pod(Up{f.Dev, f.MTU})
-	for _, a := range own {
-		ad, gw := Addr{Dev: f.Dev, Prefix: host(a)}, gateway4
-		if a.Is6() {
-			ad.Flags, gw = unix.IFA_F_NODAD, gateway6
-		}
-		pod(ad, Neigh{Dev: f.Dev, Addr: gw, MAC: gatewayMAC})
-		if a.Is4() {
-			pod(route(host(gw), f.Dev, unix.RT_TABLE_MAIN))
-		}
-		r := route(netip.PrefixFrom(unspecified(a), 0), f.Dev, unix.RT_TABLE_MAIN)
-		r.Via, r.Src, r.Scope = gw, a, 0
-		pod(r)
-	}
-	return p, nil
+	return gateway6
 }
 
 // rules are what S consists of, of one family; a family that the pod has no address of ends.
@@ -154,12 +192,7 @@ func rules(f Facts, c Config, v6 bool) (out []Action) {
 	if v6 {
 		icmp = unix.IPPROTO_ICMPV6
 	}
-	var a netip.Addr
-	for _, o := range f.Own() {
-		if o.Is6() == v6 {
-			a = o
-		}
-	}
+	a := f.own(v6)
 	add := func(r Rule) { r.V6 = v6; out = append(out, r) }
 	const tcp, udp = unix.IPPROTO_TCP, unix.IPPROTO_UDP
 	mesh, answers := Ports{ports.HBONE, ports.HBONE}, Ports{ports.MeshMin, ports.MeshMax}
@@ -224,7 +257,7 @@ func rules(f Facts, c Config, v6 bool) (out []Action) {
 	add(Rule{Pref: 200, Table: unix.RT_TABLE_LOCAL})
 	add(Rule{Pref: 201, Iif: f.Dev})
 	add(Rule{Pref: 32766, Table: unix.RT_TABLE_MAIN})
-	return append(out, OnlyRules{v6})
+	return append(out, OnlyRules{V6: v6})
 }
 
 // outside are the routes by the CNI's device as S has them: on-link ones first, via a gateway then, default last.
@@ -250,6 +283,9 @@ func (f Facts) outside() []Route {
 	}
 	return slices.Concat(parts[:]...)
 }
+
+// lastCopy is the highest preference of copies.
+const lastCopy = 4
 
 // copies have ICMP reach the pod as well as S: all of IPv4's, and errors and echoes of IPv6's, where the rest is
 // neighbour discovery, for S alone. Errors reach netstack, too, which has connections of its own.

@@ -6,6 +6,7 @@ import (
 	"flag"
 	"net/netip"
 	"os"
+	"strings"
 	"testing"
 )
 
@@ -21,6 +22,8 @@ func TestPlans(t *testing.T) {
 		{"bridge", "bridge", Config{DNS: true, Native: true, Keep: keep}},
 		{"routed", "routed", Config{DNS: true, Native: true}},
 		{"copied", "routed", Config{DNS: true}},
+		{"rules", "bridge", Config{DNS: true, Native: true, Keep: keep}},
+		{"rules-copied", "routed", Config{DNS: true}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var f Facts
@@ -31,12 +34,16 @@ func TestPlans(t *testing.T) {
 			if err := json.Unmarshal(b, &f); err != nil {
 				t.Fatal(err)
 			}
-			p, err := New(f, c.config)
+			plan, undo := New, Undo
+			if strings.HasPrefix(c.name, "rules") {
+				plan, undo = Rules, UndoRules
+			}
+			p, err := plan(f, c.config)
 			if err != nil {
 				t.Fatal(err)
 			}
 			golden(t, c.name+".plan", p.String())
-			golden(t, c.facts+".undo", Undo(f).String())
+			golden(t, strings.Replace(c.name, "copied", "routed", 1)+".undo", undo(f).String())
 		})
 	}
 }

@@ -26,14 +26,23 @@ func ProbeCopy(ctx context.Context) error {
 	return err
 }
 
-// Joined says whether the pod's end of S is there.
-func Joined(s *netns.NS) (bool, error) {
-	p, err := openPlace(S, s)
+// Joined says whether the pod still has the device by which it is captured: its end of S, or the CNI's where that has
+// stayed.
+func (r Record) Joined(ns Namespaces) (bool, error) {
+	there, err := has(ns.S, In)
+	if there && err == nil && r.Rules {
+		return has(ns.Pod, r.Facts.Dev)
+	}
+	return there, err
+}
+
+func has(ns *netns.NS, dev string) (bool, error) {
+	p, err := openPlace(S, ns)
 	if err != nil {
 		return false, err
 	}
 	defer p.h.Close()
-	l, err := rtnl.Link(p.h, In)
+	l, err := rtnl.Link(p.h, dev)
 	return l != nil, err
 }
 
@@ -48,19 +57,19 @@ func End(s *netns.NS, dev string) error {
 	return err
 }
 
-// Captured says whether S stands and has both the CNI's device and the pod's end.
+// Captured says whether S stands and has both the device towards the network, the CNI's if that is not to stay, and the
+// pod's end.
 func (r Record) Captured() bool {
 	s, err := netns.OpenName(r.Name())
 	if err != nil {
 		return false
 	}
 	defer s.Close()
-	p, err := openPlace(S, s)
-	if err != nil {
-		return false
+	out := r.Facts.Dev
+	if r.Rules {
+		out = Out
 	}
-	defer p.h.Close()
-	in, _ := rtnl.Link(p.h, In)
-	dev, _ := rtnl.Link(p.h, r.Facts.Dev)
-	return in != nil && dev != nil
+	in, _ := has(s, In)
+	net, _ := has(s, out)
+	return in && net
 }

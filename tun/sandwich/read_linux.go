@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -73,7 +74,49 @@ func Read(ns *netns.NS, dev string) (Facts, error) {
 	if f.Settings, err = settings(ns, dev); err != nil {
 		return f, err
 	}
+	if err := f.wide(p); err != nil {
+		return f, err
+	}
 	return f, f.check()
+}
+
+// wide takes the facts that matter where the device stays.
+func (f *Facts) wide(p *place) error {
+	links, err := rtnl.Retry(p.h.LinkList)
+	if err != nil {
+		return fmt.Errorf("cannot list devices: %w", err)
+	}
+	for _, l := range links {
+		if at := l.Attrs(); at.Name != f.Dev && at.Flags&net.FlagUp != 0 && at.Flags&net.FlagLoopback == 0 {
+			f.Others = append(f.Others, at.Name)
+		}
+	}
+	for _, fam := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		rules, err := p.rules(fam)
+		if err != nil {
+			return err
+		}
+		for _, r := range rules {
+			if !kernels(r) {
+				f.Rules = append(f.Rules, r.String())
+			}
+		}
+	}
+	return p.ns.Do(func() error {
+		for _, path := range []string{"net/ipv4/tcp_early_demux", "net/ipv4/conf/all/rp_filter",
+			"net/ipv6/conf/all/forwarding"} {
+			if b, err := os.ReadFile(filepath.Join("/proc/sys", path)); err == nil {
+				f.Wide = append(f.Wide, Sysctl{path, string(bytes.TrimSpace(b)), true})
+			}
+		}
+		return nil
+	})
+}
+
+// kernels says that a rule is one that every namespace has.
+func kernels(r netlink.Rule) bool {
+	return r.Priority == 0 && r.Table == unix.RT_TABLE_LOCAL || r.Priority == below && r.Table == unix.RT_TABLE_MAIN ||
+		r.Priority == below+1 && r.Table == unix.RT_TABLE_DEFAULT
 }
 
 // settings reads what the kernel lets be set of a device.

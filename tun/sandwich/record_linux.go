@@ -25,11 +25,16 @@ type Record struct {
 	// How it is captured, see Config.
 	DNS    bool `json:"dns,omitempty"`
 	Native bool `json:"native,omitempty"`
+	Rules  bool `json:"rules,omitempty"` // its eth0 stays where it is
 }
 
 // Plan is what shall be true of the pod while it is captured.
 func (r Record) Plan() (Plan, error) {
-	return New(r.Facts, Config{DNS: r.DNS, Native: r.Native, Keep: r.Keep})
+	plan := New
+	if r.Rules {
+		plan = Rules
+	}
+	return plan(r.Facts, Config{DNS: r.DNS, Native: r.Native, Keep: r.Keep})
 }
 
 // Name is S's, as `ip netns` knows it.
@@ -109,7 +114,11 @@ func (r Record) Restore(ctx context.Context, dir string) error {
 		return errors.Join(err, closing(pod))
 	}
 	err = nil
-	if s != nil && pod != nil {
+	switch {
+	case pod == nil:
+	case r.Rules: // whether S is there or not
+		_, err = Apply(ctx, UndoRules(r.Facts), Namespaces{S: pod, Pod: pod})
+	case s != nil:
 		var there bool
 		if there, err = r.there(Namespaces{S: s, Pod: pod}); there && err == nil {
 			_, err = Apply(ctx, Undo(r.Facts), Namespaces{S: s, Pod: pod})

@@ -120,6 +120,7 @@ type Rule struct {
 	V6           bool
 	Pref         int
 	Iif          string
+	Oif          string     // only the question of a socket that is bound to it
 	From, To     netip.Addr // invalid: any
 	Proto        uint8
 	Sport, Dport Ports
@@ -130,7 +131,19 @@ type Rule struct {
 type Ports struct{ Min, Max uint16 }
 
 // OnlyRules removes every rule of a family that the plan does not have.
-type OnlyRules struct{ V6 bool }
+type OnlyRules struct {
+	V6    bool
+	Below int // of a lower preference than this; 0: of any
+}
+
+// NoRules removes every rule of ours of a family, and gives the kernel's for the local table its place back.
+type NoRules struct{ V6 bool }
+
+// NoRoutes removes every route of ours of a family.
+type NoRoutes struct{ V6 bool }
+
+// NoCopies removes every Copy from a device, and what these hang on where nothing else does.
+type NoCopies struct{ Dev string }
 
 // Copy has what comes in by From, is of an ICMP type and for Dst copied to a device. Types of zero length: all.
 type Copy struct {
@@ -266,6 +279,9 @@ func (r Rule) String() string {
 	if r.Iif != "" {
 		b.WriteString(" iif " + r.Iif)
 	}
+	if r.Oif != "" {
+		b.WriteString(" oif " + r.Oif)
+	}
 	if name, ok := map[uint8]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp", unix.IPPROTO_ICMP: "icmp",
 		unix.IPPROTO_ICMPV6: "ipv6-icmp"}[r.Proto]; ok {
 		b.WriteString(" ipproto " + name)
@@ -295,7 +311,25 @@ func (r Rule) String() string {
 	return b.String()
 }
 
-func (o OnlyRules) String() string { return ip(o.V6) + "rule del # whatever is not in this plan" }
+func (o OnlyRules) String() string {
+	s := ip(o.V6) + "rule del # whatever is not in this plan"
+	if o.Below != 0 {
+		s += fmt.Sprintf(", below pref %d", o.Below)
+	}
+	return s
+}
+
+func (n NoRules) String() string {
+	return fmt.Sprintf("%[1]srule add pref 0 lookup local; %[1]srule flush protocol %d", ip(n.V6), protocol)
+}
+
+func (n NoRoutes) String() string {
+	return fmt.Sprintf("%sroute flush table all proto %d", ip(n.V6), protocol)
+}
+
+func (n NoCopies) String() string {
+	return "tc qdisc del dev " + n.Dev + " clsact # if nothing but ours is there"
+}
 
 func (c Copy) String() string {
 	var b strings.Builder

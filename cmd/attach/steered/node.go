@@ -23,6 +23,7 @@ type Node struct {
 	records string    // the directory of what there was in pods
 	kernel  bool      // UDP and ICMP are to go by the kernel, if it can
 	native  bool      // and it can
+	rules   bool      // eth0 stays in the pod
 
 	leaving atomic.Bool // new mesh connections are reset
 }
@@ -30,8 +31,9 @@ type Node struct {
 var _ attach.Kind = (*Node)(nil)
 
 // New makes the kind; nothing is touched before Open. Without kernel, UDP and ICMP go by netstack wherever pods are.
-func New(o attach.Options, kernel bool) *Node {
-	return &Node{o: o, records: Records(o.Record), kernel: kernel}
+// With rules the CNI's device stays in the pod.
+func New(o attach.Options, kernel, rules bool) *Node {
+	return &Node{o: o, records: Records(o.Record), kernel: kernel, rules: rules}
 }
 
 // Records is the directory beside the file of attach.Options.Record in which pods are written down.
@@ -42,13 +44,22 @@ func (n *Node) Open(ctx context.Context) (err error) {
 	if n.ns, err = n.o.Namespace(); err != nil {
 		return err
 	}
-	if n.o.Stack.Datagrams == nil {
+	if n.o.Stack.Datagrams == nil && !n.rules {
 		return nil // nothing is to pass
 	}
-	if !n.kernel {
+	if !n.kernel && !n.rules {
 		return nil
 	}
-	if err := sandwich.ProbeCopy(ctx); err != nil {
+	err = sandwich.ProbeCopy(ctx)
+	if n.rules {
+		if err != nil {
+			return fmt.Errorf("ZTUN_STEERING=rules needs what copies ICMP errors (cls_u32, act_mirred): a path MTU would be "+
+				"learnt by the pod alone, and the mesh's connections stand still; steered does without: %w", err)
+		}
+		n.native = n.kernel && n.o.Stack.Datagrams != nil
+		return nil
+	}
+	if err != nil {
 		n.o.Logger("ztun").Warn("UDP and ICMP of steered pods go by netstack: the kernel cannot copy ICMP (cls_u32, "+
 			"act_mirred)", "reason", err)
 		return nil

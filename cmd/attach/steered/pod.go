@@ -131,7 +131,10 @@ func (p *pod) recall(ctx context.Context) (fresh bool, err error) {
 	if err != nil {
 		return false, fmt.Errorf("%w: %w", admin.ErrPodUnavailable, err)
 	}
-	p.record = sandwich.Record{Dev: dev, Ino: ino, Path: p.spec.NetNS, Facts: facts}
+	p.record = sandwich.Record{Dev: dev, Ino: ino, Path: p.spec.NetNS, Facts: facts, Rules: p.node.rules}
+	if _, err := p.record.Plan(); err != nil {
+		return false, fmt.Errorf("%w: %w", admin.ErrPodInvalid, err)
+	}
 	found, err := attach.Unfinished(p.ns, p.spec.IPs)
 	if err != nil {
 		return false, fmt.Errorf("%w: the pod's connections cannot be listed: %w", admin.ErrPodUnavailable, err)

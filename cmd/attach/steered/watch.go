@@ -50,7 +50,7 @@ func (p *pod) watch(ctx context.Context) {
 
 // check is one look; false: the pod's end is gone.
 func (p *pod) check(ctx context.Context) bool {
-	captured, err := sandwich.Joined(p.s)
+	captured, err := p.record.Joined(p.namespaces())
 	if err == nil && !captured {
 		p.fail(errors.New("the pod's eth0 was deleted (by its CNI?), and the device behind it with it"))
 		if err := sandwich.End(p.s, podDevice); err != nil {
