@@ -162,8 +162,9 @@ func variables(c *Config, l *loader) []variable {
 			"its destination would refuse as plaintext; all carries that, too (as under ztunnel, which captures no UDP); off " +
 			"drops everything but DNS queries", udpModes(&c.UDP.Mode)},
 		{"ZTUN_STEERING", "", "how pods are captured. isolated: a TUN is their only device; steered: the same, and pods " +
-			"that have an eth0 of a CNI's by a namespace of ours between pod and network; redirected: by the rules of " +
-			"istio-cni in the pod, as ztunnel (default: redirected where a node agent says which pods there are, else isolated)",
+			"that have an eth0 of a CNI's by a namespace of ours between pod and network; rules: the same, with eth0 left where " +
+			"it is and rules of ours in the pod; redirected: by the rules of istio-cni in the pod, as ztunnel (default: " +
+			"redirected where a node agent says which pods there are, else isolated)",
 			l.setSteering},
 		{"ZTUN_MAX_UDP_FLOWS", "16384", "UDP and ICMP flows of one pod, at most; the node has 65536",
 			ranged(&c.UDP.MaxFlows, 16, 65536)},
@@ -184,7 +185,7 @@ func variables(c *Config, l *loader) []variable {
 		{"ZTUN_LOCAL_RELAY", "",
 			"connections between two pods of this daemon stay in its memory: no TLS, no TCP to port 15008, and so nothing " +
 				"that a NetworkPolicy could judge; false: they take the wire as those to other nodes do (default true, and " +
-				"false where pods have a CNI: ZTUN_STEERING=steered or redirected)",
+				"false where pods have a CNI: ZTUN_STEERING=steered, rules or redirected)",
 			optionalBool(&l.localRelay)},
 		{"ZTUN_DROP_CAPABILITIES", "true",
 			"keep only the capabilities that the configuration needs, and never get new ones; the process executes itself " +

@@ -69,7 +69,7 @@ func dump(t *testing.T, n *nslab.NS) string {
 	settled(t, n)
 	var b strings.Builder
 	if err := n.Do(func() error {
-		for _, path := range []string{"ipv4/tcp_early_demux", "ipv4/conf/*/rp_filter", "ipv4/conf/*/forwarding",
+		for _, path := range []string{"ipv4/*_early_demux", "ipv4/neigh/eth0/proxy_delay", "ipv4/conf/*/rp_filter", "ipv4/conf/*/forwarding",
 			"ipv6/conf/*/forwarding"} {
 			files, err := filepath.Glob("/proc/sys/net/" + path)
 			if err != nil {
@@ -90,7 +90,7 @@ func dump(t *testing.T, n *nslab.NS) string {
 		t.Fatal(err)
 	}
 	for _, args := range []string{"-j -d link", "-j addr", "-j route show table all", "-j -6 route show table all", "-j rule",
-		"-j -6 rule", "-j neigh show nud permanent"} {
+		"-j -6 rule", "-j neigh show nud permanent", "-j neigh show proxy"} {
 		var v []map[string]any
 		out := n.IP(t, strings.Fields(args)...)
 		if strings.TrimSpace(out) == "" {

@@ -52,4 +52,10 @@
 //     others' and remove nothing foreign; in S everything is ours, and a foreign rule there is removed (OnlyRules).
 //   - 2026-11-28: S is a name below /var/run/netns: it has to outlive the daemon, and `ip -n ztun-... rule` is how an
 //     operator looks.
+//   - 2026-11-29: where eth0 must not move (Rules), S stands beside the pod, with two veths to it, rather than that the
+//     sockets of HBONE live in the pod: a rule for their answers would open the application's ports to whoever calls
+//     from port 15008, unless every port of a range were occupied. What is let past S is named there, too.
+//   - 2026-11-29: traps of Rules. ARP asks for a route without a protocol, so that the pod's address is a proxy entry;
+//     IPv6 learns the path MTU of datagrams for such a route; what is forwarded and looks like an application's own is
+//     dropped by early demux; an IPv4 socket bound to eth0 leaves by it when a rule says blackhole.
 package sandwich

@@ -103,8 +103,8 @@ func (f *Facts) wide(p *place) error {
 		}
 	}
 	return p.ns.Do(func() error {
-		for _, path := range []string{"net/ipv4/tcp_early_demux", "net/ipv4/conf/all/rp_filter",
-			"net/ipv6/conf/all/forwarding"} {
+		for _, path := range []string{"net/ipv4/tcp_early_demux", "net/ipv4/udp_early_demux", "net/ipv4/conf/all/rp_filter",
+			"net/ipv6/conf/all/forwarding", "net/ipv4/neigh/" + f.Dev + "/proxy_delay"} {
 			if b, err := os.ReadFile(filepath.Join("/proc/sys", path)); err == nil {
 				f.Wide = append(f.Wide, Sysctl{path, string(bytes.TrimSpace(b)), true})
 			}

@@ -50,14 +50,21 @@ func Rules(f Facts, c Config) (Plan, error) {
 			p.add(Pod, Sysctl{"net/ipv6/conf/" + dev + "/disable_ipv6", "0", true})
 		}
 	}
-	// A segment of a connection of S's may look like one of the pod's own; forwarding drops what has a socket.
+	// What comes for a connection of S's may look like one of the pod's own; forwarding drops what has a socket.
 	p.add(Pod, sysctl("net/ipv4/tcp_early_demux=0"), sysctl("net/ipv4/conf/all/rp_filter=0"))
+	if !c.Native {
+		p.add(Pod, sysctl("net/ipv4/udp_early_demux=0"))
+	}
 	for _, dev := range []string{f.Dev, peerOut} {
 		p.add(Pod, sysctl("net/ipv4/conf/"+dev+"/forwarding=1"))
 	}
 	p.add(Pod, sysctl("net/ipv4/conf/"+f.Dev+"/rp_filter=0"))
 	if f.v6() {
 		p.add(Pod, sysctl("net/ipv6/conf/all/forwarding=1"))
+	}
+	if a := f.own(false); a.IsValid() {
+		// Who asks for the address is answered by its route, which is S's now.
+		p.add(Pod, sysctl("net/ipv4/neigh/"+f.Dev+"/proxy_delay=0"), Neigh{Dev: f.Dev, Addr: a, Proxy: true})
 	}
 	p.add(Pod, Up{peer, f.MTU}, Up{peerOut, f.MTU})
 	for _, a := range f.sorted() {
@@ -149,10 +156,23 @@ func podRules(f Facts, c Config, v6 bool) (out []Action) {
 	}
 	add(Rule{Pref: 113, Iif: "lo", Proto: icmp, Table: unix.RT_TABLE_MAIN})
 	add(Rule{Pref: 114, Iif: "lo", Oif: f.Dev, Table: bound})
-	if a.IsValid() {
-		add(Rule{Pref: 115, Iif: "lo", Table: tableApp})
+	switch {
+	case !v6 || !c.Native:
+		if a.IsValid() {
+			add(Rule{Pref: 115, Iif: "lo", Table: tableApp})
+		}
+		add(Rule{Pref: 117, Iif: "lo"})
+	default:
+		// The path MTU of a datagram is learnt for a route that is asked for without a protocol: it has to be main's, by
+		// which datagrams leave.
+		if a.IsValid() {
+			add(Rule{Pref: 115, Iif: "lo", Proto: tcp, Table: tableApp})
+		}
+		for _, proto := range []uint8{tcp, unix.IPPROTO_SCTP, unix.IPPROTO_DCCP, unix.IPPROTO_UDPLITE, unix.IPPROTO_IPIP,
+			unix.IPPROTO_IPV6, unix.IPPROTO_GRE, unix.IPPROTO_ESP, unix.IPPROTO_AH, unix.IPPROTO_RAW} {
+			add(Rule{Pref: 116, Iif: "lo", Proto: proto})
+		}
 	}
-	add(Rule{Pref: 116, Iif: "lo"})
 	return out
 }
 
@@ -192,6 +212,9 @@ func UndoRules(f Facts) Plan {
 	var p Plan
 	p.add(Pod, NoRules{}, NoRules{V6: true}, Absent{peer}, Absent{peerOut}, NoRoutes{}, NoRoutes{V6: true},
 		NoCopies{f.Dev})
+	if a := f.own(false); a.IsValid() {
+		p.add(Pod, NoProxy{f.Dev, a})
+	}
 	for _, s := range append(f.Wide[:len(f.Wide):len(f.Wide)], f.Settings...) {
 		p.add(Pod, s)
 	}

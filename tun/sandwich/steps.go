@@ -142,6 +142,12 @@ type NoRules struct{ V6 bool }
 // NoRoutes removes every route of ours of a family.
 type NoRoutes struct{ V6 bool }
 
+// NoProxy has a device answer for an address no more.
+type NoProxy struct {
+	Dev  string
+	Addr netip.Addr
+}
+
 // NoCopies removes every Copy from a device, and what these hang on where nothing else does.
 type NoCopies struct{ Dev string }
 
@@ -285,6 +291,8 @@ func (r Rule) String() string {
 	if name, ok := map[uint8]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp", unix.IPPROTO_ICMP: "icmp",
 		unix.IPPROTO_ICMPV6: "ipv6-icmp"}[r.Proto]; ok {
 		b.WriteString(" ipproto " + name)
+	} else if r.Proto != 0 {
+		fmt.Fprintf(&b, " ipproto %d", r.Proto)
 	}
 	for _, p := range []struct {
 		name string
@@ -325,6 +333,10 @@ func (n NoRules) String() string {
 
 func (n NoRoutes) String() string {
 	return fmt.Sprintf("%sroute flush table all proto %d", ip(n.V6), protocol)
+}
+
+func (n NoProxy) String() string {
+	return ip(n.Addr.Is6()) + "neigh del proxy " + n.Addr.String() + " dev " + n.Dev
 }
 
 func (n NoCopies) String() string {

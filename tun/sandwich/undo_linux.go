@@ -57,6 +57,29 @@ func (n NoRoutes) ensure(_ *world, p *place) (changed bool, err error) {
 	return changed, nil
 }
 
+func (n NoProxy) ensure(_ *world, p *place) (changed bool, err error) {
+	l, err := rtnl.Link(p.h, n.Dev)
+	if l == nil || err != nil {
+		return false, err
+	}
+	have, err := rtnl.Retry(func() ([]netlink.Neigh, error) {
+		return p.h.NeighProxyList(l.Attrs().Index, rtnl.Family(n.Addr))
+	})
+	if err != nil {
+		return false, err
+	}
+	for _, h := range have {
+		if h.IP.Equal(n.Addr.AsSlice()) && h.LinkIndex == l.Attrs().Index {
+			h.Family = rtnl.Family(n.Addr)
+			if err := p.h.NeighDel(&h); err != nil && !rtnl.Gone(err) {
+				return false, err
+			}
+			changed = true
+		}
+	}
+	return changed, nil
+}
+
 func (n NoCopies) ensure(_ *world, p *place) (changed bool, err error) {
 	l, err := rtnl.Link(p.h, n.Dev)
 	if l == nil || err != nil {

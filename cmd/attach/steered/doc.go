@@ -21,4 +21,6 @@
 //     one it is, the number of the application's file says (2026-11-29): by addresses and ports alone a client might
 //     close it and connect again, past policy, as often as it likes. One that the application has closed stays until
 //     the kernel has sent what was written.
+//   - 2026-11-29: ZTUN_STEERING=rules leaves eth0 in the pod. A pod that was captured the other way stays so until it
+//     is removed: to change over would leave a moment in which it is not captured.
 package steered
