@@ -95,12 +95,7 @@ func (m *mesh) smallLink(t *testing.T) {
 // CNI's eth0, of both families of CNI, are captured while they run: new connections are encrypted and those from before
 // go on, datagrams pass, the node's own probes reach a pod that is strict and nobody else does, a killed daemon leaves
 // nothing open and the next one goes on; let go, the pod is as it was.
-func TestSteered(t *testing.T) { steeredPods(t, "steered") }
-
-// TestSteeredByRules: the same where eth0 stays in the pod.
-func TestSteeredByRules(t *testing.T) { steeredPods(t, "rules") }
-
-func steeredPods(t *testing.T, way string) {
+func TestSteered(t *testing.T) {
 	m := newMesh(t, meshOptions{noStart: true})
 	m.cni(m.a, true)
 	m.cni(m.b, false)
@@ -110,10 +105,10 @@ func steeredPods(t *testing.T, way string) {
 		Action: "Deny", Rules: [][][]map[string]any{{{{"notPrincipals": []any{map[string]any{"Presence": []any{}}},
 			"destinationPorts": []int{9001}}}}}}} // no datagrams', which have no identity and which netstack judges
 	must(t, m.WriteWorld(f))
-	env := map[string]string{"ZTUN_STEERING": way}
+	env := map[string]string{"ZTUN_STEERING": "steered"}
 	m.start(m.N1, env)
 	// As where the kernel cannot copy ICMP.
-	m.start(m.N2, map[string]string{"ZTUN_STEERING": way, "ZTUN_STEERED_NATIVE": "false"})
+	m.start(m.N2, map[string]string{"ZTUN_STEERING": "steered", "ZTUN_STEERED_NATIVE": "false"})
 	for _, p := range []*lab.Pod{m.a, m.b, m.c} {
 		m.serve(p.NS)
 		m.echoServer(p.NS, "[::]:9002")
@@ -187,13 +182,8 @@ func steeredPods(t *testing.T, way string) {
 	both("after a restart")
 	kept("after a restart")
 	// What somebody takes away is put back.
-	if way == "rules" {
-		must(t, m.IP(m.ctx, m.a.NS, "rule del pref 20"))
-		must(t, m.IP(m.ctx, m.a.NS, "rule add pref 1 lookup local"))
-	} else {
-		_, err = m.Run(m.ctx, nil, "ip", "-n", between[m.a], "rule", "del", "pref", "20")
-		must(t, err)
-	}
+	_, err = m.Run(m.ctx, nil, "ip", "-n", between[m.a], "rule", "del", "pref", "20")
+	must(t, err)
 	eventually(t, 40*time.Second, func() error { return get(m.N1.NS, m.a.V4()) })
 	// A CNI's DEL takes eth0 away, which is ours: its own goes with S, and its address with it.
 	must(t, m.Attach(m.ctx, m.b))
