@@ -39,9 +39,10 @@ type Conn struct {
 	local, remote netip.AddrPort
 
 	rd, wr half
-	in     sliceWriter // of Read, guarded by rd.mu
-	out    payload     // of Write, guarded by wr.mu
-	unseen int         // bytes read since ModerateRecvBuf, guarded by rd.mu
+	rest   atomic.Pointer[sleeper] // Rest's, until the wait for which it was meant
+	in     sliceWriter             // of Read, guarded by rd.mu
+	out    payload                 // of Write, guarded by wr.mu
+	unseen int                     // bytes read since ModerateRecvBuf, guarded by rd.mu
 
 	// failed is the errno that ended the connection, zero if none: gVisor
 	// reports it once and then says end of file, which a relay must not take
@@ -165,13 +166,35 @@ func (c *Conn) readable() error {
 		return err
 	}
 	c.rd.arm()
-	defer c.rd.disarm()
 	for {
 		if ok, err := c.readState(); ok || err != nil {
+			c.rd.disarm()
 			return err
+		}
+		if r := c.rest.Swap(nil); r != nil {
+			return c.leave(r)
 		}
 		c.rd.sleep()
 	}
+}
+
+// leave ends a wait with r in its place. rd.mu is held.
+func (c *Conn) leave(r *sleeper) error {
+	c.rd.own = nil
+	c.rd.armed.Store(r)
+	// Look once more, lest the wake-up was before it.
+	if ok, err := c.readState(); (ok || err != nil) && c.rd.armed.CompareAndSwap(r, nil) {
+		return err
+	}
+	return syscall.EAGAIN
+}
+
+// Rest sends the reader away: the wait for something to read that is under way, or the next one, ends with EAGAIN, and
+// again is called once when there is something to read or a reason to read no more. Nobody else may read until then. A
+// wait that finds something does not end so. again must neither wait nor call the connection: locks are held.
+func (c *Conn) Rest(again func()) {
+	c.rest.Store(&sleeper{again: again})
+	c.rd.wake()
 }
 
 func (c *Conn) readState() (ready bool, err error) {

@@ -23,7 +23,11 @@ type half struct {
 	timer    *time.Timer // guarded by Conn.mu
 }
 
-type sleeper struct{ ch chan struct{} }
+// sleeper is who waits: a goroutine at ch, or nobody yet: then again starts one, once.
+type sleeper struct {
+	ch    chan struct{}
+	again func()
+}
 
 // arm makes wake effective. The condition is to be checked after it, then
 // sleep, and so on until disarm.
@@ -45,6 +49,12 @@ func (h *half) sleep() { <-h.own.ch }
 // wake makes the one who waits look again. It never blocks.
 func (h *half) wake() {
 	if s := h.armed.Load(); s != nil {
+		if s.again != nil {
+			if h.armed.CompareAndSwap(s, nil) {
+				s.again()
+			}
+			return
+		}
 		select {
 		case s.ch <- struct{}{}:
 		default:

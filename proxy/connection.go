@@ -26,6 +26,7 @@ type connection struct {
 	inner   *hbone.ClientConn
 	forget  func() // ends the watch over the revocation of the inner peer, or of one in memory; nil without
 	carried bool   // its bytes are being copied
+	dir     uint8  // as profiles name it
 	left    atomic.Bool
 
 	mu         sync.Mutex
@@ -34,6 +35,7 @@ type connection struct {
 	books      *books             // nil until there is something to count
 	cut        *Error             // set once, by the first who cuts
 	ends       [2]Conn            // what is aborted by a cut
+	copying    *copying           // nil until it is carried
 	stop       context.CancelFunc // ends what is under way for it before it is carried
 }
 
@@ -65,7 +67,7 @@ func (p *Proxy) enter(dir int) *connection {
 	if !p.begin() {
 		return nil
 	}
-	c := &connection{p: p, reporter: reporterDestination}
+	c := &connection{p: p, reporter: reporterDestination, dir: uint8(dir)}
 	if dir == outbound {
 		c.reporter = reporterSource
 	}
@@ -87,7 +89,7 @@ func (p *Proxy) begin() bool {
 // enterStream lets a stream of a tunnel in, which stays itself as long as the caller runs.
 func (p *Proxy) enterStream(stop context.CancelFunc) *connection {
 	p.work.Add(1)
-	return &connection{p: p, stop: stop}
+	return &connection{p: p, stop: stop, dir: inbound}
 }
 
 // await gives the connection the context of what is done for it until it is carried: a cut ends it, and so does the

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime/pprof"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -20,7 +21,7 @@ import (
 // carried to the other as a reset; an application's is not an error, a tunnel's or stream's is (isReset).
 //
 // Each direction is a goroutine of its own whose stack holds nothing but the copying: what set the
-// connection up has returned, and an idle connection costs two small stacks.
+// connection up has returned; and while nothing comes it rests (rest.go): there is none.
 type copying struct {
 	c        *connection
 	down, up Conn // the side that asked for the connection, and the side that we connected to
@@ -28,6 +29,7 @@ type copying struct {
 	left        atomic.Int32          // directions that have not ended
 	crash       atomic.Pointer[Error] // that a direction has panicked
 	forth, back error
+	rests       [2]restState // of forth and back
 
 	mu    sync.Mutex
 	lost  error       // why an end was lost; the first counts
@@ -90,22 +92,33 @@ func (c *connection) carry(down, up Conn) {
 	s.left.Store(2)
 	s.watch(down)
 	s.watch(up)
+	c.mu.Lock()
+	c.copying = s
+	c.mu.Unlock()
 	go s.copyToUpstream()
 	go s.copyToDownstream()
+	c.p.sweepSoon()
 }
 
-// copyToUpstream and copyToDownstream are named so that goroutine dumps read well.
+// copyToUpstream and copyToDownstream are named so that goroutine dumps read well. Who starts them again after a rest
+// has other labels.
 func (s *copying) copyToUpstream() {
+	pprof.SetGoroutineLabels(s.c.p.labels[s.c.dir])
 	s.c.p.o.Panics.Run("copying to upstream", func() {
-		s.forth = s.oneWay(s.up, s.down, s.c.books.addReceived)
-		s.done()
+		if err := s.oneWay(s.up, s.down, s.c.books.addReceived); err != errRests {
+			s.forth = err
+			s.done()
+		}
 	}, s.crashed)
 }
 
 func (s *copying) copyToDownstream() {
+	pprof.SetGoroutineLabels(s.c.p.labels[s.c.dir])
 	s.c.p.o.Panics.Run("copying to downstream", func() {
-		s.back = s.oneWay(s.down, s.up, s.c.books.addSent)
-		s.done()
+		if err := s.oneWay(s.down, s.up, s.c.books.addSent); err != errRests {
+			s.back = err
+			s.done()
+		}
 	}, s.crashed)
 }
 
@@ -146,7 +159,7 @@ func (s *copying) end() {
 		s.c.p.work.Done()
 	}
 	if err == nil && s.lost != nil && !isReset(s.lost) {
-		err = &copyError{"receive: ", s.lost}
+		err = &copyError{receivePrefix, s.lost}
 	}
 	s.mu.Unlock()
 	if crash := s.crash.Load(); crash != nil {
@@ -159,10 +172,13 @@ func (s *copying) end() {
 	s.c.leave()
 }
 
-// oneWay copies src to dst and ends dst's input when src has ended.
+// oneWay copies src to dst and ends dst's input when src has ended. errRests: it was interrupted, and src starts it
+// again.
 func (s *copying) oneWay(dst, src Conn, count func(int)) error {
 	err := move(dst, src, count)
 	switch {
+	case err != nil && rests(err, src):
+		return errRests
 	case err != nil && s.c.reason() != nil:
 		// Its ends are being canceled one after the other. The far one must not learn of the near one's end as if its
 		// application had ended it.
@@ -200,7 +216,7 @@ func move(dst, src Conn, count func(int)) error {
 			case err == nil:
 				return nil
 			case errors.As(err, &source):
-				return &copyError{"receive: ", source.Err}
+				return &copyError{receivePrefix, source.Err}
 			}
 			return &copyError{"send: ", err}
 		}
@@ -215,7 +231,7 @@ func move(dst, src Conn, count func(int)) error {
 			if w.err != nil {
 				return &copyError{"send: ", w.err}
 			}
-			return &copyError{"receive: ", err}
+			return &copyError{receivePrefix, err}
 		}
 		return nil
 	}
@@ -271,7 +287,7 @@ func moveBuffered(dst, src Conn, count func(int)) error {
 			return nil
 		}
 		if rerr != nil {
-			return &copyError{"receive: ", rerr}
+			return &copyError{receivePrefix, rerr}
 		}
 	}
 }
@@ -331,6 +347,9 @@ func (w *countingBufferWriter) WriteBuffers(pieces [][]byte) (int64, error) {
 	}
 	return n, err
 }
+
+// receivePrefix is that of the source's errors.
+const receivePrefix = "receive: "
 
 // copyError carries ztunnel's prefix: which way the bytes were going.
 type copyError struct {

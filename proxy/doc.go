@@ -100,4 +100,8 @@
 //   - 2026-11-29: before the first state has come, a connection that has waited 5 s for its workload's record is
 //     dropped rather than reset: nothing says that it may not be, and its client's next SYN may find what is missing.
 //     ztunnel resets it.
+//   - 2026-11-29: a direction through which nothing came for 2 to 4 s has no goroutine (rest.go): its source starts it
+//     again. Its copying ends at a wait and nowhere else, so that there is nothing to be kept but who is to be called.
+//     One timer of the pod's looks for such directions, since one per wait would be paid for by those that are busy.
+//     Kernel sockets (rootless, redirected) and the splice's readers do not rest.
 package proxy

@@ -111,8 +111,12 @@ type Proxy struct {
 	mu       sync.Mutex
 	draining bool
 	recheck  *time.Timer // nil: none is due
+	sweep    *time.Timer // the next one for idle connections; nil: none is due
 	mesh     map[*hbone.ServerConn]struct{}
 	work     sync.WaitGroup
+
+	sweeping  atomic.Bool // a sweep is due or under way
+	restAfter time.Duration
 
 	table      table
 	history    history
@@ -136,7 +140,8 @@ func New(o Options) *Proxy {
 		o.Config.MaxMeshHandshake = maxHandshakes
 	}
 	o.Config.HBONE.Panics = o.Panics
-	p := &Proxy{o: o, mesh: map[*hbone.ServerConn]struct{}{}, illegal: route.IllegalPorts(o.Config.SOCKS5)}
+	p := &Proxy{o: o, mesh: map[*hbone.ServerConn]struct{}{}, illegal: route.IllegalPorts(o.Config.SOCKS5),
+		restAfter: restAfter}
 	p.bounds = newBounds(&o)
 	p.history = history{newRing(o.Config.Remember), newRing(o.Config.Remember)}
 	p.o.Config.HBONE.Stats, p.o.Config.HBONE.Calmed = &p.tunnels, p.bounds.calmed
@@ -329,6 +334,10 @@ func (p *Proxy) Close() {
 	}
 	if p.recheck != nil && p.recheck.Stop() {
 		p.recheck = nil
+		p.work.Done()
+	}
+	if p.sweep != nil && p.sweep.Stop() {
+		p.sweep = nil
 		p.work.Done()
 	}
 	p.mu.Unlock()

@@ -58,6 +58,13 @@ func (t *table) snapshot() []*connection {
 	return t.list()
 }
 
+// none reports whether the table is empty.
+func (t *table) none() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.all) == 0
+}
+
 // empty returns a channel that is closed when no connection is left.
 func (t *table) empty() <-chan struct{} {
 	t.mu.Lock()

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"syscall"
 )
 
 // Receiving: the reader goroutine pushes what DATA frames carry, the stream's user takes it out.
@@ -62,7 +63,7 @@ func (r *reader) wakeOwed() {
 	for i, s := range r.owed {
 		s.rmu.Lock()
 		s.owed = false
-		s.rcond.Signal()
+		s.wakeReaders()
 		s.rmu.Unlock()
 		r.owed[i] = nil
 	}
@@ -96,7 +97,7 @@ func (s *Stream) endReading(err error) {
 	if s.rerr == nil {
 		s.rerr = err
 	}
-	s.rcond.Broadcast()
+	s.wakeReaders()
 	s.rmu.Unlock()
 }
 
@@ -112,9 +113,29 @@ func (s *Stream) stopReading() {
 	s.chunks, s.head = nil, 0
 	s.rclosed = true
 	s.rdl.stop()
-	s.rcond.Broadcast()
+	s.wakeReaders()
 	s.rmu.Unlock()
 	s.c.settleConn(n)
+}
+
+// wakeReaders has whoever waits look again. rmu is held.
+func (s *Stream) wakeReaders() {
+	if f := s.again; f != nil {
+		s.again = nil
+		s.readers--
+		f()
+	}
+	s.rcond.Broadcast()
+}
+
+// Rest sends the reader away: the wait for something to read that is under way, or the next one, ends with EAGAIN, and
+// again is called once when there is something to read or a reason to read no more. Nobody else may read until then. A
+// wait that finds something does not end so. again must neither wait nor call the stream: locks are held.
+func (s *Stream) Rest(again func()) {
+	s.rmu.Lock()
+	defer s.rmu.Unlock()
+	s.rest = again
+	s.rcond.Broadcast()
 }
 
 // await waits until there is something to read, or nothing any more. rmu is held, but given up meanwhile.
@@ -131,6 +152,10 @@ func (s *Stream) await() error {
 			return s.rerr
 		}
 		s.readers++
+		if s.rest != nil {
+			s.rest, s.again = nil, s.rest
+			return syscall.EAGAIN
+		}
 		s.rcond.Wait()
 		s.readers--
 	}
@@ -192,12 +217,12 @@ func (s *Stream) Read(p []byte) (n int, err error) {
 }
 
 // WaitRead returns when Read would not wait: there is data, an end or an error (which Read then reports).
-// Its own errors are os.ErrDeadlineExceeded and net.ErrClosed.
+// Its own errors are os.ErrDeadlineExceeded, net.ErrClosed and Rest's.
 func (s *Stream) WaitRead() error {
 	s.rmu.Lock()
 	defer s.rmu.Unlock()
 	err := s.await()
-	if err == os.ErrDeadlineExceeded || err == net.ErrClosed {
+	if err == os.ErrDeadlineExceeded || err == net.ErrClosed || err == syscall.EAGAIN {
 		return err
 	}
 	return nil

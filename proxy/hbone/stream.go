@@ -68,9 +68,11 @@ type Stream struct {
 	head    int // index of the first chunk
 	rerr    error
 	rdl     deadline
-	rclosed bool // what comes is thrown away
-	readers int
-	owed    bool // the reader has pushed something and will wake the user
+	rclosed bool   // what comes is thrown away
+	readers int    // waiting on rcond; one who rests counts
+	owed    bool   // the reader has pushed something and will wake the user
+	rest    func() // Rest's, until the wait for which it was meant
+	again   func() // starts the user who rests
 }
 
 func newStream(c *conn, id uint32) *Stream {
@@ -155,7 +157,7 @@ func (s *Stream) SetReadDeadline(t time.Time) error {
 	if s.rclosed {
 		return net.ErrClosed
 	}
-	s.rdl.set(t, s, &s.rmu, s.rcond.Broadcast)
+	s.rdl.set(t, s, &s.rmu, s.wakeReaders)
 	return nil
 }
 

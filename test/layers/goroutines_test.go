@@ -24,6 +24,8 @@ var unguarded = map[string]string{
 	"proxy/hbone/server.go: c.handle":    "calls Panics.Run: no closures for each request",
 	"proxy/copy.go: s.copyToUpstream":    "calls Panics.Run: no closures for each connection",
 	"proxy/copy.go: s.copyToDownstream":  "the same",
+	"proxy/rest.go: s.copyToUpstream":    "the same",
+	"proxy/rest.go: s.copyToDownstream":  "the same",
 	"netstack/clock.go: t.fire":          "calls Panics.Run: no closures for each timer",
 	"netstack/flow.go: fl.patient":       "the same, for each handshake",
 	"netstack/wait.go: h.wake": "a look at a pointer and a send that does not " +

@@ -22,6 +22,7 @@ type kernel struct {
 	free []*conn
 	out  []byte
 	call bool          // it is a client
+	mute bool          // a server that says nothing until speak
 	done chan struct{} // one of its connections has ended
 }
 
@@ -200,11 +201,35 @@ func (k *kernel) server(from netip.AddrPort, port uint16, flags byte, seq uint32
 		c.rcv = seq + uint32(data) + 1
 		k.send(c, ack, nil)
 		k.drop(from.Port(), c)
-	case !c.said:
-		c.said = true
-		k.send(c, ack|psh, []byte{'x'})
-		c.snd++
-		k.send(c, ack|fin, nil)
-		c.snd++
+	case !c.said && !k.mute:
+		k.say(c)
 	}
+}
+
+// say sends a byte and a FIN.
+func (k *kernel) say(c *conn) {
+	c.said = true
+	k.send(c, ack|psh, []byte{'x'})
+	c.snd++
+	k.send(c, ack|fin, nil)
+	c.snd++
+}
+
+// speak has a server say what it kept to itself.
+func (k *kernel) speak() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.mute = false
+	for _, c := range k.open {
+		if !c.said {
+			k.say(c)
+		}
+	}
+}
+
+// held is how many connections are open.
+func (k *kernel) held() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return len(k.open)
 }
