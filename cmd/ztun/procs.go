@@ -164,6 +164,7 @@ func (p *processors) run(ctx context.Context) {
 		}
 		if quiet == returnAfter || quiet == 2*returnAfter {
 			debug.FreeOSMemory()
+			releaseProgram()              // an error is no harm: they stay
 			o, now = ownCPU(), time.Now() // what that took is no work
 			if quiet == 2*returnAfter {
 				quiet = -1

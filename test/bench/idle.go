@@ -10,13 +10,17 @@ import (
 	"ztun/test/lab"
 )
 
+// idleSettles is when daemons are what idle ones are: directions rest after 2 to 4 s, and memory is returned after 3
+// idle seconds and after 6.
+const idleSettles = 10 * time.Second
+
 // idleCases measure memory: of fresh daemons that have carried nothing, and with connections that are open and
 // silent. Each repetition has a world of its own, because a daemon that has worked before holds memory that has
 // nothing to do with the question.
 func (b *bench) idleCases() []kase {
 	n := b.o.Idle
 	k := kase{
-		suite: "idle", name: fmt.Sprintf("%d connections", n), lasts: 12*time.Second + time.Duration(n)*2*time.Millisecond,
+		suite: "idle", name: fmt.Sprintf("%d connections", n), lasts: 30*time.Second + time.Duration(n)*2*time.Millisecond,
 		rows: []report.Row{
 			{Metric: "RSS fresh, n1", Unit: "MiB", Subject: ztunName, Reference: "20"},
 			{Metric: "RSS fresh, n2", Unit: "MiB", Subject: ztunName, Reference: "20"},
@@ -63,7 +67,7 @@ func (b *bench) idleMemory(ctx context.Context, v variant, heap bool) (_ outcome
 	if err := b.serve(ctx, w.lab, p.server); err != nil {
 		return nil, err
 	}
-	settle(ctx, 2*time.Second)
+	settle(ctx, idleSettles)
 	o, n := outcome{}, float64(b.o.Idle)
 	rss := func() ([]float64, error) {
 		out := make([]float64, len(p.daemons))
@@ -94,7 +98,7 @@ func (b *bench) idleMemory(ctx context.Context, v variant, heap bool) (_ outcome
 	note("RSS fresh", mib, fresh, nil)
 	err = b.idle(ctx, w.lab, p.client, p.server, b.o.Idle, func() error {
 		o["open them"] = time.Since(began).Seconds()
-		settle(ctx, time.Second)
+		settle(ctx, idleSettles)
 		busy, since := make([]time.Duration, len(p.daemons)), time.Now()
 		for i, d := range p.daemons {
 			if st, err := b.r.proc.Stat(d.Pid()); err == nil {
