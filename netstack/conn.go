@@ -190,9 +190,9 @@ func (c *Conn) leave(r *sleeper) error {
 }
 
 // Rest sends the reader away: the wait for something to read that is under way, or the next one, ends with EAGAIN, and
-// again is called once when there is something to read or a reason to read no more; now and then for nothing, by what is
-// told late of bytes that were read. Nobody else may read until then. A wait that finds something does not end so. again
-// must neither wait nor call the connection: locks are held.
+// again is called once when there is something to read or a reason to read no more; now and then for nothing, by what
+// is told late of bytes that were read. Nobody else may read until then. A wait that finds something does not end so.
+// again must neither wait nor call the connection: locks are held.
 func (c *Conn) Rest(again func()) {
 	c.rest.Store(&sleeper{again: again})
 	c.rd.wake()
