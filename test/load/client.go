@@ -113,6 +113,16 @@ type TransferResult struct {
 // Transfer sends up bytes and receives down bytes at the same time over one connection, and compares hashes and
 // counts of both ends.
 func Transfer(ctx context.Context, t Target, up, down int64, seed int64) TransferResult {
+	return transfer(ctx, t, up, down, seed, false)
+}
+
+// TransferEnded is Transfer whose client ends its side as soon as it has sent all. The server ends its own as ever,
+// when it has got and sent all.
+func TransferEnded(ctx context.Context, t Target, up, down int64, seed int64) TransferResult {
+	return transfer(ctx, t, up, down, seed, true)
+}
+
+func transfer(ctx context.Context, t Target, up, down int64, seed int64, end bool) TransferResult {
 	var r TransferResult
 	start := time.Now()
 	err := func() error {
@@ -127,6 +137,9 @@ func Transfer(ctx context.Context, t Target, up, down int64, seed int64) Transfe
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			r.Sent, sendErr = send(c, &Pattern{Seed: uint64(seed)}, upHash, up)
+			if sendErr == nil && end {
+				sendErr = c.CloseWrite()
+			}
 			if sendErr != nil {
 				c.Close() // unblocks the reader
 			}
