@@ -93,9 +93,11 @@ func (c *socket) send(d *Datagram) error {
 			}
 		}
 		err = nil
-		for b := d.Payload; len(b) > 0 && err == nil; {
+		for b := d.Payload; len(b) > 0 && (err == nil || err == unix.EMSGSIZE); {
 			n := min(d.Segment, len(b))
-			err = sendOne(int(fd), b[:n], c.control(d, 0), to)
+			if e := sendOne(int(fd), b[:n], c.control(d, 0), to); e != nil {
+				err = e // of too large ones the first says it all, and the last may be shorter, and go
+			}
 			b = b[n:]
 		}
 	}); werr != nil {
