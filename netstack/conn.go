@@ -183,8 +183,8 @@ func (c *Conn) leave(r *sleeper) error {
 	c.rd.own = nil
 	c.rd.armed.Store(r)
 	// Look once more, lest the wake-up was before it.
-	if ok, err := c.readState(); (ok || err != nil) && c.rd.armed.CompareAndSwap(r, nil) {
-		return err
+	if ok, err := c.readState(); ok || err != nil {
+		c.rd.wake()
 	}
 	return syscall.EAGAIN
 }

@@ -30,7 +30,7 @@ func rests(err error, src Conn) bool {
 // restState is what sweeps remember of one direction.
 type restState struct {
 	seen  uint64      // bytes, at the last look; of sweeps alone
-	asked atomic.Bool // to rest, and neither a byte nor a wake-up came since
+	asked atomic.Bool // to rest, and no wake-up came since
 }
 
 // idle sends directions away through which nothing has come since the last look. Only sweeps call it, one at a time.
@@ -43,8 +43,8 @@ func (s *copying) idle() {
 func (s *copying) look(r *restState, bytes uint64, src Conn, again func()) {
 	switch {
 	case bytes != r.seen:
+		// It may rest since: who was asked while a write waited takes the bytes first. Only a wake-up says that it does not.
 		r.seen = bytes
-		r.asked.Store(false)
 	case !r.asked.Swap(true): // first: what Rest arranges for may happen at once
 		if src, ok := src.(resting); ok {
 			src.Rest(again)

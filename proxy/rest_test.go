@@ -63,6 +63,33 @@ func TestRestingConnection(t *testing.T) {
 	}
 }
 
+// TestRestIsAskedForOnce: a direction that was asked while its write waited counts what it wrote and then rests. It is
+// not asked again, which would wake it for nothing at each sweep (netstack.Conn.Rest).
+func TestRestIsAskedForOnce(t *testing.T) {
+	src, r := &restCounter{}, &restState{}
+	s := &copying{}
+	s.look(r, 0, src, nil)
+	for range 3 {
+		s.look(r, 7, src, nil)
+	}
+	if src.asked != 1 {
+		t.Errorf("asked %d times, want once", src.asked)
+	}
+	r.asked.Store(false) // as the wake-up does
+	s.look(r, 7, src, nil)
+	if src.asked != 2 {
+		t.Errorf("asked %d times after a wake-up, want twice", src.asked)
+	}
+}
+
+// restCounter counts how often it was asked to rest.
+type restCounter struct {
+	Conn
+	asked int
+}
+
+func (c *restCounter) Rest(func()) { c.asked++ }
+
 func (w *world) forbid9000() {
 	w.know.publish(loadView(w.t, func(s string) string {
 		return strings.Replace(s, "destinationPorts: [7777]", "destinationPorts: [7777, 9000]", 1)
