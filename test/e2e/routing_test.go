@@ -302,7 +302,8 @@ func (s scenario) run(t *testing.T, r *routing) {
 }
 
 // TestRouting: where connections go, for everything that a connection can be made to, with both nodes as witnesses.
-// The same scenarios with a workload file and with `ztun control`, over IPv4 and IPv6.
+// The same scenarios with a workload file and with `ztun control`, over IPv4 and IPv6, and those of a pod's own by a
+// user's `ztun run` in its place.
 func TestRouting(t *testing.T) {
 	for _, mode := range []string{"file", "control"} {
 		t.Run(mode, func(t *testing.T) {
@@ -312,6 +313,7 @@ func TestRouting(t *testing.T) {
 			}
 			if mode == "file" {
 				t.Run("weights", func(t *testing.T) { weights(t, r) })
+				t.Run("rootless", func(t *testing.T) { rootlessRoutes(t, r) })
 			}
 		})
 	}

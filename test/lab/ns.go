@@ -114,3 +114,16 @@ func (n *NS) ReadFile(path string) ([]byte, error) {
 	})
 	return b, err
 }
+
+// NSOf is the network namespace of a process; Close lets go of it.
+func NSOf(pid int) (*NS, error) {
+	name := fmt.Sprintf("/proc/%d/ns/net", pid)
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	return &NS{Name: name, f: f}, nil
+}
+
+// Close lets go of a namespace that NSOf has opened.
+func (n *NS) Close() error { return n.f.Close() }
