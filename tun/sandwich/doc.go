@@ -40,7 +40,7 @@
 //     is taken: all of them are in Facts.
 //   - since the application's UDP to port 53 is netstack's, so is what comes from port 53 (2026-11-29; seen on a
 //     cluster: answers went to the pod, and no name outside the mesh resolved). A nameserver in the pod that is asked
-//     from port 53 has a port below 1024 and goes on.
+//     from port 53 has a port below 1024 and goes on. Rules has the same in the pod, before what lets UDP past.
 //
 // Limits: a fragmented IPv6 ping does not reach the pod (tc looks for ICMPv6 behind the fixed header), nor a
 // nameserver's fragmented answer the DNS proxy (later fragments have no ports). One address of a family per pod.
@@ -56,6 +56,7 @@
 //     sockets of HBONE live in the pod: a rule for their answers would open the application's ports to whoever calls
 //     from port 15008, unless every port of a range were occupied. What is let past S is named there, too.
 //   - 2026-11-29: traps of Rules. ARP asks for a route without a protocol, so that the pod's address is a proxy entry;
-//     IPv6 learns the path MTU of datagrams for such a route; what is forwarded and looks like an application's own is
-//     dropped by early demux; an IPv4 socket bound to eth0 leaves by it when a rule says blackhole.
+//     IPv6 learns the path MTU of datagrams for such a route; what is forwarded and looks like an application's own
+//     (also a nameserver's answer to netstack, at a port that the application has, too) is dropped by early demux; an
+//     IPv4 socket bound to eth0 leaves by it when a rule says blackhole.
 package sandwich

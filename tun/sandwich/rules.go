@@ -51,10 +51,8 @@ func Rules(f Facts, c Config) (Plan, error) {
 		}
 	}
 	// What comes for a connection of S's may look like one of the pod's own; forwarding drops what has a socket.
-	p.add(Pod, sysctl("net/ipv4/tcp_early_demux=0"), sysctl("net/ipv4/conf/all/rp_filter=0"))
-	if !c.Native {
-		p.add(Pod, sysctl("net/ipv4/udp_early_demux=0"))
-	}
+	p.add(Pod, sysctl("net/ipv4/tcp_early_demux=0"), sysctl("net/ipv4/udp_early_demux=0"),
+		sysctl("net/ipv4/conf/all/rp_filter=0"))
 	for _, dev := range []string{f.Dev, peerOut} {
 		p.add(Pod, sysctl("net/ipv4/conf/"+dev+"/forwarding=1"))
 	}
@@ -122,6 +120,12 @@ func podRules(f Facts, c Config, v6 bool) (out []Action) {
 		add(Rule{Pref: 6, Iif: "lo", From: a, To: k.Remote.Addr(), Proto: tcp, Sport: l, Dport: r,
 			Table: unix.RT_TABLE_MAIN})
 	}
+	dns := Ports{53, 53}
+	if c.Native && c.DNS && a.IsValid() {
+		// Nameservers' answers are netstack's, which asks for the pod, but for those to a nameserver in it.
+		add(Rule{Pref: 8, Iif: f.Dev, To: a, Proto: udp, Sport: dns, Dport: Ports{1, 1023}, Table: local})
+		add(Rule{Pref: 9, Iif: f.Dev, To: a, Proto: udp, Sport: dns, Table: tableNet})
+	}
 	if c.Native || !a.IsValid() {
 		add(Rule{Pref: 10, Iif: f.Dev, Proto: udp, Table: local})
 	}
@@ -138,7 +142,6 @@ func podRules(f Facts, c Config, v6 bool) (out []Action) {
 	add(Rule{Pref: 41, Iif: peerOut})
 	add(Rule{Pref: 100, Table: local})
 	out = append(out, OnlyRules{V6: v6, Below: below})
-	dns := Ports{53, 53}
 	switch {
 	case !c.Native:
 		add(Rule{Pref: 110, Iif: "lo", Oif: f.Dev, Proto: udp, Table: bound})

@@ -1,17 +1,21 @@
 package sandwich
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net"
 	"os"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"ztun/tun"
 	"ztun/tun/tuntest/nslab"
 )
 
@@ -159,6 +163,92 @@ func segments(t *testing.T, fds [2]int, port uint16) (n int) {
 		}
 	}
 	return n
+}
+
+// Where eth0 stays in the pod, a nameserver's answer comes to netstack, whose question it answers, although a socket of
+// the pod's has asked the same from the same port; the pod's other datagrams stay the pod's, and those to a nameserver
+// in it that is asked from port 53.
+func TestRulesAnswers(t *testing.T) {
+	node, pod := nslab.New(t), nslab.New(t)
+	bridgePod(t, node, pod)
+	settled(t, node)
+	settled(t, pod)
+	ns := Namespaces{S: sandwich(t), Pod: pod.NS}
+	f, err := Read(pod.NS, "eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := Rules(f, Config{DNS: true, Native: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	up, err := tun.Open(tun.Options{Name: Net, NetNS: ns.S, MTU: f.MTU, Persistent: true, Plain: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	came, ended := make(chan string, 256), make(chan struct{}) // where a datagram came to, and what it says
+	go func() {
+		defer close(ended)
+		for b := make([]byte, tun.MaxPacket); ; {
+			n, err := up.ReadPacket(&tun.VNetHdr{}, [][]byte{b})
+			if err != nil {
+				return
+			}
+			if _, text, ok := bytes.Cut(b[:n], []byte("datagram ")); ok {
+				came <- "netstack: datagram " + string(text)
+			}
+		}
+	}()
+	defer func() { up.Close(); <-ended }()
+	if _, err := Apply(t.Context(), p, ns); err != nil {
+		t.Fatal(err)
+	}
+	for _, at := range [][2]string{{"10.92.1.1", "10.92.1.2"}, {"fd92::1", "fd92::2"}} {
+		for _, c := range [][3]string{{"53", "40000", "netstack"}, {"53", "500", "pod"}, {"5353", "40001", "pod"}} {
+			there, here := udpAddr(t, at[0], c[0]), udpAddr(t, at[1], c[1])
+			var in, out *net.UDPConn
+			if err := errors.Join(
+				pod.Do(func() (err error) { in, err = net.DialUDP("udp", here, there); return err }),
+				node.Do(func() (err error) { out, err = net.ListenUDP("udp", there); return err })); err != nil {
+				t.Fatal(err)
+			}
+			read := make(chan struct{})
+			go func() {
+				defer close(read)
+				b := make([]byte, 100)
+				for n, err := in.Read(b); !errors.Is(err, net.ErrClosed); n, err = in.Read(b) {
+					if err == nil {
+						came <- "pod: " + string(b[:n])
+					}
+				}
+			}()
+			text, got := fmt.Sprintf("datagram %v to %v", there, here), ""
+			for end := time.Now().Add(20 * time.Second); !strings.HasSuffix(got, text) && time.Now().Before(end); {
+				if _, err := out.WriteTo([]byte(text), here); err != nil {
+					t.Fatal(err)
+				}
+				select {
+				case got = <-came:
+				case <-time.After(time.Second): // the first ones may be lost while addresses are asked for
+				}
+			}
+			in.Close()
+			out.Close()
+			<-read
+			if want := c[2] + ": " + text; got != want {
+				t.Errorf("%q came, not %q", got, want)
+			}
+		}
+	}
+}
+
+func udpAddr(t *testing.T, host, port string) *net.UDPAddr {
+	t.Helper()
+	a, err := net.ResolveUDPAddr("udp", net.JoinHostPort(host, port))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
 }
 
 // A pod that rules cannot capture is refused: what it has beside eth0 would be captured, too, or lead past them.
