@@ -18,9 +18,8 @@ import (
 var bytesMoved = regexp.MustCompile(`bytes_(sent|recv)=[1-9]\d*`)
 
 // rootlessRoutes has an ordinary user's `ztun run` be pod a, and do all of the table that pod a does by itself: each
-// rootlessRoutes has an ordinary user's `ztun run` be pod a, and do all of the table that pod a does by itself:
-// each
-// peers and plaintext hosts see the user's host.
+// connection ends as the pod's, and the run's log says of it what node n1 says of the pod's. What differs is the
+// source: peers and plaintext hosts see the user's host.
 func rootlessRoutes(t *testing.T, r *routing) {
 	r.t = t
 	if r.changed {
