@@ -34,7 +34,7 @@ wire() {
 	for node in n1 n2; do
 		inside $node timeout 900 tcpdump -lnni any \
 			"tcp and (port 8080 or port 7000) and not host 10.97.${node#n}.1 and not host 169.254.7.127" \
-			>"$RUN/wire-$t-$node" 2>/dev/null &
+			>"$RUN/wire-${t:?}-$node" 2>/dev/null &
 		echo $! >"$RUN/wire-$node.pid"
 	done
 	sleep 1
@@ -103,8 +103,8 @@ try_rollout() {
 	stays() {
 		local n=0 pod
 		for pod in $old; do
-			[ -n "$(k get pod -n istio-system "$pod" -o jsonpath='{.metadata.deletionTimestamp}{"-"}' \
-				--ignore-not-found | grep -v '^2')" ] && n=$((n + 1))
+			k get pod -n istio-system "$pod" -o jsonpath='{.metadata.deletionTimestamp}{"-"}' --ignore-not-found |
+				grep -qv '^2' && n=$((n + 1))
 		done
 		[ $n -le "$1" ]
 	}

@@ -168,7 +168,7 @@ func TestLeftChildrenHoldNothingUp(t *testing.T) {
 	if err := p.Err(); !errors.Is(err, exec.ErrWaitDelay) {
 		t.Errorf("it ended with %v, want to be told that its output has not", err)
 	}
-	p = start("sleep 300 & echo $!; wait", &killed)
+	start("sleep 300 & echo $!; wait", &killed)
 	for end := time.Now().Add(time.Minute); killed.String() == ""; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("no child")
