@@ -48,9 +48,9 @@ policies:
 	must(t, m.exchange(m.a.NS, "10.96.0.7:80", 3<<20))
 	must(t, m.exchange(m.a.NS, "10.96.0.7:80", 10))
 
-	var seen tunnel
+	var seen lab.EnvoyTunnel
 	eventually(t, 10*time.Second, func() error {
-		all := m.tunnels()
+		all := m.envoy.Tunnels()
 		if len(all) == 0 {
 			return errors.New("Envoy logged no tunnel")
 		}

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/x509"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -14,10 +13,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"testing"
-	"text/template"
 	"time"
 
 	"ztun/admin/ca"
@@ -72,7 +69,8 @@ type mesh struct {
 	ctx  context.Context
 	a, c *lab.Pod
 	gw   *lab.Host
-	log  output // Envoy's
+
+	envoy *lab.Envoy
 }
 
 func newMesh(t *testing.T) *mesh {
@@ -145,56 +143,14 @@ type envoyConfig struct {
 func (m *mesh) startEnvoy(c envoyConfig) {
 	m.t.Helper()
 	c.Cert, c.Key, c.Root = m.pki(c.acnt)
-	tmpl, err := template.ParseFiles("testdata/waypoint.yaml.tmpl")
-	must(m.t, err)
-	var b bytes.Buffer
-	must(m.t, tmpl.Execute(&b, c))
-	path := m.Path("envoy.yaml")
-	must(m.t, os.WriteFile(path, b.Bytes(), 0o644))
-	p, err := m.Start(m.gw.NS,
-		lab.Cmd{Args: []string{bins.envoy, "-c", path, "--concurrency", "1", "--log-level", "warning",
-			"--disable-hot-restart", "--file-flush-interval-msec", "100"}, Stdout: &m.log, Stderr: &m.log})
-	must(m.t, err)
-	eventually(m.t, 30*time.Second, func() error {
-		select {
-		case <-p.Done():
-			m.t.Fatalf("Envoy ended: %v\n%s", p.Err(), m.log.String())
-		default:
-		}
+	m.envoy = m.EnvoyForTest(m.t, m.gw.NS, bins.envoy, "testdata/waypoint.yaml.tmpl", c, func() error {
 		conn, err := m.gw.NS.Dial(m.ctx, "tcp", net.JoinHostPort(c.Listen, "15008"))
 		if err == nil {
 			conn.Close()
 		}
 		return err
 	})
-	m.t.Cleanup(func() {
-		if m.t.Failed() {
-			m.t.Log("Envoy:\n", m.log.String())
-		}
-	})
 }
-
-// tunnel is a line of Envoy's access log.
-type tunnel struct{ Authority, Peer, Baggage, Forwarded, Traceparent, Flags string }
-
-func (m *mesh) tunnels() (all []tunnel) {
-	for _, line := range strings.Split(m.log.String(), "\n") {
-		var t tunnel
-		if json.Unmarshal([]byte(line), &t) == nil && t.Authority != "" {
-			all = append(all, t)
-		}
-	}
-	return all
-}
-
-// output collects what a process prints.
-type output struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (o *output) Write(p []byte) (int, error) { o.mu.Lock(); defer o.mu.Unlock(); return o.b.Write(p) }
-func (o *output) String() string              { o.mu.Lock(); defer o.mu.Unlock(); return o.b.String() }
 
 func eventually(t testing.TB, limit time.Duration, f func() error) {
 	t.Helper()

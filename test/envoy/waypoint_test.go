@@ -86,9 +86,9 @@ policies:
 			if err := m.exchange(m.a.NS, lab.HostPort(c, 9000), 10); err == nil {
 				t.Error("a reached c past its waypoint")
 			}
-			var seen tunnel
+			var seen lab.EnvoyTunnel
 			eventually(t, 10*time.Second, func() error {
-				all := m.tunnels()
+				all := m.envoy.Tunnels()
 				if len(all) == 0 {
 					return errors.New("Envoy logged no tunnel")
 				}

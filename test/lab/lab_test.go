@@ -138,7 +138,6 @@ func TestNetfilterIsFound(t *testing.T) {
 	}
 }
 
-// A test process that is killed leaves nothing: the reaper removes its world.
 // A child that a process has left behind with its output (as `git daemon` does) holds up neither who waits for the
 // process nor the end of the world, and does not outlive it.
 func TestLeftChildrenHoldNothingUp(t *testing.T) {
@@ -193,6 +192,7 @@ func TestLeftChildrenHoldNothingUp(t *testing.T) {
 	syscall.Kill(pid, syscall.SIGKILL) // its process was gone before the world was
 }
 
+// A test process that is killed leaves nothing: the reaper removes its world.
 func TestReaperAfterKill(t *testing.T) {
 	Require(t)
 	if os.Getenv("LAB_TEST_VICTIM") == "1" {

@@ -3,7 +3,6 @@ package ambient
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -12,9 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
-	"text/template"
 	"time"
 
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
@@ -32,8 +29,8 @@ import (
 // mixed is such a mesh.
 type mixed struct {
 	*mesh
-	peer *lab.Host // the pod envoy, with Envoy in its namespace
-	log  output    // Envoy's
+	peer  *lab.Host // the pod envoy, with Envoy in its namespace
+	envoy *lab.Envoy
 }
 
 // out is a loopback port of the peer's that leads to a pod by HBONE.
@@ -95,29 +92,10 @@ func (m *mixed) startEnvoy(outs []out) {
 	for _, ip := range m.peer.IPs {
 		listen = append(listen, ip.String())
 	}
-	tmpl, err := template.ParseFiles("testdata/envoy.yaml.tmpl")
-	must(m.t, err)
-	var b bytes.Buffer
-	must(m.t, tmpl.Execute(&b, map[string]any{"Listen": listen, "Out": outs, "Client": idOf("client"),
-		"IdleTimeout": "1s", "Cert": write("envoy-cert.pem", []byte(strings.Join(chain, ""))), "Key": write("envoy-key.pem", key),
-		"Root": m.Path("root.pem")}))
-	p, err := m.World.Start(m.peer.NS, lab.Cmd{Args: []string{envoyProgram(m.t), "-c", write("envoy.yaml", b.Bytes()),
-		"--concurrency", "1", "--log-level", "warning", "--disable-hot-restart", "--file-flush-interval-msec", "100"},
-		Stdout: &m.log, Stderr: &m.log})
-	must(m.t, err)
-	eventually(m.t, 30*time.Second, func() error {
-		select {
-		case <-p.Done():
-			m.t.Fatalf("Envoy ended: %v\n%s", p.Err(), m.log.String())
-		default:
-		}
-		return m.admin("/ready", nil)
-	})
-	m.t.Cleanup(func() {
-		if m.t.Failed() {
-			m.t.Log("Envoy:\n", m.log.String())
-		}
-	})
+	m.envoy = m.EnvoyForTest(m.t, m.peer.NS, envoyProgram(m.t), "testdata/envoy.yaml.tmpl", map[string]any{
+		"Listen": listen, "Out": outs, "Client": idOf("client"), "IdleTimeout": "1s",
+		"Cert": write("envoy-cert.pem", []byte(strings.Join(chain, ""))), "Key": write("envoy-key.pem", key),
+		"Root": m.Path("root.pem")}, func() error { return m.admin("/ready", nil) })
 }
 
 // envoyProgram is where test/envoy/get-envoy puts it, or ZTUN_ENVOY.
@@ -169,28 +147,6 @@ func (m *mixed) stat(name string) (n int) {
 	}
 	return n
 }
-
-// tunnel is a line of Envoy's access log, written when a stream has ended.
-type tunnel struct{ Authority, Peer, Source, Baggage, Forwarded, Flags string }
-
-func (m *mixed) tunnels() (all []tunnel) {
-	for line := range strings.Lines(m.log.String()) {
-		var t tunnel
-		if json.Unmarshal([]byte(line), &t) == nil && t.Authority != "" {
-			all = append(all, t)
-		}
-	}
-	return all
-}
-
-// output collects what a process prints.
-type output struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (o *output) Write(p []byte) (int, error) { o.mu.Lock(); defer o.mu.Unlock(); return o.b.Write(p) }
-func (o *output) String() string              { o.mu.Lock(); defer o.mu.Unlock(); return o.b.String() }
 
 // way is one direction between the two makes, in one family.
 type way struct {
@@ -275,7 +231,7 @@ func (m *mixed) works(t *testing.T, w way) {
 			"dst.hbone_addr="+w.want)
 	})
 	eventually(t, 10*time.Second, func() error {
-		for _, one := range m.tunnels() {
+		for _, one := range m.envoy.Tunnels() {
 			if one.Authority != w.want {
 				continue
 			}
@@ -304,7 +260,7 @@ func (m *mixed) works(t *testing.T, w way) {
 	c.(*net.TCPConn).SetLinger(0)
 	c.Close()
 	eventually(t, 10*time.Second, func() error {
-		for _, one := range m.tunnels() {
+		for _, one := range m.envoy.Tunnels() {
 			if one.Authority == w.want && one.Flags == "DR" { // downstream remote reset
 				return nil
 			}
