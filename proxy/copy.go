@@ -253,7 +253,7 @@ func moveSocket(dst, src Conn, count func(int)) (done bool, err error) {
 		if !ok {
 			return false, nil
 		}
-		side = "receive: "
+		side = receivePrefix
 		_, err = stream.WriteToSocket(to, count)
 	default:
 		return false, nil
@@ -264,7 +264,7 @@ func moveSocket(dst, src Conn, count func(int)) (done bool, err error) {
 	case err == nil:
 		return true, nil
 	case errors.As(err, &source):
-		return true, &copyError{"receive: ", source.Err}
+		return true, &copyError{receivePrefix, source.Err}
 	case errors.As(err, &sink):
 		return true, &copyError{"send: ", sink.Err}
 	}

@@ -38,8 +38,6 @@ type intake struct {
 	segments int            // how many; 0: none waits
 }
 
-func newIntake() *intake { return &intake{} }
-
 // room is where the next datagram goes.
 func (in *intake) room() []byte { return in.buf[in.end : in.end+maxDatagram] }
 

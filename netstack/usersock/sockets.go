@@ -135,7 +135,7 @@ func New(o Options) *Sockets {
 		o.MaxSockets = defaultMaxSockets
 	}
 	s := &Sockets{o: o, by: map[key]*socket{}}
-	s.intakes.New = func() any { return newIntake() }
+	s.intakes.New = func() any { return new(intake) }
 	s.places = fair.NewLedger(fair.LedgerOptions[netip.Addr]{Limit: int64(o.MaxSockets),
 		Turned: func(peer netip.Addr, evicted bool) {
 			if evicted {
