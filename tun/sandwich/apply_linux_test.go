@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"ztun/tun"
 	"ztun/tun/netns"
@@ -50,23 +49,9 @@ func routedPod(t *testing.T, node, pod *nslab.NS) {
 	pod.IP(t, "neigh", "add", "169.254.1.1", "lladdr", "ee:ee:ee:ee:ee:ee", "dev", "eth0", "nud", "permanent")
 }
 
-// settled waits until IPv6 addresses are usable: on a machine with much to do the kernel hears late that a link is up.
-func settled(t *testing.T, n *nslab.NS) {
-	t.Helper()
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		out := n.IP(t, "-6", "addr", "show", "tentative")
-		if strings.TrimSpace(out) == "" {
-			return
-		}
-		if time.Now().After(end) {
-			t.Fatalf("addresses stay tentative:\n%s", out)
-		}
-	}
-}
-
 // dump is all that undo has to give back, as ip(8) tells it. What the kernel learns by itself is left out.
 func dump(t *testing.T, n *nslab.NS) string {
-	settled(t, n)
+	n.Settle(t)
 	var b strings.Builder
 	if err := n.Do(func() error {
 		for _, path := range []string{"ipv4/*_early_demux", "ipv4/neigh/eth0/proxy_delay", "ipv4/conf/*/rp_filter", "ipv4/conf/*/forwarding",
@@ -218,7 +203,7 @@ func TestUndoOfSources(t *testing.T) {
 	routedPod(t, node, pod)
 	pod.IP(t, "-6", "addr", "del", "fd92::2/128", "dev", "eth0")
 	pod.IP(t, "-6", "addr", "add", "fd92::2/64", "dev", "eth0", "noprefixroute")
-	settled(t, pod)
+	pod.Settle(t)
 	pod.IP(t, "-6", "route", "add", "fd92::1", "dev", "eth0", "src", "fd92::2")
 	pod.IP(t, "-6", "route", "add", "fd92::/64", "via", "fd92::1", "dev", "eth0", "src", "fd92::2")
 	if out, err := run(pod, "sysctl", "-w", "net.ipv6.conf.all.accept_dad=1"); err != nil { // takes a second or two

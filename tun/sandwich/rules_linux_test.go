@@ -171,8 +171,8 @@ func segments(t *testing.T, fds [2]int, port uint16) (n int) {
 func TestRulesAnswers(t *testing.T) {
 	node, pod := nslab.New(t), nslab.New(t)
 	bridgePod(t, node, pod)
-	settled(t, node)
-	settled(t, pod)
+	node.Settle(t)
+	pod.Settle(t)
 	ns := Namespaces{S: sandwich(t), Pod: pod.NS}
 	f, err := Read(pod.NS, "eth0")
 	if err != nil {

@@ -25,13 +25,7 @@ func TestConnecting(t *testing.T) {
 	n.IP(t, "-6", "addr", "add", "fd92::1/64", "dev", "d0", "nodad")
 	n.IP(t, "link", "set", "d1", "up", "arp", "off")
 	n.IP(t, "link", "set", "d0", "up")
-	// The kernel makes the route to an address of its own when it gets to it.
-	for end := time.Now().Add(20 * time.Second); !strings.Contains(n.IP(t, "-6", "route", "show", "table", "local"),
-		"local fd92::1 "); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("fd92::1 does not become an address of the namespace's own")
-		}
-	}
+	n.Settle(t)
 	is := func(what string, local, remote netip.AddrPort, want bool) {
 		t.Helper()
 		if got, err := Connecting(n.NS, local, remote); err != nil || got != want {

@@ -3,12 +3,15 @@ package nslab
 import (
 	"crypto/rand"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"ztun/tun/netns"
 )
@@ -68,9 +71,57 @@ func (n *NS) IP(tb testing.TB, args ...string) string {
 	return IP(tb, append([]string{"-n", n.Name}, args...)...)
 }
 
+// Settle waits until the namespace's IPv6 addresses are usable: the kernel hears late that a link is up, and makes the
+// route to an address of its own when it gets to it.
+func (n *NS) Settle(tb testing.TB) {
+	tb.Helper()
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		unusable := n.unusable(tb)
+		if len(unusable) == 0 {
+			return
+		}
+		if time.Now().After(end) {
+			tb.Fatalf("%s: addresses do not become usable: %v", n.Name, unusable)
+		}
+	}
+}
+
+// unusable are IPv6 addresses, of links with a carrier, that are tentative or have no route yet.
+func (n *NS) unusable(tb testing.TB) (out []string) {
+	tb.Helper()
+	var links []struct {
+		Flags []string
+		Addrs []struct {
+			Family, Local string
+			Tentative     bool
+		} `json:"addr_info"`
+	}
+	var routes []struct{ Type, Dst string }
+	for args, to := range map[string]any{"-j addr": &links, "-j -6 route show table local": &routes} {
+		if text := n.IP(tb, strings.Fields(args)...); strings.TrimSpace(text) != "" {
+			if err := json.Unmarshal([]byte(text), to); err != nil {
+				tb.Fatalf("ip %s: %v: %s", args, err, text)
+			}
+		}
+	}
+	own := map[string]bool{}
+	for _, r := range routes {
+		own[r.Dst] = own[r.Dst] || r.Type == "local"
+	}
+	for _, l := range links {
+		for _, a := range l.Addrs {
+			if slices.Contains(l.Flags, "LOWER_UP") && a.Family == "inet6" && (a.Tentative || !own[a.Local]) {
+				out = append(out, a.Local)
+			}
+		}
+	}
+	return out
+}
+
 // State is what ip(8) shows of the namespace's rules, routes, links and addresses, to be compared before and after.
 func (n *NS) State(tb testing.TB) string {
 	tb.Helper()
+	n.Settle(tb)
 	var b strings.Builder
 	for _, args := range [][]string{
 		{"rule"}, {"-6", "rule"}, {"route", "show", "table", "all"}, {"-6", "route", "show", "table", "all"}, {"link"},
