@@ -120,7 +120,7 @@ func runOutside(who *runWho) error {
 			forgetStart()
 		case s := <-signals:
 			// A terminal sends its own to all of us.
-			if s != syscall.SIGINT && s != syscall.SIGQUIT || !inForeground() {
+			if !ofTerminal(s) || !inForeground() {
 				orders.Write([]byte{byte(s.(syscall.Signal))})
 			}
 		case err := <-ended:
@@ -230,8 +230,12 @@ func (l *lifeline) close() {
 	<-l.done
 }
 
+// ofTerminal says whether a terminal sends s, to all of a group: it does not come through the pipe as well.
+func ofTerminal(s os.Signal) bool { return s == syscall.SIGINT || s == syscall.SIGQUIT }
+
 // interruptible is a context that ends, too, with a signal that would end the command if it ran already: as if it had
-// ended by that. Others are kept for it. stop is to be called.
+// ended by that. Others are kept for it, and that one as well: what is done under the context may have just succeeded,
+// and the command starts. stop is to be called.
 func (l *lifeline) interruptible(ctx context.Context) (_ context.Context, stop func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	var work sync.WaitGroup
@@ -251,14 +255,15 @@ func (l *lifeline) interruptible(ctx context.Context) (_ context.Context, stop f
 			case <-ctx.Done():
 				return
 			case s = <-l.signals:
-				if s == syscall.SIGUSR1 || s == syscall.SIGUSR2 {
-					kept = append(kept[max(0, len(kept)+1-cap(l.signals)):], s)
-					continue
-				}
 			case o := <-l.own:
-				if s, _ = o.(syscall.Signal); s != syscall.SIGINT && s != syscall.SIGQUIT {
+				if !ofTerminal(o) {
 					continue
 				}
+				s = o.(syscall.Signal)
+			}
+			kept = append(kept[max(0, len(kept)+1-cap(l.signals)):], s)
+			if s == syscall.SIGUSR1 || s == syscall.SIGUSR2 {
+				continue
 			}
 			cancel(exitStatus(128 + int(s)))
 			return
@@ -270,6 +275,7 @@ func (l *lifeline) interruptible(ctx context.Context) (_ context.Context, stop f
 // follow starts the command, sends signals on to it, and returns how it ended, when nothing of what it has started is
 // left. A reason that comes from quit, to end this process, ends the command first.
 func (l *lifeline) follow(c *exec.Cmd, quit <-chan string, log *slog.Logger) error {
+	l.keepOwn()
 	c, err := startProgram(c)
 	if err != nil {
 		return err
@@ -308,6 +314,24 @@ func (l *lifeline) follow(c *exec.Cmd, quit <-chan string, log *slog.Logger) err
 				return e.err
 			}
 			return statusOf(e.status)
+		}
+	}
+}
+
+// keepOwn has the command get what a terminal has sent before there was a command.
+func (l *lifeline) keepOwn() {
+	for {
+		select {
+		case s := <-l.own:
+			if !ofTerminal(s) {
+				continue
+			}
+			select {
+			case l.signals <- s.(syscall.Signal):
+			default: // nobody waits for that many
+			}
+		default:
+			return
 		}
 	}
 }

@@ -62,18 +62,25 @@ func (d *daemon) runWaits() *runWait {
 func (d *daemon) hold(ctx context.Context, interruptible func(context.Context) (context.Context, func())) error {
 	ctx, stop := interruptible(ctx)
 	defer stop()
-	ctx, cancel := context.WithCancelCause(ctx)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	var work sync.WaitGroup
-	defer work.Wait()
-	defer cancel(nil)
+	var failed error
 	work.Go(func() {
 		select {
 		case reason := <-d.quit:
-			cancel(errors.New(reason))
+			failed = errors.New(reason)
+			cancel()
 		case <-ctx.Done():
 		}
 	})
-	return d.runWaits().wait(ctx)
+	err := d.runWaits().wait(ctx)
+	cancel()
+	work.Wait()
+	if failed != nil { // in the moment in which all was there, too: nobody will be told once more
+		return failed
+	}
+	return err
 }
 
 // wait returns nil when the command can start. An error is what it has waited for in vain, or the cause of ctx's end.

@@ -203,17 +203,66 @@ func TestRunWaitEnds(t *testing.T) {
 				t.Errorf("%v, %v: %v", tt.pipe, tt.own, err)
 			}
 			stop()
-			select {
-			case s := <-l.signals:
-				if s != syscall.SIGUSR1 {
-					t.Errorf("kept: %v", s)
-				}
-			default:
-				if tt.pipe == syscall.SIGUSR1 {
-					t.Error("it is lost")
-				}
+			want := max(tt.pipe, tt.own)
+			if tt.own == syscall.SIGTERM {
+				want = 0
+			}
+			if kept := l.pending(); kept != want {
+				t.Errorf("%v, %v: kept %v, want %v", tt.pipe, tt.own, kept, want)
 			}
 		})
+	}
+}
+
+// pending is the next signal for the command, 0 for none.
+func (l *lifeline) pending() syscall.Signal {
+	select {
+	case s := <-l.signals:
+		return s
+	default:
+		return 0
+	}
+}
+
+// TestRunWaitKeeps: a signal that comes while the wait succeeds, and just after it, ends the wait or is the command's;
+// a failure of ours is told in that moment, too.
+func TestRunWaitKeeps(t *testing.T) {
+	for i := range 2000 {
+		w := newWaiting(0) // nothing is waited for
+		d := &daemon{c: load(t, "ZTUN_RUN_WAIT", "0"), ready: w.ready, quit: make(chan string, 1), know: w.know,
+			lost: w.control, log: zlog.New(zlog.Options{Writer: &w.log})}
+		l := &lifeline{signals: make(chan syscall.Signal, 16), own: make(chan os.Signal, 4)}
+		const reason = "failure of xds"
+		var work sync.WaitGroup
+		work.Go(func() {
+			switch i % 3 {
+			case 0:
+				l.signals <- syscall.SIGTERM
+			case 1:
+				l.own <- syscall.SIGINT
+			case 2:
+				d.quit <- reason
+			}
+		})
+		err := d.hold(t.Context(), l.interruptible)
+		work.Wait()
+		l.keepOwn()
+		kept := l.pending()
+		switch i % 3 {
+		case 0:
+			if err == nil && kept != syscall.SIGTERM {
+				t.Fatalf("%d: SIGTERM is lost", i)
+			}
+		case 1:
+			if err == nil && kept != syscall.SIGINT {
+				t.Fatalf("%d: SIGINT is lost", i)
+			}
+		case 2:
+			if err == nil && len(d.quit) == 0 {
+				t.Fatalf("%d: the failure is lost", i)
+			}
+		}
+		d.log.Close(t.Context())
 	}
 }
 
