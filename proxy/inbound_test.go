@@ -17,6 +17,7 @@ import (
 	"ztun/admin/zlog"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
+	"ztun/proxy/refusal"
 	"ztun/proxy/state"
 )
 
@@ -254,7 +255,7 @@ func TestShutdownCutsRequests(t *testing.T) {
 		defer close(over)
 		<-ctx.Done()
 		start := time.Now()
-		p.Shutdown(ctx)
+		p.Shutdown(ctx, refusal.Reset)
 		took = time.Since(start)
 	}()
 	cancel()

@@ -19,7 +19,7 @@ func (p *Proxy) ServeOutbound(f Flow) {
 	start := time.Now()
 	c := p.enter(outbound)
 	if c == nil {
-		f.Refuse(refusal.Reset)
+		f.Refuse(p.lateWay())
 		return
 	}
 	c.outbound(f, start)

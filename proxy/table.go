@@ -58,6 +58,18 @@ func (t *table) snapshot() []*connection {
 	return t.list()
 }
 
+// any reports whether is is true of a connection.
+func (t *table) any(is func(*connection) bool) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for c := range t.all {
+		if is(c) {
+			return true
+		}
+	}
+	return false
+}
+
 // none reports whether the table is empty.
 func (t *table) none() bool {
 	t.mu.Lock()

@@ -64,6 +64,10 @@ type Kind interface {
 	// Shares says that pods may have one address, or live in one namespace, at the same time: where nothing outside of
 	// a pod's namespace knows it by either. A node agent knows an old pod and its successor at once for a moment.
 	Shares() bool
+	// Outlives says that what holds the pods' traffic back stays when the daemon ends, for the next one, and that nobody
+	// else can take anything before: a SYN that is dropped meanwhile is answered by the successor. Otherwise the
+	// successor is there already, or there will be none.
+	Outlives() bool
 	// Gone says why there surely is no such namespace any more; nil if there is, and nil if that cannot be told.
 	Gone(p Place) error
 	// Attach prepares a pod and returns when everything stands but the last step, Capture: nothing leaves the pod

@@ -38,6 +38,8 @@ type pod struct {
 	built    chan struct{}
 	stopping atomic.Bool
 	running  sync.WaitGroup
+	drained  sync.Once
+	ending   sync.WaitGroup
 	once     sync.Once
 }
 
@@ -172,35 +174,47 @@ func (p *pod) saved() savedPod {
 	return savedPod{PodSpec: p.spec, Dev: place.Dev, Ino: place.Ino}
 }
 
-// stop drains until ctx ends and ends the pod's goroutines; device and routes stay.
-func (p *pod) stop(ctx context.Context) {
-	p.once.Do(func() {
+// drain takes no new connection and lets those that are there finish until ctx ends; names are answered all the while.
+// late is how a SYN that comes meanwhile is answered.
+func (p *pod) drain(ctx context.Context, late refusal.Way) {
+	p.drained.Do(func() {
 		p.stopping.Store(true)
-		drained := make(chan struct{})
-		var draining sync.WaitGroup
-		draining.Go(p.panics.Func("the drain of a pod", func() {
-			defer close(drained)
-			var wg sync.WaitGroup // at the same time: a query that nobody answers must not keep the connections from draining
-			wg.Go(p.panics.Func("the end of a pod's servers", func() { p.closeLoopback(ctx) }, nil))
-			p.proxy.Shutdown(ctx)
-			wg.Wait()
-		}, nil))
-		select {
-		case <-drained:
-			// What was copied in full may still wait in the stack for its reader.
-			if err := p.att.Settle(ctx); err != nil {
-				p.log.Warn("data that was still on its way to or from the application is cut off", "pod", p.label)
-			}
-		case <-ctx.Done():
-			// Cut by now. Whoever waits for an application's answer to a handshake is freed by closing the stack.
-			select {
-			case <-drained:
-			case <-time.After(cutGrace):
-			}
+		closeAll(p.socks, nil)
+		if !p.await(ctx, "the drain of a pod", func() { p.proxy.Shutdown(ctx, late) }) {
+			return // cut: whoever waits for an application's answer to a handshake is freed by closing the stack
 		}
+		// What was copied in full may still wait in the stack for its reader.
+		if err := p.att.Settle(ctx); err != nil {
+			p.log.Warn("data that was still on its way to or from the application is cut off", "pod", p.label)
+		}
+	})
+}
+
+// await runs f, which is to end soon after ctx, and is left to itself if it does not. False: ctx came first.
+func (p *pod) await(ctx context.Context, what string, f func()) bool {
+	done := make(chan struct{})
+	p.ending.Go(p.panics.Func(what, func() { defer close(done); f() }, nil))
+	select {
+	case <-done:
+		return true
+	case <-ctx.Done():
+	}
+	select {
+	case <-done:
+	case <-time.After(cutGrace):
+	}
+	return false
+}
+
+// stop drains until ctx ends and ends the pod's goroutines; device and routes stay. What it answers last are names: a
+// query that nobody answers must not keep the connections from draining, nor they the names of those that wait.
+func (p *pod) stop(ctx context.Context, late refusal.Way) {
+	p.once.Do(func() {
+		p.drain(ctx, late)
+		p.await(ctx, "the end of a pod's servers", func() { p.closeLoopback(ctx) })
 		// What a panic left locked must not keep the others from ending: after one, nobody is waited for without end.
 		whole := p.att.Stop()
-		whole = p.panics.Wait(&draining) && whole
+		whole = p.panics.Wait(&p.ending) && whole
 		if whole = p.panics.Wait(&p.running) && whole; !whole {
 			p.log.Error("goroutines of the pod are left that wait for what a panic left undone", "pod", p.label)
 		}
@@ -212,7 +226,7 @@ const cutGrace = 200 * time.Millisecond
 
 // remove stops the pod and takes every trace of it away.
 func (p *pod) remove(ctx context.Context) error {
-	p.stop(ctx)
+	p.stop(ctx, refusal.Reset)
 	return p.att.Remove()
 }
 

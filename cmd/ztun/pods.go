@@ -15,6 +15,7 @@ import (
 
 	"ztun/admin"
 	"ztun/cmd/attach"
+	"ztun/proxy/refusal"
 	"ztun/proxy/rescue"
 	"ztun/proxy/state"
 )
@@ -200,7 +201,7 @@ func (m *podManager) DeleteUID(ctx context.Context, uid string) error {
 	ctx, cancel := context.WithTimeout(ctx, m.c.Process.TerminationDeadline)
 	defer cancel()
 	if p != nil {
-		p.stop(ctx)
+		p.stop(ctx, refusal.Reset)
 	}
 	m.op.Lock()
 	defer m.op.Unlock()
@@ -462,19 +463,76 @@ func (m *podManager) shutdown(ctx context.Context) {
 	m.mu.Lock()
 	m.closed = true
 	m.mu.Unlock()
+	late := refusal.Reset
+	if m.kind.Outlives() {
+		m.serveOn(ctx)
+		late = refusal.Silent // the successor answers the next SYN
+	}
 	m.kind.Leave()
-	stop := func() {
+	all := func(what string, end func(*pod)) {
 		var wg sync.WaitGroup
 		for _, p := range m.all() {
-			wg.Go(m.panics.Func("the end of a pod", func() { p.stop(ctx) }, nil))
+			wg.Go(m.panics.Func(what, func() { end(p) }, nil))
 		}
 		if s := m.self.Load(); s != nil {
-			wg.Go(m.panics.Func("the end of the own pod", func() { s.proxy.Shutdown(ctx) }, nil))
+			wg.Go(m.panics.Func("the end of the own pod", func() { s.proxy.Shutdown(ctx, late) }, nil))
 		}
 		wg.Wait()
 	}
-	stop() // not behind a change that is under way, which may be the draining of another pod
+	// Not behind a change that is under way, which may be the draining of another pod.
+	all("the drain of a pod", func(p *pod) { p.drain(ctx, late) })
+	// No pod's names end before the last one has drained: nobody else has answers until the process has ended.
+	last, cancel := context.WithTimeout(ctx, namesGrace)
+	defer cancel()
+	stop := func(p *pod) { p.stop(last, late) }
+	all("the end of a pod", stop)
 	m.op.Lock()
 	defer m.op.Unlock()
-	stop() // a pod that was being attached
+	all("the end of a pod", stop) // a pod that was being attached
+}
+
+// Where nobody can take a pod's new connections before this process has ended (attach.Kind's Outlives), they are served
+// on as long as older ones are waited for.
+const (
+	// lastCall is how long before the deadline no more are taken, so that those of the last moment may finish; a fifth of
+	// the whole where that is less.
+	lastCall = 3 * time.Second
+	// brief is how old connections are that are not waited for in this way: they are likely to end by themselves. It is
+	// also for how long connections are served on at least, so that whatever stood at the beginning is older.
+	brief = time.Second
+	// namesGrace is how long queries may take that are under way when all else has ended.
+	namesGrace = time.Second
+	lookEvery  = 50 * time.Millisecond
+)
+
+// serveOn returns when the pods have no connections but brief ones, or when it is time for the last call before the
+// end of ctx.
+func (m *podManager) serveOn(ctx context.Context) {
+	end, bounded := ctx.Deadline()
+	if !bounded {
+		return
+	}
+	whole := time.Until(end)
+	ctx, cancel := context.WithTimeout(ctx, whole-min(whole/5, lastCall))
+	defer cancel()
+	least := time.Now().Add(min(brief, whole/5))
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
+	for said := false; ; said = true {
+		age := time.Duration(0)
+		if time.Now().After(least) {
+			age = brief
+		}
+		if !slices.ContainsFunc(m.all(), func(p *pod) bool { return p.proxy.OlderThan(age) }) {
+			return
+		}
+		if !said {
+			m.log.Info("connections may finish; until then new ones are served, as nobody else can")
+		}
+		select {
+		case <-look.C:
+		case <-ctx.Done():
+			return
+		}
+	}
 }

@@ -29,6 +29,7 @@ func (*noKind) Shares() bool                    { return false }
 func (*noKind) Gone(p attach.Place) error       { return p.Gone() }
 func (k *noKind) Sweep(keep []netip.Addr) error { return k.sweep() }
 func (*noKind) Clean(attach.Place) error        { return nil }
+func (*noKind) Outlives() bool                  { return true }
 func (*noKind) Leave()                          {}
 
 // noHost can build no pod, and knows none.

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"strings"
 	"syscall"
@@ -16,8 +17,8 @@ import (
 	"ztun/test/load"
 )
 
-// TestDrain: SIGTERM closes the listeners and sends GOAWAY; what is in flight goes on until it is finished, and then
-// the daemon ends with 0, before the deadline.
+// TestDrain: a daemon that is told to go is not ready any more, and serves new connections as long as old ones are in
+// flight, since nobody else has its pods. When they have finished it sends GOAWAY and ends with 0, before the deadline.
 func TestDrain(t *testing.T) {
 	for _, side := range []string{"server", "client"} {
 		t.Run("of-the-"+side+"s-node", func(t *testing.T) {
@@ -52,7 +53,28 @@ func TestDrain(t *testing.T) {
 
 			start := time.Now()
 			must(t, d.Signal(syscall.SIGTERM))
+			eventually(t, 5*time.Second, func() error {
+				if status, _, err := d.Get(m.ctx, lab.ReadyPort, "/healthz/ready"); err == nil && status == 200 {
+					return fmt.Errorf("still says that it is ready")
+				}
+				return nil
+			})
+			for end := time.Now().Add(1500 * time.Millisecond); time.Now().Before(end); {
+				for _, to := range []netip.Addr{m.c.V4(), m.h2.V4()} {
+					if _, err := load.WhoAmI(m.ctx, target(m.a.NS, to)); err != nil {
+						t.Fatalf("a new connection to %v: %v", to, err)
+					}
+				}
+			}
+			must(t, ic.Check()) // in flight, and alive
+			must(t, plain.Check())
+			if !d.Running() {
+				t.Fatal("ended with connections in flight")
+			}
+			ic.Close()
+			plain.Close()
 			if h != nil {
+				must(t, h.reset(1))
 				eventually(t, 10*time.Second, func() error {
 					got, err := h.of(0)
 					for _, e := range got {
@@ -62,22 +84,6 @@ func TestDrain(t *testing.T) {
 					}
 					return fmt.Errorf("no GOAWAY: %q %v", got, err)
 				})
-			}
-			eventually(t, 5*time.Second, func() error {
-				if status, _, err := d.Get(m.ctx, lab.ReadyPort, "/healthz/ready"); err == nil && status == 200 {
-					return fmt.Errorf("still says that it is ready")
-				}
-				return nil
-			})
-			time.Sleep(time.Second)
-			must(t, ic.Check()) // in flight, and alive
-			must(t, plain.Check())
-			if !d.Running() {
-				t.Fatal("ended with connections in flight")
-			}
-			ic.Close()
-			plain.Close()
-			if h != nil {
 				h.conn.Close()
 			}
 			ctx, cancel := context.WithTimeout(m.ctx, 30*time.Second)

@@ -181,6 +181,9 @@ func (h *Host) isGone() bool {
 // Shares implements attach.Kind.
 func (*Kind) Shares() bool { return false }
 
+// Outlives implements attach.Kind.
+func (*Kind) Outlives() bool { return true }
+
 // Gone implements attach.Kind.
 func (k *Kind) Gone(p attach.Place) error {
 	if h := k.net.at(p); h == nil || h.isGone() {

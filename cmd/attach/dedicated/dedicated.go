@@ -115,6 +115,9 @@ func (k *Kind) Locate(p *attach.Pod) error {
 // Shares implements attach.Kind.
 func (*Kind) Shares() bool { return false }
 
+// Outlives implements attach.Kind.
+func (*Kind) Outlives() bool { return false }
+
 // Gone implements attach.Kind: it is our own.
 func (*Kind) Gone(attach.Place) error { return nil }
 

@@ -77,6 +77,9 @@ func (k *Kind) Locate(p *attach.Pod) error {
 // Shares implements attach.Kind: what is a pod's is in its namespace, and listeners share ports there.
 func (*Kind) Shares() bool { return true }
 
+// Outlives implements attach.Kind.
+func (*Kind) Outlives() bool { return false }
+
 // Gone implements attach.Kind.
 func (*Kind) Gone(p attach.Place) error { return p.Gone() }
 

@@ -50,6 +50,9 @@ func (k *Kind) Locate(p *attach.Pod) error {
 // Shares implements attach.Kind.
 func (*Kind) Shares() bool { return false }
 
+// Outlives implements attach.Kind.
+func (*Kind) Outlives() bool { return false }
+
 // Gone implements attach.Kind.
 func (*Kind) Gone(p attach.Place) error { return p.Gone() }
 

@@ -74,6 +74,9 @@ func (n *Node) Locate(p *attach.Pod) error { return attach.LocateAddrs(p) }
 // Shares implements attach.Kind.
 func (*Node) Shares() bool { return false }
 
+// Outlives implements attach.Kind.
+func (*Node) Outlives() bool { return true }
+
 // Gone implements attach.Kind.
 func (n *Node) Gone(p attach.Place) error { return p.Gone() }
 
