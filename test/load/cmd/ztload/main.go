@@ -47,6 +47,9 @@ func usage(why string) {
 	os.Exit(2)
 }
 
+// keepNiceness stands for none that was asked for.
+const keepNiceness = 100
+
 func run(ctx context.Context, verb string, args []string) int {
 	fs := flag.NewFlagSet("ztload "+verb, flag.ExitOnError)
 	var (
@@ -67,6 +70,7 @@ func run(ctx context.Context, verb string, args []string) int {
 		streams = fs.Int("streams", 1, "bulk: streams")
 		dir     = fs.String("dir", "up", "bulk: up, down or both")
 		d       = fs.Duration("t", 5*time.Second, "rate, echo, bulk, bystander: how long")
+		nice    = fs.Int("nice", keepNiceness, "bystander: niceness of the process, -20 to 19 (default: that of its starter)")
 	)
 	_ = fs.Parse(args) // ExitOnError
 	if fs.NArg() > 0 {
@@ -80,6 +84,11 @@ func run(ctx context.Context, verb string, args []string) int {
 	}
 	ctx, cancel := context.WithTimeout(ctx, *timeout)
 	defer cancel()
+	if *nice != keepNiceness {
+		if err := load.SetNiceness(*nice); err != nil {
+			return show(map[string]string{"error": err.Error()}, false)
+		}
+	}
 	t := load.Target{Addr: *to}
 	switch verb {
 	case "dial":
