@@ -221,6 +221,9 @@ func move(dst, src Conn, count func(int)) error {
 			return &copyError{"send: ", err}
 		}
 	}
+	if app, ok := src.(*net.TCPConn); ok && !kernel {
+		return moveFromSocket(dst, app, count)
+	}
 	if wt, ok := src.(io.WriterTo); ok {
 		w := &countingWriter{w: dst, count: count}
 		var to io.Writer = w

@@ -1,0 +1,125 @@
+package proxy
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"runtime"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// pieces keeps what is written to it, and the size of the largest write.
+type pieces struct {
+	bytes.Buffer
+	most int
+	fail error
+}
+
+func (p *pieces) Write(b []byte) (int, error) {
+	if p.fail != nil {
+		return 0, p.fail
+	}
+	p.most = max(p.most, len(b))
+	return p.Buffer.Write(b)
+}
+
+// TestFromSocket: bytes of a kernel socket go in pieces as large as what waits, and what ended it is told.
+func TestFromSocket(t *testing.T) {
+	const size = 1 << 20
+	data := make([]byte, size)
+	rand.NewChaCha8([32]byte{3}).Read(data)
+	t.Run("bytes", func(t *testing.T) {
+		near, far := tcpPair(t)
+		far.SetReadBuffer(4 * size)
+		near.SetWriteBuffer(4 * size)
+		if _, err := near.Write(data); err != nil {
+			t.Fatal(err)
+		}
+		near.CloseWrite()
+		for waiting(t, far, unix.TIOCINQ) < size {
+			time.Sleep(time.Millisecond)
+		}
+		var to pieces
+		total := 0
+		if err := moveFromSocket(&to, far, func(n int) { total += n }); err != nil {
+			t.Error(err)
+		}
+		if !bytes.Equal(to.Bytes(), data) || total != size {
+			t.Errorf("%d bytes arrived, %d were counted, or they are not those that were sent", to.Len(), total)
+		}
+		if to.most != socketRead {
+			t.Errorf("of %d bytes that waited %d were read at once, want %d", size, to.most, socketRead)
+		}
+	})
+	t.Run("errors", func(t *testing.T) {
+		near, far := tcpPair(t)
+		near.SetLinger(0)
+		near.Close()
+		var c *copyError
+		err := moveFromSocket(io.Discard, far, func(int) {})
+		if !isReset(err) || !errors.As(err, &c) || c.prefix != receivePrefix {
+			t.Errorf("a reset is %v", err)
+		}
+		near, far = tcpPair(t)
+		near.Write(data[:1])
+		if err := moveFromSocket(&pieces{fail: os.ErrInvalid}, far, func(int) {}); !errors.Is(err, os.ErrInvalid) ||
+			!errors.As(err, &c) || c.prefix == receivePrefix {
+			t.Errorf("a failed write is %v", err)
+		}
+		near, far = tcpPair(t)
+		time.AfterFunc(10*time.Millisecond, func() { far.Close() })
+		if err := moveFromSocket(io.Discard, far, func(int) {}); !ignorable(err) || !errors.Is(err, net.ErrClosed) ||
+			errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("a closed socket is %v", err)
+		}
+	})
+}
+
+// A socket on which nothing comes any more holds no buffer: net's WriteTo kept 32 KiB for each.
+func TestFromSocketRests(t *testing.T) {
+	const n = 100
+	var all []*net.TCPConn // the far ends of near ones
+	for range n {
+		near, far := tcpPair(t)
+		near.Write([]byte{1})
+		all = append(all, near, far)
+	}
+	live := func() uint64 {
+		runtime.GC()
+		runtime.GC() // what a pool has outlives one
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before := live()
+	var work sync.WaitGroup
+	for i := 1; i < len(all); i += 2 {
+		work.Go(func() { move(connSink{all[i]}, all[i], func(int) {}) })
+	}
+	for i := 1; i < len(all); i += 2 {
+		for waiting(t, all[i], unix.TIOCINQ) > 0 {
+			time.Sleep(time.Millisecond)
+		}
+	}
+	after := live()
+	for i := 0; i < len(all); i += 2 {
+		all[i].Close()
+	}
+	work.Wait()
+	if each := max(after, before) - before; each/n > 8<<10 {
+		t.Errorf("each of %d sockets that wait holds %d bytes", n, each/n)
+	}
+}
+
+// connSink is a Conn that takes everything.
+type connSink struct{ Conn }
+
+func (connSink) Write(b []byte) (int, error) { return len(b), nil }
