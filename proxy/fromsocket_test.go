@@ -74,7 +74,7 @@ func TestFromSocket(t *testing.T) {
 			!errors.As(err, &c) || c.prefix == receivePrefix {
 			t.Errorf("a failed write is %v", err)
 		}
-		near, far = tcpPair(t)
+		_, far = tcpPair(t)
 		time.AfterFunc(10*time.Millisecond, func() { far.Close() })
 		if err := moveFromSocket(io.Discard, far, func(int) {}); !ignorable(err) || !errors.Is(err, net.ErrClosed) ||
 			errors.Is(err, syscall.ECONNRESET) {
