@@ -220,6 +220,12 @@ func (c *Conn) WaitRead() error {
 	return nil
 }
 
+// Readable reports whether Read would return at once: there is data, end of file, or an error.
+func (c *Conn) Readable() bool {
+	ready, err := c.readState()
+	return ready || err != nil
+}
+
 // Read implements net.Conn. io.EOF means that the peer has sent FIN; a reset is
 // ECONNRESET, however often one asks.
 func (c *Conn) Read(b []byte) (int, error) {

@@ -207,10 +207,9 @@ func move(dst, src Conn, count func(int)) error {
 	if done, err := moveSocket(dst, src, count); done {
 		return err
 	}
-	_, kernel := dst.(*net.TCPConn) // whose ReadFrom does not tell whose error it was, and holds a buffer while it waits
-	if rf, ok := dst.(io.ReaderFrom); ok && !kernel {
+	if to, ok := dst.(endReader); ok {
 		if w, ok := src.(readWaiter); ok {
-			_, err := rf.ReadFrom(&countingReader{src, w, count})
+			_, err := to.ReadToEnd(&countingReader{src, w, count})
 			var source *hbone.SourceError
 			switch {
 			case err == nil:
@@ -221,8 +220,10 @@ func move(dst, src Conn, count func(int)) error {
 			return &copyError{"send: ", err}
 		}
 	}
-	if app, ok := src.(*net.TCPConn); ok && !kernel {
-		return moveFromSocket(dst, app, count)
+	if app, ok := src.(*net.TCPConn); ok {
+		if _, kernel := dst.(*net.TCPConn); !kernel { // between two sockets of the kernel's, it moves the bytes itself
+			return moveFromSocket(dst, app, count)
+		}
 	}
 	if wt, ok := src.(io.WriterTo); ok {
 		w := &countingWriter{w: dst, count: count}
@@ -295,7 +296,15 @@ func moveBuffered(dst, src Conn, count func(int)) error {
 	}
 }
 
-type readWaiter interface{ WaitRead() error }
+// endReader is a stream of a tunnel. An end of the copying that reads by itself is one whose input is closed after that.
+type endReader interface {
+	ReadToEnd(io.Reader) (int64, error)
+}
+
+type readWaiter interface {
+	WaitRead() error
+	Readable() bool
+}
 
 type countingReader struct {
 	io.Reader

@@ -337,6 +337,7 @@ func TestErrorTable(t *testing.T) {
 type brokenSource struct{ net.Conn }
 
 func (brokenSource) WaitRead() error            { return nil }
+func (brokenSource) Readable() bool             { return true }
 func (brokenSource) Read(p []byte) (int, error) { return copy(p, "abc"), errBroken }
 func (b brokenSource) WriteTo(w io.Writer) (int64, error) {
 	n, _ := w.Write([]byte("abc"))

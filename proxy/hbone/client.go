@@ -67,8 +67,8 @@ func (cc *ClientConn) request(ctx context.Context, req *Request, onGone func()) 
 		return nil, &notOpened{err}
 	}
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	if err := c.openable(); err != nil {
+		c.mu.Unlock()
 		return nil, &notOpened{err}
 	}
 	s := newStream(c, c.nextID)
@@ -77,7 +77,7 @@ func (cc *ClientConn) request(ctx context.Context, req *Request, onGone func()) 
 	c.nextID += 2
 	c.streams[s.id] = s
 	c.writeRequest(s.id, req)
-	c.wantFlush()
+	c.flushHere()
 	return s, nil
 }
 

@@ -31,9 +31,10 @@ const maxQueuedReplies = 1000
 type conn struct {
 	cfg     Config
 	client  bool
-	nc      net.Conn  // what is closed in the end
-	raw     net.Conn  // the socket beneath TLS
-	sock    io.Writer // writes to raw
+	nc      net.Conn    // what is closed in the end
+	raw     net.Conn    // the socket beneath TLS
+	sock    io.Writer   // writes to raw
+	brief   *sockWriter // sock, if it can write without waiting; else nil
 	tr      transport
 	inline  bool // stream users may write to the socket themselves (a write can be interrupted without harm)
 	bufs    *Buffers
@@ -58,7 +59,10 @@ type conn struct {
 	lastID  uint32 // server: highest id that the peer opened
 	// flushAlone is the goroutine that flushes where no user does; made once.
 	flushAlone func()
-	running    atomic.Int64 // server: handlers under way
+	// flushBriefly and crashes are flushRound and crash; made once.
+	flushBriefly func()
+	crashes      func(error)
+	running      atomic.Int64 // server: handlers under way
 
 	// Sending (write.go).
 	ctrl       []byte // encoded control frames, in order, not flushed yet
@@ -145,10 +149,14 @@ func newConn(nc net.Conn, cfg Config, client bool) *conn {
 		c.mu.Lock()
 		c.flush(nil)
 	}, c.crash)
+	c.flushBriefly, c.crashes = c.flushRound, c.crash
 	setNotSentLowat(c.raw, cfg.NotSentLowat)
 	c.sock = c.raw
 	if w := newSockWriter(c.raw); w != nil {
 		c.sock = w
+		if c.inline {
+			c.brief = w
+		}
 	}
 	c.unread.Open(cfg.Memory)
 	c.framer = http2.NewFramer((*ctrlWriter)(c), nil)

@@ -5,17 +5,24 @@ import (
 	"net"
 )
 
+// ReadToEnd is ReadFrom for who calls CloseWrite when src has ended: END_STREAM goes with the last bytes then, if src
+// says in time that they are (Readable).
+func (s *Stream) ReadToEnd(src io.Reader) (total int64, err error) { return s.readFrom(src, true) }
+
 // ReadFrom sends what src yields until its end (nil) or an error: a *SourceError if src failed, else as Write.
 // It reads straight into the frame that is sent. If src has WaitRead() error (returns when Read would not wait, as
-// netstack's connections and Streams have) or is a kernel socket, an idle stream holds no buffer. It does not end our
-// direction.
-func (s *Stream) ReadFrom(src io.Reader) (total int64, err error) {
+// netstack's connections and Streams have) or is a kernel socket, an idle stream holds no buffer. If it has Readable()
+// bool (whether WaitRead would return at once), a frame takes all that is there. It does not end our direction.
+func (s *Stream) ReadFrom(src io.Reader) (total int64, err error) { return s.readFrom(src, false) }
+
+func (s *Stream) readFrom(src io.Reader, end bool) (total int64, err error) {
 	if tc, ok := src.(*net.TCPConn); ok {
 		return s.ReadFromSocket(tc, nil)
 	}
 	s.wlock.Lock()
 	defer s.wlock.Unlock()
 	waiter, _ := src.(interface{ WaitRead() error })
+	more, _ := src.(interface{ Readable() bool })
 	for {
 		if waiter != nil {
 			if err := waiter.WaitRead(); err != nil {
@@ -24,7 +31,12 @@ func (s *Stream) ReadFrom(src io.Reader) (total int64, err error) {
 		}
 		f := s.c.bufs.frame(s.class)
 		n, rerr := src.Read(f.room())
-		if err := s.send(f, n); err != nil {
+		for more != nil && rerr == nil && n < len(f.room()) && more.Readable() {
+			var m int
+			m, rerr = src.Read(f.room()[n:])
+			n += m
+		}
+		if err := s.send(f, n, end && rerr == io.EOF); err != nil {
 			return total, err
 		}
 		total += int64(n)
@@ -50,15 +62,16 @@ func (s *Stream) ReadFromSocket(src *net.TCPConn, count func(int)) (total int64,
 		if count != nil {
 			count(n)
 		}
-		if err := s.send(f, n); err != nil {
+		if err := s.send(f, n, false); err != nil {
 			return total, err
 		}
 		total += int64(n)
 	}
 }
 
-// send puts a frame into which n bytes were read, or gives an empty one back. wlock is held.
-func (s *Stream) send(f *frame, n int) error {
+// send puts a frame into which n bytes were read, or gives an empty one back. end: they are the last; CloseWrite follows.
+// wlock is held.
+func (s *Stream) send(f *frame, n int, end bool) error {
 	if n == 0 {
 		s.c.bufs.putFrame(f)
 		return nil
@@ -71,7 +84,7 @@ func (s *Stream) send(f *frame, n int) error {
 		s.class--
 	}
 	f.end += n
-	return s.put(f)
+	return s.put(f, end)
 }
 
 // socketBatch is what WriteToSocket hands to the kernel at once, in bytes, or a piece more.

@@ -228,6 +228,13 @@ func (s *Stream) WaitRead() error {
 	return nil
 }
 
+// Readable reports whether Read would return at once.
+func (s *Stream) Readable() bool {
+	s.rmu.Lock()
+	defer s.rmu.Unlock()
+	return s.rclosed || s.rdl.expired || len(s.chunks) > s.head || s.rerr != nil
+}
+
 // WriteTo hands what arrives to dst without a copy in between, at most bulkLen bytes per Write, until the peer ends its
 // direction. A failure of dst is a *SinkError. Credit is given back chunk by chunk, after dst took it.
 func (s *Stream) WriteTo(dst io.Writer) (total int64, err error) {

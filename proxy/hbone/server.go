@@ -163,15 +163,9 @@ func (ss *ServerStream) RefuseWith(resp *Response) error {
 func (ss *ServerStream) answer(resp *Response, end bool) error {
 	s, c := ss.s, ss.s.c
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if s.answered {
-		return errAnswered
-	}
-	if s.gone || s.werr != nil {
-		if s.werr != nil {
-			return s.werr
-		}
-		return net.ErrClosed
+	if err := s.answerable(); err != nil {
+		c.mu.Unlock()
+		return err
 	}
 	s.answered = true
 	c.writeResponse(s.id, resp, end)
@@ -184,7 +178,20 @@ func (ss *ServerStream) answer(resp *Response, end bool) error {
 			c.resetLocked(s, http2.ErrCodeNo)
 		}
 	}
-	c.wantFlush()
+	c.flushHere()
+	return nil
+}
+
+// answerable is nil or why a request can have no answer. c.mu is held.
+func (s *Stream) answerable() error {
+	switch {
+	case s.answered:
+		return errAnswered
+	case s.werr != nil:
+		return s.werr
+	case s.gone:
+		return net.ErrClosed
+	}
 	return nil
 }
 

@@ -75,6 +75,7 @@ type sockWriter struct {
 	callback func(uintptr) bool
 
 	b     []byte
+	brief bool         // not to wait for room
 	vec   []unix.Iovec // of WriteBuffers: what is left
 	n     int
 	errno syscall.Errno
@@ -101,6 +102,14 @@ func (w *sockWriter) Write(b []byte) (int, error) {
 	err := w.failed(w.raw.Write(w.callback))
 	w.b = nil
 	return w.n, err
+}
+
+// writeSome writes what the socket takes without waiting, which may be nothing.
+func (w *sockWriter) writeSome(b []byte) (int, error) {
+	w.brief = true
+	n, err := w.Write(b)
+	w.brief = false
+	return n, err
 }
 
 // WriteBuffers writes the pieces, none of them empty, in order, with as few calls as the kernel takes.
@@ -175,7 +184,7 @@ func (w *sockWriter) writeFD(fd uintptr) bool {
 			w.n += int(n)
 		case unix.EINTR:
 		case unix.EAGAIN:
-			return false
+			return w.brief
 		default:
 			w.errno = errno
 			return true

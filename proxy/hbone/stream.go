@@ -189,8 +189,9 @@ func (s *Stream) writable() error {
 	return nil
 }
 
-// put hands f to the connection and, if nobody else is at it, has it written. It waits for the slot.
-func (s *Stream) put(f *frame) error {
+// put hands f to the connection and, if nobody else is at it, has it written, with END_STREAM if it is the last. It
+// waits for the slot.
+func (s *Stream) put(f *frame, end bool) error {
 	c := s.c
 	c.mu.Lock()
 	if err := s.awaitSlot(); err != nil {
@@ -199,6 +200,7 @@ func (s *Stream) put(f *frame) error {
 		return err
 	}
 	s.pend = f
+	s.wantEnd = s.wantEnd || end
 	c.schedule(s)
 	if c.inline && !c.flushing && !c.ended && c.hasWork() {
 		c.flushing = true
@@ -245,7 +247,7 @@ func (s *Stream) Write(p []byte) (n int, err error) {
 		f := s.c.bufs.frame(classFor(len(p) - n))
 		f.end += copy(f.room(), p[n:])
 		m := f.end - f.off
-		if err := s.put(f); err != nil {
+		if err := s.put(f, false); err != nil {
 			return n, err
 		}
 		n += m
@@ -285,13 +287,10 @@ func classFor(n int) uint8 {
 func (s *Stream) CloseWrite() error {
 	c := s.c
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if s.wantEnd {
-		return nil
-	}
-	if s.werr != nil {
+	if s.wantEnd || s.werr != nil {
+		defer c.mu.Unlock()
 		var se *StreamError
-		if errors.As(s.werr, &se) && se.orderly() && se.Code == http2.ErrCodeNo {
+		if s.wantEnd || errors.As(s.werr, &se) && se.orderly() && se.Code == http2.ErrCodeNo {
 			return nil // the peer has what it wanted
 		}
 		return s.werr
@@ -299,7 +298,7 @@ func (s *Stream) CloseWrite() error {
 	s.wantEnd = true
 	s.wcond.Broadcast()
 	c.schedule(s)
-	c.wantFlush()
+	c.flushHere()
 	return nil
 }
 

@@ -109,6 +109,50 @@ func (c *conn) wantFlush() {
 	}
 }
 
+// flushHere is wantFlush by the caller's own hand, as far as the socket takes it without waiting: for users who have
+// something small to say and nothing better to do. It spares a goroutine for each CONNECT, answer and end of a stream.
+// mu is held, and released on return.
+func (c *conn) flushHere() {
+	if c.brief == nil || c.flushing || c.isOver() || !c.hasWork() {
+		c.wantFlush()
+		c.mu.Unlock()
+		return
+	}
+	c.flushing, c.flusher = true, nil
+	c.cfg.Panics.Run("an HBONE writer", c.flushBriefly, c.crashes)
+}
+
+// flushRound writes one batch without waiting, and leaves what is left to others. mu is held and flushing is set; mu is
+// released on return.
+func (c *conn) flushRound() {
+	if c.assemble() || len(c.carry) > 0 {
+		c.mu.Unlock()
+		err := c.sealAndWrite(true)
+		c.mu.Lock()
+		c.settle()
+		if err != nil && !c.ended && !isTimeout(err) { // whose deadline it was is of no interest: none was to be kept
+			c.hangUp(err)
+			c.mu.Unlock()
+			return
+		}
+	}
+	switch {
+	case c.ended, !c.hasWork():
+		c.flushing = false
+	case !c.appoint(nil):
+		c.dispatch()
+	}
+	c.mu.Unlock()
+}
+
+// hangUp is the end of flushing for good: a write has failed. Why the peer hung up may stand in what it sent before
+// (an alert, a GOAWAY): the reader ends it. mu is held.
+func (c *conn) hangUp(err error) {
+	c.broken = err
+	c.raw.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+	c.flushing, c.flusher = false, nil
+}
+
 // dispatch has a goroutine of its own flush. mu is held, flushing is set.
 func (c *conn) dispatch() {
 	c.flusher = nil
@@ -156,7 +200,7 @@ func (c *conn) flush(self *Stream) {
 			return
 		}
 		c.mu.Unlock()
-		err := c.sealAndWrite()
+		err := c.sealAndWrite(false)
 		c.mu.Lock()
 		c.settle()
 		switch {
@@ -172,10 +216,7 @@ func (c *conn) flush(self *Stream) {
 		case c.last:
 			c.endLocked(err)
 		default:
-			// Why the peer hung up may stand in what it sent before (an alert, a GOAWAY): the reader ends it.
-			c.broken = err
-			c.raw.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
-			c.flushing, c.flusher = false, nil
+			c.hangUp(err)
 			c.mu.Unlock()
 			return
 		}
@@ -266,8 +307,9 @@ func (c *conn) emit(s *Stream) int {
 	return size
 }
 
-// sealAndWrite puts the batch into one buffer in wire form and writes that. Without mu: the batch is the flusher's.
-func (c *conn) sealAndWrite() error {
+// sealAndWrite puts the batch into one buffer in wire form and writes that; briefly: as much as goes without waiting.
+// Without mu: the batch is the flusher's.
+func (c *conn) sealAndWrite(briefly bool) error {
 	if len(c.carry) == 0 {
 		want := len(c.scratch) + 256
 		for i := range c.plan {
@@ -282,7 +324,13 @@ func (c *conn) sealAndWrite() error {
 		}
 		c.carry, c.carryBuf = out, buf
 	}
-	n, err := c.sock.Write(c.carry)
+	var n int
+	var err error
+	if briefly {
+		n, err = c.brief.writeSome(c.carry)
+	} else {
+		n, err = c.sock.Write(c.carry)
+	}
 	c.carry = c.carry[n:]
 	if len(c.carry) == 0 {
 		c.bufs.putOut(c.carryBuf)

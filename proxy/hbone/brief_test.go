@@ -1,0 +1,183 @@
+package hbone
+
+import (
+	"context"
+	"io"
+	"log/slog"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2"
+
+	"ztun/proxy/rescue"
+)
+
+// written calls f when nobody writes.
+func (c *conn) written(f func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for c.flushing || c.hasWork() {
+		c.mu.Unlock()
+		time.Sleep(time.Millisecond)
+		c.mu.Lock()
+	}
+	f()
+}
+
+// TestRequestsDoNotWait: who asks writes himself, but does not wait for a peer that does not read; and all that was
+// asked arrives whole and in order once it does.
+func TestRequestsDoNotWait(t *testing.T) {
+	cc, p, b := clientOfRawPeer(t, Config{})
+	defer cc.Close()
+	defer b.Close()
+	p.preface2()
+	cc.c.written(func() {})
+	const n = 2000 // of 8 KB: more than sockets on loopback take
+	baggage := strings.Repeat("\xff", 8<<10)
+	asked := make(chan error, 1)
+	go func() {
+		var err error
+		for range n {
+			if _, e := cc.request(context.Background(), &Request{Authority: "h:1", Baggage: baggage}, nil); e != nil {
+				err = e
+			}
+		}
+		asked <- err
+	}()
+	select {
+	case err := <-asked:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(patience):
+		t.Fatal("requests wait for the peer to read")
+	}
+	p.fr.ReadMetaHeaders.SetMaxStringLength(64 << 10)
+	p.fr.MaxHeaderListSize = 64 << 10
+	for next := uint32(1); next < 2*n; {
+		f, err := p.fr.ReadFrame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		h, ok := f.(*http2.MetaHeadersFrame)
+		if !ok {
+			continue
+		}
+		if h.StreamID != next || len(h.RegularFields()) == 0 || h.RegularFields()[0].Value != baggage {
+			t.Fatalf("stream %d, where %d should be", h.StreamID, next)
+		}
+		next += 2
+	}
+}
+
+// TestWriterPanics: a panic of who writes his own request ends the tunnel, for nobody else would write for it.
+func TestWriterPanics(t *testing.T) {
+	panics := rescue.New(slog.New(slog.DiscardHandler))
+	cc, p, b := clientOfRawPeer(t, Config{Panics: panics})
+	defer cc.Close()
+	defer b.Close()
+	p.preface2()
+	cc.c.written(func() { cc.c.brief = &sockWriter{} }) // without a socket
+	ctx, cancel := context.WithTimeout(context.Background(), patience/3)
+	defer cancel()
+	if _, _, err := cc.Open(ctx, &Request{Authority: "h:1"}); err == nil || ctx.Err() != nil {
+		t.Errorf("a request whose writer panics: %v", err)
+	}
+	if panics.Total() == 0 {
+		t.Error("no panic was counted")
+	}
+}
+
+// scripted is a source whose end may be known together with its bytes.
+type scripted struct {
+	parts   []string
+	early   bool // it says in time that more can be read
+	waited  atomic.Int32
+	goahead chan struct{} // closed: its end may be seen
+}
+
+func (s *scripted) WaitRead() error {
+	if s.waited.Add(1) > 1 {
+		<-s.goahead
+	}
+	return nil
+}
+func (s *scripted) Readable() bool { return s.early }
+func (s *scripted) Read(p []byte) (int, error) {
+	if len(s.parts) == 0 {
+		return 0, io.EOF
+	}
+	n := copy(p, s.parts[0])
+	s.parts = s.parts[1:]
+	return n, nil
+}
+
+// TestEndGoesWithLastBytes: END_STREAM does not wait for CloseWrite where the source says in time that it has ended,
+// what can be read at once goes in one frame, and without that nothing is ended early.
+func TestEndGoesWithLastBytes(t *testing.T) {
+	for _, early := range []bool{true, false} {
+		cc, p, b := clientOfRawPeer(t, Config{})
+		p.preface2()
+		opened := make(chan *Stream, 1)
+		go func() {
+			s, _, err := cc.Open(t.Context(), &Request{Authority: "h:1"})
+			if err != nil {
+				t.Error(err)
+			}
+			opened <- s
+		}()
+		next := func() *http2.DataFrame {
+			for {
+				f, err := p.fr.ReadFrame()
+				if err != nil {
+					t.Fatal(err)
+				}
+				switch f := f.(type) {
+				case *http2.MetaHeadersFrame:
+					p.headers(1, false, ":status", "200")
+				case *http2.DataFrame:
+					return f
+				}
+			}
+		}
+		src := &scripted{parts: []string{"one", "two"}, early: early, goahead: make(chan struct{})}
+		read := make(chan int64, 1)
+		go func() {
+			s := <-opened
+			n, err := s.ReadToEnd(src)
+			if err != nil {
+				t.Error(err)
+			}
+			read <- n
+			<-src.goahead
+			if err := s.CloseWrite(); err != nil {
+				t.Error(err)
+			}
+		}()
+		want := map[bool]string{true: "onetwo", false: "one"}[early]
+		if f := next(); string(f.Data()) != want || f.StreamEnded() {
+			t.Errorf("early %v: first frame %q", early, f.Data())
+		}
+		if early { // without CloseWrite
+			if f := next(); len(f.Data()) != 0 || !f.StreamEnded() {
+				t.Errorf("early: second frame %q", f.Data())
+			}
+			close(src.goahead)
+		} else {
+			close(src.goahead)
+			if f := next(); string(f.Data()) != "two" || f.StreamEnded() {
+				t.Errorf("late: second frame %q", f.Data())
+			}
+			if f := next(); len(f.Data()) != 0 || !f.StreamEnded() {
+				t.Errorf("late: last frame %q", f.Data())
+			}
+		}
+		if n := <-read; n != 6 {
+			t.Errorf("early %v: %d bytes", early, n)
+		}
+		cc.Close()
+		b.Close()
+	}
+}
