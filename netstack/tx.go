@@ -35,6 +35,7 @@ type txShare struct{ bytes int }
 // neither.
 type txItem struct {
 	pkt   *stack.PacketBuffer
+	ports uint32 // of mergePorts
 	share *txShare
 	cost  int // of the share
 	vh    tun.VNetHdr
@@ -57,25 +58,33 @@ type txQueue struct {
 	spare []txItem
 	views [][]byte // the writer's
 
-	packets, sent, dropped, errors atomic.Uint64
+	packets, sent, dropped, errors, merged atomic.Uint64
 }
 
 // push queues packets, taking a reference of each, and returns how many.
 func (t *txQueue) push(pkts []*stack.PacketBuffer) int {
-	n := 0
+	n, merged := 0, 0
 	t.mu.Lock()
 	for _, p := range pkts {
 		if t.closed || len(t.q) >= txHardPackets || t.bytes >= txHardBytes {
 			break
 		}
-		t.q = append(t.q, txItem{pkt: p.IncRef()})
-		t.bytes += p.Size()
 		n++
+		ports := mergePorts(p)
+		if ports != 0 && t.merge(p, ports) {
+			merged++
+			continue
+		}
+		t.q = append(t.q, txItem{pkt: p.IncRef(), ports: ports})
+		t.bytes += p.Size()
 	}
 	if t.bytes >= txSoftBytes {
 		t.full.Store(true)
 	}
 	t.unlockAndWake(n > 0)
+	if merged > 0 {
+		t.merged.Add(uint64(merged))
+	}
 	if d := len(pkts) - n; d > 0 {
 		t.dropped.Add(uint64(d))
 	}
