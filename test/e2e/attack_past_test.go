@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -135,27 +136,31 @@ type link struct {
 	mac net.HardwareAddr
 }
 
-// linkTo is the way that a namespace takes to an address.
+// ipJSON is what `ip -j` says in a namespace.
+func (m *mesh) ipJSON(ns *lab.NS, v any, args ...string) {
+	m.t.Helper()
+	out, err := m.Run(m.ctx, ns, append([]string{"ip", "-j"}, args...)...)
+	must(m.t, err)
+	must(m.t, json.Unmarshal([]byte(out), v))
+}
+
+// linkTo is the way that a namespace's TCP takes to an address.
 func (m *mesh) linkTo(ns *lab.NS, to netip.Addr) link {
 	m.t.Helper()
-	ask := func(v any, args ...string) {
-		m.t.Helper()
-		out, err := m.Run(m.ctx, ns, append([]string{"ip", "-j"}, args...)...)
-		must(m.t, err)
-		must(m.t, json.Unmarshal([]byte(out), v))
-	}
 	var routes []struct{ Dev, Gateway string }
-	ask(&routes, "route", "get", to.String())
-	hop := routes[0].Gateway
-	if hop == "" {
-		hop = to.String()
-	}
-	l := link{ns: ns, dev: routes[0].Dev}
+	m.ipJSON(ns, &routes, "route", "get", to.String(), "ipproto", "tcp")
+	return m.linkBy(ns, routes[0].Dev, cmp.Or(routes[0].Gateway, to.String()), to)
+}
+
+// linkBy is the way by a device and a next hop, which a ping of to makes known.
+func (m *mesh) linkBy(ns *lab.NS, dev, hop string, to netip.Addr) link {
+	m.t.Helper()
+	l := link{ns: ns, dev: dev}
 	eventually(m.t, 20*time.Second, func() error {
 		// Nobody listens there: the kernel asks for the neighbour, and that is all.
 		_, _ = m.Run(m.ctx, ns, "ping", "-c1", "-W1", to.String())
 		var neighs []struct{ Dst, Lladdr string }
-		ask(&neighs, "neigh", "show", "dev", l.dev)
+		m.ipJSON(ns, &neighs, "neigh", "show", "dev", l.dev)
 		for _, n := range neighs {
 			if n.Dst == hop && n.Lladdr != "" {
 				mac, err := net.ParseMAC(n.Lladdr)
@@ -447,7 +452,12 @@ func (p *past) arrived(c net.Conn) {
 
 // TestPastSteered: nobody reaches a strict pod's application past ztun, nor gets out of a pod past it, whatever he
 // sends; and the exemption of the node's own sockets serves nobody else.
-func TestPastSteered(t *testing.T) {
+func TestPastSteered(t *testing.T) { pastSteered(t, "steered") }
+
+// TestPastRules: the same where eth0 stays in the pod, but for what docs/steered.md says no rule can hold.
+func TestPastRules(t *testing.T) { pastSteered(t, "rules") }
+
+func pastSteered(t *testing.T, way string) {
 	needTool(t, "iptables")
 	m := newMesh(t, meshOptions{noStart: true})
 	p := &past{mesh: m, t: t, witness: map[*lab.Pod]*arrivals{}, allowed: func(arrival) bool { return false }}
@@ -458,8 +468,8 @@ func TestPastSteered(t *testing.T) {
 	f.Policies = strictBut(m.b)
 	must(t, m.WriteWorld(f))
 	p.control()
-	m.start(m.N1, map[string]string{"ZTUN_STEERING": "steered"})
-	m.start(m.N2, map[string]string{"ZTUN_STEERING": "steered", "ZTUN_STEERED_NATIVE": "false"})
+	m.start(m.N1, map[string]string{"ZTUN_STEERING": way})
+	m.start(m.N2, map[string]string{"ZTUN_STEERING": way, "ZTUN_STEERED_NATIVE": "false"})
 	for _, pod := range []*lab.Pod{m.a, m.b, m.c} {
 		m.serve(pod.NS)
 		m.between(pod)
@@ -468,11 +478,27 @@ func TestPastSteered(t *testing.T) {
 	p.fence()
 	wire, err := m.Capture(m.N1.NS, "eth0", lab.CaptureOptions{Immediate: true})
 	must(t, err)
+	eth0, err := m.Capture(m.a.NS, "eth0", lab.CaptureOptions{Immediate: true})
+	must(t, err)
 	p.attack()
+	if way == "rules" {
+		p.back()
+	}
+	p.linkLocal()
 	for _, got := range stop(t, wire) {
 		if got.Seq>>16 == pastMark && slices.Contains(m.c.IPs, got.Dst.Addr()) { // to c sends b alone
 			t.Errorf("a pod's packet is on the wire as it was: %v to %v", got.Src, got.Dst)
 		}
+	}
+	read := stop(t, eth0).Where(func(got lab.Packet) bool {
+		return got.Seq>>16 == pastMark && slices.Contains(m.a.IPs, got.Dst.Addr())
+	})
+	if way == "steered" && len(read) > 0 {
+		t.Errorf("a process in the pod that reads its eth0 sees %d packets, such as %v", len(read), read[0])
+	}
+	p.inside()
+	if way == "rules" {
+		p.weaker(len(read))
 	}
 	p.masqueraded()
 	for _, to := range m.a.IPs {

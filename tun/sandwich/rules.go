@@ -171,8 +171,8 @@ func podRules(f Facts, c Config, v6 bool) (out []Action) {
 		if a.IsValid() {
 			add(Rule{Pref: 115, Iif: "lo", Proto: tcp, Table: tableApp})
 		}
-		for _, proto := range []uint8{tcp, unix.IPPROTO_SCTP, unix.IPPROTO_DCCP, unix.IPPROTO_UDPLITE, unix.IPPROTO_IPIP,
-			unix.IPPROTO_IPV6, unix.IPPROTO_GRE, unix.IPPROTO_ESP, unix.IPPROTO_AH, unix.IPPROTO_RAW} {
+		for _, proto := range []uint8{tcp, unix.IPPROTO_SCTP, unix.IPPROTO_DCCP, unix.IPPROTO_UDPLITE, unix.IPPROTO_L2TP,
+			unix.IPPROTO_IPIP, unix.IPPROTO_IPV6, unix.IPPROTO_GRE, unix.IPPROTO_ESP, unix.IPPROTO_AH, unix.IPPROTO_RAW} {
 			add(Rule{Pref: 116, Iif: "lo", Proto: proto})
 		}
 	}
