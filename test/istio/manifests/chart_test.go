@@ -126,6 +126,7 @@ func ordered(t *testing.T, all map[string]runtime.Object) map[string]runtime.Obj
 func TestChartValues(t *testing.T) {
 	all, err := render(t, "mesh", `
 mode: agent
+steering: rules
 image: {repository: registry.example/ztun, tag: "1.10", pullPolicy: Always}
 imagePullSecrets: [regcred]
 logLevel: "debug,hbone=trace"
@@ -158,7 +159,8 @@ agent: {cniConfDir: /var/lib/rancher/k3s/agent/etc/cni/net.d, cniBinDir: /var/li
 		env[e.Name] = e.Value
 	}
 	want := map[string]string{"NUM": "3", "FLAG": "true", "TEXT": "a: b", "RUST_LOG": "debug,hbone=trace",
-		"XDS_ADDRESS": "istiod-canary.mesh.svc:15012", "ISTIO_META_CLUSTER_ID": "7", "TERMINATION_GRACE_PERIOD_SECONDS": "60"}
+		"XDS_ADDRESS": "istiod-canary.mesh.svc:15012", "ISTIO_META_CLUSTER_ID": "7", "TERMINATION_GRACE_PERIOD_SECONDS": "60",
+		"ZTUN_STEERING": "rules"}
 	for name, value := range want {
 		if env[name] != value {
 			t.Errorf("%s=%q, want %q", name, env[name], value)
@@ -194,7 +196,7 @@ agent: {cniConfDir: /var/lib/rancher/k3s/agent/etc/cni/net.d, cniBinDir: /var/li
 
 // TestChartRefuses: a value that nobody reads is a mistake, and is said before anything is applied.
 func TestChartRefuses(t *testing.T) {
-	for _, values := range []string{"mode: istiocni", "proxi: {}", "proxy: {ressources: {}}", "agent: {cniConfDir: etc}",
+	for _, values := range []string{"mode: istiocni", "steering: redirected", "proxi: {}", "proxy: {ressources: {}}", "agent: {cniConfDir: etc}",
 		"proxy: {env: {A: [1]}}", "image: {repository: ''}", "image: {tag: 1.10}"} {
 		if _, err := render(t, "istio-system", values); err == nil {
 			t.Errorf("%s is taken", values)
