@@ -28,16 +28,25 @@ func attaches(t *testing.T) int {
 // TestAttachLeavesNothing: pods that are added and removed time and again, by the daemon, by their CNI's DEL, and by
 // their end, leave nothing: no namespace, device, rule, route, neighbour or setting, on the node or in the pods, no
 // descriptor and no goroutine in the daemon. ZTUN_TEST_ATTACHES says how often; from 100 on it tells pods' memory.
-func TestAttachLeavesNothing(t *testing.T) {
+func TestAttachLeavesNothing(t *testing.T) { attachLeavesNothing(t, "steered", "redirected") }
+
+// TestAttachLeavesNothingByRules: the same where eth0 stays in the pods.
+func TestAttachLeavesNothingByRules(t *testing.T) { attachLeavesNothing(t, "rules", "rules") }
+
+// attachLeavesNothing has the ways of both nodes. (The second's UDP goes by netstack.)
+func attachLeavesNothing(t *testing.T, ways ...string) {
 	needTool(t, "iptables")
 	m := newMesh(t, meshOptions{noStart: true})
 	r := &redirectedMesh{mesh: m}
 	for p, routed := range map[*lab.Pod]bool{m.a: true, m.b: false, m.c: true} {
 		m.cni(p, routed)
 	}
-	r.rules(m.c)
-	m.start(m.N1, map[string]string{"ZTUN_STEERING": "steered"})
-	m.start(m.N2, map[string]string{"ZTUN_STEERING": "redirected", "INPOD_ENABLED": "false"})
+	redirected := ways[1] == "redirected"
+	if redirected {
+		r.rules(m.c)
+	}
+	m.start(m.N1, map[string]string{"ZTUN_STEERING": ways[0]})
+	m.start(m.N2, map[string]string{"ZTUN_STEERING": ways[1], "INPOD_ENABLED": "false", "ZTUN_STEERED_NATIVE": "false"})
 	between := []string{m.between(m.a), m.between(m.b)}
 	took := map[*lab.Node][]time.Duration{}
 	add := func(p *lab.Pod) {
@@ -130,7 +139,7 @@ func TestAttachLeavesNothing(t *testing.T) {
 			d[len(d)/2].Round(time.Millisecond), d[int(math.Ceil(float64(len(d))*0.99))-1].Round(time.Millisecond))
 	}
 	if n >= 100 {
-		m.weighPods(r, 50)
+		m.weighPods(r, 50, redirected)
 	}
 }
 
@@ -153,7 +162,7 @@ func (m *mesh) holds(d *lab.Daemon) holding {
 }
 
 // weighPods tells what n idle pods at once take of a daemon's memory.
-func (m *mesh) weighPods(r *redirectedMesh, n int) {
+func (m *mesh) weighPods(r *redirectedMesh, n int, redirected bool) {
 	m.t.Helper()
 	for _, node := range m.Nodes() {
 		before := m.holds(node.Daemon)
@@ -161,7 +170,7 @@ func (m *mesh) weighPods(r *redirectedMesh, n int) {
 		for i := range n {
 			p := m.pod(node, fmt.Sprintf("w%d%d", node.Index, i))
 			m.cni(p, true)
-			if node == m.N2 {
+			if node == m.N2 && redirected {
 				r.rules(p)
 			}
 			m.between(p)

@@ -236,6 +236,12 @@ func run(n *nslab.NS, args ...string) (string, error) {
 
 // What is not true is named, and left as it is; Apply mends it.
 func TestMissing(t *testing.T) {
+	for name, capture := range map[string]func(Facts, Config) (Plan, error){"steered": New, "rules": Rules} {
+		t.Run(name, func(t *testing.T) { missing(t, name == "rules", capture) })
+	}
+}
+
+func missing(t *testing.T, rules bool, capture func(Facts, Config) (Plan, error)) {
 	node, pod := nslab.New(t), nslab.New(t)
 	bridgePod(t, node, pod)
 	ns := Namespaces{S: sandwich(t), Pod: pod.NS}
@@ -243,7 +249,7 @@ func TestMissing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := New(f, Config{DNS: true, Native: true})
+	p, err := capture(f, Config{DNS: true, Native: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -282,21 +288,50 @@ func TestMissing(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for _, c := range []struct {
+	type planted struct {
 		what  string
 		plant func()
-	}{
-		{"ip rule add pref 20 ", func() { inS("ip", "rule", "del", "pref", "20") }},
+	}
+	inPod := func(args ...string) func() { return func() { pod.IP(t, args...) } }
+	all := []planted{ // of S, in both
+		{"ip rule add pref 30 ", func() { inS("ip", "rule", "del", "pref", "30") }},
 		{"ip -6 rule del # whatever", func() { inS("ip", "-6", "rule", "add", "pref", "3", "lookup", "main") }},
 		{"ip route add default dev ztun-app", func() { inS("ip", "route", "del", "default", "dev", "ztun-app", "table", "15001") }},
-		{"ip -6 neigh add proxy fd92::2", func() { inS("ip", "neigh", "del", "proxy", "fd92::2", "dev", "eth0") }},
-		{"tc filter add dev eth0 ingress protocol ip pref 1", func() { inS("tc", "qdisc", "del", "dev", "eth0", "clsact") }},
 		{"sysctl -w net/ipv4/ip_forward=1", func() { inS("sh", "-c", "echo 0 >/proc/sys/net/ipv4/ip_forward") }},
 		{"ip addr add 10.92.1.2/32 dev in0", func() { inS("ip", "addr", "flush", "dev", "in0") }},
 		{"ip link set ztun-up mtu", func() { inS("ip", "link", "set", "ztun-up", "down") }},
-		{"via 169.254.1.1 dev eth0 src 10.92.1.2", func() { pod.IP(t, "route", "del", "default") }},
-		{"neigh replace fe80::1", func() { pod.IP(t, "neigh", "del", "fe80::1", "dev", "eth0") }},
-	} {
+	}
+	if rules {
+		all = append(all, []planted{
+			{"ip rule add pref 20 ", inPod("rule", "del", "pref", "20")},
+			{"ip -6 rule add pref 116 ", inPod("-6", "rule", "del", "pref", "116")},
+			{"ip rule del # whatever", inPod("rule", "add", "pref", "0", "lookup", "local")},
+			{"ip -6 rule del # whatever", inPod("-6", "rule", "add", "pref", "7", "lookup", "main")},
+			{"ip neigh add proxy 10.92.1.2", inPod("neigh", "del", "proxy", "10.92.1.2", "dev", "eth0")},
+			{"ip link set ztun-net mtu", inPod("link", "set", "ztun-net", "down")},
+			{"ip -6 route add default via fe80::1 dev ztun-pod", inPod("-6", "route", "del", "default", "dev", "ztun-pod", "table",
+				"15001")},
+			{"ip route add 10.0.0.0/8 via 10.92.1.1 dev eth0 table 15005", inPod("route", "del", "10.0.0.0/8", "table", "15005")},
+			{"tc filter add dev eth0 ingress protocol ip pref 2", func() {
+				if out, err := run(pod, "tc", "qdisc", "del", "dev", "eth0", "clsact"); err != nil {
+					t.Fatal(out)
+				}
+			}},
+			{"sysctl -w net/ipv4/tcp_early_demux=0", func() {
+				if out, err := run(pod, "sysctl", "-w", "net.ipv4.tcp_early_demux=1"); err != nil {
+					t.Fatal(out)
+				}
+			}},
+		}...)
+	} else {
+		all = append(all, []planted{
+			{"ip -6 neigh add proxy fd92::2", func() { inS("ip", "neigh", "del", "proxy", "fd92::2", "dev", "eth0") }},
+			{"tc filter add dev eth0 ingress protocol ip pref 1", func() { inS("tc", "qdisc", "del", "dev", "eth0", "clsact") }},
+			{"via 169.254.1.1 dev eth0 src 10.92.1.2", inPod("route", "del", "default")},
+			{"neigh replace fe80::1", inPod("neigh", "del", "fe80::1", "dev", "eth0")},
+		}...)
+	}
+	for _, c := range all {
 		c.plant()
 		for range 2 {
 			if m := missing(); !strings.Contains(m, c.what) {

@@ -14,6 +14,12 @@ import (
 // Whoever was killed in the middle has left a record: by it alone, without a path, the pod is given back, S is gone,
 // and a second time nothing happens. A pod whose namespace is gone loses S.
 func TestRestore(t *testing.T) {
+	for name, rules := range map[string]bool{"steered": false, "rules": true} {
+		t.Run(name, func(t *testing.T) { restore(t, rules) })
+	}
+}
+
+func restore(t *testing.T, rules bool) {
 	node, pod, dir := nslab.New(t), nslab.New(t), t.TempDir()
 	routedPod(t, node, pod)
 	before := dump(t, pod)
@@ -21,7 +27,7 @@ func TestRestore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := Record{Facts: f}
+	r := Record{Facts: f, Rules: rules}
 	r.Dev, r.Ino = pod.ID()
 	// short of the plan's last steps
 	half := func(r Record, pod *netns.NS, short int) {
@@ -39,7 +45,7 @@ func TestRestore(t *testing.T) {
 			}
 			d.Close()
 		}
-		p, err := New(f, Config{})
+		p, err := r.Plan()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -80,7 +86,7 @@ func TestRestore(t *testing.T) {
 	if _, err := os.Stat(netns.Dir + "/" + r.Name()); err == nil {
 		t.Error("S of a pod that is gone is left")
 	}
-	// The CNI's DEL: eth0 of the pod, which is ours, and with it what the pod's watch then ends in S.
+	// The CNI's DEL: eth0 of the pod, which is ours, and with it what the pod's watch then ends in S; or its own.
 	node2, pod2 := nslab.New(t), nslab.New(t)
 	routedPod(t, node2, pod2)
 	r.Dev, r.Ino = pod2.ID()

@@ -304,9 +304,15 @@ func TestIstioAgent(t *testing.T) {
 
 // TestZtunAgent: istio-cni's plugin drives ztun's agent as it drives istio-cni's, and ours asks it about every pod.
 func TestZtunAgent(t *testing.T) {
+	for _, way := range []string{"steered", "rules"} {
+		t.Run(way, func(t *testing.T) { ownAgent(t, way) })
+	}
+}
+
+func ownAgent(t *testing.T, way string) {
 	r := newRig(t)
 	r.ztunAgent()
-	r.proxy(map[string]string{"ZTUN_STEERING": "steered"})
+	r.proxy(map[string]string{"ZTUN_STEERING": way})
 	a := r.started("shop", "a", object{})
 	r.starts(r.ours, "shop", a)
 	r.served("asked by our plugin", "shop", "a")
