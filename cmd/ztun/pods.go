@@ -183,7 +183,7 @@ func (m *podManager) Delete(ctx context.Context, namespace, name string) error {
 	if err != nil {
 		return err
 	}
-	return m.DeleteUID(ctx, uid)
+	return m.remove(ctx, uid)
 }
 
 // DeleteUID implements admin.PodManager. uid is namespace/name for a pod that nobody gave one.
@@ -191,6 +191,10 @@ func (m *podManager) DeleteUID(ctx context.Context, uid string) error {
 	if err := m.alone(); err != nil {
 		return err
 	}
+	return m.remove(ctx, uid)
+}
+
+func (m *podManager) remove(ctx context.Context, uid string) error {
 	m.mu.Lock()
 	p := m.pods[uid]
 	agents := p != nil && p.spec.NetNS == "" || m.pending[uid].file != nil
