@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""agent.py ISTIO OURS: Istio's objects without istio-cni and ztunnel, and ours as the lab has images and probes."""
+"""agent.py ISTIO OURS STEERING: Istio's objects without istio-cni and ztunnel, and ours as the lab has images and probes."""
 import sys
 
 import yaml
@@ -8,7 +8,7 @@ GONE = ("istio-cni", "ztunnel")
 
 
 def main():
-    istio, ours = sys.argv[1:]
+    istio, ours, steering = sys.argv[1:]
     objects = []
     with open(istio) as f:
         objects += [o for o in yaml.safe_load_all(f) if not o["metadata"]["name"].startswith(GONE)]
@@ -19,6 +19,9 @@ def main():
                     c["image"] = "localhost/ztunnel:1"
                     c["resources"]["requests"] = {"cpu": "10m", "memory": "64Mi"}
                     c["readinessProbe"]["periodSeconds"] = 1
+                    for e in c.get("env", []):
+                        if e["name"] == "ZTUN_STEERING":
+                            e["value"] = steering
             objects.append(o)
     yaml.safe_dump_all(objects, sys.stdout)
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# up.sh [agent] [ptp]: networks, certificates, control plane, two nodes, Istio's ambient profile with ztun in ztunnel's place,
-# and the pods of manifests/amb.yaml. With agent: ztun's own node agent and CNI plugin in place of istio-cni, as
-# scripts/kubernetes/agent has them. With ptp: each pod has a link of its own to its node, and no bridge.
+# up.sh [agent [rules]] [ptp]: networks, certificates, control plane, two nodes, Istio's ambient profile with ztun in
+# ztunnel's place, and the pods of manifests/amb.yaml. With agent: ztun's own node agent and CNI plugin in place of
+# istio-cni, as scripts/kubernetes/agent has them; with rules the CNI's eth0 stays in the pods. With ptp: each pod has a
+# link of its own to its node, and no bridge.
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "$0")/lib.sh"
 set -e
@@ -155,12 +156,13 @@ rolled_out() { need 120 k rollout status -n "$1" "$2" --timeout=5s; }
 for program in kube istioctl coredns ztun; do
 	[ -x "$BIN/$program" ] || { echo "$BIN/$program is not there: scripts/kube-lab build" >&2; exit 1; }
 done
-mode=istio-cni cni=bridge
+mode=istio-cni cni=bridge steering=steered
 for word; do
 	case $word in
 	agent) mode=agent ;;
+	rules) steering=rules ;;
 	ptp) cni=ptp ;;
-	*) echo "up: agent, ptp or nothing, not $word" >&2; exit 2 ;;
+	*) echo "up: agent, rules, ptp or nothing, not $word" >&2; exit 2 ;;
 	esac
 done
 mkdir -p "$RUN"
@@ -195,7 +197,7 @@ k apply --server-side -f "$MANIFESTS/crds.yaml" >/dev/null
 case $mode in
 agent)
 	agent=$here/../../scripts/kubernetes/agent
-	"$here/agent.py" "$MANIFESTS/istio.yaml" <(k kustomize "$agent") >"$RUN/agent.yaml"
+	"$here/agent.py" "$MANIFESTS/istio.yaml" <(k kustomize "$agent") $steering >"$RUN/agent.yaml"
 	need 30 k apply --server-side -f "$RUN/agent.yaml"
 	rolled_out istio-system deploy/istiod
 	rolled_out istio-system ds/ztun-agent
