@@ -77,7 +77,8 @@ type Kind interface {
 	Clean(p Place) error
 	// Sweep removes from the node what is left of all pods but those with the addresses keep.
 	Sweep(keep []netip.Addr) error
-	// Leave has new mesh connections reset from now on: the daemon is about to end.
+	// Leave has new mesh connections reset from now on, or left without an answer where the kind Outlives: the daemon is
+	// about to end.
 	Leave()
 	// Close ends what Open made, when no pod is left that needs it. It may be called whatever came of Open.
 	Close() error

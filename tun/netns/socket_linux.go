@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -146,6 +147,34 @@ func ListenTransparent(ctx context.Context, ns *NS, port uint16, ipv6 bool, o So
 	}
 	return l, nil
 }
+
+// Deafen has the kernel drop every SYN that comes to l from now on, as if nobody had received it: who sent it sends it
+// again. Connections that stand, or are about to, are not touched. (Without a socket they would be reset.)
+func Deafen(l *net.TCPListener) error {
+	rc, err := l.SyscallConn()
+	if err != nil {
+		return err
+	}
+	// The filter of a listening socket is given segments from their TCP header on.
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_ABS, K: 13}, // the flags
+		{Code: unix.BPF_ALU | unix.BPF_AND | unix.BPF_K, K: tcpSYN | tcpACK},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: tcpSYN, Jt: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: math.MaxUint32}, // all of it
+		{Code: unix.BPF_RET | unix.BPF_K, K: 0},
+	}
+	var inner error
+	err = rc.Control(func(fd uintptr) {
+		inner = os.NewSyscallError("setsockopt SO_ATTACH_FILTER", unix.SetsockoptSockFprog(int(fd), unix.SOL_SOCKET,
+			unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}))
+	})
+	return errors.Join(err, inner)
+}
+
+const (
+	tcpSYN = 0x02
+	tcpACK = 0x10
+)
 
 // setBacklog lowers Go's backlog (the host's somaxconn) to ours: a second listen(2) does just that.
 func setBacklog(l *net.TCPListener) error {

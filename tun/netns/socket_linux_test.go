@@ -298,3 +298,43 @@ func TestListenErrors(t *testing.T) {
 	l.Close()
 	listen(t, ns.NS, 15008, true, netns.SocketOptions{})
 }
+
+// A listener that is deaf answers no SYN, neither by letting in nor by a reset; who stood in its queue is accepted, and
+// connections go on.
+func TestDeafen(t *testing.T) {
+	ns := anyIP(t)
+	l := listen(t, ns.NS, 15008, true, netns.SocketOptions{})
+	dial := func(to string, limit time.Duration) (c net.Conn, err error) {
+		err = ns.Do(func() error {
+			ctx, cancel := context.WithTimeout(t.Context(), limit)
+			defer cancel()
+			c, err = (&net.Dialer{}).DialContext(ctx, "tcp", to)
+			return err
+		})
+		return c, err
+	}
+	for _, to := range []string{"10.55.0.1:15008", "[fd55::1]:15008"} {
+		c, err := dial(to, patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	if err := netns.Deafen(l); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal("who waits in the queue is not accepted:", err)
+		}
+		defer c.Close()
+		go io.Copy(c, c)
+	}
+	for _, to := range []string{"10.55.0.2:15008", "[fd55::2]:15008"} {
+		var ne net.Error
+		if c, err := dial(to, 100*time.Millisecond); !errors.As(err, &ne) || !ne.Timeout() {
+			t.Errorf("%s: %v, %v; want no answer", to, c, err)
+		}
+	}
+}

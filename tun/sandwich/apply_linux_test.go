@@ -2,13 +2,17 @@ package sandwich
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"ztun/tun"
 	"ztun/tun/netns"
@@ -191,6 +195,56 @@ func TestApplyAndUndo(t *testing.T) {
 					t.Fatal(err)
 				}
 				undo()
+			}
+		})
+	}
+}
+
+// Who connects to HBONE's port while nobody listens in S is refused; after Silence he has no answer, and what was taken
+// away for it is put back by the next Apply.
+func TestSilence(t *testing.T) {
+	for name, capture := range map[string]func(Facts, Config) (Plan, error){"steered": New, "rules": Rules} {
+		t.Run(name, func(t *testing.T) {
+			node, pod := nslab.New(t), nslab.New(t)
+			bridgePod(t, node, pod)
+			ns := Namespaces{S: sandwich(t), Pod: pod.NS}
+			f, err := Read(pod.NS, "eth0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			p, err := capture(f, Config{DNS: true, Native: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := Apply(t.Context(), p, ns); err != nil {
+				t.Fatal(err)
+			}
+			dial := func(to string, limit time.Duration) error {
+				return node.Do(func() error {
+					c, err := net.DialTimeout("tcp", to, limit)
+					if err == nil {
+						c.Close()
+					}
+					return err
+				})
+			}
+			to := []string{"10.92.1.2:15008", "[fd92::2]:15008"}
+			for _, at := range to {
+				if err := dial(at, 20*time.Second); !errors.Is(err, syscall.ECONNREFUSED) {
+					t.Errorf("without a listener, %s: %v", at, err)
+				}
+			}
+			if err := Silence(ns.S); err != nil {
+				t.Fatal(err)
+			}
+			for _, at := range to {
+				var ne net.Error
+				if err := dial(at, 100*time.Millisecond); !errors.As(err, &ne) || !ne.Timeout() {
+					t.Errorf("silenced, %s: %v", at, err)
+				}
+			}
+			if changed, err := Apply(t.Context(), p, ns); err != nil || len(changed) != 2 {
+				t.Errorf("put back %v, %v; want a rule of each family", Plan{changed}, err)
 			}
 		})
 	}

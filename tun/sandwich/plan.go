@@ -216,7 +216,7 @@ func rules(f Facts, c Config, v6 bool) (out []Action) {
 			add(Rule{Pref: 6, Iif: In, From: a, To: k.Remote.Addr(), Proto: tcp, Sport: l, Dport: r,
 				Table: tableOut})
 		}
-		add(Rule{Pref: 10, Iif: f.Dev, Proto: tcp, Dport: mesh, Table: tableLocal})
+		add(Rule{Pref: prefMesh, Iif: f.Dev, Proto: tcp, Dport: mesh, Table: tableLocal})
 		add(Rule{Pref: 11, Iif: f.Dev, Proto: tcp, Sport: mesh, Dport: answers, Table: tableLocal})
 		add(Rule{Pref: 20, Iif: f.Dev, To: a, Proto: tcp, Table: tableNet})
 		if c.Native {
@@ -283,6 +283,9 @@ func (f Facts) outside() []Route {
 	}
 	return slices.Concat(parts[:]...)
 }
+
+// prefMesh is the preference of the rule for HBONE's port.
+const prefMesh = 10
 
 // lastCopy is the highest preference of copies.
 const lastCopy = 4

@@ -12,10 +12,8 @@ func (n *Node) serveMesh(ln *net.TCPListener) error {
 	attach.Accept(ln, n.o.Logger("pods"), func(conn *net.TCPConn) {
 		local := conn.LocalAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
 		to, ok := n.door(local)
-		if !ok || n.leaving.Load() {
-			if !ok {
-				n.unknown.Add(1)
-			}
+		if !ok {
+			n.unknown.Add(1)
 			attach.Reset(conn)
 			return
 		}

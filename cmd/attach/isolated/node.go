@@ -29,7 +29,6 @@ type Node struct {
 	mu     sync.Mutex // serialises changes of byAddr
 	byAddr atomic.Pointer[map[netip.Addr]*pod]
 
-	leaving atomic.Bool   // new mesh connections are reset
 	unknown atomic.Uint64 // mesh connections for an address that no pod has
 }
 
@@ -105,8 +104,16 @@ func (n *Node) Sweep(keep []netip.Addr) error {
 	return err
 }
 
-// Leave implements attach.Kind.
-func (n *Node) Leave() { n.leaving.Store(true) }
+// Leave implements attach.Kind. Peers' SYNs have no answer from now on, as after the end of this process, until the
+// next one listens.
+func (n *Node) Leave() {
+	if n.mesh == nil {
+		return
+	}
+	if err := netns.Deafen(n.mesh); err != nil {
+		n.o.Logger("ztun").Error("new connections to port 15008 are let in until the end", "error", err)
+	}
+}
 
 // Close implements attach.Kind.
 func (n *Node) Close() error {
@@ -118,8 +125,6 @@ func (n *Node) Close() error {
 		errs = append(errs, n.dev.Close())
 	}
 	if n.mesh != nil {
-		// The last of all: until now new connections are reset. Without a socket the kernel would say nothing for
-		// addresses that are not the node's own, and every peer would wait for its connect timeout.
 		errs = append(errs, n.mesh.Close())
 	}
 	return errors.Join(errs...)

@@ -3,10 +3,11 @@ package steered
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
 	"path/filepath"
 	"slices"
-	"sync/atomic"
+	"sync"
 
 	"ztun/cmd/attach"
 	"ztun/tun/netns"
@@ -25,7 +26,9 @@ type Node struct {
 	native  bool      // and it can
 	rules   bool      // eth0 stays in the pod
 
-	leaving atomic.Bool // new mesh connections are reset
+	mu      sync.Mutex
+	leaving bool // the daemon is about to end
+	meshes  map[*net.TCPListener]struct{}
 }
 
 var _ attach.Kind = (*Node)(nil)
@@ -33,7 +36,7 @@ var _ attach.Kind = (*Node)(nil)
 // New makes the kind; nothing is touched before Open. Without kernel, UDP and ICMP go by netstack wherever pods are.
 // With rules the CNI's device stays in the pod.
 func New(o attach.Options, kernel, rules bool) *Node {
-	return &Node{o: o, records: Records(o.Record), kernel: kernel, rules: rules}
+	return &Node{o: o, records: Records(o.Record), kernel: kernel, rules: rules, meshes: map[*net.TCPListener]struct{}{}}
 }
 
 // Records is the directory beside the file of attach.Options.Record in which pods are written down.
@@ -98,8 +101,43 @@ func (n *Node) Clean(p attach.Place) error {
 // Sweep implements attach.Kind: pods that went away while no daemon ran have left S and their CNI's device in it.
 func (n *Node) Sweep(keep []netip.Addr) error { return Undo(n.records, keep) }
 
-// Leave implements attach.Kind.
-func (n *Node) Leave() { n.leaving.Store(true) }
+// Leave implements attach.Kind. Peers' SYNs have no answer until the next daemon listens (sandwich.Silence).
+func (n *Node) Leave() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.leaving = true
+	for l := range n.meshes {
+		n.deafen(l)
+	}
+}
+
+func (n *Node) deafen(l *net.TCPListener) {
+	if err := netns.Deafen(l); err != nil {
+		n.o.Logger("pods").Error("new connections to port 15008 are let in until the end", "error", err)
+	}
+}
+
+// listens remembers a pod's listener for Leave, until forget.
+func (n *Node) listens(l *net.TCPListener) (forget func()) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.meshes[l] = struct{}{}
+	if n.leaving {
+		n.deafen(l)
+	}
+	return func() {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		delete(n.meshes, l)
+	}
+}
+
+// ends says that the daemon is about to end, and leaves its pods to the next one.
+func (n *Node) ends() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.leaving
+}
 
 // Close implements attach.Kind.
 func (n *Node) Close() error { return nil }

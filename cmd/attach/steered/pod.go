@@ -22,14 +22,15 @@ import (
 type pod struct {
 	attach.KernelTCP
 	attach.Loopback
-	node   *Node
-	spec   attach.Pod
-	h      attach.Handler
-	ns, s  *netns.NS // the pod's, and S
-	uplink *netstack.Uplink
-	mesh   *net.TCPListener // in S
-	fds    []*attach.Share  // what the pod itself takes of the daemon's descriptors
-	log    *slog.Logger
+	node     *Node
+	spec     attach.Pod
+	h        attach.Handler
+	ns, s    *netns.NS // the pod's, and S
+	uplink   *netstack.Uplink
+	mesh     *net.TCPListener // in S
+	unlisted func()           // has the node forget mesh
+	fds      []*attach.Share  // what the pod itself takes of the daemon's descriptors
+	log      *slog.Logger
 
 	mu      sync.Mutex // of what watch changes
 	record  sandwich.Record
@@ -99,7 +100,8 @@ func (n *Node) Attach(ctx context.Context, spec attach.Pod, h attach.Handler) (_
 	if p.mesh, err = netns.ListenTransparent(ctx, p.s, ports.HBONE, o.IPv6, o.Socket); err != nil {
 		return nil, fmt.Errorf("port %d (HBONE) in %s: %w", ports.HBONE, name, err)
 	}
-	undo = append(undo, func() { p.mesh.Close() })
+	p.unlisted = n.listens(p.mesh)
+	undo = append(undo, func() { p.unlisted(); p.mesh.Close() })
 	p.KernelTCP = attach.KernelTCP{Descriptors: o.Descriptors, Label: spec.Label, Socket: o.Socket, Pod: p.ns, Mesh: p.s}
 	if p.Stack, err = attach.NewStack(&o, spec, facts.MTU, devs[0], p.uplink, prober{h, n, p}); err != nil {
 		return nil, err
@@ -239,10 +241,6 @@ func (p *pod) Place() attach.Place { return attach.PlaceOf(p.spec, p.ns) }
 
 // serveMesh serves a connection to 15008.
 func (p *pod) serveMesh(conn *net.TCPConn) {
-	if p.node.leaving.Load() {
-		attach.Reset(conn)
-		return
-	}
 	if serve := p.node.o.Admit(attach.Door{Label: p.spec.Label, Serve: p.h.ServeMesh}, conn); serve != nil {
 		go p.node.o.Panics.Func("a connection to port 15008", serve, nil)()
 	}
@@ -251,11 +249,24 @@ func (p *pod) serveMesh(conn *net.TCPConn) {
 // Stop implements attach.Attachment. S stays, with devices that nobody reads.
 func (p *pod) Stop() bool {
 	p.stop.Do(func() {
+		p.unlisted()
+		p.silence()
 		p.mesh.Close()
 		p.whole = p.Stack.Stop()
+		p.silence() // should watch have been about to put it back
 		p.uplink.Close()
 	})
 	return p.whole
+}
+
+// silence has peers wait for the next daemon, if there will be one: without a listener S's kernel would refuse them.
+func (p *pod) silence() {
+	if !p.node.ends() {
+		return
+	}
+	if err := sandwich.Silence(p.s); err != nil {
+		p.log.Warn("peers of a pod are refused until the next daemon listens", "pod", p.spec.Label, "error", err)
+	}
 }
 
 // Remove implements attach.Attachment.
