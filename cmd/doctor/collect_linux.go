@@ -274,8 +274,8 @@ func peer(ctx context.Context, p Peer) Peer {
 func pod(ctx context.Context, all Options, i int, node *netns.NS) (Pod, error) {
 	o, server := all.Pods[i], all.Nameserver
 	p := o.Pod
-	if all.Redirected && p.Ref == "" {
-		return p, nil // the node agent has handed over a descriptor, which is the daemon's alone
+	if p.Ref == "" {
+		return p, nil // a node agent has handed over a descriptor, which is the daemon's alone
 	}
 	ns, err := netns.Open(p.Ref)
 	if errors.Is(err, os.ErrPermission) {
