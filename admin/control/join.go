@@ -202,7 +202,7 @@ func newCredentialSet(ctx context.Context, authority *ca.Local, id identity.ID, 
 func (c *credentialSet) write(out string, bundle *Bundle) error {
 	files := Files{Root: encodeCerts(c.roots), Cert: encodeCerts(c.chain), Key: c.key, Token: []byte(c.token)}
 	if bundle == nil {
-		return files.write(out)
+		return files.write(out, replace.File)
 	}
 	bundle.Files = files
 	return bundle.Write(out)

@@ -130,7 +130,8 @@ type Files struct {
 	Token []byte
 }
 
-func (f Files) write(dir string) error {
+// write makes the files in dir by put, which is given a path, a mode and the content.
+func (f Files) write(dir string, put func(string, fs.FileMode, []byte) error) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
@@ -139,7 +140,7 @@ func (f Files) write(dir string) error {
 		mode fs.FileMode
 		data []byte
 	}{{RootFile, 0o644, f.Root}, {CertFile, 0o644, f.Cert}, {KeyFile, 0o600, f.Key}, {TokenFile, 0o600, f.Token}} {
-		if err := replace.File(filepath.Join(dir, x.name), x.mode, x.data); err != nil {
+		if err := put(filepath.Join(dir, x.name), x.mode, x.data); err != nil {
 			return err
 		}
 	}
@@ -177,7 +178,7 @@ func (b *Bundle) Write(path string) error {
 	if one {
 		f.Root, f.Cert = string(b.Files.Root), string(b.Files.Cert)
 		f.Key, f.Token = string(b.Files.Key), string(b.Files.Token)
-	} else if err := b.Files.write(path); err != nil {
+	} else if err := b.Files.write(path, replace.File); err != nil {
 		return err
 	}
 	text, err := json.MarshalIndent(f, "", "  ")
@@ -228,4 +229,8 @@ func ReadBundle(path string) (*Bundle, error) {
 
 // Unpack writes the credentials of a bundle that is one file to a directory, from which they can be used and where they
 // are renewed.
-func (b *Bundle) Unpack(dir string) error { return b.Files.write(dir) }
+func (b *Bundle) Unpack(dir string) error {
+	return b.Files.write(dir, func(path string, mode fs.FileMode, data []byte) error {
+		return os.WriteFile(path, data, mode)
+	})
+}

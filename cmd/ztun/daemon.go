@@ -81,7 +81,7 @@ type daemon struct {
 	failed atomic.Bool // the reason is a failure of ours
 
 	servers  []*admin.Server
-	registry *prometheus.Registry
+	registry *prometheus.Registry // nil: nobody asks for metrics
 	control  *admin.PodSocket
 
 	work  sync.WaitGroup // everything that ends with the context of run
@@ -261,7 +261,9 @@ func (d *daemon) start(ctx context.Context) error {
 	if err := d.kind.Open(ctx); err != nil {
 		return err
 	}
-	d.registry.MustRegister(&dataplaneCollector{d: d, tables: newMetricTables()})
+	if d.registry != nil {
+		d.registry.MustRegister(&dataplaneCollector{d: d, tables: newMetricTables()})
+	}
 	proxyReady.Done()
 	if c.Mode.Dedicated && !c.Mode.Rootless {
 		if err := d.pods.addOwn(ctx); err != nil {

@@ -17,7 +17,7 @@ const (
 )
 
 func main() {
-	root := rootCommand()
+	root := commandTree(os.Args)
 	if isPlugin(os.Args) {
 		if len(os.Args) == 1 { // as a runtime runs it
 			os.Exit(runPlugin())
@@ -46,7 +46,24 @@ func exitCode(err error) int {
 	return exitFailure
 }
 
+// commandTree is what a call needs of the program's commands: all of them, but for a run that one alone. To make the
+// others, with their help and what completes their flags, takes a millisecond, in each of a run's two processes.
+func commandTree(args []string) *cobra.Command {
+	if len(args) > 1 && args[1] == "run" {
+		return newRoot(runCommand())
+	}
+	return rootCommand()
+}
+
 func rootCommand() *cobra.Command {
+	root := newRoot(proxyCommand(), runCommand(), podCommand(), connectionsCommand(), flowsCommand(), explainCommand(),
+		captureCommand(), doctorCommand(), nodeCommand(), caCommand(), controlCommand(), agentCommand(), cniCommand(),
+		versionCommand(), manCommand())
+	complete(root)
+	return root
+}
+
+func newRoot(commands ...*cobra.Command) *cobra.Command {
 	root := &cobra.Command{
 		Use:           "ztun",
 		Short:         "Istio ambient node proxy over TUN and a userspace TCP/IP stack",
@@ -55,15 +72,12 @@ func rootCommand() *cobra.Command {
 		Version:       versionText(),
 	}
 	root.SetVersionTemplate("{{.Version}}\n")
-	root.AddCommand(proxyCommand(), runCommand(), podCommand(), connectionsCommand(), flowsCommand(), explainCommand(),
-		captureCommand(), doctorCommand(), nodeCommand(), caCommand(), controlCommand(), agentCommand(), cniCommand(),
-		versionCommand(), manCommand())
+	root.AddCommand(commands...)
 	root.SetFlagErrorFunc(flagError)
 	root.SetHelpCommand(helpCommand(root))
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()
 	strict(root)
-	complete(root)
 	return root
 }
 

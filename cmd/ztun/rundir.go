@@ -47,7 +47,7 @@ func newRunDir(bases []string, workload admin.PodRef) (*runDir, error) {
 			errs = append(errs, err)
 			continue
 		}
-		listRuns(base)
+		sweepRuns(base)
 		d, err := makeRunDir(base)
 		if err == nil {
 			err = os.WriteFile(filepath.Join(d.path, runWorkloadFile), []byte(workload.String()), 0o600)
@@ -125,10 +125,9 @@ func (d *runDir) remove() {
 // liveRun is a run that goes on.
 type liveRun struct{ name, workload, socket string }
 
-// listRuns are the runs of a base, of which it removes what the dead have left.
-func listRuns(base string) []liveRun {
+// sweepRuns removes from a base what the dead have left, and returns the names of what lives.
+func sweepRuns(base string) (names []string) {
 	entries, _ := os.ReadDir(base) // one that is not there has none
-	var all []liveRun
 	for _, e := range entries {
 		path := filepath.Join(base, e.Name())
 		lock, err := os.Open(path)
@@ -137,10 +136,21 @@ func listRuns(base string) []liveRun {
 		}
 		if unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
 			os.RemoveAll(path)
-		} else if b, err := os.ReadFile(filepath.Join(path, runWorkloadFile)); err == nil {
-			all = append(all, liveRun{e.Name(), string(b), filepath.Join(path, "ztun.sock")})
+		} else {
+			names = append(names, e.Name())
 		}
 		lock.Close()
+	}
+	return names
+}
+
+// listRuns are the runs of a base, of which it removes what the dead have left.
+func listRuns(base string) (all []liveRun) {
+	for _, name := range sweepRuns(base) {
+		path := filepath.Join(base, name)
+		if b, err := os.ReadFile(filepath.Join(path, runWorkloadFile)); err == nil {
+			all = append(all, liveRun{name, string(b), filepath.Join(path, "ztun.sock")})
+		}
 	}
 	return all
 }

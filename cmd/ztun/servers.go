@@ -35,16 +35,18 @@ func (d *daemon) bindAdmin() error {
 			return err
 		}
 	}
+	at, port, wanted := d.c.Admin.stats()
+	if !wanted {
+		return nil // nor does anybody collect, which is not made for nothing
+	}
 	registry := prometheus.NewRegistry()
 	d.registry = registry
-	if at, port, wanted := d.c.Admin.stats(); wanted {
-		s, err := admin.NewStats(admin.StatsOptions{
-			At: at, Port: port, IPv6: d.c.Net.IPv6, Registry: registry, Ordered: d.ordered(), Report: d.report,
-			Logger: d.log.Logger("stats"),
-		})
-		if err := d.bound("stats", s, err); err != nil {
-			return err
-		}
+	stats, err := admin.NewStats(admin.StatsOptions{
+		At: at, Port: port, IPv6: d.c.Net.IPv6, Registry: registry, Ordered: d.ordered(), Report: d.report,
+		Logger: d.log.Logger("stats"),
+	})
+	if err := d.bound("stats", stats, err); err != nil {
+		return err
 	}
 	registry.MustRegister(
 		admin.ProcessCollector(),
