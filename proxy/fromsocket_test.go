@@ -74,7 +74,8 @@ func TestFromSocket(t *testing.T) {
 			!errors.As(err, &c) || c.prefix == receivePrefix {
 			t.Errorf("a failed write is %v", err)
 		}
-		_, far = tcpPair(t)
+		near, far = tcpPair(t)
+		defer near.Close() // not before, by the collector: that would be an end of file
 		time.AfterFunc(10*time.Millisecond, func() { far.Close() })
 		if err := moveFromSocket(io.Discard, far, func(int) {}); !ignorable(err) || !errors.Is(err, net.ErrClosed) ||
 			errors.Is(err, syscall.ECONNRESET) {
