@@ -95,8 +95,8 @@ func (c *connection) carry(down, up Conn) {
 	c.mu.Lock()
 	c.copying = s
 	c.mu.Unlock()
-	go s.copyToUpstream()
-	go s.copyToDownstream()
+	c.p.workers.Go(s.copyToUpstream)
+	c.p.workers.Go(s.copyToDownstream)
 	c.p.sweepSoon()
 }
 
@@ -296,7 +296,7 @@ func moveBuffered(dst, src Conn, count func(int)) error {
 	}
 }
 
-// endReader is a stream of a tunnel. An end of the copying that reads by itself is one whose input is closed after that.
+// endReader is a stream of a tunnel: it reads by itself, and is told CloseWrite when the source has ended.
 type endReader interface {
 	ReadToEnd(io.Reader) (int64, error)
 }

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"runtime/pprof"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -66,7 +67,10 @@ func (p *Proxy) ServeMesh(raw net.Conn, at netip.AddrPort) {
 		}
 		return
 	}
-	server := hbone.NewServerConn(conn, p.o.Config.HBONE, func(s *hbone.ServerStream) { p.serveStream(t, streamCall{s}) })
+	server := hbone.NewServerConn(conn, p.o.Config.HBONE, func(s *hbone.ServerStream) {
+		pprof.SetGoroutineLabels(p.labels[inbound])
+		p.serveStream(t, streamCall{s})
+	})
 	forget, err := p.track(identity.ServerSide, shown, server.Abort)
 	if err != nil {
 		server.Close()

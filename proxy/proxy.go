@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"ztun/proxy/fair"
+	"ztun/proxy/grow"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
 	"ztun/proxy/rbac"
@@ -116,6 +117,7 @@ type Proxy struct {
 	sweep    *time.Timer // the next one for idle connections; nil: none is due
 	mesh     map[*hbone.ServerConn]struct{}
 	work     sync.WaitGroup
+	workers  grow.Workers // those of connections; whoever is idle at a sweep ends
 
 	sweeping  atomic.Bool // a sweep is due or under way
 	restAfter time.Duration
@@ -151,6 +153,7 @@ func New(o Options) *Proxy {
 		p.o.Policies = NewUnknownPolicies(false, o.Log)
 	}
 	p.policyLogger = newPolicyLogger(&o)
+	p.o.Config.HBONE.Go = p.workers.Go
 	p.ctx, p.stop = context.WithCancel(context.Background())
 	pod := o.Info.Namespace + "/" + o.Info.Name
 	for dir, name := range directions {
@@ -356,7 +359,9 @@ func (p *Proxy) Close() {
 		s.Close()
 	}
 	p.pool.Close()
-	if !p.o.Panics.Wait(&p.work) {
+	done := p.o.Panics.Wait(&p.work)
+	p.workers.Close()
+	if !done || !p.o.Panics.Wait(&p.workers.Work) {
 		p.o.Log.Warn("connections are left that wait for what a panic left undone", "pod", p.o.Info.Namespace+"/"+
 			p.o.Info.Name)
 	}

@@ -56,12 +56,12 @@ func (s *copying) look(r *restState, bytes uint64, src Conn, again func()) {
 // end says that itself.
 func (s *copying) resumeToUpstream() {
 	s.rests[0].asked.Store(false)
-	go s.copyToUpstream()
+	s.c.p.workers.Go(s.copyToUpstream)
 }
 
 func (s *copying) resumeToDownstream() {
 	s.rests[1].asked.Store(false)
-	go s.copyToDownstream()
+	s.c.p.workers.Go(s.copyToDownstream)
 }
 
 // sweepSoon has idle directions looked for as long as there are connections.
@@ -85,6 +85,7 @@ func (p *Proxy) sweepSoon() {
 }
 
 func (p *Proxy) sweepIdle() {
+	p.workers.Trim()
 	all := p.table.snapshot()
 	for _, c := range all {
 		c.mu.Lock()

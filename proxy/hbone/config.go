@@ -54,6 +54,8 @@ type Config struct {
 
 	// Panics catches those of the connection's goroutines, which then end the connection; nil: nobody does.
 	Panics *rescue.Panics
+	// Go starts a goroutine for a request's handler, or a writer; nil: as the language does.
+	Go func(func())
 	// Memory is charged with what is received and not read. While it is tight windows are small, of all streams. nil: no
 	// bound beyond the windows.
 	Memory *fair.Budget
@@ -109,6 +111,9 @@ func (cfg Config) withDefaults(client bool) Config {
 	}
 	if cfg.Stats == nil {
 		cfg.Stats = new(Stats)
+	}
+	if cfg.Go == nil {
+		cfg.Go = func(f func()) { go f() }
 	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)

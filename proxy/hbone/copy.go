@@ -69,8 +69,8 @@ func (s *Stream) ReadFromSocket(src *net.TCPConn, count func(int)) (total int64,
 	}
 }
 
-// send puts a frame into which n bytes were read, or gives an empty one back. end: they are the last; CloseWrite follows.
-// wlock is held.
+// send puts a frame into which n bytes were read, or gives an empty one back. end: they are the last, and CloseWrite
+// follows. wlock is held.
 func (s *Stream) send(f *frame, n int, end bool) error {
 	if n == 0 {
 		s.c.bufs.putFrame(f)

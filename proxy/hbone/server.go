@@ -241,7 +241,7 @@ func (c *conn) takeRequest(f *http2.MetaHeadersFrame, fresh bool) error {
 	}
 	c.running.Add(1)
 	c.work.Add(1)
-	go c.handle(s, req)
+	c.cfg.Go(func() { c.handle(s, req) })
 	return nil
 }
 

@@ -157,7 +157,7 @@ func (c *conn) hangUp(err error) {
 func (c *conn) dispatch() {
 	c.flusher = nil
 	c.work.Add(1)
-	go c.flushAlone()
+	c.cfg.Go(c.flushAlone)
 }
 
 // appoint makes a stream user the flusher who waits for his frame to go out anyway. mu is held, flushing is set.

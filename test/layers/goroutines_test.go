@@ -20,14 +20,15 @@ var dataPlane = []string{"proxy/*.go", "proxy/hbone/*.go", "proxy/dns/*.go", "ne
 
 // unguarded are those that do without: file and function, and why nothing can panic there.
 var unguarded = map[string]string{
-	"proxy/hbone/write.go: c.flushAlone": "made by Func, once per connection",
-	"proxy/hbone/server.go: c.handle":    "calls Panics.Run: no closures for each request",
-	"proxy/copy.go: s.copyToUpstream":    "calls Panics.Run: no closures for each connection",
-	"proxy/copy.go: s.copyToDownstream":  "the same",
-	"proxy/rest.go: s.copyToUpstream":    "the same",
-	"proxy/rest.go: s.copyToDownstream":  "the same",
-	"netstack/clock.go: t.fire":          "calls Panics.Run: no closures for each timer",
-	"netstack/flow.go: fl.patient":       "the same, for each handshake",
+	"proxy/hbone/write.go: c.flushAlone":                 "made by Func, once per connection",
+	"proxy/hbone/server.go: func() { c.handle(s, req) }": "calls Panics.Run: one closure for each request",
+	"proxy/hbone/config.go: f":                           "the Go of those without workers, given one of these",
+	"proxy/copy.go: s.copyToUpstream":                    "calls Panics.Run: no closures for each connection",
+	"proxy/copy.go: s.copyToDownstream":                  "the same",
+	"proxy/rest.go: s.copyToUpstream":                    "the same",
+	"proxy/rest.go: s.copyToDownstream":                  "the same",
+	"netstack/clock.go: t.fire":                          "calls Panics.Run: no closures for each timer",
+	"netstack/flow.go: fl.patient":                       "the same, for each handshake",
 	"netstack/wait.go: h.wake": "a look at a pointer and a send that does not " +
 		"block",
 	"proxy/dns/forward.go: func() { conn.SetDeadline(time.Unix(1, 0)) }": "one call of the standard library's or " +

@@ -50,7 +50,7 @@ cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod ad
 cmd/ztun-agent       -> admin/agent admin/guard admin/zds admin/zlog cmd/agentcmd cmd/cni
 netstack             -> proxy/fair proxy/grow proxy/ports proxy/refusal proxy/rescue tun
 netstack/usersock    -> proxy/fair proxy/rescue
-proxy                -> proxy/fair proxy/hbone proxy/identity proxy/ports proxy/rbac proxy/refusal proxy/rescue proxy/route proxy/socks proxy/state
+proxy                -> proxy/fair proxy/grow proxy/hbone proxy/identity proxy/ports proxy/rbac proxy/refusal proxy/rescue proxy/route proxy/socks proxy/state
 proxy/dns            -> proxy/fair proxy/rescue proxy/state
 proxy/fair           ->
 proxy/grow           ->
