@@ -5,8 +5,7 @@ import (
 	"net"
 	"os"
 	"sync"
-
-	"golang.org/x/sys/unix"
+	"syscall"
 )
 
 // socketRead is how much is read from a kernel socket at once: what netstack makes one packet of.
@@ -56,20 +55,20 @@ type socketReader struct {
 func (r *socketReader) ready(fd uintptr) bool {
 	b := socketBuffers.Get().(*[socketRead]byte)
 	for {
-		n, err := unix.Read(int(fd), b[:])
+		n, err := syscall.Read(int(fd), b[:])
 		switch {
-		case err == unix.EINTR:
+		case err == syscall.EINTR:
 			continue
 		case n > 0:
 			r.b, r.n = b, n
 			return true
 		case err == nil:
 			r.err = io.EOF
-		case err != unix.EAGAIN:
+		case err != syscall.EAGAIN:
 			r.err = &net.OpError{Op: "read", Net: "tcp", Source: r.src.LocalAddr(), Addr: r.src.RemoteAddr(),
 				Err: os.NewSyscallError("read", err)}
 		}
 		socketBuffers.Put(b)
-		return err != unix.EAGAIN
+		return err != syscall.EAGAIN
 	}
 }

@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// A pod that a node agent has handed over by a descriptor has no name that could be opened, however it is captured: that
-// is no fault. Seen on a cluster with ztun's agent, where each pod was "gone without a word to ztun".
+// A pod that a node agent has handed over by a descriptor has no name that could be opened, however it is captured:
+// that is no fault. Seen on a cluster with ztun's agent, where each pod was "gone without a word to ztun".
 func TestPodOfAgent(t *testing.T) {
 	for name, o := range map[string]Options{"steered": {Steered: t.TempDir()}, "redirected": {Redirected: true}} {
 		o.Pods = []PodOptions{{Pod: Pod{Name: "amb/client", State: "Up"}}}

@@ -19,12 +19,12 @@
 //   - 2026-11-23: a draining pod waits for its stack as well: what was copied in full may not have been read in full.
 //   - 2026-11-29: where nobody else can serve the pods before this process has ended (isolated, steered: a TUN has one
 //     reader), a daemon that is told to go serves new connections and names on while older ones finish (serveOn). Near
-//     the deadline, or when none is left but brief ones, it takes nothing new: SYNs are dropped and not refused, and the
-//     successor answers the client's next one; names are the last to end. Before, 5 of 1,941 requests beside a rolling
-//     restart failed. ztunnel stops at once, since its successor listens beside it (SO_REUSEPORT), and so do redirected
-//     pods. A handover between two processes (a TUN with two queues and eBPF that tells flows apart, or packets passed
-//     on) would save the second between them, which costs a client one SYN that is sent again; it needs a protocol,
-//     both versions' state on one node, and two DaemonSet pods on the node's network and its ports.
+//     the deadline, or when none is left but brief ones, it takes nothing new: SYNs are dropped and not refused, and
+//     the successor answers the client's next one; names are the last to end. Before, 5 of 1,941 requests beside a
+//     rolling restart failed. ztunnel stops at once, since its successor listens beside it (SO_REUSEPORT), and so do
+//     redirected pods. A handover between two processes (a TUN with two queues and eBPF that tells flows apart, or
+//     packets passed on) would save the second between them, which costs a client one SYN that is sent again; it
+//     needs a protocol, both versions' state on one node, and two DaemonSet pods on the node's network and its ports.
 //   - 2026-11-28: pods are known by uid, which is namespace/name where nobody gave one; two of one name can be there
 //     at once, and get two labels in logs and metrics.
 //   - 2026-11-28: explain asks the daemon and not a copy of its state: what it says is what the daemon does. capture

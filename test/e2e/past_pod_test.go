@@ -145,8 +145,8 @@ func to4(a netip.Addr) (b [4]byte) {
 
 func htonl(n uint32) uint32 { return uint32(htons(uint16(n)))<<16 | uint32(htons(uint16(n>>16))) }
 
-// inside has an ordinary process of a pod try to get out: of what is not UDP, ICMP or HBONE nothing may be on the node's
-// wire. It may call who it calls, so that what ztun itself carries arrives.
+// inside has an ordinary process of a pod try to get out: of what is not UDP, ICMP or HBONE nothing may be on the
+// node's wire. It may call who it calls, so that what ztun itself carries arrives.
 func (p *past) inside() {
 	p.t.Helper()
 	wire, err := p.Capture(p.N1.NS, "eth0", lab.CaptureOptions{Immediate: true,
@@ -224,8 +224,8 @@ func (e escape) try(ctx context.Context, ns *lab.NS, to netip.AddrPort) error {
 }
 
 // weaker is what docs/steered.md says does not hold where eth0 stays in the pod, so that who reads it there can rely on
-// it: a process with CAP_NET_RAW reads (read packets were) and writes eth0, and one with CAP_NET_ADMIN changes the rules
-// until they are put back. Towards others' pods neither gets any further.
+// it: a process with CAP_NET_RAW reads (read packets were) and writes eth0, and one with CAP_NET_ADMIN changes the
+// rules until they are put back. Towards others' pods neither gets any further.
 func (p *past) weaker(read int) {
 	p.t.Helper()
 	if read == 0 {

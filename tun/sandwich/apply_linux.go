@@ -98,8 +98,8 @@ func Apply(ctx context.Context, p Plan, ns Namespaces) (changed []Step, err erro
 	return changed, nil
 }
 
-// Silence takes the rules away by which new connections to HBONE's port come to sockets of S, so that they end with what
-// else comes from the network, in a device that nobody reads: without a listener S's kernel would refuse them. No
+// Silence takes the rules away by which new connections to HBONE's port come to sockets of S, so that they end with
+// what else comes from the network, in a device that nobody reads: without a listener S's kernel would refuse them. No
 // connection may need it any more. The next Apply puts the rules back.
 func Silence(s *netns.NS) error {
 	p, err := openPlace(S, s)

@@ -59,7 +59,7 @@
 //     IPv6 learns the path MTU of datagrams for such a route; what is forwarded and looks like an application's own
 //     (also a nameserver's answer to netstack, at a port that the application has, too) is dropped by early demux; an
 //     IPv4 socket bound to eth0 leaves by it when a rule says blackhole.
-//   - 2026-11-29: of IPv6 each protocol is closed by its number, so that all of which an ordinary process has sockets have
-//     to be named (L2TP was not). What CAP_NET_RAW sends to eth0 itself no rule sees, and a filter of tc's would hold only
-//     who does not ask for PACKET_QDISC_BYPASS: it is said in docs/steered.md instead.
+//   - 2026-11-29: of IPv6 each protocol is closed by its number, so that all of which an ordinary process has
+//     sockets have to be named (L2TP was not). What CAP_NET_RAW sends to eth0 itself no rule sees, and a filter of
+//     tc's would hold only who does not ask for PACKET_QDISC_BYPASS: it is said in docs/steered.md instead.
 package sandwich

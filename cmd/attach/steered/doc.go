@@ -21,10 +21,10 @@
 //     one it is, the number of the application's file says (2026-11-29): by addresses and ports alone a client might
 //     close it and connect again, past policy, as often as it likes. One that the application has closed stays until
 //     the kernel has sent what was written.
-//   - 2026-11-29: a daemon that is about to end leaves peers' SYNs to port 15008 without an answer: first its listener is
-//     deaf (netns.Deafen), then S has no rule for them (sandwich.Silence). A listener that is closed would have S's kernel
-//     refuse peers until the next daemon listens, and who has no other endpoint would refuse its client. A daemon that is
-//     killed cannot do so: peers are refused until its successor listens.
+//   - 2026-11-29: a daemon that is about to end leaves peers' SYNs to port 15008 without an answer: first its
+//     listener is deaf (netns.Deafen), then S has no rule for them (sandwich.Silence). A listener that is closed
+//     would have S's kernel refuse peers until the next daemon listens, and who has no other endpoint would refuse
+//     its client. A daemon that is killed cannot do so: peers are refused until its successor listens.
 //   - 2026-11-29: ZTUN_STEERING=rules leaves eth0 in the pod. A pod that was captured the other way stays so until it
 //     is removed: to change over would leave a moment in which it is not captured.
 package steered
