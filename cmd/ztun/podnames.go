@@ -89,7 +89,7 @@ func (p *pod) serveNames(parts *podParts) error {
 	}
 	own := netip.Addr{}
 	if c.Mode.Rootless {
-		own = capturedServer
+		own = capturedServer(p.spec.IPs)
 	}
 	p.dns, err = dns.New(dns.Config{
 		Client: p.info(), Knowledge: parts.know, Upstream: podUpstream{p.att}, Nameservers: parts.nameservers,

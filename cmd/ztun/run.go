@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -19,9 +20,15 @@ import (
 	"ztun/tun/netns"
 )
 
-// capturedServer stands in the command's resolv.conf: the pod's DNS proxy answers for whatever address is asked, and
-// asks the host's nameservers where this one was (192.0.2.0/24 is for documentation, RFC 5737: nobody has it).
-var capturedServer = netip.AddrFrom4([4]byte{192, 0, 2, 53})
+// capturedServer stands in the resolv.conf of a command with these addresses: the pod's DNS proxy answers for whatever
+// address is asked, and asks the host's nameservers where this one was. Nobody has it (192.0.2.0/24 and 2001:db8::/32
+// are for documentation, RFC 5737 and 3849). Where there is no IPv4 address there is no way to an IPv4 one.
+func capturedServer(ips []netip.Addr) netip.Addr {
+	if len(ips) > 0 && !slices.ContainsFunc(ips, netip.Addr.Is4) {
+		return netip.MustParseAddr("2001:db8::53")
+	}
+	return netip.AddrFrom4([4]byte{192, 0, 2, 53})
+}
 
 // runLog is RUST_LOG's default for a run, whose log is on the command's standard error: of a control plane or a CA that
 // is away there is one line (serverLost), not one for each try.
@@ -130,7 +137,7 @@ func runWorkload(ctx context.Context, life *lifeline, who *runWho, reached *runP
 	if c.DNS.Proxy {
 		resolv = filepath.Join(dir, "resolv.conf")
 		r := resolvConf()
-		text := "nameserver " + capturedServer.String() + "\n"
+		text := "nameserver " + capturedServer(spec.IPs).String() + "\n"
 		if len(r.search) > 0 {
 			text += "search " + strings.Join(r.search, " ") + "\n"
 		}
