@@ -4,7 +4,9 @@ import (
 	"context"
 	"io"
 	"log/slog"
+	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -87,6 +89,53 @@ func TestWriterPanics(t *testing.T) {
 	}
 	if panics.Total() == 0 {
 		t.Error("no panic was counted")
+	}
+}
+
+// counted counts records.
+type counted struct {
+	transport
+	sealed atomic.Int32
+}
+
+func (t *counted) seal(out, plain []byte) ([]byte, error) {
+	t.sealed.Add(1)
+	return t.transport.seal(out, plain)
+}
+
+// TestRequestsGoTogether: what several users ask at the same time goes in few records. One processor, so that they are
+// ready at the same time.
+func TestRequestsGoTogether(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	a, b := tcpPair(t)
+	defer b.Close()
+	cc := newClientConn(a, Config{})
+	records := &counted{transport: cc.c.tr}
+	cc.c.tr = records
+	cc.c.start()
+	defer cc.Close()
+	ask := func() {
+		if _, err := cc.request(context.Background(), &Request{Authority: "h:1"}, nil); err != nil {
+			t.Error(err)
+		}
+	}
+	ask() // one alone does not wait for others
+	cc.c.written(func() {})
+	before := records.sealed.Load()
+	const n = 64
+	start := make(chan struct{})
+	var work sync.WaitGroup
+	for range n {
+		work.Go(func() {
+			<-start
+			ask()
+		})
+	}
+	close(start)
+	work.Wait()
+	cc.c.written(func() {})
+	if got := records.sealed.Load() - before; got > n/2 {
+		t.Errorf("%d records for %d requests", got, n)
 	}
 }
 

@@ -2,6 +2,7 @@ package hbone
 
 import (
 	"encoding/binary"
+	"runtime"
 	"time"
 
 	"golang.org/x/net/http2"
@@ -111,7 +112,8 @@ func (c *conn) wantFlush() {
 
 // flushHere is wantFlush by the caller's own hand, as far as the socket takes it without waiting: for users who have
 // something small to say and nothing better to do. It spares a goroutine for each CONNECT, answer and end of a stream.
-// mu is held, and released on return.
+// Where there are other streams, those of their users who are ready to run come first: what they have to say goes in the
+// same record and write. mu is held, and released on return.
 func (c *conn) flushHere() {
 	if c.brief == nil || c.flushing || c.isOver() || !c.hasWork() {
 		c.wantFlush()
@@ -119,13 +121,18 @@ func (c *conn) flushHere() {
 		return
 	}
 	c.flushing, c.flusher = true, nil
+	if len(c.streams) > 1 {
+		c.mu.Unlock()
+		runtime.Gosched()
+		c.mu.Lock()
+	}
 	c.cfg.Panics.Run("an HBONE writer", c.flushBriefly, c.crashes)
 }
 
 // flushRound writes one batch without waiting, and leaves what is left to others. mu is held and flushing is set; mu is
 // released on return.
 func (c *conn) flushRound() {
-	if c.assemble() || len(c.carry) > 0 {
+	if !c.ended && (c.assemble() || len(c.carry) > 0) {
 		c.mu.Unlock()
 		err := c.sealAndWrite(true)
 		c.mu.Lock()
