@@ -381,7 +381,7 @@ func isReset(err error) bool {
 	}
 	var se *hbone.StreamError
 	if errors.As(err, &se) {
-		return !se.Remote || se.Code == http2.ErrCodeConnect
+		return !se.Remote || se.Code == http2.ErrCodeConnect && !se.Ended
 	}
 	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNABORTED)
 }

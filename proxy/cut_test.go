@@ -82,6 +82,56 @@ func TestSlowReaderGetsTheRest(t *testing.T) {
 	w.settle()
 }
 
+// TestAllAfterTheEnd: what a peer has ended in good order arrives in full at an application that takes its time, also if
+// the peer then resets the stream, with whatever code: that is about the other direction.
+func TestAllAfterTheEnd(t *testing.T) {
+	const sent = 512 << 10 // more than the application's kernel takes, and less than a window
+	for _, code := range []http2.ErrCode{http2.ErrCodeConnect, http2.ErrCodeInternal, http2.ErrCodeCancel} {
+		t.Run(code.String(), func(t *testing.T) {
+			var n int64
+			var err error
+			for _, pause := range []time.Duration{10 * time.Millisecond, 100 * time.Millisecond, time.Second, 5 * time.Second} {
+				if n, err = afterTheEnd(t, sent, pause, code); n == sent && err == nil {
+					return
+				} // else the end was not sent yet, and dropped by the reset
+			}
+			t.Errorf("%d of %d bytes arrived, then %v", n, sent, err)
+		})
+	}
+}
+
+// afterTheEnd sends, ends, resets after a pause, and tells what an application reads that begins long after it.
+func afterTheEnd(t *testing.T, sent int, pause time.Duration, code http2.ErrCode) (int64, error) {
+	w := newWorld(t)
+	defer w.stop()
+	type result struct {
+		n   int64
+		err error
+	}
+	read, got := make(chan struct{}), make(chan result, 1)
+	w.listen(appB, func(c net.Conn) {
+		<-read
+		n, err := io.Copy(io.Discard, c)
+		got <- result{n, err}
+	})
+	s, _, err := w.peerOfB("10.91.1.2:4000").Open(t.Context(), &hbone.Request{Authority: "10.91.2.2:9000"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Write(make([]byte, sent)); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(pause)
+	s.Reset(code)
+	time.Sleep(3 * tearAfter)
+	close(read)
+	r := <-got
+	return r.n, r.err
+}
+
 // TestCutLooksCut: a running connection that policy cuts at the server's side is a reset to the client's application,
 // and an error in both access lines; so is one that a drain cuts at its deadline.
 func TestCutLooksCut(t *testing.T) {

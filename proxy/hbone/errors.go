@@ -75,14 +75,9 @@ func (e *StreamError) Is(target error) bool {
 	return false
 }
 
-// orderly: after its END_STREAM the peer only says that it wants no more of ours. Before it, whatever the code, the
-// stream was cut (doc.go, 2026-11-28).
-func (e *StreamError) orderly() bool {
-	if !e.Remote || !e.Ended {
-		return false
-	}
-	return e.Code == http2.ErrCodeNo || e.Code == http2.ErrCodeCancel || e.Code == http2.ErrCodeStreamClosed
-}
+// orderly: after its END_STREAM the peer, whatever the code, only says that it wants no more of ours: what it had to say
+// is there. Before it, whatever the code, the stream was cut (doc.go, 2026-11-28 and 2026-11-29).
+func (e *StreamError) orderly() bool { return e.Remote && e.Ended }
 
 // ConnError is the end of a whole connection, as its streams see it.
 type ConnError struct{ Err error }
