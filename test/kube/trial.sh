@@ -39,21 +39,22 @@ ready() {
 }
 apply() { k apply -f - >/dev/null; }
 
-# traffic FILE: starts a client that asks without a pause until traffic_end, and counts.
+# traffic FILE [URL]: starts a client that asks without a pause until traffic_end, and counts.
 traffic() {
-	client sh -c 'exec >/tmp/said 2>&1; rm -f /tmp/stop; ok=0; bad=0
-		until [ -e /tmp/stop ]; do
-			if e=$(curl -s -m 10 -o /dev/null -f -w "%{errormsg}" http://web.amb/); then ok=$((ok+1)); continue; fi
+	client sh -c 'said=/tmp/said-$1; exec >$said 2>&1; rm -f $said.stop; ok=0; bad=0
+		until [ -e $said.stop ]; do
+			if e=$(curl -gs -m 10 -o /dev/null -f -w "%{errormsg}" "$2"); then ok=$((ok+1)); continue; fi
 			echo "bad $(date +%T) $e"
 			bad=$((bad+1))
-		done; echo "$ok answered, $bad failed"' &
+		done; echo "$ok answered, $bad failed"' _ "${1##*/}" "${2:-http://web.amb/}" &
 	sleep 2
 }
 # traffic_end FILE: what the client says, and its last line.
 traffic_end() {
-	client touch /tmp/stop
-	soon 20 client grep -q answered /tmp/said
-	client cat /tmp/said >"$1"
+	local said=/tmp/said-${1##*/}
+	client touch "$said.stop"
+	soon 20 client grep -q answered "$said"
+	client cat "$said" >"$1"
 	tail -n 1 "$1"
 }
 none_failed() { [[ $1 == *" 0 failed" && $1 != "0 answered"* ]]; }

@@ -91,13 +91,14 @@ try_kept() {
 # One node's proxy after the other is replaced. A connection that is open when its proxy is told to go goes on for as
 # long as proxies finish what they have (25 s with these manifests; here 15).
 try_rollout() {
-	local file said n old i
-	file=$(mktemp)
+	local file one said n old i
+	file=$(mktemp) one=$(mktemp)
 	permissive
 	k delete pod -n amb echo >/dev/null 2>&1
 	sleeper amb echo n2 "$ECHO"
 	wire
 	traffic "$file"
+	traffic "$one" "http://$(pod_ip amb "$(web_on n2)"):8080/" # which has no other endpoint
 	old=$(proxy_on n1)" "$(proxy_on n2)
 	# stays N: at most N of the old proxies have not been told to go.
 	stays() {
@@ -125,8 +126,11 @@ try_rollout() {
 	judge "rolling restart of the DaemonSet under requests" "$said; $n packets in the clear" \
 		eval 'none_failed "$said" && [ "${said%% *}" -ge 240 ] && [ "$n" = 0 ]'
 	grep ^bad "$file" | sort | uniq -c
+	said=$(traffic_end "$one")
+	judge "the same, to the address of n2's pod" "$said" none_failed "$said"
+	grep ^bad "$one" | sort | uniq -c
 	k delete pod -n amb echo --wait=false >/dev/null
-	rm -f "$file"
+	rm -f "$file" "$one"
 }
 
 # listening: writes down when a proxy listens in the client's namespace, and when none does (redirected way).
