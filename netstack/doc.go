@@ -24,7 +24,7 @@
 //	dial.go     connections that start here: to the application, to the network
 //	conn.go     an established connection; wait.go how it waits, writeto.go how it lends
 //	memory.go   how large buffers are, by the number of connections and the pod's memory
-//	tx.go       the transmit queue and who writes it
+//	tx.go       the transmit queue and who writes it; merge.go what of a connection's packets there is needless
 //	orphan.go   connections of the pod that a killed daemon left
 //	stats.go    what was turned away, and where
 //
@@ -138,6 +138,11 @@
 // 2026-11-28: A flow is pending until the last act of its verdict, which gives its place back, and Close waits for
 // that as well as for OnFlow: before, a verdict on another goroutine could outlive the stack, and a flow that was not
 // pending any more could still hold a place or be missing from the counters.
+//
+// 2026-11-29: Of a connection's packets that wait in a device's queue, FIN joins the last bytes and an acknowledgement
+// gives way to what follows it (merge.go): gVisor sends each by itself, and each is a walk through the pod's kernel. To
+// hold one back for what may follow was not tried: it takes a timer, and who waits for the acknowledgement waits
+// longer.
 //
 // 2026-11-29: What a DatagramWay carries travels by the dozen. Out: the reader takes packets without waiting
 // (tun.TryReader) as long as they are alike, and sends them at once, which the kernel does with one walk through its

@@ -78,6 +78,11 @@
 //     is too large is 431 on its stream, up to four times the bound; beyond that decoding it costs too much.
 //   - 2026-11-28: content-length on CONNECT has to be a number and is not compared with anything (as nghttp2 does; the
 //     h2 library compares): a tunnel has no content.
+//   - 2026-11-29: a user who has something small to say (CONNECT, its answer, END_STREAM) writes it himself as far
+//     as the socket takes it without waiting, after those who are ready to run have said theirs if there are other
+//     streams (flushHere); END_STREAM goes with the last bytes if the source knows in time that they are
+//     (ReadToEnd). A goroutine was started for each before. The reader still leaves writing to others: what it would
+//     gain is small, and its streams would wait.
 //   - 2026-11-29: between a stream and an application's kernel socket (redirected, rootless and dedicated pods) bytes
 //     go as between tunnel and socket: read in the poller's callback straight into the frame, written many pieces at
 //     once (ReadFromSocket, WriteToSocket). Before, net's own copying read at most 32 KiB into a buffer of its own,

@@ -112,8 +112,8 @@ func (c *conn) wantFlush() {
 
 // flushHere is wantFlush by the caller's own hand, as far as the socket takes it without waiting: for users who have
 // something small to say and nothing better to do. It spares a goroutine for each CONNECT, answer and end of a stream.
-// Where there are other streams, those of their users who are ready to run come first: what they have to say goes in the
-// same record and write. mu is held, and released on return.
+// Where there are other streams, those of their users who are ready to run come first: what they have to say goes in
+// the same record and write. mu is held, and released on return.
 func (c *conn) flushHere() {
 	if c.brief == nil || c.flushing || c.isOver() || !c.hasWork() {
 		c.wantFlush()
