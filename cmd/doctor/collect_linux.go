@@ -26,11 +26,11 @@ import (
 
 // Options say what to look at.
 type Options struct {
-	NodeTUN    string
-	MTU        int // of the node's device, in bytes
+	NodeTUN    string // "": no device, rule or route of ours is in the node's namespace
+	MTU        int    // of the node's device, in bytes
 	IPv6       bool
 	PlainTUN   bool
-	Redirected bool     // pods are captured by istio-cni's rules: no device, rule or route is ours
+	Redirected bool     // pods are captured by istio-cni's rules: none in them is ours either
 	Steered    string   // the directory of steered pods' records; "": there are none
 	Running    bool     // the daemon runs, in this network namespace
 	Ports      []uint16 // that it listens on
@@ -104,9 +104,7 @@ func Collect(ctx context.Context, o Options) Facts {
 
 func host(ctx context.Context, o Options, node *netns.NS, blind func(string, error)) Host {
 	h := Host{NodeTUN: o.NodeTUN, PlainTUN: o.PlainTUN, Redirected: o.Redirected, Sysctls: map[string]string{}}
-	if o.Redirected {
-		h.NodeTUN = ""
-	} else {
+	if !o.Redirected {
 		h.capture(o, node, blind)
 	}
 	h.Conntrack[0], _ = strconv.Atoi(readLine("/proc/sys/net/netfilter/nf_conntrack_count"))
@@ -132,6 +130,9 @@ func (h *Host) capture(o Options, node *netns.NS, blind func(string, error)) {
 		h.TUN = err.Error()
 	} else {
 		f.Close()
+	}
+	if o.NodeTUN == "" {
+		return
 	}
 	var err error
 	if h.Seen, err = steer.Observe(node); err != nil {

@@ -30,12 +30,12 @@ type Blind struct {
 
 // Host is the node's kernel and network namespace.
 type Host struct {
-	// Redirected pods are captured by istio-cni's rules in them. Nothing of ztun's is on the host then.
+	// Redirected pods are captured by istio-cni's rules in them.
 	Redirected bool
 	Kernel     string            // its release, "6.1.0-13-amd64"
 	TUN        string            // why /dev/net/tun cannot be used; "" it can
 	Sysctls    map[string]string // by path below /proc/sys; what is not there is not in it
-	NodeTUN    string            // the name of the node's device
+	NodeTUN    string            // the name of the node's device; "": there is none, nor a rule of ztun's
 	TUNFlags   uint64            // of the node's device (/sys/class/net/NAME/tun_flags); 0: there is none
 	PlainTUN   bool              // offloads are turned off by configuration
 	Seen       steer.Seen

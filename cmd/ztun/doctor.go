@@ -131,8 +131,11 @@ func examine(ctx context.Context, a asker) (doctor.Facts, error) {
 	}
 	o.NodeTUN, o.MTU, o.IPv6, o.PlainTUN = c.Attach.NodeTUN, c.Attach.MTU, c.Net.IPv6, c.Attach.Plain
 	o.Ports = []uint16{c.Admin.Port, c.Admin.StatsPort, c.Admin.ReadinessPort}
-	if o.Redirected = c.Attach.Steering == redirectedPods; !o.Redirected { // else that port is each pod's own
-		o.Ports = append(o.Ports, ports.HBONE)
+	o.Redirected = c.Attach.Steering == redirectedPods
+	if c.isolates() {
+		o.Ports = append(o.Ports, ports.HBONE) // else that port is each pod's own
+	} else {
+		o.NodeTUN = ""
 	}
 	if s := c.Attach.Steering; s == steeredPods || s == rulesPods {
 		o.Steered = steered.Records(hostRecord(c.State.Dir))

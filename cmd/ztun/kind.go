@@ -37,7 +37,11 @@ func (d *daemon) chooseKind() attach.Kind {
 		own := c.Proxy.OriginalSource
 		return redirected.New(o, own != nil && !*own)
 	case steeredPods, rulesPods:
-		return nodeKinds{isolated.New(o), steered.New(o, c.Attach.Native, c.Attach.Steering == rulesPods)}
+		k := steered.New(o, c.Attach.Native, c.Attach.Steering == rulesPods)
+		if !c.isolates() {
+			return k
+		}
+		return nodeKinds{isolated.New(o), k}
 	}
 	return isolated.New(o)
 }

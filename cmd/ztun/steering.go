@@ -37,6 +37,12 @@ func (l *loader) setSteering(v string) error {
 	return errors.New("must be isolated, steered (or sandwich, as it is called, too), rules or redirected")
 }
 
+// isolates says that pods that have no device can be attached, so that the node has what these need: a TUN, rules and
+// port 15008. A node agent's pods have their CNI's eth0.
+func (c *Config) isolates() bool {
+	return c.Attach.Steering == isolatedPods || c.Attach.Steering != redirectedPods && !c.Attach.NodeAgent
+}
+
 func (l *loader) setMark(v string) error {
 	l.mark = new(uint32)
 	return uint32v(l.mark, 0, 1<<32-1)(v)

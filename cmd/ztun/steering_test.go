@@ -42,6 +42,23 @@ func TestSteering(t *testing.T) {
 			t.Errorf("%q: %v, want %v", c.env, got, c.want)
 		}
 	}
+	// What pods without a device need of the node is there where such pods may come.
+	for _, c := range []struct {
+		env  []string
+		want bool
+	}{
+		{nil, true},
+		{chart, false},
+		{[]string{"ZTUN_STEERING", "steered"}, true},
+		{[]string{"ZTUN_STEERING", "rules"}, true},
+		{append([]string{"ZTUN_STEERING", "steered"}, chart...), false},
+		{append([]string{"ZTUN_STEERING", "rules"}, chart...), false},
+		{append([]string{"ZTUN_STEERING", "isolated"}, chart...), true},
+	} {
+		if l := load(t, c.env...); l.isolates() != c.want {
+			t.Errorf("%q: isolated pods may be attached: %v", c.env, l.isolates())
+		}
+	}
 	for _, v := range []string{"rule", "iptables"} {
 		if _, err := loadConfig(env("ZTUN_STEERING", v)); err == nil || !strings.Contains(err.Error(), "steered") {
 			t.Errorf("ZTUN_STEERING=%s: %v", v, err)

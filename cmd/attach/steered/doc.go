@@ -25,6 +25,9 @@
 //     listener is deaf (netns.Deafen), then S has no rule for them (sandwich.Silence). A listener that is closed
 //     would have S's kernel refuse peers until the next daemon listens, and who has no other endpoint would refuse
 //     its client. A daemon that is killed cannot do so: peers are refused until its successor listens.
+//   - 2026-11-29: with a node agent this is the daemon's only kind: on Kubernetes the node got the TUN, rules and port
+//     15008 of pods without a device, of which there is none. Its own metrics are not offered over HBONE then; istiod
+//     tells nobody to ask a pod of the node's network that way.
 //   - 2026-11-29: ZTUN_STEERING=rules leaves eth0 in the pod. A pod that was captured the other way stays so until it
 //     is removed: to change over would leave a moment in which it is not captured.
 package steered

@@ -324,4 +324,13 @@ func ownAgent(t *testing.T, way string) {
 	if list := r.attached(); strings.Contains(list, "plain") {
 		t.Errorf("it is captured:\n%s", list)
 	}
+	// The node's own namespace is left alone.
+	for _, args := range [][]string{{"ip", "-o", "link", "show", "type", "tun"}, {"ip", "rule"}, {"ip", "-6", "rule"},
+		{"ss", "-Hltn", "sport = :15008"}} {
+		out, err := r.Run(r.ctx, r.N1.NS, args...)
+		must(t, err)
+		if strings.Contains(out, "ztun-node") || strings.Contains(out, "15008") {
+			t.Errorf("%v:\n%s", args, out)
+		}
+	}
 }
