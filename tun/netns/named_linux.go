@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,16 +29,9 @@ func Create(name string) (*NS, error) {
 		return nil, fmt.Errorf("cannot name a network namespace: %w", err)
 	}
 	file.Close()
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		err := unix.Unshare(unix.CLONE_NEWNET)
-		if err == nil {
-			err = unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
-		}
-		done <- err
-	}()
-	if err := <-done; err != nil {
+	if err := inNew(func() error {
+		return unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
+	}); err != nil {
 		os.Remove(path)
 		return nil, fmt.Errorf("cannot make network namespace %s: %w (CAP_SYS_ADMIN is needed)", path, err)
 	}

@@ -158,22 +158,41 @@ func FromFile(f *os.File) (*NS, error) {
 // New makes a namespace that nobody lives in, of the user namespace that the process is in, and returns a descriptor
 // of it: it is gone when that and all that lives there are.
 func New() (*os.File, error) {
-	type outcome struct {
-		file *os.File
-		err  error
+	var file *os.File
+	err := inNew(func() (err error) {
+		file, err = os.Open("/proc/thread-self/ns/net")
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("cannot make a network namespace: %w", err)
 	}
-	done := make(chan outcome)
+	return file, nil
+}
+
+// inNew runs f on a thread in a new namespace, and takes the thread back. One that cannot be dies with its goroutine,
+// but for the process's first: that one stays where it is for good, and whoever enters the process's namespace by its
+// number (kubectl exec does) comes there.
+func inNew(f func() error) error {
+	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread dies with its goroutine
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			done <- outcome{err: fmt.Errorf("cannot make a network namespace: %w", os.NewSyscallError("unshare", err))}
+		runtime.LockOSThread()
+		home, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err == nil {
+			defer unix.Close(home)
+			err = os.NewSyscallError("unshare", unix.Unshare(unix.CLONE_NEWNET))
+		}
+		if err != nil {
+			runtime.UnlockOSThread()
+			done <- err
 			return
 		}
-		file, err := os.Open("/proc/thread-self/ns/net")
-		done <- outcome{file, err}
+		err = f()
+		if unix.Setns(home, unix.CLONE_NEWNET) == nil {
+			runtime.UnlockOSThread()
+		}
+		done <- err
 	}()
-	o := <-done
-	return o.file, o.err
+	return <-done
 }
 
 // Current opens the namespace of the calling thread: the process's own, except inside Do.
