@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"ztun/admin/zds"
@@ -62,6 +63,8 @@ type Options struct {
 type Enroller struct {
 	o Options
 
+	leaving atomic.Bool
+
 	mu    sync.Mutex
 	held  map[Ref]held
 	refs  map[string]Ref // by uid, of held
@@ -103,6 +106,18 @@ func (e *Enroller) Stats() Stats {
 	s := e.stats
 	s.Held = len(e.held)
 	return s
+}
+
+// Leave has every pod be none of the mesh's from now on: ztun leaves the node for good. Reconcile is to be called for
+// each of them after it.
+func (e *Enroller) Leave() { e.leaving.Store(true) }
+
+// decide is Decide, by which nobody is the mesh's when ztun leaves.
+func (e *Enroller) decide(p Pod, namespaceLabels map[string]string) Verdict {
+	if e.leaving.Load() {
+		return Verdict{false, "ztun leaves the node"}
+	}
+	return Decide(p, namespaceLabels, e.o.Rules)
 }
 
 // step is what is to be done about a pod.
@@ -164,7 +179,7 @@ func (e *Enroller) Reconcile(ctx context.Context, ref Ref) error {
 		h.unseen = false
 		e.hold(ref, h)
 	}
-	v := Decide(p, labels, e.o.Rules)
+	v := e.decide(p, labels)
 	st, reason := e.o.Proxies.State(p.UID)
 	switch next(p, v, h, st) {
 	case find:
@@ -320,7 +335,7 @@ func (e *Enroller) judge(ctx context.Context, ref Ref, uid string) (Pod, Verdict
 	other := func(p Pod) bool { return uid != "" && p.UID != uid } // a pod made anew has the name of the old one
 	p, labels, seen := e.o.Cluster.Pod(ref)
 	seen = seen && !other(p)
-	v := Decide(p, labels, e.o.Rules)
+	v := e.decide(p, labels)
 	if seen && v.In {
 		return p, v, nil
 	}
@@ -329,7 +344,7 @@ func (e *Enroller) judge(ctx context.Context, ref Ref, uid string) (Pod, Verdict
 	case err == nil && other(now):
 		return Pod{}, Verdict{}, fmt.Errorf("there is another pod of this name by now: %s", now.UID)
 	case err == nil:
-		return now, Decide(now, labels, e.o.Rules), nil
+		return now, e.decide(now, labels), nil
 	case errors.Is(err, ErrNotFound):
 		return Pod{}, Verdict{}, fmt.Errorf("the API server has no such pod: %w", err)
 	case seen:

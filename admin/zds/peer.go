@@ -25,6 +25,7 @@ type peer struct {
 	told     map[string]told // what it has answered for
 	order    []string
 	queued   map[string]bool // what is in order, or under way
+	asked    bool            // its answer is waited for
 	complete bool            // it has acked the snapshot
 }
 
@@ -63,9 +64,14 @@ type say struct {
 }
 
 // next is what the proxy is to hear next, if anything.
-func (s *Server) next(p *peer) (say, bool) {
+func (s *Server) next(p *peer) (_ say, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	defer func() {
+		if p.asked = ok; !ok {
+			s.announce()
+		}
+	}()
 	for len(p.order) > 0 {
 		uid := p.order[0]
 		p.order = p.order[1:]

@@ -214,6 +214,27 @@ func (s *Server) Await(ctx context.Context, uid string) error {
 	}
 }
 
+// Flush waits until every proxy that is connected has answered for all that it was to hear. The error is ctx's.
+func (s *Server) Flush(ctx context.Context) error {
+	for {
+		s.mu.Lock()
+		flushed := true
+		for p := range s.peers {
+			flushed = flushed && len(p.order) == 0 && !p.asked
+		}
+		changed := s.changed
+		s.mu.Unlock()
+		if flushed {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
 // Stats are the figures as they are.
 func (s *Server) Stats() ServerStats {
 	s.mu.Lock()

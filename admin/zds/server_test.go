@@ -515,6 +515,33 @@ func TestQueue(t *testing.T) {
 }
 
 // What two proxies have answered adds up, and a namespace does not outlive its pod.
+// TestFlush: it is over when every proxy has answered for the last thing it was told, and with ctx.
+func TestFlush(t *testing.T) {
+	n := newNode(t, ServerOptions{})
+	if err := n.Flush(t.Context()); err != nil {
+		t.Error("without a proxy:", err)
+	}
+	if err := n.put("one", "a"); err != nil {
+		t.Fatal(err)
+	}
+	p := n.proxy()
+	if err := n.await("one"); err != nil {
+		t.Fatal(err)
+	}
+	p.books.mu.Lock() // whoever detaches waits
+	n.Remove("one")
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := n.Flush(ctx); err == nil {
+		t.Error("it is over while a proxy is at it")
+	}
+	p.books.mu.Unlock()
+	if err := n.Flush(t.Context()); err != nil {
+		t.Error(err)
+	}
+	p.has(t, map[string]uint64{})
+}
+
 func TestState(t *testing.T) {
 	s := NewServer(ServerOptions{Logger: slog.New(slog.DiscardHandler)})
 	a, b := newPeer(nil), newPeer(nil)

@@ -37,7 +37,7 @@ type node struct {
 const workers = 4
 
 func newNode(o agentcmd.Options, config *rest.Config, logger func(string) *slog.Logger) (*node, error) {
-	c, err := newCluster(config, o.Node)
+	c, err := newCluster(config, o.Node, o.MeshNamespace, o.DaemonSet)
 	if err != nil {
 		return nil, err
 	}
@@ -55,37 +55,95 @@ func newNode(o agentcmd.Options, config *rest.Config, logger func(string) *slog.
 	return n, err
 }
 
+// flushTime is how long the proxies are waited for at the end, when they have been told to let go of all pods.
+const flushTime = 5 * time.Second
+
 // run works until ctx ends, or until a socket fails.
 func (n *node) run(ctx context.Context) error {
-	ctx, cancel := context.WithCancelCause(ctx)
+	// The parts outlive ctx: what was asked of the proxies has to reach them.
+	working, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cancel(nil)
-	var working sync.WaitGroup
-	// part runs until ctx ends; its failure is everybody's end.
+	var parts sync.WaitGroup
+	// part runs until working ends; its failure is everybody's end.
 	part := func(f func(context.Context) error) {
-		working.Go(func() {
-			if err := f(ctx); err != nil && ctx.Err() == nil {
+		parts.Go(func() {
+			if err := f(working); err != nil && working.Err() == nil {
 				cancel(err)
 			}
 		})
 	}
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	defer context.AfterFunc(working, stop)()
 	err := n.start(ctx, part)
+	left := false
 	if err == nil {
-		<-ctx.Done()
+		left = n.stay(ctx)
+	}
+	if left {
+		n.flush(working)
 	}
 	cancel(err)
 	n.cluster.queue.ShutDown()
-	working.Wait()
-	if n.plugin != nil && n.cluster.leaving(context.WithoutCancel(ctx), n.o.MeshNamespace, n.o.DaemonSet) {
-		n.log.Info("the agent's DaemonSet is being deleted: the CNI plugin goes with it")
-		if err := n.plugin.Uninstall(); err != nil {
-			n.log.Error("the CNI plugin cannot be removed", "error", err)
-		}
+	parts.Wait()
+	if n.plugin != nil && !left &&
+		n.cluster.leaving(context.WithoutCancel(ctx), n.o.MeshNamespace, n.o.DaemonSet) {
+		n.uninstall()
 	}
 	n.cluster.broadcaster.Shutdown()
-	if err = context.Cause(ctx); errors.Is(err, context.Canceled) {
+	if err = context.Cause(working); errors.Is(err, context.Canceled) {
 		return nil
 	}
 	return err
+}
+
+// stay waits for the end of ctx. If the DaemonSet goes before that, new pods start uncaptured from then on, and those that
+// run are let go.
+func (n *node) stay(ctx context.Context) (left bool) {
+	select {
+	case <-ctx.Done():
+	case <-n.cluster.set.gone:
+	}
+	select {
+	case <-n.cluster.set.gone:
+	default: // of both the one that counts
+		return false
+	}
+	if n.plugin != nil {
+		n.uninstall()
+	}
+	n.log.Info("the agent's DaemonSet is being deleted: pods that run are let go")
+	n.enroller.Leave()
+	pods, _ := n.cluster.all()
+	for _, p := range pods {
+		n.cluster.queue.Add(p.Ref())
+	}
+	<-ctx.Done()
+	return true
+}
+
+// flush waits until the proxies have let go of all pods.
+func (n *node) flush(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, flushTime)
+	defer cancel()
+	look := time.NewTicker(10 * time.Millisecond)
+	defer look.Stop()
+	for n.enroller.Stats().Held > 0 && ctx.Err() == nil {
+		select {
+		case <-look.C:
+		case <-ctx.Done():
+		}
+	}
+	if n.proxies.Flush(ctx) != nil || n.enroller.Stats().Held > 0 {
+		n.log.Warn("not every pod was let go: what is left stays captured, and has no network", "waited", flushTime)
+	}
+}
+
+func (n *node) uninstall() {
+	n.log.Info("the agent's DaemonSet is being deleted: the CNI plugin goes with it")
+	if err := n.plugin.Uninstall(); err != nil {
+		n.log.Error("the CNI plugin cannot be removed", "error", err)
+	}
 }
 
 // start brings the parts up in their order.
@@ -99,7 +157,7 @@ func (n *node) start(ctx context.Context, part func(func(context.Context) error)
 	}
 	c := n.cluster
 	c.broadcaster.StartRecordingToSink(sink{ctx, c.api})
-	for _, i := range []cache.SharedIndexInformer{c.namespaces, c.pods} {
+	for _, i := range []cache.SharedIndexInformer{c.namespaces, c.pods, c.set.informer} {
 		part(func(ctx context.Context) error {
 			i.Run(ctx.Done())
 			return nil

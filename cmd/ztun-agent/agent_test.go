@@ -295,6 +295,7 @@ func TestAgentRights(t *testing.T) {
 		if !slices.Contains([]string{
 			"GET /api/v1/pods", "GET /api/v1/namespaces", "GET /api/v1/namespaces/shop", "GET /api/v1/namespaces/shop/pods/b",
 			"PATCH /api/v1/namespaces/shop/pods/a/status", "POST /api/v1/namespaces/shop/events",
+			"GET /apis/apps/v1/namespaces/istio-system/daemonsets",
 			"GET /apis/apps/v1/namespaces/istio-system/daemonsets/ztun-agent",
 		}, p) {
 			t.Error(p)
@@ -352,6 +353,87 @@ func TestAgentInstalls(t *testing.T) {
 	stop()
 	if got := read(); got != string(own) {
 		t.Error("the DaemonSet is gone, and the plugin stays:", got)
+	}
+}
+
+// When its DaemonSet is deleted the agent has the proxies let go of all pods and takes the plugin away, without being told
+// to end, and waits for the proxies when it is. Where the DaemonSet's pods are to stay, all stays.
+func TestAgentUninstalled(t *testing.T) {
+	const being = `{"metadata":{"name":"ztun-agent","deletionTimestamp":"2026-11-29T10:00:00Z"}}`
+	const orphaned = `{"metadata":{"name":"ztun-agent","deletionTimestamp":"2026-11-29T10:00:00Z","finalizers":["orphan"]}}`
+	for _, tt := range []struct {
+		name    string
+		changes []string
+		stays   bool
+	}{
+		{"in the background", []string{""}, false},
+		{"in the foreground", []string{being}, false},
+		{"without its pods", []string{orphaned, ""}, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newWorld(t)
+			conf := filepath.Join(w.dir, "net.d")
+			w.o.CNIConfDir, w.o.CNIBinDir, w.o.Ztun = conf, w.dir, filepath.Join(w.dir, "ztun")
+			own := []byte(`{"cniVersion":"1.0.0","name":"x","plugins":[{"type":"bridge"}]}`)
+			path := filepath.Join(conf, "10-x.conflist")
+			if err := errors.Join(os.Mkdir(conf, 0o755), os.WriteFile(path, own, 0o644),
+				os.WriteFile(w.o.Ztun, []byte("#!/bin/true\n"), 0o755)); err != nil {
+				t.Fatal(err)
+			}
+			installed := func() string {
+				b, err := os.ReadFile(path)
+				return fmt.Sprint(err == nil && strings.Contains(string(b), "ztun-cni"))
+			}
+			w.namespace("shop", "ambient")
+			w.pod("a", uid1, "")
+			w.process("10", uid1, "a")
+			p := w.proxy()
+			stop := w.start()
+			eventually(t, "a", w.annotated)
+			eventually(t, "true", installed)
+			for _, set := range tt.changes {
+				w.changeSet(set)
+			}
+			if tt.stays {
+				w.pod("b", uid2, "") // seen after those
+				w.process("20", uid2, "b")
+				eventually(t, uid1+" "+uid2, p.has)
+				stop()
+				if got := p.has(); got != uid1+" "+uid2 {
+					t.Error("pods were let go:", got)
+				}
+				return
+			}
+			eventually(t, "false", installed)
+			eventually(t, "", p.has)
+			eventually(t, "", w.annotated)
+			if got := w.plugin("a"); got != `200 {"enrolled":false}` {
+				t.Error(got)
+			}
+			stop()
+		})
+	}
+}
+
+// An agent that is told to end in the moment in which its DaemonSet goes stays until its proxies have let go of the pods.
+func TestAgentUninstalledAtOnce(t *testing.T) {
+	w := newWorld(t)
+	w.namespace("shop", "ambient")
+	var want []string
+	for i := range 20 {
+		uid := fmt.Sprintf("%s%02d", uid1[:len(uid1)-2], i)
+		want = append(want, uid)
+		w.pod(fmt.Sprint("p", i), uid, "")
+		w.process(fmt.Sprint(100+i), uid, fmt.Sprint("p", i))
+	}
+	p := w.proxy()
+	stop := w.start()
+	eventually(t, strings.Join(want, " "), p.has)
+	w.changeSet("")
+	<-w.n.cluster.set.gone
+	stop()
+	if got := p.has(); got != "" {
+		t.Error("left with the proxy:", got)
 	}
 }
 

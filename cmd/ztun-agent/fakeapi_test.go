@@ -11,6 +11,7 @@ import (
 	"sync"
 	"testing"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -67,6 +68,12 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	q := r.URL.Query()
 	words := strings.Split(strings.TrimPrefix(r.URL.Path, "/api/v1/"), "/")
 	kind := words[len(words)-1]
+	if strings.HasSuffix(r.URL.Path, "/istio-system/daemonsets") {
+		if got := q.Get("fieldSelector"); got != "metadata.name=ztun-agent" {
+			a.t.Errorf("DaemonSets are asked for by %q", got)
+		}
+		words = words[len(words)-1:]
+	}
 	a.mu.Lock()
 	a.asked[r.Method+" "+r.URL.Path]++
 	switch {
@@ -134,6 +141,14 @@ func (a *api) list(w http.ResponseWriter, kind, selector string) {
 		l := corev1.NamespaceList{TypeMeta: metav1.TypeMeta{Kind: "NamespaceList", APIVersion: "v1"}, ListMeta: meta}
 		for _, ns := range a.spaces {
 			l.Items = append(l.Items, *ns)
+		}
+		reply(w, l)
+		return
+	}
+	if kind == "daemonsets" {
+		l := appsv1.DaemonSetList{TypeMeta: metav1.TypeMeta{Kind: "DaemonSetList", APIVersion: "apps/v1"}, ListMeta: meta}
+		if a.set != "" {
+			l.Items = append(l.Items, *a.daemonSet())
 		}
 		reply(w, l)
 		return
@@ -264,6 +279,33 @@ func (a *api) namespace(name, label string) {
 		ObjectMeta: metav1.ObjectMeta{Name: name, ResourceVersion: strconv.Itoa(a.version),
 			Labels: map[string]string{"istio.io/dataplane-mode": label}}}
 	a.tell("namespaces", watched{kind, a.spaces[name]})
+}
+
+// daemonSet is the one that there is. The caller holds mu.
+func (a *api) daemonSet() *appsv1.DaemonSet {
+	s := &appsv1.DaemonSet{}
+	if err := json.Unmarshal([]byte(a.set), s); err != nil {
+		a.t.Error(err)
+	}
+	s.TypeMeta = metav1.TypeMeta{Kind: "DaemonSet", APIVersion: "apps/v1"}
+	s.Namespace, s.ResourceVersion = "istio-system", strconv.Itoa(a.version)
+	return s
+}
+
+// changeSet has the DaemonSet be another; "": it is deleted.
+func (a *api) changeSet(json string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.version++
+	kind := "MODIFIED"
+	if json == "" {
+		kind = "DELETED"
+	} else {
+		a.set = json
+	}
+	says := watched{kind, a.daemonSet()}
+	a.set = json
+	a.tell("daemonsets", says)
 }
 
 // annotated are the pods that are said to be captured.

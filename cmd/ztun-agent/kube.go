@@ -3,9 +3,13 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"slices"
+	"sync"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -30,6 +34,7 @@ type cluster struct {
 	broadcaster      record.EventBroadcaster
 	recorder         record.EventRecorder
 	changed          chan struct{} // full when something has
+	set              ownSet
 }
 
 var _ agent.Cluster = &cluster{}
@@ -41,10 +46,11 @@ const (
 	firstPause, longestPause = 200 * time.Millisecond, 15 * time.Second
 )
 
-// newCluster makes the client and the informers, which do nothing before watch.
-func newCluster(config *rest.Config, node string) (*cluster, error) {
+// newCluster makes the client and the informers, which do nothing before watch. namespace and set are of the agent's own
+// DaemonSet.
+func newCluster(config *rest.Config, node, namespace, set string) (*cluster, error) {
 	scheme := runtime.NewScheme()
-	if err := corev1.AddToScheme(scheme); err != nil {
+	if err := errors.Join(corev1.AddToScheme(scheme), appsv1.AddToScheme(scheme)); err != nil {
 		return nil, err
 	}
 	config = rest.CopyConfig(config)
@@ -54,6 +60,12 @@ func newCluster(config *rest.Config, node string) (*cluster, error) {
 	config.AcceptContentTypes = "application/vnd.kubernetes.protobuf,application/json"
 	config.QPS, config.Burst = 50, 200 // a namespace of two hundred pods is labelled
 	api, err := rest.RESTClientFor(config)
+	if err != nil {
+		return nil, err
+	}
+	config = rest.CopyConfig(config)
+	config.APIPath, config.GroupVersion = "/apis", &appsv1.SchemeGroupVersion
+	apps, err := rest.RESTClientFor(config)
 	if err != nil {
 		return nil, err
 	}
@@ -82,9 +94,55 @@ func newCluster(config *rest.Config, node string) (*cluster, error) {
 		UpdateFunc: func(_, ns any) { c.namespaceChanged(ns) },
 		DeleteFunc: func(any) { c.change() },
 	})
+	if err != nil {
+		return nil, err
+	}
+	err = c.set.init(cache.NewListWatchFromClient(apps, "daemonsets", namespace,
+		fields.OneTermEqualSelector("metadata.name", set)))
 	c.broadcaster = record.NewBroadcaster()
 	c.recorder = c.broadcaster.NewRecorder(scheme, corev1.EventSource{Component: "ztun-agent", Host: node})
 	return c, err
+}
+
+// ownSet follows the agent's own DaemonSet, whose end is that of ztun on the node. It is watched rather than asked for:
+// whoever takes an installation away may take the agent's rights first.
+type ownSet struct {
+	informer cache.SharedIndexInformer
+	gone     chan struct{} // closed when it is, or is being, deleted with its pods
+
+	orphaned bool // its pods are to stay (kubectl delete --cascade=orphan). One goroutine calls the handlers
+	once     sync.Once
+}
+
+func (s *ownSet) init(from cache.ListerWatcher) error {
+	s.gone = make(chan struct{})
+	s.informer = cache.NewSharedIndexInformer(from, &appsv1.DaemonSet{}, 0, nil)
+	if err := s.informer.SetTransform(lean); err != nil {
+		return err
+	}
+	_, err := s.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc:    s.seen,
+		UpdateFunc: func(_, set any) { s.seen(set) },
+		DeleteFunc: func(any) { s.end() },
+	})
+	return err
+}
+
+func (s *ownSet) seen(o any) {
+	set, ok := o.(*appsv1.DaemonSet)
+	if !ok {
+		return
+	}
+	s.orphaned = slices.Contains(set.Finalizers, metav1.FinalizerOrphanDependents)
+	if set.DeletionTimestamp != nil {
+		s.end()
+	}
+}
+
+func (s *ownSet) end() {
+	if !s.orphaned {
+		s.once.Do(func() { close(s.gone) })
+	}
 }
 
 // lean drops what is not needed of an object, before it is kept.
@@ -100,6 +158,9 @@ func lean(o any) (any, error) {
 	case *corev1.Namespace:
 		return &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: o.Name, Labels: o.Labels,
 			ResourceVersion: o.ResourceVersion}}, nil
+	case *appsv1.DaemonSet:
+		return &appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Name: o.Name, Namespace: o.Namespace,
+			ResourceVersion: o.ResourceVersion, DeletionTimestamp: o.DeletionTimestamp, Finalizers: o.Finalizers}}, nil
 	}
 	return o, nil // the end of an object that was missed
 }

@@ -67,7 +67,7 @@ func newMemoryDaemon(t *testing.T, vars ...string) *memoryDaemon {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		given := agentPods{m.pods, func() {}}
+		given := agentPods{m.pods, func() {}, func() {}}
 		for _, uid := range given.Known() {
 			if err := given.Detach(uid); err != nil {
 				t.Error(err)

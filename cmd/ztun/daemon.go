@@ -303,8 +303,9 @@ func (d *daemon) start(ctx context.Context) error {
 func (d *daemon) end(deadline time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), deadline)
 	defer cancel()
+	var hangUp func()
 	if d.agent != nil {
-		d.agent.leave()
+		hangUp = d.agent.leave
 	}
 	var wg sync.WaitGroup
 	if d.control != nil {
@@ -315,7 +316,7 @@ func (d *daemon) end(deadline time.Duration) {
 		wg.Go(func() { s.Shutdown(ctx) })
 	}
 	if d.kind != nil {
-		d.pods.shutdown(ctx)
+		d.pods.shutdown(ctx, hangUp)
 	}
 	wg.Wait()
 	for _, s := range d.servers {

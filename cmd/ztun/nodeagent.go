@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -32,7 +33,7 @@ type nodeAgent struct {
 
 func newNodeAgent(m *podManager, task *admin.Task, socket string, log *slog.Logger) *nodeAgent {
 	a := &nodeAgent{task: task}
-	a.pods = agentPods{m, a.settle}
+	a.pods = agentPods{m, a.settle, a.leave}
 	a.client = zds.New(zds.Options{Path: socket, Pods: a.pods, Failed: task.Fail, Random: rand.Int64N, Logger: log,
 		Snapshot: func() {
 			m.traces.Store(true) // of pods that have ended while no daemon ran: nobody has known before which those are
@@ -69,7 +70,9 @@ func (a *nodeAgent) run(ctx context.Context, ready *admin.Ready) error {
 	}
 }
 
-// leave hangs up: new pods are for the next daemon, which the agent may have beside this one already.
+// leave hangs up: new pods are for the next daemon, which the agent may have beside this one already. Where nobody but
+// this daemon can let go of a pod (attach.Kind's Outlives), that is after its connections have finished, or with the
+// first new pod.
 func (a *nodeAgent) leave() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -107,6 +110,7 @@ func (a *nodeAgent) settle() {
 type agentPods struct {
 	m      *podManager
 	settle func()
+	leave  func()
 }
 
 var _ zds.Pods = agentPods{}
@@ -116,6 +120,13 @@ func (p agentPods) Attach(ctx context.Context, w zds.Workload, netns *os.File) e
 	m := p.m
 	m.op.Lock()
 	defer m.op.Unlock()
+	m.mu.Lock()
+	closed := m.closed
+	m.mu.Unlock()
+	if closed {
+		p.leave() // without an answer: the agent waits for the next daemon's
+		return errors.New("this daemon is about to end")
+	}
 	spec := attach.Pod{File: netns, PodSpec: admin.PodSpec{UID: w.UID, Name: w.Name, Namespace: w.Namespace,
 		ServiceAccount: w.ServiceAccount}}
 	err := m.kind.Locate(&spec)

@@ -187,6 +187,54 @@ func TestNodeAgentLeaves(t *testing.T) {
 	}
 }
 
+// A daemon that ends still lets go of pods for an agent that ends with it, for a moment at least: nobody else can give
+// them their network back. A new pod is the next daemon's.
+func TestNodeAgentGoesWithUs(t *testing.T) {
+	w := newAgentWorld(t)
+	_, oneFile := w.host("one", "10.1.0.1")
+	_, twoFile := w.host("two", "10.1.0.2")
+	attach := func(uid string, f *os.File) error {
+		return w.agent.pods.Attach(t.Context(), zds.Workload{UID: uid, Name: uid, Namespace: "n", ServiceAccount: "sa-one"}, f)
+	}
+	if err := attach("u1", oneFile); err != nil {
+		t.Fatal(err)
+	}
+	hungUp := make(chan struct{})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+	defer cancel()
+	over := make(chan struct{})
+	begin := time.Now()
+	go func() { defer close(over); w.pods.shutdown(ctx, func() { w.agent.leave(); close(hungUp) }) }()
+	eventually(t, "the end's beginning", func() bool {
+		w.pods.mu.Lock()
+		defer w.pods.mu.Unlock()
+		return w.pods.closed
+	})
+	if time.Since(begin) < brief/2 { // else this machine was too busy to be in time
+		select {
+		case <-hungUp:
+			t.Error("the agent is not listened to any more")
+		default:
+		}
+	}
+	left := func() bool {
+		w.agent.mu.Lock()
+		defer w.agent.mu.Unlock()
+		return w.agent.left
+	}
+	if err := w.agent.pods.Detach("u1"); err != nil {
+		t.Error(err)
+	}
+	if got := w.state(); got != "" {
+		t.Errorf("%s is left", got)
+	}
+	if err := attach("u2", twoFile); err == nil || !left() {
+		t.Errorf("a new pod: %v, and the connection is kept: %v", err, !left())
+	}
+	<-over
+	<-hungUp
+}
+
 // Before the mesh is known nothing is said to an agent: what it took for a pod that works would refuse every
 // connection.
 func TestNodeAgentWaitsForTheMesh(t *testing.T) {

@@ -462,15 +462,19 @@ func (m *podManager) retryPending(ctx context.Context) {
 }
 
 // shutdown drains all pods at the same time until ctx ends. Devices and routes stay: they hold the
-// pods' traffic back until the next life of the daemon takes them over.
-func (m *podManager) shutdown(ctx context.Context) {
+// pods' traffic back until the next life of the daemon takes them over. hangUp ends the connection to the node agent, and
+// is nil where there is none.
+func (m *podManager) shutdown(ctx context.Context, hangUp func()) {
 	m.mu.Lock()
 	m.closed = true
 	m.mu.Unlock()
 	late := refusal.Reset
 	if m.kind.Outlives() {
-		m.serveOn(ctx)
+		m.serveOn(ctx, hangUp != nil)
 		late = refusal.Silent // the successor answers the next SYN
+	}
+	if hangUp != nil {
+		hangUp()
 	}
 	m.kind.Leave()
 	all := func(what string, end func(*pod)) {
@@ -510,8 +514,9 @@ const (
 )
 
 // serveOn returns when the pods have no connections but brief ones, or when it is time for the last call before the
-// end of ctx.
-func (m *podManager) serveOn(ctx context.Context) {
+// end of ctx. listening: it takes as long as anything brief at least, since the node agent may end with us and lets go of
+// the pods then, which nobody else can give their network back.
+func (m *podManager) serveOn(ctx context.Context, listening bool) {
 	end, bounded := ctx.Deadline()
 	if !bounded {
 		return
@@ -522,15 +527,18 @@ func (m *podManager) serveOn(ctx context.Context) {
 	least := time.Now().Add(min(brief, whole/5))
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
-	for said := false; ; said = true {
+	for said := false; ; {
 		age := time.Duration(0)
 		if time.Now().After(least) {
 			age = brief
 		}
-		if !slices.ContainsFunc(m.all(), func(p *pod) bool { return p.proxy.OlderThan(age) }) {
+		pods := m.all()
+		older := slices.ContainsFunc(pods, func(p *pod) bool { return p.proxy.OlderThan(age) })
+		if !older && !(listening && age == 0 && len(pods) > 0) {
 			return
 		}
-		if !said {
+		if !said && older {
+			said = true
 			m.log.Info("connections may finish; until then new ones are served, as nobody else can")
 		}
 		select {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# build.sh [kube|istio|coredns|ztun]...: the programs, from the Go module proxy and this repository, into $LAB/bin. All but
+# build.sh [kube|istio|coredns|helm|ztun]...: the programs, from the Go module proxy and this repository, into $LAB/bin. All but
 # ztun are built once. On two processors with nothing else to do it takes about 35 minutes.
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -37,10 +37,17 @@ build_istio() {
 
 build_coredns() { CGO_ENABLED=0 from coredns coredns go build -mod=mod -p 2 -ldflags '-s -w' -o "$BIN/coredns" .; }
 
+# The version that the chart's own tests have.
+build_helm() {
+	[ ! -e "$BIN/helm" ] || return 0
+	say "building helm"
+	(cd "$here/../istio" && GOBIN=$BIN nice go install "helm.sh/helm/v4/cmd/helm@$(go list -m -f '{{.Version}}' helm.sh/helm/v4)")
+}
+
 build_ztun() {
 	(cd "$here/../.." && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o "$BIN/" ./cmd/ztun ./cmd/ztun-agent)
 	(cd "$here/../../scripts/image" && go build -o "$BIN/image" .)
 }
 
-[ $# -gt 0 ] || set -- ztun coredns istio kube
+[ $# -gt 0 ] || set -- ztun coredns istio kube helm
 for what; do "build_$what"; done

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # trial.sh [NAME...]: tries ztun as the node proxy of the cluster that is up: a line for each thing tried, with what was
-# seen; exit code 1 if one went wrong. NAME is one of those in the last lines, or away where ztun's own agent is.
+# seen; exit code 1 if one went wrong. NAME is one of those in the last lines, or away or helm where ztun's own agent is.
 # shellcheck disable=SC2016,SC2317 # what the pods' shells expand; functions that judge and soon call
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$(dirname "$0")/lib.sh"
 # shellcheck source=trial_agent.sh
 . "$here/trial_agent.sh"
+# shellcheck source=trial_helm.sh
+. "$here/trial_helm.sh"
 # shellcheck source=trial_services.sh
 . "$here/trial_services.sh"
 # shellcheck source=trial_kept.sh
