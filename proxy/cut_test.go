@@ -82,8 +82,8 @@ func TestSlowReaderGetsTheRest(t *testing.T) {
 	w.settle()
 }
 
-// TestAllAfterTheEnd: what a peer has ended in good order arrives in full at an application that takes its time, also if
-// the peer then resets the stream, with whatever code: that is about the other direction.
+// TestAllAfterTheEnd: what a peer has ended in good order arrives in full at an application that takes its time, also
+// if the peer then resets the stream, with whatever code: that is about the other direction.
 func TestAllAfterTheEnd(t *testing.T) {
 	const sent = 512 << 10 // more than the application's kernel takes, and less than a window
 	for _, code := range []http2.ErrCode{http2.ErrCodeConnect, http2.ErrCodeInternal, http2.ErrCodeCancel} {

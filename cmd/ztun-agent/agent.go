@@ -97,8 +97,8 @@ func (n *node) run(ctx context.Context) error {
 	return err
 }
 
-// stay waits for the end of ctx. If the DaemonSet goes before that, new pods start uncaptured from then on, and those that
-// run are let go.
+// stay waits for the end of ctx. If the DaemonSet goes before that, new pods start uncaptured from then on, and those
+// that run are let go.
 func (n *node) stay(ctx context.Context) (left bool) {
 	select {
 	case <-ctx.Done():

@@ -356,8 +356,8 @@ func TestAgentInstalls(t *testing.T) {
 	}
 }
 
-// When its DaemonSet is deleted the agent has the proxies let go of all pods and takes the plugin away, without being told
-// to end, and waits for the proxies when it is. Where the DaemonSet's pods are to stay, all stays.
+// When its DaemonSet is deleted the agent has the proxies let go of all pods and takes the plugin away, without being
+// told to end, and waits for the proxies when it is. Where the DaemonSet's pods are to stay, all stays.
 func TestAgentUninstalled(t *testing.T) {
 	const being = `{"metadata":{"name":"ztun-agent","deletionTimestamp":"2026-11-29T10:00:00Z"}}`
 	const orphaned = `{"metadata":{"name":"ztun-agent","deletionTimestamp":"2026-11-29T10:00:00Z","finalizers":["orphan"]}}`
@@ -415,7 +415,8 @@ func TestAgentUninstalled(t *testing.T) {
 	}
 }
 
-// An agent that is told to end in the moment in which its DaemonSet goes stays until its proxies have let go of the pods.
+// An agent that is told to end in the moment in which its DaemonSet goes stays until its proxies have let go of the
+// pods.
 func TestAgentUninstalledAtOnce(t *testing.T) {
 	w := newWorld(t)
 	w.namespace("shop", "ambient")

@@ -46,8 +46,8 @@ const (
 	firstPause, longestPause = 200 * time.Millisecond, 15 * time.Second
 )
 
-// newCluster makes the client and the informers, which do nothing before watch. namespace and set are of the agent's own
-// DaemonSet.
+// newCluster makes the client and the informers, which do nothing before watch. namespace and set are of the agent's
+// own DaemonSet.
 func newCluster(config *rest.Config, node, namespace, set string) (*cluster, error) {
 	scheme := runtime.NewScheme()
 	if err := errors.Join(corev1.AddToScheme(scheme), appsv1.AddToScheme(scheme)); err != nil {

@@ -22,12 +22,12 @@
 //     the deadline, or when none is left but brief ones, it takes nothing new: SYNs are dropped and not refused, and
 //     the successor answers the client's next one; names are the last to end. Before, 5 of 1,941 requests beside a
 //     rolling restart failed. ztunnel stops at once, since its successor listens beside it (SO_REUSEPORT), and so do
-//     redirected pods. A handover between two processes (a TUN with two queues and eBPF that tells flows apart, or packets passed
-//     on) would save the time between them; it needs a protocol, both versions' state on one node, and two DaemonSet pods
-//     on the node's network and its ports. Where that time is too long (a DaemonSet on a busy node took 8.5 s once, when a
-//     client's kernel sends its fourth SYN after 7), a successor that is started before (maxSurge), is ready without the
-//     pods and takes them when the lock of ZTUN_STATE_DIR is free would do, without a protocol: its readiness must not be
-//     asked for at a port of the node's then.
+//     redirected pods. A handover between two processes (a TUN with two queues and eBPF that tells flows apart, or
+//     packets passed on) would save the time between them; it needs a protocol, both versions' state on one node, and
+//     two DaemonSet pods on the node's network and its ports. Where that time is too long (a DaemonSet on a busy node
+//     took 8.5 s once, when a client's kernel sends its fourth SYN after 7), a successor that is started before
+//     (maxSurge), is ready without the pods and takes them when the lock of ZTUN_STATE_DIR is free would do, without a
+//     protocol: its readiness must not be asked for at a port of the node's then.
 //   - 2026-11-28: pods are known by uid, which is namespace/name where nobody gave one; two of one name can be there
 //     at once, and get two labels in logs and metrics.
 //   - 2026-11-28: explain asks the daemon and not a copy of its state: what it says is what the daemon does. capture

@@ -461,9 +461,9 @@ func (m *podManager) retryPending(ctx context.Context) {
 	}
 }
 
-// shutdown drains all pods at the same time until ctx ends. Devices and routes stay: they hold the
-// pods' traffic back until the next life of the daemon takes them over. hangUp ends the connection to the node agent, and
-// is nil where there is none.
+// shutdown drains all pods at the same time until ctx ends. Devices and routes stay: they hold the pods' traffic back
+// until the next life of the daemon takes them over. hangUp ends the connection to the node agent, and is nil where
+// there is none.
 func (m *podManager) shutdown(ctx context.Context, hangUp func()) {
 	m.mu.Lock()
 	m.closed = true
@@ -513,8 +513,8 @@ const (
 	lookEvery  = 50 * time.Millisecond
 )
 
-// serveOn returns when the pods have no connections but brief ones, or when it is time for the last call before the
-// end of ctx. listening: it takes as long as anything brief at least, since the node agent may end with us and lets go of
+// serveOn returns when the pods have no connections but brief ones, or when it is time for the last call before the end
+// of ctx. listening: it takes as long as anything brief at least, since the node agent may end with us and lets go of
 // the pods then, which nobody else can give their network back.
 func (m *podManager) serveOn(ctx context.Context, listening bool) {
 	end, bounded := ctx.Deadline()

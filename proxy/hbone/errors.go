@@ -75,8 +75,8 @@ func (e *StreamError) Is(target error) bool {
 	return false
 }
 
-// orderly: after its END_STREAM the peer, whatever the code, only says that it wants no more of ours: what it had to say
-// is there. Before it, whatever the code, the stream was cut (doc.go, 2026-11-28 and 2026-11-29).
+// orderly: after its END_STREAM the peer, whatever the code, only says that it wants no more of ours: what it had to
+// say is there. Before it, whatever the code, the stream was cut (doc.go, 2026-11-28 and 2026-11-29).
 func (e *StreamError) orderly() bool { return e.Remote && e.Ended }
 
 // ConnError is the end of a whole connection, as its streams see it.
