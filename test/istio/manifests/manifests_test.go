@@ -176,7 +176,7 @@ func TestRights(t *testing.T) {
 		"ClusterRole ztun-agent: get,list,watch namespaces ",
 		"ClusterRole ztun-agent: get,list,watch pods ",
 		"ClusterRole ztun-agent: patch pods/status ",
-		"Role ztun-agent: get daemonsets ztun-agent",
+		"Role ztun-agent: get,list,watch daemonsets ztun-agent",
 	}
 	if diff := cmp.Diff(want, sorted(got)); diff != "" {
 		t.Errorf("want (-), got (+):\n%s", diff)
