@@ -47,7 +47,7 @@ try_helm() {
 	judge "after helm install" "the plugin is there" soon 30 plugin
 	judge "after helm install" "the pods of the mesh are captured" soon 60 captured
 	judge "after helm install" "they answer" soon 20 answered
-	traffic
+	traffic "$seen"
 	judge "helm upgrade under traffic" "succeeds" release upgrade --set logLevel=info\\,proxy=debug
 	sleep 3
 	said=$(traffic_end "$seen")
