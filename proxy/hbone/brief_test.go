@@ -92,6 +92,42 @@ func TestWriterPanics(t *testing.T) {
 	}
 }
 
+// interrupted has something happen while a batch is written.
+type interrupted struct {
+	transport
+	meanwhile func()
+}
+
+func (t *interrupted) seal(out, plain []byte) ([]byte, error) {
+	t.meanwhile()
+	return t.transport.seal(out, plain)
+}
+
+// TestLastWriteFails: a tunnel whose reader has met something that ends it, and leaves the last word to a user who is
+// writing, ends when that write fails: whoever closes it waits for that.
+func TestLastWriteFails(t *testing.T) {
+	a, b := tcpPair(t)
+	defer b.Close()
+	c := newClientConn(a, Config{}).c
+	c.started = true // by a reader that ends in the middle of the write
+	c.tr = &interrupted{c.tr, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.readerGone = true
+		c.leaveLocked(http2.ErrCodeProtocol, io.ErrUnexpectedEOF)
+		a.CloseWrite()
+	}}
+	c.mu.Lock()
+	c.framer.WritePing(false, [8]byte{})
+	c.flushHere()
+	select {
+	case <-c.done:
+	case <-time.After(patience / 3):
+		t.Error("nobody ends the tunnel")
+	}
+	a.Close()
+}
+
 // counted counts records.
 type counted struct {
 	transport

@@ -110,8 +110,9 @@ func (c *conn) wantFlush() {
 	}
 }
 
-// flushHere is wantFlush by the caller's own hand, as far as the socket takes it without waiting: for users who have
-// something small to say and nothing better to do. It spares a goroutine for each CONNECT, answer and end of a stream.
+// flushHere is wantFlush by the caller's own hand, one batch and as far as the socket takes it without waiting: for users
+// who have something small to say and nothing better to do. It spares a goroutine for each CONNECT, answer and end of a
+// stream, except an answer that refuses a request whose client has not ended it.
 // Where there are other streams, those of their users who are ready to run come first: what they have to say goes in
 // the same record and write. mu is held, and released on return.
 func (c *conn) flushHere() {
@@ -153,11 +154,16 @@ func (c *conn) flushRound() {
 }
 
 // hangUp is the end of flushing for good: a write has failed. Why the peer hung up may stand in what it sent before
-// (an alert, a GOAWAY): the reader ends it. mu is held.
+// (an alert, a GOAWAY): the reader ends it, unless it was the last thing that we had to say, for which a reader that is
+// gone may be waiting. mu is held.
 func (c *conn) hangUp(err error) {
+	c.flushing, c.flusher = false, nil
+	if c.last {
+		c.endLocked(err)
+		return
+	}
 	c.broken = err
 	c.raw.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
-	c.flushing, c.flusher = false, nil
 }
 
 // dispatch has a goroutine of its own flush. mu is held, flushing is set.
@@ -220,8 +226,6 @@ func (c *conn) flush(self *Stream) {
 				c.mu.Unlock()
 				return
 			}
-		case c.last:
-			c.endLocked(err)
 		default:
 			c.hangUp(err)
 			c.mu.Unlock()

@@ -101,6 +101,22 @@ func dump(t *testing.T, n *nslab.NS) string {
 	return b.String()
 }
 
+// planned is a pod of a bridge CNI, and how it is to be captured.
+func planned(t *testing.T, capture func(Facts, Config) (Plan, error)) (node, pod *nslab.NS, ns Namespaces, p Plan) {
+	t.Helper()
+	node, pod = nslab.New(t), nslab.New(t)
+	bridgePod(t, node, pod)
+	ns = Namespaces{S: sandwich(t), Pod: pod.NS}
+	f, err := Read(pod.NS, "eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p, err = capture(f, Config{DNS: true, Native: true}); err != nil {
+		t.Fatal(err)
+	}
+	return node, pod, ns, p
+}
+
 // sandwich makes S with the TUNs, which nobody reads.
 func sandwich(t *testing.T) *netns.NS {
 	t.Helper()
@@ -205,17 +221,7 @@ func TestApplyAndUndo(t *testing.T) {
 func TestSilence(t *testing.T) {
 	for name, capture := range map[string]func(Facts, Config) (Plan, error){"steered": New, "rules": Rules} {
 		t.Run(name, func(t *testing.T) {
-			node, pod := nslab.New(t), nslab.New(t)
-			bridgePod(t, node, pod)
-			ns := Namespaces{S: sandwich(t), Pod: pod.NS}
-			f, err := Read(pod.NS, "eth0")
-			if err != nil {
-				t.Fatal(err)
-			}
-			p, err := capture(f, Config{DNS: true, Native: true})
-			if err != nil {
-				t.Fatal(err)
-			}
+			node, _, ns, p := planned(t, capture)
 			if _, err := Apply(t.Context(), p, ns); err != nil {
 				t.Fatal(err)
 			}
@@ -296,17 +302,7 @@ func TestMissing(t *testing.T) {
 }
 
 func missing(t *testing.T, rules bool, capture func(Facts, Config) (Plan, error)) {
-	node, pod := nslab.New(t), nslab.New(t)
-	bridgePod(t, node, pod)
-	ns := Namespaces{S: sandwich(t), Pod: pod.NS}
-	f, err := Read(pod.NS, "eth0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	p, err := capture(f, Config{DNS: true, Native: true})
-	if err != nil {
-		t.Fatal(err)
-	}
+	_, pod, ns, p := planned(t, capture)
 	missing := func() string {
 		t.Helper()
 		m, err := Missing(p, ns)

@@ -1,0 +1,98 @@
+package main
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"time"
+
+	"ztun/proxy/refusal"
+)
+
+// shutdown drains all pods at the same time until ctx ends. Devices and routes stay: they hold the pods' traffic back
+// until the next life of the daemon takes them over. hangUp ends the connection to the node agent, and is nil where
+// there is none.
+func (m *podManager) shutdown(ctx context.Context, hangUp func()) {
+	m.mu.Lock()
+	m.closed = true
+	m.mu.Unlock()
+	late := refusal.Reset
+	if m.kind.Outlives() {
+		m.serveOn(ctx, hangUp != nil)
+		late = refusal.Silent // the successor answers the next SYN
+	}
+	if hangUp != nil {
+		hangUp()
+	}
+	m.kind.Leave()
+	all := func(what string, end func(*pod)) {
+		var wg sync.WaitGroup
+		for _, p := range m.all() {
+			wg.Go(m.panics.Func(what, func() { end(p) }, nil))
+		}
+		if s := m.self.Load(); s != nil {
+			wg.Go(m.panics.Func("the end of the own pod", func() { s.proxy.Shutdown(ctx, late) }, nil))
+		}
+		wg.Wait()
+	}
+	// Not behind a change that is under way, which may be the draining of another pod.
+	all("the drain of a pod", func(p *pod) { p.drain(ctx, late) })
+	// No pod's names end before the last one has drained: nobody else has answers until the process has ended.
+	last, cancel := context.WithTimeout(ctx, namesGrace)
+	defer cancel()
+	stop := func(p *pod) { p.stop(last, late) }
+	all("the end of a pod", stop)
+	m.op.Lock()
+	defer m.op.Unlock()
+	all("the end of a pod", stop) // a pod that was being attached
+}
+
+// Where nobody can take a pod's new connections before this process has ended (attach.Kind's Outlives), they are served
+// on as long as older ones are waited for.
+const (
+	// lastCall is how long before the deadline no more are taken, so that those of the last moment may finish; a fifth of
+	// the whole where that is less.
+	lastCall = 3 * time.Second
+	// brief is how old connections are that are not waited for in this way: they are likely to end by themselves. It is
+	// also for how long connections are served on at least, so that whatever stood at the beginning is older.
+	brief = time.Second
+	// namesGrace is how long queries may take that are under way when all else has ended.
+	namesGrace = time.Second
+	lookEvery  = 50 * time.Millisecond
+)
+
+// serveOn returns when the pods have no connections but brief ones, or when it is time for the last call before the end
+// of ctx. listening: it takes as long as anything brief at least, since the node agent may end with us and lets go of
+// the pods then, which nobody else can give their network back.
+func (m *podManager) serveOn(ctx context.Context, listening bool) {
+	end, bounded := ctx.Deadline()
+	if !bounded {
+		return
+	}
+	whole := time.Until(end)
+	ctx, cancel := context.WithTimeout(ctx, whole-min(whole/5, lastCall))
+	defer cancel()
+	least := time.Now().Add(min(brief, whole/5))
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
+	for said := false; ; {
+		age := time.Duration(0)
+		if time.Now().After(least) {
+			age = brief
+		}
+		pods := m.all()
+		older := slices.ContainsFunc(pods, func(p *pod) bool { return p.proxy.OlderThan(age) })
+		if !older && !(listening && age == 0 && len(pods) > 0) {
+			return
+		}
+		if !said && older {
+			said = true
+			m.log.Info("connections may finish; until then new ones are served, as nobody else can")
+		}
+		select {
+		case <-look.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
