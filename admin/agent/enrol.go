@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -108,9 +109,17 @@ func (e *Enroller) Stats() Stats {
 	return s
 }
 
-// Leave has every pod be none of the mesh's from now on: ztun leaves the node for good. Reconcile is to be called for
-// each of them after it.
-func (e *Enroller) Leave() { e.leaving.Store(true) }
+// Leave has every pod be none of the mesh's from now on, and the proxies let go of all: ztun leaves the node for good.
+// Reconcile is to be called for each of them after it, for its annotation; the proxies may not have the time for that.
+func (e *Enroller) Leave() {
+	e.leaving.Store(true)
+	e.mu.Lock()
+	all := maps.Clone(e.held)
+	e.mu.Unlock()
+	for ref, h := range all {
+		e.let(ref, h.uid)
+	}
+}
 
 // decide is Decide, by which nobody is the mesh's when ztun leaves.
 func (e *Enroller) decide(p Pod, namespaceLabels map[string]string) Verdict {

@@ -25,7 +25,6 @@ type peer struct {
 	told     map[string]told // what it has answered for
 	order    []string
 	queued   map[string]bool // what is in order, or under way
-	asked    bool            // its answer is waited for
 	complete bool            // it has acked the snapshot
 }
 
@@ -64,14 +63,9 @@ type say struct {
 }
 
 // next is what the proxy is to hear next, if anything.
-func (s *Server) next(p *peer) (_ say, ok bool) {
+func (s *Server) next(p *peer) (say, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	defer func() {
-		if p.asked = ok; !ok {
-			s.announce()
-		}
-	}()
 	for len(p.order) > 0 {
 		uid := p.order[0]
 		p.order = p.order[1:]
@@ -105,6 +99,13 @@ func (s *Server) answered(p *peer, m say, err error) {
 	switch m.kind {
 	case kindSnapshotSent:
 		p.complete = true
+		for uid := range s.unheard { // a proxy lets go of what its snapshot does not name
+			if _, named := p.told[uid]; !named {
+				delete(s.unheard, uid)
+			}
+		}
+	case kindDel:
+		delete(s.unheard, uid)
 	case kindAdd, kindKeep:
 		p.told[uid] = told{m.generation, err}
 		if w := s.pods[uid]; w != nil && w.generation == m.generation && err == nil && m.kind == kindAdd {

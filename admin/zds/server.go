@@ -45,7 +45,8 @@ type Server struct {
 
 	mu      sync.Mutex
 	pods    map[string]*wanted
-	last    uint64 // generation
+	unheard map[string]bool // pods that a proxy has had, and of whose end none has heard
+	last    uint64          // generation
 	peers   map[*peer]bool
 	changed chan struct{} // closed when a proxy has answered or has gone
 	stats   ServerStats   // Pods, Proxies, Complete are not kept here
@@ -78,7 +79,8 @@ func NewServer(o ServerOptions) *Server {
 	if o.Wait == 0 {
 		o.Wait = defaultWait
 	}
-	return &Server{o: o, pods: map[string]*wanted{}, peers: map[*peer]bool{}, changed: make(chan struct{})}
+	return &Server{o: o, pods: map[string]*wanted{}, unheard: map[string]bool{}, peers: map[*peer]bool{},
+		changed: make(chan struct{})}
 }
 
 // Put has the proxies take a pod, or take it anew where a proxy has refused it or its namespace is another. The
@@ -99,6 +101,7 @@ func (s *Server) Put(p Pod) error {
 		if old != nil {
 			closeNetns(old.Netns)
 		}
+		delete(s.unheard, p.UID)
 		s.last++
 		s.pods[p.UID] = &wanted{Pod: p, generation: s.last}
 	}
@@ -113,6 +116,14 @@ func (s *Server) Remove(uid string) {
 	if w := s.pods[uid]; w != nil {
 		delete(s.pods, uid)
 		closeNetns(w.Netns)
+		had := w.acked
+		for p := range s.peers {
+			_, told := p.told[uid]
+			had = had || told
+		}
+		if had && len(s.unheard) < s.o.MaxPods {
+			s.unheard[uid] = true
+		}
 		s.tell(uid)
 		s.announce()
 	}
@@ -214,23 +225,20 @@ func (s *Server) Await(ctx context.Context, uid string) error {
 	}
 }
 
-// Flush waits until every proxy that is connected has answered for all that it was to hear. The error is ctx's.
-func (s *Server) Flush(ctx context.Context) error {
+// Flush waits until a proxy has heard of the end of every pod that one has had, as long as any is connected. It returns
+// of how many none has heard.
+func (s *Server) Flush(ctx context.Context) (left int) {
 	for {
 		s.mu.Lock()
-		flushed := true
-		for p := range s.peers {
-			flushed = flushed && len(p.order) == 0 && !p.asked
-		}
-		changed := s.changed
+		left, peers, changed := len(s.unheard), len(s.peers), s.changed
 		s.mu.Unlock()
-		if flushed {
-			return nil
+		if left == 0 || peers == 0 {
+			return left
 		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return ctx.Err()
+			return left
 		}
 	}
 }

@@ -514,34 +514,52 @@ func TestQueue(t *testing.T) {
 	}
 }
 
-// What two proxies have answered adds up, and a namespace does not outlive its pod.
-// TestFlush: it is over when every proxy has answered for the last thing it was told, and with ctx.
+// TestFlush: it is over when a proxy has answered for the end of every pod, when no proxy is there, and with ctx; and it
+// says how many pods are left with nobody who has heard of their end.
 func TestFlush(t *testing.T) {
 	n := newNode(t, ServerOptions{})
-	if err := n.Flush(t.Context()); err != nil {
-		t.Error("without a proxy:", err)
+	flush := func(limit time.Duration, want int) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), limit)
+		defer cancel()
+		if got := n.Flush(ctx); got != want {
+			t.Errorf("%d pods are left, want %d", got, want)
+		}
 	}
-	if err := n.put("one", "a"); err != nil {
-		t.Fatal(err)
+	for _, uid := range []string{"one", "two"} {
+		if err := n.put(uid, uid); err != nil {
+			t.Fatal(err)
+		}
 	}
+	n.Remove("two") // which nobody has had
+	flush(patience, 0)
 	p := n.proxy()
 	if err := n.await("one"); err != nil {
 		t.Fatal(err)
 	}
 	p.books.mu.Lock() // whoever detaches waits
 	n.Remove("one")
-	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-	defer cancel()
-	if err := n.Flush(ctx); err == nil {
-		t.Error("it is over while a proxy is at it")
-	}
+	flush(50*time.Millisecond, 1)
 	p.books.mu.Unlock()
-	if err := n.Flush(t.Context()); err != nil {
-		t.Error(err)
-	}
+	flush(patience, 0)
 	p.has(t, map[string]uint64{})
+	// A proxy that has left with a pod, and one that comes after it.
+	if err := n.put("one", "one"); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.await("one"); err != nil {
+		t.Fatal(err)
+	}
+	p.stop()
+	eventually(t, func() bool { return n.Stats().Proxies == 0 }, func() string { return "the proxy stays" })
+	n.Remove("one")
+	flush(patience, 1)
+	n.proxy()
+	eventually(t, func() bool { return n.Stats().Complete == 1 }, func() string { return "no snapshot" })
+	flush(patience, 0)
 }
 
+// What two proxies have answered adds up, and a namespace does not outlive its pod.
 func TestState(t *testing.T) {
 	s := NewServer(ServerOptions{Logger: slog.New(slog.DiscardHandler)})
 	a, b := newPeer(nil), newPeer(nil)

@@ -76,20 +76,13 @@ func (n *node) run(ctx context.Context) error {
 	defer stop()
 	defer context.AfterFunc(working, stop)()
 	err := n.start(ctx, part)
-	left := false
-	if err == nil {
-		left = n.stay(ctx)
+	if err != nil {
+		stop()
 	}
-	if left {
-		n.flush(working)
-	}
+	n.stay(ctx, context.WithoutCancel(working))
 	cancel(err)
 	n.cluster.queue.ShutDown()
 	parts.Wait()
-	if n.plugin != nil && !left &&
-		n.cluster.leaving(context.WithoutCancel(ctx), n.o.MeshNamespace, n.o.DaemonSet) {
-		n.uninstall()
-	}
 	n.cluster.broadcaster.Shutdown()
 	if err = context.Cause(working); errors.Is(err, context.Canceled) {
 		return nil
@@ -97,20 +90,26 @@ func (n *node) run(ctx context.Context) error {
 	return err
 }
 
-// stay waits for the end of ctx. If the DaemonSet goes before that, new pods start uncaptured from then on, and those
-// that run are let go.
-func (n *node) stay(ctx context.Context) (left bool) {
+// stay waits for the end of ctx. If the DaemonSet goes, before that or with it, new pods start uncaptured from then on,
+// and those that run are let go. Where nobody says so any more they stay as they are, and only the plugin goes: without
+// it no pod of the mesh would start.
+func (n *node) stay(ctx, working context.Context) {
 	select {
 	case <-ctx.Done():
 	case <-n.cluster.set.gone:
 	}
+	fate := going
 	select {
 	case <-n.cluster.set.gone:
-	default: // of both the one that counts
-		return false
+	default:
+		fate = n.cluster.fate(working, n.o.MeshNamespace, n.o.DaemonSet)
 	}
-	if n.plugin != nil {
-		n.uninstall()
+	if fate == stays {
+		return
+	}
+	n.uninstall()
+	if fate == untold {
+		return
 	}
 	n.log.Info("the agent's DaemonSet is being deleted: pods that run are let go")
 	n.enroller.Leave()
@@ -119,7 +118,7 @@ func (n *node) stay(ctx context.Context) (left bool) {
 		n.cluster.queue.Add(p.Ref())
 	}
 	<-ctx.Done()
-	return true
+	n.flush(working)
 }
 
 // flush waits until the proxies have let go of all pods.
@@ -128,18 +127,22 @@ func (n *node) flush(ctx context.Context) {
 	defer cancel()
 	look := time.NewTicker(10 * time.Millisecond)
 	defer look.Stop()
-	for n.enroller.Stats().Held > 0 && ctx.Err() == nil {
+	for n.enroller.Stats().Held > 0 && ctx.Err() == nil { // a pod was being looked at
 		select {
 		case <-look.C:
 		case <-ctx.Done():
 		}
 	}
-	if n.proxies.Flush(ctx) != nil || n.enroller.Stats().Held > 0 {
-		n.log.Warn("not every pod was let go: what is left stays captured, and has no network", "waited", flushTime)
+	if left := n.proxies.Flush(ctx); left > 0 {
+		n.log.Warn("no proxy has let go of these pods: they stay captured, and have no network until they are made anew",
+			"pods", left)
 	}
 }
 
 func (n *node) uninstall() {
+	if n.plugin == nil {
+		return
+	}
 	n.log.Info("the agent's DaemonSet is being deleted: the CNI plugin goes with it")
 	if err := n.plugin.Uninstall(); err != nil {
 		n.log.Error("the CNI plugin cannot be removed", "error", err)

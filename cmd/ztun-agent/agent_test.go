@@ -369,6 +369,7 @@ func TestAgentUninstalled(t *testing.T) {
 		{"in the background", []string{""}, false},
 		{"in the foreground", []string{being}, false},
 		{"without its pods", []string{orphaned, ""}, true},
+		{"without its pods, and somebody else waited for", []string{orphaned, being, ""}, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			w := newWorld(t)
@@ -399,8 +400,8 @@ func TestAgentUninstalled(t *testing.T) {
 				w.process("20", uid2, "b")
 				eventually(t, uid1+" "+uid2, p.has)
 				stop()
-				if got := p.has(); got != uid1+" "+uid2 {
-					t.Error("pods were let go:", got)
+				if got := p.has(); got != uid1+" "+uid2 || installed() != "true" {
+					t.Errorf("pods that are left: %q; the plugin is: %s", got, installed())
 				}
 				return
 			}
@@ -412,6 +413,24 @@ func TestAgentUninstalled(t *testing.T) {
 			}
 			stop()
 		})
+	}
+}
+
+// Without rights nobody knows whether ztun is to go: pods keep what they have, and only new ones start without it.
+func TestAgentWithoutRights(t *testing.T) {
+	w := newWorld(t)
+	w.namespace("shop", "ambient")
+	w.pod("a", uid1, "")
+	w.process("10", uid1, "a")
+	p := w.proxy()
+	stop := w.start()
+	eventually(t, "a", w.annotated)
+	w.mu.Lock()
+	w.forbidden = true
+	w.mu.Unlock()
+	stop()
+	if got := p.has(); got != uid1 {
+		t.Error("left with the proxy:", got)
 	}
 }
 

@@ -23,15 +23,16 @@ type api struct {
 	*httptest.Server
 	t *testing.T
 
-	mu       sync.Mutex
-	version  int
-	pods     map[string]*corev1.Pod
-	spaces   map[string]*corev1.Namespace
-	watchers map[chan watched]string // to what they watch
-	past     []change                // all that a watch has said or would have
-	reasons  []string                // of events
-	asked    map[string]int          // requests, by method and path
-	set      string                  // the DaemonSet; "": there is none
+	mu        sync.Mutex
+	version   int
+	pods      map[string]*corev1.Pod
+	spaces    map[string]*corev1.Namespace
+	watchers  map[chan watched]string // to what they watch
+	past      []change                // all that a watch has said or would have
+	reasons   []string                // of events
+	asked     map[string]int          // requests, by method and path
+	set       string                  // the DaemonSet; "": there is none
+	forbidden bool                    // all of it
 }
 
 // watched is what a watch says.
@@ -77,6 +78,9 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	a.mu.Lock()
 	a.asked[r.Method+" "+r.URL.Path]++
 	switch {
+	case a.forbidden:
+		defer a.mu.Unlock()
+		status(w, http.StatusForbidden, metav1.StatusReasonForbidden)
 	case r.Method == "GET" && strings.HasSuffix(r.URL.Path, "/daemonsets/ztun-agent") && a.set != "":
 		defer a.mu.Unlock()
 		w.Write([]byte(a.set))

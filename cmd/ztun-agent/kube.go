@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -110,7 +111,7 @@ type ownSet struct {
 	informer cache.SharedIndexInformer
 	gone     chan struct{} // closed when it is, or is being, deleted with its pods
 
-	orphaned bool // its pods are to stay (kubectl delete --cascade=orphan). One goroutine calls the handlers
+	orphaned atomic.Bool // its pods are to stay (kubectl delete --cascade=orphan)
 	once     sync.Once
 }
 
@@ -123,24 +124,31 @@ func (s *ownSet) init(from cache.ListerWatcher) error {
 	_, err := s.informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
 		AddFunc:    s.seen,
 		UpdateFunc: func(_, set any) { s.seen(set) },
-		DeleteFunc: func(any) { s.end() },
+		DeleteFunc: func(o any) {
+			// One that went while the watch was away may have left its pods: the agent's own end will tell.
+			if _, missed := o.(cache.DeletedFinalStateUnknown); !missed {
+				s.end()
+			}
+		},
 	})
 	return err
 }
 
 func (s *ownSet) seen(o any) {
 	set, ok := o.(*appsv1.DaemonSet)
-	if !ok {
-		return
-	}
-	s.orphaned = slices.Contains(set.Finalizers, metav1.FinalizerOrphanDependents)
-	if set.DeletionTimestamp != nil {
+	switch {
+	case !ok:
+	case set.DeletionTimestamp == nil:
+		s.orphaned.Store(false) // also one that was made anew
+	case slices.Contains(set.Finalizers, metav1.FinalizerOrphanDependents):
+		s.orphaned.Store(true) // which stays so when this finalizer goes before another
+	default:
 		s.end()
 	}
 }
 
 func (s *ownSet) end() {
-	if !s.orphaned {
+	if !s.orphaned.Load() {
 		s.once.Do(func() { close(s.gone) })
 	}
 }
@@ -211,18 +219,36 @@ func (c *cluster) all() (pods []agent.Pod, namespaces map[string]map[string]stri
 	return pods, namespaces
 }
 
-// leaving reports whether the agent's own DaemonSet is gone or on its way: it may be seen no more once its account is.
-// An API server that does not answer does not say so.
-func (c *cluster) leaving(ctx context.Context, namespace, name string) bool {
+// fate is what becomes of the agent's own DaemonSet.
+type fate uint8
+
+const (
+	stays fate = iota
+	going      // it is gone, or on its way
+	// nobody tells us: the agent's account or its rights are gone, which go with the whole or are mended soon
+	untold
+)
+
+// fate asks for it. An API server that does not answer does not say that it goes.
+func (c *cluster) fate(ctx context.Context, namespace, name string) fate {
+	if c.set.orphaned.Load() {
+		return stays
+	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	b, err := c.api.Get().AbsPath("/apis/apps/v1/namespaces", namespace, "daemonsets", name).
 		SetHeader("Accept", "application/json").Do(ctx).Raw()
-	if err != nil {
-		return apierrors.IsNotFound(err) || apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err)
-	}
 	var set metav1.PartialObjectMetadata
-	return json.Unmarshal(b, &set) == nil && set.DeletionTimestamp != nil
+	switch {
+	case apierrors.IsNotFound(err):
+		return going
+	case apierrors.IsForbidden(err), apierrors.IsUnauthorized(err):
+		return untold
+	case err == nil && json.Unmarshal(b, &set) == nil && set.DeletionTimestamp != nil &&
+		!slices.Contains(set.Finalizers, metav1.FinalizerOrphanDependents):
+		return going
+	}
+	return stays
 }
 
 func facts(p *corev1.Pod) agent.Pod {

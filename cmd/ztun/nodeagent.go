@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -120,24 +121,20 @@ func (p agentPods) Attach(ctx context.Context, w zds.Workload, netns *os.File) e
 	m := p.m
 	m.op.Lock()
 	defer m.op.Unlock()
-	m.mu.Lock()
-	closed := m.closed
-	m.mu.Unlock()
-	if closed {
-		p.leave() // without an answer: the agent waits for the next daemon's
-		return errors.New("this daemon is about to end")
-	}
 	spec := attach.Pod{File: netns, PodSpec: admin.PodSpec{UID: w.UID, Name: w.Name, Namespace: w.Namespace,
 		ServiceAccount: w.ServiceAccount}}
 	err := m.kind.Locate(&spec)
 	if err == nil {
 		m.mu.Lock()
-		old := m.pods[w.UID]
+		old, closed := m.pods[w.UID], m.closed
 		m.mu.Unlock()
 		switch {
 		case old != nil && old.att.Place().Same(spec.Place):
 			p.settle()
 			return nil // also where it has another name now: ztunnel leaves it at that
+		case closed:
+			p.leave() // without an answer: the agent waits for the next daemon's
+			return errors.New("this daemon is about to end")
 		case old != nil && old.spec.NetNS != "":
 			return fmt.Errorf("%w: pod %s was added by hand under the uid %s", admin.ErrPodConflict, old.label, w.UID)
 		case old != nil:
@@ -196,6 +193,7 @@ func (p agentPods) Detach(uid string) error {
 	var err error
 	if pod != nil && pod.spec.NetNS == "" {
 		err = m.detach(ended(), uid, pod)
+		m.letGo.Store(time.Now().UnixNano())
 	}
 	p.settle()
 	return err

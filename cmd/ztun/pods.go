@@ -36,6 +36,8 @@ type podManager struct {
 	pending map[string]pendingPod // by uid: known from an earlier life or a node agent, not attached yet
 	closed  bool
 
+	letGo atomic.Int64 // when the node agent last had a pod let go, in ns since 1970
+
 	at sync.Map // attached pods by address, netip.Addr to *pod: asked for every new connection (proxyAt)
 
 	self atomic.Pointer[selfPod] // the daemon's own; nil: there is none, or it does not stand yet
@@ -439,8 +441,9 @@ func (m *podManager) retryPending(ctx context.Context) {
 	for _, p := range m.pending {
 		specs = append(specs, p)
 	}
+	closed := m.closed
 	m.mu.Unlock()
-	if len(specs) == 0 {
+	if len(specs) == 0 || closed {
 		return
 	}
 	m.op.Lock()

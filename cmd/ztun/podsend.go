@@ -38,13 +38,16 @@ func (m *podManager) shutdown(ctx context.Context, hangUp func()) {
 	// Not behind a change that is under way, which may be the draining of another pod.
 	all("the drain of a pod", func(p *pod) { p.drain(ctx, late) })
 	// No pod's names end before the last one has drained: nobody else has answers until the process has ended.
-	last, cancel := context.WithTimeout(ctx, namesGrace)
-	defer cancel()
-	stop := func(p *pod) { p.stop(last, late) }
-	all("the end of a pod", stop)
+	stop := func() {
+		last, cancel := context.WithTimeout(ctx, namesGrace)
+		defer cancel()
+		all("the end of a pod", func(p *pod) { p.stop(last, late) })
+	}
+	stop()
 	m.op.Lock()
 	defer m.op.Unlock()
-	all("the end of a pod", stop) // a pod that was being attached
+	all("the drain of a pod", func(p *pod) { p.drain(ctx, late) }) // one that was being attached
+	stop()
 }
 
 // Where nobody can take a pod's new connections before this process has ended (attach.Kind's Outlives), they are served
@@ -62,8 +65,8 @@ const (
 )
 
 // serveOn returns when the pods have no connections but brief ones, or when it is time for the last call before the end
-// of ctx. listening: it takes as long as anything brief at least, since the node agent may end with us and lets go of
-// the pods then, which nobody else can give their network back.
+// of ctx. listening: it takes as long as anything brief at least, and as long as pods are let go, since the node agent
+// may end with us and does that then: nobody else can give them their network back.
 func (m *podManager) serveOn(ctx context.Context, listening bool) {
 	end, bounded := ctx.Deadline()
 	if !bounded {
@@ -82,7 +85,8 @@ func (m *podManager) serveOn(ctx context.Context, listening bool) {
 		}
 		pods := m.all()
 		older := slices.ContainsFunc(pods, func(p *pod) bool { return p.proxy.OlderThan(age) })
-		if !older && !(listening && age == 0 && len(pods) > 0) {
+		heard := listening && (age == 0 || time.Since(time.Unix(0, m.letGo.Load())) < brief/2)
+		if !older && !(heard && len(pods) > 0) {
 			return
 		}
 		if !said && older {

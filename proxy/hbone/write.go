@@ -110,11 +110,11 @@ func (c *conn) wantFlush() {
 	}
 }
 
-// flushHere is wantFlush by the caller's own hand, one batch and as far as the socket takes it without waiting: for users
-// who have something small to say and nothing better to do. It spares a goroutine for each CONNECT, answer and end of a
-// stream, except an answer that refuses a request whose client has not ended it.
-// Where there are other streams, those of their users who are ready to run come first: what they have to say goes in
-// the same record and write. mu is held, and released on return.
+// flushHere is wantFlush by the caller's own hand, one batch and as far as the socket takes it without waiting: for
+// users who have something small to say and nothing better to do. It spares a goroutine for each CONNECT, answer and
+// end of a stream, except an answer that refuses a request whose client has not ended it. Where there are other
+// streams, those of their users who are ready to run come first: what they have to say goes in the same record and
+// write. mu is held, and released on return.
 func (c *conn) flushHere() {
 	if c.brief == nil || c.flushing || c.isOver() || !c.hasWork() {
 		c.wantFlush()
