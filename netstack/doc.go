@@ -142,7 +142,8 @@
 // 2026-11-29: Of a connection's packets that wait in a device's queue, FIN joins the last bytes and an acknowledgement
 // gives way to what follows it (merge.go): gVisor sends each by itself, and each is a walk through the pod's kernel. To
 // hold one back for what may follow was not tried: it takes a timer, and who waits for the acknowledgement waits
-// longer.
+// longer. An acknowledgement that repeats the last number stays a packet: dropped before data of the same number, it
+// was no duplicate for a peer without SACK to count.
 //
 // 2026-11-29: What a DatagramWay carries travels by the dozen. Out: the reader takes packets without waiting
 // (tun.TryReader) as long as they are alike, and sends them at once, which the kernel does with one walk through its

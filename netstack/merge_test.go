@@ -70,6 +70,7 @@ func TestMerge(t *testing.T) {
 		header.TCPFlagRst
 	data := seg{flags: ack | psh, seq: 10, ack: 5, win: 7, size: 4}
 	end := seg{flags: ack | fin, seq: 14, ack: 6, win: 8}
+	opening := seg{flags: syn, seq: 9}
 	pure := func(n uint32) seg { return seg{flags: ack, seq: 10, ack: n, win: 7} }
 	with := func(s seg, f func(*seg)) seg { f(&s); return s }
 	v6 := func(s *seg) { s.v6 = true }
@@ -84,11 +85,28 @@ func TestMerge(t *testing.T) {
 		{"the newest timestamp", []seg{with(data, opts), with(end, opts)}, []string{"0:FPA seq 10 ack 6 win 8 len 4 ts 6"}},
 		{"IPv6", []seg{with(data, v6), with(end, v6)}, []string{"0:FPA seq 10 ack 6 win 8 len 4"}},
 		{"a newer acknowledgement", []seg{pure(5), pure(6)}, []string{"0:A seq 10 ack 6 win 7 len 0"}},
-		{"one that data carries, and FIN", []seg{pure(5), data, end}, []string{"0:FPA seq 10 ack 6 win 8 len 4"}},
+		{"one that data carries, and FIN", []seg{opening, pure(5), data, end},
+			[]string{"0:S seq 9 ack 0 win 0 len 0", "0:FPA seq 10 ack 6 win 8 len 4"}},
+		{"one that data carries, IPv6", []seg{with(opening, v6), with(pure(5), v6), with(data, v6)},
+			[]string{"0:S seq 9 ack 0 win 0 len 0", "0:PA seq 10 ack 5 win 7 len 4"}},
+		{"one that FIN carries", []seg{opening, pure(5), pure(6), with(end, func(s *seg) { s.seq = 10 })},
+			[]string{"0:S seq 9 ack 0 win 0 len 0", "0:FA seq 10 ack 6 win 8 len 0"}},
+		{"one that repeats data's", []seg{with(data, func(s *seg) { s.seq = 6 }), pure(5), data},
+			[]string{"0:PA seq 6 ack 5 win 7 len 4", "0:A seq 10 ack 5 win 7 len 0",
+				"0:PA seq 10 ack 5 win 7 len 4"}},
+		{"one that repeats a super-packet's", []seg{opening, with(pure(4), func(s *seg) { s.size = 1449 }),
+			with(pure(4), func(s *seg) { s.seq = 1459 }), with(end, func(s *seg) { s.seq, s.ack = 1459, 4 })},
+			[]string{"0:S seq 9 ack 0 win 0 len 0", "0:A seq 10 ack 4 win 7 len 1449", "0:A seq 1459 ack 4 win 7 len 0",
+				"0:FA seq 1459 ack 4 win 8 len 0"}},
+		{"repeated ones before data", []seg{opening, pure(5), pure(5), data},
+			[]string{"0:S seq 9 ack 0 win 0 len 0", "0:A seq 10 ack 5 win 7 len 0", "0:A seq 10 ack 5 win 7 len 0",
+				"0:PA seq 10 ack 5 win 7 len 4"}},
+		{"one of which nothing is known", []seg{pure(5), data},
+			[]string{"0:A seq 10 ack 5 win 7 len 0", "0:PA seq 10 ack 5 win 7 len 4"}},
 		{"across the end of the numbers", []seg{pure(1<<32 - 1), pure(3)}, []string{"0:A seq 10 ack 3 win 7 len 0"}},
-		{"with others between", []seg{data, with(pure(5), func(s *seg) { s.port = 1 }), end,
-			with(data, func(s *seg) { s.port = 1 })},
-			[]string{"0:FPA seq 10 ack 6 win 8 len 4", "1:PA seq 10 ack 5 win 7 len 4"}},
+		{"with others between", []seg{with(opening, func(s *seg) { s.port = 1 }), data,
+			with(pure(5), func(s *seg) { s.port = 1 }), end, with(data, func(s *seg) { s.port = 1 })},
+			[]string{"1:S seq 9 ack 0 win 0 len 0", "0:FPA seq 10 ack 6 win 8 len 4", "1:PA seq 10 ack 5 win 7 len 4"}},
 		{"repeated acknowledgements tell of a loss", []seg{pure(5), pure(5)},
 			[]string{"0:A seq 10 ack 5 win 7 len 0", "0:A seq 10 ack 5 win 7 len 0"}},
 		{"selective ones as well", []seg{with(pure(5), opts), pure(6)},
@@ -139,6 +157,37 @@ func TestMerge(t *testing.T) {
 	}
 }
 
+// TestMergeRepeated: an acknowledgement that repeats one which has been written is written as well, although data with
+// the same number follows it at once: a peer without SACK counts three that carry nothing (RFC 5681).
+func TestMergeRepeated(t *testing.T) {
+	dev := &sink{}
+	q := &txQueue{wake: make(chan struct{}, 1)}
+	push := func(s seg) {
+		p := s.packet()
+		q.push([]*stack.PacketBuffer{p})
+		p.DecRef()
+	}
+	push(seg{flags: header.TCPFlagSyn, seq: 9})
+	for i := range 4 {
+		pure := seg{flags: header.TCPFlagAck, seq: 10 + 4*uint32(i), ack: 5}
+		data := pure
+		data.size = 4
+		push(pure)
+		push(data)
+		q.drain(dev, true)
+	}
+	pure := 0
+	for _, b := range dev.packets {
+		if strings.HasSuffix(written(false, b), "ack 5 win 0 len 0") {
+			pure++
+		}
+	}
+	if pure != 3 || len(dev.packets) != 8 || q.merged.Load() != 1 {
+		t.Errorf("%d repeated acknowledgements among %d packets, %d merged; want 3 among 8, 1", pure, len(dev.packets),
+			q.merged.Load())
+	}
+}
+
 // BenchmarkPush: what looking for something to merge with costs where there is nothing.
 func BenchmarkPush(b *testing.B) {
 	q := &txQueue{wake: make(chan struct{}, 1)}
@@ -149,7 +198,7 @@ func BenchmarkPush(b *testing.B) {
 	}
 	p := seg{port: 99, flags: header.TCPFlagAck | header.TCPFlagPsh, size: 1, opts: 12}.packet()
 	for b.Loop() {
-		if q.merge(p, mergePorts(p)) {
+		if q.merge(p, mergePorts(p), q.firstAck(p)) {
 			b.Fatal("merged")
 		}
 	}

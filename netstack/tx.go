@@ -36,6 +36,7 @@ type txShare struct{ bytes int }
 type txItem struct {
 	pkt   *stack.PacketBuffer
 	ports uint32 // of mergePorts
+	first bool   // of firstAck
 	share *txShare
 	cost  int // of the share
 	vh    tun.VNetHdr
@@ -53,6 +54,7 @@ type txQueue struct {
 	// waiters for room are woken when the queue has fallen below half of txSoftBytes.
 	waiters []*half
 	full    atomic.Bool // bytes >= txSoftBytes, readable without the lock
+	acks    *[ackFlows]lastAck
 
 	wake  chan struct{} // to the writer, capacity 1
 	spare []txItem
@@ -70,12 +72,12 @@ func (t *txQueue) push(pkts []*stack.PacketBuffer) int {
 			break
 		}
 		n++
-		ports := mergePorts(p)
-		if ports != 0 && t.merge(p, ports) {
+		ports, first := mergePorts(p), t.firstAck(p)
+		if ports != 0 && t.merge(p, ports, first) {
 			merged++
 			continue
 		}
-		t.q = append(t.q, txItem{pkt: p.IncRef(), ports: ports})
+		t.q = append(t.q, txItem{pkt: p.IncRef(), ports: ports, first: first})
 		t.bytes += p.Size()
 	}
 	if t.bytes >= txSoftBytes {
