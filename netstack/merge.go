@@ -121,8 +121,9 @@ func addresses(p *stack.PacketBuffer) []byte {
 }
 
 // supersedes reports whether next says all that old does: old is a mere acknowledgement, next follows it with as many
-// bytes of options, and acknowledges more, or as much and carries something while old, as first says, repeats none. Their
-// length tells most selective acknowledgements apart; data that comes with those of old tells the peer of them as well.
+// bytes of options, and acknowledges more, or as much and carries something while old, as first says, repeats none.
+// Their length tells most selective acknowledgements apart; data that comes with those of old tells the peer of them as
+// well.
 func supersedes(old, next *stack.PacketBuffer, oth, nth header.TCP, first bool) bool {
 	more := int32(nth.AckNumber() - oth.AckNumber())
 	return oth.Flags() == header.TCPFlagAck && old.Data().Size() == 0 && len(oth) == len(nth) &&

@@ -160,8 +160,8 @@ func TestMerge(t *testing.T) {
 // TestMergeRepeated: an acknowledgement that repeats one which has been written is written as well, although data with
 // the same number follows it at once: a peer without SACK counts three that carry nothing (RFC 5681).
 func TestMergeRepeated(t *testing.T) {
-	dev := &sink{}
-	q := &txQueue{wake: make(chan struct{}, 1)}
+	dev, p := &sink{}, &pump{}
+	q := &p.tx
 	push := func(s seg) {
 		p := s.packet()
 		q.push([]*stack.PacketBuffer{p})
@@ -182,9 +182,9 @@ func TestMergeRepeated(t *testing.T) {
 			pure++
 		}
 	}
-	if pure != 3 || len(dev.packets) != 8 || q.merged.Load() != 1 {
+	if pure != 3 || len(dev.packets) != 8 || p.stats().TxMerged != 1 {
 		t.Errorf("%d repeated acknowledgements among %d packets, %d merged; want 3 among 8, 1", pure, len(dev.packets),
-			q.merged.Load())
+			p.stats().TxMerged)
 	}
 }
 

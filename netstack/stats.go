@@ -17,8 +17,9 @@ type LinkStats struct {
 	RxOverFragments    uint64
 	TxPackets, TxBytes uint64
 	// TxDropped were refused because the transmit queue was full or closed;
-	// TxErrors failed in the device.
-	TxDropped, TxErrors uint64
+	// TxErrors failed in the device. TxMerged travelled as a part of another packet of their connection, or were made
+	// needless by it.
+	TxDropped, TxErrors, TxMerged uint64
 	// Offload reports whether super-packets and checksums are left to the kernel.
 	Offload bool
 }
@@ -102,7 +103,7 @@ func (p *pump) stats() LinkStats {
 		RxBadChecksum: p.rx.badChecksum.Load(), RxUnknownDst: p.rx.unknownDst.Load(),
 		RxReturned: p.rx.returned.Load(), RxOverFragments: p.rx.overFragments.Load(),
 		TxPackets: p.tx.packets.Load(), TxBytes: p.tx.sent.Load(),
-		TxDropped: p.tx.dropped.Load(), TxErrors: p.tx.errors.Load(),
+		TxDropped: p.tx.dropped.Load(), TxErrors: p.tx.errors.Load(), TxMerged: p.tx.merged.Load(),
 		Offload: p.gso,
 	}
 }

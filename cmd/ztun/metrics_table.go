@@ -118,6 +118,10 @@ func newMetricTables() *metricTables {
 					return s.TxDropped
 				}),
 			count("ztun_device_tx_errors_total", "Packets that the device refused.", func(s *link) uint64 { return s.TxErrors }),
+			count("ztun_device_tx_merged_total",
+				"TCP packets not written by themselves: another one of their connection says what they do.", func(s *link) uint64 {
+					return s.TxMerged
+				}),
 			family[link]{name: "ztun_device_offload", help: "1: super-packets and checksums are left to the kernel.",
 				get: func(s *link) float64 {
 					return truth(s.Offload)
