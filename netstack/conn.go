@@ -399,6 +399,9 @@ func (c *Conn) CloseWrite() error {
 	return nil
 }
 
+// SentEnd reports whether the peer has acknowledged all that was written, and our FIN, and has not ended its direction.
+func (c *Conn) SentEnd() bool { return c.ep.EndpointState() == tcp.StateFinWait2 }
+
 // Close ends the connection as a kernel socket does: with FIN after what is
 // queued, but with RST if there is data that nobody has read.
 func (c *Conn) Close() error { return c.close(false) }

@@ -303,6 +303,36 @@ func TestCloseWhileLent(t *testing.T) {
 	}
 }
 
+// TestSentEnd: a connection tells when the peer has acknowledged everything, the end included.
+func TestSentEnd(t *testing.T) {
+	j := join(t, true, nil)
+	peer, own := j.pipe(t, families[0])
+	var sent int
+	own.SetWriteDeadline(time.Now().Add(200 * time.Millisecond)) // long enough to fill what the peer does not read
+	for {
+		n, err := own.Write(make([]byte, MaxWrite))
+		if sent += n; err != nil {
+			break
+		}
+	}
+	if own.SentEnd() {
+		t.Error("sent all before the end")
+	}
+	own.CloseWrite()
+	time.Sleep(50 * time.Millisecond)
+	if own.SentEnd() {
+		t.Error("sent all while the peer reads nothing")
+	}
+	if n, err := io.Copy(io.Discard, peer); err != nil || n != int64(sent) {
+		t.Errorf("the peer read %d of %d bytes, %v", n, sent, err)
+	}
+	for end := time.Now().Add(patience); !own.SentEnd(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("not sent all although the peer has the end")
+		}
+	}
+}
+
 // TestOnReset: a connection tells of its loss while nobody reads or writes, once; not of an orderly end, nor of what
 // its own user did.
 func TestOnReset(t *testing.T) {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+	"golang.org/x/sys/unix"
 
 	"ztun/proxy/hbone"
 )
@@ -35,6 +36,14 @@ type copying struct {
 	lost  error       // why an end was lost; the first counts
 	tear  *time.Timer // set with lost: ends what has not ended by itself
 	ended bool
+	ways  [2]oneEnd   // what comes from down and from up
+	quit  *time.Timer // set when nothing is left of a way whose source wants no answer
+}
+
+// oneEnd is what is known of a way's end.
+type oneEnd struct {
+	passed  bool // its end went to the other side
+	unheard bool // its source has reset what goes the other way
 }
 
 // tearAfter is how long after the loss of one side the other may still take what has arrived. A direction that
@@ -49,6 +58,59 @@ func (s *copying) watch(side Conn) {
 	if r, ok := side.(resettable); ok {
 		r.OnReset(s.lose)
 	}
+	if t, ok := side.(*hbone.Stream); ok {
+		t.OnStopSending(func() { s.mark(side, func(w *oneEnd) { w.unheard = true }) })
+	}
+}
+
+// mark notes something of the way from src. Once that has ended and src hears nothing any more, the other side would
+// work for nobody, and hold what it holds: it is aborted when it has everything. Locks of src may be held.
+func (s *copying) mark(src Conn, note func(*oneEnd)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	w, dst := &s.ways[0], s.up
+	if src == s.up {
+		w, dst = &s.ways[1], s.down
+	}
+	note(w)
+	if w.passed && w.unheard && !s.ended && s.quit == nil {
+		s.quitSoon(dst)
+	}
+}
+
+// quitSoon aborts dst after tearAfter, or as much later as dst's far end takes to acknowledge all. mu is held.
+func (s *copying) quitSoon(dst Conn) {
+	s.c.p.work.Add(1) // beside the connection's own, which is held until ended is set
+	s.quit = time.AfterFunc(tearAfter, s.c.p.o.Panics.Func("the end of a connection", func() {
+		defer s.c.p.work.Done()
+		if sentEnd(dst) {
+			abort(dst)
+			return
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if !s.ended {
+			s.quitSoon(dst)
+		}
+	}, nil))
+}
+
+// sentEnd reports whether c's far end has all that was written to c, and its end: an abort loses nothing. False of what
+// cannot tell.
+func sentEnd(c Conn) bool {
+	switch c := c.(type) {
+	case interface{ SentEnd() bool }:
+		return c.SentEnd()
+	case *net.TCPConn:
+		raw, err := c.SyscallConn()
+		if err != nil {
+			return false
+		}
+		left := -1 // FIN counts, too
+		cerr := raw.Control(func(fd uintptr) { left, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) })
+		return cerr == nil && err == nil && left == 0
+	}
+	return false
 }
 
 // lose is called with locks of the lost side held.
@@ -158,6 +220,9 @@ func (s *copying) end() {
 	if s.tear != nil && s.tear.Stop() {
 		s.c.p.work.Done()
 	}
+	if s.quit != nil && s.quit.Stop() {
+		s.c.p.work.Done()
+	}
 	if err == nil && s.lost != nil && !isReset(s.lost) {
 		err = &copyError{receivePrefix, s.lost}
 	}
@@ -183,7 +248,11 @@ func (s *copying) oneWay(dst, src Conn, count func(int)) error {
 		// Its ends are being canceled one after the other. The far one must not learn of the near one's end as if its
 		// application had ended it.
 	case err == nil:
-		if err = dst.CloseWrite(); err == nil || isReset(err) || ignorable(err) {
+		if err = dst.CloseWrite(); err == nil {
+			s.mark(src, func(w *oneEnd) { w.passed = true })
+			return nil
+		}
+		if isReset(err) || ignorable(err) {
 			return nil
 		}
 		err = &copyError{"while closing connection: ", err}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+	"golang.org/x/sys/unix"
 
 	"ztun/proxy/hbone"
 )
@@ -130,6 +131,63 @@ func afterTheEnd(t *testing.T, sent int, pause time.Duration, code http2.ErrCode
 	close(read)
 	r := <-got
 	return r.n, r.err
+}
+
+// TestStoppedPeer: an application that works on after a peer's end learns that the peer has reset the stream since, and
+// its connection does not outlast it: the stream that bounded its number is gone.
+func TestStoppedPeer(t *testing.T) {
+	for _, code := range []http2.ErrCode{http2.ErrCodeNo, http2.ErrCodeCancel, http2.ErrCodeConnect} {
+		t.Run(code.String(), func(t *testing.T) {
+			w := newWorld(t)
+			ended, learnt := make(chan error, 1), make(chan error, 1)
+			w.listen(appB, func(c net.Conn) {
+				got, err := io.ReadAll(c)
+				if string(got) != "ping" && err == nil {
+					err = errors.New(string(got))
+				}
+				ended <- err
+				for err == nil { // it writes nothing, and looks after its socket
+					time.Sleep(5 * time.Millisecond)
+					err = socketError(c.(*net.TCPConn))
+				}
+				learnt <- err
+			})
+			s, _, err := w.peerOfB("10.91.1.2:4000").Open(t.Context(), &hbone.Request{Authority: "10.91.2.2:9000"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			io.WriteString(s, "ping")
+			s.CloseWrite()
+			if err := <-ended; err != nil {
+				t.Fatal(err)
+			}
+			s.Reset(code)
+			select {
+			case <-learnt:
+			case <-time.After(20 * time.Second):
+				t.Error("the application does not learn of the reset")
+			}
+			w.settle()
+		})
+	}
+}
+
+// socketError is what a socket's connection has ended with (SO_ERROR).
+func socketError(c *net.TCPConn) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	n := 0
+	if cerr := raw.Control(func(fd uintptr) {
+		n, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
+	}); cerr != nil {
+		return cerr
+	}
+	if n != 0 {
+		return syscall.Errno(n)
+	}
+	return err
 }
 
 // TestCutLooksCut: a running connection that policy cuts at the server's side is a reset to the client's application,

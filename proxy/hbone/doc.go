@@ -58,7 +58,7 @@
 //   - 2026-11-29: after END_STREAM a reset is the end of our own direction alone, whatever its code. An error code
 //     (CONNECT_ERROR: the far application wrote all, ended, and left with something unread) tore the reader after 200
 //     ms, and what a slow one had not taken yet was lost. The h2 library, and the kernel's TCP, hand out what was
-//     received.
+//     received. Who carries a stream learns of it (OnStopSending), and ends the far side once that has everything.
 //   - 2026-11-28: a request that a tunnel from before leaves without an answer is sent once more, on a tunnel that is
 //     newer than the failure (so that ten stale ones cost one failure, not ten). Silence is told from slowness by a
 //     PING (stale.go): the peer may take its whole connect timeout to answer, a black hole costs 1.3 s.

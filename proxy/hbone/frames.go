@@ -161,6 +161,9 @@ func (c *conn) takeReset(id uint32, code http2.ErrCode) error {
 		return c.overdue(id, http2.FrameRSTStream, 0)
 	}
 	s.peerReset = true
+	if s.gotEnd {
+		s.stopSending(code)
+	}
 	if !c.client && !s.answered {
 		c.blame() // rapid reset (CVE-2023-44487)
 	}

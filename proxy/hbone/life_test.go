@@ -81,6 +81,8 @@ func TestReset(t *testing.T) {
 			}
 			told := make(chan error, 2)
 			y.OnReset(func(err error) { told <- err })
+			stopped := make(chan struct{}, 4)
+			y.OnStopSending(func() { stopped <- struct{}{} })
 			x.Write([]byte("data"))
 			io.ReadFull(y, make([]byte, 2))
 			if ended {
@@ -104,6 +106,14 @@ func TestReset(t *testing.T) {
 			}
 			if n := len(told); n != 1 && !ended || n != 0 && ended {
 				t.Errorf("%v, ended %v: told %d times of the reset", code, ended, n)
+			}
+			y.OnStopSending(func() { stopped <- struct{}{} }) // it is told at once
+			want := 0
+			if ended && (code != http2.ErrCodeNo || !fromServer) {
+				want = 2
+			}
+			if n := len(stopped); n != want {
+				t.Errorf("%v, ended %v, from server %v: %d calls to stop sending, want %d", code, ended, fromServer, n, want)
 			}
 			if _, err := x.Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
 				t.Error(err)

@@ -23,6 +23,8 @@ type Stream struct {
 	onGone  func()      // the stream is over on the wire; called once, with c.mu held
 	onReset func(error) // OnReset's; called once, with c.mu held
 	reset   error       // why onReset was called, or would have been
+	onStop  func()      // OnStopSending's; called once, with c.mu held
+	stopped bool        // onStop was called, or would have been
 
 	// The sending side and the life cycle; c.mu guards them.
 	sendWin    int64 // what the peer's window lets us send
@@ -98,6 +100,37 @@ func (s *Stream) OnReset(f func(error)) {
 		return
 	}
 	s.onReset = f
+}
+
+// OnStopSending has f called, at most once, when the peer has ended its direction and then reset the stream: what it has
+// sent is there to be read, and what we have for it nobody takes any more. It is not called at a client for NO_ERROR,
+// by which a server has said all and only forgoes the rest of the request (RFC 9113 section 8.1). f is as OnReset's.
+func (s *Stream) OnStopSending(f func()) {
+	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	if s.stopped {
+		f()
+		return
+	}
+	s.onStop = f
+}
+
+// stopSending is the peer's reset, with a code, after its END_STREAM. c.mu is held.
+func (s *Stream) stopSending(code http2.ErrCode) {
+	if s.c.client && code == http2.ErrCodeNo {
+		return
+	}
+	if s.stopped = true; s.onStop != nil && !s.closed {
+		s.onStop()
+	}
+	s.onStop = nil
+}
+
+// SentEnd reports whether all that was written has been sent, and our END_STREAM with it.
+func (s *Stream) SentEnd() bool {
+	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	return s.sentEnd && s.pend == nil
 }
 
 // deadline is one direction's. The lock of that direction guards it.
@@ -333,7 +366,7 @@ func (s *Stream) Close() error {
 // closeLocked is the common part of Close and Reset. c.mu is held.
 func (s *Stream) closeLocked() {
 	s.closed = true
-	s.onReset = nil
+	s.onReset, s.onStop = nil, nil
 	if s.werr == nil {
 		s.werr = net.ErrClosed
 	}
