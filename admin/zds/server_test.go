@@ -514,8 +514,8 @@ func TestQueue(t *testing.T) {
 	}
 }
 
-// TestFlush: it is over when a proxy has answered for the end of every pod, when no proxy is there, and with ctx; and it
-// says how many pods are left with nobody who has heard of their end.
+// TestFlush: it is over when a proxy has answered for the end of every pod, when no proxy is there, and with ctx; and
+// it says how many pods are left with nobody who has heard of their end.
 func TestFlush(t *testing.T) {
 	n := newNode(t, ServerOptions{})
 	flush := func(limit time.Duration, want int) {
