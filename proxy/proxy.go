@@ -153,7 +153,7 @@ func New(o Options) *Proxy {
 		p.o.Policies = NewUnknownPolicies(false, o.Log)
 	}
 	p.policyLogger = newPolicyLogger(&o)
-	p.o.Config.HBONE.Go = p.workers.Go
+	p.o.Config.HBONE.Go, p.workers.OnIdle = p.workers.Go, p.sweepSoon
 	p.ctx, p.stop = context.WithCancel(context.Background())
 	pod := o.Info.Namespace + "/" + o.Info.Name
 	for dir, name := range directions {

@@ -64,7 +64,7 @@ func (s *copying) resumeToDownstream() {
 	s.c.p.workers.Go(s.copyToDownstream)
 }
 
-// sweepSoon has idle directions looked for as long as there are connections.
+// sweepSoon has idle directions and workers looked for as long as there are connections or idle workers.
 func (p *Proxy) sweepSoon() {
 	if p.sweeping.Load() || p.sweeping.Swap(true) {
 		return
@@ -96,8 +96,8 @@ func (p *Proxy) sweepIdle() {
 		}
 	}
 	p.sweeping.Store(false)
-	// Looked at after that: who has come since begins it anew, or is seen here.
-	if !p.table.none() {
+	// Looked at after that: who has come, or has become idle, since begins it anew, or is seen here.
+	if !p.table.none() || p.workers.Idle() {
 		p.sweepSoon()
 	}
 }

@@ -63,6 +63,22 @@ func TestRestingConnection(t *testing.T) {
 	}
 }
 
+// TestIdleWorkersEnd: a worker does not stay for what was no connection, or for one that ended after the last sweep.
+func TestIdleWorkersEnd(t *testing.T) {
+	p := newWorld(t).proxies[1]
+	p.restAfter = 5 * time.Millisecond
+	for range 3 {
+		ended := make(chan struct{})
+		p.workers.Go(func() {})
+		go func() { p.workers.Work.Wait(); close(ended) }()
+		select {
+		case <-ended:
+		case <-time.After(20 * time.Second):
+			t.Fatal("a worker waits for work although there is no connection")
+		}
+	}
+}
+
 // TestRestIsAskedForOnce: a direction that was asked while its write waited counts what it wrote and then rests. It is
 // not asked again, which would wake it for nothing at each sweep (netstack.Conn.Rest).
 func TestRestIsAskedForOnce(t *testing.T) {

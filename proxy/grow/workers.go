@@ -1,6 +1,10 @@
 package grow
 
-import "sync"
+import (
+	"context"
+	"runtime/pprof"
+	"sync"
+)
 
 // maxIdle is how many workers wait for work: more than one turn of a busy processor begins, and some 100 KiB.
 const maxIdle = 32
@@ -13,6 +17,8 @@ type Workers struct {
 	closed bool
 	// Work counts the goroutines, for who waits for them after Close.
 	Work sync.WaitGroup
+	// OnIdle, if there is one, is called by each that has begun to wait for work. It is set before the first Go.
+	OnIdle func()
 }
 
 // Go runs f on a goroutine of its own, as long as it likes. It does not wait.
@@ -41,6 +47,7 @@ func (w *Workers) run(f func()) {
 	for ; f != nil; f = <-next {
 		Stack() // the collector may have halved it
 		f()
+		pprof.SetGoroutineLabels(context.Background()) // else what comes next is booked as f's kind
 		w.mu.Lock()
 		if w.closed || len(w.idle) == maxIdle {
 			w.mu.Unlock()
@@ -48,7 +55,17 @@ func (w *Workers) run(f func()) {
 		}
 		w.idle = append(w.idle, next)
 		w.mu.Unlock()
+		if w.OnIdle != nil {
+			w.OnIdle()
+		}
 	}
+}
+
+// Idle reports whether somebody waits for work.
+func (w *Workers) Idle() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.idle) > 0
 }
 
 // Trim ends those that wait for work.

@@ -1,7 +1,9 @@
 package grow
 
 import (
+	"bytes"
 	"runtime"
+	"runtime/pprof"
 	"strings"
 	"sync"
 	"testing"
@@ -80,6 +82,25 @@ func TestWorkersAreUsedAgain(t *testing.T) {
 	if n := idle(); n != 0 {
 		t.Errorf("%d idle after the end", n)
 	}
+}
+
+// TestWorkersForgetLabels: the labels of what a worker did are not those of what it does next.
+func TestWorkersForgetLabels(t *testing.T) {
+	idle := make(chan struct{}, 1)
+	w := Workers{OnIdle: func() { idle <- struct{}{} }}
+	const label = "of-the-first"
+	w.Go(func() {
+		pprof.SetGoroutineLabels(pprof.WithLabels(t.Context(), pprof.Labels("test", label)))
+	})
+	<-idle
+	var labelled bytes.Buffer
+	w.Go(func() { pprof.Lookup("goroutine").WriteTo(&labelled, 1) })
+	<-idle
+	if strings.Contains(labelled.String(), label) {
+		t.Errorf("its next work is labelled as the first:\n%s", labelled.String())
+	}
+	w.Close()
+	w.Work.Wait()
 }
 
 // BenchmarkWorkers: what goes deep, on goroutines of its own and on workers.
