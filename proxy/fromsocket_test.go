@@ -84,6 +84,57 @@ func TestFromSocket(t *testing.T) {
 	})
 }
 
+// stalled takes what it is given when it is told to. It tells the size of that, and of the buffer that it is in.
+type stalled struct {
+	got  chan [2]int
+	take chan bool
+}
+
+func (s stalled) Write(b []byte) (int, error) {
+	s.got <- [2]int{len(b), cap(b)}
+	<-s.take
+	return len(b), nil
+}
+
+// TestFromSocketStalled: a write that waits for a far side that does not read holds a small buffer, unless there was
+// much to read at last.
+func TestFromSocketStalled(t *testing.T) {
+	near, far := tcpPair(t)
+	near.SetWriteBuffer(1 << 20)
+	far.SetReadBuffer(1 << 20)
+	to := stalled{make(chan [2]int), make(chan bool)}
+	done := make(chan error, 1)
+	go func() { done <- moveFromSocket(to, far, func(int) {}) }()
+	near.Write([]byte{1})
+	holds := func(n, buffer int) {
+		t.Helper()
+		if got := <-to.got; got != [2]int{n, buffer} {
+			t.Errorf("%d bytes wait in a buffer of %d, want %d in one of %d", got[0], got[1], n, buffer)
+		}
+	}
+	send := func(n int) {
+		near.Write(make([]byte, n))
+		for waiting(t, far, unix.TIOCINQ) < n {
+			time.Sleep(time.Millisecond)
+		}
+		to.take <- true
+	}
+	holds(1, socketReadFew)
+	send(socketReadFew + socketRead)
+	holds(socketReadFew, socketReadFew)
+	to.take <- true
+	holds(socketRead, socketRead)
+	send(1)
+	holds(1, socketRead) // read into what the bulk has left
+	send(1)
+	holds(1, socketReadFew)
+	near.Close()
+	to.take <- true
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
 // A socket on which nothing comes any more holds no buffer: net's WriteTo kept 32 KiB for each.
 func TestFromSocketRests(t *testing.T) {
 	const n = 100
