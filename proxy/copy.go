@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
-	"golang.org/x/sys/unix"
 
 	"ztun/proxy/hbone"
 )
@@ -102,13 +101,7 @@ func sentEnd(c Conn) bool {
 	case interface{ SentEnd() bool }:
 		return c.SentEnd()
 	case *net.TCPConn:
-		raw, err := c.SyscallConn()
-		if err != nil {
-			return false
-		}
-		left := -1 // FIN counts, too
-		cerr := raw.Control(func(fd uintptr) { left, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) })
-		return cerr == nil && err == nil && left == 0
+		return hbone.SocketSentAll(c)
 	}
 	return false
 }

@@ -102,9 +102,10 @@ func (s *Stream) OnReset(f func(error)) {
 	s.onReset = f
 }
 
-// OnStopSending has f called, at most once, when the peer has ended its direction and then reset the stream: what it has
-// sent is there to be read, and what we have for it nobody takes any more. It is not called at a client for NO_ERROR,
-// by which a server has said all and only forgoes the rest of the request (RFC 9113 section 8.1). f is as OnReset's.
+// OnStopSending has f called, at most once, when the peer has ended its direction and then reset the stream: what it
+// has sent is there to be read, and what we have for it nobody takes any more. It is not called at a client for
+// NO_ERROR, by which a server has said all and only forgoes the rest of the request (RFC 9113 section 8.1). f is as
+// OnReset's.
 func (s *Stream) OnStopSending(f func()) {
 	s.c.mu.Lock()
 	defer s.c.mu.Unlock()
