@@ -41,7 +41,7 @@ func (p *parting) start(raw net.Conn) bool {
 	if p.hurried {
 		p.end = now.Add(partingHurry)
 	}
-	p.unacked = unacknowledged(raw)
+	p.unacked, _ = unacknowledged(raw) // 0 of what cannot tell: then there is nothing to wait for
 	p.on.Store(true)
 	step := partingStep
 	if p.brief {
@@ -61,7 +61,7 @@ func (p *parting) hurry() {
 
 // more decides at a deadline whether to go on listening, and for how long.
 func (p *parting) more(raw net.Conn, now time.Time) bool {
-	left := unacknowledged(raw)
+	left, _ := unacknowledged(raw)
 	if left < p.unacked {
 		p.progress = now
 	}
@@ -80,17 +80,17 @@ func (c *conn) listenOn() bool {
 	return c.parting.on.Load() && !c.ended && c.parting.more(c.raw, time.Now())
 }
 
-// unacknowledged is the number of bytes that the peer's kernel has yet to acknowledge; 0 for what is no socket.
-func unacknowledged(c net.Conn) (n int) {
+// unacknowledged is the number of bytes that the peer's kernel has yet to acknowledge, our FIN as one of them
+// (SIOCOUTQ, tcp(7)); 0 and false where that cannot be told, as of what is no socket.
+func unacknowledged(c net.Conn) (n int, ok bool) {
 	sc, ok := c.(syscall.Conn)
 	if !ok {
-		return 0
+		return 0, false
 	}
 	raw, err := sc.SyscallConn()
 	if err != nil {
-		return 0
+		return 0, false
 	}
-	// An error leaves 0: then there is nothing to wait for.
-	_ = raw.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) })
-	return n
+	cerr := raw.Control(func(fd uintptr) { n, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) })
+	return n, cerr == nil && err == nil
 }

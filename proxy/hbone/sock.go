@@ -194,13 +194,8 @@ func (w *sockWriter) writeFD(fd uintptr) bool {
 }
 
 // SocketSentAll reports whether the peer of a kernel socket has acknowledged all that was written to it, and our FIN if
-// it was sent (SIOCOUTQ, tcp(7)).
+// it was sent.
 func SocketSentAll(c *net.TCPConn) bool {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return false
-	}
-	left := -1
-	cerr := raw.Control(func(fd uintptr) { left, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) })
-	return cerr == nil && err == nil && left == 0
+	n, ok := unacknowledged(c)
+	return ok && n == 0
 }
