@@ -100,6 +100,18 @@ func (w *world) start() (stop func()) {
 	return stop
 }
 
+// captured starts an agent whose one pod is captured by a proxy.
+func (w *world) captured() (p *proxy, stop func()) {
+	w.t.Helper()
+	w.namespace("shop", "ambient")
+	w.pod("a", uid1, "")
+	w.process("10", uid1, "a")
+	p = w.proxy()
+	stop = w.start()
+	eventually(w.t, "a", w.annotated)
+	return p, stop
+}
+
 // get is a page of the agent's, with its status.
 func (w *world) get(path string) string {
 	r := httptest.NewRecorder()
@@ -385,18 +397,17 @@ func TestAgentUninstalled(t *testing.T) {
 				b, err := os.ReadFile(path)
 				return fmt.Sprint(err == nil && strings.Contains(string(b), "ztun-cni"))
 			}
-			w.namespace("shop", "ambient")
-			w.pod("a", uid1, "")
-			w.process("10", uid1, "a")
-			p := w.proxy()
-			stop := w.start()
-			eventually(t, "a", w.annotated)
+			p, stop := w.captured()
 			eventually(t, "true", installed)
 			for _, set := range tt.changes {
 				w.changeSet(set)
 			}
 			if tt.stays {
-				w.pod("b", uid2, "") // seen after those
+				eventually(t, "orphaned true, left 0", func() string { // the pods' watch is another
+					set := &w.n.cluster.set
+					return fmt.Sprintf("orphaned %v, left %d", set.orphaned.Load(), len(set.informer.GetStore().List()))
+				})
+				w.pod("b", uid2, "")
 				w.process("20", uid2, "b")
 				eventually(t, uid1+" "+uid2, p.has)
 				stop()
@@ -419,12 +430,7 @@ func TestAgentUninstalled(t *testing.T) {
 // Without rights nobody knows whether ztun is to go: pods keep what they have, and only new ones start without it.
 func TestAgentWithoutRights(t *testing.T) {
 	w := newWorld(t)
-	w.namespace("shop", "ambient")
-	w.pod("a", uid1, "")
-	w.process("10", uid1, "a")
-	p := w.proxy()
-	stop := w.start()
-	eventually(t, "a", w.annotated)
+	p, stop := w.captured()
 	w.mu.Lock()
 	w.forbidden = true
 	w.mu.Unlock()

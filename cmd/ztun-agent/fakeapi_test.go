@@ -83,7 +83,7 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		status(w, http.StatusForbidden, metav1.StatusReasonForbidden)
 	case r.Method == "GET" && strings.HasSuffix(r.URL.Path, "/daemonsets/ztun-agent") && a.set != "":
 		defer a.mu.Unlock()
-		w.Write([]byte(a.set))
+		reply(w, a.daemonSet())
 	case r.Method == "GET" && len(words) == 1 && q.Get("sendInitialEvents") == "true":
 		defer a.mu.Unlock()
 		status(w, http.StatusUnprocessableEntity, metav1.StatusReasonInvalid) // as one that is older than this

@@ -28,7 +28,7 @@ import (
 
 // cluster is the API server: agent.Cluster.
 type cluster struct {
-	api              *rest.RESTClient
+	api, apps        *rest.RESTClient // core/v1, apps/v1
 	node             string
 	pods, namespaces cache.SharedIndexInformer
 	queue            workqueue.TypedRateLimitingInterface[agent.Ref]
@@ -70,8 +70,9 @@ func newCluster(config *rest.Config, node, namespace, set string) (*cluster, err
 	if err != nil {
 		return nil, err
 	}
-	c := &cluster{api: api, node: node, changed: make(chan struct{}, 1), queue: workqueue.NewTypedRateLimitingQueue(
-		workqueue.NewTypedItemExponentialFailureRateLimiter[agent.Ref](firstPause, longestPause))}
+	c := &cluster{api: api, apps: apps, node: node, changed: make(chan struct{}, 1),
+		queue: workqueue.NewTypedRateLimitingQueue(
+			workqueue.NewTypedItemExponentialFailureRateLimiter[agent.Ref](firstPause, longestPause))}
 	c.pods = cache.NewSharedIndexInformer(cache.NewListWatchFromClient(api, "pods", "",
 		fields.OneTermEqualSelector("spec.nodeName", node)), &corev1.Pod{}, 0,
 		cache.Indexers{cache.NamespaceIndex: cache.MetaNamespaceIndexFunc})
@@ -140,11 +141,16 @@ func (s *ownSet) seen(o any) {
 	case !ok:
 	case set.DeletionTimestamp == nil:
 		s.orphaned.Store(false) // also one that was made anew
-	case slices.Contains(set.Finalizers, metav1.FinalizerOrphanDependents):
+	case orphans(set):
 		s.orphaned.Store(true) // which stays so when this finalizer goes before another
 	default:
 		s.end()
 	}
+}
+
+// orphans reports whether a DaemonSet that is being deleted leaves its pods.
+func orphans(set *appsv1.DaemonSet) bool {
+	return slices.Contains(set.Finalizers, metav1.FinalizerOrphanDependents)
 }
 
 func (s *ownSet) end() {
@@ -236,16 +242,14 @@ func (c *cluster) fate(ctx context.Context, namespace, name string) fate {
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	b, err := c.api.Get().AbsPath("/apis/apps/v1/namespaces", namespace, "daemonsets", name).
-		SetHeader("Accept", "application/json").Do(ctx).Raw()
-	var set metav1.PartialObjectMetadata
+	var set appsv1.DaemonSet
+	err := c.apps.Get().Namespace(namespace).Resource("daemonsets").Name(name).Do(ctx).Into(&set)
 	switch {
 	case apierrors.IsNotFound(err):
 		return going
 	case apierrors.IsForbidden(err), apierrors.IsUnauthorized(err):
 		return untold
-	case err == nil && json.Unmarshal(b, &set) == nil && set.DeletionTimestamp != nil &&
-		!slices.Contains(set.Finalizers, metav1.FinalizerOrphanDependents):
+	case err == nil && set.DeletionTimestamp != nil && !orphans(&set):
 		return going
 	}
 	return stays
