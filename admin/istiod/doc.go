@@ -4,7 +4,7 @@
 // What flows through it: Options come in from cmd/ztun (New checks them); Dial reads the roots and gives a channel
 // that connects when first used; Context gives one call its metadata. Who calls it: admin/xds and admin/ca, for the
 // state and for certificates. What it never does: call anything, keep a channel, retry, watch files (ca.Remote does),
-// start a goroutine of its own, read the environment, or log or put into an error a byte of a token.
+// watch addresses (Moved is told), start a goroutine of its own, read the environment, or log or put into an error a byte of a token.
 //
 // # Transport (spec/controlplane.md 2.1)
 //
@@ -25,4 +25,7 @@
 //   - 2026-11-23: PQC beats TLS12: TLS 1.2 has no such group.
 //   - 2026-11-23: a client certificate (ClientCert, ClientKey) is ours, for `ztun control`; istiod asks for none.
 //   - 2026-11-23: 10 s for TCP and TLS together: a server that accepts and says nothing is one that is down.
+//   - 2026-11-29: a connection from an address that the host has lost is closed by whoever is told of the loss (Moved),
+//     beneath gRPC, whose users see what they see when a server dies. A shorter PING would tell it later, and istiod
+//     takes those that come more often for an attack.
 package istiod

@@ -43,12 +43,13 @@ type Options struct {
 	Logger     *slog.Logger
 }
 
-// Connector makes channels to one control plane. Immutable, safe for concurrent use.
+// Connector makes channels to one control plane. Safe for concurrent use.
 type Connector struct {
 	o          Options
 	host, port string
 	headers    metadata.MD
 	log        *slog.Logger
+	open       openConns
 }
 
 // New checks the options. Files are not needed yet, but what is wrong with them now is logged as a warning. Errors name
@@ -160,7 +161,13 @@ func (c *Connector) Dial() (*grpc.ClientConn, error) {
 	// passthrough: names are resolved by the dialer, at each connection.
 	return grpc.NewClient("passthrough:///"+c.Address(),
 		grpc.WithTransportCredentials(credentials.NewTLS(cfg)),
-		grpc.WithContextDialer(dial),
+		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
+			conn, err := dial(ctx, address)
+			if err == nil {
+				c.open.add(conn)
+			}
+			return conn, err
+		}),
 		grpc.WithNoProxy(),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithDisableHealthCheck(),

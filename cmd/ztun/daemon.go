@@ -21,6 +21,7 @@ import (
 
 	"ztun/admin"
 	"ztun/admin/ca"
+	"ztun/admin/istiod"
 	"ztun/admin/xds"
 	"ztun/admin/zlog"
 	"ztun/cmd/attach"
@@ -48,21 +49,23 @@ type daemon struct {
 	xds      atomic.Pointer[xds.Client] // nil: workloads come from a file
 	remoteCA *ca.Remote                 // nil: certificates are signed here
 	probeCA  func(context.Context) error
-	lost     *serverLost // the control plane, as far as it is; nil: workloads come from a file
-	caLost   *serverLost // the CA; nil: this process is of no one workload
-	crl      *ca.CRLFile // nil: CRL_PATH is not set
-	revoked  identity.Revocation
-	metrics  *proxy.Metrics
-	policies *proxy.UnknownPolicies
-	pods     *podManager
-	agent    *nodeAgent // nil: nobody but `ztun pod` says which pods there are
-	fds      *attach.Descriptors
-	kind     attach.Kind    // how pods are attached; nil as long as pods is: start has not come so far
-	ports    *runPorts      // of `ztun run`; nil in others
-	buffers  hbone.Buffers  // shared by the tunnels of all pods
-	panics   *rescue.Panics // of the data plane
-	memory   *memory        // what lies here for the pods
-	report   *fair.Report   // of what bounds turned away
+	// upstreams are the ways to control plane and CA; complete when learn is done.
+	upstreams []*istiod.Connector
+	lost      *serverLost // the control plane, as far as it is; nil: workloads come from a file
+	caLost    *serverLost // the CA; nil: this process is of no one workload
+	crl       *ca.CRLFile // nil: CRL_PATH is not set
+	revoked   identity.Revocation
+	metrics   *proxy.Metrics
+	policies  *proxy.UnknownPolicies
+	pods      *podManager
+	agent     *nodeAgent // nil: nobody but `ztun pod` says which pods there are
+	fds       *attach.Descriptors
+	kind      attach.Kind    // how pods are attached; nil as long as pods is: start has not come so far
+	ports     *runPorts      // of `ztun run`; nil in others
+	buffers   hbone.Buffers  // shared by the tunnels of all pods
+	panics    *rescue.Panics // of the data plane
+	memory    *memory        // what lies here for the pods
+	report    *fair.Report   // of what bounds turned away
 	// handshakes compute half of the worker threads at a time, so that the other half is left to those who move bytes.
 	handshakes *fair.Turns[proxy.Crypto]
 
@@ -248,6 +251,9 @@ func (d *daemon) start(ctx context.Context) error {
 
 	if err := d.learn(ctx, stateReady); err != nil {
 		return err
+	}
+	if c.follows() && len(d.upstreams) > 0 {
+		d.admin(ctx, "host's addresses", d.followHost)
 	}
 
 	// Bound before anything of the node or of the list of pods is touched: its lock tells two daemons with

@@ -26,7 +26,8 @@ type runPorts struct {
 
 	in   rootless.Inbound
 	kind *rootless.Kind
-	said string // the last warning
+	had  []netip.Addr // addresses of this host where the record announced the command, or does
+	said string       // the last warning
 }
 
 func (r *runPorts) bind(cmd *cobra.Command) {
@@ -142,8 +143,15 @@ func (r *runPorts) follow(ctx context.Context, w *state.Workload, log *slog.Logg
 	if err := r.kind.Announce(ctx, announced(w)); err != nil {
 		text = err.Error()
 	}
-	if text == "" {
-		text = unannounced(w, r.in.Mesh.Port(), hostAddrs())
+	// Without the list of addresses nothing is known of them: no warning.
+	if host, err := hostAddrs(); err == nil {
+		var left string
+		if r.had, left = departed(announced(w), r.had, host); text == "" {
+			text = left
+		}
+		if text == "" {
+			text = unannounced(w, r.in.Mesh.Port(), host)
+		}
 	}
 	if text != "" && text != r.said {
 		log.Warn(text, "workload", w.Namespace+"/"+w.Name)
@@ -160,15 +168,34 @@ func announced(w *state.Workload) []netip.AddrPort {
 	return w.MeshAddresses
 }
 
+// departed says that the record sends peers to an address that this host has no longer; "": it does not, or the address
+// never was this host's but, say, that of a router in front of it. had is which of the announced ones were this host's
+// before, and the first result the same for the next time.
+func departed(announced []netip.AddrPort, had, host []netip.Addr) (seen []netip.Addr, text string) {
+	for _, a := range announced {
+		switch at := a.Addr(); {
+		case slices.Contains(host, at):
+			seen = append(seen, at)
+		case slices.Contains(had, at):
+			seen = append(seen, at)
+			if text == "" {
+				text = fmt.Sprintf("peers do not reach the command: its record sends them to %s, an address that this host has lost; "+
+					"give it meshAddresses: [\"ADDRESS-OF-THIS-HOST:%d\"]", a, a.Port())
+			}
+		}
+	}
+	return seen, text
+}
+
 // hostAddrs are the addresses of this host.
-func hostAddrs() (out []netip.Addr) {
-	all, _ := net.InterfaceAddrs()
+func hostAddrs() (out []netip.Addr, err error) {
+	all, err := net.InterfaceAddrs()
 	for _, a := range all {
 		if p, err := netip.ParsePrefix(a.String()); err == nil {
 			out = append(out, p.Addr().Unmap())
 		}
 	}
-	return out
+	return out, err
 }
 
 // unannounced says why no peer calls the mesh port that is listened at; "": they do, or are not meant to. asked is

@@ -80,3 +80,36 @@ func TestRunUnannounced(t *testing.T) {
 		}
 	}
 }
+
+// A record that announces an address that the host has lost is said to, once it was seen there; one that announces a
+// router's is not.
+func TestRunDeparted(t *testing.T) {
+	old, next := netip.MustParseAddr("192.0.2.7"), netip.MustParseAddr("192.0.2.8")
+	router := netip.MustParseAddr("198.51.100.1")
+	at := func(hosts ...netip.Addr) (out []netip.AddrPort) {
+		for _, h := range hosts {
+			out = append(out, netip.AddrPortFrom(h, 15018))
+		}
+		return out
+	}
+	var had []netip.Addr
+	for i, step := range []struct {
+		announced []netip.AddrPort
+		host      []netip.Addr
+		want      string
+	}{
+		{at(old, router), []netip.Addr{old}, ""},
+		{at(old, router), nil, "sends them to 192.0.2.7:15018"},
+		{at(old, router), []netip.Addr{next}, "sends them to 192.0.2.7:15018"},
+		{at(next, router), []netip.Addr{next}, ""},
+		{at(next, router), []netip.Addr{old}, "sends them to 192.0.2.8:15018"},
+		{at(next, router), []netip.Addr{next}, ""},
+		{at(old), []netip.Addr{next}, ""}, // it was announced by an earlier record: this one knows better
+	} {
+		var text string
+		had, text = departed(step.announced, had, step.host)
+		if (text == "") != (step.want == "") || !strings.Contains(text, step.want) {
+			t.Errorf("step %d: %q, want %q", i, text, step.want)
+		}
+	}
+}

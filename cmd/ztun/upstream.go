@@ -18,7 +18,11 @@ const maxXDS = 200 << 20
 
 // connector is the way to a control plane: what XDS_ADDRESS and CA_ADDRESS, which is the name, have in common.
 func (d *daemon) connector(name string, up upstream, maxRecv int) (*istiod.Connector, error) {
-	return newConnector(d.c, name, up, maxRecv, d.log.Logger("istiod"))
+	conn, err := newConnector(d.c, name, up, maxRecv, d.log.Logger("istiod"))
+	if err == nil {
+		d.upstreams = append(d.upstreams, conn)
+	}
+	return conn, err
 }
 
 // newConnector is for those who have no daemon.

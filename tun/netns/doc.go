@@ -9,6 +9,8 @@
 // sockets and sysctls belong to a namespace), and the kinds of attachment (HBONE on kernel sockets; the sockets in a
 // pod that istio-cni's rules redirect to, which ask here where a connection was going).
 //
+// WatchAddrs tells when the addresses of our own namespace change; what follows from that is its caller's affair.
+//
 // Namespaces of our own (tun/sandwich) are made and removed here, under names that `ip netns` knows.
 //
 // What it never does: it changes no route, and leaves no thread of the Go scheduler in a foreign namespace.
@@ -21,6 +23,8 @@
 //     a thread born during Do does not inherit the namespace.)
 //   - 2026-11-23: only socket(2) happens inside the namespace; bind, connect and the wait for the handshake happen
 //     outside it. A dial that takes a minute therefore holds no thread.
+//   - 2026-11-29: WatchAddrs reads nothing of rtnetlink's messages: that there was one, or that some were lost, is a
+//     reason to ask for all addresses, and a list has no order to get wrong.
 //   - 2026-11-23: all-digit references are looked up in /var/run/netns first and taken as a pid when nothing of that
 //     name is there, since `ip netns add 1` is legal and a name is the more deliberate of the two.
 package netns
