@@ -5,6 +5,7 @@ import (
 	"context"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -224,6 +225,33 @@ func TestRatesAndLatencies(t *testing.T) {
 	}
 	if w, err := WhoAmI(ctx, many); err != nil || !strings.HasPrefix(w.Peer, "127.0.0.1:") {
 		t.Errorf("whoami: %+v, %v", w, err)
+	}
+}
+
+// TestIdleDescriptors: an idle connection costs its server one descriptor. With a pipe each, 10,000 could not be opened
+// where a process may have 20,000.
+func TestIdleDescriptors(t *testing.T) {
+	many, _ := start(t)
+	pipes := func() (n int) {
+		fds, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Skip(err)
+		}
+		for _, fd := range fds {
+			if at, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && strings.HasPrefix(at, "pipe:") {
+				n++
+			}
+		}
+		return n
+	}
+	before := pipes()
+	ic, err := Idle(testContext(t), many, 50)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ic.Close()
+	if n := pipes() - before; n > 20 {
+		t.Errorf("50 idle connections have %d ends of pipes", n)
 	}
 }
 

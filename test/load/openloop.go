@@ -130,7 +130,7 @@ func Idle(ctx context.Context, t Target, n int) (*IdleConns, error) {
 		}
 		wg.Go(func() {
 			defer func() { <-sem }()
-			c, err := t.open(ctx, "echo")
+			c, err := t.open(ctx, "hold")
 			if err == nil {
 				c.SetDeadline(time.Now().Add(60 * time.Second))
 				if _, err = c.Write([]byte{1}); err == nil {

@@ -134,6 +134,8 @@ func (s *Server) handle(c conn) error {
 	case "echo":
 		_, err := io.Copy(c, br)
 		return err
+	case "hold":
+		return hold(c, br)
 	case "whoami":
 		return json.NewEncoder(c).Encode(Trailer{Peer: c.RemoteAddr().String(), Local: c.LocalAddr().String()})
 	case "sink":
@@ -148,6 +150,24 @@ func (s *Server) handle(c conn) error {
 		return s.report(c, r)
 	}
 	return fmt.Errorf("unknown verb %q", r.verb)
+}
+
+// hold is echo for connections that are open by the ten thousand: io.Copy between two sockets splices, and has a pipe
+// in hand for as long as it waits, which is two more descriptors and up to 64 KiB of kernel memory each.
+func hold(c conn, br *bufio.Reader) error {
+	var buf [64]byte
+	for {
+		n, err := br.Read(buf[:])
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if _, err := c.Write(buf[:n]); err != nil {
+			return err
+		}
+	}
 }
 
 func newHash(on bool) hash.Hash {
