@@ -22,6 +22,7 @@ type serverLost struct {
 	since  time.Time // when the first of them was
 	last   error     // the last of them
 	synced bool      // it has been reached before
+	over   bool      // it is said that what it gave has ended
 }
 
 // newControlLost is that of the control plane; wait is how long the command waits for it.
@@ -64,14 +65,25 @@ func (c *serverLost) trouble(err error) {
 	c.log.Warn(c.away+": "+meanwhile, "address", c.address, "cause", cause, "error", err)
 }
 
+// ended is that the certificate which the CA gave has ended at a time, and another has not come.
+func (c *serverLost) ended(at time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.over && c.log != nil {
+		c.log.Error("this workload's certificate has ended: until another comes, calls to peers of the mesh and from them "+
+			"are refused, but for those by tunnels that stand", "ended", at.UTC().Format(time.RFC3339), "CA", c.address)
+	}
+	c.over = true
+}
+
 // connected is that it has answered.
 func (c *serverLost) connected() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.failed >= 2 && c.log != nil {
+	if (c.failed >= 2 || c.over) && c.log != nil {
 		c.log.Info(c.back, "address", c.address)
 	}
-	c.failed, c.last, c.synced = 0, nil, true
+	c.failed, c.last, c.synced, c.over = 0, nil, true, false
 }
 
 // failing is since when it has not been reached, and why; nil: it has been, or nothing has failed yet.

@@ -3,11 +3,13 @@ package main
 import (
 	"context"
 	"crypto/x509"
+	"errors"
 	"log/slog"
 	"net/netip"
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"ztun/admin/ca"
@@ -102,16 +104,19 @@ func TestRunWho(t *testing.T) {
 	}
 }
 
-// signs signs for anybody, or always for one.
+// signs signs for anybody, or always for one, or for nobody.
 type signs struct {
 	local  *ca.Local
 	always identity.ID
 	asked  int
+	away   error
 }
 
 func (s *signs) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time.Duration) (chain,
 	roots []*x509.Certificate, err error) {
-	s.asked++
+	if s.asked++; s.away != nil {
+		return nil, nil, s.away
+	}
 	if s.always != (identity.ID{}) {
 		id = s.always
 		if _, csr, err = ca.NewRequest(id); err != nil {
@@ -160,6 +165,58 @@ func TestOwnSigner(t *testing.T) {
 	if n := strings.Count(log.String(), "given=spiffe://td/ns/bank/sa/boss"); n != 1 {
 		t.Errorf("said %d times: %s", n, log)
 	}
+}
+
+// TestOwnSignerEnds: of a certificate that has ended while the CA was away there is one line, and none of one that is
+// valid; another that comes is said to have.
+func TestOwnSignerEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := &strings.Builder{}
+		out := slog.New(slog.NewTextHandler(log, nil))
+		below := &signs{local: ca.NewFake()}
+		s := &ownSigner{Signer: below, of: state.WorkloadInfo{Namespace: "shop", Name: "till", ServiceAccount: "tills"},
+			log: out, lost: newCALost(out, "10.0.0.1:15012", "CA_ADDRESS", 0)}
+		id := identity.ID{TrustDomain: "td", Namespace: "shop", ServiceAccount: "tills"}
+		ask := func() error {
+			_, csr, err := ca.NewRequest(id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, _, err = s.Sign(t.Context(), id, csr, time.Hour)
+			return err
+		}
+		const ended, back = "certificate has ended", "a certificate has come"
+		said := func(when string, ends, backs int) {
+			t.Helper()
+			if n, m := strings.Count(log.String(), ended), strings.Count(log.String(), back); n != ends || m != backs {
+				t.Errorf("%s: %q %d times, %q %d times: %s", when, ended, n, back, m, log)
+			}
+		}
+		for i := range 2 {
+			below.away = nil
+			if err := ask(); err != nil {
+				t.Fatal(err)
+			}
+			said("with a certificate", i, i)
+			below.away = errors.New("connection refused")
+			for range 3 {
+				if err := ask(); err == nil {
+					t.Fatal("a certificate")
+				}
+			}
+			said("without a CA", i, i)
+			time.Sleep(time.Hour + time.Second)
+			for range 3 {
+				ask()
+			}
+			said("when it has ended", i+1, i)
+		}
+		below.away = nil
+		if err := ask(); err != nil {
+			t.Fatal(err)
+		}
+		said("back", 2, 2)
+	})
 }
 
 // Dedicated mode is one workload's, which has to be named; elsewhere the name has no effect, as with ztunnel.
