@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"syscall"
 	"time"
 
@@ -76,6 +77,18 @@ func (o SocketOptions) set(fd int) error {
 		}
 	}
 	return o.mark(fd)
+}
+
+// Tune is for a net.Dialer or net.ListenConfig: it sets, on TCP sockets, what takes no privilege: UserTimeout and
+// NotSentLowat.
+func (o SocketOptions) Tune(network, _ string, rc syscall.RawConn) error {
+	if !strings.HasPrefix(network, "tcp") {
+		return nil
+	}
+	o.Mark = 0
+	var inner error
+	err := rc.Control(func(fd uintptr) { inner = o.set(int(fd)) })
+	return errors.Join(err, inner)
 }
 
 func (o SocketOptions) mark(fd int) error {

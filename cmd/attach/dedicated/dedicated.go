@@ -43,16 +43,17 @@ func New(o attach.Options) *Kind {
 
 func newKind(o attach.Options, at [3]uint16) *Kind {
 	k := &Kind{o: o, log: o.Logger("pods"), ports: at}
-	k.dial = net.Dialer{KeepAliveConfig: o.Socket.KeepAlive, Control: k.mark}
+	k.o.Socket.NotSentLowat = 0 // tunnels see to that themselves
+	k.dial = net.Dialer{KeepAliveConfig: o.Socket.KeepAlive, Control: k.control}
 	return k
 }
 
-// mark gives a socket PACKET_MARK, by which a redirect knows us.
-func (k *Kind) mark(_, _ string, rc syscall.RawConn) error {
-	if k.o.Socket.Mark == 0 {
-		return nil
+// control gives a socket PACKET_MARK, by which a redirect knows us, and what all have in common.
+func (k *Kind) control(network, address string, rc syscall.RawConn) error {
+	inner := k.o.Socket.Tune(network, address, rc)
+	if inner != nil || k.o.Socket.Mark == 0 {
+		return inner
 	}
-	var inner error
 	err := rc.Control(func(fd uintptr) {
 		inner = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(k.o.Socket.Mark))
 	})
@@ -64,7 +65,7 @@ func (k *Kind) mark(_, _ string, rc syscall.RawConn) error {
 
 // Open implements attach.Kind.
 func (k *Kind) Open(ctx context.Context) error {
-	lc := net.ListenConfig{KeepAliveConfig: k.o.Socket.KeepAlive, Control: k.mark}
+	lc := net.ListenConfig{KeepAliveConfig: k.o.Socket.KeepAlive, Control: k.control}
 	lc.SetMultipathTCP(false) // which has no original destination
 	network, host := "tcp4", netip.IPv4Unspecified()
 	if k.o.IPv6 {

@@ -133,7 +133,7 @@ func (k *Kind) listenMesh(ctx context.Context, where netip.AddrPort, elsewhere b
 
 // listen opens a listener on the host. elsewhere: an address that is none of the host's is listened for on all.
 func (k *Kind) listen(ctx context.Context, where netip.AddrPort, elsewhere bool) (*net.TCPListener, error) {
-	lc := net.ListenConfig{KeepAliveConfig: k.o.Socket.KeepAlive}
+	lc := net.ListenConfig{KeepAliveConfig: k.o.Socket.KeepAlive, Control: k.o.Socket.Tune} // accepted ones inherit it
 	lc.SetMultipathTCP(false)
 	if !where.Addr().IsValid() {
 		network, host := "tcp4", netip.IPv4Unspecified()

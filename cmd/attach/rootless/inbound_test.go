@@ -10,9 +10,12 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"ztun/cmd/attach"
 	"ztun/proxy/fair"
 	"ztun/proxy/rescue"
+	"ztun/tun/netns"
 )
 
 // The application sees its client's address, or what stands for it where its namespace could not answer that.
@@ -73,5 +76,45 @@ func TestAnnounce(t *testing.T) {
 	err = k.Announce(t.Context(), []netip.AddrPort{netip.MustParseAddrPort(taken.Addr().String())})
 	if err == nil || !strings.Contains(err.Error(), "another process listens there") {
 		t.Error(err)
+	}
+}
+
+// What connections are given up by holds without root, too: USER_TIMEOUT_ENABLED, of calls and of accepted ones.
+func TestUserTimeout(t *testing.T) {
+	log := slog.New(slog.DiscardHandler)
+	k := New(attach.Options{Logger: func(string) *slog.Logger { return log }, Panics: rescue.New(log),
+		Descriptors: attach.NewDescriptors(1024, fair.NewReport(log)),
+		Socket:      netns.SocketOptions{UserTimeout: 7 * time.Second, NotSentLowat: 1 << 10, Mark: 1337}}, Inbound{})
+	defer k.Close()
+	ln, err := k.listen(t.Context(), netip.MustParseAddrPort("127.0.0.1:0"), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	called, err := k.dial.DialContext(t.Context(), "tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer called.Close()
+	accepted, err := ln.AcceptTCP()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer accepted.Close()
+	for what, c := range map[string]net.Conn{"called": called, "accepted": accepted} {
+		rc, err := c.(*net.TCPConn).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		rc.Control(func(fd uintptr) {
+			if ms, err := unix.GetsockoptInt(int(fd), unix.SOL_TCP, unix.TCP_USER_TIMEOUT); err != nil || ms != 7000 {
+				t.Errorf("%s: %d ms, %v", what, ms, err)
+			}
+		})
+	}
+	if udp, err := k.dial.DialContext(t.Context(), "udp", ln.Addr().String()); err != nil {
+		t.Error("UDP by the same dialer: ", err)
+	} else {
+		udp.Close()
 	}
 }

@@ -36,7 +36,9 @@ var _ attach.Kind = (*Kind)(nil)
 
 // New makes the kind.
 func New(o attach.Options, in Inbound) *Kind {
-	return &Kind{o: o, in: in, dial: net.Dialer{KeepAliveConfig: o.Socket.KeepAlive}}
+	// Tunnels see to what waits in the kernel unsent themselves.
+	o.Socket.NotSentLowat = 0
+	return &Kind{o: o, in: in, dial: net.Dialer{KeepAliveConfig: o.Socket.KeepAlive, Control: o.Socket.Tune}}
 }
 
 // Locate implements attach.Kind.
