@@ -32,9 +32,11 @@ type rootlessWorld struct {
 	client, server end
 	dir            string             // which the user may read: programs, a CA, a node of the TUN device
 	runs           map[string]variant // by subject; their programs are those in dir
-	// What HBONE is measured between: the pods of two daemons, and by subject a user's workload on h2.
-	isolated path
-	peers    map[string]lab.Workload
+	// What HBONE is measured between: the pods of two daemons, and by subject users' workloads on the nodes of those, so
+	// that the way between is the same one.
+	isolated  path
+	peers     map[string]lab.Workload // who is called
+	near, far *lab.NS                 // where the caller runs, and where who is called does
 }
 
 // Close takes it down; none is no error.
@@ -67,6 +69,7 @@ func (b *bench) newRootlessWorld(ctx context.Context) (_ *rootlessWorld, err err
 		return nil, err
 	}
 	r.client, r.server = b.end(h1.NS, h1.IPs), b.end(h2.NS, h2.IPs)
+	r.near, r.far = r.lab.N1.NS, r.lab.N2.NS
 	for _, v := range b.variants() {
 		name := map[string]string{ztunName: runName, otherName: otherRunName}[v.name]
 		program := filepath.Join(r.dir, strings.ReplaceAll(name, " ", "-"))
@@ -87,7 +90,7 @@ func (b *bench) newRootlessWorld(ctx context.Context) (_ *rootlessWorld, err err
 		r.isolated = path{name: isolatedName, lab: r.lab, client: b.end(one.NS, one.IPs), server: b.end(two.NS, two.IPs)}
 	}
 	f := r.lab.DefaultWorld()
-	f.Workloads = append(f.Workloads, r.served(h2)...)
+	f.Workloads = append(f.Workloads, r.served(r.lab.N2.Addr4, r.lab.N2.Addr6)...)
 	f.Workloads = append(f.Workloads, lab.Workload{UID: "lab//v1/Pod/default/user", Name: "user", Namespace: "default",
 		ServiceAccount: "user", TrustDomain: "cluster.local", WorkloadIPs: []string{"10.91.66.4", "fd91:0:0:66::4"},
 		Protocol: "TCP", Services: map[string]map[uint16]uint16{}})
@@ -141,6 +144,12 @@ kill $!; exit $status`
 
 // run runs a generator as the user by a subject's way, and decodes what it prints.
 func (b *bench) rootlessRun(ctx context.Context, r *rootlessWorld, subject string, into any, args ...string) error {
+	return b.rootlessRunIn(ctx, r, r.client.ns, subject, into, args...)
+}
+
+// rootlessRunIn is rootlessRun in another host's namespace.
+func (b *bench) rootlessRunIn(ctx context.Context, r *rootlessWorld, ns *lab.NS, subject string, into any,
+	args ...string) error {
 	switch subject {
 	case runName, otherRunName:
 		args = append([]string{r.runs[subject].bin, "run", "--name", "user", "--service-account", "user", "--ip",
@@ -154,7 +163,7 @@ func (b *bench) rootlessRun(ctx context.Context, r *rootlessWorld, subject strin
 	if err != nil {
 		return err
 	}
-	out, err := r.lab.RunCmd(ctx, r.client.ns, cmd)
+	out, err := r.lab.RunCmd(ctx, ns, cmd)
 	if out = strings.TrimSpace(out); out == "" || err != nil && lab.ExitCode(err) != 1 {
 		return fmt.Errorf("no result: %w", err)
 	}

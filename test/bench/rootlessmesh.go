@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net/netip"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -20,15 +21,15 @@ import (
 // rootlessMesh is the title under which HBONE between users' workloads stands beside HBONE between isolated pods.
 const rootlessMesh = "rootless, HBONE"
 
-// served are the workloads that users of h2 run, one for each ztun that is measured.
-func (r *rootlessWorld) served(h2 *lab.Host) []lab.Workload {
+// served are the workloads that users of a host run, one for each ztun that is measured.
+func (r *rootlessWorld) served(host ...netip.Addr) []lab.Workload {
 	var all []lab.Workload
 	for i, name := range slices.Sorted(maps.Keys(r.runs)) {
 		w := lab.Workload{UID: fmt.Sprintf("lab//v1/Pod/default/served%d", i), Name: fmt.Sprintf("served%d", i),
 			Namespace: "default", ServiceAccount: "served", TrustDomain: "cluster.local", Protocol: "HBONE",
 			WorkloadIPs: []string{fmt.Sprintf("10.91.67.%d", 4+i), fmt.Sprintf("fd91:0:0:67::%d", 4+i)},
 			Services:    map[string]map[uint16]uint16{}}
-		for _, ip := range h2.IPs {
+		for _, ip := range host {
 			w.MeshAddresses = append(w.MeshAddresses, lab.HostPort(ip, uint16(15018+i)))
 		}
 		r.peers[name] = w
@@ -62,7 +63,7 @@ func (b *bench) isolatedPair(ctx context.Context, r *rootlessWorld) error {
 	return b.serve(ctx, r.lab, r.isolated.server)
 }
 
-// serveAsUser runs the generators' server at h2 as the peer of a ztun's clients, until the world ends.
+// serveAsUser runs the generators' server on the far node as the peer of a ztun's clients, until the world ends.
 func (b *bench) serveAsUser(ctx context.Context, r *rootlessWorld, subject string) error {
 	w := r.peers[subject]
 	run := []string{r.runs[subject].bin, "run", "--name", w.Name, "--service-account", w.ServiceAccount, "--ip",
@@ -75,7 +76,7 @@ func (b *bench) serveAsUser(ctx context.Context, r *rootlessWorld, subject strin
 	said, pw := io.Pipe()
 	var errOut lockedBuffer
 	cmd.Stdout, cmd.Stderr = pw, &errOut
-	p, err := r.lab.Start(r.server.ns, cmd)
+	p, err := r.lab.Start(r.far, cmd)
 	if err != nil {
 		return err
 	}
@@ -105,8 +106,8 @@ func (b *bench) rootlessMeshCases(r *rootlessWorld) []kase {
 	if len(r.runs) == 0 {
 		return nil
 	}
-	b.r.rep.Titles[rootlessMesh] = "HBONE from one user's workload to another's, two hops apart, beside isolated pods of two " +
-		"daemons, the same hops"
+	b.r.rep.Titles[rootlessMesh] = "HBONE from one user's workload to another's, on two nodes, beside isolated pods of two " +
+		"daemons there"
 	b.r.rep.Base[rootlessMesh] = isolatedName
 	over := func(into func() any, result func(any) (outcome, error), args ...string) []subject {
 		measure := func(f func(ctx context.Context, got any) error) func(context.Context, int) (outcome, error) {
@@ -129,7 +130,7 @@ func (b *bench) rootlessMeshCases(r *rootlessWorld) []kase {
 					to = w.WorkloadIPs[1]
 				}
 				all = append(all, subject{name, measure(func(ctx context.Context, got any) error {
-					return b.rootlessRun(ctx, r, name, got, append([]string{r.dir + "/ztload"}, withHost(args, to)...)...)
+					return b.rootlessRunIn(ctx, r, r.near, name, got, append([]string{r.dir + "/ztload"}, withHost(args, to)...)...)
 				})})
 			}
 		}
