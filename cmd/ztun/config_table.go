@@ -180,7 +180,8 @@ func variables(c *Config, l *loader) []variable {
 			"takes (tc's cls_u32 and act_mirred), and not judged by policy; false: they go by netstack, and UDP is judged",
 			boolean(&c.Attach.Native)},
 		{"ZTUN_ADAPTIVE_PROCESSORS", "true",
-			"use as many processors as the work needs, up to the worker threads plus one; false: always that many",
+			"use as many processors as the work needs, from one (a quarter of the machine's, where that is more) up to the " +
+				"worker threads plus one; false: always that many",
 			boolean(&c.Process.AdaptiveProcessors)},
 		{"ZTUN_LOCAL_RELAY", "",
 			"connections between two pods of this daemon stay in its memory: no TLS, no TCP to port 15008, and so nothing " +

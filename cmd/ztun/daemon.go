@@ -168,7 +168,7 @@ func (d *daemon) start(ctx context.Context) error {
 	// One processor more than the workers have, so that admin work never takes one of theirs.
 	if !c.Process.GCSet {
 		percent := gcSmall
-		if c.Mode.Rootless && c.Process.AdaptiveProcessors {
+		if c.Mode.Rootless {
 			// A run's start is work, which takes a quarter less CPU time so (26 ms); processors see in a moment what is to be.
 			percent = gcMost
 		}
@@ -176,11 +176,12 @@ func (d *daemon) start(ctx context.Context) error {
 	}
 	d.memory = newMemory("/", c.Memory.Limit, c.Memory.Pod)
 	d.memory.tellRuntime()
-	procs := &processors{limit: c.Process.WorkerThreads + 1, gc: !c.Process.GCSet}
+	// What Go has found by now: the processors that we may run on, within the cgroup's quota.
+	least, limit := planProcessors(runtime.GOMAXPROCS(0), c.Process.WorkerThreads, c.Process.AdaptiveProcessors)
+	procs := &processors{least: least, limit: limit, gc: !c.Process.GCSet}
 	procs.set(procs.limit)
-	if c.Process.AdaptiveProcessors {
-		d.admin(ctx, "processors", func(ctx context.Context) error { procs.run(ctx); return nil })
-	}
+	// Also where their number is fixed: the collector is tuned all the same, and memory returned.
+	d.admin(ctx, "processors", func(ctx context.Context) error { procs.run(ctx); return nil })
 	if c.Privileges.Drop {
 		for _, n := range needs(c) {
 			if c.Privileges.Held&capsOf(n.cap) != 0 {

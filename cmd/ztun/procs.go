@@ -20,9 +20,11 @@ import (
 // A processor more than that is dear: every wake-up then tries to start another thread, which is an
 // interrupt to another CPU and a cold cache there. On a 2-core machine with bulk traffic, one processor
 // per daemon moved 10 to 25 % more than three, at 10 to 25 % less CPU per byte (scripts/bench mesh
-// --versus-env, 2026-11-23; design section 7, lesson 5).
+// --versus-env, 2026-11-23; design section 7, lesson 5). That is all the evidence there is (docs/performance.md,
+// Processors), so a machine with many keeps a share of them: planProcessors.
 type processors struct {
 	limit int          // worker threads and one for admin work
+	least int          // the fewest, whatever the work is; 0: 1
 	now   atomic.Int64 // in use
 	gc    bool         // the collector is ours to tune
 	large bool         // the heap is
@@ -45,6 +47,7 @@ const (
 	gcLarge = 150
 	gcMost  = 400
 	gcRoom  = 24 << 20
+	gcFor   = 3 // processors that gcRoom was measured with; more of them have more, in proportion
 )
 
 // Work, and none, in processors.
@@ -53,15 +56,33 @@ const (
 	calmFrom = 0.05
 )
 
-// gcPercent is the collector's percentage for so many live bytes; in steps, so that it changes rarely.
-func gcPercent(live uint64, large, busy bool) int {
+// gcPercent is the collector's percentage for so many live bytes and processors at most; in steps, so that it changes
+// rarely. Each processor allocates from spans of its own: room for the garbage of three would be little for a hundred.
+func gcPercent(live uint64, procs int, large, busy bool) int {
 	switch {
 	case large:
 		return gcLarge
 	case !busy:
 		return gcSmall
 	}
-	return int(min(max(gcRoom*100/max(live, 1)/50*50, gcSmall), gcMost))
+	room := gcRoom / gcFor * uint64(max(procs, gcFor))
+	return int(min(max(room*100/max(live, 1)/50*50, gcSmall), gcMost))
+}
+
+// keptShare is the part of the machine's processors that is never adapted away: one in so many.
+const keptShare = 4
+
+// planProcessors is between which numbers of Go's processors a daemon moves on a machine of cpus, with so many worker
+// threads. The most is what was asked for, however many the machine has. The fewest is one where it was measured that
+// one does better (two processors), and a quarter of the machine's where they are many: there nobody has measured what
+// 50 ms of a saturated processor cost beside idle ones, and Go's own way, with all of them at hand, is known to work.
+// With the default of two worker threads nothing is adapted from twelve processors on.
+func planProcessors(cpus, workers int, adaptive bool) (least, limit int) {
+	limit = max(workers, 1) + 1
+	if !adaptive {
+		return limit, limit
+	}
+	return min(max(cpus/keptShare, 1), limit), limit
 }
 
 // measure looks how large the heap was after the last collection.
@@ -74,7 +95,7 @@ func (p *processors) measure() {
 	live := s[0].Value.Uint64()
 	p.large = live > largeHeap || p.large && live > largeHeap*3/4
 	if p.gc {
-		p.tune(gcPercent(live, p.large, p.busy))
+		p.tune(gcPercent(live, p.limit, p.large, p.busy))
 	}
 }
 
@@ -89,9 +110,9 @@ func (p *processors) tune(percent int) {
 // floor is the fewest processors to run with.
 func (p *processors) floor() int {
 	if p.large {
-		return min(2, p.limit)
+		return min(max(2, p.least), p.limit)
 	}
-	return 1
+	return max(p.least, 1)
 }
 
 // usage is what a stretch of time took, in processors.

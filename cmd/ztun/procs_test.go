@@ -45,6 +45,53 @@ func TestNextProcessors(t *testing.T) {
 	}
 }
 
+func TestPlanProcessors(t *testing.T) {
+	for _, tc := range []struct{ cpus, workers, least, limit int }{
+		{1, 2, 1, 3}, {2, 2, 1, 3}, {4, 2, 1, 3}, {7, 2, 1, 3}, {8, 2, 2, 3}, {12, 2, 3, 3}, {256, 2, 3, 3},
+		{8, 8, 2, 9}, {64, 16, 16, 17}, {64, 64, 16, 65}, {256, 256, 64, 257}, {0, 0, 1, 2},
+	} {
+		if least, limit := planProcessors(tc.cpus, tc.workers, true); least != tc.least || limit != tc.limit {
+			t.Errorf("%d processors, %d workers: %d to %d, want %d to %d", tc.cpus, tc.workers, least, limit, tc.least,
+				tc.limit)
+		}
+	}
+	// Whatever the machine: as many as were asked for are reached under full load, some stay without any, and steady
+	// work of any size comes to rest.
+	for _, workers := range []int{1, 2, 3, 8, 32, 256} {
+		before := 0
+		for cpus := 1; cpus <= 256; cpus++ {
+			least, limit := planProcessors(cpus, workers, true)
+			if limit != workers+1 || least < before || least > limit || least < min(limit, max(1, cpus/keptShare)) {
+				t.Fatalf("%d processors, %d workers: %d to %d", cpus, workers, least, limit)
+			}
+			before = least
+			for own := 0.0; own <= float64(limit); own += float64(limit) / 16 {
+				// Those in use are saturated until they are enough, and the rest of the machine has nothing to do.
+				look := func(now int) int {
+					u := usage{own: min(own, float64(now))}
+					u.idle = max(0, float64(cpus)-u.own)
+					return nextProcessors(now, least, limit, u)
+				}
+				for _, now := range []int{least, limit} {
+					for range limit {
+						now = look(now)
+					}
+					if now < least || now > limit || look(now) != now {
+						t.Fatalf("%d processors, %d workers, use of %.1f: no rest at %d, next %d", cpus, workers, own, now,
+							look(now))
+					}
+					if own == float64(limit) && cpus > limit && now != limit {
+						t.Fatalf("%d processors, %d workers: full load gets %d", cpus, workers, now)
+					}
+				}
+			}
+			if least, now := planProcessors(cpus, workers, false); least != limit || now != limit {
+				t.Fatalf("%d processors, %d workers: %d to %d, and none is to be adapted", cpus, workers, least, now)
+			}
+		}
+	}
+}
+
 func TestParseIdle(t *testing.T) {
 	if got := parseIdle([]byte("cpu  100 0 50 250 50 0 3 0 0 0\n")); got != 3*time.Second {
 		t.Errorf("got %v", got)
@@ -103,6 +150,7 @@ func TestGCPercent(t *testing.T) {
 	for _, tc := range []struct {
 		name        string
 		live        uint64
+		procs       int
 		large, busy bool
 		want        int
 	}{
@@ -112,13 +160,18 @@ func TestGCPercent(t *testing.T) {
 		{name: "many idle ones beside work", live: 40 << 20, busy: true, want: gcSmall},
 		{name: "large", live: 200 << 20, large: true, busy: true, want: gcLarge},
 		{name: "no collection yet", busy: true, want: gcMost},
+		{name: "fewer processors", procs: 1, live: 16 << 20, busy: true, want: 150},
+		{name: "more processors", procs: 6, live: 16 << 20, busy: true, want: 300},
+		{name: "many processors", procs: 257, live: 16 << 20, busy: true, want: gcMost},
+		{name: "many processors, nothing to do", procs: 257, live: 4 << 20, want: gcSmall},
 	} {
-		got := gcPercent(tc.live, tc.large, tc.busy)
+		got := gcPercent(tc.live, tc.procs, tc.large, tc.busy)
 		if got != tc.want {
 			t.Errorf("%s: %d, want %d", tc.name, got, tc.want)
 		}
 		// The garbage that may lie stays within what is promised, or what was allowed before.
-		if lies := tc.live * uint64(got) / 100; !tc.large && lies > max(gcRoom, tc.live*gcSmall/100) {
+		room := gcRoom / gcFor * uint64(max(gcFor, tc.procs))
+		if lies := tc.live * uint64(got) / 100; !tc.large && lies > max(room, tc.live*gcSmall/100) {
 			t.Errorf("%s: %d bytes of garbage", tc.name, lies)
 		}
 	}
