@@ -109,14 +109,16 @@ func (b *bench) rootlessMeshCases(r *rootlessWorld) []kase {
 	b.r.rep.Titles[rootlessMesh] = "HBONE from one user's workload to another's, on two nodes, beside isolated pods of two " +
 		"daemons there"
 	b.r.rep.Base[rootlessMesh] = isolatedName
-	over := func(into func() any, result func(any) (outcome, error), args ...string) []subject {
+	over := func(into func() any, result func(any) (float64, outcome, error), args ...string) []subject {
 		measure := func(f func(ctx context.Context, got any) error) func(context.Context, int) (outcome, error) {
 			return func(ctx context.Context, _ int) (outcome, error) {
-				got := into()
-				if err := f(ctx, got); err != nil {
-					return nil, err
-				}
-				return result(got)
+				return b.meter(path{}, func() (float64, outcome, error) {
+					got := into()
+					if err := f(ctx, got); err != nil {
+						return 0, nil, err
+					}
+					return result(got)
+				})
 			}
 		}
 		all := []subject{{isolatedName, measure(func(ctx context.Context, got any) error {
@@ -142,25 +144,26 @@ func (b *bench) rootlessMeshCases(r *rootlessWorld) []kase {
 		for _, dir := range dirs() {
 			ks = append(ks, kase{suite: rootlessMesh, name: "HBONE, " + streamsText(streams) + " " + dir,
 				lasts: b.length() + time.Second,
-				rows:  []report.Row{{Metric: "throughput", Unit: "Gb/s", Subject: runName, Target: target}},
-				subjects: over(func() any { return new(load.BulkResult) }, func(got any) (outcome, error) {
+				rows: []report.Row{{Metric: "throughput", Unit: "Gb/s", Subject: runName, Target: target},
+					{Metric: "CPU-s/GB, all", Unit: "s"}}, // a run's start included
+				subjects: over(func() any { return new(load.BulkResult) }, func(got any) (float64, outcome, error) {
 					g := got.(*load.BulkResult)
 					if g.Failed > 0 || g.Bytes == 0 {
-						return nil, fmt.Errorf("%d of %d streams failed: %s", g.Failed, g.N, strings.Join(g.Errors, "; "))
+						return 0, nil, fmt.Errorf("%d of %d streams failed: %s", g.Failed, g.N, strings.Join(g.Errors, "; "))
 					}
-					return outcome{"throughput": g.Gbps}, nil
+					return float64(g.Bytes) / 1e9, outcome{"throughput": g.Gbps}, nil
 				}, "bulk", "-to", fmt.Sprint(echoPort), "-streams", fmt.Sprint(streams), "-dir", dir, "-t",
 					b.length().String())})
 		}
 	}
 	return append(ks, kase{suite: rootlessMesh, name: "HBONE, connections, 16 at a time", lasts: b.length() + time.Second,
 		rows: []report.Row{{Metric: "rate", Unit: "per s", Subject: runName, Target: target}, {Metric: "p50", Unit: "ms"}},
-		subjects: over(func() any { return new(load.RateResult) }, func(got any) (outcome, error) {
+		subjects: over(func() any { return new(load.RateResult) }, func(got any) (float64, outcome, error) {
 			g := got.(*load.RateResult)
 			if g.OK == 0 {
-				return nil, fmt.Errorf("no connection succeeded: %s", strings.Join(g.Errors, "; "))
+				return 0, nil, fmt.Errorf("no connection succeeded: %s", strings.Join(g.Errors, "; "))
 			}
-			return outcome{"rate": g.PerSecond, "p50": g.Latency.P50}, nil
+			return 1, outcome{"rate": g.PerSecond, "p50": g.Latency.P50}, nil
 		}, "rate", "-to", fmt.Sprint(bytePort), "-par", "16", "-t", b.length().String())})
 }
 
