@@ -19,7 +19,7 @@ func TestAdopt(t *testing.T) {
 		t.Helper()
 		var f *os.File
 		err := ns.NS.Do(func() error {
-			h, err := attachFlags("zt0", flags)
+			h, err := attachFlags(clonePath, "zt0", flags)
 			if err != nil {
 				return err
 			}

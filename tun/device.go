@@ -112,6 +112,8 @@ type Options struct {
 	// Name of the interface, 1 to 15 bytes. If it exists as a persistent TUN that nobody holds, it is taken over, with its
 	// addresses and routes.
 	Name string
+	// Device is the path of the device file; "": /dev/net/tun.
+	Device string
 	// NetNS is the namespace to make it in; nil is the process's own.
 	NetNS *netns.NS
 	// MTU in bytes, 0 for DefaultMTU.

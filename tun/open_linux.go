@@ -59,7 +59,7 @@ func open(o Options, probe func(fd int) (probeResult, error)) (Device, error) {
 
 // openHere is open inside the namespace.
 func openHere(o Options, probe func(fd int) (probeResult, error)) (Device, error) {
-	h, err := attach(o.Name, true)
+	h, err := attach(o.Device, o.Name, true)
 	if err != nil {
 		return nil, err
 	}
@@ -88,7 +88,7 @@ func openHere(o Options, probe func(fd int) (probeResult, error)) (Device, error
 	if !vnet {
 		// A file cannot change its flags: close it, and attach again without the header.
 		h.close()
-		if h, err = attach(o.Name, false); err != nil {
+		if h, err = attach(o.Device, o.Name, false); err != nil {
 			return nil, err
 		}
 		// A device taken over may still have its former holder's offload, and would give us super-packets without a header.
@@ -143,7 +143,7 @@ func Remove(ns *netns.NS, name string) error {
 		if exists, err := linkExists(name); err != nil || !exists {
 			return err
 		}
-		h, err := attach(name, true)
+		h, err := attach("", name, true)
 		if err != nil {
 			return err
 		}
@@ -155,15 +155,18 @@ func Remove(ns *netns.NS, name string) error {
 	})
 }
 
-// attach opens the clone device in the thread's namespace and attaches it to the interface name, which it creates if
-// need be.
-func attach(name string, vnet bool) (*handle, error) {
-	h, err := attachFlags(name, tunFlags(vnet))
+// attach opens the clone device, which is at path or, by default, where it is everywhere, in the thread's namespace, and
+// attaches it to the interface name, which it creates if need be.
+func attach(path, name string, vnet bool) (*handle, error) {
+	if path == "" {
+		path = clonePath
+	}
+	h, err := attachFlags(path, name, tunFlags(vnet))
 	if errors.Is(err, unix.EINVAL) {
 		// The interface exists and is something else. The one case to cure is a persistent TUN with several queues: the
 		// flag cannot be changed, and to join as one more queue would share the packets with whoever holds the others.
-		if dropMultiQueue(name) == nil {
-			h, err = attachFlags(name, tunFlags(vnet))
+		if dropMultiQueue(path, name) == nil {
+			h, err = attachFlags(path, name, tunFlags(vnet))
 		}
 	}
 	switch {
@@ -187,9 +190,9 @@ func tunFlags(vnet bool) uint16 {
 
 // dropMultiQueue deletes the persistent multi-queue TUN name if nobody holds it. Otherwise it leaves it as it was,
 // and returns an error if it is no such device.
-func dropMultiQueue(name string) error {
+func dropMultiQueue(path, name string) error {
 	const flags = unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_MULTI_QUEUE
-	h, err := attachFlags(name, flags)
+	h, err := attachFlags(path, name, flags)
 	if err != nil {
 		return err
 	}
@@ -202,39 +205,39 @@ func dropMultiQueue(name string) error {
 		return err
 	}
 	// Somebody holds another queue: put back what we took.
-	if h, err = attachFlags(name, flags); err != nil {
+	if h, err = attachFlags(path, name, flags); err != nil {
 		return err
 	}
 	defer h.close()
 	return errors.Join(unix.IoctlSetInt(h.fd, unix.TUNSETPERSIST, 1), unix.EBUSY)
 }
 
-func attachFlags(name string, flags uint16) (*handle, error) {
+func attachFlags(path, name string, flags uint16) (*handle, error) {
 	ctl, err := controlSocket()
 	if err != nil {
 		return nil, err
 	}
 	h := &handle{name: name, fd: -1, ctl: ctl}
-	if err := h.attach(flags); err != nil {
+	if err := h.attach(path, flags); err != nil {
 		h.close()
 		return nil, err
 	}
 	return h, nil
 }
 
-func (h *handle) attach(flags uint16) (err error) {
+func (h *handle) attach(path string, flags uint16) (err error) {
 	if h.rc, err = h.ctl.SyscallConn(); err != nil {
 		return err
 	}
-	h.fd, err = unix.Open(clonePath, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	h.fd, err = unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	switch {
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
 		return fmt.Errorf("cannot open %s: %w (is the kernel's tun module there? try `modprobe tun`, or in a container "+
-			"give it the device)", clonePath, err)
+			"give it the device)", path, err)
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
-		return fmt.Errorf("cannot open %s: %w (root is needed, or access to the device file)", clonePath, err)
+		return fmt.Errorf("cannot open %s: %w (root is needed, or access to the device file)", path, err)
 	case err != nil:
-		return fmt.Errorf("cannot open %s: %w", clonePath, err)
+		return fmt.Errorf("cannot open %s: %w", path, err)
 	}
 	ifr, err := unix.NewIfreq(h.name)
 	if err != nil {

@@ -111,8 +111,8 @@ func completions(cmd *cobra.Command) map[string]completion {
 		"socket": files, "status-socket": files, "join": files,
 		"service-account": nothing, "ip": nothing, "mtu": nothing, "wait": nothing, "mesh-port": nothing,
 		"publish": nothing, "tun-fd": nothing,
-		"tun-socket": files,
-		"listen":     nothing, "host": nothing, "admin": nothing, "metrics": nothing, "ready": nothing,
+		"tun-socket": files, "tun-device": files,
+		"listen": nothing, "host": nothing, "admin": nothing, "metrics": nothing, "ready": nothing,
 		"run": func(*cobra.Command, []string, string) (out []string, _ cobra.ShellCompDirective) {
 			for _, r := range liveRuns(runBases(os.Getenv)) {
 				out = append(out, r.name, r.workload)

@@ -82,7 +82,7 @@ func runCommand() *cobra.Command {
 				if _, err := findProgram(args[0]); err != nil {
 					return err // before anything is waited for
 				}
-				return runOutside(&who)
+				return runOutside(&who, reached.in.Device)
 			}
 			os.Unsetenv(runInside)
 			life, err := newLifeline(inside)
@@ -100,6 +100,7 @@ func runCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.SetInterspersed(false)
 	f.IntVar(&who.spec.MTU, "mtu", 0, "MTU in bytes (default ZTUN_MTU)")
+	f.StringVar(&reached.in.Device, "tun-device", tunDevice, "device file of TUN devices, where that one is not for you to open")
 	f.BoolVar(&noUDP, "no-udp", false, "carry no UDP but DNS, and no ping (as ZTUN_UDP=off)")
 	who.bind(cmd)
 	reached.bind(cmd)

@@ -15,10 +15,10 @@ import (
 
 // needTUN says whether the caller can open TUN devices. Only opening tells: a container's cgroup of devices is in no
 // permission bit.
-func needTUN() error {
-	fd, err := unix.Open(tunDevice, unix.O_RDWR|unix.O_CLOEXEC, 0)
+func needTUN(device string) error {
+	fd, err := unix.Open(device, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return noTUN(err)
+		return noTUN(device, err)
 	}
 	unix.Close(fd)
 	return nil
@@ -26,20 +26,22 @@ func needTUN() error {
 
 const tunDevice = "/dev/net/tun"
 
-// noTUN is what opening tunDevice has failed with, with what would help.
-func noTUN(err error) error {
+// noTUN is what opening a device file has failed with, with what would help.
+func noTUN(device string, err error) error {
 	help := "as root: modprobe tun"
 	switch {
+	case errors.Is(err, unix.ENOENT) && device != tunDevice:
+		help = fmt.Sprintf("as root: mknod -m 0666 %s c 10 200", device)
 	case errors.Is(err, unix.ENOENT):
 		help = "as root: modprobe tun; in a container, start it with --device " + tunDevice
 	case errors.Is(err, unix.EACCES):
-		help = "as root: chmod 0666 " + tunDevice
+		help = "as root: chmod 0666 " + device
 	case errors.Is(err, unix.EPERM):
-		help = "the container's list of devices lacks it: start it with --device " + tunDevice
+		help = "the container's list of devices lacks it: start it with --device " + device
 	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE):
 		help = "too many files are open: ulimit -n"
 	}
-	return fmt.Errorf("%s cannot be opened: %w; %s", tunDevice, err, help)
+	return fmt.Errorf("%s cannot be opened: %w; %s", device, err, help)
 }
 
 // noUserNamespace says what on this machine keeps users from making the namespaces, and what would help. root is "/"

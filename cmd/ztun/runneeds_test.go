@@ -59,9 +59,15 @@ func TestNoTUN(t *testing.T) {
 		unix.EPERM:  "list of devices lacks it",
 		unix.EMFILE: "ulimit -n",
 	} {
-		got := noTUN(err)
+		got := noTUN(tunDevice, err)
 		if !errors.Is(got, err) || !strings.Contains(got.Error(), "/dev/net/tun cannot be opened: "+err.Error()+"; ") ||
 			!strings.Contains(got.Error(), want) {
+			t.Errorf("%v: %v; want %q", err, got, want)
+		}
+	}
+	// Another device file: what is said is about that one.
+	for err, want := range map[error]string{unix.ENOENT: "mknod -m 0666 /srv/tun c 10 200", unix.EACCES: "chmod 0666 /srv/tun"} {
+		if got := noTUN("/srv/tun", err); !strings.Contains(got.Error(), want) || strings.Contains(got.Error(), tunDevice) {
 			t.Errorf("%v: %v; want %q", err, got, want)
 		}
 	}

@@ -62,12 +62,12 @@ func runSignals() []os.Signal {
 // runOutside executes this program again, with the same arguments, in namespaces in which the caller is who it is and
 // may do what a workload's daemon does. It is as good as that one from then on: signals go to it, and its end is the
 // result.
-func runOutside(who *runWho) error {
+func runOutside(who *runWho, device string) error {
 	if name := os.Getenv(runName); name != "" {
 		return fmt.Errorf("this is the workload %s of a `ztun run` already: one within another has no network to call by",
 			name)
 	}
-	if err := needTUN(); err != nil {
+	if err := needTUN(device); err != nil {
 		return err
 	}
 	exe, err := ownProgram()

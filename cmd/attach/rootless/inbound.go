@@ -29,8 +29,10 @@ type Inbound struct {
 	Announced func(netip.AddrPort) bool
 	// Nameservers are those of the host, which may be on its loopback.
 	Nameservers []netip.AddrPort
-	// TUN is the workload's device, which somebody else has made and set up; nil: we make it.
-	TUN *os.File
+	// TUN is the workload's device, which somebody else has made and set up; nil: we make it, by the device file Device
+	// ("": /dev/net/tun).
+	TUN    *os.File
+	Device string
 }
 
 // Published is one port.
