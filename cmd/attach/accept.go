@@ -11,8 +11,14 @@ import (
 // that nobody who waits in the listener's queue repeats his SYN meanwhile.
 const acceptWait = 500 * time.Millisecond
 
+// Acceptor is a *net.TCPListener, or a *Listener.
+type Acceptor interface {
+	AcceptTCP() (*net.TCPConn, error)
+	Addr() net.Addr
+}
+
 // Accept gives serve every connection of ln, until that is closed. serve must not wait.
-func Accept(ln *net.TCPListener, log *slog.Logger, serve func(*net.TCPConn)) {
+func Accept(ln Acceptor, log *slog.Logger, serve func(*net.TCPConn)) {
 	delay, said := time.Duration(0), time.Time{}
 	for {
 		conn, err := ln.AcceptTCP()

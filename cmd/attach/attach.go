@@ -8,6 +8,7 @@ import (
 	"os"
 
 	"ztun/admin"
+	"ztun/admin/fdstore"
 	"ztun/netstack"
 	"ztun/proxy"
 	"ztun/proxy/fair"
@@ -211,6 +212,8 @@ type Options struct {
 	Stack netstack.Config
 	// Descriptors shares out what kernel sockets take.
 	Descriptors *Descriptors
+	// Store holds listeners beyond the end of this process; nil: there is none.
+	Store *fdstore.Store
 	// Self finds a Door at a local address that no pod has; nil: there is none.
 	Self   func(local netip.Addr) (Door, bool)
 	Report *fair.Report

@@ -7,22 +7,17 @@ import (
 )
 
 // Loopback is how kinds open sockets in a pod's namespace: kernel sockets, as loopback never reaches a TUN.
-type Loopback struct{ NS *netns.NS }
+type Loopback struct {
+	NS      *netns.NS
+	Options *Options
+}
 
 // Listen implements Ways.
-func (l Loopback) Listen(network, addr string) (ln net.Listener, err error) {
-	err = l.NS.Do(func() error {
-		ln, err = net.Listen(network, addr)
-		return err
-	})
-	return ln, err
+func (l Loopback) Listen(network, addr string) (net.Listener, error) {
+	return l.Options.Listen(l.NS, network, addr, netns.SocketOptions{})
 }
 
 // ListenPacket implements Ways.
-func (l Loopback) ListenPacket(network, addr string) (c net.PacketConn, err error) {
-	err = l.NS.Do(func() error {
-		c, err = net.ListenPacket(network, addr)
-		return err
-	})
-	return c, err
+func (l Loopback) ListenPacket(network, addr string) (net.PacketConn, error) {
+	return l.Options.ListenPacket(l.NS, network, addr, netns.SocketOptions{})
 }

@@ -115,6 +115,7 @@ func (c *Config) dumpOwn() map[string]any {
 		"denyUnknownPolicy": c.Proxy.DenyUnknownPolicy, "dropCapabilities": c.Privileges.Drop,
 		"steering": c.Attach.Steering.String(), "nodeAgent": c.Attach.NodeAgent,
 		"steeredNative": c.Attach.Native, "runWait": secsNanos(c.Process.RunWait),
+		"supervise": c.Process.Supervise,
 	}
 }
 

@@ -136,6 +136,7 @@ type processConfig struct {
 	WorkerThreads       int
 	AdaptiveProcessors  bool
 	GCSet               bool          // GOGC is the operator's
+	Supervise           *bool         // whether a parent holds the listeners (cmd/supervise), which has started us then
 	RunWait             time.Duration // of a run's command, for a control plane that does not answer; 0: it does not wait
 }
 

@@ -191,6 +191,10 @@ func variables(c *Config, l *loader) []variable {
 		{"ZTUN_DROP_CAPABILITIES", "true",
 			"keep only the capabilities that the configuration needs, and never get new ones; the process executes itself " +
 				"once for it", boolean(&c.Privileges.Drop)},
+		{"ZTUN_SUPERVISE", "", "a small parent of the same program holds the listening sockets of `ztun proxy` and starts it " +
+			"again at once when it is killed or fails (five times a minute): who connects meanwhile waits and is not refused " +
+			"(default: whether it is process 1, as in a container; not in dedicated mode). Under systemd it is not needed: " +
+			"FileDescriptorStoreMax does it", optionalBool(&c.Process.Supervise)},
 		{"ZTUN_ADMIN_TOKEN_FILE", "",
 			"file with a token (read at each request): /quitquitquit and /logging then want it as Authorization: Bearer",
 			tokenFile(&c.Admin.TokenFile)},

@@ -21,6 +21,7 @@ import (
 
 	"ztun/admin"
 	"ztun/admin/ca"
+	"ztun/admin/fdstore"
 	"ztun/admin/istiod"
 	"ztun/admin/xds"
 	"ztun/admin/zlog"
@@ -60,6 +61,7 @@ type daemon struct {
 	pods      *podManager
 	agent     *nodeAgent // nil: nobody but `ztun pod` says which pods there are
 	fds       *attach.Descriptors
+	store     *fdstore.Store // of listening sockets beyond our end; nil: there is none
 	kind      attach.Kind    // how pods are attached; nil as long as pods is: start has not come so far
 	ports     *runPorts      // of `ztun run`; nil in others
 	buffers   hbone.Buffers  // shared by the tunnels of all pods
@@ -110,6 +112,9 @@ func runProxy(ctx context.Context, c *Config) error {
 		return err
 	}
 	defer d.log.Close(context.Background())
+	if c.outlived() {
+		d.store = fdstore.Open(d.logger)
+	}
 
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
@@ -234,7 +239,9 @@ func (d *daemon) start(ctx context.Context) error {
 	d.kind = d.chooseKind()
 	d.pods = newPodManager(c, d.kind, d, d.panics, d.log.Logger("pods"))
 	if c.Attach.NodeAgent && !c.Mode.Rootless {
-		d.agent = newNodeAgent(d.pods, podsReady, c.Attach.InpodUDS, d.log.Logger("zds"))
+		d.agent = newNodeAgent(d.pods, podsReady, c.Attach.InpodUDS, d.log.Logger("zds"), func() {
+			d.letGo("the node agent has named all pods")
+		})
 	}
 	d.admin(ctx, "admin loop", func(ctx context.Context) error { return d.loop.Run(ctx) })
 	d.admin(ctx, "certificates", func(ctx context.Context) error { return d.certs.Run(ctx) })
@@ -281,6 +288,7 @@ func (d *daemon) start(ctx context.Context) error {
 			return err
 		}
 		if d.agent == nil { // else it has yet to say which pods there are
+			d.letGo("nobody has them now")
 			if err := d.kind.Sweep(d.pods.addresses()); err != nil {
 				d.logger.Warn("routes of an earlier run may be left", "error", err)
 			}
@@ -298,7 +306,11 @@ func (d *daemon) start(ctx context.Context) error {
 		podsReady.Done()
 	} else {
 		d.admin(ctx, "node agent", func(ctx context.Context) error { return d.agent.run(ctx, d.ready) })
+		if d.store.Left() > 0 {
+			d.admin(ctx, "kept listeners", d.expireKept)
+		}
 	}
+	d.store.Ready()
 	d.logger.Info("started", "node", c.Node.Name, "workers", c.Process.WorkerThreads, "offload",
 		d.kind.Stats().Offload.VNetHdr)
 	d.admin(ctx, "certificate check", func(ctx context.Context) error { d.checkCertificates(ctx, certsReady); return nil })
@@ -323,9 +335,10 @@ func (d *daemon) end(deadline time.Duration) {
 		wg.Go(func() { s.Shutdown(ctx) })
 	}
 	if d.kind != nil {
-		d.pods.shutdown(ctx, hangUp)
+		d.pods.shutdown(ctx, hangUp, d.store)
 	}
 	wg.Wait()
+	d.store.Clear() // nothing is left, unless the start has failed
 	for _, s := range d.servers {
 		s.Close()
 	}

@@ -101,7 +101,7 @@ func TestServesOnUntilTheEnd(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 	defer cancel()
 	over := make(chan struct{})
-	go func() { defer close(over); m.pods.shutdown(ctx, nil) }()
+	go func() { defer close(over); m.pods.shutdown(ctx, nil, nil) }()
 	eventually(t, "the end's beginning", func() bool {
 		m.pods.mu.Lock()
 		defer m.pods.mu.Unlock()
@@ -130,7 +130,7 @@ func TestLastCall(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	over := make(chan struct{})
-	go func() { defer close(over); m.pods.shutdown(ctx, nil) }()
+	go func() { defer close(over); m.pods.shutdown(ctx, nil, nil) }()
 	eventually(t, "the last call", func() bool { return m.pods.pods["n/one"].stopping.Load() })
 	<-over
 	if ctx.Err() == nil {

@@ -22,7 +22,8 @@ func (d *daemon) chooseKind() attach.Kind {
 		NodeTUN: c.Attach.NodeTUN, MTU: c.Attach.MTU, IPv6: c.Net.IPv6, Plain: c.Attach.Plain,
 		Record: hostRecord(c.State.Dir), DNS: c.DNS.Proxy,
 		Socket: c.meshSocket(), Stack: c.stack(),
-		Descriptors: d.fds, Self: d.selfDoor, Report: d.report, Panics: d.panics, Serve: d.serve, Logger: d.log.Logger,
+		Descriptors: d.fds, Store: d.store, Self: d.selfDoor, Report: d.report, Panics: d.panics, Serve: d.serve,
+		Logger: d.log.Logger,
 	}
 	o.Stack.Datagrams = c.datagrams(d.know)
 	switch {

@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+
+	"ztun/cmd/supervise"
 )
 
 // Exit codes: 1 is a failure at work, 2 a configuration that cannot be used.
@@ -17,6 +19,9 @@ const (
 )
 
 func main() {
+	if supervise.Wanted(os.Args, os.Getenv, os.Getpid(), os.Getppid()) {
+		os.Exit(superviseProxy())
+	}
 	root := commandTree(os.Args)
 	if isPlugin(os.Args) {
 		if len(os.Args) == 1 { // as a runtime runs it

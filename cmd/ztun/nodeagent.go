@@ -32,12 +32,14 @@ type nodeAgent struct {
 	stop     context.CancelFunc
 }
 
-func newNodeAgent(m *podManager, task *admin.Task, socket string, log *slog.Logger) *nodeAgent {
+// newNodeAgent makes a client of the agent at socket; known is called each time that it has named all pods.
+func newNodeAgent(m *podManager, task *admin.Task, socket string, log *slog.Logger, known func()) *nodeAgent {
 	a := &nodeAgent{task: task}
 	a.pods = agentPods{m, a.settle, a.leave}
 	a.client = zds.New(zds.Options{Path: socket, Pods: a.pods, Failed: task.Fail, Random: rand.Int64N, Logger: log,
 		Snapshot: func() {
 			m.traces.Store(true) // of pods that have ended while no daemon ran: nobody has known before which those are
+			known()
 			a.named(true)
 		},
 		Lost: func() {

@@ -30,7 +30,8 @@ func newAgentWorld(t *testing.T) *agentWorld {
 	m := newMemoryDaemon(t)
 	m.knows(t, "")
 	w := &agentWorld{memoryDaemon: m, t: t, ready: admin.NewReady(nil)}
-	w.agent = newNodeAgent(m.pods, w.ready.Register("workload proxy manager"), "/nowhere", slog.New(slog.DiscardHandler))
+	w.agent = newNodeAgent(m.pods, w.ready.Register("workload proxy manager"), "/nowhere", slog.New(slog.DiscardHandler),
+		func() {})
 	m.daemon.agent = w.agent
 	return w
 }
@@ -204,7 +205,7 @@ func TestNodeAgentGoesWithUs(t *testing.T) {
 	defer cancel()
 	over := make(chan struct{})
 	begin := time.Now()
-	go func() { defer close(over); w.pods.shutdown(ctx, func() { w.agent.leave(); close(hungUp) }) }()
+	go func() { defer close(over); w.pods.shutdown(ctx, func() { w.agent.leave(); close(hungUp) }, nil) }()
 	eventually(t, "the end's beginning", func() bool {
 		w.pods.mu.Lock()
 		defer w.pods.mu.Unlock()
@@ -241,7 +242,8 @@ func TestNodeAgentWaitsForTheMesh(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ready := admin.NewReady(nil)
 		mesh := ready.Register(stateManager)
-		a := newNodeAgent(nil, ready.Register("workload proxy manager"), "/nowhere", slog.New(slog.DiscardHandler))
+		a := newNodeAgent(nil, ready.Register("workload proxy manager"), "/nowhere", slog.New(slog.DiscardHandler),
+			func() {})
 		tried := func() bool { // there is no socket, and each try to reach it says so
 			time.Sleep(time.Minute)
 			synctest.Wait()

@@ -127,7 +127,7 @@ func TestPendingPodLeavesNothing(t *testing.T) {
 
 func TestAddDuringShutdown(t *testing.T) {
 	m, _ := testManager(t)
-	m.shutdown(t.Context(), nil)
+	m.shutdown(t.Context(), nil, nil)
 	if err := m.Add(t.Context(), ownNamespace(t, "late", "10.1.0.9").PodSpec); !errors.Is(err, admin.ErrPodUnavailable) {
 		t.Errorf("add during shutdown: %v", err)
 	}

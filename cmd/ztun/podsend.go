@@ -6,13 +6,15 @@ import (
 	"sync"
 	"time"
 
+	"ztun/admin/fdstore"
 	"ztun/proxy/refusal"
 )
 
 // shutdown drains all pods at the same time until ctx ends. Devices and routes stay: they hold the pods' traffic back
 // until the next life of the daemon takes them over. hangUp ends the connection to the node agent, and is nil where
-// there is none.
-func (m *podManager) shutdown(ctx context.Context, hangUp func()) {
+// there is none. store is emptied before anybody stops accepting: what it holds would take connections in that nobody
+// serves, beside a successor that does.
+func (m *podManager) shutdown(ctx context.Context, hangUp func(), store *fdstore.Store) {
 	m.mu.Lock()
 	m.closed = true
 	m.mu.Unlock()
@@ -24,6 +26,7 @@ func (m *podManager) shutdown(ctx context.Context, hangUp func()) {
 	if hangUp != nil {
 		hangUp()
 	}
+	store.Clear()
 	m.kind.Leave()
 	all := func(what string, end func(*pod)) {
 		var wg sync.WaitGroup

@@ -21,6 +21,7 @@ admin/agent          -> admin/zds
 admin/backoff        ->
 admin/ca             -> admin/istiod admin/pb/citadelpb admin/watch proxy/identity tun/replace
 admin/control        -> admin/ca admin/guard admin/page admin/pb/citadelpb admin/pb/discoverypb admin/pb/securitypb admin/pb/workloadpb admin/watch admin/words admin/xds proxy/fair proxy/identity proxy/rbac proxy/state tun/replace
+admin/fdstore        ->
 admin/guard          -> proxy/fair
 admin/istiod         -> proxy/identity
 admin/page           -> admin/words
@@ -37,7 +38,7 @@ admin/xds            -> admin/backoff admin/pb/discoverypb admin/pb/securitypb a
 admin/zds            -> admin/backoff admin/pb/zdspb
 admin/zlog           -> admin/suggest
 cmd/agentcmd         ->
-cmd/attach           -> admin netstack netstack/usersock proxy proxy/fair proxy/ports proxy/refusal proxy/rescue tun tun/netns tun/steer
+cmd/attach           -> admin admin/fdstore netstack netstack/usersock proxy proxy/fair proxy/ports proxy/refusal proxy/rescue tun tun/netns tun/steer
 cmd/attach/attachtest -> admin cmd/attach netstack proxy proxy/refusal tun tun/tuntest
 cmd/attach/isolated  -> admin cmd/attach netstack proxy/ports tun tun/netns tun/replace tun/steer
 cmd/attach/redirected -> admin cmd/attach netstack proxy proxy/ports tun tun/netns
@@ -45,8 +46,9 @@ cmd/attach/dedicated -> admin cmd/attach netstack proxy proxy/ports tun
 cmd/attach/rootless  -> admin cmd/attach netstack/usersock proxy proxy/ports tun tun/netns tun/steer
 cmd/attach/steered   -> admin cmd/attach netstack proxy proxy/ports tun tun/netns tun/sandwich
 cmd/cni              -> admin/watch tun/replace
+cmd/supervise        -> admin/fdstore admin/zlog
 cmd/doctor           -> tun/netns tun/sandwich tun/steer
-cmd/ztun             -> admin admin/ca admin/control admin/guard admin/istiod admin/suggest admin/watch admin/words admin/xds admin/zds admin/zlog cmd/agentcmd cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/cni cmd/doctor netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/ports proxy/refusal proxy/rescue proxy/resolve proxy/state tun tun/capture tun/netns tun/replace
+cmd/ztun             -> admin admin/ca admin/control admin/fdstore admin/guard admin/istiod admin/suggest admin/watch admin/words admin/xds admin/zds admin/zlog cmd/agentcmd cmd/attach cmd/attach/dedicated cmd/attach/isolated cmd/attach/redirected cmd/attach/rootless cmd/attach/steered cmd/cni cmd/doctor cmd/supervise netstack proxy proxy/dns proxy/fair proxy/hbone proxy/identity proxy/ports proxy/refusal proxy/rescue proxy/resolve proxy/state tun tun/capture tun/netns tun/replace
 cmd/ztun-agent       -> admin/agent admin/guard admin/zds admin/zlog cmd/agentcmd cmd/cni
 netstack             -> proxy/fair proxy/grow proxy/ports proxy/refusal proxy/rescue tun
 netstack/usersock    -> proxy/fair proxy/rescue

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -24,7 +23,7 @@ type Node struct {
 	ns     *netns.NS // the node's
 	dev    tun.Device
 	uplink *netstack.Uplink
-	mesh   *net.TCPListener
+	mesh   *attach.Listener
 
 	mu     sync.Mutex // serialises changes of byAddr
 	byAddr atomic.Pointer[map[netip.Addr]*pod]
@@ -62,7 +61,7 @@ func (n *Node) Open(ctx context.Context) (err error) {
 		return err
 	}
 	o.Serve("node TUN", func() error { return n.uplink.Run(context.Background()) })
-	n.mesh, err = netns.ListenTransparent(ctx, o.NetNS, ports.HBONE, o.IPv6, o.Socket)
+	n.mesh, err = o.ListenMesh(ctx, o.NetNS, ports.HBONE, o.Socket)
 	if err != nil {
 		return fmt.Errorf("port %d (HBONE): %w", ports.HBONE, err)
 	}
@@ -110,7 +109,7 @@ func (n *Node) Leave() {
 	if n.mesh == nil {
 		return
 	}
-	if err := netns.Deafen(n.mesh); err != nil {
+	if err := netns.Deafen(n.mesh.TCPListener); err != nil {
 		n.o.Logger("ztun").Error("new connections to port 15008 are let in until the end", "error", err)
 	}
 }

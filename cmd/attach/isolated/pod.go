@@ -60,7 +60,7 @@ func (n *Node) Attach(_ context.Context, spec attach.Pod, h attach.Handler) (_ a
 		return nil, err
 	}
 	undo = append(undo, func() { p.ns.Close() })
-	p.Loopback = attach.Loopback{NS: p.ns}
+	p.Loopback = attach.Loopback{NS: p.ns, Options: o}
 	p.KernelTCP = attach.KernelTCP{Descriptors: o.Descriptors, Label: spec.Label, Socket: o.Socket,
 		Pod: p.ns, Mesh: o.NetNS}
 	dev, err := tun.Open(tun.Options{Name: podTUN, NetNS: p.ns, MTU: mtu, Persistent: true, Plain: o.Plain})

@@ -35,7 +35,7 @@ type pod struct {
 
 // door is a listener in the pod's namespace, and who serves what comes to it.
 type door struct {
-	ln    *net.TCPListener
+	ln    *attach.Listener
 	serve func(*net.TCPConn)
 }
 
@@ -62,7 +62,11 @@ func (p *pod) Settle(context.Context) error { return nil }
 func (p *pod) closeListeners() {
 	p.closing.Do(func() {
 		for _, d := range p.doors {
-			for conn := waiting(d.ln); conn != nil; conn = waiting(d.ln) {
+			d.ln.Release()
+		}
+		p.kind.o.Store.Flush() // what the store still holds would go on taking connections
+		for _, d := range p.doors {
+			for conn := waiting(d.ln.TCPListener); conn != nil; conn = waiting(d.ln.TCPListener) {
 				d.serve(conn)
 			}
 			d.ln.Close()
@@ -202,22 +206,11 @@ func (p *pod) DialUDP(ctx context.Context, dst netip.AddrPort) (c net.Conn, err 
 }
 
 // Listen implements attach.Ways.
-func (p *pod) Listen(network, addr string) (ln net.Listener, err error) {
-	err = p.ns.Do(func() error {
-		lc := net.ListenConfig{Control: p.kind.o.Socket.Control}
-		lc.SetMultipathTCP(false)
-		ln, err = lc.Listen(context.Background(), network, addr)
-		return err
-	})
-	return ln, err
+func (p *pod) Listen(network, addr string) (net.Listener, error) {
+	return p.kind.o.Listen(p.ns, network, addr, p.kind.o.Socket)
 }
 
 // ListenPacket implements attach.Ways.
-func (p *pod) ListenPacket(network, addr string) (c net.PacketConn, err error) {
-	err = p.ns.Do(func() error {
-		lc := net.ListenConfig{Control: p.kind.o.Socket.Control}
-		c, err = lc.ListenPacket(context.Background(), network, addr)
-		return err
-	})
-	return c, err
+func (p *pod) ListenPacket(network, addr string) (net.PacketConn, error) {
+	return p.kind.o.ListenPacket(p.ns, network, addr, p.kind.o.Socket)
 }

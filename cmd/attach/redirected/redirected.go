@@ -19,7 +19,7 @@ import (
 type Kind struct {
 	o         attach.Options
 	ownSource bool
-	self      *net.TCPListener // of the daemon's own pod; nil: it is none
+	self      *attach.Listener // of the daemon's own pod; nil: it is none
 	unknown   atomic.Uint64    // connections to it for another address
 
 	mu      sync.Mutex
@@ -42,7 +42,7 @@ func (k *Kind) Open(ctx context.Context) error {
 	}
 	o := k.o.Socket
 	o.Mark = 0
-	ln, err := netns.ListenTransparent(ctx, k.o.NetNS, ports.HBONE, k.o.IPv6, o)
+	ln, err := k.o.ListenMesh(ctx, k.o.NetNS, ports.HBONE, o)
 	if err != nil {
 		return fmt.Errorf("port %d (HBONE) of the daemon's own pod: %w", ports.HBONE, err)
 	}
@@ -133,7 +133,7 @@ func (k *Kind) Attach(ctx context.Context, spec attach.Pod, h attach.Handler) (_
 		port  uint16
 		serve func(*net.TCPConn)
 	}{{ports.HBONE, p.mesh}, {ports.InboundPlaintext, p.passthrough}, {ports.Outbound, p.outbound}} {
-		ln, err := netns.ListenTransparent(ctx, p.ns, l.port, k.o.IPv6, k.o.Socket)
+		ln, err := k.o.ListenMesh(ctx, p.ns, l.port, k.o.Socket)
 		if err != nil {
 			// Others' fault, and it may pass: the pod is tried again.
 			return nil, fmt.Errorf("%w: port %d in the pod's namespace: %w", admin.ErrPodUnavailable, l.port, err)

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ztun/admin"
+	"ztun/admin/fdstore"
 	"ztun/cmd/attach"
 	"ztun/cmd/attach/redirected"
 	"ztun/proxy"
@@ -55,10 +56,13 @@ func newWorld(t *testing.T) world {
 	return w
 }
 
-func kindOf(t *testing.T) *redirected.Kind {
+func kindOf(t *testing.T) *redirected.Kind { return kindWith(t, nil) }
+
+func kindWith(t *testing.T, store *fdstore.Store) *redirected.Kind {
 	t.Helper()
 	report := fair.NewReport(slog.New(slog.DiscardHandler))
 	return redirected.New(attach.Options{IPv6: true, Socket: netns.SocketOptions{Mark: 0x539, ReusePort: true},
+		Store:       store,
 		Descriptors: attach.NewDescriptors(4096, report), Report: report, Panics: rescue.New(slog.New(slog.DiscardHandler)),
 		Logger: func(string) *slog.Logger { return slog.New(slog.DiscardHandler) }}, false)
 }

@@ -115,7 +115,7 @@ func (k *Kind) Attach(_ context.Context, spec attach.Pod, h attach.Handler) (_ a
 	if w.ns, err = attach.Open(spec); err != nil {
 		return nil, err
 	}
-	w.Loopback, w.Pod = attach.Loopback{NS: w.ns}, w.ns
+	w.Loopback, w.Pod = attach.Loopback{NS: w.ns, Options: o}, w.ns
 	dev, err := tun.Open(tun.Options{Device: k.in.Device, Name: deviceName, NetNS: w.ns, MTU: mtu, Plain: o.Plain})
 	if err != nil {
 		return nil, err

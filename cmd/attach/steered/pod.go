@@ -27,7 +27,7 @@ type pod struct {
 	h        attach.Handler
 	ns, s    *netns.NS // the pod's, and S
 	uplink   *netstack.Uplink
-	mesh     *net.TCPListener // in S
+	mesh     *attach.Listener // in S
 	unlisted func()           // has the node forget mesh
 	fds      []*attach.Share  // what the pod itself takes of the daemon's descriptors
 	log      *slog.Logger
@@ -68,7 +68,7 @@ func (n *Node) Attach(ctx context.Context, spec attach.Pod, h attach.Handler) (_
 		return nil, err
 	}
 	undo = append(undo, func() { p.ns.Close() })
-	p.Loopback = attach.Loopback{NS: p.ns}
+	p.Loopback = attach.Loopback{NS: p.ns, Options: &n.o}
 	fresh, err := p.recall(ctx)
 	if err != nil {
 		return nil, err
@@ -97,10 +97,10 @@ func (n *Node) Attach(ctx context.Context, spec attach.Pod, h attach.Handler) (_
 	}
 	p.uplink = netstack.NewUplink(devs[1], o.Panics, p.log)
 	undo = append(undo, func() { p.uplink.Close() })
-	if p.mesh, err = netns.ListenTransparent(ctx, p.s, ports.HBONE, o.IPv6, o.Socket); err != nil {
+	if p.mesh, err = o.ListenMesh(ctx, p.s, ports.HBONE, o.Socket); err != nil {
 		return nil, fmt.Errorf("port %d (HBONE) in %s: %w", ports.HBONE, name, err)
 	}
-	p.unlisted = n.listens(p.mesh)
+	p.unlisted = n.listens(p.mesh.TCPListener)
 	undo = append(undo, func() { p.unlisted(); p.mesh.Close() })
 	p.KernelTCP = attach.KernelTCP{Descriptors: o.Descriptors, Label: spec.Label, Socket: o.Socket, Pod: p.ns, Mesh: p.s}
 	if p.Stack, err = attach.NewStack(&o, spec, facts.MTU, devs[0], p.uplink, prober{h, n, p}); err != nil {
