@@ -4,7 +4,8 @@
 // What flows through it: Options come in from cmd/ztun (New checks them); Dial reads the roots and gives a channel
 // that connects when first used; Context gives one call its metadata. Who calls it: admin/xds and admin/ca, for the
 // state and for certificates. What it never does: call anything, keep a channel, retry, watch files (ca.Remote does),
-// watch addresses (Moved is told), start a goroutine of its own, read the environment, or log or put into an error a byte of a token.
+// watch addresses (Moved is told), start a goroutine of its own, read the environment, or log or put into an error a
+// byte of a token.
 //
 // # Transport (spec/controlplane.md 2.1)
 //
