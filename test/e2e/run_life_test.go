@@ -96,7 +96,8 @@ func (c *controlled) bundle(r *rootless, name string) string {
 }
 
 // TestRunLives: a run goes on while its control plane is away, and hears of what is new when that is back; it goes on
-// when its host has another address, out and in, and hears of its new record from there; and of two runs of one bundle both
+// when its host has another address, out and in, and hears of its new record from there; and of two runs of one
+// bundle both
 // call, but one alone is reached.
 func TestRunLives(t *testing.T) {
 	c := newControlled(t, false, nil)
