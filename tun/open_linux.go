@@ -155,8 +155,8 @@ func Remove(ns *netns.NS, name string) error {
 	})
 }
 
-// attach opens the clone device, which is at path or, by default, where it is everywhere, in the thread's namespace, and
-// attaches it to the interface name, which it creates if need be.
+// attach opens the clone device, which is at path or, by default, where it is everywhere, in the thread's namespace,
+// and attaches it to the interface name, which it creates if need be.
 func attach(path, name string, vnet bool) (*handle, error) {
 	if path == "" {
 		path = clonePath
