@@ -9,9 +9,9 @@
 // remember pods over a restart.
 //
 // stack.go and kernel.go are what the kinds with a TUN have in common, redirect.go what those have that rules
-// redirect connections to, accept.go what all with a mesh listener have; descriptors.go shares out the process's
-// descriptors among the pods' kernel sockets, place.go tells network namespaces apart, orphans.go ends what a killed
-// daemon left in a pod's kernel.
+// redirect connections to, accept.go what all with a mesh listener have, keep.go how listeners outlive a killed
+// daemon; descriptors.go shares out the process's descriptors among the pods' kernel sockets, place.go tells network
+// namespaces apart, orphans.go ends what a killed daemon left in a pod's kernel.
 //
 // Decisions:
 //   - 2026-11-28: attaching has two steps, Attach and Capture. Between them the pod's own servers are made (they need

@@ -148,16 +148,19 @@ listening() {
 		done'
 }
 
-# kill -9: what is under way is lost, nothing goes in the clear, then all is as before.
+# kill -9: what is under way is lost (one client asks, one thing at a time), nobody is refused, nothing goes in the clear,
+# then all is as before. The container goes on: its process 1 is the proxy's supervisor.
+at_most_one_lost() { [[ $1 == *", "[01]" failed" && $1 != "0 answered"* ]] && ! grep -q '^bad.*refused' "$2"; }
 try_kill() {
-	local file said plain pid seen
+	local file said plain pid seen restarts
 	file=$(mktemp) seen=$(mktemp)
 	permissive
 	wire
 	listening >"$seen" &
 	local watching=$!
 	traffic "$file"
-	pid=$(on n1 pgrep -f '^/usr/local/bin/ztun(nel)? proxy ztunnel' | head -n 1)
+	pid=$(proxy_pid n1)
+	restarts=$(proxy_restarts)
 	echo "      killed at $(date +%T.%3N)"
 	on n1 kill -9 "$pid"
 	sleep 8
@@ -165,6 +168,9 @@ try_kill() {
 	kill "$watching" 2>/dev/null
 	plain=$(wire_end)
 	judge "kill -9 of n1's proxy under requests" "$said; $plain packets in the clear" [ "$plain" = 0 ]
+	judge "of which none was refused" "$said" at_most_one_lost "$said" "$file"
+	judge "the container went on" "$(proxy_restarts) restarts" [ "$(proxy_restarts)" = "$restarts" ]
+	judge "another proxy serves" "$(proxy_pid n1) after $pid" [ "$(proxy_pid n1)" != "$pid" ]
 	grep ^bad "$file" | sort | uniq -c
 	sed 's/^/      listening: /' "$seen"
 	said=$(asks 20 http://web.amb/)

@@ -81,7 +81,13 @@ try_job() {
 	permissive
 }
 
-proxy_pid() { on "$1" pgrep -f '^/usr/local/bin/ztun(nel)? proxy ztunnel' | head -n 1; }
+# The newest one: the other is its supervisor.
+proxy_pid() { on "$1" pgrep -nf '^/usr/local/bin/ztun(nel)? proxy ztunnel'; }
+# proxy_restarts: how often the kubelet has started the container on n1 again.
+proxy_restarts() {
+	k -n istio-system get pod -l app=ztunnel --field-selector spec.nodeName=n1 \
+		-o jsonpath='{.items[*].status.containerStatuses[0].restartCount}'
+}
 # state NODE: what a node and its proxy have, a line each.
 state() {
 	local node=$1 pid family

@@ -11,7 +11,8 @@
 // Limits, which are those of REDIRECT: the kernel has accepted an application's connection before anybody could say
 // whether there is somebody at the other end, so connect always succeeds and a refusal is a reset right after it; a
 // DNS question does not say which nameserver was meant; UDP and ICMP are nobody's business here; there is no device
-// to look at (`ztun capture`). While no daemon runs, what is redirected is refused.
+// to look at (`ztun capture`). While no daemon runs, what is redirected is refused; after a kill it waits, where the
+// sockets are held (admin/fdstore).
 //
 // Decisions:
 //   - 2026-11-28: a connection to a listener itself, not redirected, is reset: carried on, to the pod's own address, it
@@ -20,6 +21,8 @@
 //   - 2026-11-28: the listeners close when the daemon begins to leave, with the pods still attached: with a second
 //     daemon in the same namespaces (maxSurge; SO_REUSEPORT shares connections out) the kernel gives it all new ones.
 //     What waits in a listener's queue then is served first.
+//   - 2026-11-29: before it closes them it has the descriptor store let go of them, and waits for that: a listener
+//     that is open and that nobody accepts at would get its share of the connections beside the successor's.
 //   - 2026-11-28: a client's address that cannot be worn (another family than the pod's address, its own address)
 //     leads to a connection from the pod's own, as in ztunnel, and is no error.
 package redirected
