@@ -157,9 +157,16 @@ func TestRun(t *testing.T) {
 		done; cat /proc/$PPID/status; exit 1`)...); err != nil {
 		t.Errorf("resident memory: %v: %s", err, out)
 	}
+	// Another device file, where that one is not for him.
+	if out, err := r.run(m.h1.NS, "mount -t tmpfs none /dev/net && ", append([]string{"--tun-device", r.dir + "/tun"},
+		whoami(m.c.V4().String(), 9000)...)...); err != nil || !strings.Contains(out, m.h1.V4().String()) {
+		t.Errorf("by another device file: %q, %v", out, err)
+	}
 	// What it cannot do without, and says so; each where it is found out.
 	for _, c := range []struct{ before, inside, say string }{
 		{"chmod 0600 " + r.dir + "/tun && ", "true", "/dev/net/tun cannot be opened"},
+		{"mount -t tmpfs none /dev/net && ", "true",
+			"/dev/net/tun cannot be opened: no such file or directory; as root: modprobe tun; in a container"},
 		{"", r.dir + "/ztun run --name x --ip 10.9.9.9 -- true", "this is the workload default/user of a `ztun run` already"},
 	} {
 		if _, err := r.run(m.h1.NS, c.before, as("user", "sh", "-c", c.inside)...); err == nil ||
