@@ -198,7 +198,7 @@ func (fl *Flow) Refuse(r refusal.Way) {
 func (fl *Flow) refuse(r refusal.Way) {
 	defer fl.f.forget(fl)
 	fl.mu.Lock()
-	if fl.gone {
+	if fl.gone || fl.f.silent.Load() {
 		r = refusal.Silent // said by whoever could not finish: the client is to try again
 	}
 	fl.mu.Unlock()

@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+
 	"ztun/proxy/refusal"
 	"ztun/tun"
 )
@@ -143,6 +145,46 @@ func TestRefuseSilent(t *testing.T) {
 	}
 	if st := j.server.Stats(); st.Flows != 2 {
 		t.Errorf("flows %d, want 2", st.Flows)
+	}
+}
+
+// TestSilence: once it is silent a stack refuses nobody, neither by a verdict that comes late nor for a SYN that comes
+// while it closes.
+func TestSilence(t *testing.T) {
+	flows := make(chan *Flow, 3)
+	s, w := newWire(t, Config{CloseTimeout: time.Minute, OnFlow: func(f *Flow) {
+		flows <- f
+		for !f.decided.Load() {
+			time.Sleep(time.Millisecond)
+		}
+	}})
+	w.syn("10.1.0.2:500", "10.8.0.1:80", 1)
+	asked := <-flows
+	w.syn("10.1.0.2:501", "10.8.0.1:80", 1)
+	(<-flows).Refuse(refusal.Reset)
+	if _, to, th := w.next(patience); th == nil || to.Port() != 501 || !th.Flags().Contains(header.TCPFlagRst) {
+		t.Fatalf("the answer to a SYN that is refused before: %v %v", to, th)
+	}
+	s.Silence()
+	w.syn("10.1.0.2:502", "10.8.0.1:80", 1)
+	(<-flows).Refuse(refusal.HostUnreachable)
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
+		s.Close()
+	}()
+	eventually(t, "no new flows", func() bool {
+		s.flows.mu.Lock()
+		defer s.flows.mu.Unlock()
+		return s.flows.stopped
+	})
+	read := s.Stats().App.RxPackets
+	w.syn("10.1.0.2:503", "10.8.0.1:80", 1)
+	eventually(t, "the last SYN read", func() bool { return s.Stats().App.RxPackets > read })
+	asked.Refuse(refusal.Reset)
+	<-closed
+	if from, to, th := w.next(50 * time.Millisecond); th != nil {
+		t.Errorf("%v to %v: %v", from, to, th.Flags())
 	}
 }
 

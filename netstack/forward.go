@@ -31,6 +31,7 @@ type forwarder struct {
 	unanswered lately[synKey]
 	late       int // SYNs that wait for an older connection to go
 	stopped    bool
+	silent     atomic.Bool   // Stack.Silence
 	active     int           // OnFlow goroutines, and late SYNs
 	none       chan struct{} // closed when stopped, active == 0 and nothing is pending
 
@@ -119,7 +120,7 @@ func (f *forwarder) handle(h *hop, id stack.TransportEndpointID, pkt *stack.Pack
 	switch {
 	case f.stopped:
 		f.mu.Unlock()
-		return false
+		return f.silent.Load()
 	case f.pending[fl.key] != nil:
 		f.mu.Unlock()
 		f.duplicates.Add(1)

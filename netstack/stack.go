@@ -138,6 +138,10 @@ func (s *Stack) Close() error {
 	return nil
 }
 
+// Silence has whoever is not let in yet, and whoever comes later, left without an answer, whatever the verdict, also
+// while the stack closes: another process is about to take the device over, and the client's next SYN is for it.
+func (s *Stack) Silence() { s.flows.silent.Store(true) }
+
 // shutdown does all of Close but wait for Run, which may be its caller.
 func (s *Stack) shutdown() {
 	s.closeOnce.Do(func() {

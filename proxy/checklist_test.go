@@ -441,7 +441,7 @@ func TestForcedDrain(t *testing.T) {
 	app, done := w.opened(srcA, outside.String())
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	w.proxies[0].Shutdown(ctx, refusal.Reset)
+	w.proxies[0].Shutdown(ctx)
 	<-done
 	app.Close()
 	w.stop()

@@ -13,7 +13,6 @@ import (
 
 	"ztun/proxy/hbone"
 	"ztun/proxy/rbac"
-	"ztun/proxy/refusal"
 )
 
 // connection is one connection's way through the proxy: from its SYN, its CONNECT or its SOCKS5 greeting to the end of
@@ -85,13 +84,6 @@ func (p *Proxy) begin() bool {
 	}
 	p.work.Add(1)
 	return true
-}
-
-// lateWay is how a SYN is answered that enter has not let in.
-func (p *Proxy) lateWay() refusal.Way {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.late
 }
 
 // enterStream lets a stream of a tunnel in, which stays itself as long as the caller runs.

@@ -17,7 +17,6 @@ import (
 	"ztun/admin/zlog"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
-	"ztun/proxy/refusal"
 	"ztun/proxy/state"
 )
 
@@ -255,7 +254,7 @@ func TestShutdownCutsRequests(t *testing.T) {
 		defer close(over)
 		<-ctx.Done()
 		start := time.Now()
-		p.Shutdown(ctx, refusal.Reset)
+		p.Shutdown(ctx)
 		took = time.Since(start)
 	}()
 	cancel()

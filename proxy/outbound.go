@@ -19,7 +19,7 @@ func (p *Proxy) ServeOutbound(f Flow) {
 	start := time.Now()
 	c := p.enter(outbound)
 	if c == nil {
-		f.Refuse(p.lateWay())
+		f.Refuse(refusal.Reset)
 		return
 	}
 	c.outbound(f, start)

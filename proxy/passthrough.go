@@ -22,7 +22,7 @@ func (p *Proxy) passthrough(f Flow, judged bool) {
 	start := time.Now()
 	c := p.enter(passthrough)
 	if c == nil {
-		f.Refuse(p.lateWay())
+		f.Refuse(refusal.Reset)
 		return
 	}
 	defer c.settle()

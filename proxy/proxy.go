@@ -17,7 +17,6 @@ import (
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
 	"ztun/proxy/rbac"
-	"ztun/proxy/refusal"
 	"ztun/proxy/rescue"
 	"ztun/proxy/route"
 	"ztun/proxy/state"
@@ -112,7 +111,6 @@ type Proxy struct {
 
 	mu       sync.Mutex
 	draining bool
-	late     refusal.Way // how a SYN is answered that comes while it drains
 	recheck  *time.Timer // nil: none is due
 	sweep    *time.Timer // the next one for idle connections; nil: none is due
 	mesh     map[*hbone.ServerConn]struct{}
@@ -302,11 +300,10 @@ func (p *Proxy) OlderThan(age time.Duration) bool {
 }
 
 // Shutdown drains: nothing new is taken, mesh peers are told so (GOAWAY), and connections may finish
-// until ctx ends; what is left then is cut and recorded with ztunnel's drain text. late is how a SYN that comes
-// meanwhile is answered: refusal.Silent where somebody else will answer the next one.
-func (p *Proxy) Shutdown(ctx context.Context, late refusal.Way) {
+// until ctx ends; what is left then is cut and recorded with ztunnel's drain text.
+func (p *Proxy) Shutdown(ctx context.Context) {
 	p.mu.Lock()
-	p.draining, p.late = true, late
+	p.draining = true
 	mesh := make([]*hbone.ServerConn, 0, len(p.mesh))
 	for s := range p.mesh {
 		mesh = append(mesh, s)

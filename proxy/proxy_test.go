@@ -201,7 +201,7 @@ func TestShutdownOfNothing(t *testing.T) {
 		var said bytes.Buffer
 		w := newWorldWith(t, func(_ *world, _ int, o *Options) { o.Log = slog.New(slog.NewTextHandler(&said, nil)) })
 		for _, p := range w.proxies {
-			p.Shutdown(over, refusal.Reset)
+			p.Shutdown(over)
 		}
 		if said.Len() > 0 {
 			t.Fatalf("without connections: %s", &said)
@@ -209,8 +209,7 @@ func TestShutdownOfNothing(t *testing.T) {
 	}
 }
 
-// TestShutdown lets a connection finish within the deadline, turns down new ones meanwhile in the way that it is told
-// (silence: a successor answers the next SYN), and cuts what is left at the deadline with ztunnel's text.
+// TestShutdown lets a connection finish within the deadline, turns down new ones meanwhile, and cuts what is left at the deadline with ztunnel's text.
 func TestShutdown(t *testing.T) {
 	w := newWorld(t)
 	w.listen(appB, echo)
@@ -225,14 +224,14 @@ func TestShutdown(t *testing.T) {
 	roundTrip(t, second)
 	ctx, cancel := context.WithCancel(context.Background())
 	over := make(chan struct{})
-	go func() { defer close(over); w.proxies[0].Shutdown(ctx, refusal.Silent) }()
+	go func() { defer close(over); w.proxies[0].Shutdown(ctx) }()
 	for _, serve := range []func(Flow){w.proxies[0].ServeOutbound, w.proxies[0].ServePassthrough} {
 		eventually(t, "turning down new connections", func() bool {
 			app, r, _, err := w.connect(serve, srcA, "10.91.2.2:9000")
 			if err == nil {
 				app.Close()
 			}
-			return err == errRefused && r == refusal.Silent
+			return err == errRefused && r == refusal.Reset
 		})
 	}
 	roundTrip(t, first)
@@ -270,7 +269,7 @@ func TestGoAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	over := make(chan struct{})
-	go func() { defer close(over); w.proxies[1].Shutdown(context.Background(), refusal.Reset) }()
+	go func() { defer close(over); w.proxies[1].Shutdown(context.Background()) }()
 	eventually(t, "draining", func() bool {
 		w.proxies[1].mu.Lock()
 		defer w.proxies[1].mu.Unlock()

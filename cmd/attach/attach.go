@@ -97,6 +97,9 @@ type Attachment interface {
 	// Capture takes the last step: from here on the pod's traffic comes to the Handler. An error leaves the rest
 	// standing, for Remove.
 	Capture(ctx context.Context) error
+	// Silence has whoever connects from now on, and has no answer yet, wait for the next daemon: nobody is refused any
+	// more. It is for kinds that Outlive the daemon.
+	Silence()
 	// Settle waits until the application has acknowledged what connections that were closed in good order had still
 	// to send, or for ctx.
 	Settle(ctx context.Context) error

@@ -11,7 +11,6 @@ import (
 
 	"ztun/cmd/attach/attachtest"
 	"ztun/netstack"
-	"ztun/proxy/refusal"
 )
 
 // drainLab has two pods of one daemon, the second of which answers at port 80, and a connection between them.
@@ -77,7 +76,7 @@ func TestNamesDuringDrain(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	over := make(chan struct{})
-	go func() { defer close(over); pod.stop(ctx, refusal.Silent) }()
+	go func() { defer close(over); pod.stop(ctx) }()
 	eventually(t, "draining", func() bool { return pod.status().State == "Stopping" })
 	for range 3 {
 		if err := name(t, one); err != nil {

@@ -175,12 +175,11 @@ func (p *pod) saved() savedPod {
 }
 
 // drain takes no new connection and lets those that are there finish until ctx ends; names are answered all the while.
-// late is how a SYN that comes meanwhile is answered.
-func (p *pod) drain(ctx context.Context, late refusal.Way) {
+func (p *pod) drain(ctx context.Context) {
 	p.drained.Do(func() {
 		p.stopping.Store(true)
 		closeAll(p.socks, nil)
-		if !p.await(ctx, "the drain of a pod", func() { p.proxy.Shutdown(ctx, late) }) {
+		if !p.await(ctx, "the drain of a pod", func() { p.proxy.Shutdown(ctx) }) {
 			return // cut: whoever waits for an application's answer to a handshake is freed by closing the stack
 		}
 		// What was copied in full may still wait in the stack for its reader.
@@ -208,9 +207,9 @@ func (p *pod) await(ctx context.Context, what string, f func()) bool {
 
 // stop drains until ctx ends and ends the pod's goroutines; device and routes stay. What it answers last are names: a
 // query that nobody answers must not keep the connections from draining, nor they the names of those that wait.
-func (p *pod) stop(ctx context.Context, late refusal.Way) {
+func (p *pod) stop(ctx context.Context) {
 	p.once.Do(func() {
-		p.drain(ctx, late)
+		p.drain(ctx)
 		p.await(ctx, "the end of a pod's servers", func() { p.closeLoopback(ctx) })
 		// What a panic left locked must not keep the others from ending: after one, nobody is waited for without end.
 		whole := p.att.Stop()
@@ -226,7 +225,7 @@ const cutGrace = 200 * time.Millisecond
 
 // remove stops the pod and takes every trace of it away.
 func (p *pod) remove(ctx context.Context) error {
-	p.stop(ctx, refusal.Reset)
+	p.stop(ctx)
 	return p.att.Remove()
 }
 

@@ -200,7 +200,7 @@ func TestPacketsDuringAttach(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.stop(ended(), refusal.Reset) // device and routes stay
+	p.stop(ended()) // device and routes stay
 	dialled := make(chan error, 1)
 	l.proxy = func(n proxy.Network) {
 		stats := n.(attach.Attachment).Stats
@@ -282,7 +282,7 @@ func stopDuringQuery(t *testing.T) time.Duration {
 
 	ctx, cancel := context.WithCancel(t.Context())
 	stopped := make(chan struct{})
-	go func() { defer close(stopped); p.stop(ctx, refusal.Reset) }()
+	go func() { defer close(stopped); p.stop(ctx) }()
 	eventually(t, "a refusal", func() bool { return errors.Is(dial(), syscall.ECONNREFUSED) })
 	select {
 	case <-stopped:

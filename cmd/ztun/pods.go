@@ -15,7 +15,6 @@ import (
 
 	"ztun/admin"
 	"ztun/cmd/attach"
-	"ztun/proxy/refusal"
 	"ztun/proxy/rescue"
 	"ztun/proxy/state"
 )
@@ -207,7 +206,7 @@ func (m *podManager) remove(ctx context.Context, uid string) error {
 	ctx, cancel := context.WithTimeout(ctx, m.c.Process.TerminationDeadline)
 	defer cancel()
 	if p != nil {
-		p.stop(ctx, refusal.Reset)
+		p.stop(ctx)
 	}
 	m.op.Lock()
 	defer m.op.Unlock()

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"ztun/admin/fdstore"
-	"ztun/proxy/refusal"
 )
 
 // shutdown drains all pods at the same time until ctx ends. Devices and routes stay: they hold the pods' traffic back
@@ -18,10 +17,9 @@ func (m *podManager) shutdown(ctx context.Context, hangUp func(), store *fdstore
 	m.mu.Lock()
 	m.closed = true
 	m.mu.Unlock()
-	late := refusal.Reset
-	if m.kind.Outlives() {
+	outlives := m.kind.Outlives()
+	if outlives {
 		m.serveOn(ctx, hangUp != nil)
-		late = refusal.Silent // the successor answers the next SYN
 	}
 	if hangUp != nil {
 		hangUp()
@@ -34,22 +32,29 @@ func (m *podManager) shutdown(ctx context.Context, hangUp func(), store *fdstore
 			wg.Go(m.panics.Func(what, func() { end(p) }, nil))
 		}
 		if s := m.self.Load(); s != nil {
-			wg.Go(m.panics.Func("the end of the own pod", func() { s.proxy.Shutdown(ctx, late) }, nil))
+			wg.Go(m.panics.Func("the end of the own pod", func() { s.proxy.Shutdown(ctx) }, nil))
 		}
 		wg.Wait()
 	}
-	// Not behind a change that is under way, which may be the draining of another pod.
-	all("the drain of a pod", func(p *pod) { p.drain(ctx, late) })
+	drain := func() {
+		all("the drain of a pod", func(p *pod) {
+			if outlives {
+				p.att.Silence() // the successor answers the next SYN
+			}
+			p.drain(ctx)
+		})
+	}
+	drain() // not behind a change that is under way, which may be the draining of another pod
 	// No pod's names end before the last one has drained: nobody else has answers until the process has ended.
 	stop := func() {
 		last, cancel := context.WithTimeout(ctx, namesGrace)
 		defer cancel()
-		all("the end of a pod", func(p *pod) { p.stop(last, late) })
+		all("the end of a pod", func(p *pod) { p.stop(last) })
 	}
 	stop()
 	m.op.Lock()
 	defer m.op.Unlock()
-	all("the drain of a pod", func(p *pod) { p.drain(ctx, late) }) // one that was being attached
+	drain() // one that was being attached
 	stop()
 }
 

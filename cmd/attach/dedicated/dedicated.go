@@ -212,6 +212,9 @@ func (w *workload) Place() attach.Place { return w.spec.Place }
 // Settle implements attach.Attachment: the kernel sends what is left.
 func (*workload) Settle(context.Context) error { return nil }
 
+// Silence implements attach.Attachment: this kind does not outlive the daemon.
+func (*workload) Silence() {}
+
 // Stop implements attach.Attachment.
 func (w *workload) Stop() bool {
 	w.stopped.Do(func() {

@@ -96,6 +96,9 @@ func waiting(ln *net.TCPListener) *net.TCPConn {
 	return conn.(*net.TCPConn)
 }
 
+// Silence implements attach.Attachment: this kind does not outlive the daemon.
+func (*pod) Silence() {}
+
 // Stop implements attach.Attachment.
 func (p *pod) Stop() bool {
 	p.closeListeners()

@@ -175,7 +175,7 @@ func Eventually(f func() bool) bool {
 }
 
 // Drain shuts the served pod down gracefully: GOAWAY, and connections may finish until ctx ends.
-func (r *Rig) Drain(ctx context.Context) { r.served.Shutdown(ctx, refusal.Reset) }
+func (r *Rig) Drain(ctx context.Context) { r.served.Shutdown(ctx) }
 
 // Cut ends the served pod and its connections at once.
 func (r *Rig) Cut() { r.served.Close() }
