@@ -209,7 +209,8 @@ func TestShutdownOfNothing(t *testing.T) {
 	}
 }
 
-// TestShutdown lets a connection finish within the deadline, turns down new ones meanwhile, and cuts what is left at the deadline with ztunnel's text.
+// TestShutdown lets a connection finish within the deadline, turns down new ones meanwhile, and cuts what is left at
+// the deadline with ztunnel's text.
 func TestShutdown(t *testing.T) {
 	w := newWorld(t)
 	w.listen(appB, echo)

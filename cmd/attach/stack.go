@@ -14,6 +14,8 @@ import (
 	"ztun/netstack"
 	"ztun/netstack/usersock"
 	"ztun/proxy"
+	"ztun/proxy/ports"
+	"ztun/proxy/refusal"
 	"ztun/proxy/rescue"
 	"ztun/tun"
 )
@@ -42,10 +44,13 @@ func NewStack(o *Options, p Pod, mtu int, dev tun.Device, uplink *netstack.Uplin
 	c.Addrs, c.MTU, c.App, c.Uplink, c.Memory = p.IPs, mtu, s.dev, uplink, p.Memory
 	c.Panics, c.Logger = o.Panics, s.log
 	c.OnFlow = func(f *netstack.Flow) {
-		if f.Inbound() {
-			h.ServePassthrough(flow{f})
-		} else {
+		switch {
+		case !f.Inbound():
 			h.ServeOutbound(flow{f})
+		case f.Dst().Port() == ports.HBONE: // from before the routes to the listener, which has the caller's next SYN
+			f.Refuse(refusal.Silent)
+		default:
+			h.ServePassthrough(flow{f})
 		}
 	}
 	if o.DNS {

@@ -17,7 +17,7 @@ import (
 func nodeCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "node", Short: "tell or undo what ztun has changed on this host",
-		Long: "Tells what of ztun's there is on this host, or takes it away: devices in pods, routes, rules, and settings " +
+		Long: "Tells what of ztun's there is on this host, or takes it away: devices, routes, rules, and settings " +
 			"of the kernel.\n" +
 			"Both work without a daemon. Run them as root, in the network namespace in which the daemon ran.",
 	}
@@ -75,7 +75,7 @@ func (s nodeStatus) print(w io.Writer) {
 	for _, part := range []struct {
 		what  string
 		lines []string
-	}{{"devices in pods", s.Devices}, {"routes", s.Routes}, {"rules", s.Rules},
+	}{{"devices", s.Devices}, {"routes", s.Routes}, {"rules", s.Rules},
 		{"settings of the kernel; to set them back", s.Sysctls}} {
 		if len(part.lines) == 0 {
 			continue
@@ -90,9 +90,8 @@ func (s nodeStatus) print(w io.Writer) {
 func nodeCleanCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "clean", Short: "take away what ztun has left on this host", Args: noArgs,
-		Long: "Removes the devices of pods (with their addresses and routes), the node's routes and rules, and the list of " +
-			"pods, and gives\n" +
-			"settings of the kernel that are still as ztun has set them their former values. The daemon must have ended. Pods " +
+		Long: "Removes the devices of pods (with their addresses and routes) and of the node, the node's routes and\n" +
+			"rules, and the list of pods, and gives settings of the kernel that are still as ztun has set them their former values. The daemon must have ended. Pods " +
 			"that were\n" +
 			"captured have no network after that. Cleaning a clean host changes nothing.",
 	}
@@ -126,7 +125,7 @@ func nodeCleanCommand() *cobra.Command {
 		for _, part := range []struct {
 			what string
 			n    int
-		}{{"devices of pods", len(before.Devices)}, {"routes", len(before.Routes)}, {"rules", len(before.Rules)},
+		}{{"devices", len(before.Devices)}, {"routes", len(before.Routes)}, {"rules", len(before.Rules)},
 			{"settings set back", len(before.Sysctls)}} {
 			fmt.Fprintf(out, "%s: %d\n", part.what, part.n)
 		}

@@ -17,7 +17,6 @@ import (
 	"ztun/cmd/attach/isolated"
 	"ztun/proxy"
 	"ztun/proxy/fair"
-	"ztun/proxy/refusal"
 	"ztun/proxy/state"
 	"ztun/tun/tuntest/nslab"
 )

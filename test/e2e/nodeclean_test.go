@@ -51,7 +51,7 @@ func TestNodeClean(t *testing.T) {
 
 	out, err := node("status")
 	must(t, err)
-	for _, want := range []string{"the daemon does not run", "ztun0", m.a.V4().String(), "15008",
+	for _, want := range []string{"the daemon does not run", "ztun0", "ztun-node", m.a.V4().String(), "15008",
 		"sysctl -w net/ipv4/ip_forward=0", "ip rule pref 10 ipproto tcp dport 15008"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("status does not tell of %q:\n%s", want, out)
@@ -62,7 +62,7 @@ func TestNodeClean(t *testing.T) {
 	}
 	out, err = node("clean")
 	must(t, err)
-	if !strings.Contains(out, "devices of pods: 1\n") || !strings.Contains(out, "settings set back: 1\n") {
+	if !strings.Contains(out, "devices: 2\n") || !strings.Contains(out, "settings set back: 1\n") {
 		t.Errorf("clean says:\n%s", out)
 	}
 	if got := forwarding(); got != "0 1" {

@@ -98,31 +98,6 @@ func Apply(ctx context.Context, p Plan, ns Namespaces) (changed []Step, err erro
 	return changed, nil
 }
 
-// Silence takes the rules away by which new connections to HBONE's port come to sockets of S, so that they end with
-// what else comes from the network, in a device that nobody reads: without a listener S's kernel would refuse them. No
-// connection may need it any more. The next Apply puts the rules back.
-func Silence(s *netns.NS) error {
-	p, err := openPlace(S, s)
-	if err != nil {
-		return err
-	}
-	defer p.h.Close()
-	var errs []error
-	for _, fam := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		have, err := p.rules(fam)
-		errs = append(errs, err)
-		for _, h := range have {
-			if h.Priority != prefMesh {
-				continue
-			}
-			if err := p.h.RuleDel(&h); err != nil && !rtnl.Gone(err) {
-				errs = append(errs, fmt.Errorf("cannot remove %s: %w", h, err))
-			}
-		}
-	}
-	return errors.Join(errs...)
-}
-
 // Missing are the steps that are not true. Nothing is changed.
 func Missing(p Plan, ns Namespaces) (missing []Step, err error) {
 	w, err := open(p, ns)

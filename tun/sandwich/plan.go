@@ -15,6 +15,10 @@ const (
 	In  = "in0"      // in S, the other end of the pod's eth0
 	App = "ztun-app" // in S, the TUN towards the application
 	Net = "ztun-up"  // in S, the TUN towards the network
+	// Live, in S, is a TUN that carries nothing and, unlike the others, ends with the daemon, and with it the routes by
+	// which the mesh's packets come to S's sockets. What calls HBONE's port then ends in Net, which nobody reads, and has
+	// no answer until the next daemon; S's kernel, without a listener, would refuse it.
+	Live = "ztun-live"
 
 	peer = "ztun-pod" // in the pod, what is going to be eth0 in the last moment
 )
@@ -25,7 +29,8 @@ const (
 	tableOut   = 15005 // to the network, for what S forwards
 	tableNet   = 15006 // to ztun-up
 	tablePod   = 15007 // to in0
-	tableLocal = 15008 // to S's own sockets
+	tableLocal = 15008 // to S's own sockets: ICMP
+	tableMesh  = 15010 // to S's own sockets as long as the daemon lives: HBONE
 
 	fallbackMetric = 4000 // of the blackholes below the devices' routes
 	protocol       = 158  // of our routes and rules, as steer's
@@ -105,13 +110,13 @@ func inside(f Facts, c Config) (out []Action) {
 		s(sysctl("net/ipv4/icmp_echo_ignore_all=1"), Sysctl{"net/ipv6/icmp/echo_ignore_all", "1", true})
 	}
 	s(Pair{Dev: In, MAC: gatewayMAC, Peer: peer, PeerMAC: f.MAC, MTU: f.MTU})
-	for _, dev := range []string{In, App, Net} {
+	for _, dev := range []string{In, App, Net, Live} {
 		s(ours(dev)...)
 	}
 	for _, v6 := range []bool{false, true} {
 		s(rules(f, c, v6)...)
 	}
-	for _, dev := range []string{In, App, Net} {
+	for _, dev := range []string{In, App, Net, Live} {
 		s(Up{dev, f.MTU})
 	}
 	if f.v6() {
@@ -120,6 +125,7 @@ func inside(f Facts, c Config) (out []Action) {
 	for _, a := range f.sorted() {
 		all := netip.PrefixFrom(unspecified(a), 0)
 		s(route(all, App, tableApp), route(all, Net, tableNet), route(host(a), In, tablePod),
+			Route{Dst: host(a), Type: unix.RTN_LOCAL, Dev: Live, Table: tableMesh, Proto: protocol, Scope: scopeHost(a.Is6())},
 			Neigh{Dev: In, Addr: a, MAC: f.MAC})
 	}
 	return out
@@ -216,8 +222,8 @@ func rules(f Facts, c Config, v6 bool) (out []Action) {
 			add(Rule{Pref: 6, Iif: In, From: a, To: k.Remote.Addr(), Proto: tcp, Sport: l, Dport: r,
 				Table: tableOut})
 		}
-		add(Rule{Pref: prefMesh, Iif: f.Dev, Proto: tcp, Dport: mesh, Table: tableLocal})
-		add(Rule{Pref: 11, Iif: f.Dev, Proto: tcp, Sport: mesh, Dport: answers, Table: tableLocal})
+		add(Rule{Pref: 10, Iif: f.Dev, Proto: tcp, Dport: mesh, Table: tableMesh})
+		add(Rule{Pref: 11, Iif: f.Dev, Proto: tcp, Sport: mesh, Dport: answers, Table: tableMesh})
 		add(Rule{Pref: 20, Iif: f.Dev, To: a, Proto: tcp, Table: tableNet})
 		if c.Native {
 			if c.DNS { // nameservers' answers are netstack's, which asks for the pod, but for those to a nameserver in it
@@ -283,9 +289,6 @@ func (f Facts) outside() []Route {
 	}
 	return slices.Concat(parts[:]...)
 }
-
-// prefMesh is the preference of the rule for HBONE's port.
-const prefMesh = 10
 
 // lastCopy is the highest preference of copies.
 const lastCopy = 4

@@ -6,7 +6,6 @@ import (
 	"strings"
 	"testing"
 
-	"ztun/tun"
 	"ztun/tun/netns"
 	"ztun/tun/tuntest/nslab"
 )
@@ -38,13 +37,7 @@ func restore(t *testing.T, rules bool) {
 		}
 		defer s.Close()
 		t.Cleanup(func() { netns.Remove(r.Name()) })
-		for _, dev := range []string{App, Net} {
-			d, err := tun.Open(tun.Options{Name: dev, NetNS: s, MTU: 1500, Persistent: true})
-			if err != nil {
-				t.Fatal(err)
-			}
-			d.Close()
-		}
+		openTUNs(t, s)
 		p, err := r.Plan()
 		if err != nil {
 			t.Fatal(err)

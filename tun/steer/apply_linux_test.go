@@ -68,14 +68,33 @@ func newNode(t *testing.T) *node {
 
 func (n *node) open(t *testing.T) {
 	t.Helper()
-	var err error
-	if n.tun, err = tun.Open(tun.Options{Name: "ztun-node", NetNS: n.NS.NS}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { n.tun.Close() })
+	n.openTUN(t)
 	if err := steer.Apply(t.Context(), n.plan, steer.Namespaces{Node: n.NS.NS}); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// nodeTUN is the node's TUN, and the device that ends with it here as both do with a daemon.
+type nodeTUN struct {
+	tun.Device
+	live tun.Device
+}
+
+func (n nodeTUN) Close() error { return errors.Join(n.live.Close(), n.Device.Close()) }
+
+func (n *node) openTUN(t *testing.T) {
+	t.Helper()
+	dev, err := tun.Open(tun.Options{Name: "ztun-node", NetNS: n.NS.NS})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { dev.Close() })
+	live, err := tun.Open(tun.Options{Name: steer.LiveTUN, NetNS: n.NS.NS})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { live.Close() })
+	n.tun = nodeTUN{dev, live}
 }
 
 func newPod(t *testing.T, n *node, ips ...string) *pod {

@@ -18,9 +18,11 @@
 // and the error names the thing and its likely cause.
 //
 // Traps that shaped it (design.md section 2):
+//   - the node's TUN stays when the daemon ends, with the routes to it, and swallows what is sent to the pods: whoever
+//     calls them waits for the next daemon. The local routes are by a device that ends with the daemon (LiveTUN).
 //   - fail closed: each pod has an `unreachable` route of high metric in the node's main table below the one to the
-//     node's TUN. Without it, when the TUN is gone, packets for the pod would follow the node's default route and
-//     bounce between it and its gateway.
+//     node's TUN. Without it, should somebody remove the TUN, packets for the pod would follow the node's default route
+//     and bounce between it and its gateway.
 //   - the table of captured HBONE traffic has one `local` route per attached pod; everything else on port 15008 finds
 //     nothing there and falls through to main.
 //   - the sockets of the mesh are the kernel's, but ICMP errors about their packets (host unreachable, packet too
@@ -36,6 +38,8 @@
 // whose own port is 15008: to the rules that is an answer to a call of the mesh's.
 //
 // Decisions:
+//   - 2026-11-29: until then the node's TUN went with the daemon, and the local routes stayed: who called a pod between
+//     two lives of the daemon was told "no route to host", or refused at the mesh's port.
 //   - 2026-11-23: Undo leaves ip_forward, IPv6 forwarding and `lo up` as they are: we cannot know who else has come
 //     to rely on them since, and a restarted daemon does not know what was there before. Per-device sysctls go with
 //     their device.

@@ -18,6 +18,12 @@ const (
 	PrefDport  = 10    // rule: to the HBONE port
 	PrefSport  = 11    // rule: from the HBONE port
 
+	// LiveTUN is a TUN device of the daemon's that carries nothing. The routes to the node's sockets go by it, so that
+	// they end with the daemon however it ends: what calls the mesh's port then falls through to the node's TUN, which
+	// stays and which nobody reads, and has no answer until the next daemon. The node's kernel, without a listener, would
+	// refuse it.
+	LiveTUN = "ztun-live"
+
 	// FallbackMetric is the metric of a pod's `unreachable` route in the node's main table, larger than that of the
 	// route to the node's TUN.
 	FallbackMetric = 4000
@@ -68,7 +74,7 @@ type PodConfig struct {
 func NodePlan(c NodeConfig) Plan {
 	var p Plan
 	add := func(a Action) { p.Steps = append(p.Steps, Step{Node, a}) }
-	add(Link{Dev: "lo"}) // the local routes of TableHBONE go by it
+	add(Link{Dev: "lo"})
 	add(Sysctl{Path: "net/ipv4/ip_forward", Value: "1"})
 	if c.IPv6 {
 		add(Sysctl{Path: "net/ipv6/conf/all/forwarding", Value: "1"})
@@ -82,6 +88,10 @@ func NodePlan(c NodeConfig) Plan {
 		add(s)
 	}
 	add(Link{Dev: c.TUN, MTU: c.MTU})
+	for _, s := range quietIPv6(LiveTUN, c.IPv6) {
+		add(s)
+	}
+	add(Link{Dev: LiveTUN})
 	add(Rule{Pref: PrefSource, Unbound: true, Iif: "lo", Proto: unix.IPPROTO_TCP, Dport: port(ports.HBONE),
 		Table: TableMain})
 	for _, v6 := range families(c.IPv6) {
@@ -110,7 +120,7 @@ func PodPlan(c PodConfig) Plan {
 	}
 	for _, a := range c.Addrs {
 		node(Route{Type: Unicast, Dst: host(a), Dev: c.NodeTUN, Table: TableMain})
-		node(Route{Type: Local, Dst: host(a), Dev: "lo", Table: TableHBONE})
+		node(Route{Type: Local, Dst: host(a), Dev: LiveTUN, Table: TableHBONE})
 	}
 	p.Steps = append(p.Steps, InsidePlan(c).Steps...)
 	return p

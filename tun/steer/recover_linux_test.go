@@ -288,7 +288,7 @@ func TestNodeConflicts(t *testing.T) {
 	} {
 		n := newNode(t)
 		n.IP(t, c.cmd...)
-		n.tun, _ = tun.Open(tun.Options{Name: "ztun-node", NetNS: n.NS.NS})
+		n.openTUN(t)
 		before := n.State(t)
 		err := steer.Apply(t.Context(), n.plan, steer.Namespaces{Node: n.NS.NS})
 		if !errors.Is(err, unix.EADDRINUSE) || !strings.Contains(fmt.Sprint(err), c.want) {

@@ -16,12 +16,13 @@ import (
 	"ztun/tun/steer"
 )
 
-// Node is the kind, and what all isolated pods of a daemon share: the node's TUN with netstack's Uplink, the rules,
-// the mesh's one listener.
+// Node is the kind, and what all isolated pods of a daemon share: the node's TUN with netstack's Uplink, the device
+// that ends with the daemon, the rules, the mesh's one listener.
 type Node struct {
 	o      attach.Options
-	ns     *netns.NS // the node's
-	dev    tun.Device
+	ns     *netns.NS  // the node's
+	dev    tun.Device // stays when the daemon ends
+	live   tun.Device // steer.LiveTUN, which ends with the daemon
 	uplink *netstack.Uplink
 	mesh   *attach.Listener
 
@@ -46,7 +47,12 @@ func (n *Node) Open(ctx context.Context) (err error) {
 	if n.ns, err = o.Namespace(); err != nil {
 		return err
 	}
-	if n.dev, err = tun.Open(tun.Options{Name: o.NodeTUN, NetNS: o.NetNS, MTU: o.MTU, Plain: o.Plain}); err != nil {
+	n.dev, err = tun.Open(tun.Options{Name: o.NodeTUN, NetNS: o.NetNS, MTU: o.MTU, Plain: o.Plain, Persistent: true})
+	if err != nil {
+		return err
+	}
+	// Before the listener: of a killed process the kernel closes the lower descriptors first.
+	if n.live, err = tun.Open(tun.Options{Name: steer.LiveTUN, NetNS: o.NetNS, MTU: o.MTU}); err != nil {
 		return err
 	}
 	if why := n.dev.Offload().Why; why != "" {
@@ -114,9 +120,12 @@ func (n *Node) Leave() {
 	}
 }
 
-// Close implements attach.Kind.
+// Close implements attach.Kind. The node's TUN stays as long as a pod is routed to it.
 func (n *Node) Close() error {
 	var errs []error
+	if n.live != nil { // before the listener, without which callers of a pod would be refused
+		errs = append(errs, n.live.Close())
+	}
 	switch {
 	case n.uplink != nil:
 		errs = append(errs, n.uplink.Close())
@@ -125,6 +134,9 @@ func (n *Node) Close() error {
 	}
 	if n.mesh != nil {
 		errs = append(errs, n.mesh.Close())
+	}
+	if n.dev != nil && len(*n.byAddr.Load()) == 0 {
+		errs = append(errs, tun.Remove(n.ns, n.o.NodeTUN))
 	}
 	return errors.Join(errs...)
 }

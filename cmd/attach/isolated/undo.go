@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 
 	"ztun/cmd/attach"
 	"ztun/tun"
@@ -17,17 +18,18 @@ import (
 // Undo of a node without a daemon: what a daemon, ended or killed, has left on the host is found by our mark on
 // routes and rules, in the places where pods lived, and in the record of settings that Open wrote.
 
-// record is what the host's settings were before ztun. It holds for one life of one namespace: after a boot nothing
-// of it is in force.
+// record is what the host's settings were before ztun, and the device that ztun made. It holds for one life of one
+// namespace: after a boot nothing of it is in force.
 type record struct {
 	Boot     string          `json:"boot"`
 	Dev      uint64          `json:"dev"` // of the namespace's file
 	Ino      uint64          `json:"ino"`
+	TUN      string          `json:"tun"` // the node's device, which outlives the daemon
 	Settings []steer.Setting `json:"settings"`
 }
 
-// remember writes down what plan will change for the whole host. What an earlier life has written stays: it knew the
-// values from before us.
+// remember writes down what plan will change for the whole host, and the node's device. What an earlier life has
+// written stays: it knew the values from before us.
 func (n *Node) remember(plan steer.Plan) error {
 	path := n.o.Record
 	if path == "" {
@@ -42,10 +44,12 @@ func (n *Node) remember(plan steer.Plan) error {
 		n.o.Logger("ztun").Warn("the record of the host's former settings cannot be read, and is begun anew", "file", path,
 			"error", err)
 	}
-	if len(now) == 0 {
-		return nil
+	if was.TUN != "" && was.TUN != n.o.NodeTUN { // another name was configured
+		if err := tun.Remove(n.ns, was.TUN); err != nil {
+			return fmt.Errorf("the node's device of an earlier life: %w", err)
+		}
 	}
-	for _, s := range was {
+	for _, s := range was.Settings {
 		keep := true
 		for i := range now {
 			if now[i].Path == s.Path { // set back by somebody since: that is the newer former value
@@ -57,34 +61,33 @@ func (n *Node) remember(plan steer.Plan) error {
 		}
 	}
 	dev, ino := n.ns.ID()
-	if err := replace.JSON(path, record{netns.BootID(), dev, ino, now}); err != nil {
+	if err := replace.JSON(path, record{netns.BootID(), dev, ino, n.o.NodeTUN, now}); err != nil {
 		return fmt.Errorf("the host's former settings cannot be recorded: %w", err)
 	}
 	return nil
 }
 
 // recorded reads the record at path; one of another namespace or boot says nothing.
-func recorded(path string, ns *netns.NS) ([]steer.Setting, error) {
+func recorded(path string, ns *netns.NS) (r record, err error) {
 	b, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
+		return record{}, nil
 	}
 	if err != nil {
-		return nil, err
+		return record{}, err
 	}
-	var r record
 	if err := json.Unmarshal(b, &r); err != nil {
-		return nil, fmt.Errorf("%s is no record of settings: %w", path, err)
+		return record{}, fmt.Errorf("%s is no record of settings: %w", path, err)
 	}
 	if dev, ino := ns.ID(); r.Boot != netns.BootID() || r.Dev != dev || r.Ino != ino {
-		return nil, nil
+		return record{}, nil
 	}
-	return r.Settings, nil
+	return r, nil
 }
 
 // Left is what there is of ours on a host.
 type Left struct {
-	Devices []string     `json:"devices"` // of pods: their namespace and the name
+	Devices []string     `json:"devices"` // of pods: their namespace and the name; the node's: the name
 	Pods    []netip.Addr `json:"pods"`    // the addresses that routes capture
 	Routes  []string     `json:"routes"`
 	Rules   []string     `json:"rules"`
@@ -121,9 +124,12 @@ func Look(places []attach.Place, record string) (Left, error) {
 		}
 		errs = append(errs, err)
 	}
-	settings, err := recorded(record, node)
+	was, err := recorded(record, node)
 	errs = append(errs, err)
-	settings, err = steer.InForce(settings, node)
+	if slices.ContainsFunc(seen.Links, func(l steer.SeenLink) bool { return l.TUN && l.Name == was.TUN }) {
+		l.Devices = append(l.Devices, was.TUN)
+	}
+	settings, err := steer.InForce(was.Settings, node)
 	for _, s := range settings {
 		l.Sysctls = append(l.Sysctls, s.String())
 	}
@@ -178,8 +184,11 @@ func Undo(places []attach.Place, record string) error {
 	}
 	_, _, err = steer.SweepAll(node)
 	errs = append(errs, err)
-	settings, err := recorded(record, node)
+	was, err := recorded(record, node)
 	errs = append(errs, err)
-	_, err = steer.Restore(settings, node)
+	if was.TUN != "" {
+		errs = append(errs, tun.Remove(node, was.TUN))
+	}
+	_, err = steer.Restore(was.Settings, node)
 	return errors.Join(append(errs, err)...)
 }

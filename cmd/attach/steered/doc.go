@@ -22,10 +22,10 @@
 //     close it and connect again, past policy, as often as it likes. One that the application has closed stays until
 //     the kernel has sent what was written.
 //   - 2026-11-29: a daemon that is about to end leaves peers' SYNs to port 15008 without an answer: first its
-//     listener is deaf (netns.Deafen), then S has no rule for them (sandwich.Silence). A listener that is closed
-//     would have S's kernel refuse peers until the next daemon listens, and who has no other endpoint would refuse
-//     its client. A daemon that is killed cannot do so: peers are refused until its successor listens, but where its
-//     listener is held meanwhile (admin/fdstore): they wait in its queue then.
+//     listener is deaf (netns.Deafen), then S has no route for them to its sockets (sandwich.Live), which goes with a
+//     daemon that is killed as well. A listener that is closed would have S's kernel refuse peers until the next daemon
+//     listens, and who has no other endpoint would refuse its client. One that the
+//     store of descriptors holds (admin/fdstore) has their next SYNs as soon as a daemon has the route again.
 //   - 2026-11-29: with a node agent this is the daemon's only kind: on Kubernetes the node got the TUN, rules and port
 //     15008 of pods without a device, of which there is none. Its own metrics are not offered over HBONE then; istiod
 //     tells nobody to ask a pod of the node's network that way.

@@ -101,7 +101,7 @@ func (n *Node) Clean(p attach.Place) error {
 // Sweep implements attach.Kind: pods that went away while no daemon ran have left S and their CNI's device in it.
 func (n *Node) Sweep(keep []netip.Addr) error { return Undo(n.records, keep) }
 
-// Leave implements attach.Kind. Peers' SYNs have no answer until the next daemon listens (sandwich.Silence).
+// Leave implements attach.Kind. Peers' SYNs have no answer until the next daemon listens (sandwich.Live).
 func (n *Node) Leave() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -130,13 +130,6 @@ func (n *Node) listens(l *net.TCPListener) (forget func()) {
 		defer n.mu.Unlock()
 		delete(n.meshes, l)
 	}
-}
-
-// ends says that the daemon is about to end, and leaves its pods to the next one.
-func (n *Node) ends() bool {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return n.leaving
 }
 
 // Close implements attach.Kind.

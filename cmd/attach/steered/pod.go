@@ -28,6 +28,7 @@ type pod struct {
 	ns, s    *netns.NS // the pod's, and S
 	uplink   *netstack.Uplink
 	mesh     *attach.Listener // in S
+	live     tun.Device       // sandwich.Live
 	unlisted func()           // has the node forget mesh
 	fds      []*attach.Share  // what the pod itself takes of the daemon's descriptors
 	log      *slog.Logger
@@ -35,6 +36,9 @@ type pod struct {
 	mu      sync.Mutex // of what watch changes
 	record  sandwich.Record
 	failure error
+
+	checking sync.Mutex // held while watch puts things back
+	stopping bool
 
 	stop    sync.Once
 	whole   bool
@@ -86,15 +90,18 @@ func (n *Node) Attach(ctx context.Context, spec attach.Pod, h attach.Handler) (_
 			}
 		}
 	})
-	var devs [2]tun.Device
-	for i, dev := range []string{sandwich.App, sandwich.Net} {
-		d, err := tun.Open(tun.Options{Name: dev, NetNS: p.s, MTU: facts.MTU, Persistent: true, Plain: o.Plain})
+	var devs [3]tun.Device
+	// Live comes before the listener: of a killed process the kernel closes the lower descriptors first.
+	for i, dev := range []string{sandwich.App, sandwich.Net, sandwich.Live} {
+		d, err := tun.Open(tun.Options{Name: dev, NetNS: p.s, MTU: facts.MTU, Persistent: dev != sandwich.Live,
+			Plain: o.Plain})
 		if err != nil {
 			return nil, err
 		}
 		undo = append(undo, func() { d.Close() })
 		devs[i] = d
 	}
+	p.live = devs[2]
 	p.uplink = netstack.NewUplink(devs[1], o.Panics, p.log)
 	undo = append(undo, func() { p.uplink.Close() })
 	if p.mesh, err = o.ListenMesh(ctx, p.s, ports.HBONE, o.Socket); err != nil {
@@ -249,24 +256,16 @@ func (p *pod) serveMesh(conn *net.TCPConn) {
 // Stop implements attach.Attachment. S stays, with devices that nobody reads.
 func (p *pod) Stop() bool {
 	p.stop.Do(func() {
+		p.checking.Lock()
+		p.stopping = true
+		p.checking.Unlock()
 		p.unlisted()
-		p.silence()
+		p.live.Close() // before the listener, without which peers would be refused
 		p.mesh.Close()
 		p.whole = p.Stack.Stop()
-		p.silence() // should watch have been about to put it back
 		p.uplink.Close()
 	})
 	return p.whole
-}
-
-// silence has peers wait for the next daemon, if there will be one: without a listener S's kernel would refuse them.
-func (p *pod) silence() {
-	if !p.node.ends() {
-		return
-	}
-	if err := sandwich.Silence(p.s); err != nil {
-		p.log.Warn("peers of a pod are refused until the next daemon listens", "pod", p.spec.Label, "error", err)
-	}
 }
 
 // Remove implements attach.Attachment.

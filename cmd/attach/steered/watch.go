@@ -48,7 +48,7 @@ func (p *pod) watch(ctx context.Context) {
 	}
 }
 
-// check is one look; false: the pod's end is gone.
+// check is one look; false: the pod's end is gone, or the pod is being stopped.
 func (p *pod) check(ctx context.Context) bool {
 	captured, err := p.record.Joined(p.namespaces())
 	if err == nil && !captured {
@@ -59,6 +59,11 @@ func (p *pod) check(ctx context.Context) bool {
 		return false
 	}
 	p.forget()
+	p.checking.Lock()
+	defer p.checking.Unlock()
+	if p.stopping {
+		return false
+	}
 	plan, err := p.plan()
 	if err == nil {
 		var changed []sandwich.Step
