@@ -36,6 +36,7 @@ func (d *daemon) expireKept(ctx context.Context) error {
 // letGo closes the listeners of an earlier life that no pod has taken.
 func (d *daemon) letGo(why string) {
 	if n := d.store.Sweep(); n > 0 {
+		d.store.Flush()
 		d.logger.Warn("listeners of an earlier run are let go of: connections that wait there are reset", "listeners", n,
 			"reason", why)
 	}

@@ -186,7 +186,6 @@ func TestKeptAndReplaced(t *testing.T) {
 	}
 	for i := range 200 {
 		if i == 100 {
-			store.Clear()
 			old.Leave()
 			a.said()
 		}
