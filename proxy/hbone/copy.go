@@ -87,15 +87,26 @@ func (s *Stream) send(f *frame, n int, end bool) error {
 	return s.put(f, end)
 }
 
-// socketBatch is what WriteToSocket hands to the kernel at once, in bytes, or a piece more.
-const socketBatch = 128 << 10
+// pieceBatch is what WriteTo and WriteToSocket hand out at once, in bytes, or a piece more: two full frames. A frame lies
+// in two pieces where a block of the reader's ended within it.
+const pieceBatch = 128 << 10
 
-// WriteToSocket is WriteTo for a kernel socket, with many pieces in one write; count is told of what the socket took.
+// WriteToSocket is WriteTo for a kernel socket; count is told of what the socket took.
 func (s *Stream) WriteToSocket(dst *net.TCPConn, count func(int)) (total int64, err error) {
 	w := newSockWriter(dst)
 	if w == nil {
 		return 0, &SinkError{net.ErrClosed}
 	}
+	return s.writePieces(w, count)
+}
+
+// bufferWriter takes many pieces at once, in order, and none of them for longer than the call.
+type bufferWriter interface {
+	WriteBuffers(pieces [][]byte) (int64, error)
+}
+
+// writePieces is WriteTo with many pieces in one write; count, if there is one, is told of what dst took.
+func (s *Stream) writePieces(dst bufferWriter, count func(int)) (total int64, err error) {
 	var taken []chunk
 	var pieces [][]byte
 	for {
@@ -108,13 +119,13 @@ func (s *Stream) WriteToSocket(dst *net.TCPConn, count func(int)) (total int64, 
 			return total, err
 		}
 		size := 0
-		for len(s.chunks) > s.head && size < socketBatch {
+		for len(s.chunks) > s.head && size < pieceBatch {
 			ch := s.pop(bulkLen)
 			taken, pieces = append(taken, ch), append(pieces, ch.k.b[ch.off:ch.end])
 			size += ch.end - ch.off
 		}
 		s.rmu.Unlock()
-		n, err := w.WriteBuffers(pieces)
+		n, err := dst.WriteBuffers(pieces)
 		for i := range taken {
 			taken[i].k.release()
 		}
@@ -123,10 +134,13 @@ func (s *Stream) WriteToSocket(dst *net.TCPConn, count func(int)) (total int64, 
 		clear(pieces)
 		pieces = pieces[:0]
 		s.consumed(size)
-		if n > 0 {
+		if n > 0 && count != nil {
 			count(int(n))
 		}
 		total += n
+		if err == nil && n < int64(size) {
+			err = io.ErrShortWrite
+		}
 		if err != nil {
 			return total, &SinkError{err}
 		}
