@@ -43,7 +43,8 @@ type options struct {
 
 // suiteNames in the order in which they run and are shown.
 func suiteNames() []string {
-	return []string{"relay", "hbone", "mesh", "local", "conns", "echo", "mixed", "idle", "rootless", "steered", "control"}
+	return []string{"relay", "hbone", "mesh", "local", "conns", "echo", "mixed", "idle", "rootless", "steered", "control",
+		"growth"}
 }
 
 var errHelp = errors.New("help")
@@ -69,6 +70,7 @@ suites (default: all)
   steered pods that keep a CNI's eth0, by the sandwich and redirected, beside isolated ones: bulk, connections, echo
   control a mesh of 100,000 workloads: taking it in, one update, one dump, and what a storm of dumps, scrapes and updates does to
           requests and new connections, calm and stormy in turn
+  growth  what a new connection costs beside 1 to 10,000 idle ones, an update and a start over 100 to 100,000 workloads
 
 options
 `

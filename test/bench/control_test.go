@@ -267,6 +267,29 @@ func TestControlPlan(t *testing.T) {
 	}
 }
 
+// TestGrowthPlan: each size has a case, with a mesh of its own; without daemons bare veth's remain.
+func TestGrowthPlan(t *testing.T) {
+	o, err := parseArgs([]string{"growth"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &bench{o: o}
+	ks, names := b.growthCases(), map[string]bool{}
+	for _, k := range ks {
+		names[k.name] = true
+		if k.lasts <= 0 || len(k.subjects) == 0 {
+			t.Errorf("%s: %v, %d subjects", k.name, k.lasts, len(k.subjects))
+		}
+	}
+	if len(names) != len(heldSizes)+len(meshSizes) || b.o.Workloads != o.Workloads {
+		t.Errorf("cases %v, and then %d workloads", names, b.o.Workloads)
+	}
+	b.o.NoDaemon = true
+	if ks := b.growthCases(); len(ks) != len(heldSizes) || len(ks[0].subjects) != 1 {
+		t.Errorf("%d cases without a daemon", len(ks))
+	}
+}
+
 // TestOneUpdate: the measurement of one update finds its change.
 func TestOneUpdate(t *testing.T) {
 	b := &bench{o: options{Workloads: 200, Services: 20}}

@@ -34,7 +34,8 @@ type bench struct {
 	err   io.Writer // progress
 	start time.Time
 	r     *runner
-	// one for each variant of ztun, of the suites that share them: mesh, local, conns, echo, mixed and a part of relay
+	// one for each variant of ztun, of the suites that share them: mesh, local, conns, echo, mixed, growth and a part of
+	// relay
 	worlds []*world
 	// one for each way of capturing a pod
 	steered []*world
@@ -115,7 +116,7 @@ func compare(files []string, stdout, stderr io.Writer) (code int) {
 func (b *bench) all(ctx context.Context) error {
 	var ks []kase
 	shared := b.o.has("relay") && !b.o.NoDaemon || b.o.has("mesh") || b.o.has("conns") || b.o.has("echo") ||
-		b.o.has("mixed") || b.o.has("local")
+		b.o.has("mixed") || b.o.has("local") || b.o.has("growth")
 	if shared {
 		if err := b.sharedWorlds(ctx); err != nil {
 			return err
@@ -151,6 +152,8 @@ func (b *bench) all(ctx context.Context) error {
 		{"control",
 			fmt.Sprintf("%d workloads, %d services from %s; requests and connections from pod to pod, storms at node n1",
 				b.o.Workloads, b.o.Services, b.o.Source), calm, plain(b.controlCases)},
+		{"growth", "16 new connections at a time beside idle ones of the same pods; one update, and a start, over the size of " +
+			"the mesh", bareVeth, plain(b.growthCases)},
 	} {
 		if !b.o.has(s.name) {
 			continue
