@@ -135,8 +135,11 @@ func (n *Node) Close() error {
 	if n.mesh != nil {
 		errs = append(errs, n.mesh.Close())
 	}
-	if n.dev != nil && len(*n.byAddr.Load()) == 0 {
-		errs = append(errs, tun.Remove(n.ns, n.o.NodeTUN))
+	if n.dev != nil { // also what an earlier life has left counts, which this one may not have come to
+		seen, err := steer.Observe(n.ns)
+		if errs = append(errs, err); err == nil && len(seen.Pods) == 0 {
+			errs = append(errs, tun.Remove(n.ns, n.o.NodeTUN))
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -15,11 +15,13 @@ import (
 )
 
 // openNode makes the node's side in a namespace of the test's own.
-func openNode(t *testing.T) *Node {
+func openNode(t *testing.T) *Node { return openNodeIn(t, nslab.New(t)) }
+
+func openNodeIn(t *testing.T, ns *nslab.NS) *Node {
 	t.Helper()
 	var serving sync.WaitGroup
 	n := New(attach.Options{
-		NetNS: nslab.New(t).NS, NodeTUN: "ztun-node", MTU: 1500, IPv6: true, Descriptors: attach.NewDescriptors(1024, nil),
+		NetNS: ns.NS, NodeTUN: "ztun-node", MTU: 1500, IPv6: true, Descriptors: attach.NewDescriptors(1024, nil),
 		Serve:  func(_ string, f func() error) { serving.Go(func() { f() }) },
 		Logger: func(string) *slog.Logger { return slog.New(slog.DiscardHandler) },
 	})
