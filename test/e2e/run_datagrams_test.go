@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"ztun/test/lab"
+	"ztun/test/load"
 )
 
 // rootless: UDP and pings of a workload of `ztun run`, which leave by an ordinary user's sockets: his tools, a QUIC
@@ -142,6 +143,18 @@ func (d *datagrams) rootless(t *testing.T) {
 			}
 			return nil
 		})
+	})
+	// TCP past the same link, by the host's socket: the host is told what the link takes. (HBONE to a pod would not do: the
+	// pod's node is an end of the link.)
+	d.serve(d.h2.NS)
+	d.each(t, func(t *testing.T, pick func([]netip.Addr) netip.Addr) {
+		forgetPath(d.mesh, h, d.h2.NS)
+		to := pick(d.h2.IPs)
+		x := load.Transfer(d.ctx, load.Target{Addr: lab.HostPort(to, 9000), Dial: in.Dial}, 4<<20, 4<<20, 1)
+		if !x.OK {
+			t.Errorf("%+v", x)
+		}
+		toldPath(d.mesh, "TCP", h, to)
 	})
 	d.iperf3From(t, in)
 	d.quicBetween(t, []quicPath{{in, d.h2.IPs}, {in, d.a.IPs}, {in, d.s.IPs}})

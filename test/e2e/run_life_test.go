@@ -241,17 +241,63 @@ func TestRunIPv6Only(t *testing.T) {
 	server := r.shell(two.NS, nil, "--join", bundle("served"))
 	server.serve(r.dir + "/ztload")
 	m.serve(two.NS)
+	must(t, one.NS.Sysctl("net/ipv4/ping_group_range", "0 2147483647")) // of both families
 	s := r.shell(one.NS, nil, "--join", bundle("user"))
 	if said, _ := s.do("getent ahosts served.default.svc.cluster.local"); !strings.Contains(said, "fd91:0:0:96::5") {
 		t.Errorf("the name of a service: %s", said)
 	}
-	for what, to := range map[string]string{"over HBONE": "[fd91:0:0:96::5]:80", "in plaintext": lab.HostPort(two.V6(), 9000)} {
-		said, ok := s.do(fmt.Sprintf("timeout 30 %s/ztload xfer -to %s -up 4000000 -down 4000000", r.dir, to))
-		if !ok || !strings.Contains(said, "4000000") {
+	for what, server := range map[string]string{"over HBONE": "[fd91:0:0:96::5]:80", "in plaintext": lab.HostPort(two.V6(), 9000)} {
+		forgetPath(m, one.NS, two.NS)
+		said, ok := s.do(fmt.Sprintf("timeout 60 %s/ztload xfer -to %s -up 4000000 -down 4000000", r.dir, server))
+		if !ok || !strings.Contains(said, `"ok":true`) || strings.Count(said, "4000000") < 2 {
 			t.Errorf("%s past a link of 1400 bytes: %s", what, said)
+		}
+		toldPath(m, what, one.NS, two.V6())
+	}
+	// A ping that may not be divided is told what does not fit; a socket's datagrams are, and then do.
+	if said, ok := s.do("ping -n -c 2 -i 0.2 -W 10 " + two.V6().String()); !ok {
+		t.Errorf("ping: %s", said)
+	}
+	// 1448 bytes with both headers: more than the link takes, and less than the TUN.
+	if said, ok := s.do("ping -n -M do -s 1440 -c 3 -i 0.3 -W 5 " + two.V6().String()); ok || !strings.Contains(said, "1400") {
+		t.Errorf("a ping larger than the path: %s", said)
+	}
+	_, command, err := inside(s.Process)
+	must(t, err)
+	in, err := m.NameNS("user", command)
+	must(t, err)
+	at := netip.AddrPortFrom(two.V6(), 7010)
+	m.echoUDP(t, two.NS, at)
+	u, err := udpFrom(in, at)
+	must(t, err)
+	defer u.Close()
+	for _, n := range []int{1, 1300, 1440, 8000} {
+		text := strings.Repeat("d", n)
+		if got, err := sayLarge(u, text); err != nil || got != text {
+			t.Errorf("UDP of %d bytes: %d came back, %v", n, len(got), err)
 		}
 	}
 	if said, err := s.whoami(netip.MustParseAddr("fd91:0:0:66::5"), 9000); err != nil || !strings.Contains(said, host.String()) {
 		t.Errorf("its peer sees %q (%v)", said, err)
+	}
+}
+
+// forgetPath has hosts forget what they were told of paths: both ends of one, since each says in its SYN what it can
+// take, by what it knows.
+func forgetPath(m *mesh, hosts ...*lab.NS) {
+	m.t.Helper()
+	for _, host := range hosts {
+		for _, family := range []string{"-4", "-6"} {
+			_, err := m.Run(m.ctx, host, "ip", family, "route", "flush", "cache")
+			must(m.t, err)
+		}
+	}
+}
+
+// toldPath: the host has been told that 1400 bytes are what the way to an address takes.
+func toldPath(m *mesh, what string, host *lab.NS, to netip.Addr) {
+	m.t.Helper()
+	if route, err := m.Run(m.ctx, host, "ip", "route", "get", to.String()); err != nil || !strings.Contains(route, "mtu 1400") {
+		m.t.Errorf("%s: the host has not been told of the link: %v %s", what, err, route)
 	}
 }
