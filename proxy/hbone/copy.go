@@ -87,8 +87,8 @@ func (s *Stream) send(f *frame, n int, end bool) error {
 	return s.put(f, end)
 }
 
-// pieceBatch is what WriteTo and WriteToSocket hand out at once, in bytes, or a piece more: two full frames. A frame lies
-// in two pieces where a block of the reader's ended within it.
+// pieceBatch is what WriteTo and WriteToSocket hand out at once, in bytes, or a piece more: two full frames. A frame
+// lies in two pieces where a block of the reader's ended within it.
 const pieceBatch = 128 << 10
 
 // WriteToSocket is WriteTo for a kernel socket; count is told of what the socket took.

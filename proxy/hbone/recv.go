@@ -236,8 +236,8 @@ func (s *Stream) Readable() bool {
 }
 
 // WriteTo hands what arrives to dst without a copy in between, until the peer ends its direction: some pieces at once
-// if dst has WriteBuffers([][]byte) (int64, error), as netstack's connections have, whose packets are the fuller for it;
-// else at most bulkLen bytes per Write. A failure of dst is a *SinkError. Credit is given back after dst took it.
+// if dst has WriteBuffers([][]byte) (int64, error), as netstack's connections have, whose packets are the fuller for
+// it; else at most bulkLen bytes per Write. A failure of dst is a *SinkError. Credit is given back after dst took it.
 func (s *Stream) WriteTo(dst io.Writer) (total int64, err error) {
 	if w, ok := dst.(bufferWriter); ok {
 		return s.writePieces(w, nil)

@@ -9,10 +9,10 @@
 //
 // Files: cli.go (arguments), plan.go (cases and their order), run.go (the loop around them), host.go (the machine),
 // world.go (nodes, pods, daemons), traffic.go (one function per workload), mesh.go (also local, conns, echo and mixed),
-// relay.go, hbone.go, idle.go, rootless.go, steered.go, growth.go (the suites), troubles.go (drops and retransmissions during a figure), profile.go;
-// ztrelay/ is the relay suite's program. The control suite: control.go (its cases), controlmesh.go (the invented
-// mesh), controlsource.go and controltls.go (a file or a control plane of our own), controlstorm.go (what is let
-// loose), controlupdate.go (one update); ztprobe/ asks the questions.
+// relay.go, hbone.go, idle.go, rootless.go, steered.go, growth.go (the suites), troubles.go (drops and retransmissions
+// during a figure), profile.go; ztrelay/ is the relay suite's program. The control suite: control.go (its cases),
+// controlmesh.go (the invented mesh), controlsource.go and controltls.go (a file or a control plane of our own),
+// controlstorm.go (what is let loose), controlupdate.go (one update); ztprobe/ asks the questions.
 //
 // Decisions (2026-11-23):
 //   - Repetitions are the outer loop and the subjects of a case the inner one, in alternating order: bare veth and
