@@ -63,11 +63,13 @@ func (r *Revocations) Run(ctx context.Context) error {
 		}
 		if text := clip(err.Error()); text != last {
 			last = text
-			say := "the control plane's revocation list cannot be followed, what is known stays in force"
+			// By a target of its own, as ca::client is: who says himself that the control plane is away turns it down.
+			say, log := "the control plane's revocation list cannot be followed, what is known stays in force",
+				r.o.Logger.With("target", "crl::client")
 			if status.Code(err) == codes.Unimplemented {
-				say = "the control plane has no revocation list: is it older than this ztun?"
+				say, log = "the control plane has no revocation list: is it older than this ztun?", r.o.Logger
 			}
-			r.o.Logger.Warn(say, "address", r.o.Connector.Address(), "error", text)
+			log.Warn(say, "address", r.o.Connector.Address(), "error", text)
 		}
 		select {
 		case <-time.After(wait):

@@ -32,7 +32,7 @@ func capturedServer(ips []netip.Addr) netip.Addr {
 
 // runLog is RUST_LOG's default for a run, whose log is on the command's standard error: of a control plane or a CA that
 // is away there is one line (serverLost), not one for each try.
-const runLog = "warn,xds::client=error,ca::client=error,run=info"
+const runLog = "warn,xds::client=error,ca::client=error,crl::client=error,run=info"
 
 // exitStatus is how the command of `ztun run` ended, as a shell tells it.
 type exitStatus int

@@ -115,6 +115,7 @@ func likelyCause(text, setting string) (cause string, refused bool) {
 		{"server misbehaving", "the name of " + setting + " cannot be looked up: this host's nameserver", false},
 		{"network is unreachable", "this host has no route there", false},
 		{"no route to host", "this host has no route there, or a firewall is in the way", false},
+		{"connection reset by peer", "it is just ending or beginning, or something on the way cuts connections", false},
 		{"deadline exceeded", "nobody answers there: its host is down, or a firewall is in the way", false},
 		{"i/o timeout", "nobody answers there: its host is down, or a firewall is in the way", false},
 		{"x509:", "its certificate is not one to be trusted here: another mesh's, or under another name", true},

@@ -111,4 +111,7 @@ func TestRunRenews(t *testing.T) {
 	if n := strings.Count(s.out.String(), ended); n != 1 {
 		t.Errorf("said %d times: %s", n, s.out)
 	}
+	if out := s.out.String(); strings.Contains(out, "revocation list") {
+		t.Errorf("a control plane that is away is said once, and not once more for its revocation list: %s", out)
+	}
 }
