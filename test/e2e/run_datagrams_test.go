@@ -144,8 +144,8 @@ func (d *datagrams) rootless(t *testing.T) {
 			return nil
 		})
 	})
-	// TCP past the same link, by the host's socket: the host is told what the link takes. (HBONE to a pod would not do: the
-	// pod's node is an end of the link.)
+	// TCP past the same link, by the host's socket: the host is told what the link takes. (HBONE to a pod would not do:
+	// the pod's node is an end of the link.)
 	d.serve(d.h2.NS)
 	d.each(t, func(t *testing.T, pick func([]netip.Addr) netip.Addr) {
 		forgetPath(d.mesh, h, d.h2.NS)

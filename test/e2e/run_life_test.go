@@ -161,6 +161,13 @@ func TestRunLives(t *testing.T) {
 		t.Errorf("a second run of the bundle does not say that peers reach the first: %s", said)
 	}
 	reached("beside a second run")
+	// It would have the port as likely as the first, when both have heard of another address.
+	must(t, second.Signal(syscall.SIGTERM))
+	select {
+	case <-second.Done():
+	case <-time.After(30 * time.Second):
+		t.Fatal("the second run does not end")
+	}
 
 	// What the control plane says of the new address the run can only hear by a connection from that: it does not wait
 	// until HTTP/2's PING finds the old one dead.
