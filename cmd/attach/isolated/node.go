@@ -67,7 +67,9 @@ func (n *Node) Open(ctx context.Context) (err error) {
 		return err
 	}
 	o.Serve("node TUN", func() error { return n.uplink.Run(context.Background()) })
-	n.mesh, err = o.ListenMesh(ctx, o.NetNS, ports.HBONE, o.Socket)
+	own := *o
+	own.Store = nil // what had waited in it would be accepted before the pods are attached, and reset; see doc.go
+	n.mesh, err = own.ListenMesh(ctx, o.NetNS, ports.HBONE, o.Socket)
 	if err != nil {
 		return fmt.Errorf("port %d (HBONE): %w", ports.HBONE, err)
 	}
