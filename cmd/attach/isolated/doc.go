@@ -11,8 +11,8 @@
 //   - 2026-11-23: a daemon that ends leaves the pods' devices, addresses and routes where they are. Until the next
 //     daemon takes them over, a pod's packets end in a device that nobody reads: closed, not open.
 //   - 2026-11-29: the listener is not held for the next daemon (admin/fdstore), should this one be killed: it is all
-//     pods', and who had waited in it was reset before its pod was attached. A SYN that comes meanwhile has no answer and
-//     comes again, since the pods' routes to the listener end with the daemon (steer.LiveTUN).
+//     pods', and who had waited in it was reset before its pod was attached. A SYN that comes meanwhile has no answer
+//     and comes again, since the pods' routes to the listener end with the daemon (steer.LiveTUN).
 //   - 2026-11-23: a pod that reaches itself through a service is dialled by the kernel in its own namespace: the
 //     kernel drops packets from a device that carry one of its own addresses as source.
 package isolated
