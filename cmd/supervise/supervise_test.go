@@ -121,7 +121,13 @@ func (b *lockedBuffer) String() string {
 
 func start(t *testing.T, env ...string) *supervised {
 	t.Helper()
-	s := &supervised{t: t, cmd: exec.Command("/proc/self/exe")}
+	return startBy(t, exec.Command("/proc/self/exe"), env...)
+}
+
+// startBy starts the parent by another command.
+func startBy(t *testing.T, cmd *exec.Cmd, env ...string) *supervised {
+	t.Helper()
+	s := &supervised{t: t, cmd: cmd}
 	s.cmd.Env = append(append(os.Environ(), role+"=parent"), env...)
 	s.cmd.Stderr = &s.log
 	out, err := s.cmd.StdoutPipe()
@@ -297,21 +303,11 @@ func TestParentKilled(t *testing.T) {
 
 // As process 1 it buries what others leave behind, and ends with its child.
 func TestProcessOne(t *testing.T) {
-	s := &supervised{t: t, cmd: exec.Command("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "/proc/self/exe")}
-	if exe, err := os.Executable(); err == nil {
-		s.cmd.Args[len(s.cmd.Args)-1] = exe
-	}
-	s.cmd.Env = append(os.Environ(), role+"=parent", "ORPHAN=1")
-	s.cmd.Stderr = &s.log
-	out, err := s.cmd.StdoutPipe()
+	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.said = bufio.NewReader(out)
-	if err := s.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer s.cmd.Process.Kill()
+	s := startBy(t, exec.Command("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", exe), "ORPHAN=1")
 	s.begun()
 	s.say("0")
 	if code := s.end(); code != 0 {

@@ -173,27 +173,6 @@ func TestKilled(t *testing.T) {
 // An old daemon ends in good order beside a new one: what its store holds takes no connection from that, not even
 // before it has let go of the pod.
 func TestKeptAndReplaced(t *testing.T) {
-	w := newWorld(t)
-	serve(t, w.peer, 80)
 	store, _ := life(t, supervise.NewShelf(100, slog.New(slog.DiscardHandler)))
-	old, next := kindWith(t, store), kindOf(t)
-	a, err := attachTo(t, old, w.pod, "old")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := attachTo(t, next, w.pod, "next"); err != nil {
-		t.Fatal(err)
-	}
-	for i := range 200 {
-		if i == 100 {
-			old.Leave()
-			a.said()
-		}
-		if got, err := call(t, w.pod, "10.7.0.2:80"); err != nil || got != "10.7.0.1" {
-			t.Fatalf("call %d: %q, %v", i, got, err)
-		}
-	}
-	if s := a.said(); s != "" {
-		t.Errorf("who has left still serves: %s", s)
-	}
+	replaced(t, kindWith(t, store))
 }

@@ -344,10 +344,14 @@ func TestNames(t *testing.T) {
 
 // Two daemons in one namespace, as while one is replaced by another: both are served, and when one begins to leave
 // every connection finds the other, though the first has not let go of the pod yet.
-func TestTwoAtOnce(t *testing.T) {
+func TestTwoAtOnce(t *testing.T) { replaced(t, kindOf(t)) }
+
+// replaced has a kind, once it is used, leave a pod to another one.
+func replaced(t *testing.T, old *redirected.Kind) {
+	t.Helper()
 	w := newWorld(t)
 	serve(t, w.peer, 80)
-	old, next := kindOf(t), kindOf(t)
+	next := kindOf(t)
 	a, err := attachTo(t, old, w.pod, "old")
 	if err != nil {
 		t.Fatal(err)
