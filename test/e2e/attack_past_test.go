@@ -294,7 +294,7 @@ func (p *past) from(who string, l func(to netip.Addr) link, source []netip.Addr,
 func (p *past) fence() {
 	p.t.Helper()
 	p.meet("beside the attack", 60*time.Second, func(from *lab.NS, to netip.Addr) error {
-		return echo(p.ctx, from, netip.AddrPortFrom(to, 9001))
+		return takeByte(p.ctx, from, netip.AddrPortFrom(to, 9001))
 	})
 }
 
@@ -409,7 +409,7 @@ func (p *past) masqueraded() {
 	}
 	for _, from := range []*lab.NS{p.h1.NS, p.h2.NS, p.N2.NS} {
 		ctx, cancel := context.WithTimeout(p.ctx, 3*time.Second)
-		if err := echo(ctx, from, netip.AddrPortFrom(p.N1.Addr4, 30080)); err == nil {
+		if err := takeByte(ctx, from, netip.AddrPortFrom(p.N1.Addr4, 30080)); err == nil {
 			p.t.Errorf("%s: a port of the node's led to a strict pod", from.Name)
 		}
 		cancel()

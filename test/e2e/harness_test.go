@@ -124,8 +124,9 @@ func (m *mesh) goneBy(limit time.Duration, holds func(inForce) error) {
 	}
 }
 
-// echo asks the load server of an address for a byte.
-func echo(ctx context.Context, ns *lab.NS, to netip.AddrPort) error {
+// takeByte connects to a one-byte server and takes the byte. Nothing is sent: the server ends without reading, and
+// would reset the connection, now and then before the byte is here.
+func takeByte(ctx context.Context, ns *lab.NS, to netip.AddrPort) error {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
 	c, err := ns.Dial(ctx, "tcp", to.String())
@@ -133,7 +134,9 @@ func echo(ctx context.Context, ns *lab.NS, to netip.AddrPort) error {
 		return err
 	}
 	defer c.Close()
-	return bounce(c)
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	_, err = io.ReadFull(c, make([]byte, 1))
+	return err
 }
 
 // bounce sends a byte and waits until one comes back.

@@ -81,8 +81,8 @@ func (c *callers) add(what string, n int, call func(context.Context) error) {
 }
 
 // judge ends them. Of each one call is under way when a proxy is killed, which may be lost, and none is to be
-// refused. A second one is let pass: once in 15 runs a caller lost four calls at three kills, by resets, and
-// why is not known.
+// refused. A second one is let pass: it may go by a tunnel that the caller's own proxy does not know to be dead
+// yet.
 func (c *callers) judge(t *testing.T, kills int) {
 	t.Helper()
 	c.stop()
@@ -146,10 +146,10 @@ func TestKilledRedirected(t *testing.T) {
 	must(t, err)
 	c := newCallers(r.ctx)
 	at := func(ip netip.Addr) netip.AddrPort { return netip.AddrPortFrom(ip, 9001) }
-	c.add("out of the pod", 3, func(ctx context.Context) error { return echo(ctx, r.a.NS, at(r.c.V4())) })
-	c.add("out of the pod, IPv6", 1, func(ctx context.Context) error { return echo(ctx, r.a.NS, at(r.c.V6())) })
-	c.add("from a peer", 3, func(ctx context.Context) error { return echo(ctx, r.c.NS, at(r.a.V4())) })
-	c.add("from outside", 3, func(ctx context.Context) error { return echo(ctx, r.h2.NS, at(r.a.V4())) })
+	c.add("out of the pod", 3, func(ctx context.Context) error { return takeByte(ctx, r.a.NS, at(r.c.V4())) })
+	c.add("out of the pod, IPv6", 1, func(ctx context.Context) error { return takeByte(ctx, r.a.NS, at(r.c.V6())) })
+	c.add("from a peer", 3, func(ctx context.Context) error { return takeByte(ctx, r.c.NS, at(r.a.V4())) })
+	c.add("from outside", 3, func(ctx context.Context) error { return takeByte(ctx, r.h2.NS, at(r.a.V4())) })
 	c.add("to the mesh's port", 1, func(ctx context.Context) error {
 		return knock(ctx, r.h2.NS, netip.AddrPortFrom(r.a.V4(), lab.HBONEPort))
 	})
@@ -188,22 +188,20 @@ func TestKilledRedirected(t *testing.T) {
 		t.Errorf("the log of the node: %s", log)
 	}
 	// b's rules are there, and nobody listens any more.
-	if err := echo(r.ctx, r.h2.NS, at(r.b.V4())); !errors.Is(err, syscall.ECONNREFUSED) {
+	if err := takeByte(r.ctx, r.h2.NS, at(r.b.V4())); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("to a pod that the agent has not named again: %v", err)
 	}
 	if exit, err := n1.Daemon.Stop(60 * time.Second); err != nil || exit != 0 {
 		t.Errorf("the end: %d, %v", exit, err)
 	}
-	if err := echo(r.ctx, r.h2.NS, at(r.a.V4())); !errors.Is(err, syscall.ECONNREFUSED) {
+	if err := takeByte(r.ctx, r.h2.NS, at(r.a.V4())); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("after the end: %v", err)
 	}
 }
 
 // TestKilledSteered: the same for pods that are steered: the mesh's port refuses nobody, and after each kill
 // the pods reach each other. Calls through the mesh are made beside it and not judged one by one: a caller may
-// lose more than one at a kill, by a tunnel of which its own proxy has not heard yet that it is dead. Beside
-// two busy loops 92 of 5393 were lost, and none was refused at the mesh's port; where nothing is held 325 of
-// 2224, and 50.
+// lose more than one at a kill, by a tunnel of which its own proxy has not heard yet that it is dead.
 func TestKilledSteered(t *testing.T) {
 	for _, way := range []string{"steered", "rules"} {
 		t.Run(way, func(t *testing.T) {
@@ -223,7 +221,7 @@ func TestKilledSteered(t *testing.T) {
 			works := func(what string) {
 				t.Helper()
 				m.meet(what, 60*time.Second, func(from *lab.NS, to netip.Addr) error {
-					return echo(m.ctx, from, netip.AddrPortFrom(to, 9001))
+					return takeByte(m.ctx, from, netip.AddrPortFrom(to, 9001))
 				})
 			}
 			works("at first")
@@ -231,11 +229,11 @@ func TestKilledSteered(t *testing.T) {
 			must(t, err)
 			c, beside := newCallers(m.ctx), newCallers(m.ctx)
 			beside.add("out of the pod", 3, func(ctx context.Context) error {
-				return echo(ctx, m.a.NS, netip.AddrPortFrom(m.c.V4(), 9001))
+				return takeByte(ctx, m.a.NS, netip.AddrPortFrom(m.c.V4(), 9001))
 			})
 			for _, ip := range m.a.IPs {
 				beside.add("from a peer, "+ip.String(), 3, func(ctx context.Context) error {
-					return echo(ctx, m.c.NS, netip.AddrPortFrom(ip, 9001))
+					return takeByte(ctx, m.c.NS, netip.AddrPortFrom(ip, 9001))
 				})
 				c.add("to the mesh's port, "+ip.String(), 1, func(ctx context.Context) error {
 					return knock(ctx, m.N2.NS, netip.AddrPortFrom(ip, lab.HBONEPort))

@@ -90,7 +90,7 @@ func (r *redirectedMesh) snapshot(n *lab.Node, pods ...*lab.Pod) {
 func (r *redirectedMesh) works(what string) {
 	r.t.Helper()
 	r.meet(what, 60*time.Second, func(from *lab.NS, to netip.Addr) error {
-		return echo(r.ctx, from, netip.AddrPortFrom(to, 9001))
+		return takeByte(r.ctx, from, netip.AddrPortFrom(to, 9001))
 	})
 }
 
@@ -142,10 +142,10 @@ func TestRedirected(t *testing.T) {
 			t.Errorf("the application sees %+v, %v", who, err)
 		}
 		// To and from what is not in the mesh.
-		if err := echo(r.ctx, r.a.NS, netip.AddrPortFrom(pick(r.h2.IPs, v4), 9001)); err != nil {
+		if err := takeByte(r.ctx, r.a.NS, netip.AddrPortFrom(pick(r.h2.IPs, v4), 9001)); err != nil {
 			t.Errorf("to the outside: %v", err)
 		}
-		if err := echo(r.ctx, r.h2.NS, netip.AddrPortFrom(pick(r.a.IPs, v4), 9001)); err != nil {
+		if err := takeByte(r.ctx, r.h2.NS, netip.AddrPortFrom(pick(r.a.IPs, v4), 9001)); err != nil {
 			t.Errorf("from the outside: %v", err)
 		}
 	}
@@ -156,11 +156,11 @@ func TestRedirected(t *testing.T) {
 			t.Errorf("dig %s: %q, %v", how, out, err)
 		}
 	}
-	if err := echo(r.ctx, r.a.NS, netip.MustParseAddrPort("10.96.0.7:80")); err != nil {
+	if err := takeByte(r.ctx, r.a.NS, netip.MustParseAddrPort("10.96.0.7:80")); err != nil {
 		t.Errorf("a service: %v", err)
 	}
 	// The kernel has accepted by the time that anybody knows better.
-	if err := echo(r.ctx, r.a.NS, netip.AddrPortFrom(r.c.V4(), 81)); !errors.Is(err, syscall.ECONNRESET) {
+	if err := takeByte(r.ctx, r.a.NS, netip.AddrPortFrom(r.c.V4(), 81)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("a port without listener: %v", err)
 	}
 
@@ -173,7 +173,7 @@ func TestRedirected(t *testing.T) {
 		from *lab.NS
 		to   netip.Addr
 	}{{r.a.NS, r.c.V4()}, {r.h2.NS, r.a.V4()}} {
-		if err := echo(r.ctx, c.from, netip.AddrPortFrom(c.to, 9001)); !errors.Is(err, syscall.ECONNREFUSED) {
+		if err := takeByte(r.ctx, c.from, netip.AddrPortFrom(c.to, 9001)); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("without a daemon, to %s: %v", c.to, err)
 		}
 	}
@@ -198,7 +198,7 @@ func TestRedirected(t *testing.T) {
 	if _, err := io.Copy(io.Discard, held); errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Error("a connection outlives its pod's proxy")
 	}
-	if err := echo(r.ctx, r.a.NS, netip.AddrPortFrom(r.c.V4(), 9001)); !errors.Is(err, syscall.ECONNREFUSED) {
+	if err := takeByte(r.ctx, r.a.NS, netip.AddrPortFrom(r.c.V4(), 9001)); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("with the pod let go and its rules there: %v", err)
 	}
 }
@@ -218,7 +218,7 @@ func (r *redirectedMesh) replaced() {
 		go func() {
 			var err error
 			for n := 0; ctx.Err() == nil && err == nil; n++ {
-				if e := echo(r.ctx, c.from, netip.AddrPortFrom(c.to, 9001)); e != nil {
+				if e := takeByte(r.ctx, c.from, netip.AddrPortFrom(c.to, 9001)); e != nil {
 					err = fmt.Errorf("call %d to %s: %w", n, c.to, e)
 				}
 			}

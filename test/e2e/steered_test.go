@@ -123,7 +123,7 @@ func steeredPods(t *testing.T, way string) {
 	get := func(ns *lab.NS, to netip.Addr) error {
 		ctx, cancel := context.WithTimeout(m.ctx, 5*time.Second) // what is closed says nothing
 		defer cancel()
-		return echo(ctx, ns, netip.AddrPortFrom(to, 9001))
+		return takeByte(ctx, ns, netip.AddrPortFrom(to, 9001))
 	}
 	both := func(what string) {
 		t.Helper()
