@@ -49,7 +49,6 @@ type Options struct {
 
 const (
 	ownDescriptors = 32 // of this process itself
-	mostHeld       = 16384
 	// deafFor is how long a child lives on that has given its socket up until what is held for it is let go of: it has
 	// closed its own listeners by then, or may, and what is held takes connections that nobody accepts.
 	deafFor = 5 * time.Second
@@ -81,13 +80,14 @@ func Run(o Options) int {
 	return p.run()
 }
 
-// limit is how many descriptors there is room for.
+// limit is how many descriptors there is room for: twice as many are open for a moment when a child is started, as
+// those that stand in the way of another's place in it are moved aside (syscall.StartProcess).
 func limit() int {
 	var l syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &l); err != nil {
-		return 1024 - ownDescriptors
+		l.Cur = 1024
 	}
-	return max(int(min(l.Cur, mostHeld+ownDescriptors))-ownDescriptors, 0)
+	return max(int(min(l.Cur, 1<<20))-ownDescriptors, 0) / 2
 }
 
 // parent is the supervisor.

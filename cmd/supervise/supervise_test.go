@@ -62,6 +62,10 @@ func child() int {
 		f.Close()
 	} else if l, err = net.Listen("tcp", "127.0.0.1:0"); err == nil {
 		store.Keep(name, l.(*net.TCPListener))
+		n, _ := strconv.Atoi(os.Getenv("KEEP"))
+		for i := range n {
+			store.Keep("more"+strconv.Itoa(i), l.(*net.TCPListener))
+		}
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -281,6 +285,28 @@ func TestGivesUp(t *testing.T) {
 		syscall.Kill(s.begun(), syscall.SIGKILL)
 	}
 	if code := s.end(); code != 128+9 || !strings.Contains(s.log.String(), "too often") {
+		t.Errorf("exit code %d: %s", code, s.log.String())
+	}
+}
+
+// However many sockets a child wants held, the next one can be started with those that are.
+func TestFewDescriptors(t *testing.T) {
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := startBy(t, exec.Command("/bin/sh", "-c", `ulimit -n 256 && exec "$0"`, exe), "KEEP=300")
+	first := s.begun()
+	addr := s.addr
+	syscall.Kill(first, syscall.SIGKILL)
+	if second := s.begun(); s.addr != addr || second == first {
+		t.Errorf("%d at %s after %d at %s", second, s.addr, first, addr)
+	}
+	if log := s.log.String(); !strings.Contains(log, "there is no room for") {
+		t.Errorf("said: %s", log)
+	}
+	s.say("0")
+	if code := s.end(); code != 0 {
 		t.Errorf("exit code %d: %s", code, s.log.String())
 	}
 }
