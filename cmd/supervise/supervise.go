@@ -72,7 +72,7 @@ func Run(o Options) int {
 	}
 	log := zlog.New(zlog.Options{Writer: os.Stderr, JSON: os.Getenv("LOG_FORMAT") == "json", Lines: 100})
 	defer log.Close(context.Background())
-	p := &parent{o: o, log: log.Logger("supervise"), signals: make(chan os.Signal, 16), reap: make(chan os.Signal, 1)}
+	p := &parent{o: o, log: log.Logger("ztun"), signals: make(chan os.Signal, 16), reap: make(chan os.Signal, 1)}
 	p.shelf = NewShelf(limit(), p.log)
 	signal.Notify(p.signals, forwarded...)
 	signal.Notify(p.reap, syscall.SIGCHLD)

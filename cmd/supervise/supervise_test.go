@@ -236,7 +236,7 @@ func TestKilled(t *testing.T) {
 		t.Error(err)
 	}
 	if log := s.log.String(); !strings.Contains(log, "SIGKILL") || !strings.Contains(log, "exit code 2") ||
-		!strings.Contains(log, "\terror\tsupervise\t") {
+		!strings.Contains(log, "\terror\tztun\t") {
 		t.Errorf("said: %s", log)
 	}
 	s.say("5")

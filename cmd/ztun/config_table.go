@@ -5,6 +5,8 @@ import (
 	"math"
 	"strings"
 	"text/tabwriter"
+
+	"ztun/cmd/attach/isolated"
 )
 
 // variable is one row of the table: how a value is read, and what it means.
@@ -144,7 +146,7 @@ func variables(c *Config, l *loader) []variable {
 		{"ZTUN_STATE_DIR", "/var/run/ztun", "where the daemon keeps its socket and the list of pods (default where " +
 			"that is on a read-only file system: /tmp/ztun)", str(&c.State.Dir)},
 		{"ZTUN_SOCKET", "", "control socket of `ztun pod` (default ZTUN_STATE_DIR/ztun.sock)", str(&c.State.Socket)},
-		{"ZTUN_NODE_TUN", "ztun-node", "name of the node's TUN device", deviceName(&c.Attach.NodeTUN)},
+		{"ZTUN_NODE_TUN", isolated.DefaultTUN, "name of the node's TUN device", deviceName(&c.Attach.NodeTUN)},
 		{"ZTUN_MTU", "1500", "MTU of the TUN devices, bytes", ranged(&c.Attach.MTU, 1280, 65535)},
 		{"ZTUN_MAX_INFLIGHT", "4096",
 			"connections of one pod that may wait for their verdict, in each direction; half of them for who has answered " +

@@ -34,6 +34,10 @@ func AdoptTransparent(f *os.File, ns *NS, port uint16, ipv6 bool, o SocketOption
 				return fmt.Errorf("%w: IPV6_V6ONLY is %d (%v)", ErrUnfit, only, err)
 			}
 		}
+		// Deafen's, by a life that was told to end and could not take its socket out of the store.
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DETACH_FILTER, 0); err != nil && err != unix.ENOENT {
+			return os.NewSyscallError("setsockopt SO_DETACH_FILTER", err)
+		}
 		return o.set(fd)
 	})
 	if err != nil {

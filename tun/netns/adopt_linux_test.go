@@ -161,3 +161,31 @@ func TestAdoptPacket(t *testing.T) {
 		t.Errorf("%q, %v", b[:n], err)
 	}
 }
+
+// One that a life which was about to end has made deaf hears again.
+func TestAdoptDeaf(t *testing.T) {
+	lab := anyIP(t)
+	ns, err := netns.OpenName(lab.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	first := listen(t, ns, 15008, true, netns.SocketOptions{})
+	if err := netns.Deafen(first); err != nil {
+		t.Fatal(err)
+	}
+	l, err := netns.AdoptTransparent(file(t, first), ns, 15008, true, netns.SocketOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if err := lab.Do(func() error {
+		c, err := net.DialTimeout("tcp", "10.55.0.7:15008", patience)
+		if err == nil {
+			c.Close()
+		}
+		return err
+	}); err != nil {
+		t.Error(err)
+	}
+}

@@ -51,7 +51,13 @@ func (n *Node) Open(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	// Before the listener: of a killed process the kernel closes the lower descriptors first.
+	own := *o
+	own.Store = nil // what had waited in it would be accepted before the pods are attached, and reset; see doc.go
+	n.mesh, err = own.ListenMesh(ctx, o.NetNS, ports.HBONE, o.Socket)
+	if err != nil {
+		return fmt.Errorf("port %d (HBONE): %w", ports.HBONE, err)
+	}
+	// After the listener: of a killed process the kernel closes the higher descriptors first (its task work is a stack).
 	if n.live, err = tun.Open(tun.Options{Name: steer.LiveTUN, NetNS: o.NetNS, MTU: o.MTU}); err != nil {
 		return err
 	}
@@ -67,12 +73,6 @@ func (n *Node) Open(ctx context.Context) (err error) {
 		return err
 	}
 	o.Serve("node TUN", func() error { return n.uplink.Run(context.Background()) })
-	own := *o
-	own.Store = nil // what had waited in it would be accepted before the pods are attached, and reset; see doc.go
-	n.mesh, err = own.ListenMesh(ctx, o.NetNS, ports.HBONE, o.Socket)
-	if err != nil {
-		return fmt.Errorf("port %d (HBONE): %w", ports.HBONE, err)
-	}
 	o.Serve("port 15008", func() error { return n.serveMesh(n.mesh) })
 	return nil
 }

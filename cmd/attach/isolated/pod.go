@@ -107,16 +107,18 @@ func (p *pod) Capture(ctx context.Context) error {
 		p.log.Warn("the pod's connections of an earlier run cannot be listed", "pod", p.spec.Label, "error", err)
 	}
 	p.Run()
-	// The pod's own routes come last in the plan: nothing leaves it before all else stands.
-	if err := steer.Apply(ctx, p.plan, p.namespaces()); err != nil {
-		return err
-	}
-	p.captured = true
+	// The first step that is applied may bring peers: those have waited since the last daemon, and whom nobody knows is
+	// reset.
 	p.node.index(func(t map[netip.Addr]*pod) {
 		for _, a := range p.spec.IPs {
 			t[a] = p
 		}
 	})
+	// The pod's own routes come last in the plan: nothing leaves it before all else stands.
+	if err := steer.Apply(ctx, p.plan, p.namespaces()); err != nil {
+		return err
+	}
+	p.captured = true
 	if len(left) > 0 {
 		p.Go("a pod's connections of an earlier run", func(ctx context.Context) { p.EndOrphans(ctx, p.ns, left) })
 	}

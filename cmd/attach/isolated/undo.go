@@ -1,6 +1,7 @@
 package isolated
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -85,6 +86,12 @@ func recorded(path string, ns *netns.NS) (r record, err error) {
 	return r, nil
 }
 
+// DefaultTUN is the name of the node's device where no other is configured.
+const DefaultTUN = "ztun-node"
+
+// device is the node's device of a record, or of a daemon whose record is lost.
+func (r record) device() string { return cmp.Or(r.TUN, DefaultTUN) }
+
 // Left is what there is of ours on a host.
 type Left struct {
 	Devices []string     `json:"devices"` // of pods: their namespace and the name; the node's: the name
@@ -126,8 +133,8 @@ func Look(places []attach.Place, record string) (Left, error) {
 	}
 	was, err := recorded(record, node)
 	errs = append(errs, err)
-	if slices.ContainsFunc(seen.Links, func(l steer.SeenLink) bool { return l.TUN && l.Name == was.TUN }) {
-		l.Devices = append(l.Devices, was.TUN)
+	if slices.ContainsFunc(seen.Links, func(l steer.SeenLink) bool { return l.TUN && l.Name == was.device() }) {
+		l.Devices = append(l.Devices, was.device())
 	}
 	settings, err := steer.InForce(was.Settings, node)
 	for _, s := range settings {
@@ -186,9 +193,7 @@ func Undo(places []attach.Place, record string) error {
 	errs = append(errs, err)
 	was, err := recorded(record, node)
 	errs = append(errs, err)
-	if was.TUN != "" {
-		errs = append(errs, tun.Remove(node, was.TUN))
-	}
+	errs = append(errs, tun.Remove(node, was.device()))
 	_, err = steer.Restore(was.Settings, node)
 	return errors.Join(append(errs, err)...)
 }

@@ -90,8 +90,14 @@ func (n *Node) Attach(ctx context.Context, spec attach.Pod, h attach.Handler) (_
 			}
 		}
 	})
+	if p.mesh, err = o.ListenMesh(ctx, p.s, ports.HBONE, o.Socket); err != nil {
+		return nil, fmt.Errorf("port %d (HBONE) in %s: %w", ports.HBONE, name, err)
+	}
+	p.unlisted = n.listens(p.mesh.TCPListener)
+	undo = append(undo, func() { p.unlisted(); p.mesh.Close() })
 	var devs [3]tun.Device
-	// Live comes before the listener: of a killed process the kernel closes the lower descriptors first.
+	// Live comes after the listener: of a killed process the kernel closes the higher descriptors first (its task work is
+	// a stack).
 	for i, dev := range []string{sandwich.App, sandwich.Net, sandwich.Live} {
 		d, err := tun.Open(tun.Options{Name: dev, NetNS: p.s, MTU: facts.MTU, Persistent: dev != sandwich.Live,
 			Plain: o.Plain})
@@ -104,11 +110,6 @@ func (n *Node) Attach(ctx context.Context, spec attach.Pod, h attach.Handler) (_
 	p.live = devs[2]
 	p.uplink = netstack.NewUplink(devs[1], o.Panics, p.log)
 	undo = append(undo, func() { p.uplink.Close() })
-	if p.mesh, err = o.ListenMesh(ctx, p.s, ports.HBONE, o.Socket); err != nil {
-		return nil, fmt.Errorf("port %d (HBONE) in %s: %w", ports.HBONE, name, err)
-	}
-	p.unlisted = n.listens(p.mesh.TCPListener)
-	undo = append(undo, func() { p.unlisted(); p.mesh.Close() })
 	p.KernelTCP = attach.KernelTCP{Descriptors: o.Descriptors, Label: spec.Label, Socket: o.Socket, Pod: p.ns, Mesh: p.s}
 	if p.Stack, err = attach.NewStack(&o, spec, facts.MTU, devs[0], p.uplink, prober{h, n, p}); err != nil {
 		return nil, err
