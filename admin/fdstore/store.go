@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -24,6 +25,10 @@ type Store struct {
 	left   map[string]*os.File // what an earlier life has left and nobody has taken
 	kept   map[string]struct{}
 	closed bool // nothing is kept any more, or the store does not listen
+	// lasts: the far side holds on to what it has whether we are connected or not (systemd), so that being told late is
+	// better than never.
+	lasts bool
+	deaf  bool // it has not answered the last time, and is hardly waited for until it does
 
 	patience time.Duration
 }
@@ -31,6 +36,9 @@ type Store struct {
 // patience is how long the far side may take to read a message or to pass a barrier: systemd may be busy, and a killed
 // proxy that loses connections is better than one that stands still.
 const patience = 2 * time.Second
+
+// deafly is the part of it that a far side gets to pass a barrier which has not passed the last one.
+const deafly = 10
 
 // Open takes what the process was started with; nil: there is no store. It has to come before any other process is
 // started, and after the last execve.
@@ -52,6 +60,7 @@ func open(in inherited, log *slog.Logger) (*Store, error) {
 	left := map[string]*os.File{}
 	var conn *net.UnixConn
 	var err error
+	lasts := false
 	for _, n := range in.named {
 		if n.name != Notify || conn != nil {
 			if old := left[n.name]; old != nil {
@@ -64,6 +73,7 @@ func open(in inherited, log *slog.Logger) (*Store, error) {
 	}
 	if conn == nil && err == nil && in.path != "" {
 		conn, err = net.DialUnix("unixgram", nil, &net.UnixAddr{Name: in.path, Net: "unixgram"})
+		lasts = true
 	}
 	if conn == nil {
 		for _, f := range left {
@@ -71,7 +81,9 @@ func open(in inherited, log *slog.Logger) (*Store, error) {
 		}
 		return nil, err
 	}
-	return New(conn, left, log), nil
+	s := New(conn, left, log)
+	s.lasts = lasts
+	return s, nil
 }
 
 // unixConn takes f over.
@@ -150,13 +162,13 @@ func (s *Store) Drop(name string) {
 }
 
 func (s *Store) drop(name string) {
-	if _, is := s.kept[name]; is {
+	if _, is := s.kept[name]; is && s.send(Message{Remove: true, Name: name}) {
 		delete(s.kept, name)
-		s.send(Message{Remove: true, Name: name})
 	}
 }
 
-// Flush returns when the store has done all that it was told, or does not listen.
+// Flush returns when the store has done all that it was told, or does not listen, or when that cannot be known now,
+// which is logged.
 func (s *Store) Flush() {
 	if s == nil {
 		return
@@ -176,14 +188,26 @@ func (s *Store) flush() {
 		return
 	}
 	defer r.Close()
+	sent := false
 	rc, err := w.SyscallConn()
 	if err == nil {
-		err = rc.Control(func(fd uintptr) { s.send(Message{Barrier: true}, int(fd)) })
+		err = rc.Control(func(fd uintptr) { sent = s.send(Message{Barrier: true}, int(fd)) })
 	}
 	w.Close()
+	if err == nil && !sent {
+		return // that has been said
+	}
 	if err == nil {
-		r.SetReadDeadline(time.Now().Add(s.patience))
+		wait := s.patience
+		if s.deaf {
+			wait /= deafly
+		}
+		r.SetReadDeadline(time.Now().Add(wait))
 		if _, err = r.Read(make([]byte, 1)); errors.Is(err, io.EOF) { // the far side has closed it
+			if s.deaf {
+				s.deaf = false
+				s.log.Info("the descriptor store answers again")
+			}
 			return
 		}
 	}
@@ -231,6 +255,10 @@ func (s *Store) Clear() {
 	if s.closed {
 		return
 	}
+	if s.deaf { // one more chance: there may be thousands of messages to come, which are not waited for one by one
+		s.deaf = false
+		s.flush()
+	}
 	s.send(Message{Stopping: true})
 	for name := range s.kept {
 		s.drop(name)
@@ -240,10 +268,10 @@ func (s *Store) Clear() {
 	s.conn.Close()
 }
 
-// send is with mu held.
-func (s *Store) send(m Message, fds ...int) {
+// send is with mu held, and returns whether the message has gone out.
+func (s *Store) send(m Message, fds ...int) bool {
 	if s.closed {
-		return
+		return false
 	}
 	var oob []byte
 	if len(fds) > 0 {
@@ -256,22 +284,39 @@ func (s *Store) send(m Message, fds ...int) {
 		var inner error
 		err = rc.Write(func(fd uintptr) bool {
 			_, inner = unix.SendmsgN(int(fd), []byte(m.String()), oob, nil, unix.MSG_NOSIGNAL)
-			return inner != unix.EAGAIN
+			return inner != unix.EAGAIN || s.deaf
 		})
+		if inner == unix.EAGAIN {
+			inner = os.ErrDeadlineExceeded
+		}
 		err = errors.Join(err, os.NewSyscallError("sendmsg", inner))
 	}
 	if err != nil {
 		s.fail(err)
 	}
+	return err == nil
 }
 
-// fail gives the store up.
+// fail logs what went wrong, and gives the store up but for one moment's trouble: descriptors or memory that this
+// process has no more of, or a far side that lasts and may only be slow.
 func (s *Store) fail(err error) {
-	if s.closed {
-		return
+	switch {
+	case s.closed:
+	case slices.ContainsFunc(passing, func(e error) bool { return errors.Is(err, e) }):
+		s.log.Warn("the descriptor store could not be told something", "error", err)
+	case s.lasts && errors.Is(err, os.ErrDeadlineExceeded):
+		if !s.deaf {
+			s.deaf = true
+			s.log.Warn("the descriptor store does not answer: while it does not, connections may be refused, or wait in vain "+
+				"at listeners that are closed here", "error", err)
+		}
+	default:
+		s.closed = true
+		s.conn.Close() // our supervisor then lets go of all
+		s.log.Error("the descriptor store does not work: should this process be killed, connections are refused until the "+
+			"next one listens", "error", err)
 	}
-	s.closed = true
-	s.conn.Close() // our supervisor then lets go of all
-	s.log.Error("the descriptor store does not work: should this process be killed, connections are refused until the "+
-		"next one listens", "error", err)
 }
+
+// passing is what passes: ETOOMANYREFS is of descriptors under way.
+var passing = []error{unix.EMFILE, unix.ENFILE, unix.ETOOMANYREFS, unix.ENOBUFS, unix.ENOMEM}

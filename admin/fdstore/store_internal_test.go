@@ -31,11 +31,24 @@ type manager struct {
 
 func newManager(t *testing.T) *manager {
 	t.Helper()
+	m := newSilentManager(t)
+	m.serve(t)
+	return m
+}
+
+// newSilentManager is one that reads nothing until it is told to serve.
+func newSilentManager(t *testing.T) *manager {
+	t.Helper()
 	m := &manager{path: filepath.Join(t.TempDir(), "notify"), held: map[string]int{}}
 	var err error
 	if m.conn, err = net.ListenUnixgram("unixgram", &net.UnixAddr{Name: m.path, Net: "unixgram"}); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { m.conn.Close() })
+	return m
+}
+
+func (m *manager) serve(t *testing.T) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -48,7 +61,6 @@ func newManager(t *testing.T) *manager {
 			unix.Close(fd)
 		}
 	})
-	return m
 }
 
 func (m *manager) run(t *testing.T) {
@@ -209,7 +221,7 @@ func TestSweep(t *testing.T) {
 	}
 }
 
-// A far side that has gone, or reads no more, holds nobody up for good and is said once.
+// A far side that reads nothing, or has gone, holds nobody up for good and is said once each.
 func TestDeafStore(t *testing.T) {
 	var said bytes.Buffer
 	path := filepath.Join(t.TempDir(), "notify")
@@ -227,12 +239,97 @@ func TestDeafStore(t *testing.T) {
 	s.Flush() // nobody reads
 	s.Keep("b", listener(t))
 	s.Flush()
+	if n := strings.Count(said.String(), "descriptor store does not answer"); n != 1 || strings.Contains(said.String(), "work") {
+		t.Errorf("said %d times: %s", n, said.String())
+	}
+	far.Close()
+	s.Keep("c", listener(t))
+	s.Flush()
 	s.Clear()
 	if n := strings.Count(said.String(), "descriptor store does not work"); n != 1 {
 		t.Errorf("said %d times: %s", n, said.String())
 	}
 	if s, err := open(inherited{path: path + "none"}, slog.New(slog.DiscardHandler)); s != nil || err == nil {
 		t.Error("a socket that is not there is a store")
+	}
+}
+
+// A far side that was slow once is told everything else, and what it answers late is no answer to what is asked later.
+func TestSlowStore(t *testing.T) {
+	var said bytes.Buffer
+	m := newSilentManager(t)
+	s, err := open(inherited{path: m.path}, slog.New(slog.NewTextHandler(&said, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.patience = 50 * time.Millisecond
+	s.Keep("a", listener(t))
+	s.Flush() // nobody reads
+	s.Drop("a")
+	s.Keep("b", listener(t))
+	m.serve(t)
+	s.patience = deafly * patienceHere
+	s.Flush()
+	if got := m.names(); !slices.Equal(got, []string{"b"}) {
+		t.Errorf("held: %v", got)
+	}
+	s.Clear()
+	if got := m.names(); len(got) > 0 {
+		t.Errorf("held after the end: %v", got)
+	}
+	if n := strings.Count(said.String(), "answers again"); n != 1 {
+		t.Errorf("said %d times: %s", n, said.String())
+	}
+}
+
+// A removal that did not get through, to a far side whose queue is full, is said again at the end.
+func TestFullStore(t *testing.T) {
+	m := newSilentManager(t)
+	s, err := open(inherited{path: m.path}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Keep("a", listener(t))
+	s.patience = time.Millisecond
+	for range 1 << 16 {
+		if s.Ready(); s.deaf {
+			break
+		}
+	}
+	s.Drop("a")
+	if s.closed || !s.deaf {
+		t.Fatalf("given up: %v, deaf: %v", s.closed, s.deaf)
+	}
+	m.serve(t)
+	s.patience = deafly * patienceHere
+	s.Clear()
+	if got := m.names(); len(got) > 0 {
+		t.Errorf("held after the end: %v", got)
+	}
+}
+
+// A process that is out of descriptors for a moment keeps its store.
+func TestNoDescriptors(t *testing.T) {
+	m := newManager(t)
+	s, err := open(inherited{path: m.path}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Max: limit.Max}); err != nil {
+		t.Fatal(err)
+	}
+	s.Flush()
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	s.Keep("a", listener(t))
+	s.Flush()
+	if got := m.names(); !slices.Equal(got, []string{"a"}) {
+		t.Errorf("held: %v", got)
 	}
 }
 
