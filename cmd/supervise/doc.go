@@ -13,8 +13,9 @@
 //   - 2026-11-29: five times within a minute, then it is Kubernetes' turn, which backs off and shows it.
 //   - 2026-11-29: the same program and not one of its own: one file in the image, and ztunnel's chart starts it as
 //     "ztunnel proxy ztunnel". What package initialisation has touched is given back to the kernel afterwards.
-//   - 2026-11-29: should the parent be killed the child ends as well (PDEATHSIG): a proxy that nobody watches, in a
-//     container that has ended, would hold the ports of its successor.
+//   - 2026-11-29: should the parent be killed the child ends as well (PDEATHSIG, set anew by the child whenever it has
+//     executed itself: EndWithParent): a proxy that nobody watches would hold the ports of its successor. The kernel
+//     does it, and not a goroutine that watches the parent: it works for a child that hangs as well.
 //   - 2026-11-29: the cgroup's own OOM killer ends all processes of a container (memory.oom.group, which kubelet sets
 //     but for singleProcessOOMKill): there nothing is held.
 package supervise

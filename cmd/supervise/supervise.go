@@ -54,6 +54,27 @@ const (
 	deafFor = 5 * time.Second
 )
 
+// EndWithParent has the calling process end with the supervisor that has started it, however that ends. The kernel
+// forgets what Run has asked it for when the child executes itself from another thread than its first, as the proxy
+// does to give up capabilities: it belongs to a thread. So it is asked again in every life, by an init function: those
+// run on the first thread, which is there as long as the process (the signal is sent for a thread that exists). again
+// says that this is such a later life: a supervisor that is not our parent any more has ended meanwhile.
+func EndWithParent(getenv func(string) string, again bool) {
+	if getenv(fdstore.Supervised) == "" {
+		return
+	}
+	ours := fdstore.IsSupervised(getenv, os.Getppid())
+	if ours {
+		if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
+			fmt.Fprintln(os.Stderr, "ztun: prctl PR_SET_PDEATHSIG:", err) // we live on without it
+		}
+	}
+	if (ours || again) && !fdstore.IsSupervised(getenv, os.Getppid()) {
+		fmt.Fprintln(os.Stderr, "ztun: the supervisor has ended")
+		os.Exit(1)
+	}
+}
+
 // forwarded are the signals that are passed on. After any of them the child's end is ours.
 var forwarded = []os.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT}
 

@@ -30,6 +30,16 @@ const patience = 20 * time.Second
 // role is what this program is in a process that a test has started.
 const role = "SUPERVISE_TEST_ROLE"
 
+// again is set in a process that has executed itself.
+const again = "SUPERVISE_TEST_AGAIN"
+
+func init() {
+	if os.Getenv(role) == "child" {
+		runtime.LockOSThread() // the first, so that executeAgain has another
+		supervise.EndWithParent(os.Getenv, os.Getenv(again) != "")
+	}
+}
+
 func TestMain(m *testing.M) {
 	switch os.Getenv(role) {
 	case "parent":
@@ -45,6 +55,12 @@ func TestMain(m *testing.M) {
 // child is the proxy: it serves one address, with a store, and says on standard output that it does. Who connects
 // is told its process id, and may say what is to become of it.
 func child() int {
+	if os.Getenv("REEXEC") != "" && os.Getenv(again) == "" {
+		if err := executeAgain(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 9
+		}
+	}
 	store := fdstore.Open(slog.New(slog.NewTextHandler(os.Stderr, nil)))
 	if os.Getenv("EXIT") != "" {
 		n, _ := strconv.Atoi(os.Getenv("EXIT"))
@@ -95,6 +111,16 @@ func child() int {
 		}
 		c.Close()
 	}
+}
+
+// executeAgain does so from another thread than the first, as the proxy does.
+func executeAgain() error {
+	failed := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		failed <- syscall.Exec("/proc/self/exe", os.Args, append(os.Environ(), again+"=1"))
+	}()
+	return <-failed
 }
 
 // supervised is a parent with its child.
@@ -311,9 +337,15 @@ func TestFewDescriptors(t *testing.T) {
 	}
 }
 
-// A parent that is killed takes its child along.
+// A parent that is killed takes its child along, also one that has executed itself.
 func TestParentKilled(t *testing.T) {
-	s := start(t)
+	for _, env := range []string{"REEXEC=", "REEXEC=1"} {
+		t.Run(env, func(t *testing.T) { testParentKilled(t, env) })
+	}
+}
+
+func testParentKilled(t *testing.T, env string) {
+	s := start(t, env)
 	child := s.begun()
 	fd, err := unix.PidfdOpen(child, 0)
 	if err != nil {
@@ -321,9 +353,22 @@ func TestParentKilled(t *testing.T) {
 	}
 	defer unix.Close(fd)
 	s.cmd.Process.Kill()
-	s.cmd.Wait()
+	s.cmd.Process.Wait() // cmd's own waits for the child as well, which has its standard error
 	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(patience.Milliseconds())); n != 1 {
 		t.Errorf("the child lives: %v", err)
+		unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+	}
+}
+
+// A child whose parent has ended while it executed itself ends, too. Whoever has the variable from elsewhere does not.
+func TestParentGone(t *testing.T) {
+	for env, want := range map[string]int{again + "=1": 1, again + "=": 5} {
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Env = append(os.Environ(), role+"=child", fdstore.Supervised+"=999999999", "EXIT=5", env)
+		out, _ := cmd.CombinedOutput()
+		if code := cmd.ProcessState.ExitCode(); code != want {
+			t.Errorf("%s: exit code %d, want %d: %s", env, code, want, out)
+		}
 	}
 }
 

@@ -4,6 +4,8 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/exec"
+	"strings"
 	"testing"
 
 	"ztun/admin/fdstore"
@@ -90,5 +92,15 @@ func TestOutlived(t *testing.T) {
 		if got := (&Config{Mode: c.mode}).outlived(); got != c.want {
 			t.Errorf("%+v: %v", c.mode, got)
 		}
+	}
+}
+
+// The proxy ends with its supervisor also where that has ended while it executed itself: seen before main.
+func TestEndsWithSupervisor(t *testing.T) {
+	cmd := exec.Command("/proc/self/exe", "-test.run=^$")
+	cmd.Env = append(os.Environ(), fdstore.Supervised+"=999999999", executedAgain+"=1")
+	out, _ := cmd.CombinedOutput()
+	if code := cmd.ProcessState.ExitCode(); code != exitFailure || !strings.Contains(string(out), "supervisor has ended") {
+		t.Errorf("exit code %d: %s", code, out)
 	}
 }

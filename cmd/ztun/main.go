@@ -18,6 +18,11 @@ const (
 	exitConfig  = 2
 )
 
+// A supervised proxy ends with its supervisor: on the process's first thread, see there.
+func init() {
+	supervise.EndWithParent(os.Getenv, os.Getenv(executedAgain) != "")
+}
+
 func main() {
 	if supervise.Wanted(os.Args, os.Getenv, os.Getpid(), os.Getppid()) {
 		os.Exit(superviseProxy())
