@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"ztun/proxy/fair"
@@ -207,9 +209,26 @@ func (p *Proxy) dialTunnel(ctx context.Context, key hbone.Key) (hbone.Dialled, e
 			}
 		}
 	}
+	begin := time.Now()
+	d, err := p.dialPeer(ctx, key.Addr, cert, want)
+	if err != nil && errors.Is(err, syscall.ECONNRESET) && time.Since(begin) > silentFor && ctx.Err() == nil {
+		d, err = p.dialPeer(ctx, key.Addr, cert, want)
+	}
+	return d, err
+}
+
+// silentFor is how long a peer has said nothing, before it reset a handshake, whose process has ended in between: what
+// is sent again, after 200 ms and more, finds the next one, which knows nothing of the connection. That one may have a
+// connection of its own; nobody is to lose his to a tunnel that was under way when a peer was killed. Whoever refuses a
+// tunnel does so at once.
+const silentFor = 150 * time.Millisecond
+
+// dialPeer connects to a peer and has both sides prove who they are.
+func (p *Proxy) dialPeer(ctx context.Context, addr netip.AddrPort, cert *identity.Certificate, want []identity.ID) (
+	hbone.Dialled, error) {
 	dctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
-	raw, err := p.o.Network.DialMesh(dctx, key.Addr)
+	raw, err := p.o.Network.DialMesh(dctx, addr)
 	if err != nil {
 		if timedOut(err) {
 			return hbone.Dialled{}, fail(kindNetworkPolicy, err)
