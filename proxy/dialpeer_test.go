@@ -51,8 +51,8 @@ func TestPeerEndsDuringHandshake(t *testing.T) {
 	t.Error("who resets at once is asked again")
 }
 
-// resetting has an application connect to a peer that resets the first tunnel after a silence, and returns how many were
-// dialled.
+// resetting has an application connect to a peer that resets the first tunnel after a silence, and returns how many
+// were dialled.
 func resetting(t *testing.T, silence time.Duration) (int32, error) {
 	t.Helper()
 	var dials atomic.Int32
