@@ -413,10 +413,11 @@ func TestWanted(t *testing.T) {
 	}
 }
 
-// The shelf holds what it has room for, and nothing that it was not properly given; no descriptor is left open of what
-// it refuses.
-func TestShelf(t *testing.T) {
-	shelf := supervise.NewShelf(2, slog.New(slog.DiscardHandler))
+// serving is a shelf with room for limit descriptors that serves, the end that a process would have, and a wait for the
+// end of its service, which comes when that is closed.
+func serving(t *testing.T, limit int) (shelf *supervise.Shelf, far *os.File, ended func()) {
+	t.Helper()
+	shelf = supervise.NewShelf(limit, slog.New(slog.DiscardHandler))
 	near, far, err := supervise.Pair()
 	if err != nil {
 		t.Fatal(err)
@@ -426,6 +427,21 @@ func TestShelf(t *testing.T) {
 		defer close(done)
 		shelf.Serve(near)
 	}()
+	return shelf, far, func() {
+		t.Helper()
+		select {
+		case <-done:
+		case <-time.After(patience):
+			t.Fatal("it serves on")
+		}
+		near.Close()
+	}
+}
+
+// The shelf holds what it has room for, and nothing that it was not properly given; no descriptor is left open of what
+// it refuses.
+func TestShelf(t *testing.T) {
+	shelf, far, ended := serving(t, 2)
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -458,11 +474,7 @@ func TestShelf(t *testing.T) {
 	send("FDSTORE=1\nFDNAME=b", 1)
 	send("FDSTORE=1\nFDNAME=c", 1) // one too many
 	far.Close()
-	select {
-	case <-done:
-	case <-time.After(patience):
-		t.Fatal("it serves on")
-	}
+	ended()
 	names, _ := shelf.Held()
 	if got := strings.Join(names, " "); got != "a b" {
 		t.Errorf("held: %s", got)
@@ -473,21 +485,11 @@ func TestShelf(t *testing.T) {
 	if _, err := r.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Errorf("a descriptor is left: %v", err)
 	}
-	near.Close()
 }
 
 // The names of what is held fit into an environment: there is a bound before the kernel's.
 func TestShelfNames(t *testing.T) {
-	shelf := supervise.NewShelf(1<<20, slog.New(slog.DiscardHandler))
-	near, far, err := supervise.Pair()
-	if err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		shelf.Serve(near)
-	}()
+	shelf, far, ended := serving(t, 1<<20)
 	conn, err := net.FileConn(far)
 	if err != nil {
 		t.Fatal(err)
@@ -514,6 +516,5 @@ func TestShelfNames(t *testing.T) {
 		t.Error(err)
 	}
 	conn.Close()
-	<-done
-	near.Close()
+	ended()
 }

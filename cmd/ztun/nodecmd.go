@@ -91,9 +91,9 @@ func nodeCleanCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "clean", Short: "take away what ztun has left on this host", Args: noArgs,
 		Long: "Removes the devices of pods (with their addresses and routes) and of the node, the node's routes and\n" +
-			"rules, and the list of pods, and gives settings of the kernel that are still as ztun has set them their former values. The daemon must have ended. Pods " +
-			"that were\n" +
-			"captured have no network after that. Cleaning a clean host changes nothing.",
+			"rules, and the list of pods, and gives settings of the kernel that are still as ztun has set them their former\n" +
+			"values. The daemon must have ended. Pods that were captured have no network after that. Cleaning a clean host\n" +
+			"changes nothing.",
 	}
 	dir := stateDirFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {

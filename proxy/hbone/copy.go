@@ -97,7 +97,7 @@ func (s *Stream) WriteToSocket(dst *net.TCPConn, count func(int)) (total int64, 
 	if w == nil {
 		return 0, &SinkError{net.ErrClosed}
 	}
-	return s.writePieces(w, count)
+	return s.writePieces(w, pieceBatch, count)
 }
 
 // bufferWriter takes many pieces at once, in order, and none of them for longer than the call.
@@ -105,8 +105,23 @@ type bufferWriter interface {
 	WriteBuffers(pieces [][]byte) (int64, error)
 }
 
-// writePieces is WriteTo with many pieces in one write; count, if there is one, is told of what dst took.
-func (s *Stream) writePieces(dst bufferWriter, count func(int)) (total int64, err error) {
+// oneByOne is a writer that takes one piece at a time.
+type oneByOne struct{ io.Writer }
+
+func (w oneByOne) WriteBuffers(pieces [][]byte) (total int64, err error) {
+	for _, p := range pieces {
+		n, err := w.Write(p)
+		total += int64(n)
+		if err != nil || n < len(p) {
+			return total, err
+		}
+	}
+	return total, nil
+}
+
+// writePieces is WriteTo with pieces of batch bytes together, or a piece more, in one write; count, if there is one, is
+// told of what dst took.
+func (s *Stream) writePieces(dst bufferWriter, batch int, count func(int)) (total int64, err error) {
 	var taken []chunk
 	var pieces [][]byte
 	for {
@@ -119,7 +134,7 @@ func (s *Stream) writePieces(dst bufferWriter, count func(int)) (total int64, er
 			return total, err
 		}
 		size := 0
-		for len(s.chunks) > s.head && size < pieceBatch {
+		for len(s.chunks) > s.head && size < batch {
 			ch := s.pop(bulkLen)
 			taken, pieces = append(taken, ch), append(pieces, ch.k.b[ch.off:ch.end])
 			size += ch.end - ch.off

@@ -240,29 +240,7 @@ func (s *Stream) Readable() bool {
 // it; else at most bulkLen bytes per Write. A failure of dst is a *SinkError. Credit is given back after dst took it.
 func (s *Stream) WriteTo(dst io.Writer) (total int64, err error) {
 	if w, ok := dst.(bufferWriter); ok {
-		return s.writePieces(w, nil)
+		return s.writePieces(w, pieceBatch, nil)
 	}
-	for {
-		s.rmu.Lock()
-		if err := s.await(); err != nil {
-			s.rmu.Unlock()
-			if err == io.EOF {
-				err = nil
-			}
-			return total, err
-		}
-		ch := s.pop(bulkLen)
-		s.rmu.Unlock()
-		n, err := dst.Write(ch.k.b[ch.off:ch.end])
-		size := ch.end - ch.off
-		ch.k.release()
-		s.consumed(size)
-		total += int64(n)
-		if err == nil && n < size {
-			err = io.ErrShortWrite
-		}
-		if err != nil {
-			return total, &SinkError{err}
-		}
-	}
+	return s.writePieces(oneByOne{dst}, 1, nil) // one piece, whatever its size
 }

@@ -8,7 +8,7 @@ import (
 )
 
 // serveMesh accepts HBONE connections for all pods until the listener is closed.
-func (n *Node) serveMesh(ln *attach.Listener) error {
+func (n *Node) serveMesh(ln *net.TCPListener) error {
 	attach.Accept(ln, n.o.Logger("pods"), func(conn *net.TCPConn) {
 		local := conn.LocalAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
 		to, ok := n.door(local)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -24,7 +25,7 @@ type Node struct {
 	dev    tun.Device // stays when the daemon ends
 	live   tun.Device // steer.LiveTUN, which ends with the daemon
 	uplink *netstack.Uplink
-	mesh   *attach.Listener
+	mesh   *net.TCPListener // not held for the next daemon: see doc.go
 
 	mu     sync.Mutex // serialises changes of byAddr
 	byAddr atomic.Pointer[map[netip.Addr]*pod]
@@ -51,9 +52,7 @@ func (n *Node) Open(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	own := *o
-	own.Store = nil // what had waited in it would be accepted before the pods are attached, and reset; see doc.go
-	n.mesh, err = own.ListenMesh(ctx, o.NetNS, ports.HBONE, o.Socket)
+	n.mesh, err = netns.ListenTransparent(ctx, o.NetNS, ports.HBONE, o.IPv6, o.Socket)
 	if err != nil {
 		return fmt.Errorf("port %d (HBONE): %w", ports.HBONE, err)
 	}
@@ -117,7 +116,7 @@ func (n *Node) Leave() {
 	if n.mesh == nil {
 		return
 	}
-	if err := netns.Deafen(n.mesh.TCPListener); err != nil {
+	if err := netns.Deafen(n.mesh); err != nil {
 		n.o.Logger("ztun").Error("new connections to port 15008 are let in until the end", "error", err)
 	}
 }
