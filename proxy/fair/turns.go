@@ -16,6 +16,7 @@ type Turns[S comparable] struct {
 	stretch, pause time.Duration
 
 	mu      sync.Mutex
+	all     int // turns at a time
 	free    int
 	waiting map[S][]chan struct{}
 	next    []S       // each source that waits, once
@@ -27,14 +28,15 @@ type Turns[S comparable] struct {
 
 // NewTurns lets n work at a time, at least one, with pauses of that length after stretches of that length.
 func NewTurns[S comparable](n int, stretch, pause time.Duration) *Turns[S] {
-	return &Turns[S]{stretch: stretch, pause: pause, free: max(n, 1), waiting: map[S][]chan struct{}{}}
+	return &Turns[S]{stretch: stretch, pause: pause, all: max(n, 1), free: max(n, 1),
+		waiting: map[S][]chan struct{}{}}
 }
 
 // Take waits for a turn. Whoever has one waits for nothing else meanwhile, and gives it back soon.
 func (t *Turns[S]) Take(source S) {
 	t.mu.Lock()
 	now := time.Now()
-	if !t.pausing && now.Sub(t.ended) > t.pause {
+	if !t.pausing && t.free == t.all && now.Sub(t.ended) > t.pause {
 		t.fresh, t.began = true, now // there was a pause without our doing
 	}
 	mine := make(chan struct{})
