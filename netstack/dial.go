@@ -7,6 +7,7 @@ import (
 	"syscall"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
 )
@@ -57,20 +58,27 @@ func (s *Stack) dial(ctx context.Context, h *hop, src, dst netip.AddrPort) (*Con
 	if err != nil {
 		return nil, dialError(src, dst, err)
 	}
-	c := newConn(h, src, dst)
+	id, terr := h.ports.draw(gs, proto, stack.TransportEndpointID{LocalAddress: srcA, LocalPort: src.Port(),
+		RemoteAddress: dstA, RemotePort: dst.Port()})
+	if terr != nil {
+		return nil, dialError(src, dst, toError(terr, "bind"))
+	}
+	c := newConn(h, netip.AddrPortFrom(src.Addr(), id.LocalPort), dst)
 	e, terr := gs.NewEndpoint(tcp.ProtocolNumber, proto, &c.wq)
 	if terr != nil {
+		h.ports.giveBack(id)
 		return nil, dialError(src, dst, toError(terr, "socket"))
 	}
 	ep := e.(*tcp.Endpoint)
-	if terr := ep.Bind(tcpip.FullAddress{NIC: nic, Addr: srcA, Port: src.Port()}); terr != nil {
-		ep.Close()
-		return nil, dialError(src, dst, toError(terr, "bind"))
-	}
+	// As Bind would leave them, but without gVisor's reservation of the port; see dialPorts.
+	ep.LockUser()
+	ep.TransportEndpointInfo.ID.LocalAddress, ep.TransportEndpointInfo.ID.LocalPort = srcA, id.LocalPort
+	ep.UnlockUser()
 
 	entry, ch := waiter.NewChannelEntry(waiter.WritableEvents | waiter.EventHUp | waiter.EventErr)
 	c.wq.EventRegister(&entry)
 	terr = ep.Connect(tcpip.FullAddress{NIC: nic, Addr: dstA, Port: dst.Port()})
+	h.ports.giveBack(id) // it is the endpoint's now, or nobody's
 	if _, ok := terr.(*tcpip.ErrConnectStarted); ok {
 		select {
 		case <-ctx.Done():
@@ -89,11 +97,6 @@ func (s *Stack) dial(ctx context.Context, h *hop, src, dst netip.AddrPort) (*Con
 	if terr != nil {
 		ep.Close()
 		return nil, dialError(src, dst, toError(terr, "connect"))
-	}
-	if src.Port() == 0 {
-		if l, terr := ep.GetLocalAddress(); terr == nil {
-			c.local = netip.AddrPortFrom(src.Addr(), l.Port)
-		}
 	}
 	if err := c.start(ep); err != nil {
 		return nil, err

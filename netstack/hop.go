@@ -33,6 +33,7 @@ type hop struct {
 	network bool
 
 	sizes atomic.Int32 // the sizes of buffers in force (memory.go)
+	ports dialPorts
 
 	mu     sync.Mutex
 	gs     *stack.Stack // nil until it is first needed
@@ -41,7 +42,8 @@ type hop struct {
 }
 
 func newHop(s *Stack, name string, p *pump, network bool) *hop {
-	h := &hop{s: s, name: name, port: newPort(p, s.cfg.MTU), network: network}
+	h := &hop{s: s, name: name, port: newPort(p, s.cfg.MTU), network: network,
+		ports: dialPorts{first: s.cfg.PortMin, last: s.cfg.PortMax}}
 	h.port.first = func() { h.stack() }
 	h.port.wait = h.wait
 	h.port.crashed = s.crash

@@ -14,7 +14,6 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
-	"gvisor.dev/gvisor/pkg/tcpip/ports"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
@@ -87,15 +86,12 @@ func (s *Stack) probe(ctx context.Context, src netip.Addr, dst netip.AddrPort) e
 		return toError(terr, "connect")
 	}
 	defer r.Release()
-	// The port is reserved, lest a dial draws it meanwhile.
-	res := ports.Reservation{Networks: []tcpip.NetworkProtocolNumber{proto}, Transport: tcp.ProtocolNumber, Addr: local}
-	if res.Port, terr = gs.ReservePort(gs.SecureRNG(), res, nil); terr != nil {
+	id, terr := s.app.ports.draw(gs, proto, stack.TransportEndpointID{LocalAddress: local, RemoteAddress: remote,
+		RemotePort: dst.Port()})
+	if terr != nil {
 		return toError(terr, "bind")
 	}
-	defer gs.ReleasePort(res)
-
-	id := stack.TransportEndpointID{LocalAddress: local, LocalPort: res.Port, RemoteAddress: remote,
-		RemotePort: dst.Port()}
+	defer s.app.ports.giveBack(id)
 	p := &probe{seq: rand.Uint32(), answer: make(chan error, 1)}
 	s.probes.add(id, p)
 	defer s.probes.remove(id)
