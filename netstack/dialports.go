@@ -9,8 +9,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
-// dialPorts draws the local ports of what one gVisor stack dials. A port is free for an address and a destination as long
-// as no endpoint has the four of them, and nobody else has drawn them: as Linux's connect has it.
+// dialPorts draws the local ports of what one gVisor stack dials. A port is free for an address and a destination as
+// long as no endpoint has the four of them, and nobody else has drawn them: as Linux's connect has it.
 //
 // gVisor's own reservation, which Bind makes and which lasts as long as the connection, is three maps for each port:
 // 1.4 KiB of an idle connection, in which nothing is said that the table of its endpoints does not say.
