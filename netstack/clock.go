@@ -14,29 +14,12 @@ import (
 // nothing.
 const minTimer = 8 * time.Millisecond
 
-// clock is the standard clock with timers of at least minTimer.
+// clock is the standard clock with the stack's own timers.
 type clock struct {
 	tcpip.Clock
-	s *Stack // that a panic in one of its timers ends
+	timers *wheel
 }
 
-func newClock(s *Stack) tcpip.Clock { return clock{tcpip.NewStdClock(), s} }
+func newClock(s *Stack) tcpip.Clock { return clock{tcpip.NewStdClock(), s.timers} }
 
-func (c clock) AfterFunc(d time.Duration, f func()) tcpip.Timer {
-	t := &timer{s: c.s, f: f}
-	t.t = time.AfterFunc(max(d, minTimer), t.fire)
-	return t
-}
-
-// timer is one object where gVisor's timer, our wrapper and what catches panics would be five: a connection has three
-// to five of them.
-type timer struct {
-	t *time.Timer
-	s *Stack
-	f func()
-}
-
-func (t *timer) fire() { t.s.cfg.Panics.Run("a timer of gVisor's", t.f, t.s.crash) }
-
-func (t *timer) Stop() bool            { return t.t.Stop() }
-func (t *timer) Reset(d time.Duration) { t.t.Reset(max(d, minTimer)) }
+func (c clock) AfterFunc(d time.Duration, f func()) tcpip.Timer { return c.timers.after(d, f) }

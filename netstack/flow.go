@@ -176,7 +176,7 @@ func (fl *Flow) handshake(c *Conn) (tcpip.Endpoint, tcpip.Error) {
 	if late {
 		return nil, &tcpip.ErrAborted{}
 	}
-	patience := time.AfterFunc(fl.f.s.handshakePatience, fl.patient)
+	patience := fl.f.s.timers.after(fl.f.s.handshakePatience, fl.tire)
 	ep, terr := fl.req.CreateEndpoint(&c.wq)
 	patience.Stop()
 	fl.mu.Lock()
@@ -184,9 +184,6 @@ func (fl *Flow) handshake(c *Conn) (tcpip.Endpoint, tcpip.Error) {
 	fl.mu.Unlock()
 	return ep, terr
 }
-
-// patient is the end of patience with a handshake.
-func (fl *Flow) patient() { fl.f.s.cfg.Panics.Run("a handshake's end", fl.tire, fl.f.s.crash) }
 
 // Refuse turns the flow down. On a decided flow it does nothing.
 func (fl *Flow) Refuse(r refusal.Way) {

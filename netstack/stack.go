@@ -26,9 +26,9 @@ type Stack struct {
 	dns   *dnsTap
 	dg    *datagrams // nil: not carried
 
-	probes    probes
-	shortcuts shortcuts
+	probes probes
 
+	timers            *wheel        // gVisor's, and those of handshakes
 	handshakePatience time.Duration // of Flow.Accept; tests are less patient
 
 	conns connList
@@ -61,6 +61,7 @@ func New(cfg Config) (*Stack, error) {
 
 		handshakePatience: handshakePatience,
 	}
+	s.timers = newWheel(s.cfg.Panics, s.crash)
 	s.lent.New = func() any { return &lent{pieces: make([][]byte, 0, 64)} }
 	for _, a := range cfg.Addrs {
 		s.own[a] = struct{}{}
@@ -73,9 +74,7 @@ func New(cfg Config) (*Stack, error) {
 		s.app.port.dns = s.dns
 	}
 	s.pump.only = s.app.port
-	s.pump.unreachable = s.unreachable
-	s.shortcuts.begin(&s.cfg)
-	s.pump.shortcuts = &s.shortcuts
+	s.pump.unreachable = s.probes.unreachable
 	if cfg.Datagrams != nil {
 		s.dg = newDatagrams(s, *cfg.Datagrams)
 		s.app.port.dg = s.dg
@@ -154,7 +153,6 @@ func (s *Stack) shutdown() {
 		if s.dg != nil {
 			s.dg.close()
 		}
-		s.shortcuts.close()
 		s.conns.close()
 		s.unweigh()
 		s.app.abort()
