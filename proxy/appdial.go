@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"time"
 
+	"ztun/proxy/brief"
 	"ztun/proxy/route"
 	"ztun/proxy/state"
 )
@@ -40,7 +41,7 @@ func (p *Proxy) appDial(t *tunnel, in route.InboundDecision) appDial {
 
 // dialApp connects to the application, within the connect timeout.
 func (p *Proxy) dialApp(ctx context.Context, a appDial) (Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	ctx, cancel := brief.Within(ctx, connectTimeout)
 	defer cancel()
 	up, err := p.o.Network.DialApp(ctx, a.src, a.dst)
 	if err != nil || len(a.header) == 0 {

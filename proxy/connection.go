@@ -25,14 +25,9 @@ type connection struct {
 	// stream; leave waits for that.
 	inner   *hbone.ClientConn
 	forget  func() // ends the watch over the revocation of the inner peer, or of one in memory; nil without
-	carried bool   // its bytes are being copied, or pass
-	// asks for packets that pass as they are; nil: the client's cannot. shortcut is what came of that, where the other end
-	// is a pod of this daemon; nil: its bytes are copied.
-	asks     shortcutFlow
-	shortcut Shortcut
-	passEnd  error // what that has ended with
-	dir      uint8 // as profiles name it
-	left     atomic.Bool
+	carried bool   // its bytes are being copied
+	dir     uint8  // as profiles name it
+	left    atomic.Bool
 
 	mu         sync.Mutex
 	registered bool
@@ -41,7 +36,6 @@ type connection struct {
 	cut        *Error             // set once, by the first who cuts
 	ends       [2]Conn            // what is aborted by a cut
 	copying    *copying           // nil until it is carried
-	passing    bool               // its packets pass by shortcut, which is aborted by a cut
 	stop       context.CancelFunc // ends what is under way for it before it is carried
 }
 
@@ -101,7 +95,7 @@ func (p *Proxy) enterStream(stop context.CancelFunc) *connection {
 // await gives the connection the context of what is done for it until it is carried: a cut ends it, and so does the
 // flow's loss of its place.
 func (c *connection) await(f Flow) (context.Context, context.CancelFunc) {
-	ctx, stop := context.WithCancel(c.p.ctx)
+	ctx, stop := c.p.brief.Begin()
 	c.stop = stop
 	f.OnGone(func() { c.sever(fail(kindCrowded, nil)) })
 	return ctx, stop
@@ -135,9 +129,6 @@ func (c *connection) open(e entry) {
 func (c *connection) settle() {
 	if c.carried {
 		return
-	}
-	if c.shortcut != nil {
-		c.shortcut.Reset()
 	}
 	if c.books != nil {
 		c.books.record(fail(kindIO, errUnfinished)) // no news if it was recorded
@@ -173,11 +164,6 @@ func (c *connection) stand(down, up Conn) *Error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.ends = [2]Conn{down, up}
-	return c.stands()
-}
-
-// stands is the rest of it. mu is held.
-func (c *connection) stands() (cut *Error) {
 	c.stop = nil // nothing is under way any more: let go of the context
 	return c.cut
 }
@@ -190,13 +176,10 @@ func (c *connection) sever(why *Error) {
 		return
 	}
 	c.cut = why
-	ends, passing, stop := c.ends, c.passing, c.stop
+	ends, stop := c.ends, c.stop
 	c.mu.Unlock()
 	if stop != nil {
 		stop()
-	}
-	if passing {
-		c.shortcut.Reset()
 	}
 	for _, e := range ends {
 		if e != nil {

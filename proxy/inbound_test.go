@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
 	"strings"
 	"testing"
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/net/http2"
 
 	"ztun/admin/zlog"
+	"ztun/proxy/brief"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
 	"ztun/proxy/state"
@@ -222,6 +224,27 @@ func TestPeerGivesUp(t *testing.T) {
 	w.settle()
 	w.stop()
 	if l := w.lines(1); len(l) != 1 || !strings.Contains(l[0], "\tinfo\t") {
+		t.Errorf("%q", l)
+	}
+}
+
+// TestApplicationSilent: a connect to the application that ends at its deadline is no peer that has given up.
+func TestApplicationSilent(t *testing.T) {
+	w := newWorld(t)
+	w.dialApp = func(ctx context.Context) (Conn, error) {
+		ctx, release := brief.Within(ctx, time.Millisecond) // as dialApp does, with more patience
+		defer release()
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	var answer *hbone.StatusError
+	_, _, err := w.peerOfB("10.91.1.2:4000").Open(t.Context(), &hbone.Request{Authority: "10.91.2.2:9000"})
+	if !errors.As(err, &answer) || answer.Status != http.StatusServiceUnavailable {
+		t.Errorf("open: %v", err)
+	}
+	w.settle()
+	w.stop()
+	if l := w.lines(1); len(l) != 1 || !strings.Contains(l[0], "\terror\t") {
 		t.Errorf("%q", l)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"time"
 
+	"ztun/proxy/brief"
 	"ztun/proxy/hbone"
 	"ztun/proxy/identity"
 	"ztun/proxy/refusal"
@@ -33,7 +34,6 @@ func (c *connection) outbound(f Flow, start time.Time) {
 	fault("outbound", dst)
 	ctx, stop := c.await(f)
 	defer stop()
-	c.asks, _ = f.(shortcutFlow)
 	d, local, err := p.decide(ctx, src, dst, nil, nil)
 	if err != nil {
 		if ctx.Err() == nil || p.ctx.Err() != nil { // not turned away by a bound, which is said elsewhere
@@ -71,10 +71,6 @@ func (c *connection) outbound(f Flow, start time.Time) {
 		// many endpoints were tried for it, and however often its kernel sends the SYN. And a far end beyond a gateway
 		// says itself who it is (spec 10.3).
 		c.open(e)
-		if c.shortcut != nil {
-			c.acceptShortcut()
-			return
-		}
 		c.accept(f, up)
 		return
 	}
@@ -151,7 +147,7 @@ func (c *connection) connect(ctx context.Context, local *state.Workload, src net
 }
 
 func (p *Proxy) connectPlain(ctx context.Context, d route.Decision) (Conn, *Error) {
-	dctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	dctx, cancel := brief.Within(ctx, connectTimeout)
 	defer cancel()
 	var up Conn
 	var err error
@@ -183,7 +179,7 @@ func request(baggage string, src netip.AddrPort, d route.Decision) hbone.Request
 
 func (p *Proxy) connectHBONE(ctx context.Context, local *state.Workload, src netip.AddrPort, d route.Decision,
 	req hbone.Request) (Conn, *Error) {
-	rctx, cancel := context.WithTimeout(ctx, connectTimeout+handshakeTimeout+responseTimeout)
+	rctx, cancel := brief.Within(ctx, connectTimeout+handshakeTimeout+responseTimeout)
 	defer cancel()
 	stream, _, err := p.pool.Open(rctx, hbone.Key{
 		Source: local.Identity(), Dest: identity.Join(d.SANs()), Addr: d.Actual,

@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"ztun/proxy/brief"
 	"ztun/proxy/fair"
 	"ztun/proxy/grow"
 	"ztun/proxy/hbone"
@@ -108,8 +109,9 @@ type Proxy struct {
 	o    Options
 	pool *hbone.Pool
 
-	ctx  context.Context // ends when connections are cut
-	stop context.CancelFunc
+	ctx   context.Context // ends when connections are cut
+	stop  context.CancelFunc
+	brief *brief.Set // those of connections in the making, which end with ctx
 
 	mu       sync.Mutex
 	draining bool
@@ -155,6 +157,7 @@ func New(o Options) *Proxy {
 	p.policyLogger = newPolicyLogger(&o)
 	p.o.Config.HBONE.Go, p.workers.OnIdle = p.workers.Go, p.sweepSoon
 	p.ctx, p.stop = context.WithCancel(context.Background())
+	p.brief = brief.New(p.ctx, o.Panics)
 	pod := o.Info.Namespace + "/" + o.Info.Name
 	for dir, name := range directions {
 		p.labels[dir] = pprof.WithLabels(context.Background(), pprof.Labels("role", "worker", "pod", pod, "dir", name))

@@ -121,9 +121,17 @@ func (ss *ServerStream) Done() <-chan struct{} { return ss.s.c.done }
 
 // Context is a child of parent that ends when the stream does, too: when the peer resets it or the connection is
 // lost, a handler that still looks for an answer may stop. Release it before the stream is answered or handed on; one
-// at a time.
-func (ss *ServerStream) Context(parent context.Context) (ctx context.Context, release func()) {
-	ctx, cancel := context.WithCancel(parent)
+// at a time. A parent that has Begin() makes it itself (package brief).
+func (ss *ServerStream) Context(parent context.Context) (context.Context, func()) {
+	var ctx context.Context
+	var cancel context.CancelFunc
+	if p, ok := parent.(interface {
+		Begin() (context.Context, context.CancelFunc)
+	}); ok {
+		ctx, cancel = p.Begin()
+	} else {
+		ctx, cancel = context.WithCancel(parent)
+	}
 	s, c := ss.s, ss.s.c
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -52,7 +52,8 @@ cmd/ztun             -> admin admin/ca admin/control admin/fdstore admin/guard a
 cmd/ztun-agent       -> admin/agent admin/guard admin/zds admin/zlog cmd/agentcmd cmd/cni
 netstack             -> proxy/fair proxy/grow proxy/ports proxy/refusal proxy/rescue tun
 netstack/usersock    -> proxy/fair proxy/rescue
-proxy                -> proxy/fair proxy/grow proxy/hbone proxy/identity proxy/ports proxy/rbac proxy/refusal proxy/rescue proxy/route proxy/socks proxy/state
+proxy                -> proxy/brief proxy/fair proxy/grow proxy/hbone proxy/identity proxy/ports proxy/rbac proxy/refusal proxy/rescue proxy/route proxy/socks proxy/state
+proxy/brief          -> proxy/rescue
 proxy/dns            -> proxy/fair proxy/rescue proxy/state
 proxy/fair           ->
 proxy/grow           ->
