@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+
 	"ztun/proxy/fair"
 	"ztun/proxy/rescue"
 	"ztun/tun"
@@ -116,10 +118,12 @@ const (
 	// connections the buffers stay at half a megabyte (8 bulk streams: 2 MiB
 	// gave 9 % more throughput and an echo of 16 ms beside it, 512 KiB one of
 	// 8 ms; scripts/bench mixed, 2026-11-23).
-	defaultReceiveBuffer    = 512 << 10
-	defaultMaxReceiveBuffer = 2 << 20
-	crowdedReceiveBuffer    = 512 << 10
-	fewConns                = 4
+	//
+	// They are counted in super-packets of the pod's kernel (receiveBuffer).
+	defaultReceivePackets    = 4
+	defaultMaxReceivePackets = 16
+	crowdedReceivePackets    = 4
+	fewConns                 = 4
 	// Beyond so many connections a new one begins with small buffers and has to earn larger ones: what reads nothing
 	// costs little then (2,000 such connections: 0.45 MiB each before).
 	manyConns  = 64
@@ -172,8 +176,8 @@ func (c *Config) fill() error {
 	orInt(&c.MaxDNS, defaultMaxDNS)
 	orInt(&c.DNSRate, defaultDNSRate)
 	orInt(&c.KeepaliveCount, defaultKeepaliveCount)
-	orInt(&c.ReceiveBuffer, defaultReceiveBuffer)
-	orInt(&c.MaxReceiveBuffer, max(defaultMaxReceiveBuffer, c.ReceiveBuffer))
+	orInt(&c.ReceiveBuffer, receiveBuffer(defaultReceivePackets, c.MTU))
+	orInt(&c.MaxReceiveBuffer, max(receiveBuffer(defaultMaxReceivePackets, c.MTU), c.ReceiveBuffer))
 	orInt(&c.SendBuffer, defaultSendBuffer)
 	orInt(&c.MaxSendBuffer, max(defaultMaxSendBuffer, c.SendBuffer))
 	orDuration(&c.KeepaliveIdle, defaultKeepaliveIdle)
@@ -186,6 +190,15 @@ func (c *Config) fill() error {
 		return fmt.Errorf("netstack: bad port range %d-%d", c.PortMin, c.PortMax)
 	}
 	return nil
+}
+
+// receiveBuffer is the buffer whose window has room for so many super-packets of the pod's kernel and half a segment,
+// with which the kernel does nothing: windows of a power of two ended in a packet of one segment each, a fifth of all.
+// gVisor tells half of a buffer as window.
+func receiveBuffer(packets, mtu int) int {
+	const headers = header.IPv4MinimumSize + header.TCPMinimumSize + 12 // with timestamps
+	mss := mtu - headers
+	return 2 * (packets*max(1, tun.SuperPayload/mss)*mss + mss/2)
 }
 
 func orInt(v *int, def int) {

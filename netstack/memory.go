@@ -39,7 +39,7 @@ func (h *hop) fit(conns int) {
 		snd.Max = max(snd.Max, tcp.MaxBufferSize)
 	}
 	if sizes >= sizesSome {
-		rcv.Max = min(rcv.Max, max(crowdedReceiveBuffer, cfg.ReceiveBuffer))
+		rcv.Max = min(rcv.Max, max(receiveBuffer(crowdedReceivePackets, cfg.MTU), cfg.ReceiveBuffer))
 	}
 	if sizes >= sizesMany {
 		rcv.Default, snd.Default = min(rcv.Default, manyBuffer), min(snd.Default, manyBuffer)

@@ -12,6 +12,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
 	"ztun/proxy/fair"
+	"ztun/tun"
 )
 
 // sizesOf are the sizes in force: what a new connection begins with, and how far buffers grow.
@@ -34,13 +35,16 @@ func sizesOf(t *testing.T, s *Stack) (rcv tcpip.TCPReceiveBufferSizeRangeOption,
 // TestBuffersOfCrowds: few connections may grow large buffers, more do not, and of many each begins small; and back.
 func TestBuffersOfCrowds(t *testing.T) {
 	j := join(t, true, nil)
-	want := func(conns int, first, most int) {
+	mtu := j.client.cfg.MTU
+	first, grown := receiveBuffer(defaultReceivePackets, mtu), receiveBuffer(defaultMaxReceivePackets, mtu)
+	crowded := receiveBuffer(crowdedReceivePackets, mtu)
+	want := func(conns int, first, most, send int) {
 		t.Helper()
 		for _, s := range []*Stack{j.client, j.server} {
 			rcv, snd := sizesOf(t, s)
-			if rcv.Default != first || rcv.Max != most || snd.Default != first {
-				t.Errorf("%d connections: receive buffers of %d to %d, send buffers of %d; want %d to %d", conns, rcv.Default,
-					rcv.Max, snd.Default, first, most)
+			if rcv.Default != first || rcv.Max != most || snd.Default != send {
+				t.Errorf("%d connections: receive buffers of %d to %d, send buffers of %d; want %d to %d and %d", conns,
+					rcv.Default, rcv.Max, snd.Default, first, most, send)
 			}
 		}
 	}
@@ -52,15 +56,15 @@ func TestBuffersOfCrowds(t *testing.T) {
 		}
 	}
 	more(fewConns)
-	want(fewConns, defaultReceiveBuffer, defaultMaxReceiveBuffer)
+	want(fewConns, first, grown, defaultSendBuffer)
 	more(fewConns + 1)
-	want(fewConns+1, defaultReceiveBuffer, crowdedReceiveBuffer)
+	want(fewConns+1, first, crowded, defaultSendBuffer)
 	more(manyConns + 1)
-	want(manyConns+1, manyBuffer, crowdedReceiveBuffer)
+	want(manyConns+1, manyBuffer, crowded, manyBuffer)
 	for _, c := range open[2:] {
 		c.Reset()
 	}
-	want(1, defaultReceiveBuffer, defaultMaxReceiveBuffer)
+	want(1, first, grown, defaultSendBuffer)
 }
 
 // TestTightMemory: connections that are not read charge the pod's budget; at the bound what others hold stays small,
@@ -116,7 +120,7 @@ func TestTightMemory(t *testing.T) {
 	if used := budget.Used(); used != 0 {
 		t.Errorf("%d bytes are charged without a connection", used)
 	}
-	if rcv, _ := sizesOf(t, j.server); rcv.Default != defaultReceiveBuffer {
+	if rcv, _ := sizesOf(t, j.server); rcv.Default != receiveBuffer(defaultReceivePackets, j.server.cfg.MTU) {
 		t.Errorf("receive buffers stay at %d", rcv.Default)
 	}
 	j.pipe(t, families[0])
@@ -128,5 +132,21 @@ func TestTightMemory(t *testing.T) {
 	j.server.Weigh()
 	if used := budget.Used(); used != 0 {
 		t.Errorf("%d bytes are charged for a stack that is closed", used)
+	}
+}
+
+// TestReceiveBufferHoldsWholePackets: the window that a buffer gives, in the 64 bytes in which it is told, has room for
+// whole super-packets and nothing that a kernel would send beside them.
+func TestReceiveBufferHoldsWholePackets(t *testing.T) {
+	for _, mtu := range []int{minMTU, 1450, 1500, 8951, 9000, 16384, maxMTU} {
+		mss := mtu - 52
+		full := max(1, tun.SuperPayload/mss) * mss
+		for _, packets := range []int{1, defaultReceivePackets, defaultMaxReceivePackets} {
+			window := receiveBuffer(packets, mtu) / 2 &^ 63
+			if window/full != packets || window%full >= mss {
+				t.Errorf("MTU %d: a window of %d is %d packets of %d and %d bytes, want %d and less than a segment", mtu, window,
+					window/full, full, window%full, packets)
+			}
+		}
 	}
 }

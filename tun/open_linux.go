@@ -105,6 +105,11 @@ func openHere(o Options, probe func(fd int) (probeResult, error)) (Device, error
 	return dev, nil
 }
 
+// gsoMaxSize makes super-packets of SuperPayload: a kernel's TCP sets aside what it reserves for headers
+// (MAX_TCP_HEADER, 320 bytes where layers beneath may want the most) and one. Packets that are merely routed to the
+// device, merged by another at up to 65,212 bytes where the MTU is 1500, are below it: the kernel would cut them up.
+const gsoMaxSize = SuperPayload + 321
+
 // finish sets what remains and wraps h. Persistence comes last, so that a failure leaves no device behind that was
 // not there before.
 func finish(h *handle, o Options, off Offload) (Device, error) {
@@ -118,6 +123,10 @@ func finish(h *handle, o Options, off Offload) (Device, error) {
 	}
 	if err := h.SetMTU(o.MTU); err != nil {
 		return nil, err
+	}
+	if off.TSO4 || off.TSO6 {
+		// A kernel that cannot be asked (before 4.16) sends what it likes, as it did before.
+		_ = netlink.LinkSetGSOMaxSize(&netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: h.name}}, gsoMaxSize)
 	}
 	persist := 0
 	if o.Persistent {

@@ -25,8 +25,8 @@ func TestTCPThroughTwoDevices(t *testing.T) {
 		t.Run(fmt.Sprintf("plain=%v,v6=%v", c.plain, c.v6), func(t *testing.T) {
 			a := openBridgeEnd(t, "10.9.0.1", "fd09::1", Options{Plain: c.plain})
 			b := openBridgeEnd(t, "10.9.0.2", "fd09::2", Options{Plain: c.plain})
-			var super [2]int
-			pump := func(from, to Device, super *int) <-chan struct{} {
+			var super, largest [2]int
+			pump := func(from, to Device, super, largest *int) <-chan struct{} {
 				done := make(chan struct{})
 				go func() {
 					defer close(done)
@@ -40,6 +40,7 @@ func TestTCPThroughTwoDevices(t *testing.T) {
 						}
 						if n > from.MTU() {
 							*super++
+							*largest = max(*largest, n-iphl(bufs[0])-int(bufs[0][iphl(bufs[0])+12]>>4*4))
 						}
 						out = append(out[:0], bufs[0][:min(n, 128)])
 						if n > 128 {
@@ -52,7 +53,7 @@ func TestTCPThroughTwoDevices(t *testing.T) {
 				}()
 				return done
 			}
-			ab, ba := pump(a.dev, b.dev, &super[0]), pump(b.dev, a.dev, &super[1])
+			ab, ba := pump(a.dev, b.dev, &super[0], &largest[0]), pump(b.dev, a.dev, &super[1], &largest[1])
 			total := 64 << 20
 			if c.plain {
 				total = 16 << 20
@@ -68,6 +69,10 @@ func TestTCPThroughTwoDevices(t *testing.T) {
 			if !c.plain && a.dev.Offload().VNetHdr && super[0] == 0 {
 				t.Error("no super-packet was seen on the fast path")
 			}
+			// Full ones but for a segment, and none that is longer than a frame of a tunnel.
+			if n := largest[0]; super[0] > 0 && (n > SuperPayload || n < SuperPayload-1500) {
+				t.Errorf("the largest super-packet carries %d bytes, want at most %d", n, SuperPayload)
+			}
 			for _, d := range []Device{a.dev, b.dev} {
 				if s := d.(StatsReader).Stats(); s != (Stats{}) {
 					t.Errorf("turned away: %+v", s)
@@ -75,6 +80,14 @@ func TestTCPThroughTwoDevices(t *testing.T) {
 			}
 		})
 	}
+}
+
+// iphl is the length of a packet's IP header.
+func iphl(p []byte) int {
+	if p[0]>>4 == 6 {
+		return 40
+	}
+	return int(p[0]&15) * 4
 }
 
 func openBridgeEnd(t *testing.T, v4, v6 string, o Options) *lab {
