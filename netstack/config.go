@@ -44,6 +44,9 @@ type Config struct {
 	OnDNS func(*DNSQuery)
 	// Datagrams, if set, has the pod's UDP and ICMP carried. Nil: they are dropped.
 	Datagrams *Datagrams
+	// Shortcuts lets packets of this pod's connections to other pods of the process pass as they are (Flow.Shortcut),
+	// where both pods' stacks have it. UplinkIsApp must be false: the pod's kernel tells by ports what is a proxy's.
+	Shortcuts bool
 	// Panics catches those of the stack's goroutines; nil: nobody does. One in a
 	// connection's ends that, one in the stack's own work ends the stack (Run says
 	// so). gVisor starts goroutines of its own, whose panics cannot be caught.
@@ -152,6 +155,9 @@ func (c *Config) fill() error {
 	}
 	if c.Datagrams != nil && (c.Uplink == nil) == (c.Datagrams.Way == nil) {
 		return errors.New("netstack: datagrams have an Uplink or a Way, one of them")
+	}
+	if c.Shortcuts && c.UplinkIsApp {
+		return errors.New("netstack: both Shortcuts and UplinkIsApp given")
 	}
 	if len(c.Addrs) == 0 {
 		return errors.New("netstack: no pod address")

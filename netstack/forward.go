@@ -36,7 +36,7 @@ type forwarder struct {
 	none       chan struct{} // closed when stopped, active == 0 and nothing is pending
 
 	flows, duplicates, foreign, evicted, over, delayed atomic.Uint64
-	accepted, failed, refused                          atomic.Uint64
+	accepted, failed, refused, shortcuts               atomic.Uint64
 }
 
 // flowKey tells flows apart; the two hops may see the same addresses.

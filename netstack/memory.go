@@ -16,6 +16,9 @@ const (
 // connCost is what a relayed connection takes without a byte in its buffers, in bytes.
 const connCost = 24 << 10
 
+// shortcutCost is what each of the two pods of a Shortcut is charged with, in bytes.
+const shortcutCost = 2 << 10
+
 // fit makes buffers fit the number of connections that the pod has, and its memory. Buffers that have grown stay as
 // they are, except while memory is tight (Weigh).
 func (h *hop) fit(conns int) {
@@ -63,7 +66,7 @@ func (h *hop) fit(conns int) {
 func (s *Stack) Weigh() {
 	s.weighing.Lock()
 	defer s.weighing.Unlock()
-	s.charge(s.conns.weigh())
+	s.charge(s.conns.weigh() + int64(s.shortcuts.n.Load())*shortcutCost)
 	n := s.conns.len()
 	s.app.fit(n)
 	if s.up != nil && s.up != s.app {

@@ -15,16 +15,23 @@ import (
 // and by chance a number may be within the window: try again until the connection is gone. Of a connection that this
 // stack does know, nothing comes of it.
 func (s *Stack) EndOrphan(local, remote netip.AddrPort) {
-	src, proto := fromAddr(remote.Addr())
-	dst, other := fromAddr(local.Addr())
-	if !local.IsValid() || !remote.IsValid() || proto != other {
+	if !local.IsValid() || !remote.IsValid() || local.Addr().Unmap().Is4() != remote.Addr().Unmap().Is4() {
 		return
 	}
+	s.app.port.pump.send(rawPacket(bareTCP(remote, local, &header.TCPFields{
+		SeqNum: rand.Uint32(), AckNum: rand.Uint32(), Flags: header.TCPFlagAck}, nil)))
+}
+
+// bareTCP is a packet with a segment without payload, and with its checksums. Ports and data offset of f are filled in.
+func bareTCP(from, to netip.AddrPort, f *header.TCPFields, opts []byte) []byte {
+	src, proto := fromAddr(from.Addr())
+	dst, _ := fromAddr(to.Addr())
+	size := header.TCPMinimumSize + len(opts)
 	ip := header.IPv4MinimumSize
 	if proto == header.IPv6ProtocolNumber {
 		ip = header.IPv6MinimumSize
 	}
-	b := make([]byte, ip+header.TCPMinimumSize)
+	b := make([]byte, ip+size)
 	if proto == header.IPv4ProtocolNumber {
 		h := header.IPv4(b)
 		h.Encode(&header.IPv4Fields{TotalLength: uint16(len(b)), TTL: 64, Protocol: uint8(header.TCPProtocolNumber),
@@ -32,16 +39,14 @@ func (s *Stack) EndOrphan(local, remote netip.AddrPort) {
 		h.SetChecksum(^h.CalculateChecksum())
 	} else {
 		header.IPv6(b).Encode(&header.IPv6Fields{
-			PayloadLength: header.TCPMinimumSize, TransportProtocol: header.TCPProtocolNumber, HopLimit: 64, SrcAddr: src,
+			PayloadLength: uint16(size), TransportProtocol: header.TCPProtocolNumber, HopLimit: 64, SrcAddr: src,
 			DstAddr: dst,
 		})
 	}
+	f.SrcPort, f.DstPort, f.DataOffset = from.Port(), to.Port(), uint8(size)
 	t := header.TCP(b[ip:])
-	t.Encode(&header.TCPFields{
-		SrcPort: remote.Port(), DstPort: local.Port(), SeqNum: rand.Uint32(), AckNum: rand.Uint32(),
-		DataOffset: header.TCPMinimumSize, Flags: header.TCPFlagAck,
-	})
-	t.SetChecksum(^t.CalculateChecksum(header.PseudoHeaderChecksum(header.TCPProtocolNumber, src, dst,
-		header.TCPMinimumSize)))
-	s.app.port.pump.send(rawPacket(b))
+	t.Encode(f)
+	copy(t[header.TCPMinimumSize:], opts)
+	t.SetChecksum(^t.CalculateChecksum(header.PseudoHeaderChecksum(header.TCPProtocolNumber, src, dst, uint16(size))))
+	return b
 }

@@ -244,48 +244,73 @@ func (ps *probes) answer(h *hop, id stack.TransportEndpointID, th header.TCP) bo
 	return false
 }
 
-// unreachable looks for an ICMP error about a probe in a packet of which head is the beginning. A pod's own packet
-// filter may refuse so.
-func (ps *probes) unreachable(head []byte) {
-	if ps.n.Load() == 0 || len(head) < header.IPv4MinimumSize {
+// unreachable takes an ICMP error about a SYN.
+func (ps *probes) unreachable(q *quotedSYN) {
+	if ps.n.Load() == 0 {
 		return
 	}
-	var id stack.TransportEndpointID
-	var quoted header.TCP
-	errno := syscall.ECONNREFUSED
+	if p := ps.find(q.id); p != nil && q.seq == p.seq {
+		p.tell(os.NewSyscallError("connect", q.errno))
+	}
+}
+
+// unreachable looks for an ICMP error about a SYN of ours in a packet of which head is the beginning. A pod's own
+// packet filter may refuse so.
+func (s *Stack) unreachable(head []byte) {
+	if s.probes.n.Load() == 0 && s.shortcuts.n.Load() == 0 {
+		return
+	}
+	if q, ok := quoted(head); ok {
+		s.probes.unreachable(&q)
+		s.shortcuts.unreachable(&q)
+	}
+}
+
+// quotedSYN is what an ICMP error says of the TCP packet that it is about.
+type quotedSYN struct {
+	id    stack.TransportEndpointID // local: who had sent it
+	seq   uint32
+	errno syscall.Errno
+}
+
+// quoted reads an ICMP error that says that something cannot be reached.
+func quoted(head []byte) (q quotedSYN, ok bool) {
+	if len(head) < header.IPv4MinimumSize {
+		return q, false
+	}
+	var t header.TCP
+	q.errno = syscall.ECONNREFUSED
 	if head[0]>>4 == 4 {
 		l4, ok := l4IPv4(head, uint8(header.ICMPv4ProtocolNumber))
 		if !ok || len(l4) < header.ICMPv4MinimumSize || header.ICMPv4(l4).Type() != header.ICMPv4DstUnreachable {
-			return
+			return q, false
 		}
 		if c := header.ICMPv4(l4).Code(); c != header.ICMPv4PortUnreachable && c != header.ICMPv4ProtoUnreachable {
-			errno = syscall.EHOSTUNREACH
+			q.errno = syscall.EHOSTUNREACH
 		}
 		ip := l4[header.ICMPv4MinimumSize:]
-		if quoted, ok = l4IPv4(ip, uint8(header.TCPProtocolNumber)); !ok {
-			return
+		if t, ok = l4IPv4(ip, uint8(header.TCPProtocolNumber)); !ok {
+			return q, false
 		}
-		id.LocalAddress, id.RemoteAddress = header.IPv4(ip).SourceAddress(), header.IPv4(ip).DestinationAddress()
+		q.id.LocalAddress, q.id.RemoteAddress = header.IPv4(ip).SourceAddress(), header.IPv4(ip).DestinationAddress()
 	} else {
 		l4, ok := l4IPv6(head, uint8(header.ICMPv6ProtocolNumber))
 		if !ok || len(l4) < header.ICMPv6DstUnreachableMinimumSize ||
 			header.ICMPv6(l4).Type() != header.ICMPv6DstUnreachable {
-			return
+			return q, false
 		}
 		if header.ICMPv6(l4).Code() != header.ICMPv6PortUnreachable {
-			errno = syscall.EHOSTUNREACH
+			q.errno = syscall.EHOSTUNREACH
 		}
 		ip := l4[header.ICMPv6DstUnreachableMinimumSize:]
-		if quoted, ok = l4IPv6(ip, uint8(header.TCPProtocolNumber)); !ok {
-			return
+		if t, ok = l4IPv6(ip, uint8(header.TCPProtocolNumber)); !ok {
+			return q, false
 		}
-		id.LocalAddress, id.RemoteAddress = header.IPv6(ip).SourceAddress(), header.IPv6(ip).DestinationAddress()
+		q.id.LocalAddress, q.id.RemoteAddress = header.IPv6(ip).SourceAddress(), header.IPv6(ip).DestinationAddress()
 	}
-	if len(quoted) < 8 { // ports and sequence number, which is all that a router must quote
-		return
+	if len(t) < 8 { // ports and sequence number, which is all that a router must quote
+		return q, false
 	}
-	id.LocalPort, id.RemotePort = quoted.SourcePort(), quoted.DestinationPort()
-	if p := ps.find(id); p != nil && quoted.SequenceNumber() == p.seq {
-		p.tell(os.NewSyscallError("connect", errno))
-	}
+	q.id.LocalPort, q.id.RemotePort, q.seq = t.SourcePort(), t.DestinationPort(), t.SequenceNumber()
+	return q, true
 }

@@ -42,8 +42,11 @@ type pump struct {
 	back func(bufs [][]byte, n int) bool
 	// fragments bounds those for all pods; nil for an App device, whose only victim is the pod that sends them.
 	fragments *fragmentBudget
-	// unreachable looks at what is no TCP, in search of ICMP errors about probes; nil for an uplink.
+	// unreachable looks at what is no TCP, in search of ICMP errors about SYNs that we sent; nil for an uplink.
 	unreachable func(head []byte)
+	// shortcuts are the connections whose packets pass to another pod; nil for an uplink.
+	shortcuts *shortcuts
+	packet    [][]byte // the reader's: what it passes on
 
 	// batching has datagrams that wait for more of their kind, by try; nil: there is no Way, or the device has to be
 	// waited for.
@@ -172,6 +175,9 @@ func (p *pump) read() error {
 			p.rx.badChecksum.Add(1)
 			continue
 		}
+		if pk.tcp && p.shortcuts != nil && p.passed(iov, n, &pk, &vh) {
+			continue
+		}
 		if !pk.tcp && p.back != nil && p.back(iov, n) {
 			continue
 		}
@@ -215,6 +221,33 @@ func (p *pump) read() error {
 		}
 		p.at = nil
 	}
+}
+
+// passed passes a packet of a Shortcut's on; false: it is none.
+func (p *pump) passed(bufs [][]byte, n int, pk *rxPacket, vh *tun.VNetHdr) bool {
+	s, way := p.shortcuts.of(bufs[0], pk)
+	if s == nil {
+		return false
+	}
+	p.packet = append(p.packet[:0], bufs[0][:min(n, headSize)])
+	if n > headSize {
+		p.packet = append(p.packet, bufs[1][:n-headSize])
+	}
+	p.at = p.only
+	passed := s.pass(way, p.packet, n, pk, vh)
+	p.at = nil
+	return passed
+}
+
+// write writes a packet of n bytes to the device at once, from any goroutine. What waits in the queue is of other
+// connections, so it may come before that.
+func (p *pump) write(vh *tun.VNetHdr, bufs [][]byte, n int) {
+	p.tx.packets.Add(1)
+	if err := p.dev.WritePacket(vh, bufs); err != nil {
+		p.tx.errors.Add(1)
+		return
+	}
+	p.tx.sent.Add(uint64(n))
 }
 
 // readUDP delivers a UDP packet that somebody here waits for, the DNS tap or a socket

@@ -26,7 +26,8 @@ type Stack struct {
 	dns   *dnsTap
 	dg    *datagrams // nil: not carried
 
-	probes probes
+	probes    probes
+	shortcuts shortcuts
 
 	timers            *wheel        // gVisor's, and those of handshakes
 	handshakePatience time.Duration // of Flow.Accept; tests are less patient
@@ -74,7 +75,9 @@ func New(cfg Config) (*Stack, error) {
 		s.app.port.dns = s.dns
 	}
 	s.pump.only = s.app.port
-	s.pump.unreachable = s.probes.unreachable
+	s.pump.unreachable = s.unreachable
+	s.shortcuts.begin(&s.cfg)
+	s.pump.shortcuts = &s.shortcuts
 	if cfg.Datagrams != nil {
 		s.dg = newDatagrams(s, *cfg.Datagrams)
 		s.app.port.dg = s.dg
@@ -153,6 +156,7 @@ func (s *Stack) shutdown() {
 		if s.dg != nil {
 			s.dg.close()
 		}
+		s.shortcuts.close()
 		s.conns.close()
 		s.unweigh()
 		s.app.abort()

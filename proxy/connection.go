@@ -25,9 +25,14 @@ type connection struct {
 	// stream; leave waits for that.
 	inner   *hbone.ClientConn
 	forget  func() // ends the watch over the revocation of the inner peer, or of one in memory; nil without
-	carried bool   // its bytes are being copied
-	dir     uint8  // as profiles name it
-	left    atomic.Bool
+	carried bool   // its bytes are being copied, or pass
+	// asks for packets that pass as they are; nil: the client's cannot. shortcut is what came of that, where the other end
+	// is a pod of this daemon; nil: its bytes are copied.
+	asks     shortcutFlow
+	shortcut Shortcut
+	passEnd  error // what that has ended with
+	dir      uint8 // as profiles name it
+	left     atomic.Bool
 
 	mu         sync.Mutex
 	registered bool
@@ -36,6 +41,7 @@ type connection struct {
 	cut        *Error             // set once, by the first who cuts
 	ends       [2]Conn            // what is aborted by a cut
 	copying    *copying           // nil until it is carried
+	passing    bool               // its packets pass by shortcut, which is aborted by a cut
 	stop       context.CancelFunc // ends what is under way for it before it is carried
 }
 
@@ -130,6 +136,9 @@ func (c *connection) settle() {
 	if c.carried {
 		return
 	}
+	if c.shortcut != nil {
+		c.shortcut.Reset()
+	}
 	if c.books != nil {
 		c.books.record(fail(kindIO, errUnfinished)) // no news if it was recorded
 	}
@@ -164,6 +173,11 @@ func (c *connection) stand(down, up Conn) *Error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.ends = [2]Conn{down, up}
+	return c.stands()
+}
+
+// stands is the rest of it. mu is held.
+func (c *connection) stands() (cut *Error) {
 	c.stop = nil // nothing is under way any more: let go of the context
 	return c.cut
 }
@@ -176,10 +190,13 @@ func (c *connection) sever(why *Error) {
 		return
 	}
 	c.cut = why
-	ends, stop := c.ends, c.stop
+	ends, passing, stop := c.ends, c.passing, c.stop
 	c.mu.Unlock()
 	if stop != nil {
 		stop()
+	}
+	if passing {
+		c.shortcut.Reset()
 	}
 	for _, e := range ends {
 		if e != nil {

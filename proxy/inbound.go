@@ -215,7 +215,7 @@ func (p *Proxy) serveCall(t *tunnel, s call, watch func(*connection) error) {
 	})
 	var up Conn
 	if failed == nil {
-		up, failed = c.reach(ctx, p.appDial(t, in))
+		up, failed = c.serve(ctx, s, p.appDial(t, in))
 	}
 	gone := errors.Is(ctx.Err(), context.Canceled) && c.reason() == nil // and not at dialApp's deadline
 	stop()
@@ -226,6 +226,10 @@ func (p *Proxy) serveCall(t *tunnel, s call, watch func(*connection) error) {
 		} else {
 			c.books.record(failed)
 		}
+		return
+	}
+	if c.shortcut != nil {
+		c.pass()
 		return
 	}
 	resp := &hbone.Response{Status: http.StatusOK}
@@ -340,6 +344,19 @@ func (c *connection) admit(ctx context.Context, log policyLog, local *state.Work
 		return fail(kindDenied, v.Err())
 	}
 	return nil
+}
+
+// serve finds a way to the application for a CONNECT that was admitted: c.shortcut, or what it returns.
+func (c *connection) serve(ctx context.Context, s call, a appDial) (_ Conn, failed *Error) {
+	short, err := s.Shortcut(ctx, c.p.o.Network, a)
+	switch {
+	case err != nil:
+		return nil, c.instead(fail(kindApp, err))
+	case short != nil:
+		c.shortcut = short
+		return nil, nil
+	}
+	return c.reach(ctx, a)
 }
 
 // reach dials the application for a connection that was admitted.

@@ -70,7 +70,7 @@ func (c *connection) connectLocal(ctx context.Context, peer *Proxy, local *state
 	t := &tunnel{src: src, dst: d.Actual}
 	t.peer, t.hasPeer = identity.PeerID(met.Client)
 	req := request(c.p.baggage(local), src, d)
-	call := &localCall{ctx: ctx, req: &req, panics: peer.o.Panics}
+	call := &localCall{ctx: ctx, req: &req, panics: peer.o.Panics, from: c.asks}
 	// Profiles show whose work it is.
 	pprof.SetGoroutineLabels(peer.labels[inbound])
 	defer pprof.SetGoroutineLabels(c.p.labels[outbound])
@@ -78,9 +78,10 @@ func (c *connection) connectLocal(ctx context.Context, peer *Proxy, local *state
 		theirEnd.forget, err = peer.track(identity.ServerSide, proof{theirs, met.Client}, theirEnd.revoked)
 		return err
 	})
-	if call.up == nil {
+	if call.up == nil && call.shortcut == nil {
 		return nil, tunnelError(call.failure()), true
 	}
+	c.shortcut = call.shortcut
 	return call.up, nil, true
 }
 
@@ -106,6 +107,8 @@ type call interface {
 	ForwardedNetwork() (string, bool)
 	// Context is parent until the caller gives up; stop ends it.
 	Context(parent context.Context) (ctx context.Context, stop func())
+	// Shortcut has the caller's packets go to an application, if they can; neither result, if not. It is the answer, too.
+	Shortcut(context.Context, Network, appDial) (Shortcut, error)
 	// Grant answers 200: the bytes follow.
 	Grant(*hbone.Response) (Conn, error)
 	RefuseWith(*hbone.Response) error
@@ -115,6 +118,8 @@ type call interface {
 
 // streamCall is a CONNECT that a tunnel has brought.
 type streamCall struct{ *hbone.ServerStream }
+
+func (s streamCall) Shortcut(context.Context, Network, appDial) (Shortcut, error) { return nil, nil }
 
 func (s streamCall) Grant(r *hbone.Response) (Conn, error) {
 	stream, err := s.Accept(r)
@@ -129,8 +134,12 @@ type localCall struct {
 	ctx    context.Context // of the caller: it gives up with it
 	req    *hbone.Request
 	panics *rescue.Panics
+	from   shortcutFlow    // the caller's; nil: its bytes have to be copied
 	answer *hbone.Response // the refusal
-	up     Conn            // granted: the caller's end
+
+	// granted: one of these
+	up       Conn // the caller's end
+	shortcut Shortcut
 }
 
 func (l *localCall) Method() string                   { return http.MethodConnect }
@@ -145,6 +154,19 @@ func (l *localCall) Context(parent context.Context) (context.Context, func()) {
 	ctx, cancel := context.WithCancel(parent)
 	unhook := context.AfterFunc(l.ctx, l.panics.Func("the end of a request", cancel, nil))
 	return ctx, func() { unhook(); cancel() }
+}
+
+func (l *localCall) Shortcut(ctx context.Context, to Network, a appDial) (s Shortcut, err error) {
+	if l.from == nil || len(a.header) > 0 || a.src.Addr() != l.from.Src().Addr().Unmap() {
+		return nil, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	s, err = l.from.Shortcut(ctx, to, a.dst)
+	if err == nil {
+		l.shortcut = s
+	}
+	return s, err
 }
 
 func (l *localCall) Grant(*hbone.Response) (Conn, error) {

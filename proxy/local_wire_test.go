@@ -369,8 +369,8 @@ func revokes(name string, open bool) wireCase {
 // unlike is what may differ: by the wire a revocation is the end of a tunnel, in memory it is that of a stream.
 var unlike = regexp.MustCompile(`hbone: connection lost: unexpected EOF|hbone: stream reset by peer: CANCEL`)
 
-// see runs a case by the wire or in memory.
-func (x wireCase) see(t *testing.T, local bool) (s seenWorld) {
+// see runs a case by the wire, or in memory, there by a copy or a shortcut.
+func (x wireCase) see(t *testing.T, local, short bool) (s seenWorld) {
 	t.Helper()
 	w := newWorldWith(t, func(w *world, i int, o *Options) {
 		if local {
@@ -382,6 +382,7 @@ func (x wireCase) see(t *testing.T, local bool) (s seenWorld) {
 			x.change(t, w, i, o)
 		}
 	})
+	w.short = short
 	dst := x.dst
 	if dst == "" {
 		dst = appB.String()
@@ -395,6 +396,10 @@ func (x wireCase) see(t *testing.T, local bool) (s seenWorld) {
 		t.Errorf("%d tunnels were dialled for a pod of the same daemon", n)
 	} else if local && n == 0 && x.wire {
 		t.Error("it was not left to the wire")
+	}
+	if n := w.shortcuts.Load(); short && n == 0 && !x.wire && !strings.HasPrefix(s.app, "refused") && x.name !=
+		"the server's record is not there" {
+		t.Error("it went by no shortcut")
 	}
 	for i, p := range w.proxies {
 		s.turned[i] = p.Stats().Overloaded
@@ -423,38 +428,44 @@ func (w *world) proxyAt(a netip.Addr) *Proxy {
 }
 
 // TestLocalLooksLikeTheWire: whatever happens to a connection between two pods of one daemon, the applications, the
-// access logs and the metrics cannot tell whether it took the wire or was relayed in memory.
+// access logs and the metrics cannot tell whether it took the wire, was copied in memory, or took a shortcut.
 func TestLocalLooksLikeTheWire(t *testing.T) {
 	cases := append(slices.Clone(wireCases), revokes("a", false), revokes("b", false), revokes("a", true),
 		revokes("b", true))
 	for _, x := range cases {
 		t.Run(x.name, func(t *testing.T) {
-			wire, memory := x.see(t, false), x.see(t, true)
+			wire := x.see(t, false, false)
 			if !strings.Contains(wire.app, x.want) {
 				t.Errorf("the applications saw %s, want %s", wire.app, x.want)
 			}
-			if wire.app != memory.app {
-				t.Errorf("by the wire: %s\nin memory:   %s", wire.app, memory.app)
-			}
-			if len(wire.lines[0])+len(wire.lines[1]) == 0 {
-				t.Error("no line at all")
-			}
-			if x.wire { // it is the wire, whose refusals are said and counted as often as it tries
-				return
-			}
-			for i, pod := range []string{"a", "b"} {
-				if !slices.Equal(wire.lines[i], memory.lines[i]) {
-					t.Errorf("lines of pod %s by the wire:\n\t%s\nin memory:\n\t%s", pod, strings.Join(wire.lines[i], "\n\t"),
-						strings.Join(memory.lines[i], "\n\t"))
-				}
-				if !maps.Equal(wire.metrics[i], memory.metrics[i]) {
-					t.Errorf("metrics of pod %s by the wire: %v\nin memory: %v", pod, wire.metrics[i], memory.metrics[i])
-				}
-			}
-			if wire.crl != memory.crl || wire.turned != memory.turned {
-				t.Errorf("revocations and bounds by the wire: %+v %v, in memory: %+v %v", wire.crl, wire.turned, memory.crl,
-					memory.turned)
-			}
+			t.Run("copied", func(t *testing.T) { x.compare(t, wire, x.see(t, true, false)) })
+			t.Run("by a shortcut", func(t *testing.T) { x.compare(t, wire, x.see(t, true, true)) })
 		})
+	}
+}
+
+// compare fails if a case in memory does not look as it does by the wire.
+func (x wireCase) compare(t *testing.T, wire, memory seenWorld) {
+	if wire.app != memory.app {
+		t.Errorf("by the wire: %s\nin memory:   %s", wire.app, memory.app)
+	}
+	if len(wire.lines[0])+len(wire.lines[1]) == 0 {
+		t.Error("no line at all")
+	}
+	if x.wire { // it is the wire, whose refusals are said and counted as often as it tries
+		return
+	}
+	for i, pod := range []string{"a", "b"} {
+		if !slices.Equal(wire.lines[i], memory.lines[i]) {
+			t.Errorf("lines of pod %s by the wire:\n\t%s\nin memory:\n\t%s", pod, strings.Join(wire.lines[i], "\n\t"),
+				strings.Join(memory.lines[i], "\n\t"))
+		}
+		if !maps.Equal(wire.metrics[i], memory.metrics[i]) {
+			t.Errorf("metrics of pod %s by the wire: %v\nin memory: %v", pod, wire.metrics[i], memory.metrics[i])
+		}
+	}
+	if wire.crl != memory.crl || wire.turned != memory.turned {
+		t.Errorf("revocations and bounds by the wire: %+v %v, in memory: %+v %v", wire.crl, wire.turned, memory.crl,
+			memory.turned)
 	}
 }

@@ -34,6 +34,7 @@ func (c *connection) outbound(f Flow, start time.Time) {
 	fault("outbound", dst)
 	ctx, stop := c.await(f)
 	defer stop()
+	c.asks, _ = f.(shortcutFlow)
 	d, local, err := p.decide(ctx, src, dst, nil, nil)
 	if err != nil {
 		if ctx.Err() == nil || p.ctx.Err() != nil { // not turned away by a bound, which is said elsewhere
@@ -71,6 +72,10 @@ func (c *connection) outbound(f Flow, start time.Time) {
 		// many endpoints were tried for it, and however often its kernel sends the SYN. And a far end beyond a gateway
 		// says itself who it is (spec 10.3).
 		c.open(e)
+		if c.shortcut != nil {
+			c.acceptShortcut()
+			return
+		}
 		c.accept(f, up)
 		return
 	}

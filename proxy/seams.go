@@ -27,6 +27,25 @@ type Flow interface {
 	OnGone(f func())
 }
 
+// shortcutFlow is a Flow whose packets can go to another pod of this process as they are.
+type shortcutFlow interface {
+	Src() netip.AddrPort
+	// Shortcut has the flow's packets pass to dst of the pod that to is of, and waits for the application's kernel to
+	// answer: its errors are DialApp's, and the flow is still to be refused. Neither result: they cannot pass there.
+	Shortcut(ctx context.Context, to Network, dst netip.AddrPort) (Shortcut, error)
+}
+
+// Shortcut is a connection whose packets pass by themselves, from one pod's device to another's.
+type Shortcut interface {
+	// Accept is the flow's, without waiting for the client.
+	Accept() error
+	// Watch has carried called with bytes that have arrived, each once, and ended once, at once if it has ended: with nil
+	// if the applications have ended it, also by resets, net.ErrClosed if Reset has. carried must not wait.
+	Watch(carried func(forth bool, n int), ended func(error))
+	// Reset ends both sides by a reset.
+	Reset()
+}
+
 // Conn is a byte stream with two independent directions.
 type Conn interface {
 	net.Conn

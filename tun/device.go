@@ -58,7 +58,7 @@ type Offload struct {
 }
 
 // Device is a TUN device: one end of a point to point link whose other end is the kernel's IP layer in some
-// namespace. One goroutine reads, one writes, any may call the rest.
+// namespace. One goroutine reads, any may call the rest.
 type Device interface {
 	// Name is the interface's name in its namespace.
 	Name() string
@@ -77,9 +77,10 @@ type Device interface {
 	ReadPacket(h *VNetHdr, bufs [][]byte) (n int, err error)
 
 	// WritePacket writes one packet gathered from bufs. If Offload().VNetHdr is false, h must be zero. A full queue is
-	// waited for. One writer at a time. It does not allocate. Errors are os.ErrClosed, ErrDeviceDeleted,
-	// ErrTooManyBuffers, ErrNoOffload, or a bare errno: EIO while the interface is down, EINVAL for what is no IP packet
-	// or has a header that does not fit it, ENOBUFS, ENOMEM. The packet is then lost.
+	// waited for. Several may write at once: what each writes stays whole, and in its order. It does not allocate. Errors
+	// are os.ErrClosed, ErrDeviceDeleted, ErrTooManyBuffers, ErrNoOffload, or a bare errno: EIO while the interface is
+	// down, EINVAL for what is no IP packet or has a header that does not fit it, ENOBUFS, ENOMEM. The packet is then
+	// lost.
 	WritePacket(h *VNetHdr, bufs [][]byte) error
 
 	// SetMTU changes the interface's MTU, in bytes; ErrForeign of one that Adopt has taken.

@@ -2,6 +2,7 @@ package tun
 
 import (
 	"os"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -20,13 +21,15 @@ type fast struct {
 	rc     syscall.RawConn
 	closed atomic.Bool
 
-	rd, wr vector
+	rd, wr  vector
+	writing sync.Mutex // held by who uses wr
+	spare   sync.Pool  // of *vector, for those who write while another does
 
 	badHeaders, short atomic.Uint64
 }
 
-// vector is one direction's system call: everything that it needs, made once. Its memory is not shared between the
-// directions, so reader and writer need no lock.
+// vector is one system call: everything that it needs, made once. The reader has its own, and so has each of those who
+// write at the same time: nobody waits for another's copying.
 type vector struct {
 	call  func(fd uintptr) bool // rd.read or wr.write, bound once: a method value made per call would allocate
 	iov   []unix.Iovec          // header, then the caller's buffers; for reads, then spill
@@ -50,6 +53,11 @@ func newFast(h *handle, off Offload) (*fast, error) {
 	d.rc = rc
 	d.rd.call, d.wr.call = d.rd.read, d.wr.write
 	d.rd.iov, d.wr.iov = make([]unix.Iovec, 0, 16), make([]unix.Iovec, 0, 32)
+	d.spare.New = func() any {
+		v := &vector{iov: make([]unix.Iovec, 0, 4)}
+		v.call = v.write
+		return v
+	}
 	return d, nil
 }
 
@@ -106,7 +114,16 @@ func (d *fast) readPacket(h *VNetHdr, bufs [][]byte, try bool) (int, error) {
 
 // WritePacket implements Device.
 func (d *fast) WritePacket(h *VNetHdr, bufs [][]byte) error {
-	v := &d.wr
+	if d.writing.TryLock() {
+		defer d.writing.Unlock()
+		return d.writePacket(&d.wr, h, bufs)
+	}
+	v := d.spare.Get().(*vector)
+	defer d.spare.Put(v)
+	return d.writePacket(v, h, bufs)
+}
+
+func (d *fast) writePacket(v *vector, h *VNetHdr, bufs [][]byte) error {
 	h.Encode(v.hdr[:])
 	if _, ok := v.load(bufs); !ok {
 		return ErrTooManyBuffers

@@ -28,8 +28,9 @@ type plain struct {
 	next   int // the first packet of the batch that has not been read
 	filled int // packets in the batch
 
-	wbuf   []byte // the writer's: room for wireguard's header, then the packet
-	wbatch [1][]byte
+	writeMu sync.Mutex // held by who writes
+	wbuf    []byte     // room for wireguard's header, then the packet
+	wbatch  [1][]byte
 
 	badPackets, short, splitLost atomic.Uint64
 }
@@ -110,6 +111,8 @@ func (d *plain) WritePacket(h *VNetHdr, bufs [][]byte) error {
 	if !h.IsZero() {
 		return ErrNoOffload
 	}
+	d.writeMu.Lock()
+	defer d.writeMu.Unlock()
 	n := wgOffset
 	for _, b := range bufs {
 		if len(b) > len(d.wbuf)-n {

@@ -46,7 +46,7 @@ func NewStack(o *Options, p Pod, mtu int, dev tun.Device, uplink *netstack.Uplin
 	c.OnFlow = func(f *netstack.Flow) {
 		switch {
 		case !f.Inbound():
-			h.ServeOutbound(flow{f})
+			h.ServeOutbound(outFlow{flow{f}})
 		case f.Dst().Port() == ports.HBONE: // from before the routes to the listener, which has the caller's next SYN
 			f.Refuse(refusal.Silent)
 		default:
@@ -215,3 +215,24 @@ func (f flow) Accept() (proxy.Conn, error) {
 	}
 	return c, nil
 }
+
+// outFlow is one that the pod opens.
+type outFlow struct{ flow }
+
+// Shortcut has the flow's packets go to another pod's application, if that is behind a TUN of this process, too.
+func (f outFlow) Shortcut(ctx context.Context, to proxy.Network, dst netip.AddrPort) (proxy.Shortcut, error) {
+	other, ok := to.(interface{ netstack() *netstack.Stack })
+	if !ok {
+		return nil, nil
+	}
+	s, err := f.Flow.Shortcut(ctx, other.netstack(), dst)
+	switch {
+	case errors.Is(err, netstack.ErrNoShortcut):
+		return nil, nil
+	case err != nil:
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *Stack) netstack() *netstack.Stack { return s.Stack }

@@ -190,6 +190,10 @@ func variables(c *Config, l *loader) []variable {
 				"that a NetworkPolicy could judge; false: they take the wire as those to other nodes do (default true, and " +
 				"false where pods have a CNI: ZTUN_STEERING=steered, rules or redirected)",
 			optionalBool(&l.localRelay)},
+		{"ZTUN_LOCAL_SHORTCUT", "true",
+			"of connections between two isolated pods of this daemon the packets pass from one pod's device to the other's, " +
+				"once policy has let them in; false: their bytes are copied from one TCP connection to another",
+			boolean(&c.Proxy.LocalShortcut)},
 		{"ZTUN_DROP_CAPABILITIES", "true",
 			"keep only the capabilities that the configuration needs, and never get new ones; the process executes itself " +
 				"once for it", boolean(&c.Privileges.Drop)},

@@ -25,6 +25,7 @@ var unguarded = map[string]string{
 	"proxy/hbone/config.go: f":                           "the Go of those without workers, given one of these",
 	"proxy/copy.go: s.copyToUpstream":                    "calls Panics.Run: no closures for each connection",
 	"proxy/copy.go: s.copyToDownstream":                  "the same",
+	"proxy/shortcut.go: c.endPass":                       "the same",
 	"proxy/rest.go: s.copyToUpstream":                    "the same",
 	"proxy/rest.go: s.copyToDownstream":                  "the same",
 	"netstack/clock.go: t.fire":                          "calls Panics.Run: no closures for each timer",

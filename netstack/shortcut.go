@@ -1,0 +1,354 @@
+package netstack
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+
+	"ztun/tun"
+)
+
+// ErrNoShortcut is what Flow.Shortcut returns when the packets of a flow cannot pass as they are: its bytes can still
+// be copied.
+var ErrNoShortcut = errors.New("netstack: no shortcut")
+
+// Shortcut is a connection between the kernels of two pods of this process: each packet that one pod's device brings
+// is written to the other's, with its addresses translated. Nothing of it ends here, so that windows, congestion
+// control, half-closes and resets are the kernels' own, and nothing of it waits here. What is known of it is what
+// passes (track).
+type Shortcut struct {
+	flow     *Flow     // until its client has answered
+	syn      []byte    // the same: the client's, as the application's kernel gets it
+	stacks   [2]*Stack // whose reader brings what goes each way
+	keys     [2]tuple  // what such packets say
+	turns    [2]turn   // what they are made to say
+	patience *time.Timer
+	known    chan struct{} // closed when the application's kernel has answered, or refused, or will not
+
+	mu      sync.Mutex
+	t       track
+	why     error // what it has come to: what Shortcut returns of one that never stood, what watchers are told of another
+	refused bool  // it never stood
+	decided bool  // Accept was called
+	quiet   int   // ticks since a packet passed
+	probes  int   // that were sent for that
+	moved   [2]int
+	watch   [2]watcher // those who want to know
+}
+
+// watcher is who keeps books about a Shortcut.
+type watcher struct {
+	carried func(forth bool, n int)
+	ended   func(error)
+}
+
+// Shortcut has the packets of a flow that the pod opens pass to the application at dst of another pod of this process,
+// and waits for its kernel's answer: the SYN goes there now, with the client's own address and port. The answer goes to
+// the client at once, so that what its connect says is true. ErrNoShortcut: with this flow, these devices or this port
+// there can be none; other errors are DialApp's, and the flow is still to be refused.
+func (fl *Flow) Shortcut(ctx context.Context, to *Stack, dst netip.AddrPort) (*Shortcut, error) {
+	from := fl.f.s
+	dst = netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
+	if !from.cfg.Shortcuts || !to.cfg.Shortcuts || fl.inbound || fl.key.h != from.app || !to.isOwn(dst.Addr()) ||
+		from.pump.gso != to.pump.gso {
+		return nil, ErrNoShortcut
+	}
+	syn := shortcutSYN(fl.syn, fl.src, dst)
+	if syn == nil {
+		return nil, ErrNoShortcut
+	}
+	s := &Shortcut{
+		flow: fl, syn: syn, stacks: [2]*Stack{from, to},
+		keys:  [2]tuple{tupleOf(fl.src, fl.dst), tupleOf(dst, fl.src)},
+		known: make(chan struct{}),
+	}
+	if fl.dst != dst {
+		s.turns[forth], s.turns[back] = turnTo(dst, false), turnTo(fl.dst, true)
+	}
+	s.t.begin(fl.seq)
+	if !s.enter() {
+		return nil, ErrNoShortcut
+	}
+	s.send(forth, syn)
+	select {
+	case <-s.known:
+	case <-ctx.Done():
+		s.end(ctx.Err())
+		<-s.known
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.refused {
+		return nil, dialError(fl.src, dst, cmp.Or(s.why, net.ErrClosed))
+	}
+	return s, nil
+}
+
+// enter has both readers know the connection; false: somebody else has the ports, or there is no room.
+func (s *Shortcut) enter() bool {
+	from, to := s.stacks[forth], s.stacks[back]
+	if !to.app.holdPort(s.keys[back].endpoint()) {
+		return false
+	}
+	for way, stack := range s.stacks {
+		if !stack.shortcuts.add(s.keys[way], s, way) {
+			if way == back {
+				from.shortcuts.remove(s.keys[forth])
+			}
+			to.app.ports.giveBack(s.keys[back].endpoint())
+			return false
+		}
+	}
+	return true
+}
+
+func (s *Shortcut) leave() {
+	for way := range s.keys {
+		s.stacks[way].shortcuts.remove(s.keys[way])
+	}
+	s.stacks[back].app.ports.giveBack(s.keys[back].endpoint())
+}
+
+// holdPort keeps the stack's own dials and probes from a client's port until giveBack; false if one of them, or a
+// connection, has it.
+func (h *hop) holdPort(id stack.TransportEndpointID) bool {
+	gs, err := h.stack()
+	if err != nil {
+		return false
+	}
+	proto := header.IPv6ProtocolNumber
+	if id.LocalAddress.Len() == header.IPv4AddressSize {
+		proto = header.IPv4ProtocolNumber
+	}
+	_, terr := h.ports.draw(gs, proto, id)
+	return terr == nil
+}
+
+// Accept is Flow.Accept of a flow with a Shortcut. It does not wait: a client that does not answer within
+// handshakePatience, or whose flow loses its place before it has, is cut.
+func (s *Shortcut) Accept() error {
+	fl := s.flow
+	if fl == nil || !fl.decide() {
+		return ErrDecided
+	}
+	fl.req.Complete(false)
+	if time.Since(fl.start) < promptly {
+		fl.places.answers(fl.party)
+	}
+	fl.f.accepted.Add(1)
+	fl.f.shortcuts.Add(1)
+	s.mu.Lock()
+	s.decided = true
+	waits := s.t.phase < standing
+	if waits {
+		from := fl.f.s
+		s.patience = time.AfterFunc(from.handshakePatience, from.cfg.Panics.Func("a handshake's end", s.tire, from.crash))
+	} else {
+		s.flow = nil
+	}
+	s.mu.Unlock()
+	if !waits {
+		fl.f.forget(fl)
+	}
+	return nil
+}
+
+// tire ends a handshake that takes too long.
+func (s *Shortcut) tire() {
+	s.mu.Lock()
+	late := s.t.phase < standing
+	s.mu.Unlock()
+	if late {
+		s.Reset()
+	}
+}
+
+// settled lets go of the flow's place, if it was decided: the client has answered, or there is nothing to wait for any
+// more. s.mu is not held.
+func (s *Shortcut) settled() {
+	s.mu.Lock()
+	fl := s.flow
+	if fl == nil || !s.decided {
+		s.mu.Unlock()
+		return
+	}
+	s.flow, s.syn = nil, nil
+	if s.patience != nil {
+		s.patience.Stop()
+		s.patience = nil
+	}
+	s.mu.Unlock()
+	fl.f.forget(fl)
+}
+
+// Watch has carried called with the bytes that arrive from now on, each once, and those that have before, and ended
+// once when the connection has ended, at once if it has: with nil where the applications have ended it, be it by
+// resets, net.ErrClosed where Reset or the end of a stack has, ETIMEDOUT where the kernels do not answer. carried
+// must not wait, nor call the Shortcut; two may watch.
+func (s *Shortcut) Watch(carried func(forth bool, n int), ended func(error)) {
+	s.mu.Lock()
+	for way, n := range s.moved {
+		if n > 0 {
+			carried(way == forth, n)
+		}
+	}
+	over, why := s.t.phase == over, s.why
+	if !over {
+		for i := range s.watch {
+			if s.watch[i].ended == nil {
+				s.watch[i] = watcher{carried, ended}
+				break
+			}
+		}
+	}
+	s.mu.Unlock()
+	if over {
+		ended(why)
+	}
+}
+
+// Reset ends the connection: both kernels get a reset.
+func (s *Shortcut) Reset() { s.end(net.ErrClosed) }
+
+// end takes the connection out. Both kernels get resets, but for the client of a SYN that was never answered: that flow
+// is still to be refused.
+func (s *Shortcut) end(why error) {
+	s.mu.Lock()
+	was := s.t.phase
+	if was == over {
+		s.mu.Unlock()
+		return
+	}
+	s.over(was, why)
+	lanes := s.t.lanes
+	s.mu.Unlock()
+	s.finish(was)
+	s.sendReset(forth, &lanes)
+	if was != asking {
+		s.sendReset(back, &lanes)
+	}
+}
+
+// sendReset sends a reset one way, with the number that its receiver waits for: all that was written to a device has
+// been received. Where that is not so, the receiver asks (RFC 5961 section 3), and gVisor, which knows nothing of the
+// connection, answers with the right one.
+func (s *Shortcut) sendReset(way int, lanes *[2]lane) {
+	s.send(way, s.bare(way, lanes[way].next, lanes[1-way].next, header.TCPFlagRst|header.TCPFlagAck))
+}
+
+// probe asks both kernels whether they still have the connection, by a segment that is older than what they have
+// (RFC 9293 section 3.8.4): each answers it, or has no such connection and says so.
+func (s *Shortcut) probe(lanes *[2]lane) {
+	for way := range lanes {
+		s.send(way, s.bare(way, lanes[way].next-1, lanes[1-way].next, header.TCPFlagAck))
+	}
+}
+
+// bare is a segment without payload that goes way.
+func (s *Shortcut) bare(way int, seq, ack uint32, flags header.TCPFlags) []byte {
+	answers := &s.keys[1-way]
+	return bareTCP(answers.dstAddrPort(), answers.srcAddrPort(),
+		&header.TCPFields{SeqNum: seq, AckNum: ack, Flags: flags}, nil)
+}
+
+// send writes a packet of ours to the device that is the end of way.
+func (s *Shortcut) send(way int, b []byte) {
+	var vh tun.VNetHdr
+	s.stacks[1-way].pump.write(&vh, [][]byte{b}, len(b))
+}
+
+// over makes it so. s.mu is held.
+func (s *Shortcut) over(was phase, why error) {
+	s.t.phase, s.why, s.refused = over, why, was == asking
+}
+
+// finish says that the connection is over, once: who made it so calls it.
+func (s *Shortcut) finish(was phase) {
+	s.leave()
+	if was == asking {
+		close(s.known)
+		return
+	}
+	s.settled()
+	s.mu.Lock()
+	watch, why := s.watch, s.why
+	s.watch = [2]watcher{}
+	s.mu.Unlock()
+	for _, w := range watch {
+		if w.ended != nil {
+			w.ended(why)
+		}
+	}
+}
+
+// unreachable takes an ICMP error about a packet that went forth.
+func (s *Shortcut) unreachable(seq uint32, why syscall.Errno) {
+	s.mu.Lock()
+	refused := s.t.phase == asking && seq == s.t.lanes[forth].first
+	if refused {
+		s.over(asking, os.NewSyscallError("connect", why))
+	}
+	s.mu.Unlock()
+	if refused {
+		s.finish(asking)
+	}
+}
+
+// pass takes a packet of n bytes that goes way, bufs[0] beginning with its headers; false: it is none of this
+// connection's.
+func (s *Shortcut) pass(way int, bufs [][]byte, n int, p *rxPacket, vh *tun.VNetHdr) bool {
+	th := header.TCP(bufs[0][p.ipLen:])
+	seg := segment{seq: th.SequenceNumber(), ack: th.AckNumber(), flags: th.Flags(), size: n - p.hdrLen}
+	s.mu.Lock()
+	was, syn := s.t.phase, s.syn
+	if was == over {
+		s.mu.Unlock()
+		return false
+	}
+	what, carried := s.t.see(way, &seg)
+	s.quiet, s.probes = 0, 0
+	if what == newRefusal {
+		s.over(was, os.NewSyscallError("connect", syscall.ECONNREFUSED))
+	}
+	if carried > 0 {
+		s.moved[1-way] += carried
+		for i := range s.watch {
+			if w := &s.watch[i]; w.carried != nil {
+				w.carried(1-way == forth, carried)
+			}
+		}
+	}
+	s.mu.Unlock()
+	switch what {
+	case newSYN: // nobody else can send in the client's name: it has given the old one up
+		s.end(nil)
+		return false
+	case newRefusal:
+		s.finish(was)
+		return true
+	}
+	if was == asking && way == forth && opens(seg.flags) {
+		s.send(forth, syn) // ours, not its own
+		return true
+	}
+	s.turns[way].apply(bufs[0], p, vh)
+	s.stacks[1-way].pump.write(vh, bufs, n)
+	switch what {
+	case newAnswer:
+		close(s.known)
+	case newStanding:
+		s.settled()
+	case newReset, newEnd:
+		s.finish(was)
+	}
+	return true
+}

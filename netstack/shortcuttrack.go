@@ -1,0 +1,136 @@
+package netstack
+
+import "gvisor.dev/gvisor/pkg/tcpip/header"
+
+// segment is what a Shortcut has to know of a TCP segment.
+type segment struct {
+	seq, ack uint32
+	flags    header.TCPFlags
+	size     int // bytes of payload
+}
+
+// lane is one direction of a connection that passes by: what was sent, and what of it has arrived.
+type lane struct {
+	first uint32 // the SYN's number
+	next  uint32 // beyond the last that was sent, SYN and FIN counted (SND.NXT of RFC 9293)
+	acked uint32 // beyond the last that the receiver has acknowledged (SND.UNA)
+	fin   uint32 // beyond the FIN, if ended
+	ended bool   // its FIN was seen
+}
+
+// phase is how far a connection that passes by has come.
+type phase uint8
+
+const (
+	asking   phase = iota // the client's SYN is before the application's kernel
+	answered              // whose SYN-ACK went to the client
+	standing              // and the client's acknowledgement to it
+	over
+)
+
+// news is what a segment says beside its bytes.
+type news uint8
+
+const (
+	nothingNew  news = iota
+	newAnswer        // the SYN-ACK
+	newRefusal       // the reset of a SYN
+	newStanding      // the client's answer to the SYN-ACK
+	newReset         // an end at once
+	newEnd           // the acknowledgement of the second FIN
+	newSYN           // the client's, of another connection of the same ports
+)
+
+// The directions of a connection.
+const (
+	forth = iota // from the client
+	back         // from the application
+)
+
+// track follows a TCP connection that passes by. It believes both ends no more than their own connection depends on.
+type track struct {
+	phase phase
+	lanes [2]lane
+}
+
+// begin takes the client's SYN.
+func (t *track) begin(seq uint32) {
+	t.lanes[forth] = lane{first: seq, next: seq + 1, acked: seq + 1}
+}
+
+// see takes a segment that goes way. carried are the bytes of the other way that it acknowledges: those have arrived,
+// once each.
+func (t *track) see(way int, s *segment) (n news, carried int) {
+	mine, other := &t.lanes[way], &t.lanes[1-way]
+	syn, ack := s.flags.Contains(header.TCPFlagSyn), s.flags.Contains(header.TCPFlagAck)
+	if t.phase == asking {
+		return t.seeAnswer(way, s, syn, ack), 0
+	}
+	switch {
+	case syn && !ack && way == forth && s.seq != mine.first:
+		return newSYN, 0
+	case syn:
+		return nothingNew, 0 // sent once more
+	}
+	if ack && ahead(s.ack, other.acked) && !ahead(s.ack, other.next) {
+		carried = int(s.ack - other.acked)
+		if other.ended && s.ack == other.fin {
+			carried--
+		}
+		other.acked = s.ack
+	}
+	if s.flags.Contains(header.TCPFlagRst) {
+		if ahead(mine.acked, s.seq) {
+			return nothingNew, carried // older than what has arrived: its receiver does not believe it either
+		}
+		t.phase = over
+		return newReset, carried
+	}
+	end := s.seq + uint32(s.size)
+	if s.flags.Contains(header.TCPFlagFin) {
+		end++
+		if !mine.ended {
+			mine.ended, mine.fin = true, end
+		}
+	}
+	if ahead(end, mine.next) {
+		mine.next = end
+	}
+	for _, l := range t.lanes {
+		if !l.ended || l.acked != l.fin {
+			if t.phase == answered && way == forth && ack {
+				t.phase = standing
+				return newStanding, carried
+			}
+			return nothingNew, carried
+		}
+	}
+	t.phase = over
+	return newEnd, carried
+}
+
+// seeAnswer is see while the application's kernel has not answered.
+func (t *track) seeAnswer(way int, s *segment, syn, ack bool) news {
+	if way == forth {
+		if syn && !ack && s.seq != t.lanes[forth].first {
+			return newSYN
+		}
+		return nothingNew // the SYN once more, or a reset of what an older connection's end has said to it
+	}
+	if !ack || s.ack != t.lanes[forth].next {
+		return nothingNew
+	}
+	switch {
+	case s.flags.Contains(header.TCPFlagRst):
+		t.phase = over
+		return newRefusal
+	case syn:
+		t.phase = answered
+		t.lanes[back] = lane{first: s.seq, next: s.seq + 1, acked: s.seq + 1}
+		return newAnswer
+	}
+	return nothingNew
+}
+
+// ahead reports whether a is beyond b in the space of sequence numbers (RFC 9293 section 3.4).
+func ahead(a, b uint32) bool { return int32(a-b) > 0 }
