@@ -22,7 +22,7 @@
 //	forwarding.go  their way from one device to the other; finish.go what one of the devices left undone
 //	way.go      their way where packets cannot be forwarded (package usersock)
 //	dial.go     connections that start here: to the application, to the network
-//	shortcut.go a connection whose packets pass to another pod's device (shortcuts.go: who has which ports, what is
+//	shortcut.go a connection whose packets pass to another device (shortcuts.go: who has which ports, what is
 //	            translated; shortcuttrack.go: what of it is seen)
 //	conn.go     an established connection; wait.go how it waits, writeto.go how it lends
 //	memory.go   how large buffers are, by the number of connections and the pod's memory
@@ -148,14 +148,15 @@
 // longer. An acknowledgement that repeats the last number stays a packet: dropped before data of the same number, it
 // was no duplicate for a peer without SACK to count.
 //
-// 2026-11-30: Between two pods of one daemon packets pass from device to device, once the connection has been judged
-// (Shortcut): the reader of one writes the other's. A copy between two stacks took 0.9 to 1.2 CPU-s per GB, 0.27 ms
-// and some 20 KiB of memory a connection; this 0.55 to 0.65, 0.13 ms and a table entry. The client's SYN is held
-// until the verdict as ever, and goes to the other kernel then, so no port is translated and no state of TCP is ours;
-// what is followed (shortcuttrack.go) is for the books, for the end, and for the reset of a connection that is cut,
-// whose number is the last that passed. Not for pods that share their device with the network (UplinkIsApp): rules
-// there know the proxy's packets by their ports. Options of SYNs that would make more of the connection than was
-// judged (Multipath TCP, Fast Open) do not pass.
+// 2026-11-30: Between two pods of one daemon, and to what is not in the mesh, packets pass from device to device once
+// the connection has been judged (Shortcut): the reader of one writes the other's. A copy between two pods' stacks
+// took 0.9 to 1.2 CPU-s per GB, 0.27 ms and some 20 KiB of memory a connection; this 0.55 to 0.65, 0.13 ms and a
+// table entry. The client's SYN is held until the verdict as ever, and goes to the other kernel then, so no port is
+// translated and no state of TCP is ours; what is followed (shortcuttrack.go) is for the books, for the end, and for
+// the reset of a connection that is cut, whose number is the last that passed. Not for pods that share their device
+// with the network (UplinkIsApp): rules there know the proxy's packets by their ports. Not for what comes from the
+// network: anybody can send a SYN in anybody's name, and gVisor's handshake keeps those from the application. Options
+// of SYNs that would make more of the connection than was judged (Multipath TCP, Fast Open) do not pass.
 //
 // 2026-11-29: What a DatagramWay carries travels by the dozen. Out: the reader takes packets without waiting
 // (tun.TryReader) as long as they are alike, and sends them at once, which the kernel does with one walk through its

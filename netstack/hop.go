@@ -44,6 +44,7 @@ type hop struct {
 func newHop(s *Stack, name string, p *pump, network bool) *hop {
 	h := &hop{s: s, name: name, port: newPort(p, s.cfg.MTU), network: network,
 		ports: dialPorts{first: s.cfg.PortMin, last: s.cfg.PortMax}}
+	h.port.shortcuts = &s.shortcuts
 	h.port.first = func() { h.stack() }
 	h.port.wait = h.wait
 	h.port.crashed = s.crash

@@ -25,6 +25,8 @@ type port struct {
 	dns *dnsTap
 	// dg carries the rest of the pod's datagrams; nil: nobody does.
 	dg *datagrams
+	// shortcuts are the pod's connections whose packets pass.
+	shortcuts *shortcuts
 	// first makes the stack when the first packet comes.
 	first func()
 	// wait takes a SYN that an older connection of the same ports stands in the way of; see late.go.

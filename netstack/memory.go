@@ -66,7 +66,7 @@ func (h *hop) fit(conns int) {
 func (s *Stack) Weigh() {
 	s.weighing.Lock()
 	defer s.weighing.Unlock()
-	s.charge(s.conns.weigh() + int64(s.shortcuts.n.Load())*shortcutCost)
+	s.charge(s.conns.weigh() + int64(s.shortcuts.conns.Load())*shortcutCost)
 	n := s.conns.len()
 	s.app.fit(n)
 	if s.up != nil && s.up != s.app {

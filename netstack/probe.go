@@ -245,8 +245,8 @@ func (ps *probes) answer(h *hop, id stack.TransportEndpointID, th header.TCP) bo
 }
 
 // unreachable takes an ICMP error about a SYN.
-func (ps *probes) unreachable(q *quotedSYN) {
-	if ps.n.Load() == 0 {
+func (ps *probes) unreachable(q *quotedTCP) {
+	if ps.n.Load() == 0 || !q.unreachable {
 		return
 	}
 	if p := ps.find(q.id); p != nil && q.seq == p.seq {
@@ -262,19 +262,20 @@ func (s *Stack) unreachable(head []byte) {
 	}
 	if q, ok := quoted(head); ok {
 		s.probes.unreachable(&q)
-		s.shortcuts.unreachable(&q)
+		s.shortcuts.unreachable(s.pump, &q)
 	}
 }
 
-// quotedSYN is what an ICMP error says of the TCP packet that it is about.
-type quotedSYN struct {
-	id    stack.TransportEndpointID // local: who had sent it
-	seq   uint32
-	errno syscall.Errno
+// quotedTCP is what an ICMP error says of the TCP packet that it is about.
+type quotedTCP struct {
+	id          stack.TransportEndpointID // local: who had sent it, and is told
+	seq         uint32
+	unreachable bool // and not: too large, too many hops, a header that somebody does not like
+	errno       syscall.Errno
 }
 
-// quoted reads an ICMP error that says that something cannot be reached.
-func quoted(head []byte) (q quotedSYN, ok bool) {
+// quoted reads an ICMP error.
+func quoted(head []byte) (q quotedTCP, ok bool) {
 	if len(head) < header.IPv4MinimumSize {
 		return q, false
 	}
@@ -282,28 +283,31 @@ func quoted(head []byte) (q quotedSYN, ok bool) {
 	q.errno = syscall.ECONNREFUSED
 	if head[0]>>4 == 4 {
 		l4, ok := l4IPv4(head, uint8(header.ICMPv4ProtocolNumber))
-		if !ok || len(l4) < header.ICMPv4MinimumSize || header.ICMPv4(l4).Type() != header.ICMPv4DstUnreachable {
+		if !ok || len(l4) < header.ICMPv4MinimumSize || icmpKind(header.ICMPv4ProtocolNumber, l4[0]) != sightError {
 			return q, false
 		}
-		if c := header.ICMPv4(l4).Code(); c != header.ICMPv4PortUnreachable && c != header.ICMPv4ProtoUnreachable {
+		code := header.ICMPv4(l4).Code()
+		q.unreachable = header.ICMPv4(l4).Type() == header.ICMPv4DstUnreachable && code != header.ICMPv4FragmentationNeeded
+		if code != header.ICMPv4PortUnreachable && code != header.ICMPv4ProtoUnreachable {
 			q.errno = syscall.EHOSTUNREACH
 		}
 		ip := l4[header.ICMPv4MinimumSize:]
-		if t, ok = l4IPv4(ip, uint8(header.TCPProtocolNumber)); !ok {
+		if t, ok = l4IPv4(ip, uint8(header.TCPProtocolNumber)); !ok || [4]byte(ip[12:16]) != [4]byte(head[16:20]) {
 			return q, false
 		}
 		q.id.LocalAddress, q.id.RemoteAddress = header.IPv4(ip).SourceAddress(), header.IPv4(ip).DestinationAddress()
 	} else {
 		l4, ok := l4IPv6(head, uint8(header.ICMPv6ProtocolNumber))
 		if !ok || len(l4) < header.ICMPv6DstUnreachableMinimumSize ||
-			header.ICMPv6(l4).Type() != header.ICMPv6DstUnreachable {
+			icmpKind(header.ICMPv6ProtocolNumber, l4[0]) != sightError {
 			return q, false
 		}
+		q.unreachable = header.ICMPv6(l4).Type() == header.ICMPv6DstUnreachable
 		if header.ICMPv6(l4).Code() != header.ICMPv6PortUnreachable {
 			q.errno = syscall.EHOSTUNREACH
 		}
 		ip := l4[header.ICMPv6DstUnreachableMinimumSize:]
-		if t, ok = l4IPv6(ip, uint8(header.TCPProtocolNumber)); !ok {
+		if t, ok = l4IPv6(ip, uint8(header.TCPProtocolNumber)); !ok || [16]byte(ip[8:24]) != [16]byte(head[24:40]) {
 			return q, false
 		}
 		q.id.LocalAddress, q.id.RemoteAddress = header.IPv6(ip).SourceAddress(), header.IPv6(ip).DestinationAddress()

@@ -44,9 +44,7 @@ type pump struct {
 	fragments *fragmentBudget
 	// unreachable looks at what is no TCP, in search of ICMP errors about SYNs that we sent; nil for an uplink.
 	unreachable func(head []byte)
-	// shortcuts are the connections whose packets pass to another pod; nil for an uplink.
-	shortcuts *shortcuts
-	packet    [][]byte // the reader's: what it passes on
+	packet      [][]byte // the reader's: what it passes on
 
 	// batching has datagrams that wait for more of their kind, by try; nil: there is no Way, or the device has to be
 	// waited for.
@@ -175,9 +173,6 @@ func (p *pump) read() error {
 			p.rx.badChecksum.Add(1)
 			continue
 		}
-		if pk.tcp && p.shortcuts != nil && p.passed(iov, n, &pk, &vh) {
-			continue
-		}
 		if !pk.tcp && p.back != nil && p.back(iov, n) {
 			continue
 		}
@@ -188,9 +183,12 @@ func (p *pump) read() error {
 				continue
 			}
 		}
+		if pk.tcp && p.passed(to, iov, n, &pk, &vh) {
+			continue
+		}
 		if !pk.tcp {
 			p.at = to
-			carried := to.carry(&bufs, n, &pk, &vh)
+			carried := p.only == nil && to.shortcuts.passError(p, p.gather(iov, n), n, &vh) || to.carry(&bufs, n, &pk, &vh)
 			p.at = nil
 			if carried {
 				continue
@@ -224,19 +222,24 @@ func (p *pump) read() error {
 }
 
 // passed passes a packet of a Shortcut's on; false: it is none.
-func (p *pump) passed(bufs [][]byte, n int, pk *rxPacket, vh *tun.VNetHdr) bool {
-	s, way := p.shortcuts.of(bufs[0], pk)
-	if s == nil {
+func (p *pump) passed(to *port, bufs [][]byte, n int, pk *rxPacket, vh *tun.VNetHdr) bool {
+	s, way := to.shortcuts.of(bufs[0], pk)
+	if s == nil || s.sides[way].pump != p {
 		return false
 	}
+	p.at = to
+	passed := s.pass(way, p.gather(bufs, n), n, pk, vh)
+	p.at = nil
+	return passed
+}
+
+// gather are the n bytes of a packet in the reader's buffers, until the next read.
+func (p *pump) gather(bufs [][]byte, n int) [][]byte {
 	p.packet = append(p.packet[:0], bufs[0][:min(n, headSize)])
 	if n > headSize {
 		p.packet = append(p.packet, bufs[1][:n-headSize])
 	}
-	p.at = p.only
-	passed := s.pass(way, p.packet, n, pk, vh)
-	p.at = nil
-	return passed
+	return p.packet
 }
 
 // write writes a packet of n bytes to the device at once, from any goroutine. What waits in the queue is of other

@@ -26,21 +26,21 @@ var ErrNoShortcut = errors.New("netstack: no shortcut")
 // control, half-closes and resets are the kernels' own, and nothing of it waits here. What is known of it is what
 // passes (track).
 type Shortcut struct {
-	flow     *Flow     // until its client has answered
-	syn      []byte    // the same: the client's, as the application's kernel gets it
-	stacks   [2]*Stack // whose reader brings what goes each way
-	keys     [2]tuple  // what such packets say
-	turns    [2]turn   // what they are made to say
+	flow     *Flow    // until its client has answered
+	syn      []byte   // the same: the client's, as the application's kernel gets it
+	sides    [2]side  // the client's, whose reader brings what goes forth, and the application's
+	keys     [2]tuple // what such packets say
+	turns    [2]turn  // what they are made to say
 	patience *time.Timer
 	known    chan struct{} // closed when the application's kernel has answered, or refused, or will not
 
 	mu      sync.Mutex
 	t       track
-	why     error // what it has come to: what Shortcut returns of one that never stood, what watchers are told of another
-	refused bool  // it never stood
-	decided bool  // Accept was called
-	quiet   int   // ticks since a packet passed
-	probes  int   // that were sent for that
+	why     error  // what it has come to: what Shortcut returns of one that never stood, what watchers are told of another
+	refused bool   // it never stood
+	decided bool   // Accept was called
+	quiet   [2]int // ticks since a packet came from either side
+	probes  [2]int // that were sent there for that
 	moved   [2]int
 	watch   [2]watcher // those who want to know
 }
@@ -51,15 +51,42 @@ type watcher struct {
 	ended   func(error)
 }
 
+// side is where one of the two kernels is reached: the device, who has which of its ports, and the stack on it.
+type side struct {
+	pump *pump
+	t    *shortcuts
+	hop  *hop
+}
+
 // Shortcut has the packets of a flow that the pod opens pass to the application at dst of another pod of this process,
 // and waits for its kernel's answer: the SYN goes there now, with the client's own address and port. The answer goes to
 // the client at once, so that what its connect says is true. ErrNoShortcut: with this flow, these devices or this port
 // there can be none; other errors are DialApp's, and the flow is still to be refused.
 func (fl *Flow) Shortcut(ctx context.Context, to *Stack, dst netip.AddrPort) (*Shortcut, error) {
+	if !to.cfg.Shortcuts || !to.isOwn(dst.Addr().Unmap()) {
+		return nil, ErrNoShortcut
+	}
+	return fl.shorten(ctx, side{to.pump, &to.shortcuts, to.app}, dst)
+}
+
+// ShortcutPlain is Shortcut to dst in the network, as DialPlain. Only what the client called itself can be reached so:
+// routers' errors, which it has to have, quote what was sent. And not from the ports of the mesh's own calls, whose
+// answers the node's routing knows by them; nor with Config.UserTimeout, which is no kernel's of a pod.
+func (fl *Flow) ShortcutPlain(ctx context.Context, dst netip.AddrPort) (*Shortcut, error) {
+	s := fl.f.s
+	dst = netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
+	if s.cfg.Uplink == nil || s.cfg.UserTimeout > 0 || dst != fl.dst || fl.src.Port() >= MeshPortMin ||
+		!routable(dst.Addr()) || s.isOwn(dst.Addr()) {
+		return nil, ErrNoShortcut
+	}
+	return fl.shorten(ctx, side{s.up.port.pump, &s.shortcuts, s.up}, dst)
+}
+
+// shorten is both.
+func (fl *Flow) shorten(ctx context.Context, to side, dst netip.AddrPort) (*Shortcut, error) {
 	from := fl.f.s
 	dst = netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
-	if !from.cfg.Shortcuts || !to.cfg.Shortcuts || fl.inbound || fl.key.h != from.app || !to.isOwn(dst.Addr()) ||
-		from.pump.gso != to.pump.gso {
+	if !from.cfg.Shortcuts || fl.inbound || fl.key.h != from.app || from.pump.gso != to.pump.gso {
 		return nil, ErrNoShortcut
 	}
 	syn := shortcutSYN(fl.syn, fl.src, dst)
@@ -67,7 +94,7 @@ func (fl *Flow) Shortcut(ctx context.Context, to *Stack, dst netip.AddrPort) (*S
 		return nil, ErrNoShortcut
 	}
 	s := &Shortcut{
-		flow: fl, syn: syn, stacks: [2]*Stack{from, to},
+		flow: fl, syn: syn, sides: [2]side{{from.pump, &from.shortcuts, from.app}, to},
 		keys:  [2]tuple{tupleOf(fl.src, fl.dst), tupleOf(dst, fl.src)},
 		known: make(chan struct{}),
 	}
@@ -95,16 +122,16 @@ func (fl *Flow) Shortcut(ctx context.Context, to *Stack, dst netip.AddrPort) (*S
 
 // enter has both readers know the connection; false: somebody else has the ports, or there is no room.
 func (s *Shortcut) enter() bool {
-	from, to := s.stacks[forth], s.stacks[back]
-	if !to.app.holdPort(s.keys[back].endpoint()) {
+	port := s.keys[back].endpoint()
+	if !s.sides[back].hop.holdPort(port) {
 		return false
 	}
-	for way, stack := range s.stacks {
-		if !stack.shortcuts.add(s.keys[way], s, way) {
+	for way := range s.sides {
+		if !s.sides[way].t.add(s.keys[way], s, way) {
 			if way == back {
-				from.shortcuts.remove(s.keys[forth])
+				s.sides[forth].t.remove(s.keys[forth])
 			}
-			to.app.ports.giveBack(s.keys[back].endpoint())
+			s.sides[back].hop.ports.giveBack(port)
 			return false
 		}
 	}
@@ -112,10 +139,10 @@ func (s *Shortcut) enter() bool {
 }
 
 func (s *Shortcut) leave() {
-	for way := range s.keys {
-		s.stacks[way].shortcuts.remove(s.keys[way])
+	for way := range s.sides {
+		s.sides[way].t.remove(s.keys[way])
 	}
-	s.stacks[back].app.ports.giveBack(s.keys[back].endpoint())
+	s.sides[back].hop.ports.giveBack(s.keys[back].endpoint())
 }
 
 // holdPort keeps the stack's own dials and probes from a client's port until giveBack; false if one of them, or a
@@ -245,12 +272,10 @@ func (s *Shortcut) sendReset(way int, lanes *[2]lane) {
 	s.send(way, s.bare(way, lanes[way].next, lanes[1-way].next, header.TCPFlagRst|header.TCPFlagAck))
 }
 
-// probe asks both kernels whether they still have the connection, by a segment that is older than what they have
-// (RFC 9293 section 3.8.4): each answers it, or has no such connection and says so.
-func (s *Shortcut) probe(lanes *[2]lane) {
-	for way := range lanes {
-		s.send(way, s.bare(way, lanes[way].next-1, lanes[1-way].next, header.TCPFlagAck))
-	}
+// probe asks the kernel that way begins at whether it still has the connection, by a segment that is older than what it
+// has (RFC 9293 section 3.8.4): it answers it, or has no such connection and says so.
+func (s *Shortcut) probe(way int, lanes *[2]lane) {
+	s.send(1-way, s.bare(1-way, lanes[1-way].next-1, lanes[way].next, header.TCPFlagAck))
 }
 
 // bare is a segment without payload that goes way.
@@ -263,7 +288,7 @@ func (s *Shortcut) bare(way int, seq, ack uint32, flags header.TCPFlags) []byte 
 // send writes a packet of ours to the device that is the end of way.
 func (s *Shortcut) send(way int, b []byte) {
 	var vh tun.VNetHdr
-	s.stacks[1-way].pump.write(&vh, [][]byte{b}, len(b))
+	s.sides[1-way].pump.write(&vh, [][]byte{b}, len(b))
 }
 
 // over makes it so. s.mu is held.
@@ -290,17 +315,18 @@ func (s *Shortcut) finish(was phase) {
 	}
 }
 
-// unreachable takes an ICMP error about a packet that went forth.
-func (s *Shortcut) unreachable(seq uint32, why syscall.Errno) {
+// unreachable takes an ICMP error about a packet that went forth; false: it is not about a SYN that awaits its answer.
+func (s *Shortcut) unreachable(q *quotedTCP) bool {
 	s.mu.Lock()
-	refused := s.t.phase == asking && seq == s.t.lanes[forth].first
+	refused := q.unreachable && s.t.phase == asking && q.seq == s.t.lanes[forth].first
 	if refused {
-		s.over(asking, os.NewSyscallError("connect", why))
+		s.over(asking, os.NewSyscallError("connect", q.errno))
 	}
 	s.mu.Unlock()
 	if refused {
 		s.finish(asking)
 	}
+	return refused
 }
 
 // pass takes a packet of n bytes that goes way, bufs[0] beginning with its headers; false: it is none of this
@@ -315,7 +341,7 @@ func (s *Shortcut) pass(way int, bufs [][]byte, n int, p *rxPacket, vh *tun.VNet
 		return false
 	}
 	what, carried := s.t.see(way, &seg)
-	s.quiet, s.probes = 0, 0
+	s.quiet[way], s.probes[way] = 0, 0
 	if what == newRefusal {
 		s.over(was, os.NewSyscallError("connect", syscall.ECONNREFUSED))
 	}
@@ -341,7 +367,7 @@ func (s *Shortcut) pass(way int, bufs [][]byte, n int, p *rxPacket, vh *tun.VNet
 		return true
 	}
 	s.turns[way].apply(bufs[0], p, vh)
-	s.stacks[1-way].pump.write(vh, bufs, n)
+	s.sides[1-way].pump.write(vh, bufs, n)
 	switch what {
 	case newAnswer:
 		close(s.known)

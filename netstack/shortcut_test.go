@@ -76,7 +76,20 @@ func TestTrack(t *testing.T) {
 			step{forth, c + 1, s + 1, fACK, 100, nothingNew, 0},
 			step{back, s + 1, c + 101, fACK, 0, nothingNew, 100},
 			step{forth, c + 1, 0, fRST, 0, nothingNew, 0},
+			step{forth, c + 5000, 0, fRST, 0, nothingNew, 0},
 			step{forth, c + 101, 0, fRST, 0, newReset, 0},
+		)},
+		{"a guess far away is not believed", with(
+			step{forth, c + 1<<25, s + 1, fACK | fFIN, 0, nothingNew, 0},
+			step{forth, c + 1, s + 1, fACK | fFIN, 4, nothingNew, 0},
+			step{back, s + 1, c + 6, fACK | fFIN, 0, nothingNew, 4},
+			step{forth, c + 6, s + 2, fACK, 0, newEnd, 0},
+		)},
+		{"the FIN is what was acknowledged", with(
+			step{forth, c + 1000, s + 1, fACK | fFIN, 0, nothingNew, 0},
+			step{forth, c + 1, s + 1, fACK | fFIN, 4, nothingNew, 0},
+			step{back, s + 1, c + 6, fACK | fFIN, 0, nothingNew, 4},
+			step{forth, c + 6, s + 2, fACK, 0, newEnd, 0},
 		)},
 		{"a reset's acknowledgement counts", with(
 			step{forth, c + 1, s + 1, fACK, 100, nothingNew, 0},
@@ -259,19 +272,25 @@ func (p *pair) serve(f *Flow) {
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
 	f.OnGone(stop)
-	s, err := f.Shortcut(ctx, p.stacks[1], netip.AddrPortFrom(p.serverA, f.Dst().Port()))
-	if err != nil {
-		f.Refuse(refusal.Reset)
-		p.errs <- err
-		return
+	p.took(f)(f.Shortcut(ctx, p.stacks[1], netip.AddrPortFrom(p.serverA, f.Dst().Port())))
+}
+
+// took is what a proxy does with what came of a flow.
+func (p *pair) took(f *Flow) func(*Shortcut, error) {
+	return func(s *Shortcut, err error) {
+		if err != nil {
+			f.Refuse(refusal.Reset)
+			p.errs <- err
+			return
+		}
+		if err := s.Accept(); err != nil {
+			s.Reset()
+			p.errs <- err
+			return
+		}
+		s.Watch(func(bool, int) {}, func(why error) { p.ended.Add(1); p.why <- why })
+		p.made <- s
 	}
-	if err := s.Accept(); err != nil {
-		s.Reset()
-		p.errs <- err
-		return
-	}
-	s.Watch(func(bool, int) {}, func(why error) { p.ended.Add(1); p.why <- why })
-	p.made <- s
 }
 
 // saw checks the next packet of a wire.

@@ -72,8 +72,9 @@ type shortcuts struct {
 	tick  time.Duration
 	limit int32
 
-	n    atomic.Int32 // Shortcuts among by
-	over atomic.Uint64
+	n     atomic.Int32 // of by
+	conns atomic.Int32 // connections: one to the network has both of its keys here
+	over  atomic.Uint64
 	// probed are those that were idle, each time.
 	probed atomic.Uint64
 
@@ -123,6 +124,9 @@ func (t *shortcuts) add(key tuple, s *Shortcut, way int) bool {
 	}
 	t.by[key] = shortcutWay{s, uint8(way)}
 	t.n.Add(1)
+	if way == forth || s.sides[forth].t != t {
+		t.conns.Add(1)
+	}
 	if way == forth && t.timer == nil {
 		t.lookLater()
 	}
@@ -132,24 +136,57 @@ func (t *shortcuts) add(key tuple, s *Shortcut, way int) bool {
 func (t *shortcuts) remove(key tuple) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if _, there := t.by[key]; there {
-		delete(t.by, key)
-		t.n.Add(-1)
+	w := t.by[key]
+	if w.s == nil {
+		return
+	}
+	delete(t.by, key)
+	t.n.Add(-1)
+	if w.way == forth || w.s.sides[forth].t != t {
+		t.conns.Add(-1)
 	}
 }
 
-// unreachable takes an ICMP error about a SYN.
-func (t *shortcuts) unreachable(q *quotedSYN) {
-	if t.n.Load() == 0 {
-		return
-	}
+// about is the Shortcut whose packet an ICMP error is about that p's device has brought: one that went forth.
+func (t *shortcuts) about(p *pump, q *quotedTCP) *Shortcut {
 	client, app := addrPort(q.id.LocalAddress, q.id.LocalPort), addrPort(q.id.RemoteAddress, q.id.RemotePort)
 	t.mu.Lock()
 	w := t.by[tupleOf(app, client)]
 	t.mu.Unlock()
-	if w.s != nil && w.way == back {
-		w.s.unreachable(q.seq, q.errno)
+	if w.s == nil || w.way != back || w.s.sides[back].pump != p {
+		return nil
 	}
+	return w.s
+}
+
+// unreachable takes an ICMP error of the pod's kernel about a SYN.
+func (t *shortcuts) unreachable(p *pump, q *quotedTCP) {
+	if t.n.Load() == 0 {
+		return
+	}
+	if s := t.about(p, q); s != nil {
+		s.unreachable(q)
+	}
+}
+
+// passError passes an ICMP error of the network's, which the node's device has brought, to the pod whose packet it is
+// about: what a path can take, above all. False: it is about nothing that passes here.
+func (t *shortcuts) passError(p *pump, bufs [][]byte, n int, vh *tun.VNetHdr) bool {
+	if t.n.Load() == 0 {
+		return false
+	}
+	q, ok := quoted(bufs[0])
+	if !ok {
+		return false
+	}
+	s := t.about(p, &q)
+	if s == nil {
+		return false
+	}
+	if !s.unreachable(&q) {
+		s.sides[forth].pump.write(vh, bufs, n)
+	}
+	return true
 }
 
 // lookLater has those that the pod has opened looked at. t.mu is held.
@@ -205,24 +242,35 @@ func (t *shortcuts) close() {
 	}
 }
 
-// idle is called every tick. Where nothing has passed for long the kernels are asked whether they still have the
-// connection: a reset that was lost would leave it here for ever.
+// idle is called every tick. A kernel of which nothing has come for long is asked whether it still has the connection:
+// a reset that was lost would leave it here for ever.
 func (s *Shortcut) idle(tick time.Duration, c *Config) {
 	after, every := int(max(1, c.KeepaliveIdle/tick)), int(max(1, c.KeepaliveInterval/tick))
+	var due [2]bool
+	dead := false
 	s.mu.Lock()
-	s.quiet++
-	due := s.t.phase == standing && s.quiet > after && (s.quiet-after-1)%every == 0
-	if due {
-		s.probes++
+	for way := range s.quiet {
+		s.quiet[way]++
+		if way == back && c.KeepaliveOff && s.sides[back].hop.network {
+			continue
+		}
+		due[way] = s.t.phase == standing && s.quiet[way] > after && (s.quiet[way]-after-1)%every == 0
+		if due[way] {
+			s.probes[way]++
+			dead = dead || s.probes[way] > c.KeepaliveCount
+		}
 	}
-	dead, lanes := s.probes > c.KeepaliveCount, s.t.lanes
+	lanes := s.t.lanes
 	s.mu.Unlock()
-	switch {
-	case due && dead:
+	if dead {
 		s.end(syscall.ETIMEDOUT)
-	case due:
-		s.stacks[forth].shortcuts.probed.Add(1)
-		s.probe(&lanes)
+		return
+	}
+	for way := range due {
+		if due[way] {
+			s.sides[forth].t.probed.Add(1)
+			s.probe(way, &lanes)
+		}
 	}
 }
 

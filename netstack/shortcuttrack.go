@@ -18,6 +18,9 @@ type lane struct {
 	ended bool   // its FIN was seen
 }
 
+// maxGap is how far ahead of what has passed a segment may be: by no more than a window can have been lost before it.
+const maxGap = 1 << 24
+
 // phase is how far a connection that passes by has come.
 type phase uint8
 
@@ -80,16 +83,18 @@ func (t *track) see(way int, s *segment) (n news, carried int) {
 		other.acked = s.ack
 	}
 	if s.flags.Contains(header.TCPFlagRst) {
-		if ahead(mine.acked, s.seq) {
-			return nothingNew, carried // older than what has arrived: its receiver does not believe it either
+		if ahead(mine.acked, s.seq) || ahead(s.seq, mine.next) {
+			return nothingNew, carried // its receiver does not believe it either (RFC 5961 section 3), and asks
 		}
 		t.phase = over
 		return newReset, carried
 	}
+	if ahead(s.seq, mine.next+maxGap) {
+		return nothingNew, carried // somebody's guess
+	}
 	end := s.seq + uint32(s.size)
 	if s.flags.Contains(header.TCPFlagFin) {
-		end++
-		if !mine.ended {
+		if end++; !mine.ended || mine.acked != mine.fin {
 			mine.ended, mine.fin = true, end
 		}
 	}

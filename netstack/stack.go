@@ -77,7 +77,6 @@ func New(cfg Config) (*Stack, error) {
 	s.pump.only = s.app.port
 	s.pump.unreachable = s.unreachable
 	s.shortcuts.begin(&s.cfg)
-	s.pump.shortcuts = &s.shortcuts
 	if cfg.Datagrams != nil {
 		s.dg = newDatagrams(s, *cfg.Datagrams)
 		s.app.port.dg = s.dg

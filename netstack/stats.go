@@ -35,8 +35,8 @@ type Stats struct {
 	// an older connection of the same ports to go.
 	Evicted, Over, Foreign, Delayed uint64
 	InFlight, Conns                 int
-	// ShortcutsBegun of the accepted flows have their packets pass to another pod; Shortcuts of those, and of what comes
-	// so from other pods, are there now; ShortcutsOver were copied instead, because there are too many.
+	// ShortcutsBegun of the accepted flows have their packets pass to another pod or to the network; Shortcuts of those,
+	// and of what comes so from other pods, are there now; ShortcutsOver were copied instead, because there are too many.
 	ShortcutsBegun, ShortcutsOver uint64
 	Shortcuts                     int
 
@@ -71,7 +71,7 @@ func (s *Stack) Stats() Stats {
 		Refused: f.refused.Load(),
 		Evicted: f.evicted.Load(), Over: f.over.Load(), Foreign: f.foreign.Load(), Delayed: f.delayed.Load(),
 		InFlight: f.inFlight(), Conns: s.conns.len(),
-		ShortcutsBegun: f.shortcuts.Load(), ShortcutsOver: s.shortcuts.over.Load(), Shortcuts: int(s.shortcuts.n.Load()),
+		ShortcutsBegun: f.shortcuts.Load(), ShortcutsOver: s.shortcuts.over.Load(), Shortcuts: int(s.shortcuts.conns.Load()),
 	}
 	st.DNSQueries, st.DNSOver, st.DNSMalformed = s.dns.queries.Load(), s.dns.over.Load(), s.dns.malformed.Load()
 	st.DNSInFlight, st.UDPStray = s.dns.inFlight(), s.dns.stray.Load()

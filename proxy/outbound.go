@@ -146,21 +146,27 @@ func (c *connection) connect(ctx context.Context, local *state.Workload, src net
 			up, failed = c.p.connectHBONE(ctx, local, src, d, request(c.p.baggage(local), src, d))
 		}
 	default:
-		up, failed = c.p.connectPlain(ctx, d)
+		up, failed = c.connectPlain(ctx, d)
 	}
 	return up, nil, failed
 }
 
-func (p *Proxy) connectPlain(ctx context.Context, d route.Decision) (Conn, *Error) {
+// connectPlain finds a way without a tunnel: c.shortcut, or what it returns.
+func (c *connection) connectPlain(ctx context.Context, d route.Decision) (Conn, *Error) {
 	dctx, cancel := brief.Within(ctx, connectTimeout)
 	defer cancel()
 	var up Conn
 	var err error
 	if a := d.Actual.Addr(); d.Passthrough() && a.IsLoopback() {
 		// Asked for by SOCKS5: the pod's own loopback, which the network is no way to.
-		up, err = p.o.Network.DialApp(dctx, netip.AddrPortFrom(a, 0), d.Actual)
+		up, err = c.p.o.Network.DialApp(dctx, netip.AddrPortFrom(a, 0), d.Actual)
 	} else {
-		up, err = p.o.Network.DialPlain(dctx, d.Actual)
+		if c.asks != nil {
+			c.shortcut, err = c.asks.ShortcutPlain(dctx, d.Actual)
+		}
+		if c.shortcut == nil && err == nil {
+			up, err = c.p.o.Network.DialPlain(dctx, d.Actual)
+		}
 	}
 	if err != nil {
 		return nil, fail(kindIO, err)

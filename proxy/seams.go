@@ -27,12 +27,14 @@ type Flow interface {
 	OnGone(f func())
 }
 
-// shortcutFlow is a Flow whose packets can go to another pod of this process as they are.
+// shortcutFlow is a Flow whose packets can go to another pod of this process, or to the network, as they are.
 type shortcutFlow interface {
 	Src() netip.AddrPort
 	// Shortcut has the flow's packets pass to dst of the pod that to is of, and waits for the application's kernel to
 	// answer: its errors are DialApp's, and the flow is still to be refused. Neither result: they cannot pass there.
 	Shortcut(ctx context.Context, to Network, dst netip.AddrPort) (Shortcut, error)
+	// ShortcutPlain is the same to dst in the network: its errors are DialPlain's.
+	ShortcutPlain(ctx context.Context, dst netip.AddrPort) (Shortcut, error)
 }
 
 // Shortcut is a connection whose packets pass by themselves, from one pod's device to another's.

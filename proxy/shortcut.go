@@ -21,7 +21,7 @@ func (c *connection) acceptShortcut() {
 
 // pass keeps the books of a connection whose packets pass by themselves, until it ends, and returns.
 func (c *connection) pass() {
-	c.carried, c.books.carried, c.books.memory = true, true, true
+	c.carried, c.books.carried, c.books.memory = true, true, c.books.mtls // which has no tunnel else
 	c.mu.Lock()
 	c.passing = true
 	cut := c.stands()
@@ -46,7 +46,8 @@ func (c *connection) passed(forth bool, n int) {
 }
 
 // endPass closes the books, with what a copy would have come to: a reset of either application's is not an error
-// (isReset), and what the other pod's proxy has cut is the reset of a stream.
+// (isReset), and what the other pod's proxy has cut is the
+// reset of a stream.
 func (c *connection) endPass() {
 	c.p.o.Panics.Run("the end of a connection", func() {
 		cut, why := c.reason(), c.passEnd

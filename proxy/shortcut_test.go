@@ -31,7 +31,14 @@ type fakeShortcut struct {
 }
 
 func (f *shortFlow) Shortcut(ctx context.Context, to Network, dst netip.AddrPort) (Shortcut, error) {
-	up, err := to.DialApp(ctx, f.src, dst)
+	return f.made(to.DialApp(ctx, f.src, dst))
+}
+
+func (f *shortFlow) ShortcutPlain(ctx context.Context, dst netip.AddrPort) (Shortcut, error) {
+	return f.made(f.w.proxies[0].o.Network.DialPlain(ctx, dst))
+}
+
+func (f *shortFlow) made(up Conn, err error) (Shortcut, error) {
 	if err != nil {
 		return nil, err
 	}

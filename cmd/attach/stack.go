@@ -225,7 +225,16 @@ func (f outFlow) Shortcut(ctx context.Context, to proxy.Network, dst netip.AddrP
 	if !ok {
 		return nil, nil
 	}
-	s, err := f.Flow.Shortcut(ctx, other.netstack(), dst)
+	return shortcut(f.Flow.Shortcut(ctx, other.netstack(), dst))
+}
+
+// ShortcutPlain has the flow's packets go to the network.
+func (f outFlow) ShortcutPlain(ctx context.Context, dst netip.AddrPort) (proxy.Shortcut, error) {
+	return shortcut(f.Flow.ShortcutPlain(ctx, dst))
+}
+
+// shortcut is what a Shortcut is to a proxy: nothing, where there is none.
+func shortcut(s *netstack.Shortcut, err error) (proxy.Shortcut, error) {
 	switch {
 	case errors.Is(err, netstack.ErrNoShortcut):
 		return nil, nil

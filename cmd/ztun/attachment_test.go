@@ -139,13 +139,13 @@ func ask(t *testing.T, from *attachtest.Host, dst string) (string, error) {
 // over HBONE from one pod to the other, as the client's own address; refused by a policy, truthfully; and plaintext
 // to what is not in the mesh. With and without the wire between the two pods it is the same.
 func TestAttachmentInMemory(t *testing.T) {
-	t.Run("by the wire", func(t *testing.T) { attachmentInMemory(t, "false", "true", 1, 0) })
+	t.Run("by the wire", func(t *testing.T) { attachmentInMemory(t, "false", "true", 1, 1) })
 	t.Run("relayed", func(t *testing.T) { attachmentInMemory(t, "true", "false", 0, 0) })
-	t.Run("by a shortcut", func(t *testing.T) { attachmentInMemory(t, "true", "true", 0, 2) })
+	t.Run("by a shortcut", func(t *testing.T) { attachmentInMemory(t, "true", "true", 0, 3) })
 }
 
 func attachmentInMemory(t *testing.T, relay, shortcut string, want, passed uint64) {
-	m := newMemoryDaemon(t, "ZTUN_LOCAL_RELAY", relay, "ZTUN_LOCAL_SHORTCUT", shortcut)
+	m := newMemoryDaemon(t, "ZTUN_LOCAL_RELAY", relay, "ZTUN_SHORTCUTS", shortcut)
 	addr := netip.MustParseAddr
 	one, two, outside := m.net.Host("host-one", addr("10.1.0.1")), m.net.Host("host-two", addr("10.1.0.2")),
 		m.net.Host("host-three", addr("10.1.0.3"))

@@ -111,7 +111,7 @@ func (c *Config) dumpOwn() map[string]any {
 		"nodeTun": c.Attach.NodeTUN,
 		"pqc":     c.Proxy.TLS.PQC, "socket": c.State.Socket, "stateDir": c.State.Dir, "tls12": c.Proxy.TLS.TLS12,
 		"tokenFile": orNull(c.Control.Token.File),
-		"tunPlain":  c.Attach.Plain, "localRelay": c.Proxy.LocalRelay, "localShortcut": c.Proxy.LocalShortcut,
+		"tunPlain":  c.Attach.Plain, "localRelay": c.Proxy.LocalRelay, "shortcuts": c.Proxy.Shortcuts,
 		"denyUnknownPolicy": c.Proxy.DenyUnknownPolicy, "dropCapabilities": c.Privileges.Drop,
 		"steering": c.Attach.Steering.String(), "nodeAgent": c.Attach.NodeAgent,
 		"steeredNative": c.Attach.Native, "runWait": secsNanos(c.Process.RunWait),

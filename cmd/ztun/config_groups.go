@@ -76,7 +76,7 @@ type trafficConfig struct {
 	proxy.Config
 	DenyUnknownPolicy bool
 	LocalRelay        bool  // between pods of this daemon, in memory
-	LocalShortcut     bool  // of these: packets pass from device to device
+	Shortcuts         bool  // packets of what needs no tunnel pass from device to device
 	OriginalSource    *bool // nil = as the situation allows
 }
 

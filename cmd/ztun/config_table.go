@@ -190,10 +190,10 @@ func variables(c *Config, l *loader) []variable {
 				"that a NetworkPolicy could judge; false: they take the wire as those to other nodes do (default true, and " +
 				"false where pods have a CNI: ZTUN_STEERING=steered, rules or redirected)",
 			optionalBool(&l.localRelay)},
-		{"ZTUN_LOCAL_SHORTCUT", "true",
-			"of connections between two isolated pods of this daemon the packets pass from one pod's device to the other's, " +
-				"once policy has let them in; false: their bytes are copied from one TCP connection to another",
-			boolean(&c.Proxy.LocalShortcut)},
+		{"ZTUN_SHORTCUTS", "true",
+			"of an isolated pod's connections that need no tunnel, to pods of this daemon and to what is not in the mesh, the " +
+				"packets pass from device to device once they have been judged; false: their bytes are copied from one TCP " +
+				"connection to another", boolean(&c.Proxy.Shortcuts)},
 		{"ZTUN_DROP_CAPABILITIES", "true",
 			"keep only the capabilities that the configuration needs, and never get new ones; the process executes itself " +
 				"once for it", boolean(&c.Privileges.Drop)},

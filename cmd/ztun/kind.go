@@ -83,6 +83,6 @@ func (c *Config) stack() netstack.Config {
 	s.KeepaliveOff, s.KeepaliveIdle, s.KeepaliveInterval = !c.Net.KeepaliveEnabled, c.Net.KeepaliveTime,
 		c.Net.KeepaliveInterval
 	s.KeepaliveCount, s.UserTimeout = int(c.Net.KeepaliveRetries), c.userTimeout()
-	s.Shortcuts = c.Proxy.LocalRelay && c.Proxy.LocalShortcut && c.Attach.Steering == isolatedPods
+	s.Shortcuts = c.Proxy.Shortcuts && c.Attach.Steering == isolatedPods
 	return s
 }

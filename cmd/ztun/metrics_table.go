@@ -155,12 +155,12 @@ func newMetricTables() *metricTables {
 				}),
 			amount("ztun_stack_in_flight", "Connections that await a verdict.", func(s *stack) int { return s.InFlight }),
 			amount("ztun_stack_conns", "Connections of the stack.", func(s *stack) int { return s.Conns }),
-			amount("ztun_stack_shortcuts", "Connections whose packets pass between this pod and another of the daemon.",
+			amount("ztun_stack_shortcuts", "Connections whose packets pass between this pod's device and another.",
 				func(s *stack) int { return s.Shortcuts }),
 			count("ztun_stack_shortcuts_begun_total", "The same that this pod has opened, ended ones included.", func(s *stack) uint64 {
 				return s.ShortcutsBegun
 			}),
-			count("ztun_stack_shortcuts_over_total", "Connections between two pods copied because too many pass already.",
+			count("ztun_stack_shortcuts_over_total", "Connections copied because too many pass already.",
 				func(s *stack) uint64 { return s.ShortcutsOver }),
 			count("ztun_stack_dns_queries_total", "UDP packets to port 53 handed to the DNS proxy.", func(s *stack) uint64 {
 				return s.DNSQueries
