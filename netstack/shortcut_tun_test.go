@@ -178,6 +178,7 @@ func TestShortcutCarries(t *testing.T) {
 			}
 			ln.Close()
 			l.none(t)
+			eventually(t, "word of its end", func() bool { return l.watch.ended.Load() > 0 })
 			if f, b := l.watch.forth.Load(), l.watch.back.Load(); f != size || b != int64(len(want)+size) {
 				t.Errorf("counted %d and %d bytes", f, b)
 			}
