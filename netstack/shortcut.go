@@ -63,8 +63,8 @@ type side struct {
 // the client at once, so that what its connect says is true. ErrNoShortcut: with this flow, these devices or this port
 // there can be none; other errors are DialApp's, and the flow is still to be refused.
 func (fl *Flow) Shortcut(ctx context.Context, to *Stack, dst netip.AddrPort) (*Shortcut, error) {
-	if !to.cfg.Shortcuts || !to.isOwn(dst.Addr().Unmap()) {
-		return nil, ErrNoShortcut
+	if to == fl.f.s || !to.cfg.Shortcuts || !to.isOwn(dst.Addr().Unmap()) {
+		return nil, ErrNoShortcut // a kernel believes nobody who speaks in its own name
 	}
 	return fl.shorten(ctx, side{to.pump, &to.shortcuts, to.app}, dst)
 }
@@ -109,15 +109,17 @@ func (fl *Flow) shorten(ctx context.Context, to side, dst netip.AddrPort) (*Shor
 	select {
 	case <-s.known:
 	case <-ctx.Done():
-		s.end(ctx.Err())
-		<-s.known
+		s.Reset()
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.refused {
-		return nil, dialError(fl.src, dst, cmp.Or(s.why, net.ErrClosed))
+	switch {
+	case !s.refused:
+		return s, nil
+	case s.why == net.ErrClosed && ctx.Err() != nil:
+		return nil, dialError(fl.src, dst, ctx.Err())
 	}
-	return s, nil
+	return nil, dialError(fl.src, dst, cmp.Or(s.why, net.ErrClosed))
 }
 
 // enter has both readers know the connection; false: somebody else has the ports, or there is no room.
@@ -173,6 +175,8 @@ func (s *Shortcut) Accept() error {
 	}
 	fl.f.accepted.Add(1)
 	fl.f.shortcuts.Add(1)
+	// As an Accept that fails: whoever has lost his place, or does not answer, never was a connection.
+	fl.OnGone(s.tire)
 	s.mu.Lock()
 	s.decided = true
 	waits := s.t.phase < standing
@@ -180,7 +184,7 @@ func (s *Shortcut) Accept() error {
 		from := fl.f.s
 		s.patience = time.AfterFunc(from.handshakePatience, from.cfg.Panics.Func("a handshake's end", s.tire, from.crash))
 	} else {
-		s.flow = nil
+		s.flow, s.syn = nil, nil
 	}
 	s.mu.Unlock()
 	if !waits {
@@ -195,7 +199,7 @@ func (s *Shortcut) tire() {
 	late := s.t.phase < standing
 	s.mu.Unlock()
 	if late {
-		s.Reset()
+		s.end(nil)
 	}
 }
 
@@ -265,11 +269,22 @@ func (s *Shortcut) end(why error) {
 	}
 }
 
-// sendReset sends a reset one way, with the number that its receiver waits for: all that was written to a device has
-// been received. Where that is not so, the receiver asks (RFC 5961 section 3), and gVisor, which knows nothing of the
-// connection, answers with the right one.
+// sendReset sends a reset one way, with the number that its receiver waits for if all that was written to its device was
+// received.
 func (s *Shortcut) sendReset(way int, lanes *[2]lane) {
 	s.send(way, s.bare(way, lanes[way].next, lanes[1-way].next, header.TCPFlagRst|header.TCPFlagAck))
+	if lanes[way].next != lanes[way].acked {
+		s.ask(way, lanes)
+	}
+}
+
+// ask is for a receiver that may not have believed a reset: because something before that was lost, or because the sender
+// has told numbers that are not so. It gets one with the number that it has told itself, and an old segment, which it
+// answers (RFC 9293 section 3.10.7.4): gVisor, which knows nothing of the connection, answers with a reset of just the
+// number that is in that.
+func (s *Shortcut) ask(way int, lanes *[2]lane) {
+	s.send(way, s.bare(way, lanes[way].acked, lanes[1-way].next, header.TCPFlagRst|header.TCPFlagAck))
+	s.send(way, s.bare(way, lanes[way].acked-1, lanes[1-way].acked, header.TCPFlagAck))
 }
 
 // probe asks the kernel that way begins at whether it still has the connection, by a segment that is older than what it
@@ -293,14 +308,16 @@ func (s *Shortcut) send(way int, b []byte) {
 
 // over makes it so. s.mu is held.
 func (s *Shortcut) over(was phase, why error) {
-	s.t.phase, s.why, s.refused = over, why, was == asking
+	if s.t.phase, s.why = over, why; was == asking {
+		s.refused = true
+		close(s.known)
+	}
 }
 
 // finish says that the connection is over, once: who made it so calls it.
 func (s *Shortcut) finish(was phase) {
 	s.leave()
 	if was == asking {
-		close(s.known)
 		return
 	}
 	s.settled()
@@ -334,17 +351,69 @@ func (s *Shortcut) unreachable(q *quotedTCP) bool {
 func (s *Shortcut) pass(way int, bufs [][]byte, n int, p *rxPacket, vh *tun.VNetHdr) bool {
 	th := header.TCP(bufs[0][p.ipLen:])
 	seg := segment{seq: th.SequenceNumber(), ack: th.AckNumber(), flags: th.Flags(), size: n - p.hdrLen}
-	s.mu.Lock()
-	was, syn := s.t.phase, s.syn
-	if was == over {
-		s.mu.Unlock()
+	x, ok := s.note(way, &seg)
+	if !ok {
 		return false
 	}
-	what, carried := s.t.see(way, &seg)
-	s.quiet[way], s.probes[way] = 0, 0
-	if what == newRefusal {
-		s.over(was, os.NewSyscallError("connect", syscall.ECONNREFUSED))
+	switch x.what {
+	case newSYN: // nobody else can send in the client's name: it has given the old one up
+		s.end(nil)
+		return false
+	case newRefusal:
+		s.finish(x.was)
+		return true
+	case sameSYN:
+		if x.syn != nil {
+			s.send(forth, x.syn)
+		}
+		return true
+	case unfit:
+		return true
 	}
+	s.turns[way].apply(bufs[0], p, vh)
+	s.sides[1-way].pump.write(vh, bufs, n)
+	switch x.what {
+	case newStanding:
+		s.settled()
+	case newReset:
+		s.finish(x.was)
+		if seg.seq != x.lanes[way].acked {
+			s.ask(way, &x.lanes)
+		}
+	case newEnd:
+		s.finish(x.was)
+	}
+	return true
+}
+
+// noted is what a segment has come to.
+type noted struct {
+	what  news
+	was   phase
+	syn   []byte
+	lanes [2]lane
+}
+
+// note follows a segment; false: the connection is over.
+func (s *Shortcut) note(way int, seg *segment) (x noted, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.t.phase == over {
+		return x, false
+	}
+	x.was, x.syn = s.t.phase, s.syn
+	carried := 0
+	x.what, carried = s.t.see(way, seg)
+	x.lanes = s.t.lanes
+	switch x.what {
+	case unfit:
+		return x, true // no sign of life either
+	case newAnswer:
+		close(s.known)
+	case newRefusal:
+		s.over(x.was, os.NewSyscallError("connect", syscall.ECONNREFUSED))
+	}
+	s.quiet[way], s.probes[way] = 0, 0
 	if carried > 0 {
 		s.moved[1-way] += carried
 		for i := range s.watch {
@@ -353,28 +422,5 @@ func (s *Shortcut) pass(way int, bufs [][]byte, n int, p *rxPacket, vh *tun.VNet
 			}
 		}
 	}
-	s.mu.Unlock()
-	switch what {
-	case newSYN: // nobody else can send in the client's name: it has given the old one up
-		s.end(nil)
-		return false
-	case newRefusal:
-		s.finish(was)
-		return true
-	}
-	if was == asking && way == forth && opens(seg.flags) {
-		s.send(forth, syn) // ours, not its own
-		return true
-	}
-	s.turns[way].apply(bufs[0], p, vh)
-	s.sides[1-way].pump.write(vh, bufs, n)
-	switch what {
-	case newAnswer:
-		close(s.known)
-	case newStanding:
-		s.settled()
-	case newReset, newEnd:
-		s.finish(was)
-	}
-	return true
+	return x, true
 }

@@ -13,6 +13,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"ztun/proxy/refusal"
 	"ztun/tun"
@@ -99,8 +100,9 @@ func TestTrack(t *testing.T) {
 		{"what is no answer is left to the client", []step{
 			{back, 7000, 1, fACK, 0, nothingNew, 0}, // of an older connection, in TIME_WAIT
 			{forth, 1, 0, fRST, 0, nothingNew, 0},
-			{back, 7000, 1, fRST | fACK, 0, nothingNew, 0},
-			{forth, c, 0, fSYN, 0, nothingNew, 0},
+			{back, 7000, 1, fRST | fACK, 0, unfit, 0},
+			{back, 7000, 1, fSYN | fACK, 0, nothingNew, 0},
+			{forth, c, 0, fSYN, 0, sameSYN, 0},
 			{back, s, c + 1, fSYN | fACK, 0, newAnswer, 0},
 		}},
 		{"the SYN-ACK once more", with(
@@ -109,7 +111,30 @@ func TestTrack(t *testing.T) {
 		)},
 		{"the client's ports are another connection's", with(step{forth, c + 5000, 0, fSYN, 0, newSYN, 0})},
 		{"the same before there is an answer", []step{{forth, c + 5000, 0, fSYN, 0, newSYN, 0}}},
-		{"the SYN once more after the answer", with(step{forth, c, 0, fSYN, 0, nothingNew, 0})},
+		{"the SYN once more after the answer", []step{open[0], {forth, c, 0, fSYN, 0, sameSYN, 0}}},
+		{"no other SYN passes", with(
+			step{forth, c, 0, fSYN, 0, unfit, 0},
+			step{back, 5000, 0, fSYN, 0, unfit, 0},
+			step{back, 5000, c + 1, fSYN | fACK, 0, unfit, 0},
+			step{forth, c, s + 1, fSYN | fACK, 0, unfit, 0},
+			step{back, s, c + 1, fSYN | fACK | fFIN, 0, unfit, 0},
+			step{forth, c + 9, 0, fSYN | fRST, 0, unfit, 0},
+		)},
+		{"nothing else before the answer", []step{
+			{back, s, 0, fSYN, 0, unfit, 0},
+			{back, s, c + 1, fSYN | fACK | fFIN, 0, unfit, 0},
+			{back, s, c + 1, fACK, 10, unfit, 0},
+			{back, s, c + 1, fACK | fFIN, 0, unfit, 0},
+			{back, s, c, fRST | fACK, 0, unfit, 0},
+			{forth, c + 1, s + 1, fACK, 0, unfit, 0},
+			{forth, c, s + 1, fSYN | fACK, 0, unfit, 0},
+		}},
+		{"no more than a window is believed", with(
+			step{forth, c + 1 + maxGap - 10, s + 1, fACK, 5, nothingNew, 0},
+			step{forth, c + 1 + 2*maxGap, s + 1, fACK, 5, nothingNew, 0},
+			step{back, s + 1, c + 1 + 2*maxGap, fACK, 0, nothingNew, 0},
+			step{back, s + 1, c + 1 + maxGap - 5, fACK, 0, nothingNew, maxGap - 5},
+		)},
 		{"a reset by the client before it has answered", []step{open[0], {forth, c + 1, 0, fRST, 0, newReset, 0}}},
 		{"a first answer with data", []step{open[0], {forth, c + 1, s + 1, fACK, 9, newStanding, 0}}},
 	} {
@@ -505,4 +530,73 @@ func TestShortcutIdle(t *testing.T) {
 	if why := <-p.why; why != syscall.ETIMEDOUT {
 		t.Errorf("ended with %v", why)
 	}
+}
+
+// TestShortcutMapped: IPv4 addresses in an IPv6 packet are nobody's.
+func TestShortcutMapped(t *testing.T) {
+	p := newPair(t)
+	c, s, cut := p.stand(4000, 100)
+	b := bareTCP(netip.MustParseAddrPort("[fd00::1]:80"), netip.MustParseAddrPort("[fd00::2]:4000"),
+		&header.TCPFields{SeqNum: 901, Flags: fRST}, nil)
+	src, dst := s.Addr().As16(), c.Addr().As16()
+	h := header.IPv6(b)
+	h.SetSourceAddress(tcpip.AddrFrom16(src))
+	h.SetDestinationAddress(tcpip.AddrFrom16(dst))
+	th := header.TCP(b[header.IPv6MinimumSize:])
+	th.SetChecksum(0)
+	th.SetChecksum(^th.CalculateChecksum(header.PseudoHeaderChecksum(header.TCPProtocolNumber, h.SourceAddress(),
+		h.DestinationAddress(), header.TCPMinimumSize)))
+	p.server.dev.inject(b)
+	p.server.send(s, c, fACK, 901, 101)
+	p.saw(p.client, "the connection, which stands", s, c, fACK, 901, 101)
+	cut.Reset()
+	p.empty()
+}
+
+// TestShortcutSelf: a pod that calls itself is none: its kernel believes no packet that comes in its own name.
+func TestShortcutSelf(t *testing.T) {
+	p := newPair(t)
+	p.stacks[1], p.serverA = p.stacks[0], p.clientA
+	p.client.send(netip.AddrPortFrom(p.clientA, 4000), netip.MustParseAddrPort("10.96.0.1:80"), fSYN, 5, 0)
+	if err := <-p.errs; err != ErrNoShortcut {
+		t.Error(err)
+	}
+}
+
+// TestShortcutGone: what loses its place, or whose dial is given up, before the client has answered is no connection:
+// nobody is told of an error.
+func TestShortcutGone(t *testing.T) {
+	p := newPair(t)
+	p.stacks[0].handshakePatience = time.Hour
+	c, s := netip.AddrPortFrom(p.clientA, 4000), netip.AddrPortFrom(p.serverA, 80)
+	p.client.send(c, s, fSYN, 100, 0)
+	p.saw(p.server, "the SYN", c, s, fSYN, 100, 0)
+	p.server.send(s, c, fSYN|fACK, 900, 101)
+	p.saw(p.client, "the SYN-ACK", s, c, fSYN|fACK, 900, 101)
+	made := <-p.made
+	made.flow.evict()
+	p.saw(p.server, "the cut", c, s, fRST|fACK, 101, 901)
+	p.saw(p.client, "the cut", s, c, fRST|fACK, 901, 101)
+	if why := <-p.why; why != nil {
+		t.Errorf("ended with %v", why)
+	}
+	p.empty()
+
+	p.client.send(c, s, fSYN, 500, 0)
+	p.saw(p.server, "the SYN", c, s, fSYN, 500, 0)
+	f := p.stacks[0].flows
+	f.mu.Lock()
+	fl := f.pending[flowKey{p.stacks[0].app, tupleEndpoint(c, s)}]
+	f.mu.Unlock()
+	fl.evict()
+	if err := <-p.errs; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	p.saw(p.server, "the end of the dial", c, s, fRST|fACK, 501, 0)
+	p.empty()
+}
+
+func tupleEndpoint(src, dst netip.AddrPort) stack.TransportEndpointID {
+	k := tupleOf(src, dst)
+	return k.endpoint()
 }

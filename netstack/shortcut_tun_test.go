@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+
 	"ztun/proxy/refusal"
 	"ztun/tun"
 	"ztun/tun/tuntest/nslab"
@@ -331,5 +333,140 @@ func TestShortcutMany(t *testing.T) {
 	}
 	if n := l.watch.back.Load(); n != workers*each {
 		t.Errorf("%d bytes", n)
+	}
+}
+
+// halfLab is a lab of which one pod has a kernel and the other is the test: what a pod with raw sockets can do.
+type halfLab struct {
+	*lab
+	far   wire
+	made  chan *Shortcut
+	flows atomic.Int32
+}
+
+func newHalf(t *testing.T, client bool) *halfLab {
+	h := &halfLab{made: make(chan *Shortcut, 4)}
+	dev, far := memPair(1500, true)
+	h.far = wire{t, far}
+	var server *Stack
+	serve := func(c *Config) {
+		c.OnFlow = func(f *Flow) {
+			h.flows.Add(1)
+			s, err := f.Shortcut(context.Background(), server, netip.AddrPortFrom(podAddrs[1][0], 8080))
+			if err != nil || s.Accept() != nil {
+				f.Refuse(refusal.Reset)
+				return
+			}
+			s.Watch(func(bool, int) {}, func(error) {})
+			h.made <- s
+		}
+	}
+	l := &shortcutLab{}
+	if client {
+		server = startStack(t, Config{App: dev, Addrs: []netip.Addr{podAddrs[1][0]}, Shortcuts: true})
+		h.lab = l.pod(t, 0, []func(*Config){serve})
+		return h
+	}
+	h.lab = l.pod(t, 1, nil)
+	server = h.lab.s
+	c := Config{App: dev, Addrs: []netip.Addr{podAddrs[0][0]}, Shortcuts: true}
+	serve(&c)
+	startStack(t, c)
+	return h
+}
+
+// TestShortcutOpensOne: under one verdict there is one connection. An application that does not end its side keeps the
+// entry of one whose client has gone, but cannot use it to open another to the client's pod.
+func TestShortcutOpensOne(t *testing.T) {
+	h := newHalf(t, true)
+	if err := h.ns.Do(func() error {
+		return os.WriteFile("/proc/sys/net/ipv4/tcp_fin_timeout", []byte("1"), 0)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	app, client := netip.MustParseAddrPort("10.1.0.3:8080"), netip.MustParseAddrPort("10.1.0.2:40000")
+	dialed := make(chan net.Conn, 1)
+	go h.ns.Do(func() error {
+		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(client), Timeout: patience}
+		c, err := d.Dial("tcp", "10.96.0.1:80")
+		if err != nil {
+			t.Error(err)
+		}
+		dialed <- c
+		return nil
+	})
+	_, _, th := h.far.next(patience)
+	seq := th.SequenceNumber() + 1
+	h.far.send(app, client, fSYN|fACK, 900, seq)
+	c := <-dialed
+	if c == nil {
+		t.FailNow()
+	}
+	h.far.next(patience)
+	c.Close()
+	h.far.next(patience)
+	h.far.send(app, client, fACK, 901, seq+1)
+	eventually(t, "the client's socket to go", func() bool {
+		var b []byte
+		if err := h.ns.Do(func() (err error) { b, err = os.ReadFile("/proc/thread-self/net/tcp"); return err }); err != nil {
+			t.Fatal(err)
+		}
+		return !bytes.Contains(b, []byte(":9C40 ")) // 40000
+	})
+	ln := h.listen(t, "0.0.0.0:40000")
+	if n := h.s.Stats().Shortcuts; n != 1 {
+		t.Errorf("%d shortcuts", n)
+	}
+	for _, flags := range []header.TCPFlags{fSYN, fSYN | fACK} {
+		h.far.send(app, client, flags, 70000, seq+1)
+	}
+	if _, _, th := h.far.next(500 * time.Millisecond); th != nil {
+		t.Errorf("the client's kernel has answered: %v", th.Flags())
+	}
+	ln.(*net.TCPListener).SetDeadline(time.Now())
+	if c, err := ln.Accept(); err == nil {
+		t.Errorf("a connection that nobody has judged, from %v", c.RemoteAddr())
+	}
+}
+
+// TestShortcutCutIsBelieved: a client that lies about its numbers does not keep the application's end from a cut.
+func TestShortcutCutIsBelieved(t *testing.T) {
+	h := newHalf(t, false)
+	ln := h.listen(t, "[::]:8080")
+	service := netip.MustParseAddrPort("10.96.0.1:80")
+	for i, x := range []struct {
+		name  string
+		flags header.TCPFlags
+		ahead uint32
+	}{{"honest", fACK, 0}, {"a number that was never sent", fACK, 1<<24 - 5}, {"a far one", fACK, 1 << 28},
+		{"a reset that nobody believes", fRST, 0}} {
+		client := netip.AddrPortFrom(podAddrs[0][0], uint16(40000+i))
+		h.far.send(client, service, fSYN, 100, 0)
+		_, _, th := h.far.next(patience)
+		seq := th.SequenceNumber() + 1
+		h.far.send(client, service, fACK, 101, seq)
+		s := <-h.made
+		c, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.(*net.TCPConn).SetKeepAlive(false) // which would find out
+		if x.flags == fRST {
+			h.far.send(client, service, fACK, 101+1<<23, seq)
+			x.ahead = 1 << 23
+		}
+		h.far.send(client, service, x.flags, 101+x.ahead, seq)
+		time.Sleep(50 * time.Millisecond)
+		s.Reset()
+		c.SetReadDeadline(time.Now().Add(patience))
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("%s: the application's end after the cut: %v", x.name, err)
+		}
+		c.Close()
+		for { // what the stack says to the test's client is nobody's
+			if _, _, th := h.far.next(20 * time.Millisecond); th == nil {
+				break
+			}
+		}
 	}
 }

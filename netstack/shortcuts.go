@@ -50,6 +50,9 @@ func (t *tuple) endpoint() (id stack.TransportEndpointID) {
 	return id
 }
 
+// mapped is how IPv4 addresses begin in a tuple: in an IPv6 packet they are nobody's.
+var mapped = [12]byte{10: 0xff, 11: 0xff}
+
 // tupleIn is a packet's. ok is false with IP options or extension headers: those are not for another pod's kernel.
 func tupleIn(head []byte, p *rxPacket) (t tuple, ok bool) {
 	if p.proto == header.IPv4ProtocolNumber {
@@ -60,7 +63,7 @@ func tupleIn(head []byte, p *rxPacket) (t tuple, ok bool) {
 	} else {
 		copy(t.src[:], head[8:24])
 		copy(t.dst[:], head[24:40])
-		ok = p.ipLen == header.IPv6MinimumSize
+		ok = p.ipLen == header.IPv6MinimumSize && [12]byte(t.src[:12]) != mapped && [12]byte(t.dst[:12]) != mapped
 	}
 	t.srcPort, t.dstPort = binary.BigEndian.Uint16(head[p.ipLen:]), binary.BigEndian.Uint16(head[p.ipLen+2:])
 	return t, ok
@@ -81,7 +84,8 @@ type shortcuts struct {
 	mu     sync.Mutex
 	by     map[tuple]shortcutWay
 	closed bool
-	timer  *time.Timer // nil: nobody has to be looked at
+	ending chan struct{} // closed when closed is set
+	timer  *time.Timer   // nil: nobody has to be looked at
 	looks  sync.WaitGroup
 }
 
@@ -91,7 +95,9 @@ type shortcutWay struct {
 	way uint8
 }
 
-func (t *shortcuts) begin(cfg *Config) { t.cfg, t.tick, t.limit = cfg, shortcutTick, maxShortcuts }
+func (t *shortcuts) begin(cfg *Config) {
+	t.cfg, t.tick, t.limit, t.ending = cfg, shortcutTick, maxShortcuts, make(chan struct{})
+}
 
 // of is the Shortcut that a packet of the pod's belongs to, and which way it goes.
 func (t *shortcuts) of(head []byte, p *rxPacket) (*Shortcut, int) {
@@ -201,9 +207,27 @@ func (t *shortcuts) lookLater() {
 	}, nil))
 }
 
+// askedAtOnce and askPause pace the questions to kernels: a device's queue holds some hundred packets, and beside the
+// answers there are those of connections at work.
+const (
+	askedAtOnce = 32
+	askPause    = 2 * time.Millisecond
+)
+
 func (t *shortcuts) look() {
+	asked := 0
 	for _, s := range t.opened() {
-		s.idle(t.tick, t.cfg)
+		if s.idle(t.tick, t.cfg) {
+			asked++
+		}
+		if asked == askedAtOnce {
+			asked = 0
+			select {
+			case <-time.After(askPause):
+			case <-t.ending:
+				return
+			}
+		}
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -231,6 +255,9 @@ func (t *shortcuts) list(want func(shortcutWay) bool) (list []*Shortcut) {
 // close resets all of them, and lets none begin.
 func (t *shortcuts) close() {
 	t.mu.Lock()
+	if !t.closed {
+		close(t.ending)
+	}
 	t.closed = true
 	if t.timer != nil && t.timer.Stop() {
 		t.looks.Done()
@@ -244,7 +271,7 @@ func (t *shortcuts) close() {
 
 // idle is called every tick. A kernel of which nothing has come for long is asked whether it still has the connection:
 // a reset that was lost would leave it here for ever.
-func (s *Shortcut) idle(tick time.Duration, c *Config) {
+func (s *Shortcut) idle(tick time.Duration, c *Config) (asked bool) {
 	after, every := int(max(1, c.KeepaliveIdle/tick)), int(max(1, c.KeepaliveInterval/tick))
 	var due [2]bool
 	dead := false
@@ -254,7 +281,7 @@ func (s *Shortcut) idle(tick time.Duration, c *Config) {
 		if way == back && c.KeepaliveOff && s.sides[back].hop.network {
 			continue
 		}
-		due[way] = s.t.phase == standing && s.quiet[way] > after && (s.quiet[way]-after-1)%every == 0
+		due[way] = (s.t.phase == answered || s.t.phase == standing) && s.quiet[way] > after && (s.quiet[way]-after-1)%every == 0
 		if due[way] {
 			s.probes[way]++
 			dead = dead || s.probes[way] > c.KeepaliveCount
@@ -264,14 +291,16 @@ func (s *Shortcut) idle(tick time.Duration, c *Config) {
 	s.mu.Unlock()
 	if dead {
 		s.end(syscall.ETIMEDOUT)
-		return
+		return true
 	}
 	for way := range due {
 		if due[way] {
 			s.sides[forth].t.probed.Add(1)
 			s.probe(way, &lanes)
+			asked = true
 		}
 	}
+	return asked
 }
 
 // turn is what becomes of a packet's source or destination.

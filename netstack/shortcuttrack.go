@@ -21,6 +21,9 @@ type lane struct {
 // maxGap is how far ahead of what has passed a segment may be: by no more than a window can have been lost before it.
 const maxGap = 1 << 24
 
+// maxAhead bounds what may be on its way: the largest window that TCP can tell (RFC 7323 section 2.3).
+const maxAhead = 1 << 30
+
 // phase is how far a connection that passes by has come.
 type phase uint8
 
@@ -31,17 +34,19 @@ const (
 	over
 )
 
-// news is what a segment says beside its bytes.
+// news is what a segment says beside its bytes, and what becomes of it.
 type news uint8
 
 const (
 	nothingNew  news = iota
 	newAnswer        // the SYN-ACK
-	newRefusal       // the reset of a SYN
+	newRefusal       // the reset of a SYN; for who asked, not for the client
 	newStanding      // the client's answer to the SYN-ACK
 	newReset         // an end at once
 	newEnd           // the acknowledgement of the second FIN
 	newSYN           // the client's, of another connection of the same ports
+	sameSYN          // the client's once more, for which ours goes
+	unfit            // no part of a connection that was judged: it does not pass
 )
 
 // The directions of a connection.
@@ -50,7 +55,9 @@ const (
 	back         // from the application
 )
 
-// track follows a TCP connection that passes by. It believes both ends no more than their own connection depends on.
+// track follows a TCP connection that passes by. It believes both ends no more than their own connection depends on: what
+// is told here keeps the books and says when it is over, and which segments can open one does not depend on what they
+// claim.
 type track struct {
 	phase phase
 	lanes [2]lane
@@ -64,17 +71,14 @@ func (t *track) begin(seq uint32) {
 // see takes a segment that goes way. carried are the bytes of the other way that it acknowledges: those have arrived,
 // once each.
 func (t *track) see(way int, s *segment) (n news, carried int) {
-	mine, other := &t.lanes[way], &t.lanes[1-way]
-	syn, ack := s.flags.Contains(header.TCPFlagSyn), s.flags.Contains(header.TCPFlagAck)
+	if s.flags.Contains(header.TCPFlagSyn) {
+		return t.seeSYN(way, s), 0
+	}
 	if t.phase == asking {
-		return t.seeAnswer(way, s, syn, ack), 0
+		return t.seeEarly(way, s), 0
 	}
-	switch {
-	case syn && !ack && way == forth && s.seq != mine.first:
-		return newSYN, 0
-	case syn:
-		return nothingNew, 0 // sent once more
-	}
+	mine, other := &t.lanes[way], &t.lanes[1-way]
+	ack := s.flags.Contains(header.TCPFlagAck)
 	if ack && ahead(s.ack, other.acked) && !ahead(s.ack, other.next) {
 		carried = int(s.ack - other.acked)
 		if other.ended && s.ack == other.fin {
@@ -89,7 +93,7 @@ func (t *track) see(way int, s *segment) (n news, carried int) {
 		t.phase = over
 		return newReset, carried
 	}
-	if ahead(s.seq, mine.next+maxGap) {
+	if ahead(s.seq, mine.next+maxGap) || ahead(s.seq, mine.acked+maxAhead) {
 		return nothingNew, carried // somebody's guess
 	}
 	end := s.seq + uint32(s.size)
@@ -114,27 +118,46 @@ func (t *track) see(way int, s *segment) (n news, carried int) {
 	return newEnd, carried
 }
 
-// seeAnswer is see while the application's kernel has not answered.
-func (t *track) seeAnswer(way int, s *segment, syn, ack bool) news {
-	if way == forth {
-		if syn && !ack && s.seq != t.lanes[forth].first {
+// seeSYN is see of what can open a connection. Only the client's own SYN, and its answer, may: between kernels whose
+// sockets have gone, or by a simultaneous open, another would be a connection that nobody has judged.
+func (t *track) seeSYN(way int, s *segment) news {
+	const kinds = header.TCPFlagSyn | header.TCPFlagAck | header.TCPFlagRst | header.TCPFlagFin
+	switch s.flags & kinds {
+	case header.TCPFlagSyn:
+		switch {
+		case way == back:
+		case s.seq != t.lanes[forth].first:
 			return newSYN
+		case t.phase <= answered:
+			return sameSYN
 		}
-		return nothingNew // the SYN once more, or a reset of what an older connection's end has said to it
+	case header.TCPFlagSyn | header.TCPFlagAck:
+		switch {
+		case way == forth:
+		case t.phase != asking && s.seq == t.lanes[back].first:
+			return nothingNew // sent once more
+		case t.phase == asking && s.ack == t.lanes[forth].next:
+			t.phase = answered
+			t.lanes[back] = lane{first: s.seq, next: s.seq + 1, acked: s.seq + 1}
+			return newAnswer
+		case t.phase == asking:
+			return nothingNew // to an older SYN: the client says that it is not its own
+		}
 	}
-	if !ack || s.ack != t.lanes[forth].next {
-		return nothingNew
-	}
+	return unfit
+}
+
+// seeEarly is see of what is no SYN while the application's kernel has not answered.
+func (t *track) seeEarly(way int, s *segment) news {
+	rst := s.flags.Contains(header.TCPFlagRst)
 	switch {
-	case s.flags.Contains(header.TCPFlagRst):
+	case way == forth && rst, way == back && !rst && s.size == 0 && !s.flags.Contains(header.TCPFlagFin):
+		return nothingNew // what an older connection's end has said to the SYN, and the client's answer to that
+	case way == back && rst && s.flags.Contains(header.TCPFlagAck) && s.ack == t.lanes[forth].next:
 		t.phase = over
 		return newRefusal
-	case syn:
-		t.phase = answered
-		t.lanes[back] = lane{first: s.seq, next: s.seq + 1, acked: s.seq + 1}
-		return newAnswer
 	}
-	return nothingNew
+	return unfit
 }
 
 // ahead reports whether a is beyond b in the space of sequence numbers (RFC 9293 section 3.4).

@@ -22,6 +22,7 @@ func (c *connection) acceptShortcut() {
 // pass keeps the books of a connection whose packets pass by themselves, until it ends, and returns.
 func (c *connection) pass() {
 	c.carried, c.books.carried, c.books.memory = true, true, c.books.mtls // which has no tunnel else
+	c.asks = nil                                                          // nor what the flow remembers of its SYN
 	c.mu.Lock()
 	c.passing = true
 	cut := c.stands()

@@ -32,6 +32,7 @@ type fast struct {
 // write at the same time: nobody waits for another's copying.
 type vector struct {
 	call  func(fd uintptr) bool // rd.read or wr.write, bound once: a method value made per call would allocate
+	once  func(fd uintptr)      // of writers: the same without waiting, which several may do at a time
 	iov   []unix.Iovec          // header, then the caller's buffers; for reads, then spill
 	hdr   [VNetHdrLen]byte
 	spill [1]byte // what does not fit the caller's buffers begins here
@@ -51,11 +52,11 @@ func newFast(h *handle, off Offload) (*fast, error) {
 		return nil, err
 	}
 	d.rc = rc
-	d.rd.call, d.wr.call = d.rd.read, d.wr.write
+	d.rd.call, d.wr.call, d.wr.once = d.rd.read, d.wr.write, d.wr.tryWrite
 	d.rd.iov, d.wr.iov = make([]unix.Iovec, 0, 16), make([]unix.Iovec, 0, 32)
 	d.spare.New = func() any {
 		v := &vector{iov: make([]unix.Iovec, 0, 4)}
-		v.call = v.write
+		v.call, v.once = v.write, v.tryWrite
 		return v
 	}
 	return d, nil
@@ -129,7 +130,10 @@ func (d *fast) writePacket(v *vector, h *VNetHdr, bufs [][]byte) error {
 		return ErrTooManyBuffers
 	}
 	defer v.unload()
-	if d.rc.Write(v.call) != nil {
+	if d.rc.Control(v.once) != nil {
+		return d.refused()
+	}
+	if v.errno == unix.EAGAIN && d.rc.Write(v.call) != nil { // one at a time
 		return d.refused()
 	}
 	if v.errno != 0 {
@@ -202,6 +206,12 @@ func (v *vector) unload() { clear(v.iov) }
 // read and write are what the poller calls: false means "not ready, wait".
 func (v *vector) read(fd uintptr) bool  { return v.do(unix.SYS_READV, fd) }
 func (v *vector) write(fd uintptr) bool { return v.do(unix.SYS_WRITEV, fd) }
+
+func (v *vector) tryWrite(fd uintptr) {
+	v.try = true
+	v.do(unix.SYS_WRITEV, fd)
+	v.try = false
+}
 
 // do makes the call without telling the scheduler: the file is non-blocking, so the call takes as long as the copying
 // does, and handing this thread's processor to another thread meanwhile costs more wake-ups than it wins (10 to 15 %
