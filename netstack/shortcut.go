@@ -269,8 +269,8 @@ func (s *Shortcut) end(why error) {
 	}
 }
 
-// sendReset sends a reset one way, with the number that its receiver waits for if all that was written to its device was
-// received.
+// sendReset sends a reset one way, with the number that its receiver waits for if all that was written to its device
+// was received.
 func (s *Shortcut) sendReset(way int, lanes *[2]lane) {
 	s.send(way, s.bare(way, lanes[way].next, lanes[1-way].next, header.TCPFlagRst|header.TCPFlagAck))
 	if lanes[way].next != lanes[way].acked {
@@ -278,17 +278,17 @@ func (s *Shortcut) sendReset(way int, lanes *[2]lane) {
 	}
 }
 
-// ask is for a receiver that may not have believed a reset: because something before that was lost, or because the sender
-// has told numbers that are not so. It gets one with the number that it has told itself, and an old segment, which it
-// answers (RFC 9293 section 3.10.7.4): gVisor, which knows nothing of the connection, answers with a reset of just the
-// number that is in that.
+// ask is for a receiver that may not have believed a reset: because something before that was lost, or because the
+// sender has told numbers that are not so. It gets one with the number that it has told itself, and an old segment,
+// which it answers (RFC 9293 section 3.10.7.4): gVisor, which knows nothing of the connection, answers with a reset
+// of just the number that is in that.
 func (s *Shortcut) ask(way int, lanes *[2]lane) {
 	s.send(way, s.bare(way, lanes[way].acked, lanes[1-way].next, header.TCPFlagRst|header.TCPFlagAck))
 	s.send(way, s.bare(way, lanes[way].acked-1, lanes[1-way].acked, header.TCPFlagAck))
 }
 
-// probe asks the kernel that way begins at whether it still has the connection, by a segment that is older than what it
-// has (RFC 9293 section 3.8.4): it answers it, or has no such connection and says so.
+// probe asks the kernel that way begins at whether it still has the connection, by a segment that is older than what
+// it has (RFC 9293 section 3.8.4): it answers it, or has no such connection and says so.
 func (s *Shortcut) probe(way int, lanes *[2]lane) {
 	s.send(1-way, s.bare(1-way, lanes[1-way].next-1, lanes[way].next, header.TCPFlagAck))
 }

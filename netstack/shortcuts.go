@@ -281,7 +281,8 @@ func (s *Shortcut) idle(tick time.Duration, c *Config) (asked bool) {
 		if way == back && c.KeepaliveOff && s.sides[back].hop.network {
 			continue
 		}
-		due[way] = (s.t.phase == answered || s.t.phase == standing) && s.quiet[way] > after && (s.quiet[way]-after-1)%every == 0
+		idle := s.quiet[way] - after
+		due[way] = (s.t.phase == answered || s.t.phase == standing) && idle > 0 && (idle-1)%every == 0
 		if due[way] {
 			s.probes[way]++
 			dead = dead || s.probes[way] > c.KeepaliveCount

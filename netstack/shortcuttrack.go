@@ -55,9 +55,9 @@ const (
 	back         // from the application
 )
 
-// track follows a TCP connection that passes by. It believes both ends no more than their own connection depends on: what
-// is told here keeps the books and says when it is over, and which segments can open one does not depend on what they
-// claim.
+// track follows a TCP connection that passes by. It believes both ends no more than their own connection depends on:
+// what is told here keeps the books and says when it is over, and which segments can open one does not depend on what
+// they claim.
 type track struct {
 	phase phase
 	lanes [2]lane
