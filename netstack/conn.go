@@ -226,6 +226,15 @@ func (c *Conn) Readable() bool {
 	return ready || err != nil
 }
 
+// Buffered is how many bytes Read would return without waiting, 0 also at the end and after an error.
+func (c *Conn) Buffered() int {
+	n, terr := c.ep.GetSockOptInt(tcpip.ReceiveQueueSizeOption)
+	if terr != nil {
+		return 0
+	}
+	return n
+}
+
 // Read implements net.Conn. io.EOF means that the peer has sent FIN; a reset is
 // ECONNRESET, however often one asks.
 func (c *Conn) Read(b []byte) (int, error) {

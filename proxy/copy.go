@@ -374,6 +374,14 @@ type countingReader struct {
 	count func(int)
 }
 
+// Buffered is negative of a source that cannot tell.
+func (r *countingReader) Buffered() int {
+	if b, ok := r.Reader.(interface{ Buffered() int }); ok {
+		return b.Buffered()
+	}
+	return -1
+}
+
 func (r *countingReader) Read(p []byte) (int, error) {
 	n, err := r.Reader.Read(p)
 	if n > 0 {

@@ -1,6 +1,7 @@
 package hbone
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"log/slog"
@@ -265,4 +266,39 @@ func TestEndGoesWithLastBytes(t *testing.T) {
 		cc.Close()
 		b.Close()
 	}
+}
+
+// TestFirstFrameIsLarge: a stream that has sent nothing yet takes all that its source says it has into one frame.
+func TestFirstFrameIsLarge(t *testing.T) {
+	a, b := tlsPair(t, false)
+	cc, sc, reqs, stop := link(t, a, b, Config{})
+	defer stop()
+	c, s := pair(t, cc, reqs)
+	frames := make(chan uint8, 4)
+	src := &buffered{Reader: bytes.NewReader(make([]byte, bulkLen)), read: func(size int) {
+		if size > 0 {
+			frames <- c.class
+		}
+	}}
+	if n, err := c.ReadFrom(src); err != nil || n != bulkLen {
+		t.Fatalf("%d bytes, %v", n, err)
+	}
+	eventually(t, func() bool { return sc.c.unread.Load() == bulkLen })
+	if got := <-frames; int(got) != len(frameLens)-1 || len(frames) > 0 {
+		t.Errorf("the first frame is of class %d, and %d followed", got, len(frames))
+	}
+	s.Reset(http2.ErrCodeCancel)
+}
+
+// buffered is a source that tells how much it has.
+type buffered struct {
+	*bytes.Reader
+	read func(size int)
+}
+
+func (b *buffered) Buffered() int { return b.Len() }
+func (b *buffered) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	b.read(n)
+	return n, err
 }

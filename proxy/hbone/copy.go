@@ -12,7 +12,8 @@ func (s *Stream) ReadToEnd(src io.Reader) (total int64, err error) { return s.re
 // ReadFrom sends what src yields until its end (nil) or an error: a *SourceError if src failed, else as Write.
 // It reads straight into the frame that is sent. If src has WaitRead() error (returns when Read would not wait, as
 // netstack's connections and Streams have) or is a kernel socket, an idle stream holds no buffer. If it has Readable()
-// bool (whether WaitRead would return at once), a frame takes all that is there. It does not end our direction.
+// bool (whether WaitRead would return at once), a frame takes all that is there; if it has Buffered() int (how many bytes
+// those are; negative: it cannot tell), the frame is as large as they need. It does not end our direction.
 func (s *Stream) ReadFrom(src io.Reader) (total int64, err error) { return s.readFrom(src, false) }
 
 func (s *Stream) readFrom(src io.Reader, end bool) (total int64, err error) {
@@ -23,10 +24,16 @@ func (s *Stream) readFrom(src io.Reader, end bool) (total int64, err error) {
 	defer s.wlock.Unlock()
 	waiter, _ := src.(interface{ WaitRead() error })
 	more, _ := src.(interface{ Readable() bool })
+	size, _ := src.(interface{ Buffered() int })
 	for {
 		if waiter != nil {
 			if err := waiter.WaitRead(); err != nil {
 				return total, sourceError(err)
+			}
+		}
+		if size != nil {
+			if n := size.Buffered(); n >= 0 {
+				s.class = classFor(n)
 			}
 		}
 		f := s.c.bufs.frame(s.class)
@@ -87,9 +94,10 @@ func (s *Stream) send(f *frame, n int, end bool) error {
 	return s.put(f, end)
 }
 
-// pieceBatch is what WriteTo and WriteToSocket hand out at once, in bytes, or a piece more: two full frames. A frame
-// lies in two pieces where a block of the reader's ended within it.
-const pieceBatch = 128 << 10
+// pieceBatch is the most that WriteTo and WriteToSocket hand out at once, in bytes: two full packets, and not a byte of
+// a third, which would leave either alone or as a third of all. A frame lies in two pieces where a block of the reader's
+// ended within it.
+const pieceBatch = 2 * bulkLen
 
 // WriteToSocket is WriteTo for a kernel socket; count is told of what the socket took.
 func (s *Stream) WriteToSocket(dst *net.TCPConn, count func(int)) (total int64, err error) {
@@ -119,8 +127,8 @@ func (w oneByOne) WriteBuffers(pieces [][]byte) (total int64, err error) {
 	return total, nil
 }
 
-// writePieces is WriteTo with pieces of batch bytes together, or a piece more, in one write; count, if there is one, is
-// told of what dst took.
+// writePieces is WriteTo with pieces of at most batch bytes together in one write; count, if there is one, is told of
+// what dst took.
 func (s *Stream) writePieces(dst bufferWriter, batch int, count func(int)) (total int64, err error) {
 	var taken []chunk
 	var pieces [][]byte
@@ -135,7 +143,7 @@ func (s *Stream) writePieces(dst bufferWriter, batch int, count func(int)) (tota
 		}
 		size := 0
 		for len(s.chunks) > s.head && size < batch {
-			ch := s.pop(bulkLen)
+			ch := s.pop(min(bulkLen, batch-size))
 			taken, pieces = append(taken, ch), append(pieces, ch.k.b[ch.off:ch.end])
 			size += ch.end - ch.off
 		}

@@ -242,5 +242,5 @@ func (s *Stream) WriteTo(dst io.Writer) (total int64, err error) {
 	if w, ok := dst.(bufferWriter); ok {
 		return s.writePieces(w, pieceBatch, nil)
 	}
-	return s.writePieces(oneByOne{dst}, 1, nil) // one piece, whatever its size
+	return s.writePieces(oneByOne{dst}, bulkLen, nil)
 }
