@@ -58,7 +58,10 @@ type txQueue struct {
 
 	wake  chan struct{} // to the writer, capacity 1
 	spare []txItem
-	views [][]byte // the writer's
+	// views and vh are the writer's. The header lies here as a device may keep its address: it would be an object for
+	// each packet.
+	views [][]byte
+	vh    tun.VNetHdr
 
 	packets, sent, dropped, errors, merged atomic.Uint64
 }
@@ -213,12 +216,13 @@ func (t *txQueue) waitRoom(h *half) bool {
 
 // write writes one packet.
 func (t *txQueue) write(dev tun.Device, gso bool, i *txItem) {
-	p, h := i.pkt, i.vh
+	p, h := i.pkt, &t.vh
+	*h = i.vh
 	if gso && i.share == nil {
-		fillVNetHdr(&h, p)
+		fillVNetHdr(h, p)
 	}
 	t.views = appendViews(t.views[:0], p)
-	t.writeViews(dev, &h, p.Size(), i.share != nil)
+	t.writeViews(dev, h, p.Size(), i.share != nil)
 }
 
 // writeViews writes the packet of so many bytes that lies in t.views.

@@ -21,8 +21,8 @@ const (
 	maxTimer = 1 << 60 // no sum with it overflows; 36 years
 )
 
-// wheel holds the timers of one stack: a connection has seven from its SYN to its end, of which one fires. With one of
-// the runtime's each that is three objects, a place in its heap, and for each that fires a goroutine and perhaps a
+// wheel holds the timers of one stack: a connection has some four from its SYN to its end, of which one fires. With one
+// of the runtime's each that is three objects, a place in its heap, and for each that fires a goroutine and perhaps a
 // thread's wake-up; here it is one object, and what is due in the same tick shares all that. A timer is late by up to a
 // tick, never early.
 type wheel struct {

@@ -233,7 +233,13 @@ func (s *copying) end() {
 // oneWay copies src to dst and ends dst's input when src has ended. errRests: it was interrupted, and src starts it
 // again.
 func (s *copying) oneWay(dst, src Conn, count func(int)) error {
-	err := move(dst, src, count)
+	m, ok := s.c.p.movers.Get().(*mover)
+	if !ok {
+		m = new(mover)
+	}
+	err := m.move(dst, src, count)
+	*m = mover{}
+	s.c.p.movers.Put(m)
 	switch {
 	case err != nil && rests(err, src):
 		return errRests
@@ -263,15 +269,22 @@ func (s *copying) oneWay(dst, src Conn, count func(int)) error {
 	return err
 }
 
+// mover is what counts the bytes of one direction while they are copied. It is used again: an idle direction has none.
+type mover struct {
+	in  countingReader
+	out countingBufferWriter
+}
+
 // move is the inner loop, with the fewest copies that the two ends allow: a stream reads from its
 // source straight into the frame that it is about to send; a source that can hand its buffers out does.
-func move(dst, src Conn, count func(int)) error {
+func (m *mover) move(dst, src Conn, count func(int)) error {
 	if done, err := moveSocket(dst, src, count); done {
 		return err
 	}
 	if to, ok := dst.(endReader); ok {
 		if w, ok := src.(readWaiter); ok {
-			_, err := to.ReadToEnd(&countingReader{src, w, count})
+			m.in = countingReader{src, w, count}
+			_, err := to.ReadToEnd(&m.in)
 			var source *hbone.SourceError
 			switch {
 			case err == nil:
@@ -288,10 +301,12 @@ func move(dst, src Conn, count func(int)) error {
 		}
 	}
 	if wt, ok := src.(io.WriterTo); ok {
-		w := &countingWriter{w: dst, count: count}
+		m.out = countingBufferWriter{countingWriter: countingWriter{w: dst, count: count}}
+		w := &m.out.countingWriter
 		var to io.Writer = w
 		if b, ok := dst.(bufferWriter); ok {
-			to = &countingBufferWriter{w, b}
+			m.out.b = b
+			to = &m.out
 		}
 		if _, err := wt.WriteTo(to); err != nil {
 			if w.err != nil {
@@ -415,7 +430,7 @@ type bufferWriter interface {
 
 // countingBufferWriter is a countingWriter for one.
 type countingBufferWriter struct {
-	*countingWriter
+	countingWriter
 	b bufferWriter
 }
 

@@ -154,7 +154,7 @@ func TestFromSocketRests(t *testing.T) {
 	before := live()
 	var work sync.WaitGroup
 	for i := 1; i < len(all); i += 2 {
-		work.Go(func() { move(connSink{all[i]}, all[i], func(int) {}) })
+		work.Go(func() { new(mover).move(connSink{all[i]}, all[i], func(int) {}) })
 	}
 	for i := 1; i < len(all); i += 2 {
 		for waiting(t, all[i], unix.TIOCINQ) > 0 {

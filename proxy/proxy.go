@@ -121,6 +121,8 @@ type Proxy struct {
 	work     sync.WaitGroup
 	workers  grow.Workers // those of connections; whoever is idle at a sweep ends
 
+	movers sync.Pool // of *mover
+
 	sweeping  atomic.Bool // a sweep is due or under way
 	restAfter time.Duration
 

@@ -352,11 +352,11 @@ func TestWhoseError(t *testing.T) {
 	a, b := tcpPair(t)
 	defer a.Close()
 	defer b.Close()
-	if err := move(a, brokenSource{}, func(int) {}); err == nil || err.Error() != "receive: broken" {
+	if err := new(mover).move(a, brokenSource{}, func(int) {}); err == nil || err.Error() != "receive: broken" {
 		t.Errorf("a source that fails: %v", err)
 	}
 	a.CloseWrite()
-	if err := move(a, brokenSource{}, func(int) {}); err == nil || !strings.HasPrefix(err.Error(), "send: ") {
+	if err := new(mover).move(a, brokenSource{}, func(int) {}); err == nil || !strings.HasPrefix(err.Error(), "send: ") {
 		t.Errorf("a sink that fails: %v", err)
 	}
 }

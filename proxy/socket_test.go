@@ -93,7 +93,7 @@ func TestSocketsMoveInLargePieces(t *testing.T) {
 			server.CloseWrite()
 		})
 		most := 0
-		if err := move(client, far, largest(&most)); err != nil {
+		if err := new(mover).move(client, far, largest(&most)); err != nil {
 			t.Error(err)
 		}
 		client.CloseWrite()
@@ -110,7 +110,7 @@ func TestSocketsMoveInLargePieces(t *testing.T) {
 		var work sync.WaitGroup
 		most := 0
 		work.Go(func() {
-			if err := move(far, server, largest(&most)); err != nil {
+			if err := new(mover).move(far, server, largest(&most)); err != nil {
 				t.Error(err)
 			}
 			far.CloseWrite()

@@ -37,7 +37,7 @@ func used(t testing.TB) time.Duration {
 
 // maxAllocs is how many objects one connection may cost both daemons together, as they are at work on 16 at once.
 // It is a tenth more than what is measured, which differs by a few with who waits for whom.
-const maxAllocs = 336
+const maxAllocs = 285
 
 // TestAllocations holds the number of objects that are made on the whole path of a connection.
 func TestAllocations(t *testing.T) {

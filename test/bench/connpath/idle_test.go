@@ -8,7 +8,7 @@ import (
 
 // maxIdle is how many bytes one idle connection may cost both daemons together, heap and stacks; a tenth more than what
 // is measured. The daemons' share of kernel memory is none of it.
-const maxIdle = 22000
+const maxIdle = 17500
 
 // TestIdle holds what an idle connection keeps: no goroutine, and few bytes. Then all of them go on.
 func TestIdle(t *testing.T) {
@@ -19,7 +19,7 @@ func TestIdle(t *testing.T) {
 	w := newWorld(t)
 	w.connect(t, warmUp, 16)
 	goroutines, before := settled(t, func(int) bool { return true })
-	w.server.mute = true
+	w.server.hush()
 	for i := range n {
 		w.client.dial()
 		poll(t, "a connection that stands", func() bool { return w.server.held() > i })

@@ -215,6 +215,13 @@ func (k *kernel) say(c *conn) {
 	c.snd++
 }
 
+// hush has a server keep to itself what it has to say to those who come from now on.
+func (k *kernel) hush() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.mute = true
+}
+
 // speak has a server say what it kept to itself.
 func (k *kernel) speak() {
 	k.mu.Lock()
