@@ -288,7 +288,12 @@ func quoted(head []byte) (q quotedTCP, ok bool) {
 		}
 		code := header.ICMPv4(l4).Code()
 		q.unreachable = header.ICMPv4(l4).Type() == header.ICMPv4DstUnreachable && code != header.ICMPv4FragmentationNeeded
-		if code != header.ICMPv4PortUnreachable && code != header.ICMPv4ProtoUnreachable {
+		switch code { // as Linux has them (icmp_err_convert), but for those that a connect has no name for
+		case header.ICMPv4PortUnreachable, header.ICMPv4ProtoUnreachable:
+		case header.ICMPv4NetUnreachable, header.ICMPv4DestinationNetworkUnknown, header.ICMPv4NetProhibited,
+			header.ICMPv4NetUnreachableForTos:
+			q.errno = syscall.ENETUNREACH
+		default:
 			q.errno = syscall.EHOSTUNREACH
 		}
 		ip := l4[header.ICMPv4MinimumSize:]
@@ -303,7 +308,11 @@ func quoted(head []byte) (q quotedTCP, ok bool) {
 			return q, false
 		}
 		q.unreachable = header.ICMPv6(l4).Type() == header.ICMPv6DstUnreachable
-		if header.ICMPv6(l4).Code() != header.ICMPv6PortUnreachable {
+		switch header.ICMPv6(l4).Code() {
+		case header.ICMPv6PortUnreachable:
+		case header.ICMPv6NetworkUnreachable:
+			q.errno = syscall.ENETUNREACH
+		default:
 			q.errno = syscall.EHOSTUNREACH
 		}
 		ip := l4[header.ICMPv6DstUnreachableMinimumSize:]

@@ -197,10 +197,10 @@ func (p *pump) read() error {
 				p.rx.notTCP.Add(1)
 				continue
 			}
-			knownICMP6(iov[0][:min(n, headSize)])
 			if p.unreachable != nil {
 				p.unreachable(iov[0][:min(n, headSize)])
 			}
+			knownICMP6(iov[0][:min(n, headSize)])
 		}
 		if pk.part && p.only == nil && !p.fragments.allow(pk.dst, time.Now()) {
 			p.rx.overFragments.Add(1)

@@ -88,14 +88,17 @@ func TestShortcutPlainErrors(t *testing.T) {
 	p.saw(p.server, "the cut", c, s, fRST|fACK, 101, 901)
 	p.saw(p.client, "the cut", s, c, fRST|fACK, 901, 101)
 
-	p.client.send(c, s, fSYN, 300, 0)
-	p.saw(p.server, "the SYN", c, s, fSYN, 300, 0)
-	p.server.dev.inject(icmpError(bareTCP(c, s, &header.TCPFields{SeqNum: 300, Flags: fSYN}, nil),
-		refusal.HostUnreachable))
-	if err := <-p.errs; !errors.Is(err, syscall.EHOSTUNREACH) {
-		t.Error(err)
+	for why, want := range map[refusal.Way]syscall.Errno{refusal.HostUnreachable: syscall.EHOSTUNREACH,
+		refusal.NetUnreachable: syscall.ENETUNREACH, refusal.AdminProhibited: syscall.EHOSTUNREACH} {
+		p.client.send(c, s, fSYN, 300, 0)
+		p.saw(p.server, "the SYN", c, s, fSYN, 300, 0)
+		p.server.dev.inject(icmpError(bareTCP(c, s, &header.TCPFields{SeqNum: 300, Flags: fSYN}, nil), why))
+		if err := <-p.errs; !errors.Is(err, want) {
+			t.Errorf("%v: %v", why, err)
+		}
+		p.saw(p.client, "the refusal", s, c, fRST|fACK, 0, 301)
+		p.empty()
 	}
-	p.empty()
 }
 
 // TestNoShortcutPlain: what is left to a copy.
