@@ -57,6 +57,10 @@
 // 2026-11-23: RACK and its tail loss probes are off on the hop to the kernel,
 // see hop.go for the figures; timers are at least 8 ms, see clock.go.
 //
+// 2026-11-30: The ports of dials are drawn by us (dialports.go) and timers are in
+// a wheel (wheel.go): gVisor's reservation of a port is three maps for as long as
+// the connection lasts, and a timer of the runtime's three objects.
+//
 // 2026-11-23: Tried and not kept, each within the noise or worse (8 rounds of 1
 // and 8 streams both ways, interleaved, on a busy 2-core machine): a goroutine
 // in Conn.Write drains the queue itself (fewer wake-ups, but what read from the
