@@ -83,6 +83,8 @@ type Machine struct {
 	Go     string `json:"go"`
 	Arch   string `json:"arch"`
 	Commit string `json:"commit,omitempty"`
+	// Congestion is TCP's congestion control here: BBR paces each stream by timers that the daemons pay for.
+	Congestion string `json:"congestion_control,omitempty"`
 }
 
 // Profile is the head of one process's CPU profile.
@@ -183,8 +185,8 @@ func (w *Row) target(subject, base string) (*Target, stat.Summary) {
 func (r *Report) Text(out io.Writer) error {
 	var b strings.Builder
 	m := r.Machine
-	fmt.Fprintf(&b, "machine   %s, %d cores, %.0f GiB, %s, kernel %s, %s\n", m.CPU, m.Cores, float64(m.Memory)/(1<<30),
-		m.Arch, m.Kernel, m.Go)
+	fmt.Fprintf(&b, "machine   %s, %d cores, %.0f GiB, %s, kernel %s%s, %s\n", m.CPU, m.Cores, float64(m.Memory)/(1<<30),
+		m.Arch, m.Kernel, suffix(" with TCP ", m.Congestion), m.Go)
 	fmt.Fprintf(&b, "run       %s, took %s%s\n", r.Started.UTC().Format("2006-01-02 15:04 UTC"), r.Took.Round(time.Second),
 		suffix(", commit ", m.Commit))
 	for i, c := range r.Commands {

@@ -17,7 +17,7 @@ var update = flag.Bool("update", false, "write the golden files")
 func sample() *Report {
 	r := &Report{
 		Machine: Machine{CPU: "AMD EPYC", Cores: 2, Memory: 24 << 30, Kernel: "6.18", Go: "go1.26", Arch: "amd64",
-			Commit: "abc"},
+			Commit: "abc", Congestion: "cubic"},
 		Started:  time.Date(2026, 11, 23, 7, 0, 0, 0, time.UTC),
 		Took:     61 * time.Second,
 		Commands: []string{"scripts/bench mesh", "ip netns exec x y"},
