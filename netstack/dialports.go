@@ -23,8 +23,9 @@ type dialPorts struct {
 	drawn map[stack.TransportEndpointID]struct{}
 }
 
-// draw takes a local port for id, or id's own if that is not 0, until giveBack. Without a free one it is
-// ErrNoPortAvailable. Ports are drawn at random and then in order (RFC 6056, section 3.3.1).
+// draw takes a local port for id in gs (nil: a stack without endpoints, yet), or id's own if that is not 0, until
+// giveBack. Without a free one it is ErrNoPortAvailable. Ports are drawn at random and then in order (RFC 6056,
+// section 3.3.1).
 func (p *dialPorts) draw(gs *stack.Stack, proto tcpip.NetworkProtocolNumber, id stack.TransportEndpointID) (
 	stack.TransportEndpointID, tcpip.Error) {
 	first, n := uint32(p.first), uint32(p.last)-uint32(p.first)+1
@@ -39,7 +40,10 @@ func (p *dialPorts) draw(gs *stack.Stack, proto tcpip.NetworkProtocolNumber, id 
 		if id.LocalPort == id.RemotePort && id.LocalAddress == id.RemoteAddress {
 			continue // it would call itself
 		}
-		if _, drawn := p.drawn[id]; drawn || gs.FindTransportEndpoint(proto, tcp.ProtocolNumber, id, nic) != nil {
+		if _, drawn := p.drawn[id]; drawn {
+			continue
+		}
+		if gs != nil && gs.FindTransportEndpoint(proto, tcp.ProtocolNumber, id, nic) != nil {
 			continue
 		}
 		if p.drawn == nil {

@@ -25,6 +25,7 @@
 //	shortcut.go a connection whose packets pass to another device (shortcuts.go: who has which ports, what is
 //	            translated; shortcuttrack.go: what of it is seen)
 //	conn.go     an established connection; wait.go how it waits, writeto.go how it lends
+//	wheel.go    the stacks' timers, behind their clock (clock.go)
 //	memory.go   how large buffers are, by the number of connections and the pod's memory
 //	tx.go       the transmit queue and who writes it; merge.go what of a connection's packets there is needless
 //	orphan.go   connections of the pod that a killed daemon left

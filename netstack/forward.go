@@ -94,7 +94,7 @@ func (f *forwarder) turned(resource string) func(netip.AddrPort, bool) {
 func (f *forwarder) handle(h *hop, id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	th := header.TCP(pkt.TransportHeader().Slice())
 	if !opens(th.Flags()) {
-		return f.s.probes.answer(h, id, th)
+		return f.s.shortcuts.passWhole(h, id, th, pkt.Data().AsRange().ToSlice()) || f.s.probes.answer(h, id, th)
 	}
 	fl := &Flow{
 		f:     f,

@@ -4,6 +4,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
 
@@ -36,7 +37,6 @@ func bareTCP(from, to netip.AddrPort, f *header.TCPFields, opts []byte) []byte {
 		h := header.IPv4(b)
 		h.Encode(&header.IPv4Fields{TotalLength: uint16(len(b)), TTL: 64, Protocol: uint8(header.TCPProtocolNumber),
 			SrcAddr: src, DstAddr: dst})
-		h.SetChecksum(^h.CalculateChecksum())
 	} else {
 		header.IPv6(b).Encode(&header.IPv6Fields{
 			PayloadLength: uint16(size), TransportProtocol: header.TCPProtocolNumber, HopLimit: 64, SrcAddr: src,
@@ -47,6 +47,27 @@ func bareTCP(from, to netip.AddrPort, f *header.TCPFields, opts []byte) []byte {
 	t := header.TCP(b[ip:])
 	t.Encode(f)
 	copy(t[header.TCPMinimumSize:], opts)
-	t.SetChecksum(^t.CalculateChecksum(header.PseudoHeaderChecksum(header.TCPProtocolNumber, src, dst, uint16(size))))
+	sealTCP(b)
 	return b
+}
+
+// sealTCP sets the lengths and checksums of a packet without IP options.
+func sealTCP(b []byte) {
+	if b[0]>>4 == 6 {
+		h := header.IPv6(b)
+		h.SetPayloadLength(uint16(len(b) - header.IPv6MinimumSize))
+		t := header.TCP(b[header.IPv6MinimumSize:])
+		t.SetChecksum(0)
+		t.SetChecksum(^checksum.Checksum(t, header.PseudoHeaderChecksum(header.TCPProtocolNumber, h.SourceAddress(),
+			h.DestinationAddress(), uint16(len(t)))))
+		return
+	}
+	h := header.IPv4(b)
+	h.SetTotalLength(uint16(len(b)))
+	h.SetChecksum(0)
+	h.SetChecksum(^h.CalculateChecksum())
+	t := header.TCP(b[header.IPv4MinimumSize:])
+	t.SetChecksum(0)
+	t.SetChecksum(^checksum.Checksum(t, header.PseudoHeaderChecksum(header.TCPProtocolNumber, h.SourceAddress(),
+		h.DestinationAddress(), uint16(len(t)))))
 }

@@ -27,11 +27,10 @@ var ErrNoShortcut = errors.New("netstack: no shortcut")
 // passes (track).
 type Shortcut struct {
 	flow     *Flow    // until its client has answered
-	syn      []byte   // the same: the client's, as the application's kernel gets it
 	sides    [2]side  // the client's, whose reader brings what goes forth, and the application's
 	keys     [2]tuple // what such packets say
 	turns    [2]turn  // what they are made to say
-	patience *time.Timer
+	patience *timer
 	known    chan struct{} // closed when the application's kernel has answered, or refused, or will not
 
 	mu      sync.Mutex
@@ -94,14 +93,14 @@ func (fl *Flow) shorten(ctx context.Context, to side, dst netip.AddrPort) (*Shor
 		return nil, ErrNoShortcut
 	}
 	s := &Shortcut{
-		flow: fl, syn: syn, sides: [2]side{{from.pump, &from.shortcuts, from.app}, to},
+		flow: fl, sides: [2]side{{from.pump, &from.shortcuts, from.app}, to},
 		keys:  [2]tuple{tupleOf(fl.src, fl.dst), tupleOf(dst, fl.src)},
 		known: make(chan struct{}),
 	}
 	if fl.dst != dst {
 		s.turns[forth], s.turns[back] = turnTo(dst, false), turnTo(fl.dst, true)
 	}
-	s.t.begin(fl.seq)
+	s.t.begin(fl.seq, to.hop.network)
 	if !s.enter() {
 		return nil, ErrNoShortcut
 	}
@@ -150,16 +149,15 @@ func (s *Shortcut) leave() {
 // holdPort keeps the stack's own dials and probes from a client's port until giveBack; false if one of them, or a
 // connection, has it.
 func (h *hop) holdPort(id stack.TransportEndpointID) bool {
-	gs, err := h.stack()
-	if err != nil {
-		return false
-	}
+	h.mu.Lock()
+	gs, closed := h.gs, h.closed
+	h.mu.Unlock()
 	proto := header.IPv6ProtocolNumber
 	if id.LocalAddress.Len() == header.IPv4AddressSize {
 		proto = header.IPv4ProtocolNumber
 	}
 	_, terr := h.ports.draw(gs, proto, id)
-	return terr == nil
+	return terr == nil && !closed
 }
 
 // Accept is Flow.Accept of a flow with a Shortcut. It does not wait: a client that does not answer within
@@ -181,10 +179,9 @@ func (s *Shortcut) Accept() error {
 	s.decided = true
 	waits := s.t.phase < standing
 	if waits {
-		from := fl.f.s
-		s.patience = time.AfterFunc(from.handshakePatience, from.cfg.Panics.Func("a handshake's end", s.tire, from.crash))
+		s.patience = fl.f.s.timers.after(fl.f.s.handshakePatience, s.tire)
 	} else {
-		s.flow, s.syn = nil, nil
+		s.flow = nil
 	}
 	s.mu.Unlock()
 	if !waits {
@@ -212,7 +209,7 @@ func (s *Shortcut) settled() {
 		s.mu.Unlock()
 		return
 	}
-	s.flow, s.syn = nil, nil
+	s.flow = nil
 	if s.patience != nil {
 		s.patience.Stop()
 		s.patience = nil
@@ -284,13 +281,18 @@ func (s *Shortcut) sendReset(way int, lanes *[2]lane) {
 // of just the number that is in that.
 func (s *Shortcut) ask(way int, lanes *[2]lane) {
 	s.send(way, s.bare(way, lanes[way].acked, lanes[1-way].next, header.TCPFlagRst|header.TCPFlagAck))
-	s.send(way, s.bare(way, lanes[way].acked-1, lanes[1-way].acked, header.TCPFlagAck))
+	s.send(way, s.old(way, lanes))
+}
+
+// old is a segment that whoever receives what goes way has received already, and answers.
+func (s *Shortcut) old(way int, lanes *[2]lane) []byte {
+	return s.bare(way, lanes[way].acked-1, lanes[1-way].acked, header.TCPFlagAck)
 }
 
 // probe asks the kernel that way begins at whether it still has the connection, by a segment that is older than what
 // it has (RFC 9293 section 3.8.4): it answers it, or has no such connection and says so.
 func (s *Shortcut) probe(way int, lanes *[2]lane) {
-	s.send(1-way, s.bare(1-way, lanes[1-way].next-1, lanes[way].next, header.TCPFlagAck))
+	s.send(1-way, s.old(1-way, lanes))
 }
 
 // bare is a segment without payload that goes way.
@@ -362,9 +364,10 @@ func (s *Shortcut) pass(way int, bufs [][]byte, n int, p *rxPacket, vh *tun.VNet
 	case newRefusal:
 		s.finish(x.was)
 		return true
-	case sameSYN:
-		if x.syn != nil {
-			s.send(forth, x.syn)
+	case sameSYN: // not as it is, and not the first one: a kernel gives options up that a path may not like
+		syn := shortcutSYN(bufs[0], s.keys[back].dstAddrPort(), s.keys[back].srcAddrPort())
+		if syn != nil {
+			s.send(forth, syn)
 		}
 		return true
 	case unfit:
@@ -375,6 +378,8 @@ func (s *Shortcut) pass(way int, bufs [][]byte, n int, p *rxPacket, vh *tun.VNet
 	switch x.what {
 	case newStanding:
 		s.settled()
+	case doubtful:
+		s.send(way, s.old(way, &x.lanes))
 	case newReset:
 		s.finish(x.was)
 		if seg.seq != x.lanes[way].acked {
@@ -390,7 +395,6 @@ func (s *Shortcut) pass(way int, bufs [][]byte, n int, p *rxPacket, vh *tun.VNet
 type noted struct {
 	what  news
 	was   phase
-	syn   []byte
 	lanes [2]lane
 }
 
@@ -401,7 +405,7 @@ func (s *Shortcut) note(way int, seg *segment) (x noted, ok bool) {
 	if s.t.phase == over {
 		return x, false
 	}
-	x.was, x.syn = s.t.phase, s.syn
+	x.was = s.t.phase
 	carried := 0
 	x.what, carried = s.t.see(way, seg)
 	x.lanes = s.t.lanes
@@ -423,4 +427,32 @@ func (s *Shortcut) note(way int, seg *segment) (x noted, ok bool) {
 		}
 	}
 	return x, true
+}
+
+// passWhole takes a segment of a connection that passes by which a stack has put together, or has freed of options: of
+// fragments, and of what has IP options or extension headers. It goes on as a packet without.
+func (t *shortcuts) passWhole(h *hop, id stack.TransportEndpointID, th header.TCP, payload []byte) bool {
+	if t.n.Load() == 0 {
+		return false
+	}
+	src, dst := addrPort(id.RemoteAddress, id.RemotePort), addrPort(id.LocalAddress, id.LocalPort)
+	t.mu.Lock()
+	w := t.by[tupleOf(src, dst)]
+	t.mu.Unlock()
+	if w.s == nil || w.s.sides[w.way].hop != h {
+		return false
+	}
+	f := header.TCPFields{SeqNum: th.SequenceNumber(), AckNum: th.AckNumber(), Flags: th.Flags(),
+		WindowSize: th.WindowSize(), UrgentPointer: th.UrgentPointer()}
+	b := append(bareTCP(src, dst, &f, th.Options()), payload...)
+	sealTCP(b)
+	var p rxPacket
+	bufs := [][]byte{b[:min(len(b), headSize)]}
+	if len(b) > headSize {
+		bufs = append(bufs, b[headSize:])
+	}
+	if parseHead(bufs[0], len(b), &p) == rxDeliver {
+		w.s.pass(int(w.way), bufs, len(b), &p, &tun.VNetHdr{})
+	}
+	return true
 }

@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"net/netip"
@@ -99,6 +100,69 @@ func TestShortcutPlainErrors(t *testing.T) {
 		p.saw(p.client, "the refusal", s, c, fRST|fACK, 0, 301)
 		p.empty()
 	}
+}
+
+// TestShortcutBlindReset: of the network's resets only the one with the number that the client awaits ends anything; of
+// another the client is asked, and its answer tells.
+func TestShortcutBlindReset(t *testing.T) {
+	p := newPlain(t, nil)
+	c, s, _ := p.stand(4000, 100)
+	p.server.send(s, c, fACK, 901+1<<20, 101) // anybody's, to make a wide space of what may be on its way
+	p.saw(p.client, "somebody's segment", s, c, fACK, 901+1<<20, 101)
+	p.server.send(s, c, fRST, 901+5000, 0)
+	p.saw(p.client, "somebody's reset", s, c, fRST, 901+5000, 0)
+	p.saw(p.client, "the question", s, c, fACK, 900, 101)
+	p.client.send(c, s, fACK, 101, 901) // the connection lives
+	p.saw(p.server, "the answer", c, s, fACK, 101, 901)
+	p.server.send(s, c, fRST, 901, 0)
+	p.saw(p.client, "the peer's reset", s, c, fRST, 901, 0)
+	p.empty()
+}
+
+// TestShortcutOddPackets: fragments, and packets with IP options, are a part of the connection, too.
+func TestShortcutOddPackets(t *testing.T) {
+	p := newPlain(t, nil)
+	c, s, cut := p.stand(4000, 100)
+	b := append(bareTCP(s, c, &header.TCPFields{SeqNum: 901, AckNum: 101, Flags: fACK, WindowSize: 777}, nil),
+		bytes.Repeat([]byte("ztun"), 300)...)
+	sealTCP(b)
+	// With an IP option.
+	odd := append(append(bytes.Clone(b[:20]), 1, 1, 1, 1), b[20:]...)
+	h := header.IPv4(odd)
+	h.SetHeaderLength(24)
+	h.SetTotalLength(uint16(len(odd)))
+	h.SetChecksum(0)
+	h.SetChecksum(^h.CalculateChecksum())
+	// And in two fragments.
+	const cutAt = 800
+	first, second := bytes.Clone(b[:20+cutAt]), append(bytes.Clone(b[:20]), b[20+cutAt:]...)
+	for i, f := range [][]byte{first, second} {
+		h := header.IPv4(f)
+		h.SetID(77)
+		h.SetTotalLength(uint16(len(f)))
+		if i == 0 {
+			h.SetFlagsFragmentOffset(header.IPv4FlagMoreFragments, 0)
+		} else {
+			h.SetFlagsFragmentOffset(0, cutAt)
+		}
+		h.SetChecksum(0)
+		h.SetChecksum(^h.CalculateChecksum())
+	}
+	for _, packets := range [][][]byte{{odd}, {first, second}, {second, first}} {
+		for _, f := range packets {
+			p.server.dev.inject(f)
+		}
+		select {
+		case got := <-p.client.dev.in:
+			if !bytes.Equal(got.b, b) {
+				t.Errorf("the pod got\n%x, want\n%x", got.b, b)
+			}
+		case <-time.After(patience):
+			t.Fatal("nothing came")
+		}
+	}
+	cut.Reset()
+	p.empty()
 }
 
 // TestNoShortcutPlain: what is left to a copy.

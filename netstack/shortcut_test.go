@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -92,6 +93,14 @@ func TestTrack(t *testing.T) {
 			step{back, s + 1, c + 6, fACK | fFIN, 0, nothingNew, 4},
 			step{forth, c + 6, s + 2, fACK, 0, newEnd, 0},
 		)},
+		{"network: only the number that is awaited resets", with(
+			step{back, s + 1, c + 1, fACK, 100, nothingNew, 0},
+			step{back, s + 101, 0, fRST, 0, doubtful, 0},
+			step{back, s + 50, 0, fRST, 0, doubtful, 0},
+			step{forth, c + 1, s + 101, fACK, 0, nothingNew, 100},
+			step{back, s + 50, 0, fRST, 0, nothingNew, 0},
+			step{back, s + 101, 0, fRST, 0, newReset, 0},
+		)},
 		{"a reset's acknowledgement counts", with(
 			step{forth, c + 1, s + 1, fACK, 100, nothingNew, 0},
 			step{back, s + 1, c + 101, fRST | fACK, 0, newReset, 100},
@@ -139,7 +148,7 @@ func TestTrack(t *testing.T) {
 		{"a first answer with data", []step{open[0], {forth, c + 1, s + 1, fACK, 9, newStanding, 0}}},
 	} {
 		var tr track
-		tr.begin(c)
+		tr.begin(c, strings.HasPrefix(tc.name, "network"))
 		for i, st := range tc.steps {
 			n, moved := tr.see(st.way, &segment{st.seq, st.ack, st.flags, st.size})
 			if n != st.want || moved != st.moved {

@@ -244,11 +244,11 @@ func TestShortcutKernels(t *testing.T) {
 		p.s.shortcuts.tick = 5 * time.Millisecond
 	}
 	for _, dst := range []string{"10.96.0.1:81", "[fd00:96::1]:81"} {
-		before := l.pods[0].s.Stats().Flows
+		before, start := l.pods[0].s.Stats().Flows, time.Now()
 		if _, err := l.pods[0].dial(dst); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("a closed port: %v", err)
 		}
-		if n := l.pods[0].s.Stats().Flows - before; n != 1 { // at once: the first SYN was answered
+		if n := l.pods[0].s.Stats().Flows - before; n != 1 && time.Since(start) < time.Second { // else there was another SYN
 			t.Errorf("a closed port took %d flows", n)
 		}
 	}

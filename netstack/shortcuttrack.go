@@ -46,6 +46,7 @@ const (
 	newEnd           // the acknowledgement of the second FIN
 	newSYN           // the client's, of another connection of the same ports
 	sameSYN          // the client's once more, for which ours goes
+	doubtful         // a reset that may be a guess: who gets it is asked
 	unfit            // no part of a connection that was judged: it does not pass
 )
 
@@ -59,12 +60,14 @@ const (
 // what is told here keeps the books and says when it is over, and which segments can open one does not depend on what
 // they claim.
 type track struct {
-	phase phase
-	lanes [2]lane
+	phase   phase
+	network bool // what goes back may be anybody's
+	lanes   [2]lane
 }
 
 // begin takes the client's SYN.
-func (t *track) begin(seq uint32) {
+func (t *track) begin(seq uint32, network bool) {
+	t.network = network
 	t.lanes[forth] = lane{first: seq, next: seq + 1, acked: seq + 1}
 }
 
@@ -87,8 +90,11 @@ func (t *track) see(way int, s *segment) (n news, carried int) {
 		other.acked = s.ack
 	}
 	if s.flags.Contains(header.TCPFlagRst) {
-		if ahead(mine.acked, s.seq) || ahead(s.seq, mine.next) {
-			return nothingNew, carried // its receiver does not believe it either (RFC 5961 section 3), and asks
+		switch {
+		case ahead(mine.acked, s.seq) || ahead(s.seq, mine.next):
+			return nothingNew, carried // its receiver does not believe it either, and asks
+		case t.network && way == back && s.seq != mine.acked:
+			return doubtful, carried // exactly that number is believed (RFC 5961 section 3), as far as it is known here
 		}
 		t.phase = over
 		return newReset, carried

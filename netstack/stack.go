@@ -176,6 +176,7 @@ func (s *Stack) shutdown() {
 		// Let the resets out before the device goes.
 		s.pump.flush(flushTimeout)
 		s.app.destroy()
+		s.timers.stop()
 		s.pump.close()
 		if !s.running.Load() {
 			s.pump.tx.close() // nobody else gives the packets back

@@ -95,15 +95,15 @@ func TestTUNRefuse(t *testing.T) {
 	} {
 		how = tc.how
 		for dst, want := range map[string]syscall.Errno{"10.2.0.3:80": tc.v4, "[fd00:2::3]:80": tc.v6} {
-			before := l.s.Stats().Flows
+			before, start := l.s.Stats().Flows, time.Now()
 			if c, err := l.dial(dst); !errors.Is(err, want) {
 				t.Errorf("%v, %s: got %v, want %v", how, dst, err, want)
 				if err == nil {
 					c.Close()
 				}
 			}
-			// At once means: the first SYN was answered.
-			if n := l.s.Stats().Flows - before; n != 1 {
+			// At once means: the first SYN was answered, unless the machine stood still until the second.
+			if n := l.s.Stats().Flows - before; n != 1 && time.Since(start) < time.Second {
 				t.Errorf("%v, %s: %d flows", how, dst, n)
 			}
 		}

@@ -227,3 +227,12 @@ func (w *wheel) refill(level int, i int64) {
 		t = next
 	}
 }
+
+// stop is for a wheel whose timers nobody needs any more: its alarm would keep it, and the stack, until it rings.
+func (w *wheel) stop() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.alarm != nil {
+		w.alarm.Stop()
+	}
+}

@@ -115,7 +115,7 @@ func (a *attempts) context(ctx context.Context, d *route.Decision) (context.Cont
 // another finds the next endpoint after one that failed; false if there is none, or if nobody else would know better.
 func (a *attempts) another(ctx context.Context, d route.Decision, failed *Error) (route.Decision, bool) {
 	p := a.c.p
-	if d.Workload == nil || a.c.inner != nil || ctx.Err() != nil || !failed.elsewhere(d.Waypoint) {
+	if d.Workload == nil || a.c.inner != nil || errors.Is(ctx.Err(), context.Canceled) || !failed.elsewhere(d.Waypoint) {
 		return d, false
 	}
 	cut := !a.last && errors.Is(failed, context.DeadlineExceeded) // by tryTime, perhaps

@@ -55,6 +55,8 @@ func (c *connection) endPass() {
 		switch {
 		case cut != nil:
 			why = cut
+		case errors.Is(why, net.ErrClosed) && !c.books.mtls:
+			why = nil // as the reset that a copy gets of a stack that ends
 		case errors.Is(why, net.ErrClosed):
 			why = &copyError{receivePrefix, &hbone.StreamError{Code: http2.ErrCodeCancel, Remote: true}}
 		case why != nil:

@@ -9,11 +9,12 @@ import (
 // says in time that they are (Readable).
 func (s *Stream) ReadToEnd(src io.Reader) (total int64, err error) { return s.readFrom(src, true) }
 
-// ReadFrom sends what src yields until its end (nil) or an error: a *SourceError if src failed, else as Write.
-// It reads straight into the frame that is sent. If src has WaitRead() error (returns when Read would not wait, as
-// netstack's connections and Streams have) or is a kernel socket, an idle stream holds no buffer. If it has Readable()
-// bool (whether WaitRead would return at once), a frame takes all that is there; if it has Buffered() int (how many bytes
-// those are; negative: it cannot tell), the frame is as large as they need. It does not end our direction.
+// ReadFrom sends what src yields until its end (nil) or an error: a *SourceError if src failed, else as Write. It
+// reads straight into the frame that is sent. If src has WaitRead() error (returns when Read would not wait, as
+// netstack's connections and Streams have) or is a kernel socket, an idle stream holds no buffer. If it has
+// Readable() bool (whether WaitRead would return at once), a frame takes all that is there; if it has Buffered() int
+// (how many bytes those are; negative: it cannot tell), the frame is as large as they need. It does not end our
+// direction.
 func (s *Stream) ReadFrom(src io.Reader) (total int64, err error) { return s.readFrom(src, false) }
 
 func (s *Stream) readFrom(src io.Reader, end bool) (total int64, err error) {
@@ -94,9 +95,9 @@ func (s *Stream) send(f *frame, n int, end bool) error {
 	return s.put(f, end)
 }
 
-// pieceBatch is the most that WriteTo and WriteToSocket hand out at once, in bytes: two full packets, and not a byte of
-// a third, which would leave either alone or as a third of all. A frame lies in two pieces where a block of the reader's
-// ended within it.
+// pieceBatch is the most that WriteTo and WriteToSocket hand out at once, in bytes: two full packets, and not a byte
+// of a third, which would leave either alone or as a third of all. A frame lies in two pieces where a block of the
+// reader's ended within it.
 const pieceBatch = 2 * bulkLen
 
 // WriteToSocket is WriteTo for a kernel socket; count is told of what the socket took.
