@@ -81,7 +81,7 @@ func parseArgs(args []string, out io.Writer) (options, error) {
 	o := options{Args: slices.Clone(args)}
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
-	fs.IntVar(&o.Reps, "reps", 0, "repetitions (default 3)")
+	fs.IntVar(&o.Reps, "reps", 0, "repetitions (default 5; 3 with --quick)")
 	fs.Float64Var(&o.Seconds, "seconds", 0, "length of one measurement (default 5; 1.2 with --quick)")
 	fs.StringVar(&o.JSON, "json", "", "write everything to this `file` as JSON")
 	fs.StringVar(&o.Profile, "profile", "",
@@ -160,7 +160,9 @@ func (o *options) finish(rates, storm string) error {
 	case o.Reps < 0 || o.Reps > 100:
 		return fmt.Errorf("--reps %d: want 1 to 100", o.Reps)
 	case o.Reps == 0:
-		o.Reps = 3
+		if o.Reps = 5; o.Quick {
+			o.Reps = 3
+		}
 	}
 	switch {
 	case o.Seconds < 0 || o.Seconds > 300:

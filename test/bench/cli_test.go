@@ -14,8 +14,8 @@ func TestParseArgs(t *testing.T) {
 		args string
 		want options
 	}{
-		{"", options{Suites: suiteNames(), Reps: 3, Seconds: 5, Rates: []int{500, 4000}, Idle: 5000, Root: "."}},
-		{"all", options{Suites: suiteNames(), Reps: 3, Seconds: 5, Rates: []int{500, 4000}, Idle: 5000, Root: "."}},
+		{"", options{Suites: suiteNames(), Reps: 5, Seconds: 5, Rates: []int{500, 4000}, Idle: 5000, Root: "."}},
+		{"all", options{Suites: suiteNames(), Reps: 5, Seconds: 5, Rates: []int{500, 4000}, Idle: 5000, Root: "."}},
 		{"mesh --quick", options{Suites: []string{"mesh"}, Reps: 3, Seconds: 1.2, Quick: true, Rates: []int{500, 4000},
 			Idle: 5000, Root: "."}},
 		// Options and suites in any order; suites are put in theirs.
