@@ -373,8 +373,10 @@ func (r *reader) beginData(n int, flags http2.Flags, id uint32) error {
 	default:
 		// A window that SETTINGS have made negative forbids bytes, not the end of the stream (RFC 9113, 6.9.1 and 6.9.2).
 		if s.recvWin -= int64(n); s.recvWin < 0 && n > 0 {
-			c.rejectLocked(s, http2.ErrCodeFlowControl)
-			s = nil
+			if s.late -= min(int64(n), -s.recvWin); s.late < 0 {
+				c.rejectLocked(s, http2.ErrCodeFlowControl)
+				s = nil
+			}
 		}
 		c.crowd()
 	}

@@ -29,6 +29,7 @@ type Stream struct {
 	// The sending side and the life cycle; c.mu guards them.
 	sendWin    int64 // what the peer's window lets us send
 	recvWin    int64 // what our window lets the peer send
+	late       int64 // what may come beyond that, as it was on its way when the window became small
 	debt       int64 // sent, and not given back by the peer's WINDOW_UPDATE
 	eaten      int64 // consumed since eatenAt, see widen
 	eatenAt    time.Time

@@ -78,6 +78,9 @@ func (c *conn) acknowledged() {
 		}
 		s.small = true
 		s.recvWin -= less
+		// A frame that the peer had taken out of the large window may be written behind its acknowledgement (as Go's client
+		// does, one of each stream).
+		s.late = int64(c.cfg.FrameSize)
 		s.window.Add(-less)
 		c.grown -= less
 		// What was not worth a frame of its own may be all that the small window has.
