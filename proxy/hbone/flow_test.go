@@ -203,12 +203,13 @@ func TestEndBelowZero(t *testing.T) {
 }
 
 // TestDataBehindAcknowledgement: bytes that a peer has taken out of a window before our SETTINGS made it small may come
-// behind its acknowledgement of them, a frame's worth of each stream; more is a fault. Go's own client does that: 7 of 60
-// runs of test/istio TestClientConcurrent on a busy machine lost a stream by it.
+// behind its acknowledgement of them, a frame's worth of each stream; more is a fault. Go's own client does that: 7 of
+// 60 runs of test/istio TestClientConcurrent on a busy machine lost a stream by it.
 func TestDataBehindAcknowledgement(t *testing.T) {
 	const frame = 1 << 14
 	accepted := make(chan *Stream, 4)
-	p, _, stop := serve(t, Config{StreamWindow: 1 << 20, ConnWindow: 4 << 20, FrameSize: 2 * frame}, func(ss *ServerStream) {
+	cfg := Config{StreamWindow: 1 << 20, ConnWindow: 4 << 20, FrameSize: 2 * frame}
+	p, _, stop := serve(t, cfg, func(ss *ServerStream) {
 		s, err := ss.Accept(&Response{Status: 200})
 		if err != nil {
 			t.Error(err)
