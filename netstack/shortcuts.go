@@ -20,7 +20,7 @@ import (
 const (
 	// maxShortcuts bounds those of one pod, both ways. What is beyond is copied, within that way's own bounds.
 	maxShortcuts = 1 << 16
-	// shortcutTick is how often they are looked at; their keepalive is as exact as that.
+	// shortcutTick is how often they are looked at, or as often as their keepalive asks for, once a second at most.
 	shortcutTick = time.Minute
 )
 
@@ -96,7 +96,8 @@ type shortcutWay struct {
 }
 
 func (t *shortcuts) begin(cfg *Config) {
-	t.cfg, t.tick, t.limit, t.ending = cfg, shortcutTick, maxShortcuts, make(chan struct{})
+	t.cfg, t.limit, t.ending = cfg, maxShortcuts, make(chan struct{})
+	t.tick = max(min(shortcutTick, cfg.KeepaliveIdle, cfg.KeepaliveInterval), shortcutTick/60)
 }
 
 // of is the Shortcut that a packet of the pod's belongs to, and which way it goes.

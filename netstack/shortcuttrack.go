@@ -91,8 +91,8 @@ func (t *track) see(way int, s *segment) (n news, carried int) {
 	}
 	if s.flags.Contains(header.TCPFlagRst) {
 		switch {
-		case ahead(mine.acked, s.seq) || ahead(s.seq, mine.next):
-			return nothingNew, carried // its receiver does not believe it either, and asks
+		case ahead(mine.acked, s.seq) || ahead(s.seq, mine.next+maxGap): // beyond next if something before it was lost
+			return nothingNew, carried
 		case t.network && way == back && s.seq != mine.acked:
 			return doubtful, carried // exactly that number is believed (RFC 5961 section 3), as far as it is known here
 		}
