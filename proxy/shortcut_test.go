@@ -121,12 +121,12 @@ func (s *fakeShortcut) end() {
 func (s *fakeShortcut) Watch(carried func(bool, int), ended func(error)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	carried(true, s.moved[0])
+	carried(false, s.moved[1])
 	if s.isEnded {
 		go ended(s.why)
 		return
 	}
-	carried(true, s.moved[0])
-	carried(false, s.moved[1])
 	s.watch, s.ended = append(s.watch, carried), append(s.ended, ended)
 }
 
