@@ -58,7 +58,7 @@ func (s *Stack) dial(ctx context.Context, h *hop, src, dst netip.AddrPort) (*Con
 	if err != nil {
 		return nil, dialError(src, dst, err)
 	}
-	id, terr := h.ports.draw(gs, proto, stack.TransportEndpointID{LocalAddress: srcA, LocalPort: src.Port(),
+	id, terr := h.ports.draw(gs, stack.TransportEndpointID{LocalAddress: srcA, LocalPort: src.Port(),
 		RemoteAddress: dstA, RemotePort: dst.Port()})
 	if terr != nil {
 		return nil, dialError(src, dst, toError(terr, "bind"))

@@ -26,8 +26,7 @@ type dialPorts struct {
 // draw takes a local port for id in gs (nil: a stack without endpoints, yet), or id's own if that is not 0, until
 // giveBack. Without a free one it is ErrNoPortAvailable. Ports are drawn at random and then in order (RFC 6056,
 // section 3.3.1).
-func (p *dialPorts) draw(gs *stack.Stack, proto tcpip.NetworkProtocolNumber, id stack.TransportEndpointID) (
-	stack.TransportEndpointID, tcpip.Error) {
+func (p *dialPorts) draw(gs *stack.Stack, id stack.TransportEndpointID) (stack.TransportEndpointID, tcpip.Error) {
 	first, n := uint32(p.first), uint32(p.last)-uint32(p.first)+1
 	if id.LocalPort != 0 {
 		first, n = uint32(id.LocalPort), 1
@@ -43,7 +42,7 @@ func (p *dialPorts) draw(gs *stack.Stack, proto tcpip.NetworkProtocolNumber, id 
 		if _, drawn := p.drawn[id]; drawn {
 			continue
 		}
-		if gs != nil && gs.FindTransportEndpoint(proto, tcp.ProtocolNumber, id, nic) != nil {
+		if gs != nil && gs.FindTransportEndpoint(protoOf(id.LocalAddress), tcp.ProtocolNumber, id, nic) != nil {
 			continue
 		}
 		if p.drawn == nil {

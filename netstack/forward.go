@@ -94,7 +94,7 @@ func (f *forwarder) turned(resource string) func(netip.AddrPort, bool) {
 func (f *forwarder) handle(h *hop, id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
 	th := header.TCP(pkt.TransportHeader().Slice())
 	if !opens(th.Flags()) {
-		return f.s.shortcuts.passWhole(h, id, th, pkt.Data().AsRange().ToSlice()) || f.s.probes.answer(h, id, th)
+		return f.s.shortcuts.passWhole(h, id, th, pkt) || f.s.probes.answer(h, id, th)
 	}
 	fl := &Flow{
 		f:     f,
@@ -245,6 +245,14 @@ func toAddr(a tcpip.Address) netip.Addr {
 		return netip.AddrFrom4(a.As4())
 	}
 	return netip.AddrFrom16(a.As16())
+}
+
+// protoOf is an address's family.
+func protoOf(a tcpip.Address) tcpip.NetworkProtocolNumber {
+	if a.Len() == header.IPv4AddressSize {
+		return header.IPv4ProtocolNumber
+	}
+	return header.IPv6ProtocolNumber
 }
 
 func fromAddr(a netip.Addr) (tcpip.Address, tcpip.NetworkProtocolNumber) {

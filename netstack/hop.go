@@ -59,11 +59,7 @@ func (h *hop) endpoint(id stack.TransportEndpointID) *tcp.Endpoint {
 	if gs == nil {
 		return nil
 	}
-	proto := header.IPv6ProtocolNumber
-	if id.LocalAddress.Len() == header.IPv4AddressSize {
-		proto = header.IPv4ProtocolNumber
-	}
-	ep, _ := gs.FindTransportEndpoint(proto, tcp.ProtocolNumber, id, nic).(*tcp.Endpoint)
+	ep, _ := gs.FindTransportEndpoint(protoOf(id.LocalAddress), tcp.ProtocolNumber, id, nic).(*tcp.Endpoint)
 	return ep
 }
 

@@ -4,6 +4,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 
+	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
@@ -35,11 +36,11 @@ func bareTCP(from, to netip.AddrPort, f *header.TCPFields, opts []byte) []byte {
 	b := make([]byte, ip+size)
 	if proto == header.IPv4ProtocolNumber {
 		h := header.IPv4(b)
-		h.Encode(&header.IPv4Fields{TotalLength: uint16(len(b)), TTL: 64, Protocol: uint8(header.TCPProtocolNumber),
+		h.Encode(&header.IPv4Fields{TTL: 64, Protocol: uint8(header.TCPProtocolNumber),
 			SrcAddr: src, DstAddr: dst})
 	} else {
 		header.IPv6(b).Encode(&header.IPv6Fields{
-			PayloadLength: uint16(size), TransportProtocol: header.TCPProtocolNumber, HopLimit: 64, SrcAddr: src,
+			TransportProtocol: header.TCPProtocolNumber, HopLimit: 64, SrcAddr: src,
 			DstAddr: dst,
 		})
 	}
@@ -53,21 +54,19 @@ func bareTCP(from, to netip.AddrPort, f *header.TCPFields, opts []byte) []byte {
 
 // sealTCP sets the lengths and checksums of a packet without IP options.
 func sealTCP(b []byte) {
+	var t header.TCP
+	var src, dst tcpip.Address
 	if b[0]>>4 == 6 {
 		h := header.IPv6(b)
-		h.SetPayloadLength(uint16(len(b) - header.IPv6MinimumSize))
-		t := header.TCP(b[header.IPv6MinimumSize:])
-		t.SetChecksum(0)
-		t.SetChecksum(^checksum.Checksum(t, header.PseudoHeaderChecksum(header.TCPProtocolNumber, h.SourceAddress(),
-			h.DestinationAddress(), uint16(len(t)))))
-		return
+		t, src, dst = header.TCP(b[header.IPv6MinimumSize:]), h.SourceAddress(), h.DestinationAddress()
+		h.SetPayloadLength(uint16(len(t)))
+	} else {
+		h := header.IPv4(b)
+		t, src, dst = header.TCP(b[header.IPv4MinimumSize:]), h.SourceAddress(), h.DestinationAddress()
+		h.SetTotalLength(uint16(len(b)))
+		h.SetChecksum(0)
+		h.SetChecksum(^h.CalculateChecksum())
 	}
-	h := header.IPv4(b)
-	h.SetTotalLength(uint16(len(b)))
-	h.SetChecksum(0)
-	h.SetChecksum(^h.CalculateChecksum())
-	t := header.TCP(b[header.IPv4MinimumSize:])
 	t.SetChecksum(0)
-	t.SetChecksum(^checksum.Checksum(t, header.PseudoHeaderChecksum(header.TCPProtocolNumber, h.SourceAddress(),
-		h.DestinationAddress(), uint16(len(t)))))
+	t.SetChecksum(^checksum.Checksum(t, header.PseudoHeaderChecksum(header.TCPProtocolNumber, src, dst, uint16(len(t)))))
 }

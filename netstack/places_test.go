@@ -10,7 +10,6 @@ import (
 	"testing"
 	"time"
 
-	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"ztun/proxy/refusal"
 )
@@ -30,28 +29,7 @@ func newWire(t testing.TB, cfg Config) (*Stack, wire) {
 
 // send sends a TCP packet without data.
 func (w wire) send(src, dst netip.AddrPort, flags header.TCPFlags, seq, ack uint32) {
-	s, proto := fromAddr(src.Addr())
-	d, _ := fromAddr(dst.Addr())
-	const l4 = header.TCPMinimumSize
-	ipLen := header.IPv4MinimumSize
-	if proto == header.IPv6ProtocolNumber {
-		ipLen = header.IPv6MinimumSize
-	}
-	b := make([]byte, ipLen+l4)
-	if proto == header.IPv6ProtocolNumber {
-		header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: l4, TransportProtocol: header.TCPProtocolNumber, HopLimit: 64,
-			SrcAddr: s, DstAddr: d})
-	} else {
-		h := header.IPv4(b)
-		h.Encode(&header.IPv4Fields{TotalLength: uint16(len(b)), TTL: 64, Protocol: uint8(header.TCPProtocolNumber),
-			SrcAddr: s, DstAddr: d})
-		h.SetChecksum(^h.CalculateChecksum())
-	}
-	th := header.TCP(b[ipLen:])
-	th.Encode(&header.TCPFields{SrcPort: src.Port(), DstPort: dst.Port(), SeqNum: seq, AckNum: ack, DataOffset: l4,
-		Flags: flags, WindowSize: 65000})
-	th.SetChecksum(^checksum.Checksum(th, header.PseudoHeaderChecksum(header.TCPProtocolNumber, s, d, l4)))
-	w.dev.inject(b)
+	w.dev.inject(bareTCP(src, dst, &header.TCPFields{SeqNum: seq, AckNum: ack, Flags: flags, WindowSize: 65000}, nil))
 }
 
 // syn asks for a connection.

@@ -86,7 +86,7 @@ func (s *Stack) probe(ctx context.Context, src netip.Addr, dst netip.AddrPort) e
 		return toError(terr, "connect")
 	}
 	defer r.Release()
-	id, terr := s.app.ports.draw(gs, proto, stack.TransportEndpointID{LocalAddress: local, RemoteAddress: remote,
+	id, terr := s.app.ports.draw(gs, stack.TransportEndpointID{LocalAddress: local, RemoteAddress: remote,
 		RemotePort: dst.Port()})
 	if terr != nil {
 		return toError(terr, "bind")

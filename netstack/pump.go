@@ -245,12 +245,7 @@ func (p *pump) gather(bufs [][]byte, n int) [][]byte {
 // write writes a packet of n bytes to the device at once, from any goroutine. What waits in the queue is of other
 // connections, so it may come before that.
 func (p *pump) write(vh *tun.VNetHdr, bufs [][]byte, n int) {
-	p.tx.packets.Add(1)
-	if err := p.dev.WritePacket(vh, bufs); err != nil {
-		p.tx.errors.Add(1)
-		return
-	}
-	p.tx.sent.Add(uint64(n))
+	p.tx.wrote(p.dev.WritePacket(vh, bufs), n)
 }
 
 // readUDP delivers a UDP packet that somebody here waits for, the DNS tap or a socket

@@ -152,12 +152,11 @@ func (h *hop) holdPort(id stack.TransportEndpointID) bool {
 	h.mu.Lock()
 	gs, closed := h.gs, h.closed
 	h.mu.Unlock()
-	proto := header.IPv6ProtocolNumber
-	if id.LocalAddress.Len() == header.IPv4AddressSize {
-		proto = header.IPv4ProtocolNumber
+	if closed {
+		return false
 	}
-	_, terr := h.ports.draw(gs, proto, id)
-	return terr == nil && !closed
+	_, terr := h.ports.draw(gs, id)
+	return terr == nil
 }
 
 // Accept is Flow.Accept of a flow with a Shortcut. It does not wait: a client that does not answer within
@@ -180,12 +179,10 @@ func (s *Shortcut) Accept() error {
 	waits := s.t.phase < standing
 	if waits {
 		s.patience = fl.f.s.timers.after(fl.f.s.handshakePatience, s.tire)
-	} else {
-		s.flow = nil
 	}
 	s.mu.Unlock()
 	if !waits {
-		fl.f.forget(fl)
+		s.settled()
 	}
 	return nil
 }
@@ -431,20 +428,18 @@ func (s *Shortcut) note(way int, seg *segment) (x noted, ok bool) {
 
 // passWhole takes a segment of a connection that passes by which a stack has put together, or has freed of options: of
 // fragments, and of what has IP options or extension headers. It goes on as a packet without.
-func (t *shortcuts) passWhole(h *hop, id stack.TransportEndpointID, th header.TCP, payload []byte) bool {
+func (t *shortcuts) passWhole(h *hop, id stack.TransportEndpointID, th header.TCP, pkt *stack.PacketBuffer) bool {
 	if t.n.Load() == 0 {
 		return false
 	}
 	src, dst := addrPort(id.RemoteAddress, id.RemotePort), addrPort(id.LocalAddress, id.LocalPort)
-	t.mu.Lock()
-	w := t.by[tupleOf(src, dst)]
-	t.mu.Unlock()
+	w := t.find(tupleOf(src, dst))
 	if w.s == nil || w.s.sides[w.way].hop != h {
 		return false
 	}
 	f := header.TCPFields{SeqNum: th.SequenceNumber(), AckNum: th.AckNumber(), Flags: th.Flags(),
 		WindowSize: th.WindowSize(), UrgentPointer: th.UrgentPointer()}
-	b := append(bareTCP(src, dst, &f, th.Options()), payload...)
+	b := append(bareTCP(src, dst, &f, th.Options()), pkt.Data().AsRange().ToSlice()...)
 	sealTCP(b)
 	var p rxPacket
 	bufs := [][]byte{b[:min(len(b), headSize)]}

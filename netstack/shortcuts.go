@@ -109,10 +109,14 @@ func (t *shortcuts) of(head []byte, p *rxPacket) (*Shortcut, int) {
 	if !ok {
 		return nil, 0
 	}
-	t.mu.Lock()
-	w := t.by[key]
-	t.mu.Unlock()
+	w := t.find(key)
 	return w.s, int(w.way)
+}
+
+func (t *shortcuts) find(key tuple) shortcutWay {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.by[key]
 }
 
 // add has packets with this key be s's; false if somebody has the key, or there is no room.
@@ -157,9 +161,7 @@ func (t *shortcuts) remove(key tuple) {
 // about is the Shortcut whose packet an ICMP error is about that p's device has brought: one that went forth.
 func (t *shortcuts) about(p *pump, q *quotedTCP) *Shortcut {
 	client, app := addrPort(q.id.LocalAddress, q.id.LocalPort), addrPort(q.id.RemoteAddress, q.id.RemotePort)
-	t.mu.Lock()
-	w := t.by[tupleOf(app, client)]
-	t.mu.Unlock()
+	w := t.find(tupleOf(app, client))
 	if w.s == nil || w.way != back || w.s.sides[back].pump != p {
 		return nil
 	}

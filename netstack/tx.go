@@ -234,6 +234,11 @@ func (t *txQueue) writeViews(dev tun.Device, h *tun.VNetHdr, size int, forwarded
 		err = dev.WritePacket(h, t.views)
 	}
 	clear(t.views)
+	t.wrote(err, size)
+}
+
+// wrote counts a packet of so many bytes that a device has taken, or not.
+func (t *txQueue) wrote(err error, size int) {
 	t.packets.Add(1)
 	if err != nil {
 		t.errors.Add(1)

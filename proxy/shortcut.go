@@ -47,8 +47,7 @@ func (c *connection) passed(forth bool, n int) {
 }
 
 // endPass closes the books, with what a copy would have come to: a reset of either application's is not an error
-// (isReset), and what the other pod's proxy has cut is the
-// reset of a stream.
+// (isReset), and what the other pod's proxy has cut is the reset of a stream.
 func (c *connection) endPass() {
 	c.p.o.Panics.Run("the end of a connection", func() {
 		cut, why := c.reason(), c.passEnd
